@@ -7,7 +7,7 @@ import pytest
 from clips.data.demo import split_scene
 from mllm.recaption.captioner import Written
 from mllm.recaption.options import Bounds
-from mllm.recaption.quality import Judged, judge, loops, whole_sentences
+from mllm.recaption.quality import Judged, judge, whole_sentences
 
 PROMPT = "Describe the picture in detail: everything that can be seen in it, how many there are, and where each one is."
 GOOD = (
@@ -79,16 +79,6 @@ def test_a_cut_off_caption_keeps_its_whole_sentences() -> None:
     assert judge(Written("A brown dog lies on a", False, 10), "", PROMPT, Bounds()) == Judged("", "cut off", True)
     assert whole_sentences("One. One") == "One."
     assert whole_sentences("") == ""
-
-
-def test_loops_are_found_by_their_period() -> None:
-    words = [f"w{i}" for i in range(30)]
-    assert loops(words[:5] + words[:3] * 4)
-    assert not loops(words[:5] + words[:3] * 3)
-    assert not loops(words[:40] + words[:20])
-    assert loops(words * 4)
-    assert not loops([])
-    assert not loops(["one"])
 
 
 def test_the_demo_s_own_captions_are_good() -> None:
