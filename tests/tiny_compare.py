@@ -76,12 +76,23 @@ def finish(comparison: Comparison) -> Comparison:
     return comparison
 
 
+def _fingerprint(comparison: Comparison, cell: EncoderCell, number: int) -> str:
+    """Of the encoder of a stage. `random` and `blind` are drawn for each seed; other encoders are one in all cells."""
+    key = (Path.cwd(), cell.vision, cell.variant, comparison, number, cell.seed * (cell.kind in ("random", "blind")))
+    if key not in _FINGERPRINTS:
+        _FINGERPRINTS[key] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
+    return _FINGERPRINTS[key]
+
+
+_FINGERPRINTS: dict[Any, str] = {}
+
+
 def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
     """A finished cell; a question is answered right with chance `skill`."""
     config = {}
     for number, stage in STAGES.items():
         trains = train_arguments(comparison, cell, number).what_trains()
-        trains["vision_fingerprint"] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
+        trains["vision_fingerprint"] = _fingerprint(comparison, cell, number)
         facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
         done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}

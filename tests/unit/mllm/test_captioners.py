@@ -119,12 +119,14 @@ def test_captions_come_in_order_and_again(spec: str, pairs: list[Pair]) -> None:
         assert drawn != first
 
 
-def test_broken_pictures_cost_themselves_alone(spec: str, pairs: list[Pair]) -> None:
+def test_broken_pictures_cost_themselves_alone_and_a_typed_image_is_none(spec: str, pairs: list[Pair]) -> None:
     broken = [Pair("a", b"", "x"), Pair("b", b"no picture", "x"), Pair("c", png_header(50_000, 50_000), "x")]
     mixed = [broken[0], pairs[0], broken[1], pairs[1], broken[2]]
     with opened(spec, batch_size=1) as captioner:
         written = captioner.write(mixed, 0)
         assert written[1::2] == captioner.write(pairs[:2], 0)
+        typed, bare = (Pair("k", pairs[0].image, web) for web in (f"{TYPED}<row_1_col_1>", " a cat {web} "))
+        assert captioner.write([typed], 0) == captioner.write([bare], 0)
     assert [entry.key for entry in written[::2] if isinstance(entry, BrokenSample)] == ["a", "b", "c"]
 
 
@@ -138,12 +140,6 @@ def test_llava_answers_as_the_chat_does(place: Path, pairs: list[Pair]) -> None:
         asked = PROMPT.fill(without_control_tokens(hint_of(pair.web), captioner.control))
         said = "".join(ChatSession(chat).ask(asked, [decode_image(pair.image)], Sampling(max_new_tokens=8)))
         assert entry.text == said.strip()
-
-
-def test_a_typed_image_is_no_picture(spec: str, pairs: list[Pair]) -> None:
-    typed, bare = (Pair("k", pairs[0].image, web) for web in (f"{TYPED}<row_1_col_1>", " a cat {web} "))
-    with opened(spec, batch_size=1) as captioner:
-        assert captioner.write([typed], 0) == captioner.write([bare], 0)
 
 
 def test_what_the_manifest_keeps(spec: str, place: Path) -> None:  # noqa: F811

@@ -128,20 +128,6 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     assert len(set(answers)) > 4  # otherwise equality would say nothing
 
 
-def test_an_answer_is_bare_generate_s(model: ChatModel, images: list) -> None:
-    session = ChatSession(model)
-    text = ask(session, "What is it?", images[:2], SHORT)
-    messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "What is it?"}]}]
-    prompt = model.processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = model.processor(images=images[:2], text=prompt, return_tensors="pt")
-    output = model.model.generate(**inputs, do_sample=False, max_new_tokens=8)
-    new = output[0, inputs["input_ids"].shape[1] :]
-    assert text == model.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert session.last.new_tokens == len(new)
-    assert session.last.prompt_tokens == inputs["input_ids"].shape[1]
-    assert session.last.finish_reason == ("stop" if new[-1] in model.encoder.stop_ids else "length")
-
-
 def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list) -> None:
     """Layers with a sliding window cannot be cut."""
     session = ChatSession(model)
@@ -336,13 +322,6 @@ def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         session.save(tmp_path / "file" / "talk.json")
-
-
-def test_a_format_can_be_asked_for_and_must_fit_the_tokenizer(model: ChatModel) -> None:
-    chat = ChatModel(model.model, model.processor, "owner/some-model", "vicuna_v1")
-    assert (chat.encoder.format.name, chat.name) == ("v1", "some-model")
-    with pytest.raises(UserError, match="llama_3 needs the special tokens"):
-        ChatModel(model.model, model.processor, "some-model", "llama_3")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -172,9 +172,3 @@ def test_an_error_names_ten_and_counts_the_others(tmp_path, encoder):
     assert len(lines) == 12
     assert "… and 15 more" in lines[-1]
     assert "skip" not in str(caught.value)
-
-
-def test_words_between_colons_stay_words(data, encoder, capsys, monkeypatch):
-    monkeypatch.chdir(data)
-    check_data("good.json", encoder, ImageStore(data / "images"), "a:dog:b")
-    assert "wrote a:dog:b/summary.json" in capsys.readouterr().out

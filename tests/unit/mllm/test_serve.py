@@ -30,7 +30,7 @@ from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.serve import app
-from mllm.serve.app import _find_encoder, bind_port, embed, serve_from_flags
+from mllm.serve.app import _find_encoder, embed, serve_from_flags
 from mllm.serve.queue import RequestQueue
 from mllm.serve.schemas import UNSUPPORTED, parse
 
@@ -121,7 +121,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
 
 def test_sampling(client: OpenAI) -> None:
     def answer(**options: object) -> str:
-        return ask(client, user(LONG), max_tokens=24, **options).choices[0].message.content
+        return ask(client, user(LONG), max_tokens=12, **options).choices[0].message.content
 
     greedy = answer()
     assert greedy == answer() == answer(temperature=0, seed=3)
@@ -129,7 +129,7 @@ def test_sampling(client: OpenAI) -> None:
     assert len({answer(temperature=1.5, seed=seed) for seed in range(4)}) > 1
     assert answer(temperature=2, seed=1, top_p=1e-6) == greedy  # only the likeliest token is left
     stop = greedy[5:7]
-    ended = ask(client, user(LONG), max_tokens=24, stop=["never said", stop])
+    ended = ask(client, user(LONG), max_tokens=12, stop=["never said", stop])
     assert ended.choices[0].message.content == greedy[: greedy.index(stop)].rstrip()
     assert ended.choices[0].finish_reason == "stop"
     assert answer(stop=stop) == ended.choices[0].message.content
@@ -260,8 +260,8 @@ def test_twenty_at_once(client: OpenAI, address: str) -> None:
 
     def one(i: int) -> str:
         if i % 2:
-            return ask(client, questions[i], max_tokens=16).choices[0].message.content
-        chunks = ask(client, questions[i], max_tokens=16, stream=True)
+            return ask(client, questions[i]).choices[0].message.content
+        chunks = ask(client, questions[i], stream=True)
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
     with ThreadPoolExecutor(20) as pool:
@@ -312,7 +312,7 @@ def test_a_full_queue_gets_429(chat: ChatModel, encoder: CLIPS) -> None:
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, address: str) -> None:
     """Streamed or not, in the queue or in the making."""
-    impatient = client.with_options(timeout=0.7)
+    impatient = client.with_options(timeout=0.3)
     with long_answer(client, address):
         for stream in (False, True):
             with pytest.raises(openai.APITimeoutError):
@@ -328,7 +328,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
 def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel, encoder: CLIPS) -> None:
     def dripping() -> Iterator[bytes]:
         yield b"{"
-        time.sleep(2)
+        time.sleep(1.3)
         yield b"}"
 
     with served(chat, encoder, Limits(new_tokens=30_000, seconds=1, body_seconds=1)) as address:
@@ -394,7 +394,7 @@ def test_one_client_s_bodies_together_are_bounded(chat: ChatModel, encoder: CLIP
 def test_headers_that_do_not_arrive_are_hung_up_on(
     chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mllm.serve.connections.HEADER_SECONDS", 1)
+    monkeypatch.setattr("mllm.serve.connections.HEADER_SECONDS", 0.4)
     begun = (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
     with served(chat, encoder, Limits()) as address:
         with contextlib.ExitStack() as stack:
@@ -442,25 +442,6 @@ def test_a_reader_that_stops_reading_holds_up_nobody() -> None:
     asyncio.run(main())
 
 
-def test_a_reader_that_leaves_cancels_the_work() -> None:
-    async def main() -> None:
-        queue, seen = RequestQueue(10), threading.Event()
-
-        def work(cancel: threading.Event) -> Iterator[int]:
-            yield 1
-            if cancel.wait(10):
-                seen.set()
-
-        items = queue.run(work)
-        assert await anext(items) == 1
-        assert queue.busy
-        await items.aclose()
-        assert await asyncio.to_thread(seen.wait, 10)
-        await asyncio.to_thread(wait_until, lambda: not queue.busy)
-
-    asyncio.run(main())
-
-
 def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
     """Six clients that leave at once must not have six works running beside each other."""
 
@@ -471,7 +452,7 @@ def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
             running.append(1)
             most.append(len(running))
             yield 1
-            time.sleep(0.2)  # it does not look at `cancel`, as decoding a picture does not
+            time.sleep(0.05)  # it does not look at `cancel`, as decoding a picture does not
             running.pop()
 
         for _ in range(6):
@@ -484,17 +465,6 @@ def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
     asyncio.run(main())
 
 
-def test_a_taken_port_is_the_users_mistake() -> None:
-    with bind_port("127.0.0.1", 0) as bound:
-        bound.listen()
-        with pytest.raises(UserError, match="--port"):
-            bind_port("127.0.0.1", bound.getsockname()[1])
-    with pytest.raises(UserError, match="--host"):
-        bind_port("203.0.113.1", 0)
-    with pytest.raises(UserError, match="--port"):
-        bind_port("127.0.0.1", 70_000)
-
-
 def test_a_mistake_in_the_command_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port in use is reported before the model is loaded."""
     monkeypatch.chdir(place)
@@ -503,7 +473,12 @@ def test_a_mistake_in_the_command_is_named(place: Path, monkeypatch: pytest.Monk
             (["--model", "runs/nothing"], "runs/nothing"),
             (["--encoder", "runs/nothing"], "runs/nothing"),
             (["--max-images", "0"], "--max-images must be at least 1"),
-            (["--port", str(taken.getsockname()[1]), "--model", "runs/nothing"], "cannot serve on 127.0.0.1 port"),
+            (
+                ["--port", str(taken.getsockname()[1]), "--model", "runs/nothing"],
+                "cannot serve on .*--port",
+            ),
+            (["--port", "70000"], "--port"),
+            (["--host", "203.0.113.1"], "--host"),
         ):
             with pytest.raises(UserError, match=message):
                 serve_from_flags(script_parser("serve").parse_args(["--device", "cpu", "--port", "0", *words]))

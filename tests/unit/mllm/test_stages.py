@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -33,9 +35,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
+@functools.cache
+def _built(places: Path, projector: str) -> nn.Module:
     vision, llm = load_vision("clips", runs=places / "runs"), load_llm(str(places / "llm"))
     return build_model(vision, llm, projector=projector)[0]
+
+
+def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
+    return copy.deepcopy(_built(places, projector))
 
 
 def arguments(*words: str) -> TrainArguments:

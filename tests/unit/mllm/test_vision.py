@@ -121,7 +121,7 @@ def test_clips_equals_the_trained_tower(tmp_path, images, shape):
     with torch.no_grad():
         trained.visual(images)
     for place in places:
-        for layer in (-1, -2):
+        for layer in (-1, -2) if place == "run" else (-2,):
             encoder, expected = load_vision(f"clips:{tmp_path / place}", select_layer=layer), states[layer]
             expected = trained.visual.patches(expected)
             close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0.0}
@@ -369,17 +369,3 @@ def test_pad_keeps_the_whole_picture(runs):
     assert pad[:, :6].abs().max() < 0.03  # the mean colour, up to rounding to 8 bits
     assert torch.allclose(pad[:, 10:22], square[:, 10:22])
     assert "padded to a square" in encoders[1].describe()
-
-
-def test_facts_name_the_encoder_without_a_path(runs, tmp_path):
-    shutil.copytree(runs / "base" / "export" / "hf_vit", tmp_path / "tower")
-    found = {
-        name: (load_vision(name, runs=runs).facts["kind"], load_vision(name, runs=runs).facts["weights"])
-        for name in ("clips", "clip", f"clips:{runs / 'old'}", f"hf:{tmp_path / 'tower'}", "random", "blind")
-    }
-    assert list(found.values()) == [
-        ("clips", "new"), ("clip", "base"), ("clips", "old"), ("hf", "tower"), ("random", ""), ("blind", "")
-    ]  # fmt: skip
-    rest = {"image_size": 32, "padded": True, "num_tokens": 16, "width": 64}
-    padded = load_vision("clips", runs=runs, image_aspect_ratio="pad", select_layer=[-2, -1])
-    assert padded.facts == {"kind": "clips", "weights": "new"} | rest

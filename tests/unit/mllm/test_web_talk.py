@@ -80,20 +80,15 @@ def test_a_question_streams_and_both_turns_are_shown(model: ChatModel, place: Pa
     assert len(talk.sessions[0].turns) == 2
 
 
-def test_a_quick_answer_is_shown_in_few_steps(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_answer_has_few_steps_and_the_limit_s_length(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm.chat.web_talk.SHOWN_EVERY_S", 3600)
     talk = Talk()
     ask(talk, "What?")
-    asked, first, last = (messages for messages, _, _ in stream(talk, model))
+    (asked, _, _), (first, _, _), (last, _, remark) = stream(talk, model, length=10**9)
     assert len(asked) == 1
+    assert remark.startswith("40 tokens")  # the limit
     assert len(last[1]["content"]) > len(first[1]["content"])
     assert last[1]["content"] == html.escape(talk.sessions[0].turns[1]["value"][0]["text"], quote=False)
-
-
-def test_no_answer_is_longer_than_the_limit(model: ChatModel) -> None:
-    talk = Talk()
-    ask(talk, "What?")
-    assert list(stream(talk, model, length=10**9))[-1][2].startswith("40 tokens")
 
 
 def test_a_stopped_answer_stays_and_can_be_asked_for_again(model: ChatModel) -> None:
@@ -184,20 +179,6 @@ def test_models_are_loaded_once_and_no_others(place: Path) -> None:
     assert trained_models(place / "runs") == [name]
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        ("demo", "**Trained on drawings of 64 things; it knows nothing else.** one"),
-        ("a.json", "**Trained on a.json.** one"),
-    ],
-)
-def test_the_line_about_a_model_begins_with_what_it_learned(tmp_path: Path, place: Path, data: str, said: str) -> None:
-    shutil.copytree(place / "runs" / "one" / "model", tmp_path / "one" / "model")
-    facts = tmp_path / "one" / "model" / FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"trained_on": {"align": data, "instruct": data}}))
-    assert about(str(facts.parent)).startswith(said)
-
-
 def test_side_by_side_asks_for_a_second_model(place: Path) -> None:
     """It showed the only model twice."""
     name = str(place / "runs" / "one" / "model")
@@ -209,8 +190,15 @@ def test_side_by_side_asks_for_a_second_model(place: Path) -> None:
 
 
 def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp_path: Path) -> None:
+    """It begins with what the model learned, where its facts say so."""
     directory = place / "runs" / "one" / "model"
-    assert about(str(directory)) == "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
+    line = "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
+    assert about(str(directory)) == line
+    copy = shutil.copytree(directory, tmp_path / "one" / "model")
+    known = json.loads((copy / FACTS).read_text())
+    for data, said in (("demo", "drawings of 64 things; it knows nothing else"), ("a.json", "a.json")):
+        (copy / FACTS).write_text(json.dumps(known | {"trained_on": {"align": data, "instruct": data}}))
+        assert about(str(copy)) == f"**Trained on {said}.** {line}"
     shutil.copy(directory / "config.json", tmp_path)
     assert about(str(tmp_path)).endswith(" · language model llama · encoder vit, 16 tokens")
     facts = {"kind": "hf", "weights": "<b>*x*", "image_size": 224, "padded": True, "num_tokens": 256, "width": 9}
