@@ -34,13 +34,14 @@ def parser() -> Parser:
     )
     p.add_argument("--name", help="run directory under --output (default: the recipe's name)")
     p.add_argument("--output", default="runs", help="where runs are written")
-    p.add_argument(
+    data = p.add_mutually_exclusive_group()
+    data.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
         "the datasets library, or a folder of pictures with texts beside them "
         "(default: the recipe's, which is the demo data for demo, clip_baseline, caption and caption_web)",
     )
-    p.add_argument(
+    data.add_argument(
         "--mix",
         nargs="+",
         action="extend",
@@ -170,8 +171,6 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
         test, further = parse_test_data(flags.test_data)
         data = replace(data, test=test, further_tests=further)
     if flags.mix:
-        if flags.data is not None:
-            raise UserError("--data and --mix both say what is trained on: give one of them")
         data = replace(data, train="mix", mix=parse_mix(flags.mix))
     if flags.fields:
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
