@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -83,6 +84,12 @@ def test_every_flag_has_one_spelling_and_prints_one_default(script: Path) -> Non
             assert script.stem == "train_llava" or not any("_" in name for name in names), names
             if names and not action.required:
                 assert shown_of(parser, action).count("(default: ") == 1, shown_of(parser, action)
+
+
+def test_the_function_that_a_script_names_is_there() -> None:
+    found = re.findall(r'start\(parser, "([\w.:]+)"\)', "".join(script.read_text() for script in PYTHON_SCRIPTS))
+    assert len(found) >= 9
+    assert all(callable(pkgutil.resolve_name(function)) for function in found)
 
 
 def flags_of(script: Path) -> dict[str, object]:
