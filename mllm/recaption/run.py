@@ -20,12 +20,13 @@ from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.live import in_words
 from clips.common.rundir import take_newest
+from clips.common.signals import stopping
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
 from mllm.recaption.options import DEMO, Options
-from mllm.recaption.process import open_pairs, stopping, work_on
+from mllm.recaption.process import open_pairs, work_on
 from mllm.recaption.progress import Board, measured
 from mllm.recaption.registry import finds_the_demo_in
 from mllm.recaption.report import write_report
