@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import write_json
+from clips.common.page import print_table
 from clips.common.peaks import peak_flops
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
@@ -96,21 +95,13 @@ def _report(what: str, found: dict[str, Any], rows: list[Row], on: torch.device,
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
-    _print(f"{what} on {machine['device']}", rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = ((row.get(column, "") for column in columns) for row in rows)
+    shown = ([f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in of_row] for of_row in cells)
+    print_table(f"{what} on {machine['device']}", [column.replace("_", " ") for column in columns], shown)
     if out:
         write_json(Path(out), {"benchmark": what.partition(",")[0], "machine": machine, **found})
         print(f"wrote {out}", file=sys.stderr)
-
-
-def _print(title: str, rows: list[Row]) -> None:
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if isinstance(rows[0].get(column), str) else "right")
-    for row in rows:
-        cells = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def captioner_of(model: ModelConfig) -> CaptionerConfig:
