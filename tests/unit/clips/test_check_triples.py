@@ -101,7 +101,12 @@ def test_one_caption_and_the_next_step(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_data_may_stand_without_their_flag_and_once(capsys: pytest.CaptureFixture[str]) -> None:
     parse = script_parser("check_data").parse_args
     assert parse(["--jobs", "2", "t.csv"]) == parse(["--data", "t.csv", "--jobs", "2"])
-    for words in ([], ["a.csv", "--data", "b.csv"], ["--data", "a.csv", "--mix", "a=1:b"], ["a", "--conversations", "b"]):
+    for words in (
+        [],
+        ["a.csv", "--data", "b.csv"],
+        ["--data", "a.csv", "--mix", "a=1:b"],
+        ["a", "--conversations", "b"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             parse(words)
         assert re.search("DATA --data --mix --conversations is required|not allowed with", capsys.readouterr().err)
