@@ -197,7 +197,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     check_image_size(size, run.model.vision.patch_size)
     data, split = run.data, next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
     if flags.data is not None:
-        data, split = dataclasses.replace(data, train=flags.data), "train"
+        data, split = dataclasses.replace(data, train=flags.data, mix=()), "train"
     source = open_split(data, split, need_long=False, flags=FLAGS)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
