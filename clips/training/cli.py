@@ -12,7 +12,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.common.flags import Parser
+from clips.common.flags import SET, Parser
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
@@ -93,14 +93,7 @@ def parser() -> Parser:
         "--resume", default="auto", help="auto (go on where the run stopped), never, or a checkpoint directory"
     )
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
-    p.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of clips/config.py, e.g. optim.kind=muon",
-    )
+    p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
     p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument(
