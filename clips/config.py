@@ -545,6 +545,11 @@ class TrainConfig:
     keep_every: int = 0
     """Samples between two checkpoints that stay for ever; 0: only the newest stay."""
 
+    @property
+    def whole_step(self) -> bool:
+        """Whether the contrastive loss runs over several micro-batches, so that the towers pass twice."""
+        return self.contrastive == "global" and self.accumulation > 1
+
     def __post_init__(self) -> None:
         _check("train", self)
         for name in ("accumulation", "log_every", "keep_checkpoints"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from clips.common.errors import UserError
 from clips.config import (
@@ -20,7 +20,6 @@ from clips.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    Objective,
     OptimConfig,
     PhaseConfig,
     RunConfig,
@@ -113,7 +112,7 @@ def caption() -> RunConfig:
 
     python scripts/pretrain_clips.py --recipe caption
     """
-    return _caption(demo(), "caption", web=False)
+    return demo().override(["recipe=caption", *captions_alone("caption"), SEEN])
 
 
 def caption_web() -> RunConfig:
@@ -121,19 +120,16 @@ def caption_web() -> RunConfig:
 
     python scripts/pretrain_clips.py --recipe caption_web
     """
-    return _caption(demo(), "caption+web", web=True)
+    return demo().override(["recipe=caption_web", *captions_alone("caption+web"), SEEN])
 
 
-def _caption(run: RunConfig, objective: Objective, *, web: bool) -> RunConfig:
-    """`run` without its contrastive loss; optimizer, rates and data stay."""
-    assert run.model.captioner is not None
-    captioner = replace(run.model.captioner, web=web, image_token_keep=0.3)
-    return replace(
-        run,
-        recipe=objective.replace("+", "_"),
-        model=replace(run.model, captioner=captioner, embed_dim=0),
-        task=replace(run.task, objective=objective, caption_weight=1.0),
-    )
+SEEN = "model.captioner.image_token_keep=0.3"
+
+
+def captions_alone(objective: Literal["caption", "caption+web"]) -> tuple[str, ...]:
+    """What a run without a contrastive loss sets; optimizer, rates and data stay."""
+    web = "true" if objective == "caption+web" else "false"
+    return f"task.objective={objective}", f"model.captioner.web={web}", "model.embed_dim=0", "task.caption_weight=1.0"
 
 
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:

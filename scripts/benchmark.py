@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -23,17 +23,5 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from clips.studies.benchmark import benchmark, benchmark_programs
-
-    common = {"device": flags.device, "demo_dir": flags.data, "out": flags.output}
-    if flags.what == "program":
-        common |= {"repeats": flags.repeats, "their_python": flags.their_python}
-        benchmark_programs(flags.size, **common)
-    else:
-        benchmark(flags.what, repeats=flags.repeats, **common)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "clips.studies.benchmark:benchmark_from_flags")

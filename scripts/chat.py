@@ -2,9 +2,8 @@
 """Talk with a LLaVA-style model about pictures: in the terminal, once for a script (--prompt), or on a page (--web)."""
 
 import argparse
-import sys
 
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 from mllm.chat.flags import add_address_flags, add_model_flags
 
@@ -34,12 +33,5 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from mllm.chat.terminal import chat_from_flags
-
-    chat_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "mllm.chat.terminal:chat_from_flags")

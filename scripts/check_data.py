@@ -1,18 +1,24 @@
 #!/usr/bin/env python
-"""Check data before a run: pairs for pretraining (--data, --mix) or a LLaVA data set (--conversations).
+"""Check data before a run: pairs for pretraining (DATA, --mix) or a LLaVA data set (--conversations).
 
 Exit 2 if something would stop a training, 4 if more samples are broken than a training tolerates.
 """
 
+import argparse
 import sys
 
-from clips.common.errors import UserError, run_command
+from clips.common.errors import run_command
 from clips.common.flags import Parser
 from mllm import DEFAULT_LLM
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="pairs: the same as --data")
+    what.add_argument("--data", help="pairs: a folder, pattern or URL of tar shards, or a table")
+    what.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="pairs: several sets")
+    what.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
     p.add_argument("--output", default="runs/check_data", help="folder for summary.json and contact_sheet.html")
     p.add_argument(
         "--limit",
@@ -21,15 +27,12 @@ def parser() -> Parser:
         "spread (default: all)",
     )
     pairs = p.add_argument_group("pairs, as pretrain_clips.py takes them")
-    pairs.add_argument("--data", help="a folder, pattern or URL of tar shards, or a table")
-    pairs.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="several sets")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
     pairs.add_argument("--recipe", default="b16", help="its tokenizer and lengths are held against the captions")
     pairs.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
     pairs.add_argument("--jobs", type=int, default=1, help="processes that read and decode")
     llava = p.add_argument_group("LLaVA data")
-    llava.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
     llava.add_argument("--image-folder", help="folder or uncompressed tar of the pictures")
     llava.add_argument("--conv-mode", default="auto", help="conversation format: train_llava.sh calls it --version")
     llava.add_argument("--language-model", default=DEFAULT_LLM, help="directory or hub id of the tokenizer")
@@ -40,10 +43,7 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
-    pairs = flags.data is not None or bool(flags.mix)
-    if pairs == (flags.conversations is not None):
-        raise UserError("give pairs (--data or --mix) or a LLaVA data set (--conversations)")
-    if pairs:
+    if flags.conversations is None:
         from clips.data.check import check_from_flags
     else:
         from mllm.training.check_data import check_from_flags

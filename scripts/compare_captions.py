@@ -3,12 +3,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from clips.common.errors import run_command
-from clips.common.flags import Parser
-
-SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
+from clips.common.flags import SET, Parser
 
 
 def parser() -> Parser:

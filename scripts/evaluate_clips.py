@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Measure a trained CLIPS model: retrieval both ways, zero-shot classification, linear probe."""
 
-import sys
-
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -37,12 +35,5 @@ def parser() -> Parser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from clips.evaluation.evaluate import evaluate_from_flags
-
-    evaluate_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "clips.evaluation.evaluate:evaluate_from_flags")

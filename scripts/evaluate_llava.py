@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Measure a LLaVA-style model on the demo's held-out questions, or let it answer your own (LLaVA's question.jsonl)."""
 
-import sys
-
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -33,12 +31,5 @@ def parser() -> Parser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from mllm.evaluation.evaluate import evaluate_from_flags
-
-    evaluate_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "mllm.evaluation.evaluate:evaluate_from_flags")

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Export a trained CLIPS model to native, open_clip and transformers, each checked against the trained weights."""
 
-import sys
-
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -18,12 +16,5 @@ def parser() -> Parser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from clips.weights.export import export_from_flags
-
-    export_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "clips.weights.export:export_from_flags")

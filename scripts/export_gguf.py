@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Write a trained LLaVA-style model for llama.cpp: the language model and its multimodal projector (mmproj) as GGUF."""
 
-import sys
-
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -15,12 +13,5 @@ def parser() -> Parser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from mllm.gguf.export import export_from_flags
-
-    export_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "mllm.gguf.export:export_from_flags")

@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from clips.common.errors import run_command
-from clips.common.flags import Parser
+from clips.common.flags import SET, Parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,9 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--price", type=float, help="price of one GPU hour, in any currency (default: none, no cost)")
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak that is reached")
     p.add_argument("--engine", help="a file of ds_configs/ by name, such as zero2 (default: the first that fits)")
-    p.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="fields of clips/config.py"
-    )
+    p.add_argument("--set", help="fields of clips/config.py", **SET)
     p.add_argument("--language-model", default="vicuna-7b", help="llava, recaption: a name from mllm/training/plan.py")
     p.add_argument("--lora", action="store_true", help="llava: adapters in stage 2, not the whole language model")
     p.add_argument("--bits", type=int, default=16, choices=(4, 8, 16), help="llava: of the frozen language model")

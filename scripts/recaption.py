@@ -7,9 +7,8 @@ Without flags it captions a part of the demo with the newest models of runs/.
 """
 
 import argparse
-import sys
 
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser, add_options
 from mllm.recaption.options import Options
 
@@ -29,12 +28,5 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from mllm.recaption.run import recaption_from_flags
-
-    recaption_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "mllm.recaption.run:recaption_from_flags")

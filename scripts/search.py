@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Search among pictures by a text or by a picture: a folder is indexed once, then each search takes a moment."""
 
-import sys
-
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser
 
 
@@ -25,12 +23,5 @@ def parser() -> Parser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from clips.encoder import search_from_flags
-
-    search_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "clips.encoder:search_from_flags")

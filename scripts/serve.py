@@ -2,9 +2,8 @@
 """Serve a trained model and an encoder as OpenAI does: /v1/chat/completions, /v1/embeddings, /v1/models."""
 
 import argparse
-import sys
 
-from clips.common.errors import run_command
+from clips.common.errors import start
 from clips.common.flags import Parser, add_options
 from mllm.chat.flags import add_address_flags, add_model_flags
 from mllm.chat.limits import Limits
@@ -23,12 +22,5 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
-    flags = parser().parse_args()
-    from mllm.serve.app import serve_from_flags
-
-    serve_from_flags(flags)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(parser, "mllm.serve.app:serve_from_flags")

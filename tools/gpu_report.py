@@ -229,40 +229,29 @@ class LlavaStep:
     """The optimizer steps of one stage on one device, without DeepSpeed, with gradient checkpointing."""
 
     def __init__(self, planned: Planned, stage: int, device: torch.device) -> None:
-        from mllm.training.arguments import TrainArguments
-        from mllm.training.freeze import apply_freeze
-        from mllm.training.lora import add_lora
         from mllm.training.plan import ANSWERS, WORDS
-        from mllm.training.stages import STAGES, freeze_table
-        from mllm.training.trainer import TrainingModel
+        from mllm.training.rehearsal import staged
 
-        self.planned, self.device, self.answers = planned, device, ANSWERS[stage]
+        self.planned, self.stage, self.device, self.answers = planned, stage, device, ANSWERS[stage]
         self.length = planned.image_tokens + WORDS[stage]
-        model, lora = planned.build(str(device)), planned.lora
+        model = planned.build(str(device))
         model.config.image_token_id = 2  # the published vocabularies have no `<image>` yet
         self.forward = planned.flops(model)
         """Of the forward pass, while nothing trains: checkpointing computes the language model's again."""
-        fields = {"data_path": "data.json", "lora_enable": lora, "bf16": True, "feature_cache": False}
-        arguments = TrainArguments(stage=stage, **fields)
-        self.arguments = replace(arguments.resolve(1), gradient_checkpointing=True)
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        freeze = freeze_table(STAGES[stage], lora=lora)
-        whole = add_lora(model, self.arguments) if lora else model
-        if freeze["language_model"] == "full":  # as mllm/training/prepare.py: an update of 2e-5 is lost in bf16
-            whole.float()
-        apply_freeze(whole, freeze)
-        for parameter in whole.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        self.training = TrainingModel(whole, features=False).train()
+        self.training, self.arguments = staged(model, stage, lora=planned.lora)
+        if model.lm_head.weight.requires_grad:  # as mllm/training/prepare.py: an update of 2e-5 is lost in bf16
+            self.training.float()
+        for parameter in filter(lambda p: p.requires_grad, self.training.parameters()):
+            parameter.data = parameter.data.float()
 
     def measured(self, samples: int) -> Row:
         """Time and memory of a step, beside the plan's."""
         from mllm.model.flops import LlavaShape
         from mllm.training.freeze import count_parameters, parameter_groups
         from mllm.training.plan import memory_estimate_gb
+        from mllm.training.rehearsal import batch_of
 
-        training, batch, device = self.training, self.batch(samples), self.device
+        training, batch, device = self.training, batch_of(self.training, samples, stage=self.stage), self.device
         half = has_bf16(device)
         arguments = replace(self.arguments, per_device_train_batch_size=samples)
         optimizer = torch.optim.AdamW(parameter_groups(training.model, arguments.rates, 0.0), fused=True)
@@ -289,21 +278,6 @@ class LlavaStep:
             "mfu": work / seconds / peak, "step_s": seconds, "expected_s": work / (MFU * peak),
             "peak_memory_gb": found, "predicted_gb": sum(planned.values()),
         }  # fmt: skip
-
-    def batch(self, samples: int) -> dict[str, Any]:
-        """Counted on the host before it goes to the device, as the Trainer's."""
-        from mllm.model.packing import Counts
-
-        config = self.training.llava.config
-        ids = torch.randint(3, 90, (samples, self.length))
-        ids[:, 10 : 10 + config.image_seq_length] = config.image_token_id
-        labels = ids.masked_fill(torch.arange(self.length) < self.length - self.answers, -100)
-        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        counts, side = Counts.of(batch, config.image_token_id), self.planned.vision["image_size"]
-        batch["pixel_values"] = torch.randn(samples, 3, side, side, dtype=self.training.llava.dtype)
-        labels_of_step = torch.tensor(samples * self.answers, device=self.device)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return batch | {"counts": counts, "num_items_in_batch": labels_of_step}
 
 
 def chat(model: str | None, device: torch.device) -> list[Row]:

@@ -24,8 +24,7 @@ from clips.common.errors import UserError, run_command
 from clips.common.files import check_target
 from clips.common.flags import Parser
 from clips.common.page import save_plot
-from clips.common.plots import LIGHT, SERIES, Theme, check_format
-from clips.lab.report import plain_axes
+from clips.common.plots import LIGHT, SERIES, Theme, check_format, plain_axes
 from mllm.chat.patch_map import overlay, patch_map
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS

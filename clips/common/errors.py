@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import io
 import logging
+import pkgutil
 import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from clips.common.escape import for_terminal
 from clips.common.workers import kill_workers
@@ -114,6 +117,19 @@ class _ForTerminal(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record), LONGEST_MESSAGE)
+
+
+def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
+    """The whole of a script: parse its flags, call `function` (MODULE:NAME) with them, end with the exit code.
+
+    The module is imported after the flags are parsed, since it may import what takes seconds.
+    """
+
+    def main() -> None:
+        flags = parser().parse_args()
+        pkgutil.resolve_name(function)(flags)
+
+    sys.exit(run_command(main))
 
 
 def run_command(main: Callable[[], None]) -> int:

@@ -15,6 +15,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
+"""What `--set` is for every command that has it: fields of clips/config.py."""
 COMMAND: str | None = None
 """What help texts call the program, if that is not the script's name: scripts/__main__.py sets it."""
 SAME = (

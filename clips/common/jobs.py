@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clips.common.errors import CommandError, Stopped
+from clips.common.errors import CommandError
 from clips.common.files import lock
+from clips.common.signals import stopping
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,27 +68,21 @@ class Commands:
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`function` of each item, `jobs` at a time. After an error no item begins, and running items end first.
 
-        SIGTERM and Ctrl-C are passed on to the running commands, which save first, and raise Stopped.
+        A signal, as of `clips.common.signals.stopping`, is passed on to the running commands, which save first.
         """
 
-        def stop(number: int, frame: object) -> None:
+        def stop() -> None:
             self.stopping.set()
             for process in list(self.running):
                 process.terminate()
-            raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                futures = [pool.submit(function, item) for item in items]
-                try:
-                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                finally:  # also after a signal, which raises here
-                    for future in futures:
-                        future.cancel()
-                for future in done:
-                    future.result()
-            return [future.result() for future in futures]
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with stopping(stop), ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also after a signal, which raises here
+                for future in futures:
+                    future.cancel()
+            for future in done:
+                future.result()
+        return [future.result() for future in futures]

@@ -48,10 +48,6 @@ class Parameters:
         """Elements of the optimizer's state: two per parameter of AdamW, one of Muon."""
         return sum((1 if name == "muon" else 2) * count for name, count in self.groups.items())
 
-    @property
-    def weight_bytes(self) -> int:
-        return int(self.element * self.trained + self.frozen_element * self.frozen)
-
 
 @dataclass(frozen=True)
 class Held:
@@ -77,7 +73,8 @@ def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
 
     Offload without `pin_memory` would hold the same.
     """
-    trained, element, weights = parameters.trained, parameters.element, parameters.weight_bytes
+    trained, element = parameters.trained, parameters.element
+    weights = int(element * trained + parameters.frozen_element * parameters.frozen)
     stage, share = zero.get("stage", 0), -(-trained // ranks)
     if stage == 0:  # gradients are reduced in one copy
         reduced = element * min(trained, BUCKET) if ranks > 1 else 0

@@ -78,7 +78,9 @@ def check_files(directory: Path) -> None:
             continue
         for field, value in _fields(content):
             ids = value if isinstance(value, list) else [value]
-            if field.endswith("_token_id") and not all(one is None or _is_id(one) for one in ids):
+            # Some models write -1 for none.
+            are_ids = all(one is None or (type(one) is int and -1 <= one < 2**31) for one in ids)
+            if field.endswith("_token_id") and not are_ids:
                 raise UserError(
                     f"{path}: {field} is {value!r:.100}, and must be the number of a token, or a list of such"
                 )
@@ -99,11 +101,6 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for name, inner in value.items() if isinstance(value, dict) else ():
         yield path + name, inner
         yield from _fields(inner, f"{path}{name}.")
-
-
-def _is_id(value: Any) -> bool:
-    """Whether it may be a token's number; some models write -1 for none."""
-    return type(value) is int and -1 <= value < 2**31
 
 
 def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> None:

@@ -125,14 +125,22 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column is names, the others are figures."""
-    table = rich_table.Table(title=for_rich(title), title_justify="left")
+def table_of(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", names: int = 1
+) -> rich_table.Table:
+    """A table for a terminal: the first `names` columns are names, the others figures. Without a head all are words."""
+    options: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "show_header": bool(head)}
+    table = rich_table.Table(title=for_rich(title) or None, caption=for_rich(caption) or None, **options)
     for index, column in enumerate(head):
-        table.add_column(for_rich(column), justify="right" if index else "left")
+        table.add_column(for_rich(column), justify="left" if index < names else "right")
     for row in rows:
         table.add_row(*map(for_rich, row))
-    console.Console(emoji=False, width=None if sys.stdout.isatty() else 160).print(table)
+    return table
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print `table_of` on stdout."""
+    console.Console(emoji=False, width=None if sys.stdout.isatty() else 160).print(table_of(title, head, rows))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Where scripts and cached results are, and paths from strangers that must stay below a root."""
+"""Where scripts and cached results are, which machine this is, and paths from strangers that stay below a root."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def cache_root() -> Path:
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
+
+
+def this_machine() -> str | None:
+    """The same for two processes that see each other by their numbers, and for no others; None where nothing tells.
+
+    It changes with a restart. Names do not tell: those of rented machines and of containers are often the same.
+    """
+    boot, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists() or not numbers.exists():
+        return None
+    # Containers of a machine number processes anew.
+    return f"{boot.read_text(encoding='utf-8').strip()} {os.readlink(numbers)}"
 
 
 def is_remote(url: str) -> bool:

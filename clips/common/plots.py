@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clips.common.errors import UserError
 
@@ -39,16 +39,21 @@ class Panel:
     names: list[str]
 
 
+def plain_axes(plot: Plot, theme: Theme, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
+    """Axes of `plot`, at `place` as `Figure.add_subplot` takes it, in the style of all charts."""
+    axes = plot.add_subplot(*place, facecolor=theme.paper)
+    axes.grid(axis=grid, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
+    return axes
+
+
 def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
     """One panel against samples seen."""
     from matplotlib.ticker import FuncFormatter
 
-    axes.set_facecolor(theme.paper)
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
-    axes.spines[:].set_visible(False)
     axes.set_xlabel("samples seen", fontsize=8.5, color=theme.ink, labelpad=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     drawn = 0
@@ -94,7 +99,7 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
         hspace=(top + bottom) / (panel_height - top - bottom),
     )
     for place, panel in enumerate(shown, start=1):
-        _draw(plot.add_subplot(rows, columns, place), panel, theme)
+        _draw(plain_axes(plot, theme, rows, columns, place), panel, theme)
     return plot
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from clips.common.escape import clip, for_rich
 from clips.common.files import write_atomically, write_json
-from clips.common.page import render
+from clips.common.page import render, table_of
 
 THUMBNAIL = 176
 """Longest side in pixels of a picture on the page."""
@@ -66,16 +65,11 @@ class Preflight:
         shown["bars"] = {name: _trimmed(counts) for name, counts in self.bars.items() if any(counts.values())}
         write_atomically(output / "contact_sheet.html", render("clips.common", "preflight.html.j2", **shown))
         console = Console(emoji=False)
-        table = Table(title=for_rich(self.title), show_header=False, title_justify="left")
-        for name, text in self.rows:
-            table.add_row(name, for_rich(text))
-        for reason, count in list(self.reasons.items())[:PRINTED]:
-            table.add_row("  broken", for_rich(f"{count:,} × {reason}"))
-        for problem in self.problems[:PRINTED]:
-            table.add_row("  problem", for_rich(clip(problem)))
+        rows = [*self.rows, *(("  broken", f"{n:,} × {why}") for why, n in list(self.reasons.items())[:PRINTED])]
+        rows += [("  problem", clip(problem)) for problem in self.problems[:PRINTED]]
         if len(self.problems) > PRINTED:
-            table.add_row("  problem", f"… and {len(self.problems) - PRINTED:,} more, all in summary.json")
-        console.print(table)
+            rows.append(("  problem", f"… and {len(self.problems) - PRINTED:,} more, all in summary.json"))
+        console.print(table_of(self.title, (), rows))
         for name in ("summary.json", "contact_sheet.html"):
             console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
 

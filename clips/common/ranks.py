@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from clips.common.errors import CommandError
-from clips.common.machine import this_machine
+from clips.common.paths import this_machine
 
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")

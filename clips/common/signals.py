@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import psutil
@@ -58,6 +58,25 @@ class StopSignal:
     def restore(self) -> None:
         """Signals mean again what they meant before."""
         for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stopping(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, SIGTERM, SIGUSR1 (of a scheduler) and Ctrl-C call `first` and end the command, which has no more to save.
+
+    Raises Stopped.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        first()
+        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -278,9 +278,7 @@ def _results(checker: Checker, chunks: Iterable[Sequence[int]], workers: int) ->
 
 # ------------------------------------------------------------------------------------------------------ the report
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/check_data.py with --data or --mix. Raises UserError for flags that do not fit, and as check_triples."""
-    if flags.data is not None and flags.mix:
-        raise UserError("--data and --mix both say what is checked: give one of them")
+    """scripts/check_data.py with DATA or --mix. Raises UserError for flags that do not fit, and as check_triples."""
     for name, value in (("--limit", flags.limit), ("--jobs", flags.jobs)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")

@@ -35,15 +35,20 @@ LONGEST_TEXT = 1 << 18
 
 @dataclass(frozen=True)
 class GuessFlags:
-    """The flags of the running command that overrule a guess; messages name them."""
+    """The flags of the running command that overrule a guess; messages name them. Empty if the command has none."""
 
     image_root: str = "--image-root"
     fields: str = "--fields"
-    """Empty if the command has none: then names of columns are guessed only."""
 
     @property
     def for_fields(self) -> str:
         return f"{self.fields} overrules" if self.fields else "columns named image and text overrule"
+
+    def for_root(self, which: str) -> str:
+        """How the folder `which` has a table's pictures is given."""
+        if self.image_root:
+            return f"Name the folder {which} with {self.image_root}"
+        return f"Put the table in the folder {which}"
 
     def naming(self, part: str) -> str:
         """How the field of a part of a sample is named."""
@@ -105,7 +110,8 @@ def guess_root(where: str, root: str, values: Iterable[Any], flags: GuessFlags =
             return root
         if not any(os.path.exists(path) for path in paths):
             return root
-    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; {flags.image_root} overrules)")
+    overrules = flags.image_root or "a table in the pictures' folder"
+    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; {overrules} overrules)")
     return found
 
 

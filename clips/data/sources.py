@@ -55,7 +55,7 @@ LONGEST_PATH = 200
 """Characters of a picture's path that a sample's name shows."""
 PARTS = ("image", "web", "long")
 CHOICES = (
-    "\n  One caption is enough for CLIP: --recipe clip_baseline, best from given weights: --init-from WEIGHTS"
+    "\n  One caption is enough for CLIP: pretrain_clips.py --recipe clip_baseline, best with --init-from WEIGHTS"
     "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner hf:MODEL (docs/recaption.md)"
 )
 """Printed if long captions are missing."""
@@ -464,7 +464,7 @@ class TableSource(Source):
         if paths and not is_remote(root) and not any(os.path.exists(os.path.join(root, path)) for path in paths):
             raise UserError(
                 f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
-                f"{os.path.abspath(root)}. Name the folder that holds it with {self._flags.image_root}"
+                f"{os.path.abspath(root)}. {self._flags.for_root('that holds it')}"
             )
         return True
 
@@ -566,8 +566,7 @@ class TableSource(Source):
         try:
             return inside(self.roots[file], value)
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
-            mend = f"name a folder above it with {self._flags.image_root}"
-            raise UserError(f"{key}: image path {error}; {mend}") from None
+            raise UserError(f"{key}: image path {error}. {self._flags.for_root('above it')}") from None
 
 
 def _tables(files: Sequence[str]) -> list[Table | PictureFolder]:

@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from clips.common.errors import UserError
 from clips.common.files import from_json
-from clips.data.guess import guess_delimiter
+from clips.data.guess import guess_delimiter, say_once
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
@@ -45,6 +45,8 @@ class Table:
             starts.append(starts[-1] + reader.get_batch(i).num_rows)
         self._starts, self.rows = starts[:-1], starts[-1]
         self.columns = self._json_columns() if self.is_json else reader.schema.names
+        if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
+            say_once(f"{url} is not UTF-8: it is read as cp1252 (Windows). If it is another encoding, save it as UTF-8")
 
     def __len__(self) -> int:
         return self.rows
@@ -99,17 +101,18 @@ def _write_arrow(url: str, target: Path) -> None:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{url} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             file.seek(0)
+            encoding = "utf-8" if url.endswith((".parquet", ".jsonl")) else _encoding(url)
             if url.endswith(".parquet"):
                 batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
             else:
-                batches = _json(file) if url.endswith(".jsonl") else _csv(file, url, _encoding(url))
+                batches = _json(file) if url.endswith(".jsonl") else _csv(file, url, encoding)
             head = next(batches)
             names = head.schema.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise UserError(
                     f"{url} has more than one column {', '.join(map(repr, twice))}: rename them in its header"
                 )
-            with pa.ipc.new_file(str(target), head.schema) as writer:
+            with pa.ipc.new_file(str(target), head.schema.with_metadata({"encoding": encoding})) as writer:
                 writer.write_batch(head)
                 for batch in batches:
                     writer.write_batch(batch)
@@ -136,10 +139,7 @@ def _encoding(url: str) -> str:
             if not text.isascii():
                 characters += len(text) - len(text.encode("ascii", "ignore"))
                 wrong += text.count("\ufffd")
-    if 2 * wrong <= characters:
-        return "utf-8"
-    log.warning("%s is not UTF-8: it is read as cp1252 (Windows). If it is another encoding, save it as UTF-8", url)
-    return "cp1252"
+    return "utf-8" if 2 * wrong <= characters else "cp1252"
 
 
 def _csv(file: Any, url: str, encoding: str) -> Iterator[pa.RecordBatch]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.page import table_of
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
@@ -83,14 +83,11 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
     rest = (
         f"All {len(names)} figures are in the JSON file and on the report's page." if len(names) > len(shown) else None
     )
-    caption = " ".join(filter(None, (rest, missing)))
-    table = Table(title=for_rich(title), title_justify="left", caption=caption or None, caption_justify="left")
-    table.add_column("figure")
-    for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
-        table.add_column(for_rich(column), justify="right")
+    rows = []
     for name in shown:
         of_sets = [found.get(name) for found in sets.values()]
         one = next(figure for figure in of_sets if figure is not None)
         values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
-        table.add_row(pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}")
-    return table
+        rows.append((pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}"))
+    head = ("figure", *([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items")
+    return table_of(title, head, rows, " ".join(filter(None, (rest, missing))))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import reporting
@@ -176,16 +175,6 @@ def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
         return f"{kind} verdict {words[text]}" if text in words else kind
 
     return css_class
-
-
-def plain_axes(plot: Plot, theme: Theme, *, grid: str = "both") -> Axes:
-    """The one axes of `plot` in the style of all charts; `grid`: "both", "x" or "y"."""
-    axes = plot.add_subplot(facecolor=theme.paper)
-    axes.grid(axis=grid, color=theme.grid, linewidth=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
-    axes.spines[:].set_visible(False)
-    return axes
 
 
 def described(environment: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ memory are measured.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,15 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import write_json
+from clips.common.page import print_table
 from clips.common.peaks import peak_flops
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
-from clips.config import CaptionerConfig, ModelConfig, RunConfig
+from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
 from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sources import Source
@@ -47,46 +47,34 @@ from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
 
-def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str | None) -> list[Row]:
-    """Run "train" or "profile", print its table, write it to `out` as JSON with the machine it ran on."""
-    on = _device(device, {"repeats": repeats})
+def benchmark_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/benchmark.py does: measure, print a table, write it as JSON with the machine it ran on."""
+    repeats, what = flags.repeats, flags.what
+    found: dict[str, Any] = {}
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats} must be at least 1")
+    on = choose_device(flags.device)
+    _warn_if_busy(on)
     if what == "train":
-        rows = [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)]
-    else:
-        rows = [row for name in PROFILED for row in profiled_setting(name, on, demo_dir)]
-    _report(what, {"rows": rows}, rows, on, out)
-    return rows
+        rows = [row for name in SETTINGS for row in train_rows(name, on, repeats, flags.data)]
+    elif what == "profile":
+        rows = [row for name in PROFILED for row in profiled_setting(name, on, flags.data)]
+    else:  # this project's trainer against open_clip's as whole programs
+        train, what = ensure_demo(flags.data) / "train", f"program, {flags.size},"
+        found = compare_programs(flags.size, device=on, repeats=repeats, train=train, their_python=flags.their_python)
+        shown = {"ours": found["ours"], "theirs": found["theirs"], "ours / theirs": found["ratios"]}
+        rows = [{"program": n} | {k: v for k, v in row.items() if k != "turns"} for n, row in shown.items()]
+        found = {"size": flags.size} | found
+    _report(what, found or {"rows": rows}, rows, on, flags.output)
 
 
-def benchmark_programs(
-    size: str, *, device: str, repeats: int, demo_dir: str, their_python: str, out: str | None
-) -> dict[str, Any]:
-    """This project's trainer against open_clip's as whole programs (clips/studies/program.py); reported as above."""
-    on = _device(device, {"repeats": repeats})
-    train = ensure_demo(demo_dir) / "train"
-    found = compare_programs(size, device=on, repeats=repeats, train=train, their_python=their_python)
-    rows = [
-        {"program": name, **{key: value for key, value in found[name].items() if key != "turns"}}
-        for name in ("ours", "theirs")
-    ]
-    rows.append({"program": "ours / theirs", **found["ratios"]})
-    _report(f"program, {size},", {"size": size} | found, rows, on, out)
-    return found
-
-
-def _device(device: str, counts: Mapping[str, int]) -> torch.device:
-    """The one that `device` means, with a word where it is busy; UserError for a flag of `counts` below 1."""
-    for flag, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{flag} {value} must be at least 1")
-    on = choose_device(device)
+def _warn_if_busy(on: torch.device) -> None:
     if on.type == "cpu" and os.getloadavg()[0] > 1:
         print(
             f"note: this machine is busy (load {os.getloadavg()[0]:.1f}); figures will scatter, and with more threads "
             f"than free cores each step may take many times as long (now {torch.get_num_threads()}: OMP_NUM_THREADS)",
             file=sys.stderr,
         )
-    return on
 
 
 def _report(what: str, found: dict[str, Any], rows: list[Row], on: torch.device, out: str | None) -> None:
@@ -96,28 +84,13 @@ def _report(what: str, found: dict[str, Any], rows: list[Row], on: torch.device,
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
-    _print(f"{what} on {machine['device']}", rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = ((row.get(column, "") for column in columns) for row in rows)
+    shown = ([f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in of_row] for of_row in cells)
+    print_table(f"{what} on {machine['device']}", [column.replace("_", " ") for column in columns], shown)
     if out:
         write_json(Path(out), {"benchmark": what.partition(",")[0], "machine": machine, **found})
         print(f"wrote {out}", file=sys.stderr)
-
-
-def _print(title: str, rows: list[Row]) -> None:
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if isinstance(rows[0].get(column), str) else "right")
-    for row in rows:
-        cells = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def captioner_of(model: ModelConfig) -> CaptionerConfig:
-    """Its captioner, which every model measured here has; ValueError where there is none."""
-    if model.captioner is None:
-        raise ValueError("what is measured here needs a model with a captioner: model.captioner is null")
-    return model.captioner
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -138,7 +111,8 @@ def setting(name: str, device: torch.device, demo_dir: str) -> RunConfig:
 
 
 def _shallower(model: ModelConfig, depth: float, image_size: int) -> ModelConfig:
-    vision, text, captioner = model.vision, model.text, captioner_of(model)
+    vision, text, captioner = model.vision, model.text, model.captioner
+    assert captioner is not None
     return replace(
         model,
         vision=replace(vision, layers=round(vision.layers * depth), image_size=image_size),
@@ -162,7 +136,7 @@ def _loader(
     return make_loader(source, tokenizer, run, rank=rank, world_size=world_size)
 
 
-Step = Callable[[Batch], None]
+Step = Callable[[Batch], object]
 TURN = 2
 """Optimizer steps of one turn."""
 RECIPE_SECONDS = 10
@@ -223,16 +197,9 @@ def clips_engine(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.devi
 
 
 def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
-    return step_of(clips_engine(run, tokenizer, device))
-
-
-def step_of(engine: Engine) -> Step:
-    """The training step of `engine` on one batch."""
-
-    def step(batch: Batch) -> None:
-        optimizer_step(engine, [batch])
-
-    return step
+    """The training step of our engine on one batch."""
+    engine = clips_engine(run, tokenizer, device)
+    return lambda batch: optimizer_step(engine, [batch])
 
 
 def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.device) -> Step:

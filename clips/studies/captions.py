@@ -26,6 +26,7 @@ from clips.common.page import Table
 from clips.common.rundir import UNSEEN
 from clips.config import Fields, parse_fields, parse_test_data
 from clips.data.demo import demo_split, ensure_any_demo
+from clips.data.guess import GuessFlags
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_sets, open_split
@@ -40,6 +41,7 @@ WEB = "web"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 ROWS = 512
 """Of one group of the table."""
+FLAGS = GuessFlags(image_root="")
 TITLE = "Sets of captions"
 CAUTION = (
     "Equal samples are not equal time. The runs with long captions have two texts a picture and a captioner; the runs "
@@ -94,7 +96,7 @@ def compare_sets(
     study = plan(sets, common, test_data, demo_dir, named, seeds=seeds, samples=samples, settings=settings)
     read = study.runs[WEB][0].config().data
     for name in held_out_sets(read):  # otherwise the first run reports what is missing, after its training
-        open_split(read, name, need_long=False)
+        open_split(read, name, need_long=False, flags=FLAGS)
     more = {
         "pictures": common.pictures,
         "sets": {name: {"data": spec, "samples": common.sizes[name]} for name, spec in sets.items()},
@@ -168,7 +170,7 @@ def collect(sets: Mapping[str, str], output: Path, fields: Fields) -> Common:
     A pair is known by its picture's bytes and its web caption. HASH is of the table's content, so that runs on other
     captions are never treated as runs on these. UserError if no pair is in all sets.
     """
-    sources = {name: open_source(spec, fields, need_long=True) for name, spec in sets.items()}
+    sources = {name: open_source(spec, fields, need_long=True, flags=FLAGS) for name, spec in sets.items()}
     places = {name: _places(source, name) for name, source in sources.items()}
     first, *others = sets
     common = [pair for pair in places[first] if all(pair in places[name] for name in others)]

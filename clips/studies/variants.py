@@ -203,7 +203,7 @@ def measured(runs: Sequence[Path]) -> list[str]:
     if not names:
         raise UserError(
             "the test data give neither retrieval nor zero-shot figures: its samples need `captions` (a list) or a "
-            "`label` in their JSON member; name other test data (--test-data, or --set data.test=…)"
+            "`label` in their JSON member; name other test data (data.test)"
         )
     return names
 

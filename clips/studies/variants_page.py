@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Plot
 from clips.common.escape import for_plot
 from clips.common.live import in_words
 from clips.common.page import Table
-from clips.common.plots import SERIES, Theme
+from clips.common.plots import SERIES, Theme, plain_axes
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import (
     COLOURS,
@@ -26,7 +26,6 @@ from clips.lab.report import (
     Section,
     Tile,
     described,
-    plain_axes,
 )
 from clips.lab.report import verdict_class as css_class
 from clips.lab.stats import Verdict, half_width, show_difference, show_mean

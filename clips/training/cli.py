@@ -12,7 +12,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.common.flags import Parser
+from clips.common.flags import SET, Parser
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
@@ -34,13 +34,14 @@ def parser() -> Parser:
     )
     p.add_argument("--name", help="run directory under --output (default: the recipe's name)")
     p.add_argument("--output", default="runs", help="where runs are written")
-    p.add_argument(
+    data = p.add_mutually_exclusive_group()
+    data.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
         "the datasets library, or a folder of pictures with texts beside them "
         "(default: the recipe's, which is the demo data for demo, clip_baseline, caption and caption_web)",
     )
-    p.add_argument(
+    data.add_argument(
         "--mix",
         nargs="+",
         action="extend",
@@ -92,14 +93,7 @@ def parser() -> Parser:
         "--resume", default="auto", help="auto (go on where the run stopped), never, or a checkpoint directory"
     )
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
-    p.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of clips/config.py, e.g. optim.kind=muon",
-    )
+    p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
     p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument(
@@ -170,8 +164,6 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
         test, further = parse_test_data(flags.test_data)
         data = replace(data, test=test, further_tests=further)
     if flags.mix:
-        if flags.data is not None:
-            raise UserError("--data and --mix both say what is trained on: give one of them")
         data = replace(data, train="mix", mix=parse_mix(flags.mix))
     if flags.fields:
         data = replace(data, fields=parse_fields(flags.fields, data.fields))

@@ -23,7 +23,7 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.rehearsal import agreement
 from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
-from clips.recipes import recipe
+from clips.recipes import captions_alone, recipe
 from clips.training.memory import Usage, count_parameters, usage
 from clips.training.prepare import flops_per_sample, fullest_shape
 from clips.training.rehearsal import rehearse
@@ -78,11 +78,6 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint: weights and optimizer state, fp32 and whole."""
         return FP32 * (self.parameters.trained + self.parameters.frozen + self.parameters.state)
-
-    @property
-    def disk_bytes(self) -> int:
-        """All checkpoints that are kept, and the one that is being written."""
-        return self.checkpoint_bytes * (self.run.train.keep_checkpoints + 1)
 
 
 def memory_of(run: RunConfig, phase: PhaseConfig, machine: Machine, engine: str, accumulation: int) -> Usage:
@@ -223,10 +218,10 @@ def memory_rows(run: RunConfig, machine: Machine) -> list[list[str]]:
 
 
 def totals(found: Plan) -> str:
+    kept, each = found.run.train.keep_checkpoints, found.checkpoint_bytes / 1e9
     return (
         f"{found.days:.1f} days, {found.gpu_hours:,.0f} GPU hours{found.machine.cost(found.gpu_hours)}; "
-        f"{found.checkpoint_bytes / 1e9:.1f} GB a checkpoint, {found.disk_bytes / 1e9:.0f} GB of disk for "
-        f"{found.run.train.keep_checkpoints} and the one being written"
+        f"{each:.1f} GB a checkpoint, {each * (kept + 1):.0f} GB of disk for {kept} and the one being written"
     )
 
 
@@ -288,17 +283,15 @@ def planning_table(kind: str, price: float | None, mfu: float, names: Sequence[s
     return "\n".join([*lines, *(f"- {line}" for line in assumptions(plans[0].machine))])
 
 
-WHOLE = ("train.activation_checkpointing=false",)
+WHOLE = "train.activation_checkpointing=false"
 CLIP = ("task.objective=clip", "model.captioner=null")
-CAPTION = ("task.objective=caption", "model.captioner.web=false", "model.embed_dim=0", *WHOLE)
-CAPTION_WEB = ("task.objective=caption+web", "model.embed_dim=0", *WHOLE)
 AGREEMENT: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {
     ("l14", "clips, 512 GPUs"): (512, ()),
     ("h14", "clips, 512 GPUs"): (512, ()),
     ("s16", "clip, 64 GPUs"): (64, CLIP),
     ("h14", "clip, 64 GPUs"): (64, CLIP),
-    ("b16", "caption, no checkpointing, 64 GPUs"): (64, CAPTION),
-    ("b16", "caption+web, no checkpointing, 64 GPUs"): (64, CAPTION_WEB),
+    ("b16", "caption, no checkpointing, 64 GPUs"): (64, (*captions_alone("caption"), WHOLE)),
+    ("b16", "caption+web, no checkpointing, 64 GPUs"): (64, (*captions_alone("caption+web"), WHOLE)),
 }
 """(recipe, its step in words) → GPUs and the fields of clips/config.py that are other than the recipe's."""
 

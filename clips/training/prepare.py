@@ -268,7 +268,7 @@ def _flops(run: RunConfig, shape: BatchShape) -> int:
     repeated = repeated_flops(
         run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
     )
-    if run.train.contrastive == "global" and run.train.accumulation > 1:  # the towers pass twice
+    if run.train.whole_step:
         forward = forward_flops(run.model, shape)
         repeated += forward["vision"] + forward["text"]
     return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
@@ -276,25 +276,20 @@ def _flops(run: RunConfig, shape: BatchShape) -> int:
 
 def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:
     """As samples are before the data is known: with masked padding a text is taken to fill half its context."""
-    text, captioner = run.model.text, run.model.captioner
-    words = text.context_length // (2 if text.trim else 1)
-    texts = (words,) * len(run.task.texts)
+    return _shape(run, image_size, samples, run.model.text.context_length // (2 if run.model.text.trim else 1))
+
+
+def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, **others: int) -> BatchShape:
+    """With texts of `words` slots each and captions of full length."""
+    captioner = run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
-    return BatchShape(samples, image_size, texts, caption, predicted=samples * max(0, caption - 1))
+    texts, predicted = (words,) * len(run.task.texts), samples * max(0, caption - 1)
+    return BatchShape(samples, image_size, texts, caption, predicted=predicted, **others)
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
     """A micro-batch of `samples` of the largest size whose texts and captions all have full length."""
-    text, captioner = run.model.text, run.model.captioner
-    caption = captioner.length if captioner is not None and run.task.captions else 0
-    return BatchShape(
-        samples=samples,
-        image_size=largest_size(phase),
-        texts=(text.context_length,) * len(run.task.texts),
-        caption=caption,
-        predicted=samples * max(0, caption - 1),
-        world_size=ranks,
-    )
+    return _shape(run, largest_size(phase), samples, run.model.text.context_length, world_size=ranks)
 
 
 def largest_size(phase: PhaseConfig) -> Size:
@@ -324,8 +319,8 @@ def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]
     usages = []
     for phase in run.phases:
         micro = micro_batch_size(phase, run.train.accumulation, ranks)
-        whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
-        usages.append(usage(run, fullest_shape(run, phase, micro, ranks), device, zero, whole_step=whole_step))
+        shape = fullest_shape(run, phase, micro, ranks)
+        usages.append(usage(run, shape, device, zero, whole_step=run.train.whole_step))
     return max(usages, key=lambda found: found.total)
 
 

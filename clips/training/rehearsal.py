@@ -57,7 +57,6 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
     batch = task.counted(full_batch(run, fullest_shape(run, phase, micro, ranks), META))
-    whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
     engine: Any = _Engine(task, run)
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
         weights = rehearsal.hold([*task.parameters(), *task.buffers()])
@@ -65,7 +64,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
         rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
-        for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if whole_step else 1)):
+        for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if run.train.whole_step else 1)):
             loss.backward()
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy (clips/common/memory.py)
             trained = sum(p.numel() for p in task.parameters() if p.requires_grad)

@@ -133,7 +133,7 @@ def _official_lacks(loaded: LoadedModel) -> str | None:
 @torch.no_grad()
 def _to_transformers(source: str, directory: Path) -> Differences:
     """The image tower alone, which may be all that there is."""
-    initial = read_initial(source)
+    initial = read_initial(source, "FROM")
     embed_dim = initial.architecture.get("model.embed_dim", 0)
     vision = VisionConfig(**initial.architecture["model.vision"])
     tower = VisionTower(vision, embed_dim).eval()

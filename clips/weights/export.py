@@ -28,9 +28,10 @@ from clips.common.files import check_target, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
+from clips.data.guess import GuessFlags
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
-from clips.data.sources import Source, open_source
+from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
@@ -43,6 +44,7 @@ from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, writ
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
+FLAGS = GuessFlags(image_root="", fields="")
 FORMATS = ("native", "open_clip", "hf", "hf_vit")
 
 
@@ -193,11 +195,10 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     run = loaded.run
     size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
+    data, split = run.data, next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
     if flags.data is not None:
-        source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
-    else:
-        split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
-        source = open_split(run.data, split, need_long=False)
+        data, split = dataclasses.replace(data, train=flags.data, mix=()), "train"
+    source = open_split(data, split, need_long=False, flags=FLAGS)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(

@@ -20,7 +20,7 @@ from clips.common.tensors import read_metadata, read_model, read_weights
 from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT, VISION_LAYOUTS
-from clips.weights.plain_vit import NotPlain, Parts, Source, mlp_ratio, require, side, timm_parts
+from clips.weights.plain_vit import NotPlain, Parts, Source, mlp_ratio, positions_with_bias, require, side, timm_parts
 
 PAIR = {
     "visual.proj.weight": ("visual_projection.weight",),
@@ -233,7 +233,5 @@ def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, there: 
     if vision.patch_bias:
         tensors["patch_embed.bias"] = (tensors["patch_embed.bias"].double() + constant).float()
     else:
-        table = tensors["pos_embed"].clone()
-        table[vision.prefix_tokens :] += constant
-        tensors["pos_embed"] = table
+        tensors["pos_embed"] = positions_with_bias(tensors["pos_embed"], constant, vision.prefix_tokens)
     return True

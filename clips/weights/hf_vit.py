@@ -22,7 +22,7 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.model.vision import VisionTower
 from clips.weights.foreign import EMBEDDING, read_embedding
 from clips.weights.layouts import ACTIVATIONS, VISION_LAYOUTS
-from clips.weights.plain_vit import PlainViT, plain_vit
+from clips.weights.plain_vit import PlainViT, plain_vit, positions_with_bias
 
 
 def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
@@ -85,17 +85,6 @@ def write_hf_vit(tower: VisionTower, directory: Path) -> None:
     ViTImageProcessor(
         size=size, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True
     ).save_pretrained(directory)
-
-
-def positions_with_bias(positions: Tensor, bias: Tensor | None, prefix_tokens: int) -> Tensor:
-    """`positions` [C + N, D] with the patch convolution's `bias` [D], if there is one, added to the patches' rows.
-
-    For classes whose patch convolution has no bias: it is the same sum.
-    """
-    table = positions.detach().clone()
-    if bias is not None:
-        table[prefix_tokens:] += bias.detach()
-    return table
 
 
 def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tensor, Tensor]:

@@ -62,22 +62,23 @@ class InitialWeights:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
-def read_initial(name: str) -> InitialWeights:
+def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
     """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
 
-    `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME. Raises UserError for anything else.
+    `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME. Raises UserError for anything else, in which
+    `what` names the weights.
     """
     if name.startswith("timm:"):
         place = name.removeprefix("timm:")
-        directory = resolve(place if Path(place).is_dir() or "/" in place else f"timm/{place}", "--init-from")
-        with opening("--init-from", directory):
+        directory = resolve(place if Path(place).is_dir() or "/" in place else f"timm/{place}", what)
+        with opening(what, directory):
             return _of_foreign(name, directory, read_timm(directory))
-    directory = resolve(name, "--init-from", ANY_WEIGHTS)
+    directory = resolve(name, what, ANY_WEIGHTS)
     is_open_clip = (directory / "open_clip_config.json").is_file()  # the same model for transformers may lie beside it
     kind = None if is_open_clip else kind_of(directory)
     if kind is not None:
         read = read_timm if kind == "timm" else read_transformers
-        with opening("--init-from", directory):
+        with opening(what, directory):
             return _of_foreign(name, directory, read(directory))
     return _of_loaded(name, "open_clip" if is_open_clip else "this project's", load_model(directory))
 

@@ -27,8 +27,8 @@ from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
 from clips.weights.foreign import NORMALISED, fold_normalisation
-from clips.weights.hf_vit import positions_with_bias
 from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
+from clips.weights.plain_vit import positions_with_bias
 
 STOCK_EPS = 1e-5
 """LayerNorm's eps where open_clip's configuration names none."""

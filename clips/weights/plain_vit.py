@@ -198,6 +198,17 @@ class Source:
         return found
 
 
+def positions_with_bias(positions: Tensor, bias: Tensor | None, prefix_tokens: int) -> Tensor:
+    """`positions` [C + N, D] with the patch convolution's `bias` [D], if there is one, added to the patches' rows.
+
+    For classes whose patch convolution has no bias: it is the same sum.
+    """
+    table = positions.detach().clone()
+    if bias is not None:
+        table[prefix_tokens:] += bias.detach()
+    return table
+
+
 def _activation(module: nn.Module) -> Activation:
     name = type(module).__name__
     if name in ("GELU", "GELUTanh"):

@@ -122,7 +122,7 @@ class ChatModel:
         if found > most:
             raise UserError(
                 f"the encoder would read {found} squares for these {len(pictures)} pictures, and the limit is {most} "
-                "(--max-squares): send fewer, or smaller ones"
+                "(serve.py --max-squares): send fewer, or smaller ones"
             )
 
     @staticmethod

@@ -142,7 +142,7 @@ class Arm(NamedTuple):
     @property
     def folder(self) -> str:
         """What its cells' directories begin with."""
-        return slug(f"{self.encoder}-{self.variant}")
+        return re.sub(r"[^\w.-]+", "-", f"{self.encoder}-{self.variant}").strip("-")
 
 
 def arms_of(comparison: Comparison) -> list[Arm]:
@@ -156,11 +156,6 @@ def arms_of(comparison: Comparison) -> list[Arm]:
 def encoder_names(comparison: Comparison) -> list[str]:
     """What the report calls the arms."""
     return [arm.name for arm in arms_of(comparison)]
-
-
-def slug(encoder: str) -> str:
-    """The encoder's name as part of a directory's name."""
-    return re.sub(r"[^\w.-]+", "-", encoder).strip("-")
 
 
 def vision_of(comparison: Comparison, encoder: str, seed: int) -> tuple[str, str]:

@@ -269,7 +269,7 @@ def answering_encoder(
             raise
     print(
         f"note: the model's chat template has the turns of format {close.name} but differs from it; {close.name} is "
-        "used (another: --conv-mode)",
+        "used (evaluation, chat and server have --conv-mode)",
         file=sys.stderr,
     )
     return ConversationEncoder(tokenizer, close.name, num_image_tokens)

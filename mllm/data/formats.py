@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from clips.common.errors import UserError
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+CHOOSE = "choose --version (evaluation, chat, server and check_data.py: --conv-mode)"
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -195,10 +196,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
 def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
     """Cut the tokenizer's own chat template into pieces by rendering it around sentinel texts."""
     if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template: choose --version (evaluation, chat and server: --conv-mode) v1, "
-            "llama_3 or chatml"
-        )
+        raise UserError(f"the tokenizer has no chat template: {CHOOSE} v1, llama_3 or chatml")
     turns = _TALK[1:]
 
     def cut(messages: list[dict[str, str]], generate: bool = False) -> list[str]:
@@ -210,7 +208,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
         prompt = cut(turns[:1], generate=True)
         closing_1 = cut(turns[:2])[-1]
     except (TemplateError, ValueError) as error:
-        raise UserError(f"the tokenizer's chat template cannot be cut into turns ({error}): choose --version") from None
+        raise UserError(f"the tokenizer's chat template cannot be cut into turns ({error}): {CHOOSE}") from None
     try:
         system_pieces = cut(_TALK)
         fits = len(system_pieces) == 6 and system_pieces[2:] == [middle, between, second_middle, closing]
@@ -220,11 +218,11 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
     if not (middle == second_middle and prompt == [first, middle] and closing_1 == closing and control):
         raise UserError(
             "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token, "
-            "so training and chat would differ: choose --version v1, llama_3 or chatml"
+            f"so training and chat would differ: {CHOOSE} v1, llama_3 or chatml"
         )
     end = closing[: len(closing) - len(closing.lstrip())] + control.group()
     if not between.startswith(end):
-        raise UserError("the tokenizer's chat template ends its last answer in another way: choose --version")
+        raise UserError(f"the tokenizer's chat template ends its last answer in another way: {CHOOSE}")
     return Format(
         name="auto",
         first=first,
@@ -268,7 +266,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     if missing:
         raise UserError(
             f"conversation format {name} needs the special tokens {', '.join(missing)}, which this tokenizer does not "
-            "have: choose --version auto or v1"
+            f"have: {CHOOSE} auto or v1"
         )
     # The tokenizer's bos becomes a part of the pieces, so that ids and template agree.
     bos = _leading_bos(tokenizer)

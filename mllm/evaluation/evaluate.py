@@ -27,6 +27,7 @@ from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
 from clips.common.live import in_words, say_next
+from clips.common.page import table_of
 from clips.common.progress import ProgressFile
 from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
@@ -152,20 +153,16 @@ def _naming(question: Question) -> Iterator[None]:
 def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
     tables = []
     if "exact_match" in figures:
-        table = Table("kind", "right", "95 % interval", "questions", title=for_rich(title), title_justify="left")
-        for kind, row in figures["exact_match"].items():
-            interval = f"{row['low']:.1%} … {row['high']:.1%}"
-            cells = (for_rich(kind), f"{row['accuracy']:.1%}", interval, f"{row['n']:,}")
-            table.add_row(*cells, end_section=kind != "overall")
-        tables.append(table)
+        rows = [
+            (kind, f"{row['accuracy']:.1%}", f"{row['low']:.1%} … {row['high']:.1%}", f"{row['n']:,}")
+            for kind, row in figures["exact_match"].items()
+        ]
+        tables.append(table_of(title, ("kind", "right", "95 % interval", "questions"), rows))
     others = {f"yes/no: {name}": f"{value:.1%}" for name, value in figures.get("yes_no", {}).items() if name != "n"}
     if "cider" in figures:
         others["CIDEr-D of descriptions"] = f"{figures['cider']['cider_d']:.2f}"
     if others:
-        table = Table("figure", "value", title_justify="left")
-        for name, value in others.items():
-            table.add_row(name, value)
-        tables.append(table)
+        tables.append(table_of("", ("figure", "value"), list(others.items())))
     return tables
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, read_json_records
+from clips.common.page import table_of
 from clips.common.plots import pretty
 from clips.common.rundir import REPORT, UNSEEN, by_test_set
 from mllm.data.demo import DEMO_DIR, IMAGES
@@ -49,26 +49,18 @@ def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/ll
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
         console.print(for_rich(f"  {DEMO_DIR / IMAGES / record['image']}"))
         console.print(for_rich(f"    {record['prompt']} – {record['text']} ({right})"))
-    table = Table(title=f"\npictures by {artists} artists", title_justify="left")
-    table.add_column("figure")
-    for column in ("%", "chance %", "normal %"):
-        table.add_column(column, justify="right")
     found, by_one_answer = measured[artists], right_by_one_answer(records)
-    for name in (name for name in NORMAL if name in found):
-        _add(table, name, pretty(name), found[name]["value"], found[name]["chance"])
+    rows = [(name, pretty(name), found[name]["value"], found[name]["chance"]) for name in NORMAL if name in found]
     for name in (name for name in NORMAL if name not in found):
         asked = [record for record in records if name in ("overall", record["kind"])]
         if asked:
             right = 100 * sum(record["correct"] for record in asked) / len(asked)
-            chance = 100 * by_one_answer[name] / len(asked)
-            _add(table, name, f"answers: {name.replace('_', ' ')}", right, chance)
-    console.print(table)
+            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(asked)))
+    normal = {name: "{} to {}".format(*ends) for name, ends in NORMAL.items()}
+    shown = [(words, f"{value:.1f}", f"{chance:.1f}", normal[name]) for name, words, value, chance in rows]
+    console.print()
+    console.print(table_of(f"pictures by {artists} artists", ("figure", "%", "chance %", "normal %"), shown))
     console.print("Chance of answers is what the most frequent answer of each kind gets.")
     if artists != UNSEEN:
         console.print("The test of unseen artists is missing: npm fetched no drawings (data/demo/README.md).")
     console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))
-
-
-def _add(table: Table, name: str, words: str, value: float, chance: float) -> None:
-    low, high = NORMAL[name]
-    table.add_row(words, f"{value:.1f}", f"{chance:.1f}", f"{low} to {high}")

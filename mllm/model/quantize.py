@@ -28,7 +28,7 @@ def quantize(
     try:
         import bitsandbytes as bnb
     except ImportError:
-        raise UserError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes") from None
+        raise UserError(f"{bits} bits need the package bitsandbytes: pip install bitsandbytes") from None
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear:
             continue
@@ -77,8 +77,8 @@ def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None
     error = ((restored - weight.float()).norm() / weight.float().norm()).item()
     if not error < LARGEST_ERROR[bits]:
         raise UserError(
-            f"--bits {bits}: bitsandbytes changes layer {name} ({' × '.join(map(str, weight.shape))}) by {error:.0%} "
-            f"on this {weight.device.type}, so nothing right could be learned: leave --bits out, or use a GPU"
+            f"{bits} bits: bitsandbytes changes layer {name} ({' × '.join(map(str, weight.shape))}) by {error:.0%} "
+            f"on this {weight.device.type}, so nothing right could be learned: take 16 bits, or a GPU"
         )
 
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from types import FrameType
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from clips import Source, WholeFiles, open_source
-from clips.common.errors import CommandError, Stopped
+from clips.common.errors import CommandError
 from mllm.recaption.manifest import Folder, agree, done_manifest, unfinished
 from mllm.recaption.options import Options
 from mllm.recaption.progress import Board, Speed
@@ -75,7 +73,10 @@ def _made(worker: Worker, files: WholeFiles, shard: Shard, others: Iterable[Shar
     with held:
         if done_manifest(folder, shard) is not None:  # finished after the last look
             return False
-        files.at(shard.url, (other.url for other in others if _is_untouched(folder, other)))
+        untouched = (
+            s for s in others if not (folder.locks / s.name).exists() and not folder.manifest(s.name).is_file()
+        )
+        files.at(shard.url, (other.url for other in untouched))
         try:
             worker.make(shard)
         except OSError as error:
@@ -83,22 +84,3 @@ def _made(worker: Worker, files: WholeFiles, shard: Shard, others: Iterable[Shar
                 f"shard {shard.name}: {error}. What is written so far stays; the same command goes on"
             ) from error
         return True
-
-
-def _is_untouched(folder: Folder, shard: Shard) -> bool:
-    return not (folder.locks / shard.name).exists() and not folder.manifest(shard.name).is_file()
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (of a scheduler) and Ctrl-C end the work; nothing needs saving first."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

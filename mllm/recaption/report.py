@@ -15,7 +15,7 @@ from rich.console import Console
 from clips import Fields, decode_image, open_source
 from clips.common.errors import BrokenDataError
 from clips.common.escape import clip, for_rich
-from clips.common.files import placing
+from clips.common.files import write_atomically
 from clips.common.page import Table, data_uri, thumbnail
 from clips.lab.report import Bars, Card, Cards, Code, Page, Section, Tile, as_html
 from mllm.recaption.manifest import Folder
@@ -56,8 +56,7 @@ def write_report(
     total, final = (_sum(manifests, part) for part in ("counts", "rejected"))
     page = as_html(report_page(options, folder, names, manifests))
     folder.report.parent.mkdir(exist_ok=True)
-    with placing(folder.report) as file:
-        file.write(page.encode())
+    write_atomically(folder.report, page)
     web, long = _mean_words(total)
     gained = f", {web:.0f} → {long:.0f} words a caption" if total["written"] else ""
     said = [f"{total['written']:,} of {total['pairs']:,} pairs written{gained}"]

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from clips import Fields, demo_split, ensure_any_demo, is_of_demo, parse_fields
 from clips.common.errors import UserError, reporting
-from clips.common.escape import for_rich
 from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.live import in_words
+from clips.common.page import table_of
 from clips.common.rundir import take_newest
+from clips.common.signals import stopping
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
 from mllm.recaption.options import DEMO, Options
-from mllm.recaption.process import open_pairs, stopping, work_on
+from mllm.recaption.process import open_pairs, work_on
 from mllm.recaption.progress import Board, measured
 from mllm.recaption.registry import finds_the_demo_in
 from mllm.recaption.report import write_report
@@ -136,13 +136,11 @@ def print_plan(
         each = so_far["tokens"] / so_far["pairs"]
         tokens = f"{left * each:,.0f} to write, {each:.0f} a pair (measured here, second attempts included)"
     bad = {"drop": "left out", "keep": "kept"}[options.on_bad]
-    table = Table(title="recaptioning", show_header=False, title_justify="left")
-    for name, text in (
+    rows = (
         ("pairs", f"{pairs:,} in {len(shards):,} shards, of which {left:,} in {len(missing):,} are not done"),
         ("captioner", options.captioner),
         ("time", time),
         ("tokens", f"{tokens}, at most {options.max_new_tokens} a caption"),
         ("output", f"{options.output}, refused captions are tried again and then {bad}"),
-    ):
-        table.add_row(name, for_rich(text))
-    console.print(table)
+    )
+    console.print(table_of("recaptioning", (), rows))

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,7 +35,7 @@ from clips.common.cards import CARDS, TIME_HEAD, Machine, Time
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.memory import Parameters, gigabytes, held
-from clips.common.page import print_table
+from clips.common.page import print_table, table_of
 from mllm.data.video import MOST_DRAWN, VIDEO
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.packing import can_pack
@@ -207,15 +206,14 @@ def print_plan(
     """The freeze table with counts and rates, then what else matters; `rows` come first."""
     stage = arguments.description
     counts = count_parameters(model)
-    table = Table(title=f"stage {stage.number}: {stage.name}", title_justify="left")
-    for column in ("part", "trains", "parameters", "trained", "learning rate"):
-        table.add_column(column, justify="left" if column in ("part", "trains") else "right")
+    table = []
     for part in PARTS:
         total, trained = counts[part]
         rate = "–" if freeze[part] == "frozen" else f"{arguments.rates[part]:g}"
         how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
-        table.add_row(part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate)
-    console.print(table)
+        table.append((part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate))
+    head = ("part", "trains", "parameters", "trained", "learning rate")
+    console.print(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
     memory = memory_estimate_gb(llava_of(model), counts, arguments, length=length, zero=zero, world_size=world_size)
     steps = steps_of(arguments, samples, world_size)
     batch = " × ".join(

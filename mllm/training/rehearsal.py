@@ -16,7 +16,7 @@ from torch import nn
 from clips.common.rehearsal import META, Rehearsal, agreement
 from mllm.model.packing import Counts
 from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout
+from mllm.model.tiles import Layout, Llava
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
@@ -69,39 +69,54 @@ def made(
     model = Planned.of(name, TOWER, lora=lora, bits=16, **sees or {}).build()
     if bits < 16:
         quantize(model.model.language_model, bits, torch.bfloat16, META)
+    training, arguments = staged(model, stage, lora=lora, checkpointing=checkpointing, **kinds)
+    return training.to(torch.bfloat16), replace(arguments, per_device_train_batch_size=4)
+
+
+def staged(
+    model: Llava,
+    stage: int,
+    *,
+    lora: bool,
+    checkpointing: bool = True,
+    features: bool = False,
+    tower: bool = False,
+    padded: bool = False,
+) -> tuple[TrainingModel, TrainArguments]:
+    """A stage's model made of `model`, as mllm/training/prepare.py makes it, and its arguments."""
     arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True).resolve(1)
-    arguments = replace(arguments, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
-    arguments = replace(arguments, feature_cache=kinds.get("features", False))
-    freeze = freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=kinds.get("tower", False))
+    arguments = replace(arguments, gradient_checkpointing=checkpointing, feature_cache=features)
     if checkpointing:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    with torch.device(META):
+    with torch.device(model.device):
         whole: nn.Module = add_lora(model, arguments) if lora else model
-    apply_freeze(whole.to(torch.bfloat16), freeze)
-    training = TrainingModel(whole, features=kinds.get("features", False), packed=not kinds.get("padded", False))
-    return training.train(), arguments
+    apply_freeze(whole, freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=tower))
+    return TrainingModel(whole, features=features, packed=not padded).train(), arguments
 
 
-def batch_of(training: TrainingModel, samples: int, *, pictures: bool = True) -> dict[str, Any]:
-    """A batch on the device, counted on the host before; all samples begin with one common token."""
-    config, layout = training.llava.config, Layout.of(training.llava.config)
-    tokens, squares = layout.most, samples * layout.most_squares
-    length = tokens + WORDS[2]
-    ids = torch.full((samples, length), 7)
-    ids[:, 1] = torch.arange(samples)
+def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
+    """A batch of random values on the model's device, counted on the host before as the Trainer's.
+
+    All samples begin with one common token.
+    """
+    config, layout, device = training.llava.config, Layout.of(training.llava.config), training.llava.device
+    tokens, squares, vision = layout.most, samples * layout.most_squares, config.vision_config
+    length = tokens + WORDS[stage]
+    ids = torch.randint(3, 90, (samples, length))
+    ids[:, 0], ids[:, 1] = 7, 8 + torch.arange(samples)
     if pictures:
         ids[:, 10 : 10 + tokens] = config.image_token_id
-    labels = ids.masked_fill(torch.arange(length) < length - ANSWERS[2], -100)
+    labels = ids.masked_fill(torch.arange(length) < length - ANSWERS[stage], -100)
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     counts = Counts.of(batch, config.image_token_id)
-    batch = {name: tensor.to(META) for name, tensor in batch.items()}
-    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": META}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    half: dict[str, Any] = {"dtype": training.llava.dtype, "device": device}
     if pictures and training.features:
-        batch["image_features"] = torch.empty(squares, layout.square, TOWER["hidden_size"], **half)
+        batch["image_features"] = torch.randn(squares, layout.square, vision.hidden_size, **half)
     elif pictures:
-        batch["pixel_values"] = torch.empty(squares, 3, TOWER["image_size"], TOWER["image_size"], **half)
+        batch["pixel_values"] = torch.randn(squares, 3, vision.image_size, vision.image_size, **half)
     batch |= {"image_sizes": [max(layout.sizes, key=layout.tokens)] * samples} if layout.pinpoints else {}
-    return batch | {"counts": counts, "num_items_in_batch": torch.empty((), dtype=torch.long, device=META)}
+    return batch | {"counts": counts, "num_items_in_batch": torch.tensor(samples * ANSWERS[stage], device=device)}
 
 
 def stepped(training: TrainingModel, batch: dict[str, Any]) -> tuple[Rehearsal, int]:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT
 from rich.console import Console
 
 import mllm.recaption.process as process
@@ -137,13 +138,14 @@ def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
     ],
 )
 def test_a_command_asks_for_its_target_before_its_model(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [word.replace("TARGET", "file/out") for word in words])
-    with pytest.raises(UserError, match="nothing can be written to file/out"):
-        load_script(words[0]).main()
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert "nothing can be written to file/out" in capsys.readouterr().err
 
 
 def test_row_32_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

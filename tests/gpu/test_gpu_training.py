@@ -17,7 +17,6 @@ from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
-from clips.studies.benchmark import captioner_of
 from clips.training.engine import Engine
 from clips.training.memory import usage
 from clips.training.prepare import fullest_shape
@@ -114,7 +113,8 @@ def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: st
 def test_masked_attention_has_a_fused_kernel(name: str) -> None:
     """scaled_dot_product_attention fails where plain products are forbidden and no other kernel takes the mask."""
     model, B = PRESETS[name], 8
-    text, captioner = model.text, captioner_of(model)
+    text, captioner = model.text, model.captioner
+    assert captioner is not None
     for slots in (text.context_length, 37, 22):  # texts are as long as the longest of their batch
         visible = torch.arange(slots, device=GPU) < torch.randint(3, slots, (B, 1), device=GPU)
         masks = {(text.heads, text.width): visible[:, None, None, :]}

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from clips.common.files import digest_of
-from clips.common.machine import this_machine
-from clips.common.paths import cache_root, inside, is_plain
+from clips.common.paths import cache_root, inside, is_plain, this_machine
 
-TELL = "from clips.common.machine import this_machine; print(this_machine())"
+TELL = "from clips.common.paths import this_machine; print(this_machine())"
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

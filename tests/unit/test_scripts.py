@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -16,6 +18,10 @@ import pytest
 from conftest import ROOT, script_parser
 
 from clips.common.flags import Parser
+from clips.data import guess
+from clips.studies import captions
+from clips.weights import export
+from mllm.data import captions as llava_captions
 from mllm.training.arguments import parser as llava_parser
 
 PYTHON_SCRIPTS = sorted(set((ROOT / "scripts").glob("*.py")) - {ROOT / "scripts" / "__main__.py"})
@@ -85,6 +91,12 @@ def test_every_flag_has_one_spelling_and_prints_one_default(script: Path) -> Non
                 assert shown_of(parser, action).count("(default: ") == 1, shown_of(parser, action)
 
 
+def test_the_function_that_a_script_names_is_there() -> None:
+    found = re.findall(r'start\(parser, "([\w.:]+)"\)', "".join(script.read_text() for script in PYTHON_SCRIPTS))
+    assert len(found) >= 9
+    assert all(callable(pkgutil.resolve_name(function)) for function in found)
+
+
 def flags_of(script: Path) -> dict[str, object]:
     """Flag → its default, of a script and of its subcommands."""
     found = {}
@@ -103,6 +115,44 @@ def test_the_flags_and_their_defaults_are_frozen(script: Path) -> None:
     frozen = json.loads(FLAGS.read_text())
     assert sorted(frozen) == [path.stem for path in PYTHON_SCRIPTS]
     assert flags_of(script) == frozen[script.stem]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("pretrain_clips", guess.FLAGS), ("check_data", guess.FLAGS), ("recaption", guess.FLAGS),
+     ("evaluate_clips", guess.FLAGS), ("export_clips", export.FLAGS), ("compare_captions", captions.FLAGS),
+     ("train_llava", llava_captions.FLAGS)],
+)  # fmt: skip
+def test_a_guess_names_the_flags_of_its_command(script: str, flags: guess.GuessFlags) -> None:
+    """export_clips.py and compare_captions.py advised `--image-root`, which they do not have."""
+    known = parsers_of(ROOT / "scripts" / f"{script}.py")[""]._option_string_actions.keys()
+    assert {flags.image_root, flags.fields} - {""} == known & {"--image-root", "--image_folder", "--fields"}
+
+
+OF_OTHERS = {
+    *("--help", "--align", "--instruct", "--both_stages"),  # train_llava.py reads these itself
+    *(
+        "--max-restarts",
+        "--hostfile",
+        "--dereference",
+        "--no-deps",
+        "--tasks",
+    ),  # torchrun, deepspeed, tar, pip, lmms-eval
+    *("--model-path", "--model-base", "--image-file", "--jinja", "--temp"),  # LLaVA, llama.cpp
+}
+"""Flags in messages that are no script's own."""
+
+
+def test_each_flag_that_a_message_names_is_there() -> None:
+    known = {
+        flag for script in PYTHON_SCRIPTS for p in parsers_of(script).values() for flag in p._option_string_actions
+    }
+    known |= {flag.replace("_", "-") for flag in known} | OF_OTHERS
+    for path in [*(ROOT / "clips").rglob("*.py"), *(ROOT / "mllm").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                named = set(re.findall(r"(?<![\w(-])--[a-z0-9_-]+(?=[\s,.:;)`]|$)", node.value))
+                assert named <= known, (path, node.lineno, named - known)
 
 
 # ------------------------------------------------------------------------------------------------------ settings, text

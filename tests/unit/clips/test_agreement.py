@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from conftest import load_script
 from PIL import Image, ImageDraw
 
-from clips.data.agreement import agreement
+agreement = load_script("tools/choose_names.py").agreement
 
 COLOURS = {"first": "red", "second": "darkred"}
 

@@ -98,6 +98,20 @@ def test_one_caption_and_the_next_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"Next: python scripts/pretrain_clips.py --name mine {shlex.join(data)}\n" in said.err
 
 
+def test_the_data_may_stand_without_their_flag_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = script_parser("check_data").parse_args
+    assert parse(["--jobs", "2", "t.csv"]) == parse(["--data", "t.csv", "--jobs", "2"])
+    for words in (
+        [],
+        ["a.csv", "--data", "b.csv"],
+        ["--data", "a.csv", "--mix", "a=1:b"],
+        ["a", "--conversations", "b"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parse(words)
+        assert re.search("DATA --data --mix --conversations is required|not allowed with", capsys.readouterr().err)
+
+
 def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokenDataError, match=r"13 of 300 samples are broken, 4.3%") as raised:
         check_triples(run_on(data, limit=0.01), tmp_path / "out")

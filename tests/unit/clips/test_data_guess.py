@@ -14,7 +14,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import Fields
-from clips.data.guess import guess_fields
+from clips.data.guess import guess_fields, say_once
 from clips.data.loader import make_loader
 from clips.data.sources import Source, open_source
 from clips.data.tokenizer import build_tokenizer
@@ -76,6 +76,10 @@ def test_separators_and_encodings(
     assert ("read as cp1252" in caplog.text) == (encoding == "cp1252")
     assert (f"separated by {delimiter!r}" in caplog.text) == (delimiter != ",")
     assert "captions from 'caption', no long captions (guessed; --fields overrules)" in caplog.text
+    caplog.clear()
+    say_once.cache_clear()  # as in another run, which finds the index
+    assert len(opened(table)) == 3
+    assert ("read as cp1252" in caplog.text) == (encoding == "cp1252")
 
 
 def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
