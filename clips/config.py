@@ -396,6 +396,8 @@ class DataConfig:
     image_root: str | None = None
     """Tables: the folder that image paths are relative to; default: the table's folder."""
     demo_dir: str = "data/demo"
+    demo_aspects: bool = False
+    """The demo on canvases of several aspects (`clips.data.demo.ASPECTS`); give it a `demo_dir` of its own."""
     workers: int = 2
     cache_gb: float = 50
     """Remote data: room for copies of shards and pictures on this machine's disk; 0: no copies."""
@@ -557,6 +559,9 @@ class EvalConfig:
     batch_size: int = 128
     max_images: int = 5000
     """Images of the retrieval evaluation during training; at the end the whole set is used."""
+    sizes: tuple[Size, ...] = ()
+    """[[width, height], …] in pixels: in validation and the final figures each picture takes the size of the nearest
+    aspect. Empty: the square of `phases.*.image_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,6 +582,8 @@ class RunConfig:
             check_image_size(phase.image_size, self.model.vision.patch_size)
             for size in phase.sizes:
                 check_image_size(size, self.model.vision.patch_size, f"phase {phase.name}: in sizes the size")
+        for size in self.eval.sizes:
+            check_image_size(size, self.model.vision.patch_size, "in eval.sizes the size")
         _require(
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",

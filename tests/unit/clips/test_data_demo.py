@@ -264,7 +264,7 @@ def test_scenes_show_what_they_say() -> None:
             distances = {name: np.abs(ground.mean((0, 1)) - c).sum() for name, c in BACKGROUNDS.items()}
             assert min(distances, key=distances.__getitem__) == scene.background
         else:
-            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), IMAGE_SIZE))
+            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.canvas))
             first, second = (np.abs(even.astype(int) - c).sum(-1) for c in (scene.ground.colour, scene.ground.second))
             assert 0.55 < (first < second).mean() < 1, "the named colour covers most, another one some"
         assert ground.std((0, 1)).max() > 1  # painted, not plain
