@@ -484,6 +484,9 @@ class PhaseConfig:
     sizes: tuple[Size, ...] = ()
     """[[width, height], …] in pixels: the pictures of an optimizer step have one of these sizes. In as many steps as
     there are entries each entry is used once, in a drawn order. Empty: the square of `image_size`."""
+    by_aspect: bool = False
+    """In as many steps as there are `sizes`, each size takes the pictures whose aspects are nearest to its own. Every
+    picture is still seen once an epoch."""
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
@@ -499,6 +502,7 @@ class PhaseConfig:
             self.samples >= self.batch_size,
             f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}",
         )
+        _require(not self.by_aspect or len(self.sizes) > 1, f"phase {self.name}: by_aspect needs several sizes")
 
     @property
     def steps(self) -> int:
