@@ -396,6 +396,8 @@ class DataConfig:
     image_root: str | None = None
     """Tables: the folder that image paths are relative to; default: the table's folder."""
     demo_dir: str = "data/demo"
+    demo_aspects: bool = False
+    """The demo on canvases of several aspects (`clips.data.demo.ASPECTS`); give it a `demo_dir` of its own."""
     workers: int = 2
     cache_gb: float = 50
     """Remote data: room for copies of shards and pictures on this machine's disk; 0: no copies."""
@@ -482,6 +484,9 @@ class PhaseConfig:
     sizes: tuple[Size, ...] = ()
     """[[width, height], …] in pixels: the pictures of an optimizer step have one of these sizes. In as many steps as
     there are entries each entry is used once, in a drawn order. Empty: the square of `image_size`."""
+    by_aspect: bool = False
+    """In as many steps as there are `sizes`, each size takes the pictures whose aspects are nearest to its own. Every
+    picture is still seen once an epoch."""
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
@@ -497,6 +502,7 @@ class PhaseConfig:
             self.samples >= self.batch_size,
             f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}",
         )
+        _require(not self.by_aspect or len(self.sizes) > 1, f"phase {self.name}: by_aspect needs several sizes")
 
     @property
     def steps(self) -> int:
@@ -562,6 +568,9 @@ class EvalConfig:
     batch_size: int = 128
     max_images: int = 5000
     """Images of the retrieval evaluation during training; at the end the whole set is used."""
+    sizes: tuple[Size, ...] = ()
+    """[[width, height], …] in pixels: in validation and the final figures each picture takes the size of the nearest
+    aspect. Empty: the square of `phases.*.image_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -582,6 +591,8 @@ class RunConfig:
             check_image_size(phase.image_size, self.model.vision.patch_size)
             for size in phase.sizes:
                 check_image_size(size, self.model.vision.patch_size, f"phase {phase.name}: in sizes the size")
+        for size in self.eval.sizes:
+            check_image_size(size, self.model.vision.patch_size, "in eval.sizes the size")
         _require(
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",

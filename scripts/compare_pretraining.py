@@ -27,6 +27,9 @@ def parser() -> Parser:
     add("towers", "what an image tower costs that other programs serve", 40_000).add_argument(
         "--tower", choices=("siglip", "clip"), default="siglip", help="compared with the recipe's own tower"
     )
+    add("sizes", "pictures of several aspects: one square or several sizes, at equal tokens", 48_000).add_argument(
+        "--set", help="fields of clips/config.py for every run", **SET
+    )
     claims = add("claims", "the paper's claims in small", 48_000)
     claims.add_argument(
         "--claims",
@@ -73,6 +76,10 @@ def carry_out(flags: argparse.Namespace) -> None:
         from clips.studies.towers import compare_towers
 
         compare_towers(output, flags.tower, **common)
+    elif flags.study == "sizes":
+        from clips.studies.sizes import compare_sizes
+
+        compare_sizes(output, flags.set, **common)
     else:
         from clips.studies.claims import reproduce
 

@@ -31,7 +31,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.workers import start_worker
 from clips.config import CaptionerConfig, PhaseConfig, RunConfig, Size
 from clips.data.ahead import ReadAhead
-from clips.data.images import Preprocess, normalise, stacked
+from clips.data.images import Preprocess, decoded_size, normalise, stacked
 from clips.data.order import size_of_step
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
@@ -41,6 +41,8 @@ from clips.data.tokenizer import CaptionTokenizer
 Batch = dict[str, Any]
 MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
+DEALT = 64
+"""Places of a step whose pictures are dealt to the sizes at once (`phases.*.by_aspect`)."""
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
 
 
@@ -143,8 +145,9 @@ class BatchDataset(Dataset):
         captions: list[str] = []
         draws: list[random.Random] = []
         preprocess = Preprocess(size, self.run.phases[phase].augment)
-        self.ahead.at(positions)
-        for position in positions:
+        dealt = self._dealt(phase, positions) if self.run.phases[phase].by_aspect else list(positions)
+        self.ahead.at(dealt)
+        for position in dealt:
             sample, image, rng, broken = self._read(position, preprocess)
             skipped += broken
             keys.append(sample.key)
@@ -170,8 +173,39 @@ class BatchDataset(Dataset):
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
-        batch |= self._kept_tokens(size, positions, captioner)
-        return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
+        batch |= self._kept_tokens(size, dealt, captioner)
+        return batch | {"keys": keys, "positions": dealt, "skipped": skipped}
+
+    def _dealt(self, phase: int, positions: range) -> list[int]:
+        """The positions that a micro-batch reads instead of its own `positions`, so that its pictures fit its size.
+
+        The steps of a turn, one of each size, exchange the pictures of equal blocks of places: sorted by aspect, the
+        narrowest go to the narrowest size. Headers alone are read, as many for each picture as there are sizes.
+        """
+        config = self.run.phases[phase]
+        first = sum(earlier.steps * earlier.batch_size for earlier in self.run.phases[:phase])
+        step, begin = divmod(positions.start - first, config.batch_size)
+        turn = step - step % len(config.sizes)
+        steps = range(turn, min(turn + len(config.sizes), config.steps))
+        shapes = {other: size_of_step(config, self.run.train.seed, other) for other in steps}
+        rank = sorted(steps, key=lambda other: shapes[other][0] / shapes[other][1]).index(step)
+        found: list[int] = []
+        for block in range(begin - begin % DEALT, begin + len(positions), DEALT):
+            places = range(block, min(block + DEALT, config.batch_size))
+            there = [first + other * config.batch_size + place for other in steps for place in places]
+            self.ahead.at(there)
+            own = sorted(sorted(there, key=self._aspect)[rank * len(places) : (rank + 1) * len(places)])
+            found += own[max(0, begin - block) : begin + len(positions) - block]
+        return found
+
+    def _aspect(self, position: int) -> float:
+        """Width by height of the picture at `position`; of a broken picture 1."""
+        try:
+            sample = self.source.read(self.order.sample(position))
+            height, width = decoded_size(sample.image, sample.key)
+        except BrokenSample:
+            return 1.0
+        return width / height
 
     def _read(
         self, position: int, preprocess: Preprocess
@@ -192,7 +226,7 @@ class BatchDataset(Dataset):
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
-    def _kept_tokens(self, size: Size, positions: range, captioner: CaptionerConfig | None) -> Batch:
+    def _kept_tokens(self, size: Size, positions: Sequence[int], captioner: CaptionerConfig | None) -> Batch:
         """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
         vision = self.run.model.vision
         seen = vision.kept_tokens(size)

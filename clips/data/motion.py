@@ -41,7 +41,7 @@ class Film:
             [thing] = scene.things
             way = [last - first for first, last in zip(PLACES[thing.place], PLACES[end], strict=True)]
             for step in range(STEPS):
-                x, y = (round(part * scene.image_size * step / (STEPS - 1)) for part in way)
+                x, y = (round(part * side * step / (STEPS - 1)) for part, side in zip(way, scene.canvas, strict=True))
                 left, top, right, bottom = thing.box
                 moved = replace(thing, box=(left + x, top + y, right + x, bottom + y))
                 pictures.append(drawn(replace(scene, things=(moved,)), [artist]))

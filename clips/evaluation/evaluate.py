@@ -111,13 +111,14 @@ def evaluate(
     `linear_probe_top1` if the training data has labels. Without a shared space `caption_token_top1` is always measured.
     `out` receives the figures and which `checkpoint` the weights are (`clips.common.rundir.weights_of`). The weights
     must be whole on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
-    `sharded`: the ranks share the work, and only rank 0 returns figures; collective, and not with `full`.
+    `image_size`: the side of the square, if `run.eval.sizes` is empty. `sharded`: the ranks share the work, and only
+    rank 0 returns figures; collective, and not with `full`.
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
     sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
-    sizes = None if image_size is None else [sides(image_size)]
+    sizes = run.eval.sizes or (None if image_size is None else [sides(image_size)])
     options: dict[str, Any] = {"sizes": sizes, "batch_size": run.eval.batch_size, "workers": run.data.workers}
 
     @cache
@@ -133,7 +134,7 @@ def evaluate(
     if out is not None:
         write_figures(
             out, figures, test_set=split, skipped=skipped, model=model, checkpoint=checkpoint,
-            image_size=image_size, missing=missing_of(run, split),
+            image_size=run.eval.sizes or image_size, missing=missing_of(run, split),
         )  # fmt: skip
     return figures
 

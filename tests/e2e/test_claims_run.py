@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from lab_runs import run_main
+from lab_runs import run_main, write_run
 
 from clips.common.rundir import read_metrics
 from clips.data.demo import ensure_demo
+from clips.lab.pretraining import train
+from clips.studies.sizes import sizes_study
+from clips.studies.variants import terminal
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +72,30 @@ def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(
     assert run_main(monkeypatch, "compare_pretraining", *flags, "data.epoch=3") == 2
     assert run_main(monkeypatch, "compare_pretraining", *flags[:5], "--samples", "128", *flags[7:]) == 2
     assert "phases.0.samples: 64 → 128" in capsys.readouterr().err
+
+
+def test_the_study_of_sizes_trains_and_measures_pictures_of_several_aspects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its variants one is trained; from its run the others' figures are copied, and the study reports them."""
+    made = ensure_demo(tmp_path / "data", sizes={"train": 200, "val": 20, "test": 40}, aspects=True)
+    settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
+    study = sizes_study(2, 64, settings)
+    native = study.runs["native"][0]
+    train([native], tmp_path / "sizes", 1, terminal())
+    evaluation = json.loads((tmp_path / "sizes" / native.name / "evaluation.json").read_text())
+    assert evaluation["image_size"] == [[60, 60], [90, 40], [40, 90]]
+    metrics = read_metrics(tmp_path / "sizes" / native.name, "train")
+    for run in study.everything():
+        if run != native:
+            write_run(tmp_path / "sizes" / run.name, run, evaluation, metrics)
+    flags = ["sizes", "--seeds", "2", "--samples", "64", "--output", tmp_path / "sizes", "--set", *settings]
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    result = json.loads((tmp_path / "sizes" / "sizes.json").read_text())
+    assert [(c["a"], c["b"]) for c in result["questions"]["sizes"]["contrasts"]] == [
+        ("native", "squash"), ("drawn", "squash"), ("native", "drawn"),
+    ]  # fmt: skip
+    assert "squashed to the square" in (tmp_path / "sizes" / "sizes.html").read_text()
 
 
 def wait_for(output: Path, process: subprocess.Popen) -> list[Path]:

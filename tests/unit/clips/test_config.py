@@ -65,6 +65,8 @@ def test_samples_and_steps_count_whole_batches() -> None:
             "phases.0.sizes=[[48,32],[40,32]]",
             r"phase a: in sizes the size \(40, 32\) is not a multiple of the patch size 16",
         ),
+        ("eval.sizes=[[48,40]]", r"in eval.sizes the size \(48, 40\) is not a multiple of the patch size 16"),
+        ("phases.0.by_aspect=true", "phase a: by_aspect needs several sizes"),
         ("phases.0.sizes=[32]", r"config\.phases\.0\.sizes\.0 must be a list, found 32"),
         ("phases.0.batch_size=0", "phase a: batch_size must be positive"),
         ("phases.0.batch_size=65", "phase a: samples 64 is below one batch of 65"),

@@ -264,7 +264,7 @@ def test_scenes_show_what_they_say() -> None:
             distances = {name: np.abs(ground.mean((0, 1)) - c).sum() for name, c in BACKGROUNDS.items()}
             assert min(distances, key=distances.__getitem__) == scene.background
         else:
-            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), IMAGE_SIZE))
+            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.canvas))
             first, second = (np.abs(even.astype(int) - c).sum(-1) for c in (scene.ground.colour, scene.ground.second))
             assert 0.55 < (first < second).mean() < 1, "the named colour covers most, another one some"
         assert ground.std((0, 1)).max() > 1  # painted, not plain
@@ -282,6 +282,74 @@ def test_scenes_show_what_they_say() -> None:
                 PLACES, key=lambda place, x=x, y=y: np.hypot(x - PLACES[place][0], y - PLACES[place][1])
             )
         assert not drawn[~near].any()
+
+
+SEVERAL = demo.canvases(IMAGE_SIZE)
+
+
+def test_scenes_on_several_canvases_are_laid_out_and_not_stretched() -> None:
+    scenes = [split_scene("train", i, 0, aspects=True) for i in range(600)]
+    counts = Counter(scene.canvas for scene, _ in scenes)
+    assert SEVERAL == [(240, 240), (360, 160), (160, 360)]
+    assert counts.keys() == set(SEVERAL)
+    assert min(counts.values()) > 160
+    lengths: dict[tuple[int, int], Counter[str]] = {canvas: Counter() for canvas in SEVERAL}
+    for scene, description in scenes:
+        middles = {}
+        for thing in scene.things:
+            left, top, right, bottom = thing.box
+            assert 0 <= left < right <= scene.canvas[0]
+            assert 0 <= top < bottom <= scene.canvas[1]
+            assert right - left == bottom - top
+            least, most = demo.THING_SIZES[thing.size]
+            assert round(least * 160) <= right - left <= round(most * 160)
+            lengths[scene.canvas][thing.size] += 1
+            x, y = (left + right) / 2, (top + bottom) / 2
+            middles[thing.concept] = x, y
+            share_x, share_y = x / scene.canvas[0], y / scene.canvas[1]
+            nearest = min(PLACES, key=lambda p, x=share_x, y=share_y: np.hypot(x - PLACES[p][0], y - PLACES[p][1]))
+            assert nearest == thing.place
+            assert thing.place in description.caption
+        for sentence in description.sentences:
+            if found := re.match(r"The (.+) is (to the left of|to the right of|above|below) the (.+) in", sentence):
+                (ax, ay), (bx, by) = middles[found[1]], middles[found[3]]
+                is_so = {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}
+                assert is_so[found[2]]
+    assert all(found.keys() == demo.THING_SIZES.keys() for found in lengths.values())
+    assert [split_scene(UNSEEN, i, 0, aspects=True) for i in range(50)] == [
+        split_scene("test", i, 0, aspects=True) for i in range(50)
+    ]
+    for canvas in SEVERAL:
+        scene = next(scene for scene, _ in scenes if scene.canvas == canvas)
+        assert decode_image(render(scene, [OPENMOJI] * len(scene.things))).size == canvas
+        x, y = demo._grid(canvas[0] // 2, canvas[1] // 2)
+        assert np.diff(x[0]).mean() == pytest.approx(np.diff(y[:, 0]).mean()) == pytest.approx(1 / 120)
+
+
+def test_the_square_demo_is_what_it_was_before_other_canvases() -> None:
+    """Its pictures are decided by these texts and numbers, and by the ground's coordinates."""
+    told = hashlib.sha256()
+    for split in ("train", "val", "test"):
+        for number in range(100):
+            scene, description = split_scene(split, number, 0)
+            told.update(json.dumps(demo.truth(scene, description, [OPENMOJI] * len(scene.things))).encode())
+    assert told.hexdigest() == "7033cea852cb718ec182fab4d4d6a04e4efb274b6de5054dc53775075fcef197"
+    middle = (np.arange(120, dtype=np.float32) + 0.5) / 120 - 0.5
+    x, y = demo._grid(120, 120)
+    assert np.array_equal(x, np.broadcast_to(middle, (120, 120)))
+    assert np.array_equal(y, x.T)
+
+
+def test_a_run_reads_the_demo_of_several_aspects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
+    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"), demo_aspects=True)
+    source = open_split(data, "train", need_long=True)
+    canvases = [decode_image(source.read(i).image).size for i in range(len(source))]
+    assert canvases == [split_scene("train", i, 0, aspects=True)[0].canvas for i in range(SIZES["train"])]
+    assert len(open_split(data, held_out_sets(data)[-1], need_long=True)) == SIZES["test"]
+    assert "240 × 240 or 360 × 160 or 160 × 360 pixels" in (tmp_path / "data" / "README.md").read_text()
+    with pytest.raises(UserError, match="holds no demo data: name another folder"):
+        ensure_demo(tmp_path / "data")
 
 
 def named(text: str) -> set[str]:

@@ -35,8 +35,12 @@ LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(
 
 
 def picture(i: int) -> bytes:
+    return encoded(Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)))
+
+
+def encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -285,6 +289,50 @@ def test_a_step_has_one_size_and_the_sizes_change_nothing_else(source: Source, t
         there = batch["images"][0, 0].numel() // 8**2
         assert batch["patches"].shape == (4, there // 2)
         assert batch["patches"].max() < there
+
+
+SIZES = ((32, 32), (48, 16), (16, 48))
+
+
+@pytest.mark.parametrize("dealt", [64, 4, 3])
+def test_by_aspect_each_step_takes_the_pictures_that_fit_its_size(
+    dealt: int, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clips.data.loader.DEALT", dealt)
+    pictures = [encoded(Image.new("RGB", SIZES[i % 3])) for i in range(COUNT)]
+    pictures[5] = b"no picture"
+    write_shard(tmp_path / "a.tar", [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(pictures)])
+    source = open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
+
+    def found(*, by_aspect: bool = True, accumulation: int = 1, stop: int = 30, **place: int) -> list[dict]:
+        run = a_run(accumulation=accumulation)
+        run = replace(run, phases=(replace(run.phases[0], sizes=SIZES, by_aspect=by_aspect),))
+        return batches(source, tokenizer, run, stop=stop, **place)
+
+    def fitting(given: list[dict]) -> float:
+        return np.mean([
+            SIZES[number % 3] == (batch["images"].shape[3], batch["images"].shape[2])
+            for batch in given
+            for number in numbers(batch)
+        ])  # fmt: skip
+
+    whole, plain = found(), found(by_aspect=False)
+    assert [batch["images"].shape for batch in whole] == [batch["images"].shape for batch in plain]
+    for turn in range(0, 30, 3):
+        ours, theirs = (sorted(p for b in given[turn : turn + 3] for p in b["positions"]) for given in (whole, plain))
+        assert ours == theirs == list(range(8 * turn, 8 * turn + 24))
+    assert fitting(plain) < 0.45 < 0.65 < fitting(whole)
+    assert fitting(whole) > 0.8 or dealt < 8, "larger blocks fit better"
+    assert any(batch["skipped"] for batch in whole)
+    for batch, again in zip(whole[5:], found(start=5), strict=True):
+        assert_same(batch, again)
+    parts = [found(accumulation=2, rank=rank, world_size=2) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        micro = [parts[rank][2 * step + part] for part in (0, 1) for rank in (0, 1)]
+        assert torch.equal(torch.cat([one["images"] for one in micro]), batch["images"])
+        assert [p for one in micro for p in one["positions"]] == batch["positions"]
+    cut = found(stop=29)  # whose last turn has two steps
+    assert sorted(p for batch in cut for p in batch["positions"]) == list(range(8 * 29))
 
 
 @pytest.mark.parametrize(("objective", "texts"), [("caption", set()), ("caption+web", {"web"})])

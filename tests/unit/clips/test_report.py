@@ -21,7 +21,7 @@ from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import encode_images
-from clips.evaluation.evaluate import evaluate, evaluate_from_flags
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags, measure
 from clips.evaluation.examples import Examples, _half_misses, collect_examples
 from clips.evaluation.figures import MATTER, figures_table
 from clips.evaluation.report import read_run, write_report
@@ -79,6 +79,22 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
     assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
     assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
+
+
+def test_with_several_sizes_each_picture_is_measured_at_the_nearest_aspect(small, tmp_path):
+    _, run, tokenizer = small
+    folder = ensure_demo(tmp_path / "demo", sizes={"test": 30}, image_size=48, aspects=True)
+    model, sizes = random_model(run), ((48, 48), (64, 32), (32, 64))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, test=str(folder / "test")))
+    several = dataclasses.replace(run, eval=dataclasses.replace(run.eval, sizes=sizes))
+    found = evaluate(model, tokenizer, several, "test", image_size=32, out=tmp_path / "several.json")
+    square = evaluate(model, tokenizer, run, "test", image_size=32, out=tmp_path / "square.json")
+    items, _ = open_test_set(run.data, "test")
+    images = encode_images(model, items, sizes=sizes, batch_size=7, limit=16)
+    assert found == measure(model, tokenizer, images, batch_size=7)
+    assert found != square
+    sizes_of = [json.loads((tmp_path / f"{name}.json").read_text())["image_size"] for name in ("several", "square")]
+    assert sizes_of == [list(map(list, sizes)), 32]
 
 
 def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path):
