@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_corpus import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import recap, write_shard
@@ -35,9 +36,7 @@ LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(
 
 
 def picture(i: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)))
 
 
 def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
