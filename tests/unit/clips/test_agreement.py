@@ -22,7 +22,7 @@ def drawn(shape: str, colour: str) -> Image.Image:
     return image
 
 
-def test_alike_drawings_have_a_margin_above_0() -> None:
+def test_alike_drawings_have_a_margin_above_0_and_one_artist_s_has_none() -> None:
     sets = {artist: {shape: drawn(shape, c) for shape in ("disc", "bar", "wedge")} for artist, c in COLOURS.items()}
     assert all(min(found) > 0.1 and len(found) == 2 for found in agreement(sets).values())
     sets["second"]["wedge"] = sets["second"]["wedge"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -30,7 +30,4 @@ def test_alike_drawings_have_a_margin_above_0() -> None:
     sets["second"]["disc"], sets["second"]["bar"] = sets["second"]["bar"], sets["second"]["disc"]
     margins = agreement(sets)
     assert max(margins["disc"] + margins["bar"]) < 0 < min(margins["wedge"])
-
-
-def test_a_name_without_a_second_artist_has_no_margin() -> None:
     assert agreement({"first": {"disc": drawn("disc", "red")}, "second": {}}) == {"disc": []}

@@ -6,6 +6,7 @@ import io
 import math
 import random
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,7 @@ def test_normalise_is_the_plain_formula_to_the_bit() -> None:
     assert torch.equal(stacked(rows)[1].permute(1, 2, 0), torch.from_numpy(rows[1])), "it works on a copy"
 
 
+@cache
 def photo(width: int, height: int) -> Image.Image:
     """Broad and fine structures, no two parts alike; edges are softer than a pixel, as a lens makes them."""
     y, x = np.mgrid[0:height, 0:width] / height
@@ -169,8 +171,10 @@ def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, sid
             assert ours.random() == theirs.random()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("size", "kept"), [((1600, 1200), {4, 8}), ((601, 403), {1, 2})])
+@pytest.mark.parametrize(
+    ("size", "kept", "orientation"),
+    [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), *(((1600, 1200), {4, 8}, turn) for turn in (3, 6))],
+)
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kept: set[int], orientation: int
 ) -> None:
@@ -269,37 +273,23 @@ def test_turning_the_hue_goes_round_the_circle() -> None:
     assert turn_hue(grey, 0.3).getpixel((0, 0)) == (90, 90, 90)
 
 
-def test_scans_are_counted_by_markers_alone() -> None:
-    picture = Image.fromarray(reference(300, 200).repeat(2, 0))
-    exif = Image.Exif()
-    exif[0x010E] = "\xff\xda" * 50  # in a segment, not a marker
-    for options, count in (
-        ({}, 1),
-        ({"exif": exif, "icc_profile": b"\xff\xda" * 50}, 1),
-        ({"restart_marker_rows": 1}, 1),
-    ):
-        assert images._scans(encode(picture, "JPEG", **options)) == count
-    progressive = encode(picture, "JPEG", progressive=True)
-    assert images._scans(progressive) == 10
-    assert images._scans(with_scans(progressive, 7)) == 17
-    assert images._scans(with_scans(progressive, 7) + b"\xff\xda" * 50) == 17  # after the end, as phones append films
-    assert images._scans(progressive[:-700].replace(b"\xff\xda", b"\xff\xff\xff\xda")) > 1  # padded, and cut off
-    assert images._scans(b"\xff\xd8\xff") == 0
-
-
 def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
     progressive = encode(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
     hostile = with_scans(progressive, 4000)
     assert len(hostile) < 300_000
     begin = time.process_time()
-    with pytest.raises(BrokenSample, match="4010 scans of 4000 × 4000 pixels take too long"):
-        decode_image(hostile)
+    for marker in (b"\xff\xda", b"\xff\xff\xff\xda"):  # which may be padded
+        with pytest.raises(BrokenSample, match="4010 scans of 4000 × 4000 pixels take too long"):
+            decode_image(hostile.replace(b"\xff\xda", marker))
     assert time.process_time() - begin < 0.5  # decoding takes a minute
     assert decode_image(progressive).size == (4000, 4000)
     small = encode(Image.new("RGB", (16, 16), "red"), "JPEG", progressive=True)
     assert decode_image(with_scans(small, 1000)).size == (16, 16)
     with pytest.raises(BrokenSample, match="too long"):
         decode_image(with_scans(small, 110_000))
+    no_scans = b"\xff\xda" * 110_000  # in a segment, and after the end, where phones append films
+    for data in (encode(Image.new("RGB", (16, 16)), "JPEG", icc_profile=no_scans), small + no_scans):
+        assert decode_image(data).size == (16, 16)
 
 
 @pytest.mark.parametrize(

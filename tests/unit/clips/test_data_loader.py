@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_corpus import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import recap, write_shard
@@ -35,13 +36,7 @@ LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(
 
 
 def picture(i: int) -> bytes:
-    return encoded(Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)))
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)))
 
 
 def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
@@ -299,7 +294,7 @@ def test_by_aspect_each_step_takes_the_pictures_that_fit_its_size(
     dealt: int, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clips.data.loader.DEALT", dealt)
-    pictures = [encoded(Image.new("RGB", SIZES[i % 3])) for i in range(COUNT)]
+    pictures = [encode(Image.new("RGB", SIZES[i % 3])) for i in range(COUNT)]
     pictures[5] = b"no picture"
     write_shard(tmp_path / "a.tar", [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(pictures)])
     source = open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)

@@ -3,7 +3,6 @@ over single pictures."""
 
 from __future__ import annotations
 
-import io
 import json
 import weakref
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_corpus import encode
 from conftest import generative, random_model, script_parser, tiny_run
 from launched import write_shard
 from PIL import Image
@@ -51,13 +51,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     for name, size in SIZES.items():
         samples = []
         for i in range(size):
-            picture = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(picture, "PNG")
+            picture = encode(Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)))
             fields = {"org_caption": f"picture {name} {i}", "captions": [f"a box {i}", f"number {i} seen from above"]}
             label = {} if i % 3 else {"label": f"kind {i % 2}"}
             long = {} if i % 4 == 1 else {"txt": f"A plain picture. It has number {i}.{' A box.' * (i % 5)}".encode()}
             end = 60 if i == BROKEN else None
-            samples.append((picture.getvalue()[:end], {"json": json.dumps(fields | label).encode(), **long}))
+            samples.append((picture[:end], {"json": json.dumps(fields | label).encode(), **long}))
         write_shard(folder / f"{name}.tar", samples)
     paths = {name: str(folder / f"{name}.tar") for name in SIZES}
     tiny = tiny_run()
@@ -222,8 +221,9 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
     }
 
 
-@pytest.mark.parametrize("objective", ["clips", "caption", "caption+web"])
-@pytest.mark.parametrize("inputs", ["queries", "tokens"])
+@pytest.mark.parametrize(
+    ("objective", "inputs"), [("clips", "tokens"), *((it, "queries") for it in ("clips", "caption", "caption+web"))]
+)
 def test_the_figures_are_those_of_a_loop_over_single_pictures(
     objective: str, inputs: str, run: RunConfig, tokenizer: CaptionTokenizer
 ) -> None:

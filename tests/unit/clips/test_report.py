@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import warm
 from conftest import random_model, script_parser, tiny_run
 from PIL import Image
 from rich.console import Console
@@ -31,12 +30,7 @@ from clips.training.finish import finish_run
 from clips.weights.export import export_from_flags, write_native
 from clips.weights.load import load_model
 
-
-@pytest.fixture(autouse=True)
-def _one_pixel(request, monkeypatch):
-    """Charts are one pixel, as in forked processes (tests/warm.py): drawing them takes most of a report's time."""
-    if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
+pytestmark = pytest.mark.usefixtures("one_pixel")
 
 
 @pytest.fixture(scope="module")

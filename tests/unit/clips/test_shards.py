@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launched import write_shard
 
 from clips.config import Fields
 from clips.data import shards
@@ -26,12 +25,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, count: int, *, without_long: int = 0) -> None:
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            for extension in ("png", "web", "txt")[: 2 if i < without_long else 3]:
-                info = tarfile.TarInfo(f"{i:03d}.{extension}")
-                info.size = 3
-                tar.addfile(info, io.BytesIO(f"{i:03d}".encode()))
+    texts = [{"web": b"web"} | ({} if i < without_long else {"txt": b"txt"}) for i in range(count)]
+    write_shard(path, [(b"png", text) for text in texts])
 
 
 def make(folder: Path) -> list[str]:
