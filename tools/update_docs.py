@@ -15,7 +15,8 @@ A block of a page is a comment that holds its text with places for figures, and 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py, or the result of
 scripts/compare_pretraining.py or scripts/compare_captions.py, without what is long in it. `{WHO: FIGURE}` is a mean
 with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if that leaves zero
-out. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided.
+out. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND
+stands for one line of each kind of question.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ LONG = ("cells", "examples", "files")
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """Fields of a figure and of a difference that are taken from report.json."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
+KINDS = {"identity": "identity", "count": "count", "where": "where", "relation": "relation", "yes_no": "yes/no"}
+"""Kinds of questions in report.json, and as a page shows them."""
 PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 """An encoder may be called by its path, in which {seed} replaces the pretraining seed."""
 
@@ -111,7 +114,12 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         except (KeyError, IndexError, TypeError, StopIteration) as error:
             raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
 
-    return head + PLACE.sub(figure, text) + end
+    lines = [
+        line.replace("/KIND", f"/{kind}").replace("KIND", shown)
+        for line in text.splitlines(keepends=True)
+        for kind, shown in (KINDS.items() if "KIND" in line else [("", "")])
+    ]
+    return head + PLACE.sub(figure, "".join(lines)) + end
 
 
 def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:
