@@ -24,8 +24,9 @@ def main() -> None:
     from clips.common.live import say_next
     from clips.data.demo import ensure_demo
 
-    options = {"seed": flags.seed, "image_size": flags.image_size, "aspects": flags.aspects}
-    directory = ensure_demo(flags.output, **options, again=True)
+    directory = ensure_demo(
+        flags.output, seed=flags.seed, image_size=flags.image_size, aspects=flags.aspects, again=True
+    )
     print(f"The demo data is in {directory}")
     say_next("deepspeed scripts/pretrain_clips.py")
 
