@@ -279,17 +279,17 @@ def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> Batc
     return _shape(run, image_size, samples, run.model.text.context_length // (2 if run.model.text.trim else 1))
 
 
-def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, **others: int) -> BatchShape:
+def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, ranks: int = 1) -> BatchShape:
     """With texts of `words` slots each and captions of full length."""
     captioner = run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
     texts, predicted = (words,) * len(run.task.texts), samples * max(0, caption - 1)
-    return BatchShape(samples, image_size, texts, caption, predicted=predicted, **others)
+    return BatchShape(samples, image_size, texts, caption, predicted, ranks)
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
     """A micro-batch of `samples` of the largest size whose texts and captions all have full length."""
-    return _shape(run, largest_size(phase), samples, run.model.text.context_length, world_size=ranks)
+    return _shape(run, largest_size(phase), samples, run.model.text.context_length, ranks)
 
 
 def largest_size(phase: PhaseConfig) -> Size:

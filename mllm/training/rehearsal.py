@@ -100,7 +100,8 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
     All samples begin with one common token.
     """
     config, layout, device = training.llava.config, Layout.of(training.llava.config), training.llava.device
-    tokens, squares, vision = layout.most, samples * layout.most_squares, config.vision_config
+    vision: Any = config.vision_config
+    tokens, squares = layout.most, samples * layout.most_squares
     length = tokens + WORDS[stage]
     ids = torch.randint(3, 90, (samples, length))
     ids[:, 0], ids[:, 1] = 7, 8 + torch.arange(samples)
