@@ -167,8 +167,8 @@ def compare(here: Path, there: Path) -> list[str]:
 
 
 def test_a_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None:
-    # By default a seed whose kills come early: a worker or rank at the start, the launcher in a step, a rank in a save.
-    count, seed = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "3740"))
+    # By default a seed whose kills come early: the launcher at the start, a worker in a step, a rank in a save.
+    count, seed = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "7120"))
     flags = ["--recipe", "s16", "--debug", "--samples", str(SAMPLES // 3), *small_data(tmp_path / "data")]
     # Each step has a line of its own: a stop between two lines, as a lost launcher's, would write one more.
     flags += ["--output", str(tmp_path), "--set", "train.precision=fp32", f"train.checkpoint_every={SAVE_EVERY}"]
@@ -184,7 +184,7 @@ def test_a_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None:
 
     metrics = killed / METRICS
     whole = metrics.read_text()
-    metrics.write_text(whole.replace('"loss": 1', '"loss": 2', 1))
+    metrics.write_text(whole.replace('"loss": ', '"loss": 9', 1))
     assert compare(peaceful, killed) == ["train"]
     metrics.write_text(whole)
     shutil.rmtree(killed / "export")
