@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT
 
-from clips.common.errors import run_command
 from clips.lab.pretraining import PretrainingRun
 
 STORED = ROOT / "tests" / "data" / "lab"
@@ -45,4 +45,6 @@ def with_figures(directory: Path, run: PretrainingRun, figures: Mapping[str, flo
 def run_main(monkeypatch: pytest.MonkeyPatch, name: str, *words: str | Path) -> int:
     """The exit code of `python scripts/NAME.py WORDS…`, in this process; what it prints is pytest's to capture."""
     monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
-    return run_command(load_script(f"scripts/{name}.py").main)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    return ended.value.code

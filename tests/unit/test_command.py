@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_script, run_group, run_python, script_parser
+from conftest import ROOT, run_group, run_python, script_parser
+from lab_runs import run_main
 from rich.console import Console
 
 from clips.common import rundir
-from clips.common.errors import UserError, run_command
+from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.rundir import MADE_OF, check_current
 from clips.recipes import recipe
@@ -128,8 +129,7 @@ def test_what_is_taken_as_the_newest_is_named_before_any_work(
         write_json(tmp_path / "runs" / path, content)
     rundir._say_taken.cache_clear()
     name, *words = command.split()
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-    assert run_command(load_script(f"scripts/{name}.py").main) == 2
+    assert run_main(monkeypatch, name, *words) == 2
     told, _, error = capfd.readouterr().err.partition("\nerror: ")
     assert told == f"{said}\n"
     assert error
