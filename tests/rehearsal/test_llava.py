@@ -22,6 +22,8 @@ from mllm.training.freeze import llava_of
 from mllm.training.plan import ANSWERS, LANGUAGE_MODELS, WORDS, StepBytes
 from mllm.training.rehearsal import TOWER, agreements, batch_of, made, planned, stepped
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "stage", "lora", "checkpointing"),

@@ -29,6 +29,8 @@ from clips.training.plan import plan
 from clips.training.prepare import fullest_shape
 from clips.training.rehearsal import built, rehearse
 
+pytestmark = pytest.mark.slow
+
 WHOLE = "train.activation_checkpointing=false"
 
 
