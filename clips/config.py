@@ -509,6 +509,11 @@ class PhaseConfig:
         return self.samples // self.batch_size
 
     @property
+    def seen(self) -> int:
+        """Samples of its whole steps."""
+        return self.steps * self.batch_size
+
+    @property
     def training_sizes(self) -> tuple[Size, ...]:
         """The sizes of its pictures in training."""
         return self.sizes or (sides(self.image_size),)
@@ -638,7 +643,7 @@ class RunConfig:
     @property
     def samples(self) -> int:
         """Samples of all phases, in whole optimizer steps."""
-        return sum(phase.steps * phase.batch_size for phase in self.phases)
+        return sum(phase.seen for phase in self.phases)
 
     @property
     def steps(self) -> int:

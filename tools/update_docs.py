@@ -44,8 +44,8 @@ LONG = ("cells", "examples", "files")
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """Fields of a figure and of a difference that are taken from report.json."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
-KINDS = {"identity": "identity", "count": "count", "where": "where", "relation": "relation", "yes_no": "yes/no"}
-"""Kinds of questions in report.json, and as a page shows them."""
+KINDS = ("identity", "count", "where", "relation", "yes_no")
+"""The lines that a line with KIND stands for."""
 PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 """An encoder may be called by its path, in which {seed} replaces the pretraining seed."""
 
@@ -114,12 +114,10 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         except (KeyError, IndexError, TypeError, StopIteration) as error:
             raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
 
-    lines = [
-        line.replace("/KIND", f"/{kind}").replace("KIND", shown)
-        for line in text.splitlines(keepends=True)
-        for kind, shown in (KINDS.items() if "KIND" in line else [("", "")])
-    ]
-    return head + PLACE.sub(figure, "".join(lines)) + end
+    def of_each_kind(line: re.Match[str]) -> str:
+        return "".join(line[0].replace("/KIND", f"/{k}").replace("KIND", k.replace("_", "/")) for k in KINDS)
+
+    return head + PLACE.sub(figure, re.sub(".*KIND.*\n", of_each_kind, text)) + end
 
 
 def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:

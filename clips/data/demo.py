@@ -687,8 +687,9 @@ def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Se
         "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
     missing = f"{capital(MISSING)}.\n\n" if wanted["version"] != VERSION else ""
-    shapes = " or ".join(f"{width} × {height}" for width, height in canvases(wanted["image_size"]))
-    shape = shapes if wanted.get("aspects") else wanted["image_size"]
+    shape = wanted["image_size"]
+    if wanted.get("aspects"):
+        shape = " or ".join(f"{width} × {height}" for width, height in canvases(shape))
     (directory / "README.md").write_text(
         f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {shape} pixels), `txt` "
         "(the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "

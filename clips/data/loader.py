@@ -120,7 +120,7 @@ class MicroBatches:
                 for part in range(self.accumulation):
                     begin = first + step * phase.batch_size + (part * self.world_size + self.rank) * micro
                     yield index, size, range(begin, begin + micro)
-            first += phase.steps * phase.batch_size
+            first += phase.seen
 
 
 class BatchDataset(Dataset):
@@ -183,7 +183,7 @@ class BatchDataset(Dataset):
         narrowest go to the narrowest size. Headers alone are read, as many for each picture as there are sizes.
         """
         config = self.run.phases[phase]
-        first = sum(earlier.steps * earlier.batch_size for earlier in self.run.phases[:phase])
+        first = sum(earlier.seen for earlier in self.run.phases[:phase])
         step, begin = divmod(positions.start - first, config.batch_size)
         turn = step - step % len(config.sizes)
         steps = range(turn, min(turn + len(config.sizes), config.steps))

@@ -15,8 +15,8 @@ from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
 from clips.lab.report import Page
 from clips.lab.stats import verdict
-from clips.studies.variants import Question, Study, Variant, check_counts, check_settings
-from clips.studies.variants_page import Words, page
+from clips.studies.variants import Question, Study, Variant, check_counts, check_settings, seeded_runs
+from clips.studies.variants_page import Words, page, seen_by_all
 
 CONTEXT = "model.text.context_length=80"
 """The demo's text tower reads 56 tokens and would cut a sixth of the long captions. 80 tokens cut one in a thousand."""
@@ -103,10 +103,7 @@ LIMITS = (
 
 def variant_study(runs_of: Sequence[str], seeds: int, samples: int, settings: Sequence[str], **study: Any) -> Study:
     """A study of some of VARIANTS. `settings`: `--set` of all runs; a variant's own settings come last."""
-    runs = {
-        name: [VARIANTS[name].run(name, seed, samples, (CAPTIONS, *settings, CONTEXT)) for seed in range(seeds)]
-        for name in runs_of
-    }
+    runs = seeded_runs({name: VARIANTS[name] for name in runs_of}, seeds, samples, (CAPTIONS, *settings, CONTEXT))
     return Study(variants=VARIANTS, runs=runs, **study)
 
 
@@ -138,7 +135,7 @@ def reproduce(
 
 
 def claims_page(result: Mapping[str, Any]) -> Page:
-    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds" if result["variants"] else ""
+    note = seen_by_all(result) if result["variants"] else ""
     return page(result, "The claims of CLIPS, in small", note, LIMITS, WORDS)
 
 

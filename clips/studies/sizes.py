@@ -14,8 +14,8 @@ from typing import Any
 from clips.data.demo import IMAGE_SIZE, canvases
 from clips.lab.report import Page
 from clips.recipes import recipe
-from clips.studies.variants import Question, Study, Variant, check_counts, check_settings
-from clips.studies.variants_page import page
+from clips.studies.variants import Question, Study, Variant, check_counts, check_settings, seeded_runs
+from clips.studies.variants_page import page, seen_by_all
 
 DATA = ("data.demo_dir=data/demo_aspects", "data.demo_aspects=true")
 SCALE = IMAGE_SIZE // recipe("demo").phases[0].image_size
@@ -50,13 +50,9 @@ def compare_sizes(
 
 
 def sizes_study(seeds: int, samples: int, settings: Sequence[str] = ()) -> Study:
-    runs = {
-        name: [variant.run(name, seed, samples, (*DATA, *settings)) for seed in range(seeds)]
-        for name, variant in VARIANTS.items()
-    }
+    runs = seeded_runs(VARIANTS, seeds, samples, (*DATA, *settings))
     return Study("sizes", "pictures of several aspects", VARIANTS, runs, {"sizes": QUESTION})
 
 
 def sizes_page(result: Mapping[str, Any]) -> Page:
-    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds"
-    return page(result, "Pictures of several aspects", note, LIMITS)
+    return page(result, "Pictures of several aspects", seen_by_all(result), LIMITS)

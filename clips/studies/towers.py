@@ -14,8 +14,8 @@ from typing import Any
 from clips.common.errors import UserError
 from clips.lab.report import Page
 from clips.recipes import TOWERS
-from clips.studies.variants import Question, Study, Variant, check_counts
-from clips.studies.variants_page import page
+from clips.studies.variants import Question, Study, Variant, check_counts, seeded_runs
+from clips.studies.variants_page import page, seen_by_all
 
 LIMITS = "The recipe and its rates were tuned for its own tower, and the models are tiny."
 
@@ -37,11 +37,9 @@ def towers_study(tower: str, seeds: int, samples: int) -> Study:
         for name in (tower, "clips")
     }
     variants = {name: Variant(f"tower {name}", "demo", own) for name, own in settings.items()}
-    runs = {name: [variant.run(name, seed, samples) for seed in range(seeds)] for name, variant in variants.items()}
     question = Question(f"The tower {tower} against the recipe's own", (tower, "clips"), ((tower, "clips"),))
-    return Study("towers", "image towers", variants, runs, {"towers": question})
+    return Study("towers", "image towers", variants, seeded_runs(variants, seeds, samples), {"towers": question})
 
 
 def towers_page(result: Mapping[str, Any]) -> Page:
-    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds"
-    return page(result, "Image towers", note, LIMITS)
+    return page(result, "Image towers", seen_by_all(result), LIMITS)

@@ -57,6 +57,13 @@ class Variant:
         return PretrainingRun(self.recipe, f"{name}-seed{seed}", samples, seed, (*settings, *self.settings))
 
 
+def seeded_runs(
+    variants: Mapping[str, Variant], seeds: int, samples: int, settings: Sequence[str] = ()
+) -> dict[str, list[PretrainingRun]]:
+    """Variant → its runs with the seeds from 0, all of the same number of samples."""
+    return {name: [v.run(name, seed, samples, settings) for seed in range(seeds)] for name, v in variants.items()}
+
+
 @dataclass(frozen=True)
 class Question:
     title: str

@@ -56,6 +56,10 @@ def called(figure: str) -> str:
     return words + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
+def seen_by_all(result: Mapping[str, Any]) -> str:
+    return f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds"
+
+
 def page(
     result: Mapping[str, Any],
     title: str,

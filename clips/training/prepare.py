@@ -252,8 +252,8 @@ def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> 
     """Rough time for the samples after the first `done`, at `reached` FLOP/s a rank."""
     seconds = 0.0
     for phase in run.phases:
-        todo = max(0, phase.steps * phase.batch_size - done)
-        done = max(0, done - phase.steps * phase.batch_size)
+        todo = max(0, phase.seen - done)
+        done = max(0, done - phase.seen)
         seconds += todo * flops_per_sample(run, phase) / (reached * ranks)
     return seconds
 
@@ -400,8 +400,8 @@ def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> 
     rate += _rate_note(run, phase)
     fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
-        f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
-        f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
+        f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.seen:,} samples "
+        f"({phase.seen / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
         f"{rate}, {phase.schedule}{fresh}"
     )
 

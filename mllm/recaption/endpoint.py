@@ -102,6 +102,9 @@ class Server:
     def is_out(self) -> bool:
         return self.failures >= FAILURES
 
+    def is_free(self, now: float) -> bool:
+        return now >= self.resumes and self.open < (1 if self.is_out else int(self.limit))
+
     def succeed(self, most: int) -> None:
         """A usable answer: each round of them adds one place, up to `most`."""
         self.answers += 1
@@ -272,7 +275,7 @@ class EndpointCaptioner:
             now = time.monotonic()
             least = min((failed_at[server.url] for server in self.servers if not server.is_out), default=TRIES)
             allowed = [server for server in self.servers if failed_at[server.url] <= least]
-            if free := [s for s in allowed if now >= s.resumes and s.open < (1 if s.is_out else int(s.limit))]:
+            if free := [server for server in allowed if server.is_free(now)]:
                 server = min(free, key=lambda server: server.open / server.limit)
                 server.open += 1
                 return server
