@@ -163,6 +163,8 @@ class TrainArguments:
         if self.data_path is None:
             defaults |= stage.demo
             defaults |= stage.demo_whole if not adapters and self.model_name_or_path == DEFAULT_LLM else {}
+        if self.num_train_epochs is not None:
+            defaults["max_steps"] = -1  # epochs that are asked for count, not the demo's steps
         filled: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()
         }

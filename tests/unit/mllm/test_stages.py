@@ -180,6 +180,9 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
         demo = arguments("--stage", "2", *words).resolve(1)
         assert (demo.llm_layers, demo.lora_enable, demo.learning_rate) == (layers, lora, 1e-3)
         assert demo.mm_vision_select_layer == -1
+    epochs = arguments("--num_train_epochs", "2").resolve(1)
+    assert (epochs.num_train_epochs, epochs.max_steps) == (2, -1), "not the demo's steps"
+    assert arguments("--num_train_epochs", "2", "--max_steps", "3").resolve(1).max_steps == 3
     assert arguments(*BOTH, "--lora_enable").resolve(1).llm_layers is None, "both stages have one language model"
     assert arguments("--model_name_or_path", "mine").resolve(1).llm_layers is None
 
