@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Ask an OpenAI-style server the questions that evaluate_llava.py answered, and compare the answers text by text.
+
+A server that reads the model otherwise gives other texts. Rounding turns texts, too: give both programs float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import mimetypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from clips.common.errors import CommandError, UserError, run_command
+from clips.common.escape import clip, one_line
+from clips.common.files import read_json_records
+from clips.common.flags import Parser
+from mllm.data.questions import images_of
+from mllm.data.video import is_video
+
+if TYPE_CHECKING:
+    import httpx2
+
+AT_ONCE = 4
+"""Requests in flight."""
+NAMED = 10
+"""Differing answers that are shown."""
+
+
+def shown(folder: Path, name: str) -> dict[str, Any]:
+    """The part of a request that shows a picture or a video of `folder`."""
+    kind = "video_url" if is_video(name) else "image_url"
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    url = f"data:{mimetypes.guess_type(name)[0] or 'image/jpeg'};base64,{data}"
+    return {"type": kind, kind: {"url": url}}
+
+
+def ask(client: httpx2.Client, model: str, folder: Path, most: int, line: dict[str, Any]) -> str:
+    """The server's greedy answer to a line of evaluate_llava.py; UserError if it refuses the request."""
+    parts = [*(shown(folder, name) for name in images_of(line)), {"type": "text", "text": line["prompt"]}]
+    messages = [{"role": "user", "content": parts}]
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": most}
+    answer = client.post("chat/completions", json=body)
+    if answer.status_code != 200:
+        raise UserError(f"question {line['question_id']}: the server answers {answer.status_code}: {answer.text[:500]}")
+    return str(answer.json()["choices"][0]["message"]["content"]).strip()
+
+
+def check(flags: argparse.Namespace) -> None:
+    """Print how many texts are equal; CommandError if any text differs."""
+    import httpx2  # of the extra chat
+
+    lines = read_json_records(flags.answers)[: flags.limit]
+    url = flags.url.rstrip("/") + "/"
+    try:
+        with httpx2.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+            model = flags.model or client.get("models").json()["data"][0]["id"]
+            asked = pool.map(partial(ask, client, model, flags.image_folder, flags.max_new_tokens), lines)
+            answers = list(tqdm(asked, total=len(lines), unit="answer", disable=None))
+    except httpx2.HTTPError as error:
+        raise UserError(f"{flags.url} does not answer: {error}") from None
+    differing = [(line, answer) for line, answer in zip(lines, answers, strict=True) if line["text"].strip() != answer]
+    for line, answer in differing[:NAMED]:
+        prompt, before, now = (one_line(clip(text)) for text in (line["prompt"], line["text"], answer))
+        print(f"question {line['question_id']}: {prompt}\n  evaluation: {before}\n  server:     {now}")
+    if differing:
+        raise CommandError(f"the texts of {model} differ in {len(differing):,} of {len(lines):,} answers")
+    print(f"all {len(lines):,} answers of {model} are equal")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(__doc__)
+    p.add_argument("answers", type=Path, help="answers that evaluate_llava.py wrote")
+    p.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the server's address")
+    p.add_argument("--model", help="the model's name there (default: the first of the server's list)")
+    p.add_argument("--image-folder", type=Path, default=Path(), help="folder of the pictures and videos")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="that of evaluate_llava.py")
+    p.add_argument("--limit", type=int, help="only the first so many answers (default: all)")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: check(parser().parse_args())))
