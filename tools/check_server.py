@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import mimetypes
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +24,7 @@ from clips.common.files import read_json_records
 from clips.common.flags import Parser
 from mllm.data.questions import images_of
 from mllm.data.video import is_video
+from mllm.recaption.endpoint import KEY_VARIABLE
 
 if TYPE_CHECKING:
     import httpx2
@@ -41,15 +43,20 @@ def shown(folder: Path, name: str) -> dict[str, Any]:
     return {"type": kind, kind: {"url": url}}
 
 
-def ask(client: httpx2.Client, model: str, folder: Path, most: int, line: dict[str, Any]) -> str:
-    """The server's greedy answer to a line of evaluate_llava.py; UserError if it refuses the request."""
-    parts = [*(shown(folder, name) for name in images_of(line)), {"type": "text", "text": line["prompt"]}]
-    messages = [{"role": "user", "content": parts}]
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": most}
-    answer = client.post("chat/completions", json=body)
+def sent(client: httpx2.Client, method: str, path: str, what: str, body: dict[str, Any] | None = None) -> Any:
+    """The server's JSON; UserError if it refuses the request."""
+    answer = client.request(method, path, json=body)
     if answer.status_code != 200:
-        raise UserError(f"question {line['question_id']}: the server answers {answer.status_code}: {answer.text[:500]}")
-    return str(answer.json()["choices"][0]["message"]["content"]).strip()
+        raise UserError(f"{what}: the server answers {answer.status_code}: {answer.text[:500]}")
+    return answer.json()
+
+
+def ask(client: httpx2.Client, model: str, folder: Path, most: int, line: dict[str, Any]) -> str:
+    """The server's greedy answer to a line of evaluate_llava.py."""
+    parts = [*(shown(folder, name) for name in images_of(line)), {"type": "text", "text": line["prompt"]}]
+    body = {"model": model, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": most}
+    answer = sent(client, "POST", "chat/completions", f"question {line['question_id']}", body)
+    return str(answer["choices"][0]["message"]["content"]).strip()
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -57,14 +64,19 @@ def check(flags: argparse.Namespace) -> None:
     import httpx2  # of the extra chat
 
     lines = read_json_records(flags.answers)[: flags.limit]
-    url = flags.url.rstrip("/") + "/"
+    url, key = flags.url.rstrip("/") + "/", os.environ.get(KEY_VARIABLE, "none")
     try:
-        with httpx2.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(AT_ONCE) as pool:
-            model = flags.model or client.get("models").json()["data"][0]["id"]
+        with (
+            httpx2.Client(base_url=url, timeout=600, headers={"Authorization": f"Bearer {key}"}) as client,
+            ThreadPoolExecutor(AT_ONCE) as pool,
+        ):
+            model = flags.model or sent(client, "GET", "models", "its list of models")["data"][0]["id"]
             asked = pool.map(partial(ask, client, model, flags.image_folder, flags.max_new_tokens), lines)
             answers = list(tqdm(asked, total=len(lines), unit="answer", disable=None))
     except httpx2.HTTPError as error:
         raise UserError(f"{flags.url} does not answer: {error}") from None
+    except (LookupError, ValueError):
+        raise UserError(f"{flags.url} does not answer as OpenAI's API does; most addresses end with /v1") from None
     differing = [(line, answer) for line, answer in zip(lines, answers, strict=True) if line["text"].strip() != answer]
     for line, answer in differing[:NAMED]:
         prompt, before, now = (one_line(clip(text)) for text in (line["prompt"], line["text"], answer))
@@ -77,7 +89,9 @@ def check(flags: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     p.add_argument("answers", type=Path, help="answers that evaluate_llava.py wrote")
-    p.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the server's address")
+    p.add_argument(
+        "--url", default="http://127.0.0.1:8000/v1", help=f"the server's address; {KEY_VARIABLE} may hold its key"
+    )
     p.add_argument("--model", help="the model's name there (default: the first of the server's list)")
     p.add_argument("--image-folder", type=Path, default=Path(), help="folder of the pictures and videos")
     p.add_argument("--max-new-tokens", type=int, default=64, help="that of evaluate_llava.py")
