@@ -405,6 +405,25 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callabl
         generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
 
 
+def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(
+    model: ChatModel, place: Path, tmp_path: Path
+) -> None:
+    """Which is vLLM's, too. The pipeline's nested list makes one square of each: other tokens, other texts."""
+    names = ["0.png", "1.png"]
+    _, [answer] = answers_of(model, [{"image": names, "text": TEXT}], place / "images", tmp_path / "questions.jsonl")
+    pictures = [Image.open(place / "images" / name).convert("RGB") for name in names]
+    content = [*({"type": "image"} for _ in names), {"type": "text", "text": TEXT}]
+    text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    flat, nested = (
+        model.processor(text=[text], images=images, return_tensors="pt") for images in (pictures, [pictures])
+    )
+    count = [int((inputs["input_ids"] == model.encoder.image_id).sum()) for inputs in (flat, nested)]
+    assert count == [sum(model.image_tokens(pictures)), 2 * (model.layout.square + 1)]
+    output = model.model.generate(**flat, max_new_tokens=8, do_sample=False)
+    said = model.processor.tokenizer.decode(output[0, flat["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said.strip() == answer
+
+
 def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
     """A second question reads nothing again, and the saved talk is data for training."""
     clip = place / "images" / "a.mp4"
