@@ -11,17 +11,17 @@ import base64
 import mimetypes
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from clips import BrokenSample
 from clips.common.errors import CommandError, UserError, run_command
 from clips.common.escape import clip, one_line
 from clips.common.files import read_json_records
 from clips.common.flags import Parser
+from mllm.data.images import ImageStore, broken_picture
 from mllm.data.questions import images_of
 from mllm.data.video import is_video
 from mllm.recaption.endpoint import KEY_VARIABLE
@@ -29,18 +29,18 @@ from mllm.recaption.endpoint import KEY_VARIABLE
 if TYPE_CHECKING:
     import httpx2
 
-AT_ONCE = 4
-"""Requests in flight."""
 NAMED = 10
 """Differing answers that are shown."""
 
 
-def shown(folder: Path, name: str) -> dict[str, Any]:
-    """The part of a request that shows a picture or a video of `folder`."""
+def shown(store: ImageStore, name: str) -> dict[str, Any]:
+    """The part of a request that shows a picture or a video; UserError if it is missing."""
+    try:
+        data = base64.b64encode(store.read(name)).decode()
+    except BrokenSample as broken:
+        raise broken_picture(store, broken) from None
     kind = "video_url" if is_video(name) else "image_url"
-    data = base64.b64encode((folder / name).read_bytes()).decode()
-    url = f"data:{mimetypes.guess_type(name)[0] or 'image/jpeg'};base64,{data}"
-    return {"type": kind, kind: {"url": url}}
+    return {"type": kind, kind: {"url": f"data:{mimetypes.guess_type(name)[0] or 'image/jpeg'};base64,{data}"}}
 
 
 def sent(client: httpx2.Client, method: str, path: str, what: str, body: dict[str, Any] | None = None) -> Any:
@@ -51,9 +51,9 @@ def sent(client: httpx2.Client, method: str, path: str, what: str, body: dict[st
     return answer.json()
 
 
-def ask(client: httpx2.Client, model: str, folder: Path, most: int, line: dict[str, Any]) -> str:
+def ask(client: httpx2.Client, model: str, store: ImageStore, most: int, line: dict[str, Any]) -> str:
     """The server's greedy answer to a line of evaluate_llava.py."""
-    parts = [*(shown(folder, name) for name in images_of(line)), {"type": "text", "text": line["prompt"]}]
+    parts = [*(shown(store, name) for name in images_of(line)), {"type": "text", "text": line["prompt"]}]
     body = {"model": model, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": most}
     answer = sent(client, "POST", "chat/completions", f"question {line['question_id']}", body)
     return str(answer["choices"][0]["message"]["content"]).strip()
@@ -64,15 +64,16 @@ def check(flags: argparse.Namespace) -> None:
     import httpx2  # of the extra chat
 
     lines = read_json_records(flags.answers)[: flags.limit]
-    url, key = flags.url.rstrip("/") + "/", os.environ.get(KEY_VARIABLE, "none")
+    if not all({"question_id", "prompt", "text"} <= set(line) for line in lines):
+        raise UserError(f"{flags.answers}: a line has no question_id, prompt and text, as of evaluate_llava.py")
+    store, answers = ImageStore(flags.image_folder), []
+    url, headers = flags.url.rstrip("/") + "/", {"Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, 'none')}"}
     try:
-        with (
-            httpx2.Client(base_url=url, timeout=600, headers={"Authorization": f"Bearer {key}"}) as client,
-            ThreadPoolExecutor(AT_ONCE) as pool,
-        ):
+        with httpx2.Client(base_url=url, timeout=600, headers=headers) as client:
             model = flags.model or sent(client, "GET", "models", "its list of models")["data"][0]["id"]
-            asked = pool.map(partial(ask, client, model, flags.image_folder, flags.max_new_tokens), lines)
-            answers = list(tqdm(asked, total=len(lines), unit="answer", disable=None))
+            # One after the other: in a batch of a server, rounding depends on the neighbours.
+            for line in tqdm(lines, unit="answer", disable=None):
+                answers.append(ask(client, model, store, flags.max_new_tokens, line))
     except httpx2.HTTPError as error:
         raise UserError(f"{flags.url} does not answer: {error}") from None
     except (LookupError, ValueError):
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         "--url", default="http://127.0.0.1:8000/v1", help=f"the server's address; {KEY_VARIABLE} may hold its key"
     )
     p.add_argument("--model", help="the model's name there (default: the first of the server's list)")
-    p.add_argument("--image-folder", type=Path, default=Path(), help="folder of the pictures and videos")
+    p.add_argument("--image-folder", type=Path, default=Path(), help="that of evaluate_llava.py: a folder or a tar")
     p.add_argument("--max-new-tokens", type=int, default=64, help="that of evaluate_llava.py")
     p.add_argument("--limit", type=int, help="only the first so many answers (default: all)")
     return p

@@ -190,6 +190,8 @@ def test_the_answers_of_a_server_are_compared_with_the_evaluation_s(
             check(parser().parse_args([str(file), "--url", address]))
     with pytest.raises(UserError, match="does not answer"):
         check(parser().parse_args(words))
+    with pytest.raises(UserError, match="has no question_id, prompt and text"):
+        check(parser().parse_args([str(tmp_path / "questions.jsonl"), *words[1:]]))
 
 
 def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Path) -> None:
