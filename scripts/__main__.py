@@ -20,7 +20,6 @@ COMMANDS = {
     "eval-llava": "evaluate_llava.py",
     "search": "search.py",
     "export": "export_clips.py",
-    "export-gguf": "export_gguf.py",
     "convert": "convert.py",
     "push": "push_to_hub.py",
     "demo": "build_demo_data.py",

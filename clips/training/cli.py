@@ -28,8 +28,8 @@ def parser() -> Parser:
     p.add_argument(
         "--tower",
         default="clips",
-        help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM, SGLang and "
-        "llama.cpp run as SigLIP), clip (a LayerNorm before the blocks, as in CLIP) or clip_model (both towers as "
+        help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM and "
+        "SGLang run as SigLIP), clip (a LayerNorm before the blocks, as in CLIP) or clip_model (both towers as "
         "transformers' CLIPModel has them, which is then exported)",
     )
     p.add_argument("--name", help="run directory under --output (default: the recipe's name)")

@@ -191,7 +191,6 @@ ROUTES = {
     "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
     "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--model", "MODEL", "--encoder", "NATIVE"),
     "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--questions", "q.jsonl"),
-    "export": ("export_gguf.py", "--model", "LLAVA", "--output", "out"),
 }
 
 

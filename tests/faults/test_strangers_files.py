@@ -133,7 +133,6 @@ def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
         ["scripts/export_clips.py", "--model", "no-model", "--output", "TARGET"],
         ["scripts/recaption.py", "--data", "no-data", "--captioner", "hf:no-model", "--output", "TARGET"],
         ["scripts/recaption.py", "--output", "TARGET"],
-        ["scripts/export_gguf.py", "--model", ".", "--output", "TARGET"],
         ["tools/make_pictures.py", "answers", "--model", "no-model", "--output", "TARGET/x.png"],
     ],
 )

@@ -21,7 +21,6 @@ from clips.common.files import write_json
 from clips.common.rundir import MADE_OF, check_current
 from clips.recipes import recipe
 from clips.training.finish import print_next
-from mllm.gguf.export import llama_command
 from mllm.model.original import refuse_original
 from mllm.recaption.manifest import Folder
 from mllm.recaption.report import training_command
@@ -77,7 +76,7 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.
     (place / "checkpoints/step-00000002").mkdir(parents=True)
     write_json(place / "export" / MADE_OF, {"step": 1, "sha256": "0"})
     write_json(place / "config.json", {"mm_vision_tower": "x"})
-    shown = [training_command(Folder(place)), llama_command("llama-server", place, place)]
+    shown = [training_command(Folder(place))]
     print_next_llava(2, place, Console(file=io.StringIO()))
     for run in (recipe("demo"), recipe("b16"), recipe("caption")):
         print_next(run, place)
@@ -91,7 +90,7 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.
         words = shlex.shlex(command, posix=True, punctuation_chars=True)
         words.whitespace_split = True
         assert any(str(place) in word for word in words), command
-    assert len(shown) == 8
+    assert len(shown) == 7
 
 
 ENCODER, MODEL = "the newest encoder: runs/mine", "the newest model: runs/chat/model"

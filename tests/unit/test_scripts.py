@@ -138,7 +138,7 @@ OF_OTHERS = {
         "--no-deps",
         "--tasks",
     ),  # torchrun, deepspeed, tar, pip, lmms-eval
-    *("--model-path", "--model-base", "--image-file", "--jinja", "--temp"),  # LLaVA, llama.cpp
+    *("--model-path", "--model-base", "--image-file"),  # LLaVA
 }
 """Flags in messages that are no script's own."""
 

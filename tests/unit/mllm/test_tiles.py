@@ -36,7 +36,6 @@ from mllm.chat.transcript import LazyPicture
 from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
-from mllm.gguf.export import export_gguf
 from mllm.model.convert import convert_llava
 from mllm.model.tiles import NEWLINE, Layout
 from mllm.training.arguments import parse_train_arguments
@@ -295,7 +294,5 @@ def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(
     assert torch.equal(kept, chat.model.model.image_newline)
     assert json.loads((directory / "config.json").read_text())["image_grid_pinpoints"] == grid_pinpoints(None, 32)
     assert "up to 88 tokens per image" in (directory / "README.md").read_text()
-    with pytest.raises(UserError, match=r"in tiles \(anyres\), .* llama.cpp"):
-        export_gguf(str(directory), tmp_path / "gguf")
     with pytest.raises(UserError, match="only models of one square are converted"):
         convert_llava(str(directory), tmp_path / "llava-model", "llava")

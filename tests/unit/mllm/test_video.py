@@ -48,7 +48,6 @@ from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.evaluation.evaluate import generate_answers
-from mllm.gguf.export import export_gguf
 from mllm.model.tiles import Layout, pooled_cells
 from mllm.training.features import FeatureCache
 from mllm.training.trainer import TrainingModel
@@ -358,8 +357,6 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
     config.image_grid_pinpoints = [[320, 32]]
     with pytest.raises(UserError, match="in more than 9 tiles"):
         Layout.of(config)
-    with pytest.raises(UserError, match=r"llama\.cpp"):
-        export_gguf(str(place / "runs" / "llava" / "model"), tmp_path / "gguf")
 
 
 # ---------------------------------------------------------------------------------------------- answers
