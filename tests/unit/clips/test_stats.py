@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from clips.lab.stats import (
@@ -15,9 +16,11 @@ from clips.lab.stats import (
     components,
     difference,
     distinct_levels,
+    half_of_interval,
     independent_runs,
     interval,
     labels,
+    least_variance,
     over_groups,
     over_runs,
     shared_runs,
@@ -70,6 +73,56 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
     assert (0.025 if seeds == 2 else 0.03) <= 1 - found.count("tie") / len(found) <= 0.07
     wins, losses = found.count("win"), found.count("loss")
     assert abs(wins - losses) <= 4 * np.sqrt(wins + losses + 1)
+
+
+JUMP, STEADY = 0.137, 0.014
+"""Standard deviations over seeds of *where* in docs/results.md: of CLIPS, which learns it in a jump, and of `random`."""
+
+
+def right_answers_of_equal_encoders(
+    rng: np.random.Generator, jumped: float, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of right answers of runs of two encoders with equal means.
+
+    One learns in a jump, which the share `jumped` of its runs has made. The other has no jump.
+    """
+    height = np.sqrt((JUMP**2 - STEADY**2) / jumped / (1 - jumped))
+    jumping = height * ((rng.random(shape) < jumped) - jumped) + STEADY * rng.standard_normal(shape)
+    return np.clip(0.4 + jumping, 0, 1), np.clip(0.4 + STEADY * rng.standard_normal(shape), 0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # of runs that happen to be alike
+@pytest.mark.parametrize(("questions", "crossed", "welchs"), [(160, (7, 18), (6, 21)), (640, (6, 37), (6, 43))])
+def test_equal_encoders_are_called_different_if_only_one_learns_in_a_jump(
+    questions: int, crossed: tuple[int, int], welchs: tuple[int, int]
+) -> None:
+    """docs/comparison.md states these ranges, in percent of the comparisons with three to five seeds."""
+    rng, rates = np.random.default_rng(0), []
+    for seeds, jumped in product((3, 4, 5), (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9)):
+        runs = right_answers_of_equal_encoders(rng, jumped, (4000, seeds))
+        a, b = (rng.binomial(questions, shares) / questions for shares in runs)
+        variance = (a - b).var(1, ddof=1) / seeds
+        luck = (a * (1 - a) + b * (1 - b)).mean(1) / (questions - 1) / seeds
+        halves = half_of_interval(variance, 0.0, least_variance(luck, seeds), seeds, questions)
+        by_welch = stats.ttest_ind(a, b, axis=1, equal_var=False).pvalue < 0.05
+        assert [welch(*pair).verdict != "tie" for pair in zip(a[:50].tolist(), b[:50].tolist(), strict=True)] == (
+            by_welch[:50].tolist()
+        )
+        rates.append((np.mean(abs((a - b).mean(1)) > halves), by_welch.mean()))
+    by_crossed, by_welch = 100 * np.array(rates).T
+    assert (by_crossed.min(), by_crossed.max()) == pytest.approx(crossed, abs=1)
+    assert (by_welch.min(), by_welch.max()) == pytest.approx(welchs, abs=1)
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| {questions} | {crossed[0]} to {crossed[1]} | {welchs[0]} to {welchs[1]} |" in page
+
+
+def test_the_crossed_interval_of_single_answers_errs_as_often() -> None:
+    """The same with every answer drawn, through `interval` itself."""
+    rng = np.random.default_rng(1)
+    a, b = right_answers_of_equal_encoders(rng, 0.2, (1000, 5, 1))
+    scores = (rng.random((1000, 5, 160)) < a).astype(float) - (rng.random((1000, 5, 160)) < b)
+    verdicts = [interval(of_comparison, np.arange(160)).verdict for of_comparison in scores]
+    assert 1 - verdicts.count("tie") / len(verdicts) == pytest.approx(0.18, abs=0.035)
 
 
 def sized(seeds: int, pictures: int, runs: float, shared: float, luck: float, within: int = 1) -> Spread:

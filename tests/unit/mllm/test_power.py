@@ -11,9 +11,18 @@ import pytest
 from conftest import ROOT
 
 from clips.common.files import read_json
+from clips.lab.stats import interval, over_groups
 from mllm.compare.cells import llava_runs
-from mllm.compare.comparison import Comparison
-from mllm.compare.plan import ENCODER_VARIANCE, OF_QUESTIONS, RUN_VARIANCE, power, power_in_words
+from mllm.compare.comparison import LIMIT, Comparison
+from mllm.compare.plan import (
+    ANSWER_VARIANCE,
+    ENCODER_VARIANCE,
+    OF_QUESTIONS,
+    PICTURE_VARIANCE,
+    RUN_VARIANCE,
+    power,
+    power_in_words,
+)
 from mllm.compare.words import design_in_words
 
 STORED = read_json(ROOT / "docs" / "results" / "compare.json")["encoders"]
@@ -26,26 +35,46 @@ BY_SEED = [
 
 def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None:
     """One pair is no measure: the largest of these variances is almost four times the smallest."""
-    measured = [float((a - b).var(ddof=1)) for of in BY_SEED for a, b in combinations(of, 2)]
-    assert pytest.approx(np.mean(measured), rel=0.02) == RUN_VARIANCE + ENCODER_VARIANCE
+    pairs = [pair for of in BY_SEED for pair in combinations(of, 2)]
+    measured = [float((a - b).var(ddof=1)) for a, b in pairs]
+    assert pytest.approx(np.mean(measured), rel=0.02) == RUN_VARIANCE + ENCODER_VARIANCE + ANSWER_VARIANCE
     assert max(measured) > 3 * min(measured)
+    luck = [float((a * (1 - a)).mean() + (b * (1 - b)).mean()) / OF_QUESTIONS for a, b in pairs]
+    assert pytest.approx(np.mean(luck), rel=0.02) == ANSWER_VARIANCE
 
 
 @pytest.mark.parametrize(
     ("seeds", "runs", "design", "cases"),
     [
-        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", 18),
-        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", 24),
-        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", 39),
-        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", 40),
+        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", (16, 18, 20)),
+        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", (24, 26, 27)),
+        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", (33, 39, 45)),
+        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", (35, 41, 47)),
     ],
 )
-def test_designs_in_words_and_what_they_see(seeds: int, runs: int | None, design: str, cases: int) -> None:
+def test_designs_in_words_and_what_they_see(seeds: int, runs: int | None, design: str, cases: tuple[int, ...]) -> None:
+    """5 points, with 400 questions (the default), 800 and 6,400."""
     comparison = Comparison(seeds=seeds, llava_runs=runs)
     assert design_in_words(seeds, llava_runs(comparison)) == design
-    assert 100 * power(comparison, OF_QUESTIONS, 0.05) == pytest.approx(cases, abs=1.5)
+    assert [100 * power(comparison, n, 0.05) for n in (LIMIT, 800, 6400)] == pytest.approx(cases, abs=1)
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    assert f"| {design} | {cases} |" in page
+    assert f"| {design} | {' | '.join(map(str, cases))} |" in page
+
+
+@pytest.mark.parametrize("questions", [400, 3200])
+def test_power_is_what_simulated_comparisons_of_the_default_design_find(questions: int) -> None:
+    """Luck of pretrainings and of LLaVA runs is that of whole models: no number of questions averages it out."""
+    comparison, rng = Comparison(), np.random.default_rng(0)
+    runs, wins, tries = llava_runs(comparison), 0, 600
+    groups = np.arange(runs) % comparison.seeds
+    for _ in range(tries):
+        encoders = rng.normal(0, ENCODER_VARIANCE**0.5, comparison.seeds)[groups]
+        of_runs = 0.05 + encoders + rng.normal(0, RUN_VARIANCE**0.5, runs)
+        pictures = rng.normal(0, (PICTURE_VARIANCE * OF_QUESTIONS) ** 0.5, questions)
+        answers = rng.normal(0, (ANSWER_VARIANCE * OF_QUESTIONS) ** 0.5, (runs, questions))
+        scores = of_runs[:, None] + pictures + answers
+        wins += interval(over_groups(scores, groups), np.arange(questions)).verdict == "win"
+    assert wins / tries == pytest.approx(power(comparison, questions, 0.05), abs=0.05)
 
 
 def test_the_plan_says_what_it_cannot_see(tmp_path: Path) -> None:
