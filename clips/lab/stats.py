@@ -199,8 +199,8 @@ def half_of_interval(
     `runs` is estimated from `seeds`, `pictures` from `clusters`. The quantile lies between Student's t of both. Its
     place goes by the share of `runs` to the power `BEND`. Two seeds tell so little of their spread that it goes by
     `TWO_SEEDS`. Simulated with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is zero and all
-    effects are normal, and 2 to 7 % wherever both models vary alike. Where only one of them learns in a jump, up to 37 %
-    do (docs/comparison.md).
+    effects are normal, and 2 to 7 % wherever both models vary alike. Where only one of them learns in a jump, up to
+    37 % do (docs/comparison.md).
 
     The half is at least one standard error of single answers, by their variance `luck` (`least_variance`). Seeds that
     agree by chance would otherwise leave an interval without width.

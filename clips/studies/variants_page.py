@@ -80,8 +80,8 @@ def page(
         f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
         f"“{words['tie']}”: it covers 0, and nothing is shown. Intervals are Welch's over seeds. They speak of other "
-        f"seeds, not of other test pictures, and are not corrected for the number of comparisons ({count}). Verdicts are "
-        "wrong more often where only one variant learns in a jump (docs/comparison.md)."
+        f"seeds, not of other test pictures, and are not corrected for the number of comparisons ({count}). Verdicts "
+        "are wrong more often where only one variant learns in a jump (docs/comparison.md)."
     )
     parts = [
         *([Section("Result", [Bullets(findings, "big")])] if findings else []),

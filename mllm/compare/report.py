@@ -29,8 +29,8 @@ FLOORS = {
 }
 STATISTICS = (
     "± is the standard deviation over seeds. Brackets are 95 % intervals over other questions and other training runs, "
-    "not corrected for their number. They are wrong more often where one encoder learns in a jump and the other does not, "
-    "as standard deviations show (docs/comparison.md). “Needed” is the number of questions that show a difference "
+    "not corrected for their number. They are wrong more often where one encoder learns in a jump and the other does "
+    "not, as standard deviations show (docs/comparison.md). “Needed” is the number of questions that show a difference "
     "of the size seen in four of five comparisons; – if no number does."
 )
 INTRINSIC_NOTE = (

@@ -76,7 +76,7 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
 
 
 JUMP, STEADY = 0.137, 0.014
-"""Standard deviations over seeds of *where* in docs/results.md: of CLIPS, which learns it in a jump, and of `random`."""
+"""Standard deviations over seeds of *where* in docs/results.md: of CLIPS, which learns in a jump, and of `random`."""
 
 
 def right_answers_of_equal_encoders(
