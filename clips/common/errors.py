@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from clips.common.escape import for_terminal
+from clips.common.paths import without_secrets
 from clips.common.workers import kill_workers
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
@@ -116,7 +117,7 @@ class _ForTerminal(logging.Formatter):
     """A warning may name members of archives and paths: it has no escape sequences."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return for_terminal(super().format(record), LONGEST_MESSAGE)
+        return for_terminal(without_secrets(super().format(record)), LONGEST_MESSAGE)
 
 
 def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
@@ -149,7 +150,8 @@ def run_command(main: Callable[[], None]) -> int:
         return CommandError.exit_code
     except CommandError as error:
         kill_workers()
-        print(f"\nerror: {for_terminal(str(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        message = for_terminal(without_secrets(str(error)), LONGEST_MESSAGE)
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)
         return error.exit_code
     except BaseException:
         kill_workers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from pathlib import Path, PurePosixPath
 
 CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
@@ -38,6 +39,14 @@ def this_machine() -> str | None:
 
 def is_remote(url: str) -> bool:
     return "://" in url
+
+
+_URL = re.compile(r"(\w://)(?:[^\s/@?#]*@)?([^\s?#'\"]*)(?:\?[^\s#'\"()]*=[^\s#'\"()]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with its URLs as a message may show them: without user, password and query, which holds signatures."""
+    return _URL.sub(r"\1\2", text) if is_remote(text) else text
 
 
 def can_encode(name: str) -> bool:

@@ -326,7 +326,7 @@ def check_triples(
     if share > limit:
         first = "\n  ".join(f"{shown.key}: {shown.reason}" for shown in found.bad[:5])
         raise BrokenDataError(
-            f"{summary['broken']:,} of {summary['checked']:,} samples are broken, {share:.1%}: above "
+            f"{summary['broken']:,} of {summary['checked'] + source.unreadable:,} samples are broken, {share:.1%}: above "
             f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'contact_sheet.html'} shows some, "
             f"and the first are\n  {first}\n{mend_broken(share)}"
         )
@@ -340,8 +340,9 @@ def _summary(run: RunConfig, source: Source, found: Findings, kinds: Mapping[str
         "data": run.data.train if run.data.train != "mix" else "; ".join(part.data for part in run.data.mix),
         "samples": len(source),
         "checked": found.checked,
-        "broken": found.broken.total(),
-        "broken_share": found.broken.total() / max(1, found.checked),
+        "left_out": source.unreadable,
+        "broken": found.broken.total() + source.unreadable,
+        "broken_share": (found.broken.total() + source.unreadable) / max(1, found.checked + source.unreadable),
         "reasons": dict(found.broken.most_common()),
         "problems_of_shards": list(source.problems),
         "tokenizer": run.captions.tokenizer,

@@ -15,8 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clips.common.files import read_regular
+from clips.common.paths import without_secrets
 from clips.config import Fields
 from clips.data.images import ENDINGS
+from clips.data.remote import check_public
 
 log = logging.getLogger("clips.data")
 NAMES = {
@@ -104,6 +106,7 @@ def guess_root(where: str, root: str, values: Iterable[Any], flags: GuessFlags =
     if paths and paths[0].startswith(("http://", "https://")):
         address = urlsplit(paths[0])
         found, what = f"{address.scheme}://{address.netloc}", "the first picture's host"
+        check_public(found, flags.image_root)
     else:
         found, what = ".", "the current folder"
         if not paths or any(os.path.exists(os.path.join(root, path)) for path in paths):
@@ -145,7 +148,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
 @lru_cache
 def say_once(message: str) -> None:
     """Print `message`, once in a process: a run opens its data several times."""
-    log.warning("%s", message)
+    log.warning("%s", without_secrets(message))
 
 
 def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> None:
@@ -162,7 +165,7 @@ class PictureFolder:
     columns = ("image", "txt")
 
     def __init__(self, folder: str) -> None:
-        self.url = self.root = folder
+        self.url = self.name = self.root = folder
         self._names, without = self.pairs(folder)
         if without:
             say_once(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")

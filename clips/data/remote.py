@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import io
+import ipaddress
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from random import SystemRandom
 from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import fsspec
 
 from clips.common.errors import CommandError, UserError, first_line
+from clips.common.paths import without_secrets
 
 log = logging.getLogger("clips.data")
 T = TypeVar("T")
@@ -45,8 +49,16 @@ async def _bounded_client(**options: Any) -> Any:
     """A session that never unpacks an answer, and whose answers are `_bounded_answer`s."""
     import aiohttp  # of the optional fsspec[http]
 
+    async def follow(session: Any, context: Any, redirect: Any) -> None:
+        asked = str(redirect.url)
+        if _is_public(asked):
+            check_public(urljoin(asked, redirect.response.headers.get("Location", "")))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(follow)
     headers = {"Accept-Encoding": "identity", **(options.pop("headers", None) or {})}
-    return aiohttp.ClientSession(headers=headers, auto_decompress=False, response_class=_bounded_answer(), **options)
+    options |= {"auto_decompress": False, "response_class": _bounded_answer(), "trace_configs": [trace]}
+    return aiohttp.ClientSession(headers=headers, **options)
 
 
 @lru_cache
@@ -85,6 +97,26 @@ def _bounded_answer() -> Any:
             return self._body
 
     return BoundedAnswer
+
+
+def check_public(url: str, flag: str = "") -> None:
+    """Raise UserError for an address of this machine or of its network, where data of strangers may not lead.
+
+    What a user types is not checked; `flag` is the one with which he does.
+    """
+    if not _is_public(url):
+        typed = f" (if it is yours, give it with {flag})" if flag else ""
+        raise UserError(f"{without_secrets(url)} is a private address, and data may not lead there{typed}")
+
+
+def _is_public(url: str) -> bool:
+    """Whether no address of the host is private, loopback or link-local. A host that is not found is public."""
+    try:
+        found = socket.getaddrinfo(urlsplit(url).hostname or "-", None)
+    except (OSError, ValueError):
+        return True
+    addresses = (ipaddress.ip_address(place[0].partition("%")[0]) for *_, place in found)
+    return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
 
 
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
@@ -157,7 +189,7 @@ def patiently(url: str, ask: Callable[[], T]) -> T:
                     f"{url} cannot be read: {said} ({len(DELAYS) + 1} attempts in about {sum(DELAYS):.0f} s); "
                     "the same command goes on once the network or the store does"
                 ) from error
-            log.warning("%s: %s; trying again", url, said)
+            log.warning("%s", without_secrets(f"{url}: {said}; trying again"))
             time.sleep(delay * SystemRandom().uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
 

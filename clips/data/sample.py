@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from clips.common.paths import without_secrets
+
 
 def mend_broken(share: float) -> str:
     """What to do with data of which `share` is broken: the limit that is named is above it."""
@@ -45,8 +47,8 @@ class BrokenSample(Exception):
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)
-        self.key = key
-        self.reason = reason
+        self.key = without_secrets(key)
+        self.reason = without_secrets(reason)
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"

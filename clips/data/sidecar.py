@@ -17,7 +17,7 @@ from clips.common.files import open_regular, placing
 from clips.common.paths import cache_root, is_remote
 from clips.data.remote import RemoteFile, remote_facts
 
-VERSION = 3
+VERSION = 4
 """Part of every sidecar's name: raise it when the written format changes."""
 SAMPLE_BYTES = 1 << 18
 """Bytes of one request to a remote file if single samples are read; most are smaller."""

@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from clips.common.errors import UserError, reason
 from clips.common.escape import clip, for_terminal
 from clips.common.files import from_json, read_regular
-from clips.common.paths import can_encode, inside, is_remote
+from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import Fields
 from clips.data.guess import FLAGS, GuessFlags, PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
@@ -152,7 +152,9 @@ class Source:
     shard_sizes: list[int]
     """Usable samples of each file; they sum to the length."""
     left_out: list[int]
-    """By shard: samples that lack a needed member."""
+    """By file: samples of a shard that lack a needed member, rows of a table that do not fit its header."""
+    unreadable: int = 0
+    """Rows of all tables that do not fit their header. They count as broken samples."""
     problems: Sequence[str] = ()
     """Damage found when the set was opened, shard by shard."""
 
@@ -202,6 +204,7 @@ class MixedSource(Source):
         """Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources, self.shares = list(sources), list(shares)
         self.problems = [problem for source in sources for problem in source.problems]
+        self.unreadable = sum(source.unreadable for source in sources)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
         self.order(0)
@@ -365,7 +368,7 @@ class _OpenShard:
     """A shard's file and index, and the rows of its complete samples."""
 
     def __init__(self, url: str, index: ShardIndex, lacking: Callable[[Any], list[str]], file: BinaryIO) -> None:
-        self.url, self.index, self.file = url, index, file
+        self.label, self.index, self.file = without_secrets(url), index, file
         self.column = {extension: i for i, extension in enumerate(index.extensions)}
         layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
         usable = [not lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
@@ -380,7 +383,7 @@ class _Members:
 
     def __init__(self, shard: _OpenShard, row: int) -> None:
         self.shard, self.row, self.name = shard, row, shard.index.keys[row]
-        self.key = f"{shard.url}#{self.name}"
+        self.key = f"{shard.label}#{self.name}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
     def read(self, extension: str) -> bytes | None:
@@ -427,6 +430,8 @@ class TableSource(Source):
     def __init__(
         self, files: list[str], fields: Fields, image_root: str | None, need_long: bool, flags: GuessFlags
     ) -> None:
+        from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
+
         self.tables, self.need_long, self._flags = _tables(files), need_long, flags
         self._copies: Callable[[str], BinaryIO | None] | None = None
         fields = guess_fields(_names(files), fields, self.tables[0].columns, flags)
@@ -438,7 +443,8 @@ class TableSource(Source):
                     raise _missing_field(table.url, name, getattr(fields, name), table.columns, flags)
         self.files = [table.url for table in self.tables]
         self._set_sizes([len(table) for table in self.tables])
-        self.left_out = [0] * len(self.tables)
+        self.left_out = [table.left_out.count if isinstance(table, Table) else 0 for table in self.tables]
+        self.unreadable = sum(self.left_out)
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
         for file, table in enumerate(self.tables):
@@ -527,7 +533,7 @@ class TableSource(Source):
     def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
         file, i = self._locate(index)
         table = self.tables[file]
-        key = f"{table.url}#{i}"
+        key = f"{table.name}#{i}"
         try:
             return file, key, table.row(i, self._used, without)
         except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding

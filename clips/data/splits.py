@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
@@ -63,6 +63,16 @@ def open_split(data: DataConfig, split: str, *, need_long: bool, flags: GuessFla
     if data.train == "demo":
         ensure_demo(data.demo_dir, aspects=data.demo_aspects)
     return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long, flags=flags)
+
+
+def check_readable(source: Source, most: float) -> None:
+    """Raise BrokenDataError if more than the share `most` of the rows of `source` do not fit their tables' headers."""
+    total = len(source) + source.unreadable
+    if source.unreadable > most * total:
+        raise BrokenDataError(
+            f"{source.unreadable:,} of {total:,} rows do not fit the header of their table, above "
+            f"data.max_broken_share = {most:.1%}: mend their commas and quotes"
+        )
 
 
 def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:

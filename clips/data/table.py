@@ -1,33 +1,54 @@
 """Tables (CSV, TSV, JSON lines, Parquet) as rows with random access.
 
 On first use a table is copied to an Arrow file, which is memory-mapped: any row costs microseconds, and workers share
-the pages. Parquet and CSV have no cheap access to single rows.
+the pages. Parquet and CSV have no cheap access to single rows. The copy also keeps which rows could not be read.
 """
 
 from __future__ import annotations
 
 import bisect
 import codecs
+import csv
+import io
 import itertools
+import json
 import logging
 import posixpath
 from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 from pyarrow import parquet
 
 from clips.common.errors import UserError
 from clips.common.files import from_json
+from clips.common.paths import without_secrets
 from clips.data.guess import guess_delimiter, say_once
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
-"""Bytes of a row of a CSV file."""
+"""Characters of a row of a CSV file."""
+FIRST_PLACES = 10
+"""Lines of rows that are left out which the copy keeps."""
+csv.field_size_limit(LONGEST_ROW)
+
+
+@dataclass
+class LeftOut:
+    """Rows of a CSV file that are no rows of its table: another number of cells, or a quote that is never closed."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+    """The lines on which the first of them begin; the header is line 1."""
+
+    def add(self, line: int) -> None:
+        self.count += 1
+        if len(self.lines) < FIRST_PLACES:
+            self.lines.append(line)
 
 
 class Table:
@@ -35,21 +56,29 @@ class Table:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.name = without_secrets(url)
         self.root = posixpath.dirname(url) or "."
         self.is_json = url.endswith(".jsonl")
         self._path = sidecar(url, ".idx.arrow", lambda target: _write_arrow(url, target))
         self._reader: pa.ipc.RecordBatchFileReader | None = None
         reader = self._open()
-        starts = [0]
+        self._starts = [0]
         for i in range(reader.num_record_batches):
-            starts.append(starts[-1] + reader.get_batch(i).num_rows)
-        self._starts, self.rows = starts[:-1], starts[-1]
+            self._starts.append(self._starts[-1] + reader.get_batch(i).num_rows)
         self.columns = self._json_columns() if self.is_json else reader.schema.names
+        _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+        self.left_out = LeftOut(**json.loads(last[b"left_out"]))
+        if self.left_out.count:
+            total = self.left_out.count + len(self)
+            say_once(
+                f"{self.name}: {self.left_out.count:,} of {total:,} rows left out, the first is row "
+                f"{self.left_out.lines[0]} (other cells than the header, or an open quote)"
+            )
         if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
-            say_once(f"{url} is not UTF-8: it is read as cp1252 (Windows). If it is another encoding, save it as UTF-8")
+            say_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")
 
     def __len__(self) -> int:
-        return self.rows
+        return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}
@@ -60,12 +89,14 @@ class Table:
         An unreadable cell raises ValueError in a column that is `needed`, and is left out of any other column.
         """
         batch_index = bisect.bisect_right(self._starts, i) - 1
-        batch, place = self._open().get_batch(batch_index), i - self._starts[batch_index]
+        batch = self._open().get_batch(batch_index)
+        place = i - self._starts[batch_index]
         if self.is_json:
             row = from_json(batch.column(0)[place].as_py())
             if not isinstance(row, dict):
                 raise ValueError("the line is not a JSON object")
             return row
+
         is_text = not self.url.endswith(".parquet")
         row = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -86,7 +117,7 @@ class Table:
 
     def _json_columns(self) -> list[str]:
         columns: dict[str, None] = {}
-        for i in range(min(100, self.rows)):
+        for i in range(min(100, len(self))):
             try:
                 columns |= dict.fromkeys(self.row(i, ()))
             except (ValueError, RecursionError):
@@ -95,31 +126,38 @@ class Table:
 
 
 def _write_arrow(url: str, target: Path) -> None:
-    log.info("copying %s to an Arrow file for random access", url)
+    name = without_secrets(url)
+    log.info("copying %s to an Arrow file for random access", name)
+    left_out = LeftOut()
     try:
         with open_binary(url) as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise UserError(f"{url} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+                raise UserError(f"{name} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             file.seek(0)
-            encoding = "utf-8" if url.endswith((".parquet", ".jsonl")) else _encoding(url)
+            encoding = "utf-8"
             if url.endswith(".parquet"):
                 batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
+            elif url.endswith(".jsonl"):
+                batches = _json(file)
             else:
-                batches = _json(file) if url.endswith(".jsonl") else _csv(file, url, encoding)
+                encoding = _encoding(url)
+                batches = _csv(file, url, encoding, left_out)
             head = next(batches)
             names = head.schema.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise UserError(
-                    f"{url} has more than one column {', '.join(map(repr, twice))}: rename them in its header"
-                )
+                raise UserError(f"{name} has more than one column {', '.join(map(repr, twice))}: rename them")
+
             with pa.ipc.new_file(str(target), head.schema.with_metadata({"encoding": encoding})) as writer:
                 writer.write_batch(head)
                 for batch in batches:
                     writer.write_batch(batch)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
-        raise UserError(f"{url} is not a readable table: {error}") from None
+                # What is left out is known at the end only.
+                writer.write_batch(head.slice(0, 0), {"left_out": json.dumps(asdict(left_out))})
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{name} is not a readable table: {error}") from None
     except StopIteration:
-        raise UserError(f"{url} has no rows") from None
+        count = f" that fit its header: {left_out.count:,} have other cells" if left_out.count else ""
+        raise UserError(f"{name} has no rows{count}") from None
 
 
 def _json(file: Any) -> Iterator[pa.RecordBatch]:
@@ -142,28 +180,74 @@ def _encoding(url: str) -> str:
     return "utf-8" if 2 * wrong <= characters else "cp1252"
 
 
-def _csv(file: Any, url: str, encoding: str) -> Iterator[pa.RecordBatch]:
-    """Every column as bytes: types are not guessed, and a wrongly encoded cell breaks its own row only."""
+def _csv(file: Any, url: str, encoding: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
+    """Every cell as bytes: types are not guessed, and a wrongly encoded cell breaks its own row only."""
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    # newline="": lines end with \n, \r\n or \r alone, and keep their ends inside of quoted cells.
+    text = io.TextIOWrapper(file, codec, errors="surrogateescape", newline="")
+    lines = _Lines(text, without_secrets(url))
+    delimiter = guess_delimiter(lines.peek(), lines.name)
+    names = next(_rows(lines, delimiter, None, left_out), [])
+    rows = _rows(lines, delimiter, len(names), left_out)
+    while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
+        columns = [[cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*batch, strict=True)]
+        yield pa.RecordBatch.from_arrays([pa.array(column, pa.binary()) for column in columns], names)
 
-    def skip(row: pa.csv.InvalidRow) -> str:
-        log.warning("%s: row %s has %d columns instead of %d and is left out: %.80s", url, row.number or "?",
-                    row.actual_columns, row.expected_columns, row.text)  # fmt: skip
-        return "skip"
 
-    delimiter = guess_delimiter(file.readline(LONGEST_ROW).decode(encoding, "replace"), url)
-    file.seek(0)
-    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip)
-    read = pa.csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW, encoding=encoding)
-    with open_binary(url) as again:
-        names = pa.csv.open_csv(again, read_options=read, parse_options=parse).schema.names
-    convert = pa.csv.ConvertOptions(column_types={name: pa.binary() for name in names}, strings_can_be_null=False)
-    rows = 0
-    try:
-        for block in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
-            for start in range(0, block.num_rows, ROWS_PER_BATCH):
-                yield block.slice(start, ROWS_PER_BATCH)
-            rows += block.num_rows
-    except pa.ArrowInvalid as error:
-        if "straddling" not in str(error):
-            raise
-        raise UserError(f"{url}: a row behind row {rows:,} has more than {LONGEST_ROW:,} bytes: remove it") from None
+class _Lines:
+    """The lines of a text, of bounded length, which may be put back."""
+
+    def __init__(self, text: io.TextIOWrapper, name: str) -> None:
+        self.text, self.name = text, name
+        self.number = 0
+        """Of the line that `next` gave last."""
+        self._back: list[str] = []
+
+    def next(self) -> str:
+        """The next line with its end; empty behind the last one. Raises UserError for one beyond LONGEST_ROW."""
+        line = self._back.pop() if self._back else self.text.readline(LONGEST_ROW + 1)
+        if len(line) > LONGEST_ROW:
+            raise UserError(
+                f"{self.name}: a row behind row {self.number:,} has more than {LONGEST_ROW:,} bytes: remove it"
+            )
+        self.number += bool(line)
+        return line
+
+    def put_back(self, lines: list[str]) -> None:
+        self._back += reversed(lines)
+        self.number -= len(lines)
+
+    def of_row(self, line: str, following: list[str]) -> Iterator[str]:
+        """`line` and the next ones, at most LONGEST_ROW characters more; these are appended to `following`."""
+        length = 0
+        while line and length <= LONGEST_ROW:
+            yield line
+            line = self.next()
+            length += len(line)
+            following += [line] if line else []
+
+    def peek(self) -> str:
+        line = self.next()
+        self.put_back([line] if line else [])
+        return line
+
+
+def _rows(lines: _Lines, delimiter: str, cells: int | None, left_out: LeftOut) -> Iterator[list[str]]:
+    """The rows of `cells` cells (None: any number), without empty lines; the others are counted in `left_out`.
+
+    A quote that is not closed costs the line that opens it: the lines behind it are read as rows of their own.
+    """
+    while line := lines.next():
+        number = lines.number
+        following: list[str] = []
+        is_open = False
+        try:
+            row = next(csv.reader(lines.of_row(line, following), delimiter=delimiter, strict=True))
+        except csv.Error:  # a quote inside of a cell, which is taken as it is, or one that is not closed
+            row, *second = csv.reader([line.rstrip("\r\n") + "\n", "x"], delimiter=delimiter)
+            is_open = not second
+        if is_open or (row and cells not in (None, len(row))):
+            left_out.add(number)
+            lines.put_back(following)
+        elif row:
+            yield row

@@ -29,7 +29,7 @@ from clips.common.runtime import has_bf16
 from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
 from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.data.sources import Source
-from clips.data.splits import held_out_sets, open_split, split_spec
+from clips.data.splits import check_readable, held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
@@ -139,6 +139,7 @@ def prepare_data(
 
     def opened() -> Source:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
+        check_readable(train, run.data.max_broken_share)
         for split in ("val", *held_out_sets(run.data)):
             if split_spec(run.data, split):
                 open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training

@@ -121,6 +121,16 @@ def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
     check_triples(run_on(data, limit=0.05), tmp_path / "out")
 
 
+def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = ["image,web,long", *["a.png,w,l"] * 12, *["a.png,w, w,l"] * 3000]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    fields = Fields(image="image", web="web", long="long")
+    for _ in range(2):
+        with pytest.raises(BrokenDataError, match="3,000 of 3,012"):
+            check_triples(run_on(tmp_path / "t.csv", fields=fields, limit=0.01), tmp_path / "out")
+
+
 def test_what_would_stop_a_training_is_listed(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     names = ["a.png", "../b.png", "a.png", "/etc/passwd"]

@@ -131,6 +131,14 @@ def test_pictures_at_the_urls_of_one_host(tmp_path: Path, caplog: pytest.LogCapt
     assert "https://host.example, the first picture's host" in caplog.text
 
 
+@pytest.mark.parametrize("host", ["http://127.0.0.1:8000", "http://169.254.169.254", "http://[::1]", "http://10.1.2.3"])
+def test_pictures_are_not_fetched_from_private_addresses_that_a_table_names(tmp_path: Path, host: str) -> None:
+    table = write_csv(tmp_path / "t.csv", [("url", "text"), (f"{host}/a.png", "w")])
+    with pytest.raises(UserError, match="private address"):
+        opened(table)
+    assert len(opened(table, image_root=host)) == 1  # the user's own word
+
+
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)

@@ -21,11 +21,13 @@ import pytest
 from bad_corpus import encode
 from PIL import Image
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data import sidecar as sidecar_module
+from clips.data.guess import say_once
 from clips.data.sample import BrokenSample
 from clips.data.sources import MAX_CAPTION, Source, expand, open_source
+from clips.data.splits import check_readable
 
 FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 
@@ -363,7 +365,7 @@ def test_bad_rows_break_themselves_only(tmp_path: Path, caplog: pytest.LogCaptur
     text = (tmp_path / "t.csv").read_bytes() + more
     (tmp_path / "t.csv").write_bytes(text)
     source = open_tar(tmp_path / "t.csv", TABLE_FIELDS)
-    assert "5 columns instead of 4" in caplog.text
+    assert "1 of 7 rows left out, the first is row 7" in caplog.text  # of two lines is the first cell
     with pytest.raises(BrokenSample, match="decode"):
         source.read(4)
     assert source.read(5).web == "ok"
@@ -376,6 +378,46 @@ def test_bad_rows_break_themselves_only(tmp_path: Path, caplog: pytest.LogCaptur
     for i in (1, 2):
         with pytest.raises(BrokenSample, match=rf"t\.jsonl#{i}"):
             source.read(i)
+
+
+def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
+    (path.parent / "a.png").write_bytes(picture())
+    path.write_bytes(end.join(["image,alt,long", *rows, ""]).encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "left", "said"),
+    [
+        ([*["a.png,w,l"] * 12, *["a.png,one, two,l"] * 3000], 12, "3,000 of 3,012 rows left out, the first is row 14"),
+        (["a.png,w,l", 'a.png,"never closed,l', *["a.png,w,l"] * 8], 9, "1 of 10 rows left out, the first is row 3"),
+        (["a.png,w,l", 'a.png,"open,l', 'a.png,"w, w",l', "a.png,w,l"], 3, "1 of 4 rows left out, the first is row 3"),
+        (['a.png,"two\nlines, ""quoted""",l', 'a.png,5" wide,l', 'a.png,"say "hi" to",l'], 3, ""),
+    ],
+    ids=["comma", "quote", "quote before another", "whole"],
+)
+def test_rows_that_are_left_out_are_counted_by_every_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: list[str], left: int, said: str
+) -> None:
+    path = csv_of(tmp_path / "t.csv", rows)
+    for _ in range(2):  # the second time the copy is there
+        say_once.cache_clear()
+        caplog.clear()
+        source = open_tar(path, TABLE_FIELDS)
+        assert len(source) == left
+        assert source.left_out == [source.unreadable]
+        assert said in caplog.text
+        assert len(caplog.records) == bool(said)
+    if said:
+        with pytest.raises(BrokenDataError, match="rows do not fit"):
+            check_readable(source, 0.01)
+
+
+def test_odd_csv_files_are_read(tmp_path: Path) -> None:
+    assert len(open_tar(csv_of(tmp_path / "cr.csv", ["a.png,w,l"] * 3, end="\r"), TABLE_FIELDS)) == 3
+    wide = csv_of(tmp_path / "wide.csv", ["a.png,w,l,x"] * 3)
+    wide.write_text(wide.read_text().replace("long\n", "long," + "x" * 200_000 + "\n"))
+    assert open_tar(wide, TABLE_FIELDS).read(2).web == "w"
 
 
 def test_image_root(tmp_path: Path) -> None:

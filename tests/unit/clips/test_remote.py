@@ -20,6 +20,7 @@ from launched import pictures, recap, write_shard
 from range_server import RangeServer, serving
 
 from clips.common.errors import CommandError, UserError
+from clips.common.paths import without_secrets
 from clips.config import Fields, RunConfig
 from clips.data import order, remote
 from clips.data.ahead import ReadAhead, WholeFiles
@@ -167,6 +168,27 @@ def test_a_server_that_says_nothing_is_given_up(server: RangeServer, monkeypatch
     server.fault = lambda method, name, before: "silent"
     with pytest.raises(CommandError, match=r"cannot be read: FileNotFoundError.*, from TimeoutError"):
         remote.remote_facts(f"{server.url}/0.tar")
+
+
+def test_a_redirect_to_a_private_address_is_refused(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_is_public", lambda url: "127.0.0.1" in url)
+    server.fault = lambda method, name, before: f"http://localhost:{server.server_port}/1.tar"
+    with pytest.raises(UserError, match="private address"):
+        remote.read_range(f"{server.url}/0.tar", 0, 10)
+
+
+def test_passwords_and_signatures_stand_in_no_message(server: RangeServer, caplog: pytest.LogCaptureFixture) -> None:
+    shown = f"{server.url}/0.tar#"
+    url = f"http://me:secret@127.0.0.1:{server.server_port}/{{0..1}}.tar"
+    source = open_source(url, Fields(), need_long=True)
+    assert source.read(0).key.startswith(shown)
+    assert without_secrets(f"{url} cannot be read") == f"{server.url}/{{0..1}}.tar cannot be read"
+    assert without_secrets("no: 's3://b/x.tar?X-Amz-Signature=ab&c=d' (x?)") == "no: 's3://b/x.tar' (x?)"
+    server.fault = lambda method, name, before: 503
+    with pytest.raises(CommandError):
+        source.read(20)
+    assert "trying again" in caplog.text
+    assert "secret" not in caplog.text + str(BrokenSample(url, url))
 
 
 def test_a_listing_is_bounded_too(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
