@@ -326,9 +326,9 @@ def check_triples(
     if share > limit:
         first = "\n  ".join(f"{shown.key}: {shown.reason}" for shown in found.bad[:5])
         raise BrokenDataError(
-            f"{summary['broken']:,} of {summary['checked'] + source.unreadable:,} samples are broken, {share:.1%}: above "
-            f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'contact_sheet.html'} shows some, "
-            f"and the first are\n  {first}\n{mend_broken(share)}"
+            f"{summary['broken']:,} of {summary['checked'] + source.unreadable:,} samples are broken, {share:.1%}: "
+            f"above data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'contact_sheet.html'} shows "
+            f"some, and the first are\n  {first}\n{mend_broken(share)}"
         )
     return summary
 

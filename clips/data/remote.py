@@ -115,7 +115,7 @@ def _is_public(url: str) -> bool:
         found = socket.getaddrinfo(urlsplit(url).hostname or "-", None)
     except (OSError, ValueError):
         return True
-    addresses = (ipaddress.ip_address(place[0].partition("%")[0]) for *_, place in found)
+    addresses = (ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found)
     return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
 
 
