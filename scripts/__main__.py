@@ -27,10 +27,8 @@ COMMANDS = {
     "index": "index_data.py",
     "recaption": "recaption.py",
     "plan": "plan_run.py",
-    "checkpoints": "checkpoints.py",
     "compare": "compare_encoders.py",
     "compare-pretraining": "compare_pretraining.py",
-    "compare-captions": "compare_captions.py",
     "benchmark": "benchmark.py",
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure training here: steps beside open_clip's, the parts of a step, whole programs beside open_clip's."""
+"""Measure training here: steps beside open_clip's, whole programs beside open_clip's."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from clips.common.flags import Parser
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("train", "profile", "program"), help="what to measure")
+    p.add_argument("what", choices=("train", "program"), help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
     p.add_argument("--data", default="data/demo", help="folder of the demo data")

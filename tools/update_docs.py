@@ -13,7 +13,7 @@ A block of a page is a comment that holds its text with places for figures, and 
     <!-- /figures -->
 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py, or the result of
-scripts/compare_pretraining.py or scripts/compare_captions.py, without what is long in it. `{WHO: FIGURE}` is a mean
+scripts/compare_pretraining.py, without what is long in it. `{WHO: FIGURE}` is a mean
 with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if that leaves zero
 out. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND
 stands for one line of each kind of question.
@@ -59,7 +59,7 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     if source.suffix == ".json":
         content = read_json(source)
         if not {"questions", "variants"} <= content.keys():
-            raise UserError(f"{source} is no result of compare_pretraining.py or compare_captions.py, and no archive")
+            raise UserError(f"{source} is no result of compare_pretraining.py, and no archive")
         for variant in content["variants"].values():
             for run in variant["runs"]:
                 run.pop("config", None)  # what is not the recipe's is in the command
@@ -147,9 +147,7 @@ def _decided(row: Mapping[str, Any], text: str) -> str:
 
 def parser() -> Parser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    what = (
-        "of compare_encoders.py --pack, which is verified, or result of compare_pretraining.py or compare_captions.py"
-    )
+    what = "of compare_encoders.py --pack, which is verified, or result of compare_pretraining.py"
     p.add_argument("--take", metavar="FILE", help=f"first write docs/results/NAME.json from this archive {what}")
     p.add_argument("--name", default="compare", help="which file of docs/results to write")
     p.add_argument("--check", action="store_true", help="write no page; end with 1 if its figures are others")

@@ -68,9 +68,9 @@ _RENAMED = (
 """Spoken name: the emoji's name, where they differ."""
 _EMOJIS = {name: name for name in _PLAIN.split()} | dict(pair.split(": ") for pair in _RENAMED.split(", "))
 CONCEPTS: dict[str, str] = dict(sorted(_EMOJIS.items()))
-"""Spoken name → the emoji's name: the things that artists draw most alike (tools/choose_names.py). All are countable
-and begin with a consonant, so "a" is always right. At least five hands of training draw each, and so do the hands of
-validation and of `unseen`."""
+"""Spoken name → the emoji's name: the things that artists draw most alike (tools/choose_names.py of commit 264d324).
+All are countable and begin with a consonant, so "a" is always right. At least five hands of training draw each, and so
+do the hands of validation and of `unseen`."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (238, 238, 238),
     "gray": (140, 140, 140),

@@ -1,8 +1,4 @@
-"""What training costs on this machine: steps beside stock open_clip, and the parts of a step.
-
-Whole programs are compared in program.py, the parts of a step come from step_parts.py, measuring.py says how times and
-memory are measured.
-"""
+"""What training costs on this machine: steps beside stock open_clip. program.py compares whole programs."""
 
 from __future__ import annotations
 
@@ -18,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.page import print_table
-from clips.common.peaks import peak_flops
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
@@ -35,12 +29,10 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import recipe
-from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
+from clips.studies.measuring import PeakMemory, Row, fastest, in_child
 from clips.studies.program import compare_programs
-from clips.studies.step_parts import WARM, part_rows
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.meter import Meter
-from clips.training.prepare import compute_dtype
 from clips.training.step import optimizer_step
 from clips.training.task import Task
 from clips.weights.checkpoint import TrainState
@@ -57,8 +49,6 @@ def benchmark_from_flags(flags: argparse.Namespace) -> None:
     _warn_if_busy(on)
     if what == "train":
         rows = [row for name in SETTINGS for row in train_rows(name, on, repeats, flags.data)]
-    elif what == "profile":
-        rows = [row for name in PROFILED for row in profiled_setting(name, on, flags.data)]
     else:  # this project's trainer against open_clip's as whole programs
         train, what = ensure_demo(flags.data) / "train", f"program, {flags.size},"
         found = compare_programs(flags.size, device=on, repeats=repeats, train=train, their_python=flags.their_python)
@@ -280,37 +270,3 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
     for batch in batches:
         step(batch)
     return memory.read()
-
-
-# --------------------------------------------------------------------------------------------------------- profile
-PROFILED = {"clip_baseline, adamw": 1, "demo": 1, "demo, 2 ranks": 2, "b16 112 px": 1}
-"""Setting → its ranks."""
-
-
-def profiled_setting(name: str, device: torch.device, demo_dir: str) -> list[Row]:
-    """The parts of a step of a setting; none where there are fewer GPUs than ranks."""
-    ranks = PROFILED[name]
-    if ranks == 1:
-        return in_child(profile_rows, name, device, demo_dir)
-    if device.type == "cuda" and torch.cuda.device_count() < ranks:
-        return []
-    return in_ranks(ranks, profile_rows, name, device, demo_dir)
-
-
-def profile_rows(name: str, device: torch.device, demo_dir: str) -> list[Row]:
-    """The parts of a step of a setting; of `clip_baseline` with AdamW, as `program` runs it."""
-    if "LOCAL_RANK" in os.environ:
-        device = choose_device(device.type)
-    init_distributed(device)
-    if (base := name.removesuffix(", 2 ranks")) in SETTINGS:
-        run = setting(base, device, demo_dir)
-    else:
-        demo = setting("demo", device, demo_dir)
-        run = replace(recipe("clip_baseline"), data=demo.data, train=demo.train)
-        run = replace(run, optim=replace(run.optim, kind="adamw"))
-    source, tokenizer = _open(run)
-    peak, _ = peak_flops(device, compute_dtype(run))
-    steps = WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8)
-    batches = _loader(run, source, tokenizer, steps, dist.get_rank(), dist.get_world_size())
-    rows = part_rows(clips_engine(run, tokenizer, device), batches, peak)
-    return [{"setting": name, **row} for row in rows]

@@ -7,7 +7,6 @@ only ever adds time. Where peak memory is reported, each part runs in a process 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from clips.common.runtime import unused_port
 
 Row = dict[str, Any]
 
@@ -45,23 +42,6 @@ def _fresh_processes(count: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clips.studies.benchmark"])  # the slow imports are paid once, and not counted
     return ProcessPoolExecutor(count, mp_context=context)
-
-
-def in_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `function` on rank 0 of `count`, each in a fresh process with its share of the threads."""
-    port = unused_port()
-    with _fresh_processes(count) as pool:
-        ranks = [pool.submit(_as_rank, rank, count, port, function, *arguments) for rank in range(count)]
-        first, *_ = [rank.result() for rank in ranks]
-        return first
-
-
-def _as_rank(rank: int, count: int, port: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    return function(*arguments)
 
 
 class PeakMemory:

@@ -1,6 +1,6 @@
 """The faults of captions that the text alone shows, cheaply and surely.
 
-How good a caption is, only a training shows (scripts/compare_captions.py).
+How good a caption is, only a training shows (scripts/compare_encoders.py).
 """
 
 from __future__ import annotations

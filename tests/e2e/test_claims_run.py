@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from lab_runs import run_main, write_run
+from lab_runs import run_main
 
-from clips.common.rundir import read_metrics
 from clips.data.demo import ensure_demo
-from clips.lab.pretraining import train
-from clips.studies.sizes import sizes_study
+from clips.lab.pretraining import PretrainingRun, train
 from clips.studies.variants import terminal
 
 pytestmark = pytest.mark.slow
@@ -74,28 +72,14 @@ def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(
     assert "phases.0.samples: 64 → 128" in capsys.readouterr().err
 
 
-def test_the_study_of_sizes_trains_and_measures_pictures_of_several_aspects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of its variants one is trained; from its run the others' figures are copied, and the study reports them."""
+def test_a_run_of_several_sizes_is_measured_at_each_pictures_aspect(tmp_path: Path) -> None:
     made = ensure_demo(tmp_path / "data", sizes={"train": 200, "val": 20, "test": 40}, aspects=True)
+    sizes = "[[60, 60], [90, 40], [40, 90]]"
     settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
-    study = sizes_study(2, 64, settings)
-    native = study.runs["native"][0]
-    train([native], tmp_path / "sizes", 1, terminal())
-    evaluation = json.loads((tmp_path / "sizes" / native.name / "evaluation.json").read_text())
-    assert evaluation["image_size"] == [[60, 60], [90, 40], [40, 90]]
-    metrics = read_metrics(tmp_path / "sizes" / native.name, "train")
-    for run in study.everything():
-        if run != native:
-            write_run(tmp_path / "sizes" / run.name, run, evaluation, metrics)
-    flags = ["sizes", "--seeds", "2", "--samples", "64", "--output", tmp_path / "sizes", "--set", *settings]
-    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
-    result = json.loads((tmp_path / "sizes" / "sizes.json").read_text())
-    assert [(c["a"], c["b"]) for c in result["questions"]["sizes"]["contrasts"]] == [
-        ("native", "squash"), ("drawn", "squash"), ("native", "drawn"),
-    ]  # fmt: skip
-    assert "squashed to the square" in (tmp_path / "sizes" / "sizes.html").read_text()
+    settings += [f"phases.*.sizes={sizes}", f"eval.sizes={sizes}", "phases.*.by_aspect=true"]
+    train([PretrainingRun("demo", "native", 64, 0, tuple(settings))], tmp_path / "runs", 1, terminal())
+    evaluation = json.loads((tmp_path / "runs" / "native" / "evaluation.json").read_text())
+    assert evaluation["image_size"] == json.loads(sizes)
 
 
 def wait_for(output: Path, process: subprocess.Popen) -> list[Path]:
@@ -106,33 +90,3 @@ def wait_for(output: Path, process: subprocess.Popen) -> list[Path]:
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.5)
     raise AssertionError("no run ended in 5 minutes")
-
-
-def test_time_to_quality_is_measured_once_and_read_for_any_target(
-    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = [*data, "phases.0.samples=64", "phases.0.schedule=linear"]
-    flags = ["to-quality", "--variant", "tiny", "demo", *settings, "--seeds", "2", "--every", "32"]
-    flags += ["--figures", "part_t2i_r1", "--output", tmp_path]
-    assert run_main(monkeypatch, "compare_pretraining", *flags, "--threshold", "0", "--rates", "0.5", "1") == 0
-    tiny = json.loads((tmp_path / "to-quality.json").read_text())["variants"]["tiny"]
-    assert (set(tiny["searched"]), tiny["reached"]) == ({"0.5", "1"}, 2)
-    assert tiny["samples"] == {"median": 32, "lowest": 32, "highest": 32}
-    assert all(tiny[cost]["lowest"] > 0 for cost in ("seconds", "cpu_seconds", "validation_seconds"))
-    for run in tiny["runs"]:
-        assert run["samples_of_the_run"] == 64
-        assert all(run[tested]["part_t2i_r1"] is not None for tested in ("test", "unseen"))
-    run = tmp_path / f"tiny-x{tiny['rates']:g}-seed1"
-    assert [line["samples"] for line in read_metrics(run, "eval")] == [32, 64]
-    assert all(line["step_cpu_seconds"] > 0 for line in read_metrics(run, "train"))
-
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}
-    assert len(before) == 3, "two rates for seed 0, the better one for seed 1"
-    flags += ["--rates", f"{tiny['rates']:g}"]
-    capsys.readouterr()
-    assert run_main(monkeypatch, "compare_pretraining", *flags, "--threshold", "100") == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "tiny: no row, reached by 0 of 2 seeds" in capsys.readouterr().out
-    assert "not reached" in (tmp_path / "to-quality.html").read_text()
-    assert run_main(monkeypatch, "compare_pretraining", *flags, "--every", "48") == 2
-    assert "train.eval_every: 32 → 48" in capsys.readouterr().err

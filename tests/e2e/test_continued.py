@@ -164,9 +164,6 @@ def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in exported.iterdir() if path.is_dir()) == ["hf_vit", "native", "open_clip"]
     assert load_model(exported).checkpoint["step"] == 8
     assert is_finished(out / "r"), "its own export stays"
-    done = run(python("scripts/checkpoints.py", "verify", out / "r"))
-    assert done.code == 0, done.text
-    assert "latest" in done.text
 
 
 def rank(launcher: psutil.Process, number: int) -> psutil.Process | None:

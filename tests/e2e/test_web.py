@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from PIL import Image
 from tiny_web import picture, write_export, write_llava
 
 from clips.common.runtime import unused_port
-from tools.screenshot_web import browser, find_browser, open_tab
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 240
+TABS = {"chat": "Chat", "side-by-side": "Side by side", "encoder": "Encoder", "search": "Search"}
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 SLOW = {"num_hidden_layers": 12, "max_position_embeddings": 2048}  # an answer that one can stop
 COUNT_LENGTHS = """() => {
@@ -104,10 +105,15 @@ def test_it_answers_its_own_pages_alone(address: str) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    if find_browser() is None or importlib.util.find_spec("playwright") is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None or importlib.util.find_spec("playwright") is None:
         pytest.skip("NO PAGE WAS TESTED: it needs Chromium (apt-get install chromium) and pip install playwright")
-    with browser(*CAMERA) as opened:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:  # no sandbox of its own: containers forbid it
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", *CAMERA])
         yield opened
+        opened.close()
 
 
 class Visit:
@@ -120,7 +126,9 @@ class Visit:
         self.address, self.requests, self.errors = address, [], []
         self.context.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        open_tab(self.page, address, tab)
+        self.page.goto(address)
+        self.page.get_by_role("tab", name=TABS[tab]).click()
+        self.page.locator(".box textarea:visible, .encoder:visible").first.wait_for()
         self.panel = self.page.get_by_role("tabpanel").filter(visible=True)
         self.box = self.panel.locator(".box textarea")
         self.stop = self.panel.locator(".box .stop-button")

@@ -15,11 +15,8 @@ import pytest
 from lab_runs import STORED, stored, write_runs
 
 from clips.lab.report import as_html
-from clips.studies import to_quality
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
-from clips.studies.to_quality import Target, ToQuality, read_variants
-from clips.studies.towers import compare_towers, towers_study
 from clips.studies.variants import judge
 from mllm.compare.figures import computed
 from mllm.compare.plan import comparison_of
@@ -62,13 +59,6 @@ def test_equal_time(tmp_path: Path) -> None:
     assert (result["multipliers"], result["equal_time_samples"]) == (old["multipliers"], longer)
     names = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
     assert_same_groups(result, old, names)
-
-
-def test_towers(tmp_path: Path) -> None:
-    kept = stored("towers")
-    write_runs(tmp_path, towers_study(**kept["asked"]).everything(), kept["runs"])
-    result = compare_towers(tmp_path, jobs=1, **kept["asked"])
-    assert_same_groups(result, kept["report"], {"siglip": "siglip", "clips": "clips"})
 
 
 def assert_same_contrasts(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
@@ -145,24 +135,3 @@ def test_encoders(name: str) -> None:
     for part in old.keys() - {"command", "time", "environment", "calibration", "scorer"}:
         assert again[part] == old[part], part
     assert as_html(page(old, None))
-
-
-def test_time_to_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_quality, "VERSION", 5)  # the edition of the demo that was measured
-    kept = stored("to_quality")
-    asked, old = kept["asked"], kept["report"]
-    options = {name: asked[name] for name in ("seeds", "every", "rates")}
-    target = Target(tuple(asked["figures"]), asked["threshold"])
-    study = ToQuality(tmp_path, read_variants(asked["variants"]), target, **options)
-    # Those runs kept checkpoints for averages, which no command measures any more: their names had an ending.
-    made = {name.removesuffix("-kept"): run for name, run in kept["runs"].items()}
-    tried = [(v, rate, 0) for v in study.variants for rate in study.rates]
-    chosen = [(v, old["variants"][v.label]["rates"], seed) for v in study.variants for seed in range(study.seeds)]
-    write_runs(tmp_path, [study.run_of(*cell) for cell in (*tried, *chosen)], made)
-    result = study.carry_out()
-    for name, variant in result["variants"].items():
-        assert_contains(variant, old["variants"][name])
-    cells = {row.split("|")[2]: row.split("|")[5:] for row in result["leaderboard"]}
-    rows, _ = old["leaderboard"]
-    before = {row.split("|")[2]: row.split("|")[5:] for row in rows if "mean of 2" not in row}
-    assert cells == before

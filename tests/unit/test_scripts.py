@@ -19,7 +19,6 @@ from conftest import ROOT, script_parser
 
 from clips.common.flags import Parser
 from clips.data import guess
-from clips.studies import captions
 from clips.weights import export
 from mllm.data import captions as llava_captions
 from mllm.training.arguments import parser as llava_parser
@@ -120,11 +119,10 @@ def test_the_flags_and_their_defaults_are_frozen(script: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "flags"),
     [("pretrain_clips", guess.FLAGS), ("check_data", guess.FLAGS), ("recaption", guess.FLAGS),
-     ("evaluate_clips", guess.FLAGS), ("export_clips", export.FLAGS), ("compare_captions", captions.FLAGS),
-     ("train_llava", llava_captions.FLAGS)],
+     ("evaluate_clips", guess.FLAGS), ("export_clips", export.FLAGS), ("train_llava", llava_captions.FLAGS)],
 )  # fmt: skip
 def test_a_guess_names_the_flags_of_its_command(script: str, flags: guess.GuessFlags) -> None:
-    """export_clips.py and compare_captions.py advised `--image-root`, which they do not have."""
+    """export_clips.py advised `--image-root`, which it does not have."""
     known = parsers_of(ROOT / "scripts" / f"{script}.py")[""]._option_string_actions.keys()
     assert {flags.image_root, flags.fields} - {""} == known & {"--image-root", "--image_folder", "--fields"}
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import script_parser
-from test_checkpoint import flip_bit
 
-from clips.common import saved
-from clips.common.errors import CommandError, UserError, run_command
-from clips.common.files import seal
 from clips.common.rundir import checkpoints, newest_weights
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState, Writer
@@ -105,93 +98,6 @@ def test_a_rewind_puts_the_newer_ones_aside(tmp_path: Path) -> None:
     assert checkpoint.run_of(put_aside.path) == tmp_path
     assert put_aside.state.step == 3
     assert steps(tmp_path) == [1, 2]
-
-
-def command(*words: str | Path) -> None:
-    """What scripts/checkpoints.py does, for list, verify and prune."""
-    flags = script_parser("checkpoints").parse_args(list(map(str, words)))
-    if flags.action == "prune":
-        saved.prune_saved(flags.place, flags.keep, flags.keep_every, dry_run=flags.dry_run)
-    else:
-        saved.list_saved(flags.place, verify=flags.action == "verify")
-
-
-def test_the_command_on_a_pretraining_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = tmp_path / "r"
-    save(run_dir, 1, 2, 3, 4, 5)
-    checkpoint.rewind(run_dir, checkpoint.load(run_dir / "checkpoints/step-00000004"))
-    command("list", run_dir)
-    rows = capsys.readouterr().out.splitlines()
-    assert next(line for line in rows if "latest" in line).split()[1:7:2] == ["checkpoints/step-00000004", "4", "32"]
-    assert sum("put aside" in line for line in rows) == 1
-    command("verify", run_dir)
-    command("verify", run_dir / "checkpoints/step-00000002")
-    flip_bit(run_dir / "checkpoints/step-00000002/model.safetensors")
-    command("list", run_dir)  # which hashes nothing
-    with pytest.raises(CommandError, match=r"step-00000002: model\.safetensors does not match") as caught:
-        command("verify", run_dir)
-    assert caught.value.exit_code == 1
-    assert "step-00000003" not in str(caught.value)
-
-    command("prune", run_dir, "--keep", "1", "--keep-every", "16", "--dry-run")
-    said = capsys.readouterr().out
-    deleted = [line.rpartition("/")[2] for line in said.splitlines() if line.startswith("would delete")]
-    assert deleted == ["step-00000001", "step-00000003"]
-    assert steps(run_dir) == [1, 2, 3, 4]
-    command("prune", run_dir, "--keep", "2")
-    assert steps(run_dir) == [3, 4]
-    for path in checkpoints(run_dir)[:1]:
-        flip_bit(path / "optimizer.safetensors")
-    with pytest.raises(CommandError, match="none of the checkpoints that would stay"):
-        command("prune", run_dir, "--keep", "1")
-    assert steps(run_dir) == [3, 4]
-    assert list((run_dir / "checkpoints").glob("aside-*/step-00000005"))
-
-
-@pytest.mark.parametrize("border", ["builtins.open", "os.unlink"])
-def test_a_run_that_is_read_only_is_one_line(
-    border: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The system refuses; root would be refused nothing by a file's mode. Nothing counts as deleted."""
-    save(tmp_path, 1, 2)
-    really = open
-
-    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
-        if border == "os.unlink" or str(path).endswith(".lock"):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return really(path, *arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(border, refusing)
-        assert run_command(lambda: command("prune", tmp_path, "--keep", "1")) in (1, 2)
-    said = capsys.readouterr()
-    assert "Read-only file system" in said.err
-    assert "Traceback" not in said.err
-    assert len(said.err.strip().splitlines()) == 1
-    assert (said.out, steps(tmp_path)) == ("", [1, 2])
-
-
-def test_the_command_on_a_llava_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stage, number in (("align", 5), ("align", 10), ("align", 15), ("instruct", 100)):
-        directory = tmp_path / stage / f"checkpoint-{number}"
-        directory.mkdir(parents=True)
-        (directory / "trained.safetensors").write_bytes(b"x" * 100)
-        if number != 15:  # killed while it was written
-            seal(directory)
-    command("list", tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("latest") == 2
-    assert "no MANIFEST.json" in said
-    with pytest.raises(CommandError, match="checkpoint-15"):
-        command("verify", tmp_path)
-    with pytest.raises(UserError, match="do not tell their samples"):
-        command("prune", tmp_path, "--keep-every", "10")
-    command("prune", tmp_path, "--keep", "1")
-    assert sorted(path.name for path in tmp_path.glob("*/checkpoint-*")) == [
-        "checkpoint-10", "checkpoint-100", "checkpoint-15"
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="holds no checkpoints"):
-        command("list", tmp_path / "align" / "nothing")
 
 
 def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ from clips.studies.claims import (
     reproduce,
 )
 from clips.studies.equal_time import compare
-from clips.studies.sizes import SIZES, compare_sizes, sizes_study
-from clips.studies.towers import compare_towers
 from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
@@ -136,24 +134,10 @@ def test_a_dry_run_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys
     before = sorted(tmp_path.rglob("*"))
     reproduce(tmp_path, ["b"], samples=6_400, dry_run=True)
     compare(tmp_path / "none", 3, 6_400, 2, dry_run=True)
-    compare_towers(tmp_path / "none", "siglip", 3, 6_400, 2, dry_run=True)
-    compare_sizes(tmp_path / "none", (), 3, 6_400, 2, dry_run=True)
     assert sorted(tmp_path.rglob("*")) == before
     printed = " ".join(capsys.readouterr().err.split())
-    for text in ("8 of 9 to run, 2 at a time", "17 of 17 to run", "6 of 6 to run", "9 of 9 to run", "about"):
+    for text in ("8 of 9 to run, 2 at a time", "17 of 17 to run", "about"):
         assert text in printed
-
-
-def test_runs_of_the_sizes_differ_in_sizes_alone_and_see_equal_tokens() -> None:
-    squash, drawn, native = (runs[0].config() for runs in sizes_study(3, 48_000).runs.values())
-    assert differing(squash, drawn) == {"phases.0.sizes", "eval.sizes"}
-    assert differing(drawn, native) == {"phases.0.by_aspect"}
-    assert (squash.data.demo_dir, squash.data.demo_aspects) == ("data/demo_aspects", True)
-    sizes = drawn.phases[0].sizes
-    assert sizes == drawn.eval.sizes == ((60, 60), (90, 40), (40, 90)) == tuple(map(tuple, json.loads(SIZES)))
-    assert {squash.model.vision.tokens(size) for size in sizes} == {squash.model.vision.tokens((60, 60))}
-    with pytest.raises(UserError, match="given by --seeds and --samples"):
-        compare_sizes(Path("none"), ["train.seed=7"], 3, 6_400, 2)
 
 
 # --- the verdicts

@@ -1,8 +1,7 @@
-"""Whole programs side by side, and the parts of a step: what is timed is what is said, on equal terms."""
+"""Whole programs side by side: what is timed is what is said, on equal terms."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -115,50 +114,6 @@ def test_both_programs_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(program.SIZES, "demo", ("clip_baseline", 8, 10))
     found = program.compare_programs("demo", device=CPU, repeats=1, train=demo / "train", their_python=sys.executable)
     assert all(found[name]["samples_per_s"] > 0 for name in ("ours", "theirs"))
-
-
-# ------------------------------------------------------------------------------------------------------ parts of a step
-PARTS = """
-import json, torch
-from conftest import tiny_batch, tiny_run
-from clips.common.runtime import init_distributed
-from clips.data.tokenizer import build_tokenizer
-from clips.model.flops import training_flops
-from clips.studies.benchmark import clips_engine
-from clips.studies.measuring import in_child, in_ranks
-from clips.studies.step_parts import part_rows
-CPU = torch.device("cpu")
-def measured():
-    init_distributed(CPU)
-    batches = [tiny_batch(seed) | {"skipped": [], "keys": []} for seed in range(6)]
-    engine = clips_engine(tiny_run(), build_tokenizer("wordpiece", ["a cat"] * 8, vocab_size=64), CPU)
-    rows = part_rows(engine, iter(batches), 1e12)
-    flops = [sum(training_flops(engine.model.config, engine.task.shape(batch)).values()) for batch in batches[3:]]
-    return {"rows": rows, "flops": flops}
-if __name__ == "__main__":
-    print(json.dumps([in_child(measured), in_ranks(2, measured)]))
-"""
-
-
-@pytest.mark.slow
-def test_the_parts_make_up_the_step(tmp_path: Path) -> None:
-    (tmp_path / "parts.py").write_text(PARTS)
-    done = run_python(tmp_path / "parts.py", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    assert done.returncode == 0, done.stderr
-    ways = [f"{part}, {way}" for way in ("forward", "backward")
-            for part in ("image tower", "text tower", "captioner", "head and losses")]  # fmt: skip
-    parts = ["data wait", "copy to the device", *ways, "communication", "finite check", "optimiser"]
-    sent = []
-    for found in json.loads(done.stdout.splitlines()[-1]):
-        *rows, whole = found["rows"]
-        assert [row["part"] for row in rows] == parts
-        assert sum(row["ms"] for row in rows) == pytest.approx(whole["ms"])
-        assert sum(row["share_%"] for row in rows) == pytest.approx(100)
-        computed = sum(1e9 * row["tflops"] * row["ms"] for row in rows if "tflops" in row)
-        assert min(found["flops"]) * 0.9 < computed < max(found["flops"]) * 1.1  # medians over three batches
-        assert whole["of_peak_%"] == pytest.approx(100 * whole["tflops"])
-        sent.append(rows[-3]["share_%"])
-    assert sent[1] > 2 * sent[0]  # the gradients of two ranks beside one rank's agreement with itself
 
 
 FAULTS = """
