@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 REPO = "somebody/tiny-model"
@@ -23,11 +24,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "asked.json").write_text(json.dumps({"private": private, "exist_ok": exist_ok}))
         return f"https://hub/{repo_id}"
 
-    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> None:
+    def upload_folder(
+        self: HfApi, *, repo_id: str, folder_path: str, allow_patterns: list[str], **options: object
+    ) -> None:
         repo = tmp_path / "cache" / f"models--{repo_id.replace('/', '--')}"
-        shutil.copytree(folder_path, repo / "snapshots" / ("0" * 40))
+        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            target = repo / "snapshots" / ("0" * 40) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path, name), target)
         (repo / ".no_exist" / ("0" * 40)).mkdir(parents=True)
-        if not (folder_path / "config.json").exists():  # as the client remembers what the hub does not have
+        if not Path(folder_path, "config.json").exists():  # as the client remembers what the hub does not have
             (repo / ".no_exist" / ("0" * 40) / "config.json").touch()
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text("0" * 40)
