@@ -1,7 +1,4 @@
-"""Model cards of exports: a README.md with the hub's header, from templates/card.md.j2.
-
-A card shows only figures that were measured on these weights, and names no place of this machine.
-"""
+"""Model cards of exports and conversions. They hold figures of exactly these weights, and no place of this machine."""
 
 from __future__ import annotations
 
@@ -11,48 +8,81 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import ModelCardData
-from markupsafe import Markup
+from huggingface_hub import EvalResult, ModelCardData
 
-from clips.common.page import Table, render
+from clips.common.model_card import write_card
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
 from clips.config import ModelConfig, RunConfig
 from clips.model.clips import CLIPSModel
 
-HEADERS: dict[str, dict[str, Any]] = {
-    "native": {"library_name": "clips-mllm", "pipeline_tag": "zero-shot-image-classification"},
-    "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
-    "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
-    "hf_vit": {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"},
+LIBRARIES = {"native": "clips-mllm", "open_clip": "open_clip", "hf": "transformers", "hf_vit": "transformers"}
+ABOUT = {
+    "native": "A vision–language encoder in CLIPS-MLLM's own format, which is the most complete one.",
+    "open_clip": "Both towers of a vision–language encoder in open_clip's format (`open_clip_torch` ≥ 3.3).",
+    "official": "A vision–language encoder in the format of the authors of CLIPS, for their fork of open_clip.",
+    "hf": "Both towers of a vision–language encoder as transformers' `CLIPModel`.",
+    "hf_vit": "The image tower of a vision–language encoder, for transformers.",
 }
-"""Format → what the hub's header says of it."""
-_OPEN_CLIP = """import open_clip
+_NATIVE = """\
+from clips import CLIPS
+
+source = "."
+model = CLIPS.from_pretrained(source)
+"""
+CODE = {
+    "native": _NATIVE + 'print(model.similarity(["picture.png"], ["a cat", "two dogs"]))',
+    "captions": _NATIVE + 'print(model.encode_image(["picture.png"]).shape, model.caption(["picture.png"]))',
+    "open_clip": """\
+import open_clip
+import torch
+from PIL import Image
 
 source = "local-dir:."
-model, _, preprocess = open_clip.create_model_and_transforms(source)"""
-CONVERSIONS = {
-    "native": (
-        "native",
-        "A vision–language encoder in CLIPS-MLLM's own format.",
-        'from clips import CLIPS\n\nsource = "."\nmodel = CLIPS.from_pretrained(source)',
-    ),
-    "open_clip": ("open_clip", "A vision–language encoder in open_clip's format.", _OPEN_CLIP),
-    "official": (
-        "open_clip",
-        "A vision–language encoder in the format of the authors of CLIPS, for their fork of open_clip and for stock.",
-        _OPEN_CLIP,
-    ),
-    "transformers": (
-        "hf_vit",
-        "An image tower for transformers.",
-        'from transformers import AutoModel\n\nsource = "."\nmodel = AutoModel.from_pretrained(source)',
-    ),
+model, _, preprocess = open_clip.create_model_and_transforms(source)
+tokenizer = open_clip.get_tokenizer(source)
+with torch.no_grad():
+    image = model.eval().encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)
+    text = model.encode_text(tokenizer(["a cat", "two dogs"]), normalize=True)
+print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))""",
+    "hf": """\
+from transformers import pipeline
+
+source = "."
+classify = pipeline("zero-shot-image-classification", source)
+print(classify("picture.png", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}."))""",
+    "hf_vit": """\
+from transformers import AutoModel
+
+source = "."
+model = AutoModel.from_pretrained(source)""",
 }
-"""Format of a conversion → its header's key in HEADERS, a sentence, and the code that opens it."""
+FEATURE = """\
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, {cls}
+from transformers.utils import cached_file
+
+source = "."
+processor = AutoImageProcessor.from_pretrained(source)
+model = {cls}.from_pretrained(source).eval()
+inputs = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.no_grad():
+    tokens = model(**inputs, output_hidden_states=True).hidden_states[-1]  # before the last norm
+    patches = tokens[:, -((model.config.image_size // model.config.patch_size) ** 2) :]
+    pooled = {norm}({pooled})
+    {projected}
+    feature = torch.nn.functional.normalize(pooled, dim=-1)  # as the encoder's own image feature"""
+PROJECTED = 'pooled = pooled @ load_file(cached_file(source, "embedding.safetensors"))["proj.weight"].T'
+FORK = "The fork of open_clip by CLIPS' authors refuses these files; `convert.py --to official` writes them for it."
+DRAWINGS = (
+    "The demo's scenes are drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0) with generated "
+    "captions. A model of them shows that the path works and knows nothing of photographs."
+)
 SHOWN = ("_r1", "_top1")
-"""Ends of the names of the figures that a card shows."""
+"""Ends of the names of the figures that a card holds."""
 
 
 def write_cards(
@@ -71,86 +101,116 @@ def write_cards(
     None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
-    size = run.model.vision.image_size
-    asked = (weights, size, None)
-    of_these = [one for one in evaluations if tuple(map(one.get, ("weights", "image_size", "limit"))) == asked]
-    shown = {
-        "name": name,
-        "model": run.model,
-        "facts": Table(("", ""), _facts(run, samples, weights)),
-        "figures": {
-            test_set: _figures(figures)
-            for one in of_these
-            for test_set, figures in by_test_set(one["figures"], one["test_set"]).items()
-        },
-        "has_sizes": any(phase.sizes for phase in run.phases),
-        "is_demo": run.data.train == "demo",
-        "is_imported": run.recipe == "imported",
-    }
-    for kind, header in HEADERS.items():
+    results = _results(evaluations, weights, run.model.vision.image_size)
+    for kind in LIBRARIES:
         if not (directory / kind).is_dir():
             continue
-        if not run.model.embed_dim:
-            header = header | {"pipeline_tag": "image-feature-extraction"}
-        data = ModelCardData(**header, tags=["clips", "clips-mllm", *({"vision"} if kind == "hf_vit" else {"clip"})])
-        classes = _transformers_classes(directory / kind) if kind == "hf_vit" else {}
-        card = render("clips.weights", "card.md.j2", kind=kind, header=Markup(data.to_yaml()), **shown, **classes)
-        (directory / kind / "README.md").write_text(card, encoding="utf-8")
+        code = CODE["captions" if kind == "native" and not run.model.embed_dim else kind]
+        if kind == "hf_vit":
+            code = _feature_code(directory / kind, run.model)
+        notes = [
+            FORK if kind == "open_clip" else "",
+            DRAWINGS if run.data.train == "demo" and run.recipe != "imported" else "",
+            _about_sizes(kind, run),
+        ]
+        write_card(
+            directory / kind,
+            _header(kind, model_name=name, eval_results=results, has_texts=run.model.embed_dim > 0),
+            name=name,
+            about=f"{ABOUT[kind]} See [arXiv 2411.16828](https://arxiv.org/abs/2411.16828).",
+            facts=_facts(run, samples, weights),
+            code=code,
+            note="\n\n".join(filter(None, notes)),
+        )
 
 
 def write_conversion_card(directory: Path, to: str, source: str, differences: Mapping[str, float]) -> None:
     """Write the README.md of a conversion into the format `to`; of `source` only the last part of its name is said."""
-    kind, about, code = CONVERSIONS[to]
-    header = Markup(ModelCardData(**HEADERS[kind], tags=["clips-mllm"]).to_yaml())
-    rows = [(name, f"{difference:.1e}") for name, difference in differences.items()]
-    card = render(
-        "clips.weights", "conversion.md.j2", header=header, name=directory.name, about=about, code=Markup(code),
-        source=PurePosixPath(source.rstrip("/")).name, differences=Table(("", "largest difference"), rows),
-    )  # fmt: skip
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    kind = {"official": "open_clip", "transformers": "hf_vit"}.get(to, to)
+    facts = {"Written by CLIPS-MLLM from": PurePosixPath(source.rstrip("/")).name}
+    for feature, difference in differences.items():
+        facts[f"Largest difference of {feature}"] = f"{difference:.1e}"
+    write_card(
+        directory,
+        _header(kind),
+        name=directory.name,
+        about=f"{ABOUT.get(to, ABOUT[kind])} Their source names their data and license.",
+        facts=facts,
+        code=CODE[kind],
+    )
 
 
-def _facts(run: RunConfig, samples: int | None, weights: str) -> list[tuple[str, str]]:
-    rows = [("Towers", _towers(run.model)), ("Tokenizer", run.captions.tokenizer)]
+def _header(kind: str, *, has_texts: bool = True, **options: Any) -> ModelCardData:
+    is_tower = kind == "hf_vit" or not has_texts
+    return ModelCardData(
+        library_name=LIBRARIES[kind],
+        pipeline_tag="image-feature-extraction" if is_tower else "zero-shot-image-classification",
+        tags=["clips", "clips-mllm", "vision" if kind == "hf_vit" else "clip"],
+        **options,
+    )
+
+
+def _results(evaluations: Iterable[dict[str, Any]], weights: str, size: int) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=test_set,  # results are grouped by it
+            dataset_name=test_set,
+            metric_type=name,
+            metric_name=pretty(name),
+            metric_value=round(figure["value"], 1),
+            metric_args={"chance": round(figure["chance"], 2), "items": figure["items"]},
+        )
+        for evaluation in evaluations
+        if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
+        for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
+        for name, figure in figures.items()
+        if name.endswith(SHOWN)
+    ]
+
+
+def _facts(run: RunConfig, samples: int | None, weights: str) -> dict[str, str]:
+    facts = {"Towers": _towers(run.model), "Tokenizer": run.captions.tokenizer}
     if run.recipe != "imported":
-        planned = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples"
         phases = ", ".join(f"{phase.samples:,} at {phase.pixels}" for phase in run.phases)
         seen = "" if samples is None else f"; these weights have seen {samples:,}"
-        rows += [("Training", f"{planned}: {phases}{seen}"), ("Data", _data(run)), ("Seed", str(run.train.seed))]
-    return [*rows, ("SHA-256 of the trained weights", weights)]
+        facts["Training"] = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples: {phases}{seen}"
+        facts["Data"] = "the demo's drawn scenes"
+        if run.data.train != "demo":  # a card names no place of this machine
+            names = [PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";")]
+            facts["Data"] = "; ".join(names)
+        facts["Seed"] = str(run.train.seed)
+    facts["SHA-256 of the trained weights"] = weights
+    return facts
 
 
 def _towers(model: ModelConfig) -> str:
     vision, text, captioner = model.vision, model.text, model.captioner
+    parts = [f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px"]
+    if model.has_text_tower:
+        parts.append(f"text {text.width} × {text.layers}, context {text.context_length}")
+    if captioner is not None:
+        parts.append(f"captioner {captioner.width} × {captioner.layers}")
+    return "; ".join([*parts, f"features of {model.embed_dim or vision.width}"])
+
+
+def _about_sizes(kind: str, run: RunConfig) -> str:
+    if kind == "native" or not any(phase.sizes for phase in run.phases):
+        return ""
+    side = run.model.vision.image_size // run.model.vision.patch_size
     return (
-        f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px; "
-        + (f"text {text.width} × {text.layers}, context {text.context_length}; " if model.has_text_tower else "")
-        + (f"captioner {captioner.width} × {captioner.layers}; " if captioner else "")
-        + f"features of {model.embed_dim or vision.width}"
+        f"It learned at several widths and heights. These files hold the positions of {side} × {side} patches alone; "
+        "`export_clips.py --image-size` writes another square."
     )
 
 
-def _data(run: RunConfig) -> str:
-    """The training data by the last part of its name: a card names no place of this machine."""
-    if run.data.train == "demo":
-        return "the demo's drawn scenes"
-    return "; ".join(PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";"))
-
-
-def _figures(figures: dict[str, dict[str, float]]) -> Table:
-    rows = [
-        (pretty(name), f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}")
-        for name, figure in figures.items()
-        if name.endswith(SHOWN)
-    ]
-    return Table(("figure", "%", "chance %", "items"), rows)
-
-
-def _transformers_classes(directory: Path) -> dict[str, Any]:
-    """The class that reads `directory`, and where it keeps the norm that comes after the mean over the patches."""
+def _feature_code(directory: Path, model: ModelConfig) -> str:
+    """The code that computes the encoder's own image feature with stock transformers."""
     (cls,) = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
-    is_vit = cls == "ViTModel"
-    return {
-        "cls": Markup(cls),
-        "norm": Markup("model.layernorm" if is_vit else 'getattr(model, "vision_model", model).post_layernorm'),
-    }
+    norm = "model.layernorm" if cls == "ViTModel" else 'getattr(model, "vision_model", model).post_layernorm'
+    pooled = "tokens[:, 0]" if model.vision.pool == "cls" else "patches.mean(dim=1)"
+    code = FEATURE.format(cls=cls, norm=norm, pooled=pooled, projected=PROJECTED)
+    if model.embed_dim:
+        return code
+    own = ("embedding.safetensors", "load_file", "cached_file")
+    return "\n".join(line for line in code.splitlines() if not any(word in line for word in own))

@@ -1,8 +1,4 @@
-"""Figures on the card of a saved model: measured after it was written, and on exactly its weights.
-
-MODEL/evaluation.json   whose weights (their SHA-256), and test set → figures (mllm/evaluation/evaluate.py)
-MODEL/README.md         its last section shows them
-"""
+"""The card of a saved model, and the figures on it: those that were measured on exactly its weights."""
 
 from __future__ import annotations
 
@@ -10,51 +6,91 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clips.common.files import read_json, write_atomically, write_json
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from clips.common.hub import model_digest
-from clips.common.page import Table, render
-from mllm.model.load import FACTS
+from clips.common.model_card import write_card
+from mllm.model.tiles import Layout, Llava
 
-EVALUATION = "evaluation.json"
-HEADING = "\n## Figures\n"
+CODE = """\
+from transformers import pipeline
+
+source = "."
+chat = pipeline("image-text-to-text", model=source)
+content = [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
+answer = chat(text=[{"role": "user", "content": content}], max_new_tokens=64, return_full_text=False)
+print(answer[0]["generated_text"])"""
+VIDEOS = """\
+A video is `{"type": "video", "path": "clip.mp4"}` in `content`, which torchcodec decodes, or
+`{"type": "video", "video": frames}`, an array uint8 of frames × height × width × 3. The model sees FRAMES of them."""
 
 
-SHOWN = ("dtype", "exact_match", "cider")
+def write_model_card(
+    directory: Path, model: Llava, name: str, facts: Mapping[str, str], base_model: str | None = None
+) -> None:
+    """Write the card: the parts of `model`, the `facts` of its training, and how stock transformers loads it."""
+    config: Any = model.config
+    layout = Layout.of(config)
+    tokens = f"up to {layout.most}" if layout.pinpoints else layout.square
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base_model,
+        tags=["llava", "clips-mllm"],
+        model_name=name,
+    )
+    write_card(
+        directory,
+        header,
+        name=name,
+        about=(
+            f"A LLaVA-style model: {config.vision_config.model_type} vision encoder, {config.text_config.model_type} "
+            f"language model, {tokens} tokens per image. CLIPS-MLLM wrote it; transformers and vLLM load it."
+        ),
+        facts=facts,
+        code=CODE,
+        note=VIDEOS.replace("FRAMES", str(layout.frames)) if layout.frames else "",
+    )
 
 
 def add_evaluation(directory: Path, test_set: str, figures: Mapping[str, Any]) -> bool:
-    """Have the card of the model in `directory` show `figures`, measured on `test_set`; returns whether it does.
+    """Have the card of the model in `directory` hold `figures`, measured on `test_set`; returns whether it does.
 
     It does not if the weights have changed since they were measured, or if another program saved them.
-    `figures` are what mllm/evaluation/evaluate.py writes to figures.json.
+    `figures` are what mllm/evaluation/evaluate.py writes to figures.json. Figures of other weights are removed.
     """
-    card, weights = directory / "README.md", figures["weights"]
-    if not (directory / FACTS).is_file() or not card.is_file() or model_digest(directory) != weights:
+    path = directory / "README.md"
+    weights = figures["weights"]
+    if not path.is_file() or model_digest(directory) != weights:
         return False
-    text, heading, _ = card.read_text(encoding="utf-8").rpartition(HEADING)
-    if not heading:
+    card = ModelCard.load(path)
+    if "clips-mllm" not in (card.data.tags or ()):
         return False
-    there = read_json(directory / EVALUATION)
-    earlier = there.get("test_sets", {}) if there.get("weights") == weights else {}
-    measured = {name: figures[name] for name in SHOWN if name in figures}
-    write_json(directory / EVALUATION, {"weights": weights, "test_sets": earlier | {test_set: measured}})
-    write_atomically(card, text + heading + "\n" + figures_section(directory))
+
+    earlier = card.data.eval_results or []
+    results = [result for result in earlier if (result.metric_args or {}).get("weights") == weights]
+    results = [result for result in results if result.dataset_name != test_set]
+    origin = {"weights": weights, "dtype": figures["dtype"]}
+    for kind, row in figures.get("exact_match", {}).items():
+        value, low, high = (round(float(100 * row[name]), 1) for name in ("accuracy", "low", "high"))  # no numpy's
+        args = {**origin, "low": low, "high": high, "questions": int(row["n"])}
+        results.append(_result(test_set, "exact_match", f"{kind}, right in %", value, args))
+    if "cider" in figures:
+        value = round(float(figures["cider"]["cider_d"]), 2)
+        args = {**origin, "questions": int(figures["cider"]["n"])}
+        results.append(_result(test_set, "cider", "CIDEr-D of descriptions", value, args))
+    card.data.eval_results = results
+    card.save(path)
     return True
 
 
-def figures_section(directory: Path) -> str:
-    """Markdown: what was measured on the weights that are in `directory`."""
-    there = read_json(directory / EVALUATION)
-    of_these = there.get("test_sets", {}) if there and there["weights"] == model_digest(directory) else {}
-    shown = {name: (figures["dtype"], _table(figures)) for name, figures in of_these.items()}
-    return render("mllm.model", "figures.md.j2", figures=shown)
-
-
-def _table(figures: Mapping[str, Any]) -> Table:
-    rows = [
-        (kind, f"{100 * row['accuracy']:.1f}", f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]", f"{row['n']:,}")
-        for kind, row in figures.get("exact_match", {}).items()
-    ]
-    if "cider" in figures:
-        rows.append(("CIDEr-D of descriptions", f"{figures['cider']['cider_d']:.2f}", "", f"{figures['cider']['n']:,}"))
-    return Table(("", "right, %", "95 % interval", "questions"), rows)
+def _result(test_set: str, metric: str, name: str, value: float, args: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=test_set,  # results are grouped by it
+        dataset_name=test_set,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=value,
+        metric_args=args,
+    )

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from markupsafe import Markup
 from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
+from clips.common.model_card import write_card
 from clips.common.opening import opening
-from clips.common.page import render
 from clips.common.stock import loading, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
@@ -430,9 +429,17 @@ def write_original(
             config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
         write_json(partial / "config.json", config)
         word = WORD_IN_NAME[original.kind]
-        header = Markup(ModelCardData(pipeline_tag="image-text-to-text", tags=["llava", "clips-mllm"]).to_yaml())
-        card = render("mllm.model", "original.md.j2", header=header, name=directory.name, word=word)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(
+            partial,
+            ModelCardData(pipeline_tag="image-text-to-text", tags=["llava", "clips-mllm"]),
+            name=directory.name,
+            about="A model in the layout of the original LLaVA (haotian-liu/LLaVA), with its logits.",
+            facts={"Written by": "CLIPS-MLLM"},
+            code=f"python -m llava.serve.cli --model-path {directory.name} --image-file picture.png",
+            note=f"LLaVA's loader goes by the directory's name: keep \"{word}\" in it.",
+            language="bash",
+            place="In the directory above the model's",
+        )
 
 
 def _write_tower(

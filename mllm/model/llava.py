@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
-from markupsafe import Markup
 from torch import nn
 from transformers import (
     AutoModel,
@@ -31,12 +29,11 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
-from clips.common.escape import clip
 from clips.common.files import replacing, write_json
-from clips.common.page import Table, render
 from clips.common.stock import progress_bars
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from mllm.encoders.encoder import VisionEncoder
+from mllm.model.card import write_model_card
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
@@ -191,28 +188,4 @@ def save_model(
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        (partial / "README.md").write_text(
-            model_card(model, model_name(str(directory)), card, base_model), encoding="utf-8"
-        )
-
-
-def model_card(model: Llava, name: str, card: Mapping[str, str], base_model: str | None = None) -> str:
-    """Markdown with the hub's header: what was trained on what, and how to load it."""
-    config: Any = model.config
-    layout = Layout.of(config)
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=base_model,
-        tags=["llava", "clips-mllm"],
-    )
-    return render(
-        "mllm.model", "card.md.j2",
-        header=Markup(header.to_yaml()),
-        name=name,
-        vision=config.vision_config.model_type,
-        language=config.text_config.model_type,
-        tokens=f"up to {layout.most}" if layout.pinpoints else layout.square,
-        frames=layout.frames,
-        facts=Table(("", ""), [(key, clip(value)) for key, value in card.items()]),
-    )  # fmt: skip
+        write_model_card(partial, model, model_name(str(directory)), card, base_model)

@@ -1,0 +1,63 @@
+"""The model card of everything that is saved: the hub's header with its figures, a table of facts, and opening code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from clips.common.escape import LONGEST, for_markdown
+from clips.common.page import markdown
+
+TEMPLATE = """---
+{{ card_data }}
+---
+# {{ name }}
+
+{{ about }}
+
+{{ facts }}
+
+## Use
+
+{{ place }}, with a picture of yours:
+
+```{{ language }}
+{{ code }}
+```
+{% if note %}
+
+{{ note }}
+{% endif %}
+
+The figures of exactly these weights, where they were measured, are in the header of this file.
+"""
+
+
+def write_card(
+    directory: Path,
+    data: ModelCardData,
+    *,
+    name: str,
+    about: str,
+    facts: Mapping[str, str],
+    code: str,
+    note: str = "",
+    language: str = "python",
+    place: str = "In the directory of this file",
+) -> None:
+    """Write `directory`/README.md with the header `data`; `name` and `facts` may hold any text."""
+    rows = [(for_markdown(fact), for_markdown(text, LONGEST)) for fact, text in facts.items()]
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=for_markdown(name),
+        about=about,
+        facts=markdown(("", ""), rows),
+        code=code,
+        note=note,
+        language=language,
+        place=place,
+    )
+    card.save(directory / "README.md")
