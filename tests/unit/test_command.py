@@ -50,7 +50,7 @@ def test_the_package_brings_the_command_its_scripts_and_settings(tmp_path: Path)
     installed = run_group([*map(str, pip), str(source)], timeout=300)
     assert installed.returncode == 0, installed.stderr
     templates = [path.relative_to(ROOT) for part in ("clips", "mllm") for path in (ROOT / part).rglob("templates/*")]
-    assert len(templates) >= 9
+    assert templates
     assert [path for path in templates if not (target / path).is_file()] == []
     done = run_python(
         target / "bin" / "clips", "plan", "--recipe", "b16", cwd=tmp_path, env={"PYTHONPATH": str(target)}

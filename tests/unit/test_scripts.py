@@ -149,7 +149,7 @@ def test_each_flag_that_a_message_names_is_there() -> None:
     for path in [*(ROOT / "clips").rglob("*.py"), *(ROOT / "mllm").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-                named = set(re.findall(r"(?<![\w(-])--[a-z0-9_-]+(?=[\s,.:;)`]|$)", node.value))
+                named = set(re.findall(r"(?<![\w(-])--[a-z0-9][a-z0-9_-]*(?=[\s,.:;)`]|$)", node.value))
                 assert named <= known, (path, node.lineno, named - known)
 
 
