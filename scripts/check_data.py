@@ -7,7 +7,7 @@ Exit 2 if something would stop a training, 4 if more samples are broken than a t
 import argparse
 import sys
 
-from clips.common.errors import run_command
+from clips.common.errors import UserError, run_command
 from clips.common.flags import Parser
 from mllm import DEFAULT_LLM
 
@@ -19,19 +19,14 @@ def parser() -> Parser:
     what.add_argument("--data", help="pairs: a folder, pattern or URL of tar shards, or a table")
     what.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="pairs: several sets")
     what.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
-    p.add_argument("--output", default="runs/check_data", help="folder for summary.json and contact_sheet.html")
-    p.add_argument(
-        "--limit",
-        type=int,
-        help="check only so many pairs, drawn at random; decode only so many pictures of a LLaVA data set, evenly "
-        "spread (default: all)",
-    )
+    p.add_argument("--output", default="runs/check_data", help="folder for summary.json and samples.html")
+    p.add_argument("--limit", type=int, help="check only so many samples, drawn at random (default: all)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
+    p.add_argument("--jobs", type=int, default=1, help="processes that read and decode")
     pairs = p.add_argument_group("pairs, as pretrain_clips.py takes them")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
     pairs.add_argument("--recipe", default="b16", help="its tokenizer and lengths are held against the captions")
-    pairs.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
-    pairs.add_argument("--jobs", type=int, default=1, help="processes that read and decode")
     llava = p.add_argument_group("LLaVA data")
     llava.add_argument("--image-folder", help="folder or uncompressed tar of the pictures")
     llava.add_argument("--conv-mode", default="auto", help="conversation format: train_llava.sh calls it --version")
@@ -43,6 +38,9 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
+    for name, value in (("--limit", flags.limit), ("--jobs", flags.jobs)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
     if flags.conversations is None:
         from clips.data.check import check_from_flags
     else:

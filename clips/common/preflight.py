@@ -1,80 +1,194 @@
-"""The report of a pre-flight, for pairs and for conversations: one table, one page with samples, one summary.json."""
+"""The pre-flight of a data set, for pairs and for conversations: one scan, one table, one page, one summary.json.
+
+A reader checks samples by index as a training reads them (clips/data/check.py, mllm/training/check_data.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tqdm import tqdm
 
+from clips.common.errors import CommandError
 from clips.common.escape import clip, for_rich
 from clips.common.files import write_atomically, write_json
 from clips.common.page import render, table_of
 
+CHUNK = 128
+"""Samples that a reader checks at once."""
+SHOWN = 12
+"""Good samples on the page."""
 THUMBNAIL = 176
 """Longest side in pixels of a picture on the page."""
+LISTED = 1_000
+"""Broken samples that summary.json lists."""
 PRINTED = 20
-"""Reasons and problems that the table lists."""
+"""Reasons and problems that the table and the page list."""
 
 
 @dataclass
-class Shown:
-    """A sample on the page."""
+class Sample:
+    """A sample that is shown, or that is broken."""
 
     key: str
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Name of a text → the text."""
-    size: str = ""
-    picture: bytes | None = None
+    picture: str = ""
+    """A data URI."""
     reason: str = ""
-    """Why the sample is broken."""
 
 
-@dataclass(kw_only=True)
-class Preflight:
-    """What a check found, ready to be shown."""
+@dataclass
+class Findings:
+    """What was found in a chunk of samples, or in all of them."""
 
-    title: str
-    note: str = ""
-    summary: dict[str, Any]
-    """The content of summary.json."""
-    rows: list[tuple[str, str]]
-    broken_note: str
-    """What a training does with a broken sample."""
-    tiles: Sequence[tuple[str, str, str]] = ()
-    reasons: Mapping[str, int] = field(default_factory=dict)
-    """Why samples are broken → how many."""
-    problems: Sequence[str] = ()
-    refused: Sequence[str] = ()
-    bars: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Chart → label → count."""
-    good: Sequence[Shown] = ()
-    bad: Sequence[Shown] = ()
-    repeated: Sequence[tuple[str, int, str]] = ()
-    """(what repeats, how often, an example)."""
+    checked: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why samples are broken → samples."""
+    cut: Counter[str] = field(default_factory=Counter)
+    """Name of a text → samples of which the model reads only the beginning of it."""
+    repeated: Counter[str] = field(default_factory=Counter)
+    """Part of a sample → samples in which it is that of an earlier sample."""
+    broken: list[Sample] = field(default_factory=list)
+    good: list[Sample] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    """Messages of samples that would stop a training at once, such as a path that climbs out."""
+    hashes: dict[str, list[int]] = field(default_factory=dict)
+    """Part of a sample → 64-bit hashes of a chunk."""
 
-    def publish(self, output: Path | str) -> None:
-        """Write summary.json and contact_sheet.html into `output`, and print the table."""
-        output = Path(output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "summary.json", self.summary)
-        shown = vars(self) | {"title": "Data before a training", "note": f"{self.title} {self.note}".strip()}
-        shown["reasons"] = list(self.reasons.items())
-        shown["bars"] = {name: _trimmed(counts) for name, counts in self.bars.items() if any(counts.values())}
-        write_atomically(output / "contact_sheet.html", render("clips.common", "preflight.html.j2", **shown))
-        console = Console(emoji=False)
-        rows = [*self.rows, *(("  broken", f"{n:,} × {why}") for why, n in list(self.reasons.items())[:PRINTED])]
-        rows += [("  problem", clip(problem)) for problem in self.problems[:PRINTED]]
-        if len(self.problems) > PRINTED:
-            rows.append(("  problem", f"… and {len(self.problems) - PRINTED:,} more, all in summary.json"))
-        console.print(table_of(self.title, (), rows))
-        for name in ("summary.json", "contact_sheet.html"):
-            console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
+    def add_broken(self, sample: Sample, kind: str = "") -> None:
+        """Count a broken sample under `kind`, or under its reason without names and numbers."""
+        self.reasons[kind or reason_class(sample.reason)] += 1
+        self.broken.append(sample)
+
+    def add_part(self, name: str, content: bytes) -> None:
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        self.hashes.setdefault(name, []).append(int.from_bytes(digest, "big"))
 
 
-def _trimmed(counts: Mapping[str, int]) -> dict[str, int]:
-    """Without the empty bins at both ends."""
-    filled = [place for place, count in enumerate(counts.values()) if count]
-    return dict(list(counts.items())[filled[0] : filled[-1] + 1])
+_NAME = re.compile(r"(['\"]).*?\1|<[^>]*>|\b[a-z]+://\S+|(?<![\w/])/\S+")
+_NUMBER = re.compile(r"\d[\d,.]*(?<=\d)")
+
+
+def reason_class(reason: str) -> str:
+    """`reason` without names, paths and numbers of the single sample."""
+    return _NUMBER.sub("N", _NAME.sub("…", clip(reason, 300)))
+
+
+Reader = Callable[[Sequence[int]], Findings]
+
+
+def scan(reader: Reader, indices: Sequence[int], workers: int = 1) -> Findings:
+    """The findings of `reader` in all samples `indices`, in their order, by `workers` processes.
+
+    A million samples take about 100 MB for the hashes of their parts. Raises CommandError if a process died.
+    """
+    total = Findings()
+    seen: dict[str, set[int]] = {}
+    chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
+    with ExitStack() as stack:
+        results = map(reader, chunks)
+        if workers > 1:
+            # spawned, as in clips/data/shards.py: a forked child may inherit a lock of this one's threads
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (reader,))
+            results = stack.enter_context(pool).map(_check, chunks)
+        bar = stack.enter_context(tqdm(desc="samples", total=len(indices), unit="", leave=False, disable=None))
+        try:
+            for found in results:
+                _add(total, found, seen)
+                bar.update(found.checked)
+        except BrokenProcessPool:
+            raise CommandError(f"a process died, mostly for want of memory: use fewer than --jobs {workers}") from None
+    return total
+
+
+def _add(total: Findings, found: Findings, seen: dict[str, set[int]]) -> None:
+    total.checked += found.checked
+    total.reasons.update(found.reasons)
+    total.cut.update(found.cut)
+    total.good += found.good
+    total.broken += found.broken[: LISTED - len(total.broken)]
+    total.refused += found.refused[: PRINTED - len(total.refused)]
+    for part, digests in found.hashes.items():
+        known = seen.setdefault(part, set())
+        for digest in digests:
+            total.repeated[part] += digest in known
+            known.add(digest)
+
+
+_reader: Reader | None = None
+
+
+def _start(reader: Reader) -> None:
+    global _reader
+    _reader = reader
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _check(indices: Sequence[int]) -> Findings:
+    assert _reader is not None
+    return _reader(indices)
+
+
+def shown(indices: Sequence[int]) -> frozenset[int]:
+    """SHOWN of the samples, evenly spread."""
+    count = min(SHOWN, len(indices))
+    return frozenset(indices[i * len(indices) // count] for i in range(count))
+
+
+def publish(
+    output: Path | str, found: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write summary.json and samples.html into `output`, print the table, and return the summary.
+
+    `left_out`: rows that are no samples of the set, and count as broken.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    broken = found.reasons.total() + left_out
+    summary = {
+        "data": data,
+        "samples": samples,
+        "checked": found.checked,
+        "left_out": left_out,
+        "broken": broken,
+        "broken_share": broken / max(1, found.checked + left_out),
+        "reasons": dict(found.reasons.most_common()),
+        "cut": dict(found.cut),
+        "repeated": dict(found.repeated),
+        "problems": list(problems),
+        "broken_samples": [{"key": sample.key, "reason": sample.reason} for sample in found.broken],
+    }
+    rows = [
+        ("samples", f"{samples:,}, of which {found.checked:,} were checked"),
+        ("broken", f"{broken:,} ({summary['broken_share']:.2%})"),
+        *([("  left out", f"{left_out:,} rows that do not fit their table's header")] if left_out else []),
+        *(("  broken", f"{count:,} × {reason}") for reason, count in found.reasons.most_common(PRINTED)),
+        *((f"cut: {name}", f"{count:,}") for name, count in found.cut.items()),
+        *((f"repeated: {name}", f"{count:,}") for name, count in found.repeated.items()),
+        *(("  problem", clip(problem)) for problem in problems[:PRINTED]),
+    ]
+    if len(problems) > PRINTED:
+        rows.append(("  problem", f"… and {len(problems) - PRINTED:,} more, all in summary.json"))
+
+    write_json(output / "summary.json", summary)
+    samples_of = {"Broken samples": found.broken[:PRINTED], "Samples": found.good}
+    page = render("clips.common", "preflight.html.j2", title="Data before a training", note=data, rows=rows,
+                  samples={name: list(map(asdict, some)) for name, some in samples_of.items() if some})  # fmt: skip
+    write_atomically(output / "samples.html", page)
+    console = Console(emoji=False)
+    console.print(table_of(data, (), rows))
+    for name in ("summary.json", "samples.html"):
+        console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
+    return summary

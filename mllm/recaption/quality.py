@@ -6,11 +6,14 @@ How good a caption is, only a training shows (scripts/compare_encoders.py).
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from clips import script_of, split_sentences
+from clips import split_sentences
 from mllm.recaption.captioner import Written
 from mllm.recaption.options import Bounds
 
@@ -106,3 +109,19 @@ def loops(found: list[str]) -> bool:
         if np.diff(differs).max() - 1 >= max(LEAST, REPEATS * period):
             return True
     return False
+
+
+@lru_cache(1 << 16)
+def _script_of_letter(letter: str) -> str:
+    """The first word of the letter's Unicode name; wide and styled forms are normalised first."""
+    name = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "OTHER").split()[0].split("-")[0]
+    return {"CJK": "Han"}.get(name, name.title())
+
+
+def script_of(text: str) -> str:
+    """The Unicode script of most letters of `text`; "none" if it has no letter."""
+    letters = Counter(filter(str.isalpha, text))
+    scripts: Counter[str] = Counter()
+    for letter, count in letters.items():
+        scripts["Latin" if letter.isascii() else _script_of_letter(letter)] += count
+    return scripts.most_common(1)[0][0] if scripts else "none"

@@ -1,74 +1,34 @@
-"""Pre-flight of a LLaVA data set: finds before a training what would stop it, and shows what is learned.
-
-Every record is read, every picture is looked for and decoded, and every conversation is tokenised as in training.
-"""
+"""The pre-flight of a LLaVA data set: records are read, pictures decoded and conversations tokenised as in training."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import random
 import shlex
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.text import Text
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.common.escape import clip, one_line, visible
+from clips.common.escape import visible
 from clips.common.live import say_next
-from clips.common.page import thumbnail
-from clips.common.preflight import THUMBNAIL, Preflight, Shown
+from clips.common.page import data_uri, thumbnail
+from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
 from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
-from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
-from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, sample_id_of
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
 
-BINS = 8
-"""Bars of the length histogram up to the context; a last bar counts longer samples."""
 FRAMES = 8
 """Frames of each video that are decoded."""
-SHOWN = 24
-"""Samples on the page."""
-
-
-@dataclass
-class DataReport:
-    """What `inspect_data` found; the content of summary.json."""
-
-    data_path: str
-    format: str
-    context: int
-    num_image_tokens: int
-    samples: int = 0
-    text_only: int = 0
-    several_images: int = 0
-    images: int = 0
-    images_decoded: int = 0
-    questions: int = 0
-    answers: int = 0
-    truncated: int = 0
-    typed_image_words: int = 0
-    """Samples whose text spells `<image>` where it is no placeholder; it stays text."""
-    tokens: int = 0
-    trained_tokens: int = 0
-    length_mean: float = 0.0
-    length_max: int = 0
-    histogram: dict[str, int] = field(default_factory=dict)
-    """"from – to" in tokens → samples; the last bin is beyond the context."""
-    problems: list[Problem] = field(default_factory=list)
-
-    def count(self, kind: str) -> int:
-        return sum(problem.kind == kind for problem in self.problems)
 
 
 def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
@@ -78,141 +38,74 @@ def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def inspect_data(
-    data_path: Path | str, encoder: ConversationEncoder, store: ImageStore | None, *, decode_limit: int | None = None
-) -> tuple[DataReport, list[Record]]:
-    """Check a whole data set against the encoder's format and context; returns the report and the good records.
+class ConversationReader:
+    """Checks raw records by index; each process has one."""
 
-    `decode_limit` bounds how many pictures are decoded, evenly spread (None: all); missing pictures are always found.
-    Raises UserError only if the file itself cannot be read.
-    """
-    context, tokens = encoder.max_length, encoder.num_image_tokens
-    if context is None or tokens is None:
-        raise ValueError("the encoder needs a max_length to check lengths against, and the tokens of an image")
-    whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, tokens)
-    raws = raw_records(data_path, store)
-    report = DataReport(str(data_path), encoder.format.name, context, tokens, len(raws))
-    reader = RecordReader(encoder, store, ImageTokens(tokens, frames=FRAMES))
-    lengths: list[int] = []
-    good: list[Record] = []
-    for index, raw in enumerate(tqdm(raws, "conversations", unit="", leave=False, disable=None)):
+    def __init__(
+        self, raws: Sequence[Any], encoder: ConversationEncoder, store: ImageStore | None, shown: frozenset[int]
+    ) -> None:
+        if encoder.max_length is None or encoder.num_image_tokens is None:
+            raise ValueError("the encoder needs a max_length to check lengths against, and the tokens of an image")
+        self.raws, self.encoder, self.store, self.shown = raws, encoder, store, shown
+        self.context = encoder.max_length
+        self.whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, encoder.num_image_tokens)
+        self.records = RecordReader(encoder, store, ImageTokens(encoder.num_image_tokens, frames=FRAMES))
+
+    def __call__(self, indices: Sequence[int]) -> Findings:
+        found = Findings(checked=len(indices))
+        for index in indices:
+            raw = self.raws[index]
+            try:
+                record = self.records.read(raw, index)
+                found.cut["conversation"] += self._is_cut(record)
+                self._check_pictures(record)
+            except BadSample as bad:
+                found.add_broken(Sample(f"sample {index}", reason=bad.problem.message), bad.problem.kind)
+                continue
+
+            found.add_part("sample", json.dumps([record.images, record.turns]).encode())
+            if index in self.shown:
+                sample = Sample(record.name, {"as the model sees it": as_the_model_sees(self.encoder, record)})
+                if record.images and self.store is not None:
+                    sample.picture = data_uri(thumbnail(self.store.load(record.images[0]), THUMBNAIL))
+                found.good.append(sample)
+        return found
+
+    def _is_cut(self, record: Record) -> bool:
+        """Whether the context holds only a part. Raises BadSample if that part has no answer."""
+        tokens = self.records.tokens.at_most(record.images)
         try:
-            record = reader.read(raw, index)
-            shown = reader.tokens.at_most(record.images)
-            encoded = whole.encode(record.turns, shown, record.name)
-            lengths.append(len(encoded.input_ids))
-            if lengths[-1] > context:
-                report.truncated += 1
-                encoded = encoder.encode(record.turns, shown, record.name)
-        except BadSample as bad:
-            report.problems.append(bad.problem)
-            continue
+            length = len(self.whole.encode(record.turns, tokens, record.name).input_ids)
+            self.encoder.encode(record.turns, tokens, record.name)
         except UserError as error:  # seen only by tokenising it
-            report.problems.append(Problem(index, sample_id_of(raw, index), "conversation", str(error)))
-            continue
-        good.append(record)
-        _count(report, record, encoded)
-    _check_images(report, good, store, decode_limit)
-    if lengths:
-        report.length_mean, report.length_max = float(np.mean(lengths)), max(lengths)
-        edges = np.linspace(0, max(min(context, max(lengths)), BINS), BINS + 1).astype(int).tolist()
-        report.histogram = {
-            f"{low + 1:,} – {high:,}": sum(low < length <= high for length in lengths) for low, high in pairwise(edges)
-        }
-        report.histogram[f"over {context:,}"] = sum(length > context for length in lengths)
-    return report, good
+            raise BadSample(Problem(record.index, record.id, "conversation", str(error))) from None
+        return length > self.context
 
-
-def _count(report: DataReport, record: Record, encoded: Encoded) -> None:
-    roles = [ROLES[turn["from"]] for turn in record.turns]
-    report.questions += roles.count("human")
-    report.answers += roles.count("gpt")
-    report.text_only += not record.images
-    report.several_images += len(record.images) > 1
-    spelled = sum(turn["value"].count(IMAGE_TOKEN) for turn in record.turns if isinstance(turn["value"], str))
-    report.typed_image_words += spelled > len(record.images)
-    report.tokens += len(encoded.input_ids)
-    report.trained_tokens += sum(label != IGNORE for label in encoded.labels)
-
-
-def _check_images(
-    report: DataReport, records: list[Record], store: ImageStore | None, decode_limit: int | None
-) -> None:
-    users: dict[str, Record] = {}
-    for record in records:
-        for name in record.images:
-            users.setdefault(name, record)
-    report.images = len(users)
-    present = list(users)
-    if decode_limit is not None and decode_limit < len(present):
-        present = [present[i] for i in np.linspace(0, len(present) - 1, decode_limit).astype(int)]
-    report.images_decoded = len(present)
-    if store is None:
-        return
-
-    def decode(name: str) -> str | None:
+    def _check_pictures(self, record: Record) -> None:
+        if self.store is None:
+            return  # RecordReader refuses pictures then
         try:
-            store.shown(name, FRAMES)
+            for name in record.images:
+                self.store.shown(name, FRAMES)
         except (BrokenSample, OSError) as error:
-            return str(error)
-        return None
-
-    # Threads, since the decoders release the interpreter; a tar's file position is shared, so it has one thread.
-    has_tars = isinstance(store, CaptionStore) or store.location.is_file()
-    with ThreadPoolExecutor(1 if has_tars else 4) as pool:
-        reasons = tqdm(pool.map(decode, present), "pictures", len(present), unit="", leave=False, disable=None)
-        for name, reason in zip(present, reasons, strict=True):
-            if reason:
-                record = users[name]
-                report.problems.append(Problem(record.index, record.id, "broken image", f"{record.name}: {reason}"))
+            message = f"{record.name}: {error}"
+            raise BadSample(Problem(record.index, record.id, "broken image", message)) from None
 
 
-def render_example(encoder: ConversationEncoder, record: Record) -> Text:
-    """The sample's tokens as the model sees them: trained ones bold green, the others dim, images counted."""
+def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:
+    """The sample's tokens as text: ⟦trained⟧ ones in brackets, images counted."""
     tokens = ImageTokens(encoder.num_image_tokens or 0, frames=FRAMES).at_most(record.images)
     encoded = encoder.encode(record.turns, tokens, record.name)
-    text = Text()
-    runs: list[tuple[str, list[int]]] = []
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        style = "magenta" if token in encoder.placeholder_ids else "bold green" if label != IGNORE else "dim"
-        if not runs or runs[-1][0] != style:
-            runs.append((style, []))
-        runs[-1][1].append(token)
-    for style, ids in runs:
-        shown = f"[{len(ids)} × {IMAGE_TOKEN}]" if style == "magenta" else visible(str(encoder.tokenizer.decode(ids)))
-        text.append(shown, style=style)
-    return text
 
+    def kind(pair: tuple[int, int]) -> str:
+        return "image" if pair[0] in encoder.placeholder_ids else "trained" if pair[1] != IGNORE else "masked"
 
-def _rows(report: DataReport) -> list[tuple[str, str]]:
-    share = report.trained_tokens / report.tokens if report.tokens else 0.0
-    kinds = f"{report.text_only:,} text-only, {report.several_images:,} with several images"
-    return [
-        ("format", f"format {report.format}"),
-        ("samples", f"{report.samples:,} ({kinds})"),
-        ("images", f"{report.images:,} different, {report.images_decoded:,} decoded"),
-        ("turns", f"{report.questions:,} questions, {report.answers:,} answers"),
-        ("tokens", f"{report.tokens:,}, of which {share:.1%} are trained"),
-        ("length", f"mean {report.length_mean:.0f}, longest {report.length_max:,}, context {report.context:,}"),
-        ("truncated samples", f"{report.truncated:,}"),
-        (f"{IMAGE_TOKEN} typed as text", f"{report.typed_image_words:,} samples"),
-    ]
-
-
-def _shown(store: ImageStore | None, records: list[Record]) -> list[Shown]:
-    """Good samples spread over the set, each with its first picture and its last question and answer."""
-    found = []
-    for place in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int):
-        record = records[place]
-        texts = {turn["from"]: one_line(str(turn["value"])) for turn in record.turns}
-        shown = Shown(record.name, texts)
-        if record.images and store is not None:
-            try:
-                shown.picture = thumbnail(store.load(record.images[0]), THUMBNAIL)
-            except BrokenSample as broken:
-                shown.reason = broken.reason
-        found.append(shown)
-    return found
+    pieces = []
+    for name, pairs in itertools.groupby(zip(encoded.input_ids, encoded.labels, strict=True), kind):
+        ids = [token for token, _ in pairs]
+        text = f"[{len(ids)} × {IMAGE_TOKEN}]" if name == "image" else visible(str(encoder.tokenizer.decode(ids)))
+        pieces.append(f"⟦{text}⟧" if name == "trained" else text)
+    return "".join(pieces)
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
@@ -221,7 +114,8 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(flags.language_model)
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
-    check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit)
+    drawn = {"samples": flags.limit, "workers": flags.jobs, "seed": flags.seed}
+    check_data(flags.conversations, encoder, store, flags.output, **drawn)
     stage = "1" if version == "plain" or isinstance(store, CaptionStore) else "2"
     words = ["--stage", stage, "--data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
@@ -235,31 +129,25 @@ def check_data(
     store: ImageStore | None,
     output: Path | str,
     *,
-    decode_limit: int | None = None,
-) -> DataReport:
-    """Inspect a data set, publish the report in `output`, and return it.
+    samples: int | None = None,
+    workers: int = 1,
+    seed: int = 0,
+) -> Findings:
+    """Check a data set against the encoder's format and context, publish the report in `output`; returns the findings.
 
-    Raises UserError (exit 2) at the end if something was found that would stop the training.
+    `samples` limits the check to so many records, drawn with `seed`. Raises UserError (exit 2) at the end if something
+    was found that would stop the training.
     """
-    report, records = inspect_data(data_path, encoder, store, decode_limit=decode_limit)
-    Preflight(
-        title=str(data_path),
-        summary=asdict(report),
-        rows=_rows(report),
-        broken_note="A training stops at them, or leaves them out with --on_bad_sample skip.",
-        reasons=Counter(problem.kind for problem in report.problems),
-        problems=[one_line(clip(f"{problem.kind}: {problem.message}")) for problem in report.problems],
-        bars={"tokens of a sample": report.histogram},
-        good=_shown(store, records),
-    ).publish(output)
-    if records:
-        console = Console(emoji=False)
-        console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
-        console.print(render_example(encoder, max(records[:50], key=lambda record: min(len(record.turns), 6))))
-    if report.problems:
-        skippable = "" if report.count("broken image") else ", or train with --on_bad_sample skip"
+    raws = raw_records(data_path, store)
+    indices: Sequence[int] = range(len(raws))
+    if samples is not None and samples < len(raws):
+        indices = sorted(random.Random(seed).sample(indices, samples))
+    found = scan(ConversationReader(raws, encoder, store, shown(indices)), indices, workers)
+    publish(output, found, data=f"{data_path} (format {encoder.format.name})", samples=len(raws))
+    if found.reasons:
+        skip = ", or train with --on_bad_sample skip" if set(found.reasons) != {"broken image"} else ""
         raise UserError(
-            f"{len(report.problems):,} problem(s) in {data_path} would stop the training; all are listed in "
-            f"{Path(output) / 'summary.json'}: mend or remove these samples{skippable}"
+            f"{found.reasons.total():,} sample(s) of {data_path} would stop the training; "
+            f"{Path(output) / 'summary.json'} lists them: mend or remove them{skip}"
         )
-    return report
+    return found

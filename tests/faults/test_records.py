@@ -83,7 +83,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
     assert found["broken"] == 6
     assert found["reasons"]["web caption is empty"] == 2
     assert sum(found["reasons"].values()) == 6
-    page = (tmp_path / "check/contact_sheet.html").read_text()
+    page = (tmp_path / "check/samples.html").read_text()
     for place in bad:
         assert f"0.tar#{place:05d}" in page
 

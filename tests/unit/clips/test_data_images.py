@@ -201,7 +201,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
 
 
 def test_a_broken_picture_is_named_at_any_scale() -> None:
-    """tests/bad_corpus.py has a hundred further kinds."""
+    """tests/bad_corpus.py has further kinds."""
     data, preprocess = encode(photo(800, 600), "JPEG"), Preprocess(32, AUGMENTED)
     for broken in (data[: len(data) // 2], data[:100], b"", b"no picture", png(9_000, 9_000)):
         for decode in (decode_image, lambda data, key: preprocess.decoded(data, key, random.Random(0))):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
+import re
 from pathlib import Path
 
 import pytest
-from bad_corpus import encode
 from conftest import script_parser
-from launched import write_shard
 from PIL import Image
 from tiny_tokenizers import make_tokenizer
 
 from clips.common.errors import UserError
-from mllm.data.captions import open_store
-from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
-from mllm.training.check_data import check_data, check_from_flags, inspect_data, render_example
+from mllm.training.check_data import as_the_model_sees, check_data, check_from_flags
 
 CONTEXT = 120
 
@@ -57,51 +53,29 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_everything_is_counted(data, encoder):
-    report, good = inspect_data(data / "data.json", encoder, ImageStore(data / "images"))
-    assert (report.samples, len(good)) == (10, 5)
-    assert (report.text_only, report.images, report.images_decoded) == (1, 3, 3)
-    assert (report.questions, report.answers) == (6, 6)
-    assert report.typed_image_words == 1
-    assert report.truncated == 1  # 3; of 7, which is too long as well, nothing that is trained would be left
-    found = {(problem.index, problem.id, problem.kind) for problem in report.problems}
-    assert found == {
-        (4, "s4", "missing image"),
-        (5, "s5", "broken image"),
-        (6, "s6", "conversation"),
-        (7, "s7", "conversation"),
-        (8, "s8", "record"),
-        (9, "s9", "record"),
-    }
-    assert "every label is masked" in next(p.message for p in report.problems if p.index == 7)
-    encoded = [encoder.encode(record.turns, len(record.images), "x") for record in good]
-    assert report.tokens == sum(len(e.input_ids) for e in encoded)
-    assert report.trained_tokens == sum(y != IGNORE for e in encoded for y in e.labels)
-    assert sum(report.histogram.values()) == 5
-    assert report.histogram[f"over {CONTEXT}"] == 1
-    few, _ = inspect_data(data / "data.json", encoder, ImageStore(data / "images"), decode_limit=1)
-    assert (few.images_decoded, few.count("missing image")) == (1, 1)
-
-
-def test_check_writes_and_refuses(data, encoder, tmp_path, capsys):
-    with pytest.raises(UserError, match="6 problem"):
+def test_everything_is_counted(data, encoder, tmp_path):
+    with pytest.raises(UserError, match="6 sample"):
         check_data(data / "data.json", encoder, ImageStore(data / "images"), tmp_path / "out")
-    assert "sample 5 (id s5)" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert len(summary["problems"]) == 6
-    page = (tmp_path / "out" / "contact_sheet.html").read_text()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["samples"], summary["checked"], summary["broken"]) == (10, 10, 6)
+    assert summary["reasons"] == {"conversation": 2, "record": 2, "missing image": 1, "broken image": 1}
+    assert summary["cut"] == {"conversation": 1}  # 3; of 7, which is too long too, nothing that is trained is left
+    assert summary["repeated"] == {"sample": 0}
+    reasons = {sample["key"]: sample["reason"] for sample in summary["broken_samples"]}
+    assert reasons.keys() == {f"sample {i}" for i in range(4, 10)}
+    assert "every label is masked" in reasons["sample 7"]
+    page = (tmp_path / "out/samples.html").read_text()
     assert page.count("data:image/png") == 3
-    assert "A dog." in page
-    report = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good")
-    assert report.problems == []
+    assert "[4 × &lt;image&gt;]" in page
+    found = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", samples=2)
+    assert (found.checked, found.reasons) == (2, {})
 
 
-def test_example_colours_exactly_the_trained_tokens(data, encoder):
-    _, good = inspect_data(data / "good.json", encoder, ImageStore(data / "images"))
-    text = render_example(encoder, good[0])
-    trained = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold green"]
-    assert trained == ["A cat.<|im_end|>", "Left<|im_end|>"]
-    assert "[4 × <image>]" in text.plain
+def test_a_sample_shows_exactly_the_trained_tokens(data, encoder):
+    record = LlavaDataset(data / "good.json", encoder, ImageStore(data / "images")).records[0]
+    text = as_the_model_sees(encoder, record)
+    assert re.findall("⟦(.*?)⟧", text) == ["A cat.<|im_end|>", "Left<|im_end|>"]
+    assert "[4 × <image>]" in text
 
 
 def test_the_command_refuses_and_passes(data, tmp_path, capsys):
@@ -112,7 +86,7 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     flags += ["--output", str(tmp_path / "out"), "--conversations"]
     with pytest.raises(UserError, match="would stop the training"):
         check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "data.json")]))
-    assert "format v1" in capsys.readouterr().out
+    assert "(format v1)" in capsys.readouterr().out
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
     said = capsys.readouterr()
     assert "nothing found that would stop a training" in said.out
@@ -121,23 +95,6 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "pairs.csv")]))
     assert f"--stage 1 --data_path {data / 'pairs.csv'}" in capsys.readouterr().err
-
-
-def test_shards_of_captions_are_read_by_one_thread(tmp_path, encoder, monkeypatch):
-    """Four threads moved the position of one file, and whole pictures counted as broken."""
-    for shard in range(2):
-        write_shard(tmp_path / f"pairs/{shard}.tar", [(encode(Image.new("RGB", (8, 8))), {"txt": b"a word"})] * 8)
-    store, threads = open_store(tmp_path / "pairs", None), set()
-    shown = store.shown
-
-    def slow(*asked):
-        threads.add(threading.get_ident())
-        time.sleep(0.01)  # a second thread would take the next picture
-        return shown(*asked)
-
-    monkeypatch.setattr(store, "shown", slow)
-    report, _ = inspect_data(tmp_path / "pairs", encoder, store)
-    assert (report.images_decoded, report.problems, len(threads)) == (16, [], 1)
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
@@ -151,12 +108,14 @@ def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
     records = [*json.loads((data / "data.json").read_text()), bad, *questions]
     (data / "more.json").write_text(json.dumps(records))
     store = ImageStore(data / "images")
-    report, good = inspect_data(data / "more.json", encoder, store)
+    with pytest.raises(UserError, match="10 sample"):
+        check_data(data / "more.json", encoder, store, data / "out")
     dataset = LlavaDataset(data / "more.json", encoder, store, "skip")
-    assert dataset.records == good
-    assert dataset.skipped == [problem for problem in report.problems if problem.kind != "broken image"]
+    summary = json.loads((data / "out/summary.json").read_text())
+    reasons = [sample["reason"] for sample in summary["broken_samples"]]
+    assert [problem.message for problem in dataset.skipped] == [reason for reason in reasons if "s5" not in reason]
     assert {problem.index for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
-    assert "half a character (a lone surrogate): '\\ud83d what?'" in report.problems[5].message
+    assert "half a character (a lone surrogate): '\\ud83d what?'" in reasons[6]
     assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
     with pytest.raises(
         UserError, match=r"more\.json: 9 sample\(s\) cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"

@@ -1,0 +1,143 @@
+"""The pre-flight of pretraining pairs counts what is there, and shows it without carrying it out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import script_parser
+from hostile import HOSTILE
+from launched import pictures, recap, write_shard
+from PIL import Image
+
+from clips.common.errors import BrokenDataError, UserError
+from clips.common.preflight import SHOWN, reason_class
+from clips.config import DataConfig, Fields, RunConfig, parse_mix
+from clips.data.check import check_from_flags, check_pairs
+from clips.recipes import recipe
+
+COLUMNS = Fields(image="image", web="web", long="long")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+
+
+def run_on(train: object, **data: object) -> RunConfig:
+    return replace(recipe("b16"), data=DataConfig(train=str(train), max_broken_share=data.pop("limit", 1.0), **data))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """300 samples: 10 cut off, 3 without a web caption, 20 of one web caption, a long one, 5 pictures twice."""
+    samples = pictures(300)
+    rows = []
+    for i, (picture, web, long) in enumerate(samples):
+        if i < 5:
+            picture = samples[100 + i][0]
+        picture = picture[:60] if 10 <= i < 20 else picture
+        web = "" if 20 <= i < 23 else "stock photo" if 30 <= i < 50 else web
+        rows.append((picture, recap(web, "word " * 500 if i == 90 else long)))
+    write_shard(tmp_path / "data/0.tar", rows[:150])
+    write_shard(tmp_path / "data/1.tar", rows[150:])
+    return tmp_path / "data"
+
+
+def test_everything_is_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check_pairs(run_on(data), tmp_path / "out")
+    assert (found["samples"], found["checked"], found["broken"]) == (300, 300, 13)
+    assert found["reasons"] == {"image: image file is truncated": 10, "web caption is empty": 3}
+    assert found["cut"] == {"web caption": 0, "long caption": 1}
+    assert found["repeated"] == {"picture": 5, "web caption": 19, "long caption": 0}
+    assert len(found["broken_samples"]) == 13
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == found
+    assert "13 (4.33%)" in capsys.readouterr().out
+    assert (tmp_path / "out/samples.html").read_text().count("data:image/png") in (SHOWN - 1, SHOWN)
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_finds(data: Path, tmp_path: Path) -> None:
+    alone = check_pairs(run_on(data), tmp_path / "a", samples=200)
+    assert alone["checked"] == 200
+    assert check_pairs(run_on(data), tmp_path / "b", samples=200, workers=2) == alone
+    assert (tmp_path / "a/samples.html").read_text() == (tmp_path / "b/samples.html").read_text()
+    assert check_pairs(run_on(data), tmp_path / "a", samples=200, seed=1) != alone
+
+
+def test_the_next_step_has_the_same_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("datei;alt\na.png;a cat\nb.png;a dog\n")
+    data = ["--recipe", "clip_baseline", "--data", str(tmp_path / "t.csv"), "--fields", "image=datei"]
+    check_from_flags(script_parser("check_data").parse_args([*data, "--output", str(tmp_path / "out")]))
+    assert f"Next: python scripts/pretrain_clips.py --name mine {shlex.join(data)}\n" in capsys.readouterr().err
+
+
+def test_the_data_may_stand_without_their_flag_and_once() -> None:
+    parse = script_parser("check_data").parse_args
+    assert parse(["--jobs", "2", "t.csv"]) == parse(["--data", "t.csv", "--jobs", "2"])
+    for words in ([], ["a.csv", "--data", "b.csv"], ["a", "--conversations", "b"]):
+        with pytest.raises(SystemExit, match="2"):
+            parse(words)
+
+
+def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokenDataError, match="13 of 300") as raised:
+        check_pairs(run_on(data, limit=0.01), tmp_path / "out")
+    assert raised.value.exit_code == 4
+    assert re.search(r"first are\n  \S+\.tar#\d+: image: .*\n.*--set data\.max_broken_share", str(raised.value), re.S)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 13
+    check_pairs(run_on(data, limit=0.05), tmp_path / "out")
+
+
+def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = ["image,web,long", *["a.png,w,l"] * 12, *["a.png,w, w,l"] * 3000]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    for _ in range(2):
+        with pytest.raises(BrokenDataError, match="3,000 of 3,012"):
+            check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.01), tmp_path / "out")
+
+
+def test_what_would_stop_a_training_is_listed(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    names = ["a.png", "../b.png", "a.png", "/etc/passwd"]
+    lines = [json.dumps({"image": name, "web": "w", "long": "l"}) for name in names]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"(?s)t\.jsonl#1: .*\.\./b\.png.*t\.jsonl#3: .*/etc/passwd"):
+        check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), tmp_path / "out")
+    assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 2
+
+
+def test_a_mix_and_a_damaged_shard(data: Path, tmp_path: Path) -> None:
+    cut = (data / "1.tar").read_bytes()[:-200_100]
+    (tmp_path / "cut.tar").write_bytes(cut)
+    mix = parse_mix([f"a=1:{data}/0.tar", f"b=2:{tmp_path}/cut.tar"])
+    found = check_pairs(run_on("mix", mix=mix), tmp_path / "out")
+    assert 150 < found["checked"] < 300
+    assert any("cut.tar: member" in problem and "cut off" in problem for problem in found["problems"])
+
+
+def test_nothing_from_the_data_acts_on_the_page(tmp_path: Path) -> None:
+    (picture, *_), texts = pictures(1)[0], list(HOSTILE.values())
+    rows = [{"image": "a.png", "web": text, "long": text} for text in texts]
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), tmp_path / "out")["broken"] == 0
+    page = (tmp_path / "out/samples.html").read_text()
+    assert "<script" not in page
+    assert not any(character in page for character in "\x1b\x08\u202e")
+    assert len(page) < 500_000
+
+
+def test_reasons_lose_what_belongs_to_one_sample() -> None:
+    for one, other in (
+        ("[Errno 2] No such file or directory: '/a/b.png'", "[Errno 2] No such file or directory: '/c/it s.png'"),
+        ("9000 × 9000 pixels are above the limit of 64000000", "60000 × 60000 pixels are above the limit of 64000000"),
+    ):
+        assert reason_class(one) == reason_class(other)
