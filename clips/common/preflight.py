@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -98,7 +98,7 @@ def scan(reader: Reader, indices: Sequence[int], workers: int = 1) -> Findings:
     seen: dict[str, set[int]] = {}
     chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     with ExitStack() as stack:
-        results = map(reader, chunks)
+        results: Iterable[Findings] = map(reader, chunks)
         if workers > 1:
             # spawned, as in clips/data/shards.py: a forked child may inherit a lock of this one's threads
             pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (reader,))
