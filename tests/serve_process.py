@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -22,10 +23,9 @@ from conftest import ROOT
 from openai import OpenAI
 from tiny_serve import LONG, user
 
-from clips import CLIPS
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
-from mllm.serve.app import bind_port, create_app, server_config
+from mllm.serve.app import create_app
 
 KEY = "a-key-of-the-environment"
 
@@ -40,7 +40,7 @@ class Running:
 
     @property
     def address(self) -> str:
-        return re.search(r"(http://127\.0\.0\.1:\d+)/v1", self.output()).group(1)
+        return re.search(r"running on (http://127\.0\.0\.1:\d+)", self.output()).group(1)
 
     def answers(self) -> bool:
         try:
@@ -79,11 +79,12 @@ def started(place: Path, *words: str) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def served(chat: ChatModel, encoder: CLIPS | str, limits: Limits, **options: object) -> Iterator[str]:
+def served(chat: ChatModel, limits: Limits, **options: object) -> Iterator[str]:
     """The server's address while it runs in a thread."""
-    bound = bind_port("127.0.0.1", 0)
-    app = create_app(chat, encoder, limits, **options)
-    server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=5))
+    bound = socket.create_server(("127.0.0.1", 0))
+    app = create_app(chat, limits, **options)
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
@@ -114,18 +115,12 @@ def get(url: str, **headers: str) -> httpx2.Response:
     return httpx2.get(url, headers=headers, timeout=60, trust_env=False)
 
 
-def post(address: str, body: object, path: str = "/v1/chat/completions", **headers: str | bytes) -> httpx2.Response:
+def post(address: str, body: object, **headers: str | bytes) -> httpx2.Response:
     """`body` as JSON, bytes as they are; `headers` replace its type and its key."""
     data = json.dumps(body).encode() if isinstance(body, dict | list) else body
     sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx2.post(address + path, content=data, headers=sent, timeout=120, trust_env=False)
-
-
-def figure(address: str, name: str) -> float:
-    """One figure of /metrics, for example `clips_requests_running`."""
-    lines = get(f"{address}/metrics", Authorization=f"Bearer {KEY}").text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+    return httpx2.post(f"{address}/v1/chat/completions", content=data, headers=sent, timeout=120, trust_env=False)
 
 
 def assert_ends(server: Running, number: int, code: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import Request, url2pathname, urlopen
 
 from PIL.Image import Image
 from prompt_toolkit import PromptSession
@@ -23,7 +23,7 @@ from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import visible_pieces
 from clips.common.paths import cache_root
-from mllm.chat.limits import Limits, fetch_image, read_image, read_video
+from mllm.chat.limits import Limits, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.transcript import Picture, Video
@@ -47,7 +47,9 @@ def load_image(place: str) -> Image | Video:
     most = OWN_IMAGES.video_bytes if shows_video else OWN_IMAGES.image_bytes
     try:
         if is_remote:
-            data = fetch_image(place, OWN_IMAGES, most)
+            request = Request(place, headers={"User-Agent": "clips-mllm"})
+            with urlopen(request, timeout=10) as response:
+                data = response.read(most + 1)
         else:
             path = _local_path(place)
             if not os.path.isfile(path):

@@ -7,12 +7,10 @@ talks stay in the memory of the browser session, files in a temporary folder tha
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
 import tempfile
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +20,13 @@ from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clips import CLIPS, CONCEPTS, is_of_demo
 from clips.common.errors import UserError
 from mllm.chat import web_talk
-from mllm.chat.hosts import HostMiddleware
-from mllm.chat.limits import SLOWEST, Limits
+from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.patch_map import overlay, patch_map, share_in_corner, zero_shot
 from mllm.chat.web_models import (
@@ -61,8 +58,6 @@ One model is here, `{name}`. Two models answer the same question side by side.
 LABELS = ("a person", "an animal", "a plant", "food", "a vehicle", "a building", "a landscape", "a drawing", "a text")
 """Labels at the start for an encoder of other data than the demo's; the visitor writes better ones."""
 BARS, FOUND = 8, 12
-QUESTION_BYTES = 2**20
-"""Longest body that is no upload: a question's text. Its JSON takes up to 55 times as many bytes."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """For every event: no programming interface beside scripts/serve.py, no spinner over the answer."""
 
@@ -305,64 +300,6 @@ def build(
     return page.queue(max_size=limits.waiting)
 
 
-class _Refused(Exception):
-    """Ends a request with a status and its message."""
-
-
-class BodyLimit:
-    """Bounds the body of a request, its time, and all uploads together, of which only bytes that came count.
-
-    `folder` is where uploads lie. A body without Content-Length is refused; the server reads no more than that.
-    """
-
-    def __init__(self, app: ASGIApp, *, folder: Path, limits: Limits) -> None:
-        self.app, self.folder, self.limits, self.arriving = app, folder, limits, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
-            return await self.app(scope, receive, send)
-        limits, is_upload, begin = self.limits, scope["path"].endswith("/upload"), time.monotonic()
-        came, is_whole, has_begun = 0, False, False
-
-        async def bounded() -> Message:
-            nonlocal came, is_whole
-            if is_whole:
-                return await receive()  # which waits until the client leaves
-            left = begin + limits.body_seconds + came / SLOWEST - time.monotonic()
-            try:
-                message = await asyncio.wait_for(receive(), max(left, 0))
-            except asyncio.TimeoutError:
-                raise _Refused(408, f"the body came too slowly: {came:,} bytes") from None
-            size = len(message.get("body", b""))
-            came, is_whole = came + size, not message.get("more_body", False)
-            if is_upload:
-                self.arriving += size
-                if used + self.arriving > limits.upload_bytes:
-                    most = f"this page holds {limits.upload_bytes:,} bytes of uploads at most"
-                    raise _Refused(413, f"{most}: try again in an hour")
-            return message
-
-        async def watched(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            claimed = dict(scope["headers"]).get(b"content-length", b"")
-            if not claimed.isdigit():
-                raise _Refused(411, "say the body's size (Content-Length)")
-            if int(claimed) > (most := limits.body_bytes if is_upload else QUESTION_BYTES):
-                raise _Refused(413, f"the body is above this page's limit of {most:,} bytes")
-            used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if is_upload else 0
-            await self.app(scope, bounded, watched)
-        except _Refused as refused:
-            status, message = refused.args
-            if not has_begun:
-                await PlainTextResponse(f"{message}\n", status)(scope, receive, send)
-        finally:
-            self.arriving -= came if is_upload else 0
-
-
 class ContentPolicy:
     """Adds CONTENT_POLICY to every answer."""
 
@@ -435,8 +372,7 @@ def launch(
             allowed_paths=[str(named(EXAMPLES / IMAGES)) for named in (Path.absolute, Path.resolve)],
             theme=THEME, css=CSS, app_kwargs={"middleware": [
                 Middleware(ContentPolicy),
-                Middleware(HostMiddleware, allowed=allowed_hosts),
-                Middleware(BodyLimit, folder=Path(folder.name), limits=limits),
+                Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", host, *allowed_hosts]),
             ]},
         )  # fmt: skip
     except OSError:

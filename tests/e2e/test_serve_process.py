@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx2
+import openai
 import pytest
-from serve_process import KEY, Running, assert_ends, started
-from tiny_serve import models
+from serve_process import Running, ask, assert_ends, started
+from tiny_serve import LONG, RED, data_url, models, picture, user
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def place(made_once: Callable[..., Path]) -> Path:
-    return models(made_once)
-
-
-@pytest.fixture(scope="module")
-def server(place: Path) -> Iterator[Running]:
-    with started(place, "--max-new-tokens", "400") as running:
+def server(made_once: Callable[..., Path]) -> Iterator[Running]:
+    limits = ("--max-new-tokens", "30000", "--max-body-bytes", "1000000", "--max-waiting", "1")
+    with started(models(made_once), *limits) as running:
         yield running
 
 
-def test_the_greeting_can_be_copied(server: Running) -> None:
-    """It says what is served, and its question works as it stands, once the key is filled in."""
-    text = server.output().replace("KEY", KEY)
-    assert f"chat        llava ({Path('runs', 'llava', 'model')})" in text
-    assert f"encoder ({Path('runs', 'clips-demo', 'export')})" in text
-    assert KEY not in server.output()
-    _, url, _, content_type, _, authorization, _, body = shlex.split(re.search(r"^curl .*$", text, re.M).group())
-    headers = dict(header.split(": ") for header in (content_type, authorization))
-    response = httpx2.post(url, content=body.encode(), headers=headers, timeout=120, trust_env=False)
-    assert response.json()["choices"][0]["message"]["content"]
+def test_the_official_client(server: Running) -> None:
+    client = server.client()
+    assert "llava (runs/llava/model): 16 tokens for each picture" in server.output()
+    (model,) = client.models.list()
+    assert model.id == "llava"
+    question = user("What is it?", picture(RED))
+    whole = ask(client, question).choices[0].message.content
+    chunks = list(ask(client, question, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole != ""
+    assert ask(client, user("What is it?")).choices[0].message.content != whole
+
+    with pytest.raises(openai.AuthenticationError, match="key"):
+        ask(client.with_options(api_key="wrong"), question)
+    for body in (data_url(b"x" * 3_000_000), data_url(b"x" * 30_000_000)):
+        with pytest.raises(openai.APIStatusError, match="1,000,000 bytes") as refused:
+            ask(client, user(picture(body)))
+        assert refused.value.status_code == 413
 
 
-def test_ctrl_c_ends_it_also_while_it_answers(server: Running) -> None:
-    """The port closes, the answer may go on for the grace time, then the process ends. It is the last test."""
-    assert_ends(server, signal.SIGINT, 130)
+def test_a_full_queue(server: Running) -> None:
+    client, answers = server.client(), []
+    running = ask(client, user(LONG), max_tokens=30_000, stream=True)
+    next(running)
+    waiting = threading.Thread(target=lambda: answers.append(ask(client, user("Hello"))), daemon=True)
+    waiting.start()
+    time.sleep(1)  # it takes the one place to wait
+    with pytest.raises(openai.RateLimitError, match="try again"):
+        ask(client, user("Hello"))
+    running.close()
+    waiting.join(60)
+    assert answers[0].choices[0].message.content
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_ends_it_also_while_it_answers(server: Running, number: int) -> None:
+    """The last test of this server."""
+    assert_ends(server, number, -number)

@@ -189,7 +189,7 @@ ROUTES = {
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
     "chat": ("chat.py", "--device", "cpu", "--model", "LLAVA", "--prompt", "Hello"),
     "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
-    "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--model", "MODEL", "--encoder", "NATIVE"),
+    "native": ("search.py", "a cat", "--device", "cpu", "--model", "NATIVE", "--pictures", "runs"),
     "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--questions", "q.jsonl"),
 }
 
@@ -205,7 +205,6 @@ def test_row_23_a_pickle_on_every_route(
     made["VIT"] = lambda: as_bin(place / "runs/clips-demo/export/hf_vit", tmp_path / "vit", mark)
     made["LLAVA"] = lambda: as_bin(models / "runs/llava/model", tmp_path / "llava", mark)
     made["NATIVE"] = lambda: native_with_a_pickle(models, tmp_path / "native", mark)
-    made["MODEL"] = lambda: models / "runs/llava/model"
     made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
     made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
     said = refused(route, made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import httpx2
 import openai
 import pytest
 from PIL import Image
-from serve_process import KEY, Running, ask, assert_ends, client_of, figure, get, post, served, started
+from serve_process import Running, ask, client_of, get, post, served, started
 from tiny_serve import BAD, CHAT, data_url, models, picture, png, user
 
 from mllm.chat.limits import Limits
@@ -32,7 +31,7 @@ def place(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[Running]:
-    with started(place, "--allow-image-urls", "--max-new-tokens", "400") as running:
+    with started(place, "--max-new-tokens", "400") as running:
         yield running
 
 
@@ -48,12 +47,11 @@ def port_of(server: Running) -> int:
 def test_row_27_it_survives_whatever_is_sent(server: Running) -> None:
     """Every bad input gets its 4xx, little memory is taken, and the next question is answered as before."""
     before, answer = server.peak_mb(), ask(server.client(), user("Hello")).choices[0].message.content
-    for name, (body, _, _) in BAD.items():
+    for name, (body, _) in BAD.items():
         response = post(server.address, body)
         assert response.status_code == 400, name
         assert "Traceback" not in response.text
     assert post(server.address, b"[" + b" " * 65 * 2**20).status_code == 413
-    assert post(server.address, {}, path="/nothing").status_code == 404
     with socket.create_connection(("127.0.0.1", port_of(server))) as raw:
         raw.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
@@ -63,14 +61,16 @@ def test_row_27_it_survives_whatever_is_sent(server: Running) -> None:
     assert "Traceback" not in server.output()
 
 
-def test_row_27_a_private_address_is_not_even_connected_to(server: Running) -> None:
-    """A listener of this machine, named in every way, hears nothing."""
+def test_row_27_no_address_and_no_file_is_opened(server: Running) -> None:
+    """A listener of this machine, named in every way, hears nothing; a path is no picture."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         port = listener.getsockname()[1]
-        for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0177.0.0.1", "2130706433"):
-            response = post(server.address, CHAT | {"messages": [user(picture(f"http://{host}:{port}/x.png"))]})
-            assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_image"), host
+        hosts = ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0177.0.0.1", "2130706433")
+        addresses = [f"http://{host}:{port}/x.png" for host in hosts]
+        for url in (*addresses, "file:///etc/passwd", "/etc/passwd", "../../../etc/passwd"):
+            response = post(server.address, CHAT | {"messages": [user(picture(url))]})
+            assert (response.status_code, "no address" in response.text) == (400, True), url
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -91,28 +91,28 @@ def costly() -> list[str]:
 
 
 def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place: Path) -> None:
-    """33 clients at once, each with 20 of them and of an address of its own, until the first answer is there."""
+    """More clients than places, each with 20 of them, until the first answer is there; the others get 429."""
     urls = costly()
     body = json.dumps(CHAT | {"messages": [user("What?", *(picture(urls[i % 3]) for i in range(20)))]}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    seen: list[tuple[int, float, int]] = []
-    with started(place) as server, ThreadPoolExecutor(33) as pool:
+    seen: list[tuple[int, int]] = []
+    refused: list[int] = []
+    with started(place) as server, ThreadPoolExecutor(24) as pool:
         ask(server.client(), user("Hello", picture(data_url(png()))))
         before = server.peak_mb()
 
         def one(number: int) -> None:
-            transport = httpx2.HTTPTransport(local_address=f"127.0.0.{2 + number}")
-            with httpx2.Client(transport=transport, timeout=300) as client, contextlib.suppress(httpx2.TransportError):
-                response = client.post(f"{server.address}/v1/chat/completions", content=body, headers=headers)
-                if not seen:  # else the server has been ended below
-                    waiting = figure(server.address, "clips_requests_waiting")
-                    seen.append((response.status_code, waiting, server.peak_mb()))
+            with contextlib.suppress(httpx2.TransportError):
+                response = post(server.address, body)
+                if response.status_code == 429:
+                    refused.append(number)
+                elif not seen:  # else the server has been ended below
+                    seen.append((response.status_code, server.peak_mb()))
                     server.process.kill()
 
-        list(pool.map(one, range(33)))
-    [(status, waiting, peak)] = seen
+        list(pool.map(one, range(24)))
+    [(status, peak)] = seen
     assert status == 200
-    assert waiting >= 31
+    assert len(refused) == 24 - 1 - Limits().waiting
     print(f"{peak - before} MiB above the loaded model")
     assert peak - before < 1024
 
@@ -133,18 +133,16 @@ def test_row_28_this_machine_alone_reaches_it(server: Running) -> None:
 
 def test_row_28_the_key_and_the_name(chat: ChatModel) -> None:
     """Without the key nothing but /health; a browser that was led here by another name is not answered."""
-    with served(chat, "none", Limits(), api_key="s3cret-ü") as address:
-        for path in ("/v1/models", "/metrics", "/v1/unknown"):
-            assert get(address + path).status_code == 401
+    with served(chat, Limits(), api_key="s3cret") as address:
+        assert get(f"{address}/v1/models").status_code == 401
         assert get(f"{address}/health").status_code == 200
-        for key in ("", "Bearer", "Bearer s3cret", "Bearer s3cret-ü ü", "Basic s3cret-ü"):
+        for key in ("", "Bearer", "Bearer s3cre", "Bearer s3cret ü", "Basic s3cret"):
             response = post(address, CHAT, Authorization=key.encode())
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-            assert "s3cret" not in response.text
-        assert post(address, CHAT, Authorization="Bearer s3cret-ü".encode()).status_code == 200
+            assert "s3cre" not in response.text
+        assert post(address, CHAT, Authorization="Bearer s3cret").status_code == 200
         for host in ("evil.example", "127.0.0.1.evil.example"):
-            response = get(f"{address}/health", Host=host)
-            assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+            assert get(f"{address}/health", Host=host).status_code == 400
 
 
 def test_row_28_a_defect_shows_the_client_no_trace(
@@ -156,7 +154,7 @@ def test_row_28_a_defect_shows_the_client_no_trace(
         yield "Well"
         raise RuntimeError("secret")
 
-    with served(chat, "none", Limits()) as address:
+    with served(chat, Limits()) as address:
         monkeypatch.setattr(ChatSession, "answer", broken)
         response = post(address, CHAT)
         assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
@@ -168,8 +166,3 @@ def test_row_28_a_defect_shows_the_client_no_trace(
         monkeypatch.undo()
         assert post(address, CHAT).status_code == 200
     assert capfd.readouterr().err.count("RuntimeError: secret") >= 2
-
-
-def test_sigterm_ends_it_also_while_it_answers(server: Running) -> None:
-    """It is the last test of this server."""
-    assert_ends(server, signal.SIGTERM, -signal.SIGTERM)

@@ -25,7 +25,7 @@ WRONG = {  # what is wrong → (its copy is made from, the end of the tensor's n
     "init_from": (VIT, PATCHES, ["pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "{}"]),
     "language_model": ("llm", "0.mlp.up_proj.weight", ["train_llava.py", *ALIGN, "--model_name_or_path", "{}"]),
     "whole_model": ("runs/llava/model", "multi_modal_projector.linear_1.weight", ["chat.py", "--model", "{}"]),
-    "served_encoder": ("runs/clips-demo/export/native", "patch_embed.weight", ["serve.py", "--encoder", "{}"]),
+    "native_encoder": ("runs/clips-demo/export/native", "patch_embed.weight", ["search.py", "a cat", "--model", "{}"]),
 }
 
 
@@ -53,7 +53,7 @@ def test_row_25_both_shapes_are_said(
 ) -> None:
     source, part, (script, *words) = WRONG[kind]
     place, models = places
-    served = script in ("chat.py", "serve.py")
+    served = script in ("chat.py", "search.py")
     original, copied = (models if served else place) / source, tmp_path / Path(source).name
     (shutil.copytree if original.is_dir() else shutil.copy)(original, copied)
     shapes = widened(copied / "model.safetensors" if copied.is_dir() else copied, part)
@@ -61,7 +61,7 @@ def test_row_25_both_shapes_are_said(
         "train_llava.py": OUT,
         "pretrain_clips.py": small_data(tmp_path / "data") if kind == "init_from" else [],
         "chat.py": ["--device", "cpu", "--prompt", "Hello"],
-        "serve.py": ["--device", "cpu", "--port", "0", "--model", str(models / "runs/llava/model")],
+        "search.py": ["--device", "cpu", "--pictures", "runs"],
     }
     words = [word.replace("{}", str(copied)) for word in words]
     code, said = command(place, monkeypatch, script, *words, *more[script])

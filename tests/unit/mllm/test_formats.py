@@ -86,7 +86,7 @@ def trained_prompt(encoder: ConversationEncoder, *texts: str) -> list[int]:
 
 
 async def ask_server(chat: ChatModel, body: dict) -> None:
-    app = create_app(chat, "no encoder", Limits())
+    app = create_app(chat, Limits())
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://localhost") as client:
         response = await client.post("/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == 200, response.text

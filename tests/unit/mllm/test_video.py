@@ -19,9 +19,7 @@ import tiny_chat
 import torch
 from asked import answers_of
 from PIL import Image
-from serve_process import post, served
 from tiny_chat import SHORT
-from tiny_serve import CHAT, data_url, user
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, pipeline
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
@@ -471,10 +469,6 @@ def test_a_model_without_videos_refuses_them(
         assert len(_taken([model.directory])["file_types"]) == 2, "the page asks at each choice: no look-up each time"
     for models in ([pictures_alone], [model.directory, pictures_alone]):
         assert _taken(models) == {"placeholder": "Ask about a picture", "file_types": ["image"]}
-    part = {"type": "video_url", "video_url": {"url": data_url(clip.read_bytes(), "video/mp4")}}
-    with served(other, "none", Limits()) as address:
-        refused = post(address, CHAT | {"messages": [user(part, TEXT)]})
-        assert (refused.status_code, "takes no videos" in refused.text) == (400, True)
 
 
 @pytest.fixture(scope="module")
@@ -489,27 +483,6 @@ def test_the_page(model: ChatModel, place: Path, expected: str) -> None:
     assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     with pytest.raises(UserError, match="the limit is 100"):
         begin({"text": TEXT, "files": [clip]}, Talk(), 1, Limits(video_bytes=100))
-
-
-def test_the_server(model: ChatModel, place: Path, expected: str) -> None:
-    """vLLM's form of a video; its frames count as squares of the request."""
-
-    def asked(*shown: bytes) -> dict[str, Any]:
-        parts = [{"type": "video_url", "video_url": {"url": data_url(data, "video/mp4")}} for data in shown]
-        return CHAT | {"messages": [user(*parts, TEXT)], "max_tokens": 8}
-
-    clip = (place / "images" / "a.mp4").read_bytes()
-    with served(model, "none", Limits(squares=2 * FRAMES)) as address:
-        assert post(address, asked(clip)).json()["choices"][0]["message"]["content"] == expected
-        for wrong, reason in (
-            (asked(clip, b"no video"), "picture 1: the video cannot be read: it is no whole mp4"),
-            (asked(clip, clip, clip), "would read 12 squares for these 3 pictures, and the limit is 8"),
-        ):
-            refused = post(address, wrong)
-            assert refused.status_code == 400
-            assert reason in refused.json()["error"]["message"]
-    with served(model, "none", Limits(video_bytes=100)) as address:
-        assert "the limit is 100" in post(address, asked(clip)).json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------------------------------- the demo's videos
