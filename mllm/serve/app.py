@@ -204,9 +204,8 @@ async def events(request: Request, items: AsyncIterator[Any], head: dict[str, An
 
     def event(delta: dict[str, str], finish_reason: str | None = None, usage: Any = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        kind = "chat.completion.chunk"
-        chunk = openai_chat.ChatCompletionChunk(**head, object=kind, choices=[choice], usage=usage)
-        return f"data: {chunk.model_dump_json()}\n\n"
+        fields = head | {"object": "chat.completion.chunk", "choices": [choice], "usage": usage}
+        return f"data: {openai_chat.ChatCompletionChunk.model_validate(fields).model_dump_json()}\n\n"
 
     yield event({"role": "assistant", "content": ""})
     try:
@@ -260,7 +259,8 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
         end = ending(stats)
         message = {"role": "assistant", "content": "".join(pieces)}
         choice = {"index": 0, "message": message, "finish_reason": end["finish_reason"]}
-        whole = openai_chat.ChatCompletion(**head, object="chat.completion", choices=[choice], usage=end["usage"])
+        fields = head | {"object": "chat.completion", "choices": [choice], "usage": end["usage"]}
+        whole = openai_chat.ChatCompletion.model_validate(fields)
         return Response(whole.model_dump_json(), media_type="application/json")
 
     return app
