@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.page import render, thumbnail
+from clips.common.page import Card, Cards, Page, Picture, Section, as_html, thumbnail
 from clips.common.tensors import read_metadata, read_weights, write_weights
 from clips.data.images import decode_image
 
@@ -96,6 +96,9 @@ def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str) 
 def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
     """The pictures that were found, as one HTML page without other files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [decode_image(Path(match.path).read_bytes(), match.path) for match in matches]
-    shown = [(thumbnail(picture, THUMBNAIL), match) for picture, match in zip(pictures, matches, strict=True)]
-    path.write_text(render("clips.evaluation", "search.html.j2", query=query, shown=shown), encoding="utf-8")
+    cards = []
+    for rank, match in enumerate(matches, start=1):
+        picture = decode_image(Path(match.path).read_bytes(), match.path)
+        cards.append(Card(f"{rank} · {match.score:.3f}", [Picture(thumbnail(picture, THUMBNAIL))], note=match.path))
+    section = Section("Nearest first", [Cards(cards)], "With the cosine of picture and query.")
+    path.write_text(as_html(Page(f"Pictures nearest to “{query}”", "", [section])), encoding="utf-8")

@@ -24,7 +24,7 @@ from clips.common.errors import UserError, run_command
 from clips.common.files import check_target
 from clips.common.flags import Parser
 from clips.common.page import save_plot
-from clips.common.plots import LIGHT, SERIES, Theme, check_format, plain_axes
+from clips.common.plots import INK, SERIES, check_format, plain_axes
 from mllm.chat.patch_map import overlay, patch_map
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
@@ -46,35 +46,35 @@ def write_results(report: Path, out: Path) -> Path:
     check_format(out)
     try:
         encoders = json.loads(report.read_text(encoding="utf-8"))["encoders"]
-        plot = results_plot({name: encoder["metrics"] for name, encoder in encoders.items()}, LIGHT)
+        plot = results_plot({name: encoder["metrics"] for name, encoder in encoders.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"--report {report} holds no right answers of scripts/compare_encoders.py: {error!r}") from None
     return save_plot(plot, out)
 
 
-def results_plot(encoders: dict[str, dict[str, Any]], theme: Theme) -> Plot:
+def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
     """Bars of the mean over seeds and lines of ± the standard deviation (none with one seed), in percent.
 
     `encoders`: name → metric → figure.
     """
     first = next(iter(encoders.values()))
     metrics = [*(name for name in first if name.startswith(f"{ALL}/") and "@" not in name), ALL]
-    plot = Plot(figsize=(8, 3.6), dpi=150, facecolor=theme.paper, layout="constrained")
-    axes = plain_axes(plot, theme, grid="y")
+    plot = Plot(figsize=(8, 3.6), dpi=150, layout="constrained")
+    axes = plain_axes(plot, grid="y")
     bar = 0.8 / len(encoders)
     for i, (name, figures) in enumerate(encoders.items()):
         places = [place + bar * (i - (len(encoders) - 1) / 2) for place in range(len(metrics))]
         means = [100 * figures[metric]["mean"] for metric in metrics]
         spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
         axes.bar(places, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
-        axes.errorbar(places, means, spreads, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
+        axes.errorbar(places, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
     words = [textwrap.fill(KIND_WORDS.get(kind, kind), 13) for kind in kinds]
     labels = [f"{said}\n({first[metric]['items']:,})" for said, metric in zip(words, metrics, strict=True)]
     axes.set_xticks(range(len(metrics)), labels)
     axes.set_ylim(0, 108)
-    axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=theme.ink)
-    plot.legend(loc="outside lower center", ncols=len(encoders), fontsize=9.5, frameon=False, labelcolor=theme.ink)
+    axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=INK)
+    plot.legend(loc="outside lower center", ncols=len(encoders), fontsize=9.5, frameon=False, labelcolor=INK)
     return plot
 
 
@@ -124,7 +124,7 @@ def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
 def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: Sequence[str]) -> Plot:
     """The answers below their pictures, and the patch map of the name in the first answer."""
     rows = -(-(len(shown) + 1) // 3)  # three in a row can be read on a phone
-    plot = Plot(figsize=(6.3, 3.0 * rows), dpi=84, facecolor=LIGHT.paper, layout="constrained")
+    plot = Plot(figsize=(6.3, 3.0 * rows), dpi=84, layout="constrained")
     axes = plot.subplots(rows, 3).ravel()
     for axis, answer in zip(axes, shown, strict=False):
         picture = decode_image((images / answer.image).read_bytes())
@@ -142,8 +142,8 @@ def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: 
 def _panel(axis: Axes, picture: Image.Image, above: str, below: str, right: bool) -> None:
     axis.imshow(picture)
     axis.set_axis_off()
-    axis.set_title(above, fontsize=9, color=LIGHT.ink)
-    colour = LIGHT.ink if right else WRONG
+    axis.set_title(above, fontsize=9, color=INK)
+    colour = INK if right else WRONG
     axis.text(0.5, -0.06, below, transform=axis.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
 
 

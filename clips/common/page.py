@@ -1,8 +1,6 @@
-"""Reports: pages and Markdown from jinja2 templates, tables for a terminal.
+"""One offline page for every report: blocks of plain data, shown by one template; and tables for a terminal.
 
-A report computes plain data, and a template (`templates/` beside it) shows the data. clips/common/templates holds the
-shared parts: the frame and style of a page, tables, tiles, sections, pictures. Everything that a template puts in is
-escaped for its medium: HTML in `*.html.j2`, Markdown in `*.md.j2`.
+A report computes a `Page`. templates/page.html.j2 shows its blocks, and jinja escapes every text that it puts in.
 """
 
 from __future__ import annotations
@@ -17,18 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from rich import console
 from rich import table as rich_table
 
-from clips.common.escape import clip, for_markdown, for_rich, visible
+from clips.common.escape import clip, for_rich, visible
 
 if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a terminal may
     from matplotlib.figure import Figure as Plot
     from PIL.Image import Image
-
-    from clips.common.plots import Theme
 
 
 def names_and_numbers(column: int, text: str) -> str:
@@ -36,9 +32,30 @@ def names_and_numbers(column: int, text: str) -> str:
     return "n" if column else ""
 
 
+# ------------------------------------------------------------------------------------------- blocks
+@dataclass
+class Paragraph:
+    text: str
+    mark: str = ""
+    """A word in bold before the text, such as "Verdict"."""
+
+
+@dataclass
+class Bullets:
+    lines: Sequence[str]
+    css: str = ""
+    """"big" for findings, "why" for reasons."""
+
+
+@dataclass
+class Code:
+    text: str
+    wraps: bool = False
+
+
 @dataclass
 class Table:
-    """Rows of text, for pages and for Markdown."""
+    """Rows of text."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -47,55 +64,150 @@ class Table:
 
 
 @dataclass
+class Chart:
+    """A plot beside others, or with `css` "plot" in the middle of the page."""
+
+    draw: Callable[[], Plot]
+    words: str
+    """What it shows."""
+    css: str = ""
+
+    @property
+    def png(self) -> bytes:
+        return png(self.draw())
+
+
+@dataclass
+class Bar:
+    """A name, its bar, and what stands beside it."""
+
+    name: str
+    percent: float
+    """Length, in percent of the longest possible bar."""
+    texts: Sequence[str] = ()
+    chance: float | None = None
+    """Place of a mark on the bar, in percent; of a dashed one: `blind`."""
+    blind: float | None = None
+    is_right: bool = False
+
+
+@dataclass
+class Bars:
+    bars: Sequence[Bar]
+    head: Sequence[str] = ()
+    """Names of the columns: the name's, and those of `texts`."""
+
+
+@dataclass
+class Interval:
+    """A difference against zero; places in percent of the axis."""
+
+    name: str
+    low: float
+    mean: float
+    high: float
+    css: str
+    """"win", "tie" or "loss"."""
+    text: str
+
+
+@dataclass
+class Forest:
+    intervals: Sequence[Interval]
+    reach: str
+    """What stands at both ends of the axis, without its sign."""
+
+
+@dataclass
 class Picture:
-    """A plot inside the page, for the light and the dark theme, as data URIs."""
+    """A small picture (encoded) on a card."""
 
-    light: str
-    dark: str
-    alt: str
+    png: bytes
+    words: str = ""
+    is_right: bool = False
 
 
-def render(package: str, template: str, **shown: Any) -> str:
-    """`template` of `package`/templates (or of clips/common/templates) filled with `shown`.
+@dataclass
+class Card:
+    """An example: pictures, a line, named texts, and bars."""
 
-    A name that the template uses and nobody gave raises jinja2.UndefinedError.
-    """
-    escape = _as_markdown if template.endswith(".md.j2") else _as_html
-    return _environment(package, escape).get_template(template).render(shown).rstrip("\n") + "\n"
+    title: str
+    pictures: Sequence[Picture] = ()
+    texts: Sequence[tuple[str, str, bool | None]] = ()
+    """Name, text, and whether the text is right (None: not judged)."""
+    badge: tuple[str, bool] | None = None
+    """A word before the title, and whether it is good."""
+    bars: Sequence[Bar] = ()
+    note: str = ""
+
+
+@dataclass
+class Cards:
+    cards: Sequence[Card]
+
+
+@dataclass
+class Tile:
+    label: str
+    words: Sequence[tuple[str, str]]
+    """What stands large, each with its CSS class: "good", "bad", "open" (a verdict), or "" (a figure)."""
+    note: str = ""
+
+
+@dataclass
+class Tiles:
+    tiles: Sequence[Tile]
+
+
+@dataclass
+class Folded:
+    """Blocks behind a summary, which opens them."""
+
+    summary: str
+    blocks: Sequence[Block]
+    is_open: bool = False
+
+
+Block = Paragraph | Bullets | Code | Table | Chart | Bars | Forest | Cards | Tiles | Folded
+
+
+@dataclass
+class Section:
+    title: str
+    blocks: Sequence[Block]
+    note: str = ""
+
+
+@dataclass
+class Page:
+    title: str
+    note: str
+    sections: Sequence[Section]
+    tiles: Sequence[Tile] = ()
+    sentence: str = ""
+    """What was found, below the title."""
+
+
+def as_html(page: Page) -> str:
+    """The page as one HTML file that needs no other."""
+    return _template().render(vars(page)).strip() + "\n"
 
 
 @cache
-def _environment(package: str, escape: Callable[[Any], Any]) -> Environment:
+def _template() -> Template:
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("clips.common")]),
+        loader=PackageLoader("clips.common"),
         autoescape=True,
-        finalize=escape,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
-    environment.filters |= {"clip": clip, "data_uri": data_uri}
-    return environment
+    environment.filters |= {"clip": clip, "data_uri": data_uri, "kind": lambda block: type(block).__name__}
+    return environment.get_template("page.html.j2")
 
 
-def _as_html(value: Any) -> Any:
-    """What is put into a page; autoescape comes after it."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _as_markdown(value: Any) -> Markup:
-    """What is put into Markdown; Markup, so that autoescape makes no HTML of it."""
-    return value if isinstance(value, Markup) else Markup(for_markdown(str(value)))
-
-
-def themed(draw: Callable[[Theme], Plot], alt: str) -> Picture:
-    from clips.common.plots import DARK, LIGHT
-
-    light, dark = (data_uri(png(draw(theme))) for theme in (LIGHT, DARK))
-    return Picture(light, dark, alt)
-
-
+# ------------------------------------------------------------------------------------------- pictures
 def png(plot: Plot, kind: str = "png") -> bytes:
     """The plot as a file of `kind`, png or svg."""
     out = io.BytesIO()
@@ -120,11 +232,12 @@ def thumbnail(picture: Image, side: int) -> bytes:
     return out.getvalue()
 
 
-def data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> Markup:
     """A PNG as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return Markup("data:image/png;base64," + base64.b64encode(png).decode())
 
 
+# ------------------------------------------------------------------------------------------- tables for a terminal
 def table_of(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", names: int = 1
 ) -> rich_table.Table:

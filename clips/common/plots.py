@@ -1,4 +1,4 @@
-"""Curves and colors shared by all charts, in a light and a dark theme."""
+"""Curves and colours shared by all charts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,8 @@ FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
 """Points drawn of a curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
-"""Colours that are readable on white and on near-black."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    ink: str
-    grid: str
-    paper: str
-
-
-LIGHT = Theme(ink="#3a4150", grid="#e3e6ec", paper="#ffffff")
-DARK = Theme(ink="#c3c9d6", grid="#31363f", paper="#1a1d23")
+INK = "#3a4150"
+GRID = "#e3e6ec"
 
 
 @dataclass(frozen=True)
@@ -39,22 +29,22 @@ class Panel:
     names: list[str]
 
 
-def plain_axes(plot: Plot, theme: Theme, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
+def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
     """Axes of `plot`, at `place` as `Figure.add_subplot` takes it, in the style of all charts."""
-    axes = plot.add_subplot(*place, facecolor=theme.paper)
-    axes.grid(axis=grid, color=theme.grid, linewidth=0.8)
+    axes = plot.add_subplot(*place, facecolor="white")
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.spines[:].set_visible(False)
     return axes
 
 
-def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
+def _draw(axes: Axes, panel: Panel) -> None:
     """One panel against samples seen."""
     from matplotlib.ticker import FuncFormatter
 
-    axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
-    axes.set_xlabel("samples seen", fontsize=8.5, color=theme.ink, labelpad=2)
+    axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
+    axes.set_xlabel("samples seen", fontsize=8.5, color=INK, labelpad=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     drawn = 0
     for name, colour in zip(panel.names, SERIES, strict=False):
@@ -66,9 +56,9 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
             axes.lines[-1].set_label(pretty(name))
             drawn += 1
     if drawn > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     if not drawn:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.ink, alpha=0.6)
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=INK, alpha=0.6)
     if panel.title.endswith("%"):
         axes.set_ylim(0, 100)
 
@@ -79,7 +69,7 @@ def check_format(out: Path) -> None:
         raise UserError(f"--output {out}: name it {' or '.join(FORMATS)}")
 
 
-def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
+def curves_plot(shown: Sequence[Panel]) -> Plot:
     """Up to three panels in a row."""
     from matplotlib.figure import Figure
 
@@ -87,7 +77,7 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     rows = math.ceil(len(shown) / columns)
     panel_width, panel_height = 3.7, 2.7
     width, height = panel_width * columns, panel_height * rows
-    plot = Figure(figsize=(width, height), dpi=130, facecolor=theme.paper)
+    plot = Figure(figsize=(width, height), dpi=130)
     # Room in inches for titles and ticks. matplotlib's own layouts draw every chart twice, to measure it.
     left, right, top, bottom = 0.7, 0.15, 0.35, 0.48
     plot.subplots_adjust(
@@ -99,7 +89,7 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
         hspace=(top + bottom) / (panel_height - top - bottom),
     )
     for place, panel in enumerate(shown, start=1):
-        _draw(plain_axes(plot, theme, rows, columns, place), panel, theme)
+        _draw(plain_axes(plot, rows, columns, place), panel)
     return plot
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from clips.common.errors import CommandError
 from clips.common.escape import clip, for_rich
 from clips.common.files import write_atomically, write_json
-from clips.common.page import render, table_of
+from clips.common.page import Card, Cards, Page, Picture, Section, Table, as_html, table_of
 
 CHUNK = 128
 """Samples that a reader checks at once."""
@@ -44,8 +44,7 @@ class Sample:
 
     key: str
     texts: Mapping[str, str] = field(default_factory=dict)
-    picture: str = ""
-    """A data URI."""
+    picture: bytes | None = None
     reason: str = ""
 
 
@@ -147,6 +146,11 @@ def shown(indices: Sequence[int]) -> frozenset[int]:
     return frozenset(indices[i * len(indices) // count] for i in range(count))
 
 
+def _card(sample: Sample) -> Card:
+    texts = [(name, text, None) for name, text in sample.texts.items() if text]
+    return Card(sample.key, [Picture(sample.picture)] if sample.picture else [], texts, note=sample.reason)
+
+
 def publish(
     output: Path | str, found: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -183,10 +187,11 @@ def publish(
         rows.append(("  problem", f"… and {len(problems) - PRINTED:,} more, all in summary.json"))
 
     write_json(output / "summary.json", summary)
-    samples_of = {"Broken samples": found.broken[:PRINTED], "Samples": found.good}
-    page = render("clips.common", "preflight.html.j2", title="Data before a training", note=data, rows=rows,
-                  samples={name: list(map(asdict, some)) for name, some in samples_of.items() if some})  # fmt: skip
-    write_atomically(output / "samples.html", page)
+    sections = [Section("Figures", [Table(("", ""), rows, lambda column, text: "wrap")])]
+    for title, some in (("Broken samples", found.broken[:PRINTED]), ("Samples", found.good)):
+        if some:
+            sections.append(Section(title, [Cards(list(map(_card, some)))]))
+    write_atomically(output / "samples.html", as_html(Page("Data before a training", data, sections)))
     console = Console(emoji=False)
     console.print(table_of(data, (), rows))
     for name in ("summary.json", "samples.html"):

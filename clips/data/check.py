@@ -13,7 +13,7 @@ from typing import Any
 from clips.common.errors import BrokenDataError, UserError
 from clips.common.escape import clip
 from clips.common.live import say_next
-from clips.common.page import data_uri, thumbnail
+from clips.common.page import thumbnail
 from clips.common.paths import without_secrets
 from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, reason_class, scan, shown
 from clips.config import RunConfig, parse_fields, parse_mix
@@ -62,7 +62,7 @@ class PairReader:
                     found.add_part(name, text.encode("utf-8", "surrogatepass"))
                     captions[name].append(text)
             if index in self.shown:
-                sample.picture = data_uri(thumbnail(image, THUMBNAIL))
+                sample.picture = thumbnail(image, THUMBNAIL)
                 found.good.append(sample)
         for name, texts in captions.items():
             found.cut[name] += sum(len(ids) > self.room[name] for ids in self.tokenizer.encode(texts))

@@ -15,8 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import read_json, replacing, write_json
-from clips.common.page import render, save_plot, themed
-from clips.common.plots import LIGHT, Panel, curves_plot, pretty
+from clips.common.page import (
+    Bar,
+    Bars,
+    Card,
+    Cards,
+    Chart,
+    Code,
+    Folded,
+    Page,
+    Picture,
+    Section,
+    Tile,
+    Tiles,
+    as_html,
+    save_plot,
+)
+from clips.common.plots import Panel, curves_plot, pretty
 from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, newest_weights, read_evaluations, read_metrics
 from clips.evaluation.examples import Examples
 
@@ -83,60 +98,113 @@ def panels(record: RunRecord) -> list[Panel]:
 
 def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
     """Write `run_dir`/report/ (index.html and curves.png), whole or not at all, and return the page's path."""
-    record, examples = read_run(run_dir), examples or Examples()
+    record = read_run(run_dir)
     with replacing(Path(run_dir) / "report") as directory:
-        save_plot(curves_plot(panels(record), LIGHT), directory / "curves.png")
+        save_plot(curves_plot(panels(record)), directory / "curves.png")
         if record.weights is not None:
             write_json(directory / MADE_OF, record.weights)
-        page = render("clips.evaluation", "report.html.j2", **_shown(record, examples))
-        (directory / "index.html").write_text(page, encoding="utf-8")
+        html = as_html(_page(record, examples or Examples()))
+        (directory / "index.html").write_text(html, encoding="utf-8")
     return Path(run_dir) / "report" / "index.html"
 
 
-def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
-    """The variables of templates/report.html.j2."""
+def _page(record: RunRecord, examples: Examples) -> Page:
     config = record.config
-    captioner = config.get("model", {}).get("captioner") or {}
-    seen = record.train[-1] if record.train else {}
-    line = [str(config.get("recipe", "")), f"{int(seen.get('samples', 0)):,} samples", _model_line(config)]
+    last = record.train[-1] if record.train else {}
+    facts = [str(config.get("recipe", "")), f"{int(last.get('samples', 0)):,} samples", _model_line(config)]
     if record.weights is not None:
-        line.append(f"weights of step {record.weights['step']:,}, SHA-256 {str(record.weights['sha256'])[:12]}")
-    return {
-        "title": record.name,
-        "sentence": _sentence(record),
-        "note": " · ".join(filter(None, line)),
-        "tiles": _tiles(record),
-        "figures": {
-            name: {pretty(key): figure for key, figure in figures.items()} for name, figures in record.figures.items()
-        },
-        "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels(record) if record.train],
-        "examples": examples,
-        "missing": record.missing,
-        "is_demo": config.get("data", {}).get("train") == "demo",
-        "has_queries": captioner.get("inputs") == "queries",
-        "reads_web": captioner.get("web", True),
-        "config": json.dumps(config, indent=2, ensure_ascii=False) if config else None,
-    }
+        facts.append(f"weights of step {record.weights['step']:,}, SHA-256 {str(record.weights['sha256'])[:12]}")
+
+    curves = [Chart(partial(curves_plot, [panel]), panel.title) for panel in panels(record) if record.train]
+    figures = [
+        Bars([_bar(pretty(key), figure) for key, figure in of_set.items()], (name, "%", "chance", "items"))
+        for name, of_set in record.figures.items()
+    ]
+    sections = [
+        *_example_sections(examples, config),
+        Section("Figures that matter first", [Tiles(_tiles(record))]),
+        Section("Curves", curves, "Against samples seen."),
+        Section("All figures", [Folded("Numbers", figures)], _figures_note(record)),
+        Section("Configuration", [Folded("config.json", [Code(json.dumps(config, indent=2, ensure_ascii=False))])]),
+    ]
+    sections = [section for section in sections if section.blocks]
+    return Page(record.name, " · ".join(filter(None, facts)), sections, sentence=_sentence(record))
 
 
-def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
-    """(value, label, note) of the figures that matter first, on the test set that decides."""
+def _bar(name: str, figure: Mapping[str, float]) -> Bar:
+    texts = (f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}")
+    return Bar(name, figure["value"], texts, chance=figure["chance"])
+
+
+def _figures_note(record: RunRecord) -> str:
+    note = "Percent. The mark on each bar is chance. Equal captions count as hits; ties are broken at random."
+    if record.config.get("data", {}).get("train") == "demo":
+        note += " The demo proves the path and that the measurement works; it is no evidence about natural images."
+        if UNSEEN in record.figures:
+            note += f" “{UNSEEN}” are the scenes of “test”, drawn by an artist whom no training shows: they decide."
+    return f"{note} {record.missing}"
+
+
+def _example_sections(examples: Examples, config: Mapping[str, Any]) -> list[Section]:
+    retrieval, zero_shot, captions = [], [], []
+    for retrieved in examples.retrieval:
+        is_hit = retrieved.rank == 1
+        pictures = [Picture(retrieved.truth, "own image")]
+        for rank, png in enumerate(retrieved.found, start=1):
+            pictures.append(Picture(png, str(rank), rank == retrieved.rank))
+        retrieval.append(Card(retrieved.query, pictures, badge=("hit" if is_hit else f"rank {retrieved.rank}", is_hit)))
+
+    for guess in examples.zero_shot:
+        bars = [
+            Bar(name, 100 * share, (f"{100 * share:.1f} %",), is_right=name == guess.label)
+            for name, share in zip(guess.classes, guess.probabilities, strict=True)
+        ]
+        is_right = guess.classes[0] == guess.label
+        badge = ("right" if is_right else "wrong", is_right)
+        zero_shot.append(Card(guess.label, [Picture(guess.image)], badge=badge, bars=bars))
+
+    for example in examples.captions:
+        texts = [("generated", example.generated), ("long caption", example.truth), ("web caption", example.web)]
+        captions.append(Card("", [Picture(example.image)], [(name, text, None) for name, text in texts]))
+
+    captioner = config.get("model", {}).get("captioner") or {}
+    inputs = "the image and the web caption" if captioner.get("web", True) else "the image"
+    captions_note = f"The captioner reads {inputs}; it was trained on the long caption."
+    if captioner.get("inputs") == "queries":
+        captions_note += (
+            " With learned queries, the paper's way, each position names its likeliest word alone: no fluent text. "
+            "--set model.captioner.inputs=tokens trains a captioner that writes."
+        )
+    parts = [
+        ("Retrieval: hits and misses", retrieval, "A caption of the test set, its own image, and the images found "
+         "for it, best first; green is its own."),
+        ("Zero-shot predictions", zero_shot, "Probabilities over all classes, mean of the prompts; green is the true "
+         "class."),
+        ("Captions", captions, captions_note),
+    ]  # fmt: skip
+    return [Section(title, [Cards(cards)], note) for title, cards, note in parts if cards]
+
+
+def _tiles(record: RunRecord) -> list[Tile]:
+    """The figures that matter first, on the test set that decides; speed and loss."""
     tiles = []
     test_set = UNSEEN if UNSEEN in record.figures else next(reversed(record.figures), "")
-    figures, first = record.figures.get(test_set, {}), next(iter(record.figures), "")
+    figures = record.figures.get(test_set, {})
+    first = next(iter(record.figures), "")
     last = record.evals[-1] if record.evals else {}
     for name in headline(figures or last):
         figure = figures.get(name, {"value": last.get(name)})
         note = f"chance {figure['chance']:.1f} %" if "chance" in figure else "validation"
         if test_set == UNSEEN and name in record.figures[first]:
             note = f"{UNSEEN} artist; on {first} {record.figures[first][name]['value']:.1f} %, {note}"
-        tiles.append((f"{figure['value']:.1f} %", pretty(name), note))
+        tiles.append(Tile(pretty(name), [(f"{figure['value']:.1f} %", "")], note))
+
     if speeds := [line["samples_per_s"] for line in record.train if line.get("samples_per_s")]:
-        wait = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
-        note = f"{100 * sum(wait) / len(wait):.1f} % waiting for data" if wait else ""
-        tiles.append((f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "samples per second", note))
+        waits = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
+        note = f"{100 * sum(waits) / len(waits):.1f} % waiting for data" if waits else ""
+        tiles.append(Tile("samples per second", [(f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "")], note))
     if record.train and math.isfinite(record.train[-1].get("loss", math.nan)):
-        tiles.append((f"{record.train[-1]['loss']:.3f}", "last loss", f"step {record.train[-1]['step']:,}"))
+        tiles.append(Tile("last loss", [(f"{record.train[-1]['loss']:.3f}", "")], f"step {record.train[-1]['step']:,}"))
     return tiles
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.page import Page
 from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
-from clips.lab.report import Page
 from clips.lab.stats import verdict
 from clips.studies.variants import Question, Study, Variant, check_counts, check_settings, seeded_runs
 from clips.studies.variants_page import Words, page, seen_by_all

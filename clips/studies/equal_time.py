@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from clips.common.page import Page
 from clips.common.rundir import read_metrics
 from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
-from clips.lab.report import Page
 from clips.lab.run import Runner
 from clips.studies.variants import SECONDS, Question, Study, Variant, check_counts, terminal
 from clips.studies.variants_page import page

@@ -24,12 +24,13 @@ from rich.console import Console
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json
+from clips.common.page import Page
 from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
 from clips.lab.grid import Cell
 from clips.lab.pretraining import SAMPLES_PER_S, PretrainingRun, read_figures
-from clips.lab.report import Page, write_report
+from clips.lab.report import write_report
 from clips.lab.run import Runner
 from clips.lab.stats import Verdict, difference, show_difference, verdict
 

@@ -12,21 +12,10 @@ from matplotlib.figure import Figure as Plot
 
 from clips.common.escape import for_plot
 from clips.common.live import in_words
-from clips.common.page import Table
-from clips.common.plots import SERIES, Theme, plain_axes
+from clips.common.page import Block, Bullets, Chart, Page, Paragraph, Section, Table, Tile
+from clips.common.plots import INK, SERIES, plain_axes
 from clips.common.rundir import UNSEEN, deciding_name
-from clips.lab.report import (
-    COLOURS,
-    Block,
-    Bullets,
-    Charts,
-    Forest,
-    Page,
-    Paragraph,
-    Section,
-    Tile,
-    described,
-)
+from clips.lab.report import COLOURS, described, forest
 from clips.lab.report import verdict_class as css_class
 from clips.lab.stats import Verdict, half_width, show_difference, show_mean
 from clips.studies.variants import SECONDS
@@ -115,13 +104,13 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
         for pair, c in pairs.items()
     ]
     head = ("comparison", called(metric) if there else metric, "verdict", *map(called, beside))
-    blocks += [Forest(intervals)] if (intervals := [(pair, c) for pair, c in pairs.items() if c["ci95"]]) else []
+    blocks += [forest(intervals)] if (intervals := [(pair, c) for pair, c in pairs.items() if c["ci95"]]) else []
     blocks.append(Table(head, rows, css_class({text: COLOURS[kind] for kind, text in words.items()})))
     if not there:  # from the report of another study
         return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
     blocks.append(Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."))
     shown = {name: variants[name] for name in labels}
-    blocks.append(Charts([(partial(draw, shown, metric), question["title"])], "plot"))
+    blocks.append(Chart(partial(draw, shown, metric), question["title"], "plot"))
     blocks.append(Paragraph("Bars: means over seeds. Whiskers: their 95 % t intervals, whose overlap decides nothing."))
     blocks += [Paragraph(question["caution"], "With care")] if question.get("caution") else []
     return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(shown)]
@@ -157,10 +146,10 @@ def _how(result: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def draw(variants: Mapping[str, Any], deciding: str, theme: Theme) -> Plot:
+def draw(variants: Mapping[str, Any], deciding: str) -> Plot:
     """Bars of the variants' figures, on the test set that decides; whiskers are 95 % t intervals over seeds."""
-    plot = Plot(figsize=(4.0, 3.5), dpi=200, facecolor=theme.paper, layout="constrained")
-    axes = plain_axes(plot, theme, grid="y")
+    plot = Plot(figsize=(4.0, 3.5), dpi=200, layout="constrained")
+    axes = plain_axes(plot, grid="y")
     runs = [[run["figures"] for run in variant["runs"]] for variant in variants.values()]
     test_set, _, plain = deciding.rpartition("/")
     shown = list(dict.fromkeys((plain, *DRAWN)))[: len(DRAWN)]
@@ -172,13 +161,13 @@ def draw(variants: Mapping[str, Any], deciding: str, theme: Theme) -> Plot:
             places = [i + width * (number - 1.5) for i in range(len(values))]
             heights, whiskers = [mean(v) for v in values], [half_width(v) for v in values]
             axes.bar(places, heights, width * 0.92, color=colour, label=NAMES[figure])
-            axes.errorbar(places, heights, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
+            axes.errorbar(places, heights, whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     labels = [textwrap.fill(for_plot(variant["label"]), 13) for variant in variants.values()]
     axes.set_xticks(range(len(labels)), labels)
     top = axes.get_ylim()[1]
     axes.set_ylim(0, top if top < 50 else max(100, top))
     if test_set == UNSEEN:
-        axes.set_title(f"{UNSEEN} artist", color=theme.ink, fontsize=9)
-    axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
-    plot.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False, labelcolor=theme.ink)
+        axes.set_title(f"{UNSEEN} artist", color=INK, fontsize=9)
+    axes.set_ylabel("%", color=INK, rotation=0, labelpad=8)
+    plot.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False, labelcolor=INK)
     return plot

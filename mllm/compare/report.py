@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clips.common.page import Table, data_uri, thumbnail
+from clips.common.page import Block, Bullets, Card, Cards, Code, Folded, Page, Picture, Section, Table, thumbnail
 from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
-from clips.lab import report as lab
-from clips.lab.report import Block, Bullets, Folded, Section
+from clips.lab.report import SIGNS, described, forest
 from clips.lab.stats import ANSWERS, TOGETHER, show_difference, turned
 from mllm.compare.figures import LOOSE_WAYS
 from mllm.compare.probe import PROBE
@@ -54,32 +53,41 @@ LOOSE_NOTE = (
     "expected words."
 )
 EXAMPLES_NOTE = "Seed 0, drawn at random, as many of each way as there are: how the models differ, not how often."
+BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
 Report = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-def page(report: Report, image_folder: Path | None) -> lab.Page:
+def page(report: Report, image_folder: Path | None) -> Page:
     """The whole page; the pictures of its examples come from `image_folder`."""
-    settings, overall = report["settings"], _overall(report)
+    settings = report["settings"]
     note = f"{len(report['encoders'])} encoders × {settings['llava_runs']} runs · {settings['language_model']}"
     note += f" · {report['time']}" + (" · quick budget" if settings["quick"] else "")
+
+    overall = [row for row in report["differences"] if row["metric"] == "accuracy"]
+    tables = [
+        ("Where the uncertainty comes from", VARIANCE_NOTE, _variance_table(report, overall)),
+        ("How many are needed", NEEDED_NOTE, _needed_table(overall)),
+        ("Questions that need no picture", BLIND_NOTE, _blind_table(report)),
+        ("Almost right answers", LOOSE_NOTE, _loose_table(report)),
+    ]
+    evidence = [Section(title, [Folded("Numbers", [table])], note) for title, note, table in tables if table.rows]
+    examples = _examples(report, image_folder)
+    configuration = json.dumps({"settings": settings, "cells": report["cells"]}, indent=2)
+    how: list[Block] = [Code(report["command"], wraps=True), Folded("Settings and every cell", [Code(configuration)])]
+
     sections = [
         *_decided(report, overall),
-        *_evidence(report, overall),
+        *evidence,
         *_benchmarks(report),
         *_encoders(report),
-        *_examples(report, image_folder),
+        *([Section("Where two models differ", [Cards(examples)], EXAMPLES_NOTE)] if examples else []),
         Section("Controls", [Bullets(controls(report))]),
         Section("What is not shown", [Bullets(not_shown(report))]),
         Section("Cost", [_cost_table(report)], "Seconds, mean over cells, on the cores that each shared."),
-        Section("Environment", _environment(report), lab.described(report["environment"])),
+        Section("Environment", how, described(report["environment"])),
     ]
-    return lab.Page("What the encoder is worth", note, sections)
-
-
-def _overall(report: Report) -> list[Row]:
-    """Differences over all questions of the deciding column."""
-    return [row for row in report["differences"] if row["metric"] == "accuracy"]
+    return Page("What the encoder is worth", note, sections)
 
 
 def _pair(row: Row) -> str:
@@ -93,13 +101,18 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
     if not rows:
         return []
     deciding = [sentence(row) for row in rows if row["metric"] == report["plan"]["decides"]]
-    differences: list[Block] = [lab.Forest([(_pair(row), row) for row in overall], 100)] if overall else []
+    differences: list[Block] = [forest([(_pair(row), row) for row in overall], 100)] if overall else []
     for name in dict.fromkeys(map(_pair, rows)):
-        differences.append(Folded(name, [differences_table([row for row in rows if _pair(row) == name])]))
-    shown = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
+        lines = [
+            [metric_name(row["metric"]), difference_text(row), SIGNS[row["verdict"]], f"{row['items']:,}",
+             _count(row["items_needed"])]
+            for row in rows if _pair(row) == name
+        ]  # fmt: skip
+        differences.append(Folded(name, [Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)]))
+    answers = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
     return [
         Section("What was found", [Bullets(deciding, "big"), Bullets(floors(report))]),
-        Section("Answers", [Table(*headline(report))], shown),
+        Section("Answers", [Table(*headline(report))], answers),
         Section("Differences, points", differences, STATISTICS),
     ]
 
@@ -112,8 +125,8 @@ def sentence(row: Row) -> str:
     points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
-        seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
-        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {seen}."
+        enough = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
+        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {enough}."
     if not is_accuracy:
         return f"{a} describes {points} {'better' if row['verdict'] == 'win' else 'worse'} than {b}."
     kind = "questions" if row["metric"] == "accuracy" else f"{metric_name(row['metric'])} questions"
@@ -124,22 +137,14 @@ def floors(report: Report) -> list[str]:
     """Which encoders are not above `blind`, or a variant of it."""
     blind = {name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"}
     below = []
-    for row in _overall(report):
-        if len({row["a"], row["b"]} & blind) == 1:
-            (other, floor), said = (row["a"], row["b"]), row["verdict"]
+    for row in report["differences"]:
+        if row["metric"] == "accuracy" and (row["a"] in blind) != (row["b"] in blind):
+            other, floor, decided = row["a"], row["b"], row["verdict"]
             if other in blind:
-                other, floor, said = floor, other, turned(said)
-            if said != "win":
+                other, floor, decided = floor, other, turned(decided)
+            if decided != "win":
                 below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
     return below
-
-
-def differences_table(rows: list[Row]) -> Table:
-    lines = []
-    for row in rows:
-        numbers = [difference_text(row), lab.SIGNS[row["verdict"]], f"{row['items']:,}"]
-        lines.append([metric_name(row["metric"]), *numbers, _count(row["items_needed"])])
-    return Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)
 
 
 def _count(number: int | None) -> str:
@@ -147,16 +152,6 @@ def _count(number: int | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------- how far to trust it
-def _evidence(report: Report, overall: list[Row]) -> list[Section]:
-    parts = [
-        ("Where the uncertainty comes from", VARIANCE_NOTE, _variance_table(report, overall)),
-        ("How many are needed", NEEDED_NOTE, _needed_table(overall)),
-        ("Questions that need no picture", BLIND_NOTE, _blind_table(report)),
-        ("Almost right answers", LOOSE_NOTE, _loose_table(report)),
-    ]
-    return [Section(title, [Folded("Numbers", [table])], note) for title, note, table in parts if table.rows]
-
-
 def _in_order(sources: Iterable[str]) -> list[str]:
     """Names of sources of variance: seeds before pictures before single answers, coarse before fine."""
 
@@ -185,81 +180,77 @@ def _variance_table(report: Report, overall: list[Row]) -> Table:
 
 
 def _needed_table(overall: list[Row]) -> Table:
-    every = [(_pair(row), points, found) for row in overall for points, found in row["needed"].items()]
-    levels = _in_order(name for _, _, found in every for name in found if not name.endswith(TOGETHER))
-    lines = []
-    for name, points, found in every:
-        both = [_count(number) for level, number in found.items() if level.endswith(TOGETHER)]
-        lines.append([name, points, *(_count(found.get(level)) for level in levels), " × ".join(both) or "–"])
-    return Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines)
+    needed = [(_pair(row), points, counts) for row in overall for points, counts in row["needed"].items()]
+    levels = _in_order(name for _, _, counts in needed for name in counts if not name.endswith(TOGETHER))
+    rows = []
+    for name, points, counts in needed:
+        together = [_count(number) for level, number in counts.items() if level.endswith(TOGETHER)]
+        rows.append([name, points, *(_count(counts.get(level)) for level in levels), " × ".join(together) or "–"])
+    return Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], rows)
 
 
 def _blind_table(report: Report) -> Table:
     rows = []
-    for kind, found in report.get("blind_questions", {}).get("kinds", {}).items():
-        shown = [f"{answer} ({times})" for answer, times in list(found["answers"].items())[:5]]
-        rows.append([kind, f"{found['solved']:,} of {found['questions']:,}", ", ".join(shown) or "–"])
+    for kind, solved in report.get("blind_questions", {}).get("kinds", {}).items():
+        answers = [f"{answer} ({times})" for answer, times in list(solved["answers"].items())[:5]]
+        rows.append([kind, f"{solved['solved']:,} of {solved['questions']:,}", ", ".join(answers) or "–"])
     return Table(["kind", "answered blind", "most frequent answers"], rows)
 
 
 def _loose_table(report: Report) -> Table:
-    loose = report.get("loose_answers", {})
     rows = [
-        [name, *(f"{found[way]['count']:,}" for way in LOOSE_WAYS), f"{found['answers']:,}"]
-        for name, found in loose.items()
+        [name, *(f"{loose[way]['count']:,}" for way in LOOSE_WAYS), f"{loose['answers']:,}"]
+        for name, loose in report.get("loose_answers", {}).items()
     ]
     return Table(["", *LOOSE_WAYS, "all answers"], rows)
 
 
 # ------------------------------------------------------------------------------------------- benchmarks, the encoders
 def _benchmarks(report: Report) -> list[Section]:
-    encoders, differences = report["encoders"], []
-    names = list(next(iter(encoders.values()))["benchmarks"])
-    if not names:
-        return []
-    for row in report["benchmark_differences"]:
-        differences.append([f"{_pair(row)}: {row['metric']}", show_difference(row, digits=3)])
+    encoders = report["encoders"]
     rows = []
-    for name in names:
+    for name in next(iter(encoders.values()))["benchmarks"]:
         figures = [encoder["benchmarks"][name] for encoder in encoders.values()]
-        spreads = ["" if f["sd"] is None else f" ± {f['sd']:.2g}" for f in figures]
+        spreads = ["" if figure["sd"] is None else f" ± {figure['sd']:.2g}" for figure in figures]
         rows.append([name, *(f"{f['mean']:.4g}{spread}" for f, spread in zip(figures, spreads, strict=True))])
-    note = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
-    tables: list[Block] = [Table(["lmms-eval", *encoders], rows), Table(["", "difference [95 %]"], differences)]
-    return [Section("Benchmarks", tables, note)]
+    if not rows:
+        return []
+    differences = [
+        [f"{_pair(row)}: {row['metric']}", show_difference(row, digits=3)] for row in report["benchmark_differences"]
+    ]
+    tables = [Table(["lmms-eval", *encoders], rows), Table(["", "difference [95 %]"], differences)]
+    return [Section("Benchmarks", tables, BENCHMARKS_NOTE)]
 
 
 def _encoders(report: Report) -> list[Section]:
     """Figures of the encoders themselves."""
     encoders = {name: encoder["intrinsic"] for name, encoder in report["encoders"].items()}
-    every = list(dict.fromkeys(name for own in encoders.values() for name in own))
-    names = [name for name in INTRINSIC if name in every]
-    names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
+    chances = {name: figure["chance"] for own in encoders.values() for name, figure in own.items()}
+    names = [name for name in INTRINSIC if name in chances]
+    names += [name for name in chances if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
     if not names:
         return []
-    chance = [next(own[name]["chance"] for own in encoders.values() if name in own) for name in names]
+    head = ["encoder"]
+    for name in names:
+        test_set, _, figure = name.rpartition("/")
+        head.append(("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else ""))
     rows = [[encoder, *(percent_text(own.get(name)) for name in names)] for encoder, own in encoders.items()]
-    rows.append(["chance", *(f"{value:.1f}" for value in chance)])
-    return [Section("The encoders themselves", [Table(["encoder", *map(own_name, names)], rows)], INTRINSIC_NOTE)]
+    rows.append(["chance", *(f"{chances[name]:.1f}" for name in names)])
+    return [Section("The encoders themselves", [Table(head, rows)], INTRINSIC_NOTE)]
 
 
-def own_name(name: str) -> str:
-    """A figure of the encoder itself in words."""
-    test_set, _, figure = name.rpartition("/")
-    return ("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else "")
-
-
-def _examples(report: Report, image_folder: Path | None) -> list[Section]:
+def _examples(report: Report, image_folder: Path | None) -> list[Card]:
     store = ImageStore(image_folder) if image_folder else None
     cards = []
     for example in report["examples"]:
         texts: list[tuple[str, str, bool | None]] = [
             (name, answer, name == example["right"]) for name, answer in example["answers"].items()
         ]
+        texts.append(("truth", example["truth"], None))
         name = example["image"]
-        picture = data_uri(thumbnail(store.load(name), THUMBNAIL)) if store and name else None
-        cards.append(lab.Card(picture, example["question"], [*texts, ("truth", example["truth"], None)]))
-    return [Section("Where two models differ", [lab.Cards(cards)], EXAMPLES_NOTE)] if cards else []
+        pictures = [Picture(thumbnail(store.load(name), THUMBNAIL))] if store and name else []
+        cards.append(Card(example["question"], pictures, texts))
+    return cards
 
 
 # ------------------------------------------------------------------------------------------- controls and limits
@@ -271,37 +262,33 @@ def controls(report: Report) -> list[str]:
         f"{name}: {stage['samples']:,} samples in batches of {stage['batch_size']}, projector {stage['projector']}"
         for name, stage in settings["stages"].items()
     ]
-    kinds = {encoder["kind"] for encoder in encoders.values()}
     distinct = settings["distinct_encoders"].items()
     most = max((count for name, count in distinct if encoders[name]["kind"] not in FLOORS), default=1)
-    return [
+    lines = [
         f"Equal in every cell of a seed{', but for the flags of its variant' * bool(variants)}: "
         f"{settings['language_model']}, data, order, steps, rates and starts. {'; '.join(stages)}.",
         f"Models are paired by seed and by question: {design_in_words(most, settings['llava_runs'])}.",
-        *[
-            f"Sorts of pictures: {', '.join(found)}. {found[0]} decides."
-            for found in [settings["columns"]]
-            if found[1:]
-        ],
-        *(
-            f"{name}: {encoder['described']}"
-            + "".join(f", pretrained here on {run['samples']:,} samples" for run in encoder["pretraining"][:1])
-            for name, encoder in encoders.items()
-        ),
-        *(f"{name}: trained with {shlex.join(flags)}" for name, flags in variants),
-        *(f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds),
-        _fixed(report),
     ]
+    columns = settings["columns"]
+    if len(columns) > 1:
+        lines.append(f"Sorts of pictures: {', '.join(columns)}. {columns[0]} decides.")
+    for name, encoder in encoders.items():
+        pretraining = [f", pretrained here on {run['samples']:,} samples" for run in encoder["pretraining"][:1]]
+        lines.append(f"{name}: {encoder['described']}{''.join(pretraining)}")
+    lines += [f"{name}: trained with {shlex.join(flags)}" for name, flags in variants]
+    kinds = {encoder["kind"] for encoder in encoders.values()}
+    lines += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
 
-
-def _fixed(report: Report) -> str:
-    """What was decided before the first cell, and whether the comparison was kept to it."""
     fixed, decides = report["fixed"], report["plan"]["decides"]
     what = f"Decided by: {metric_name(decides)}. " if decides else ""
     if fixed["kept"]:
-        return f"{what}This was fixed before the first cell, and kept to: compare.json, SHA-256 {fixed['sha256']}."
-    differs = "; ".join(fixed["differs"])
-    return f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}."
+        lines.append(
+            f"{what}This was fixed before the first cell, and kept to: compare.json, SHA-256 {fixed['sha256']}."
+        )
+    else:
+        differs = "; ".join(fixed["differs"])
+        lines.append(f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}.")
+    return lines
 
 
 def not_shown(report: Report) -> list[str]:
@@ -328,9 +315,3 @@ def _cost_table(report: Report) -> Table:
     parts = list(dict.fromkeys(part for cost in costs.values() for part in cost))
     rows = [[name, *(f"{cost[part]:,.1f}" if part in cost else "–" for part in parts)] for name, cost in costs.items()]
     return Table(["encoder", *map(pretty, parts)], rows)
-
-
-def _environment(report: Report) -> list[Block]:
-    settings = json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2)
-    folded = Folded("Settings and the configuration of every cell", [lab.Code(settings)])
-    return [lab.Code(report["command"], wraps=True), folded]

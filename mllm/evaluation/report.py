@@ -12,7 +12,23 @@ from typing import Any
 from clips import BrokenSample
 from clips.common.files import read_json, read_json_records, replacing
 from clips.common.live import in_words
-from clips.common.page import Table, render, themed, thumbnail
+from clips.common.page import (
+    Bar,
+    Bars,
+    Card,
+    Cards,
+    Chart,
+    Code,
+    Folded,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Tile,
+    Tiles,
+    as_html,
+    thumbnail,
+)
 from clips.common.plots import Panel, curves_plot
 from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
 from mllm.data.images import ImageStore
@@ -45,8 +61,8 @@ def write_report(run_dir: Path, store: ImageStore, own: Path | None = None) -> P
     measured = _measured(figures, read_json(others / "figures.json"), answers)
     page_of = own or run_dir
     with replacing(page_of / Path(REPORT).parent) as directory:
-        page = render("mllm.evaluation", "report.html.j2", **_shown(run_dir, store, figures, answers, measured))
-        (directory / Path(REPORT).name).write_text(page, encoding="utf-8")
+        html = as_html(_page(run_dir, store, figures, answers, measured))
+        (directory / Path(REPORT).name).write_text(html, encoding="utf-8")
     return page_of / REPORT
 
 
@@ -95,49 +111,69 @@ def _measured(
     }
 
 
-def _shown(
+def _page(
     run_dir: Path,
     store: ImageStore,
     figures: dict[str, Any],
     answers: Sequence[dict[str, Any]],
     measured: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """The variables of templates/report.html.j2."""
+) -> Page:
     config = read_json(run_dir / "config.json")
     done = {stage: found for stage in STAGES if (found := read_json(run_dir / stage / "done.json"))}
-    lines = read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
-    panels = [
-        Panel(f"{stage}: loss, nats per token", [line for line in lines if line["stage"] == stage], ["loss"])
-        for stage in done
-    ]
     facts = config[next(reversed(done))]["facts"] if done else {}
-    return {
-        "title": run_dir.resolve().name,
-        "sentence": _sentence(figures, measured),
-        "note": " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts),
-        "kinds": {
-            KINDS.get(kind, kind): (found, _examples([line for line in answers if line["kind"] == kind], store))
-            for kind, found in measured.items()
-            if kind != "overall"
-        },
-        "measured": {KINDS.get(kind, kind): found for kind, found in measured.items()},
-        "has_blind": any(found["blind"] is not None for found in measured.values()),
-        "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels],
-        "tiles": [
-            (in_words(found["train_seconds"]), f"stage {stage}", f"{found['samples']:,} samples, "
-             f"{found['samples_per_s']:.1f} a second, {found['peak_memory_gb']:.1f} GB")
-            for stage, found in done.items()
-        ],
-        "trained": Table(
-            ("part", *done),
-            [
-                (part.replace("_", " "), *(_trains(config[stage], found, part) for stage, found in done.items()))
-                for part in ("vision_tower", "projector", "language_model")
-            ],
-        ),
-        "command": figures.get("command", ""),
-        "config": json.dumps(config, indent=2, ensure_ascii=False),
-    }  # fmt: skip
+    note = " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts)
+
+    sections = []
+    for kind, figure in measured.items():
+        if kind != "overall":
+            of_kind = [line for line in answers if line["kind"] == kind]
+            about = f"{figure['value']:.0f} % right, chance {figure['chance']:.0f} %"
+            about += "." if figure["blind"] is None else f", without eyes {figure['blind']:.0f} %."
+            title = KINDS.get(kind, kind).capitalize()
+            sections.append(Section(title, [Cards(_examples(of_kind, store))], about))
+
+    if measured:
+        has_blind = any(figure["blind"] is not None for figure in measured.values())
+        blind = "The dashed line is a model on the encoder blind."
+        if not has_blind:
+            blind = "A model without eyes is not here: bash scripts/train_llava.sh --vision blind trains one."
+        bars = [
+            Bar(
+                KINDS.get(kind, kind), figure["value"],
+                (f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}"),
+                figure["chance"], figure["blind"],
+            )
+            for kind, figure in measured.items()
+        ]  # fmt: skip
+        about = f"Percent. The line on a bar is chance, the commonest answer of the kind. {blind}"
+        sections.append(Section("Right answers by kind", [Bars(bars, ("", "%", "chance", "items"))], about))
+
+    if done:
+        sections += _training(run_dir, config, done)
+    command = [Code(figures["command"], wraps=True)] if figures.get("command") else []
+    settings = Code(json.dumps(config, indent=2, ensure_ascii=False))
+    sections.append(Section("Command and configuration", [Folded("How it was run", [*command, settings])]))
+    return Page(run_dir.resolve().name, note, sections, sentence=_sentence(figures, measured))
+
+
+def _training(run_dir: Path, config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Section]:
+    """Losses, times and trained parts of the stages."""
+    lines = read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
+    charts, tiles = [], []
+    for stage, summary in done.items():
+        panel = Panel(f"{stage}: loss, nats per token", [line for line in lines if line["stage"] == stage], ["loss"])
+        charts.append(Chart(partial(curves_plot, [panel]), panel.title))
+        note = f"{summary['samples']:,} samples, {summary['samples_per_s']:.1f} a second"
+        note += f", {summary['peak_memory_gb']:.1f} GB"
+        tiles.append(Tile(f"stage {stage}", [(in_words(summary["train_seconds"]), "")], note))
+    rows = [
+        (part.replace("_", " "), *(_trains(config[stage], summary, part) for stage, summary in done.items()))
+        for part in ("vision_tower", "projector", "language_model")
+    ]
+    return [
+        Section("Losses", [*charts, Tiles(tiles)], "Each stage for itself."),
+        Section("What was trained", [Table(("part", *done), rows)]),
+    ]
 
 
 def _trains(record: dict[str, Any], done: dict[str, Any], part: str) -> str:
@@ -148,16 +184,16 @@ def _trains(record: dict[str, Any], done: dict[str, Any], part: str) -> str:
 def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
     if "overall" not in measured:
         return "This model has not answered questions yet: python scripts/evaluate_llava.py"
-    found = measured["overall"]
+    overall = measured["overall"]
     drawn = " about drawings by an artist whom no training shows" if UNSEEN in figures else ""
-    blind = "" if found["blind"] is None else f" A model without eyes has {found['blind']:.0f}."
+    blind = "" if overall["blind"] is None else f" A model without eyes has {overall['blind']:.0f}."
     return (
-        f"It answers {found['value']:.0f} of 100 questions right, out of {found['items']:,}{drawn}. Always giving the "
-        f"commonest answer of a kind would have {found['chance']:.0f}.{blind}"
+        f"It answers {overall['value']:.0f} of 100 questions right, out of {overall['items']:,}{drawn}. Always giving "
+        f"the commonest answer of a kind would have {overall['chance']:.0f}.{blind}"
     )
 
 
-def _examples(lines: Sequence[dict[str, Any]], store: ImageStore) -> list[tuple[bytes, dict[str, Any]]]:
+def _examples(lines: Sequence[dict[str, Any]], store: ImageStore) -> list[Card]:
     """Some answers with their pictures: right ones, then wrong ones. One of each truth comes first."""
     chosen: list[dict[str, Any]] = []
     for right in (True, False):
@@ -165,10 +201,13 @@ def _examples(lines: Sequence[dict[str, Any]], store: ImageStore) -> list[tuple[
         first = list({line["expected"]: line for line in reversed(of_kind)}.values())[::-1]
         rest = [line for line in of_kind if line not in first]
         chosen += (first + rest)[: EXAMPLES // 2]
-    shown = []
+    cards = []
     for line in chosen:
+        texts = [("answer", line["text"], line["correct"])]
+        texts += [] if line["correct"] else [("truth", line["expected"], None)]
         try:
-            shown.append((thumbnail(store.load(images_of(line)[0]), SIDE), line))
+            picture = Picture(thumbnail(store.load(images_of(line)[0]), SIDE))
         except BrokenSample:  # the demo was made anew since
             continue
-    return shown
+        cards.append(Card(line["prompt"], [picture], texts))
+    return cards

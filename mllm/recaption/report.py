@@ -16,8 +16,20 @@ from clips import Fields, decode_image, open_source
 from clips.common.errors import BrokenDataError
 from clips.common.escape import clip, for_rich
 from clips.common.files import write_atomically
-from clips.common.page import Table, data_uri, thumbnail
-from clips.lab.report import Bars, Card, Cards, Code, Page, Section, Tile, as_html
+from clips.common.page import (
+    Bar,
+    Bars,
+    Card,
+    Cards,
+    Code,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Tile,
+    as_html,
+    thumbnail,
+)
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
 from mllm.recaption.registry import finds_the_demo_in
@@ -88,7 +100,7 @@ def report_page(options: Options, folder: Folder, names: Sequence[str], manifest
         ("tokens written", f"{total['tokens']:,} in the captions that count"),
     ]
     lengths = [
-        (f"words of {part} captions", "share of pairs, %", _lengths(Counter(_sum(manifests, "words", part))))
+        Bars(_lengths(Counter(_sum(manifests, "words", part))), (f"words of {part} captions", "share of pairs, %"))
         for part in ("web", "long")
     ]
     if finds_the_demo_in(options.data, options.captioner):
@@ -99,7 +111,7 @@ def report_page(options: Options, folder: Folder, names: Sequence[str], manifest
     sections = [
         then,
         Section("Pictures with both captions", [Cards(list(_examples(folder, names, manifests)))], "A random sample."),
-        Section("Lengths", [Bars([group for group in lengths if group[2]])]),
+        Section("Lengths", lengths),
         Section("Figures", [Table(("", ""), counts)]),
     ]
     if refused:
@@ -137,11 +149,12 @@ def _mean_words(total: Counter[str]) -> tuple[float, float]:
     return total["web words"] / written, total["long words"] / written
 
 
-def _lengths(counts: Counter[str]) -> list[tuple[str, float, str]]:
+def _lengths(counts: Counter[str]) -> list[Bar]:
     """A bar for each bin that holds a caption."""
     labels = [*(f"{low} – {high - 1}" for low, high in pairwise(WORD_BINS)), f"{WORD_BINS[-1]} and more"]
     bins = zip(labels, (counts[str(edge)] for edge in WORD_BINS), strict=True)
-    return [(label, 100 * count / counts.total(), "var(--accent)") for label, count in bins if count]
+    shares = [(label, 100 * count / counts.total()) for label, count in bins if count]
+    return [Bar(label, share, (f"{share:.1f}",)) for label, share in shares]
 
 
 def _examples(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> Iterator[Card]:
@@ -156,9 +169,8 @@ def _examples(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str
             sample = source.read(index)
             texts = [("web caption", clip(sample.web, 400), None), ("new caption", clip(sample.long or "", 1200), None)]
             picture = decode_image(sample.image, sample.key, reduce_to=16 * THUMBNAIL**2)
-            yield Card(
-                data_uri(thumbnail(picture, THUMBNAIL)), names[shard] + sample.key.removeprefix(str(path)), texts
-            )
+            title = names[shard] + sample.key.removeprefix(str(path))
+            yield Card(title, [Picture(thumbnail(picture, THUMBNAIL))], texts)
 
 
 def _rejected(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> Iterator[Card]:
@@ -173,6 +185,6 @@ def _rejected(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str
                 of_reason[record["reason"]] += 1
                 if of_reason[record["reason"]] <= max(2, REJECTED // len(NAMES)):
                     text = record.get("error") or record.get("caption") or ""
-                    yield Card(None, f"{name}#{record['key']}", [(record["reason"], clip(text, 400), None)])
+                    yield Card(f"{name}#{record['key']}", (), [(record["reason"], clip(text, 400), None)])
         if of_reason.total() > 50 * REJECTED:
             return

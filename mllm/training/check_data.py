@@ -17,7 +17,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import visible
 from clips.common.live import say_next
-from clips.common.page import data_uri, thumbnail
+from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
 from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
@@ -67,7 +67,7 @@ class ConversationReader:
             if index in self.shown:
                 sample = Sample(record.name, {"as the model sees it": as_the_model_sees(self.encoder, record)})
                 if record.images and self.store is not None:
-                    sample.picture = data_uri(thumbnail(self.store.load(record.images[0]), THUMBNAIL))
+                    sample.picture = thumbnail(self.store.load(record.images[0]), THUMBNAIL)
                 found.good.append(sample)
         return found
 

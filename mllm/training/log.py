@@ -16,7 +16,7 @@ from clips.common.errors import never_in_the_way
 from clips.common.live import LiveLine, progress_line
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
-from clips.common.plots import LIGHT, Panel, curves_plot
+from clips.common.plots import Panel, curves_plot
 from clips.common.runtime import peak_memory_gb
 from clips.common.trackers import Trackers, loggers
 from mllm.model.flops import LlavaFlops
@@ -148,4 +148,4 @@ def write_curves(run_dir: Path) -> None:
             Panel(f"{stage}: {name}", found, [name]) for stage, found in by_stage.items() for name in ("loss", "mfu")
         ]
         if panels:
-            save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")
+            save_plot(curves_plot(panels), run_dir / "curves.png")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lab_runs import STORED, stored, write_runs
 
-from clips.lab.report import as_html
+from clips.common.page import as_html
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.variants import judge

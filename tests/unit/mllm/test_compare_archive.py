@@ -23,9 +23,9 @@ from tiny_compare import comparison_of, finish, made, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import read_json, sha256
+from clips.common.page import as_html
 from clips.lab import archive
 from clips.lab.archive import unpack
-from clips.lab.report import as_html
 from mllm.compare.cells import PLAN, cells_of
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import comparison_of as comparison_of_plan

@@ -24,11 +24,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.escape import clip, visible
+from clips.common.page import as_html
 from clips.config import Fields
 from clips.data.loader import BatchDataset
 from clips.data.sources import open_source
 from clips.data.tokenizer import build_tokenizer
-from clips.lab.report import as_html, write_report
+from clips.lab.report import write_report
 from clips.recipes import debug_twin, recipe
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results
 from mllm.compare.cells import (

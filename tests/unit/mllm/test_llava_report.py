@@ -75,9 +75,9 @@ def test_the_page_begins_with_pictures_and_ends_with_folded_tables(tmp_path: Pat
         page.index(text) for text in ("How many there are", "count 0?", "Right answers by kind", "Losses", "<details>")
     ]
     assert order == sorted(order)
-    assert page.count('class="said hit"') == page.count('class="said miss"') == 4
+    assert page.count("badge good") == page.count("badge bad") == 4
     assert "&lt;b&gt;no&lt;/b&gt;" in page
-    assert "truth: At the top" in page
+    assert "<dd>At the top</dd>" in page
     assert "full, 2.0 M parameters" in page
     assert "1.5 min" in page
     assert "python evaluate" in page[page.index("<details>") :]

@@ -11,7 +11,6 @@ from tiny_compare import comparison_of, finish, made, place, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import sha256
-from clips.common.plots import LIGHT
 from mllm.compare.verify import pack
 from mllm.evaluation.report import KINDS as KIND_WORDS
 from tools.make_pictures import KINDS, Answer, chosen, results_plot
@@ -146,7 +145,7 @@ STORED = ROOT / "docs" / "results" / "compare.json"
 def test_bars_and_error_bars_are_the_figures() -> None:
     report = json.loads(STORED.read_text())
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
-    axes = results_plot(encoders, LIGHT).axes[0]
+    axes = results_plot(encoders).axes[0]
     labels = [" ".join(label.get_text().split("\n")[:-1]) for label in axes.get_xticklabels()]
     kinds = ["identity", "count", "where", "relation", "yes_no", "overall"]
     assert labels == [KIND_WORDS[kind] for kind in kinds]
