@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
-    from clips.data.ahead import WholeFiles
     from clips.data.built import built_as, ensure_built
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
     from clips.data.guess import GuessFlags
@@ -29,9 +28,8 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         decoded_size,
     )
     from clips.data.motion import Film, draw_film, film_artists, film_frames
-    from clips.data.sample import BrokenSample, RawSample, StoredSample
+    from clips.data.sample import BrokenSample, RawSample
     from clips.data.sentences import split_sentences
-    from clips.data.sidecar import stamp
     from clips.data.sources import Source, open_source
     from clips.data.splits import held_out_sets
     from clips.data.tar import read_members

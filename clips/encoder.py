@@ -34,7 +34,6 @@ from clips.common.files import read_bytes
 from clips.common.paths import cache_root, is_remote
 from clips.common.runtime import choose_device
 from clips.common.tensors import hash_weights
-from clips.config import CaptionerInputs
 from clips.data.demo import PROMPTS
 from clips.data.images import ENDINGS, MAX_BYTES, decode_image, eval_transform, to_rgb
 from clips.data.remote import read_whole
@@ -239,11 +238,6 @@ class CLIPS:
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:
         """Cosines [B, T]."""
         return self.encode_image(images) @ self.encode_text(texts).T
-
-    @property
-    def caption_inputs(self) -> CaptionerInputs | None:
-        """The captioner's way to read its own caption (clips/model/captioner.py); None without a captioner."""
-        return None if self.model.captioner is None else self.model.captioner.config.inputs
 
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one for each image, given one web caption for all or one for each.

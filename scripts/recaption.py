@@ -1,32 +1,27 @@
 #!/usr/bin/env python
-"""Write a long caption for each pair of image and web caption: data for CLIPS, at any size.
-
-The same command goes on after a stop. It may run several times at once, also on other machines with the same folder:
-torchrun and srun start one for each GPU.
-Without flags it captions a part of the demo with the newest models of runs/.
-"""
+"""Write a long caption for each pair of image and web caption: data for CLIPS. The same command resumes."""
 
 import argparse
+from pathlib import Path
 
 from clips.common.errors import start
-from clips.common.flags import Parser, add_options
-from mllm.recaption.options import Options
+from clips.common.flags import Parser
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
-    add_options(p, Options)
-    p.add_argument(
-        "--prompt", metavar="FILE", help="prompt; {web} marks the web caption (default: the built-in prompt)"
-    )
-    p.add_argument(
-        "--fields", nargs="+", action="extend", default=[], metavar="PART=FIELD",
-        help="fields of the data, as in pretraining (default: recognised by their names)",
-    )  # fmt: skip
-    p.add_argument("--force", action="store_true", help="take a captioner that was trained on the demo for other data")
-    p.add_argument("--dry-run", action="store_true", help="print the plan, caption nothing")
+    p.add_argument("--data", required=True, help="pairs: a folder, pattern or URL of tar shards, or tables")
+    p.add_argument("--fields", nargs="+", action="extend", default=[], metavar="PART=FIELD", help="as in pretraining")
+    p.add_argument("--image-root", help="tables: the folder of relative image paths")
+    p.add_argument("--output", type=Path, required=True, help="folder for the parts")
+    p.add_argument("--captioner", required=True, help="hf:ID_OR_DIR or endpoint:URL[,URL][#MODEL]")
+    p.add_argument("--prompt", type=Path, help="file of the prompt; {web} marks the web caption (default: built in)")
+    p.add_argument("--part-size", type=int, default=5000, help="pairs of a part, which is what a stop may cost")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="longest caption, in tokens")
+    p.add_argument("--batch-size", type=int, default=32, help="pairs that the model, or each server, gets at once")
+    p.add_argument("--max-left-out-share", type=float, default=0.3, help="a part that loses more is not written")
     return p
 
 
 if __name__ == "__main__":
-    start(parser, "mllm.recaption.run:recaption_from_flags")
+    start(parser, "mllm.recaption:recaption_from_flags")

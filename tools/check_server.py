@@ -24,11 +24,11 @@ from clips.common.flags import Parser
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.questions import images_of
 from mllm.data.video import is_video
-from mllm.recaption.endpoint import KEY_VARIABLE
 
 if TYPE_CHECKING:
     import httpx2
 
+KEY_VARIABLE = "CLIPS_API_KEY"
 NAMED = 10
 """Differing answers that are shown."""
 

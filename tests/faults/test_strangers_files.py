@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
-import json
 import logging
 import os
 import runpy
@@ -20,9 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from rich.console import Console
 
-import mllm.recaption.process as process
 from clips.common import rundir, signals
 from clips.common.errors import UserError, run_command
 from clips.common.files import DEEPEST, check_target, from_json, read_json, read_json_records
@@ -32,12 +29,6 @@ from clips.data.sources import expand, open_source
 from clips.data.table import LONGEST_ROW, Table
 from clips.data.tar import shard_summary
 from mllm.data.questions import read_questions
-from mllm.recaption.asking import Prompt
-from mllm.recaption.journal import Journal
-from mllm.recaption.manifest import Folder, agree_so_far, done_manifest
-from mllm.recaption.process import work_on
-from mllm.recaption.progress import Board, measured
-from mllm.recaption.shards import Shard, ShardWriter
 
 FIELDS = Fields(image="png", web="web", long="txt")
 RED = "\x1b[31m"
@@ -132,7 +123,6 @@ def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
         ["scripts/convert.py", "no-model", "TARGET", "--to", "native"],
         ["scripts/export_clips.py", "--model", "no-model", "--output", "TARGET"],
         ["scripts/recaption.py", "--data", "no-data", "--captioner", "hf:no-model", "--output", "TARGET"],
-        ["scripts/recaption.py", "--output", "TARGET"],
         ["tools/make_pictures.py", "answers", "--model", "no-model", "--output", "TARGET/x.png"],
     ],
 )
@@ -177,68 +167,6 @@ def test_weights_have_the_mode_of_other_files(tmp_path: Path) -> None:
     write_weights({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "b").write_text("", encoding="utf-8")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
-
-
-# ------------------------------------------------------------------------------------------------- recaptioning
-
-
-def test_row_32_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    def write() -> None:
-        with ShardWriter(tmp_path / "part.tar") as writer:
-            writer.add("0", [("png", b"abc")])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write()
-    assert list(tmp_path.iterdir()) == []
-
-
-ODD_CALLS = (
-    {}, {"outcomes": 1, "attempt": 0, "call": 0}, {"outcomes": [["a", True]], "attempt": 0, "call": 0},
-    {"outcomes": [[1, 2, 3]], "attempt": 0, "call": 0}, {"outcomes": [{}], "attempt": 0, "call": 0},
-    {"outcomes": [["a", True, 1]], "attempt": [], "call": 0},
-    {"outcomes": [["a", True, 1]] * 2, "attempt": 0, "call": 0},
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(ODD_CALLS)))
-def test_row_33_a_journal_that_nobody_wrote_does_not_count(tmp_path: Path, number: int) -> None:
-    journal = Journal(tmp_path, "me", "state")
-    journal.close()
-    journal.path.write_text(json.dumps(ODD_CALLS[number]) + "\n[]\nnull\n", encoding="utf-8")
-    assert Journal(tmp_path, "me", "state").found(0, 0, 1) is None
-
-
-@pytest.mark.parametrize("manifest", [{"output": 1}, {"output": {"bytes": "x"}}, {"counts": []}])
-def test_row_33_a_manifest_that_nobody_wrote_is_named(tmp_path: Path, manifest: dict) -> None:
-    folder = Folder(tmp_path)
-    folder.manifest("0").parent.mkdir()
-    folder.manifest("0").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(UserError, match=r"manifests/0\.json is no manifest: remove it"):
-        done_manifest(folder, Shard("0", "0.tar", 0, 1, 0))
-    folder.settings.write_text(json.dumps({"captioner": 3}), encoding="utf-8")
-    with pytest.raises(UserError, match="captions that were made otherwise"):
-        agree_so_far(folder, {}, "known")
-    folder.speed.mkdir()
-    (folder.speed / "x.json").write_text('{"pairs": "many", "tokens": 3}', encoding="utf-8")
-    assert measured(folder) == {"tokens": 3}
-
-
-def test_row_33_a_wait_for_another_process_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nothing:
-        describe = close = lambda self: {}
-
-    folder, printed = Folder(tmp_path / "out"), io.StringIO()
-    shards = [Shard("0", str(write_tar(tmp_path / "cache.tar")), 0, 1, 0)]
-    held, waits = folder.lock("0"), []
-    monkeypatch.setattr(process, "make_captioner", lambda *_, **__: Nothing())
-    monkeypatch.setattr(process, "unfinished", lambda folder, shards: [] if len(waits) == 3 else shards)
-    monkeypatch.setattr(process.time, "sleep", waits.append)
-    options = process.Options(shards[0].url, folder.root, "known:0", Prompt("Hint: {web}"), fields=FIELDS)
-    console = Console(file=printed, width=200)
-    work_on(options, process.open_pairs(options), shards, Board(folder, shards, console))
-    held.close()
-    assert printed.getvalue().count("waiting for 1 shards that other processes hold") == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": 1, "host": 2, "launchers": 3}', "[" * 100_000])

@@ -1,0 +1,321 @@
+"""Recaptioning: pairs of image and web caption become parts with long captions, which pretraining reads.
+
+OUT/part-000000000.parquet   key, image, web, long of a part's pairs; it has this name only when it is whole
+OUT/recaption.json           the settings that made the parts; other settings are refused
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from clips import BrokenSample, Fields, Source, decode_image, is_of_demo, open_source, parse_fields, split_sentences
+from clips.common.errors import BrokenDataError, CommandError, UserError, first_line
+from clips.common.escape import clip, one_line
+from clips.common.files import check_target, from_json, placing, read_json, write_json
+from clips.common.hub import model_digest, resolve
+from clips.common.rundir import difference, refuse
+from clips.common.runtime import choose_device
+from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+from mllm.evaluation.batches import new_texts
+from mllm.model.load import data_of
+
+PROMPT = (
+    "Describe the picture in detail: all that can be seen in it, how many there are, where each one is, what it looks "
+    "like, what it does, and the background. The caption below is a hint from the web, and it may be wrong. Where the "
+    "two disagree, trust the picture. Write whole sentences, the description alone.\nCaption: {web}"
+)
+SURE = 100  # after so many pairs each, the share of pairs that are left out is checked
+KEY_VARIABLE = "CLIPS_API_KEY"
+RETRIES = 8  # of a failed request, with growing pauses or after Retry-After
+LONGEST = 600  # seconds for one caption, with all repeats
+_REFUSAL = re.compile(r"\W*(sorry|i['’]m sorry|i am sorry|i can['’]t|i cannot|i['’]m unable|as an ai)\b", re.IGNORECASE)
+_CONTROL = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,64}\]")
+"""Control tokens of known models: <|im_end|>, </s>, <image>, [INST]. A typed one would act in a chat template."""
+_LOOP = re.compile(r"(?<!\S)(\S.{0,200}?)(?:\s+\1(?!\S)){3}", re.DOTALL)
+"""The same words four times in a row."""
+
+
+@dataclass
+class Pair:
+    """One image with its web caption, and what came of it."""
+
+    key: str
+    image: bytes = b""
+    web: str = ""
+    long: str = ""
+    reason: str = ""
+    """Why the pair is left out; empty for a good caption."""
+    detail: str = ""
+
+
+def turn(prompt: str, pair: Pair, image: dict[str, Any]) -> list[dict[str, Any]]:
+    """The question about a picture, with the web caption as a hint: on one line and without control tokens."""
+    hint = one_line(clip(pair.web, 1000))
+    while _CONTROL.search(hint):  # a removal may join two halves to a new one
+        hint = _CONTROL.sub("", hint)
+    text = prompt.replace("{web}", hint.strip())
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+def whole_sentences(text: str) -> str:
+    """A caption that the limit on tokens cut off, without its last sentence."""
+    last = split_sentences(text)[-1:]
+    return text[: text.rfind(last[0])].rstrip() if last else ""
+
+
+def open_picture(pair: Pair) -> Any:
+    """The decoded picture of a pair; None, and a reason in the pair, if it is broken."""
+    if pair.reason:
+        return None
+    try:
+        return decode_image(pair.image, pair.key, reduce_to=4_000_000)
+    except BrokenSample as broken:
+        pair.reason, pair.detail = "broken", broken.reason
+        return None
+
+
+class Endpoint:
+    """OpenAI-style servers, `URL[,URL…][#MODEL]`; UserError for one that lists no models within ten seconds."""
+
+    def __init__(self, addresses: str, prompt: str, flags: argparse.Namespace) -> None:
+        urls, _, model = addresses.partition("#")
+        self.prompt, self.flags = prompt, flags
+        self.loop = asyncio.new_event_loop()
+        key = os.environ.get(KEY_VARIABLE, "none")
+        self.servers = [
+            (openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES), asyncio.Semaphore(flags.batch_size))
+            for url in urls.split(",")
+        ]
+        models = [self.loop.run_until_complete(first_model(client)) for client, _ in self.servers]
+        self.identity = model or models[0]
+
+    def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """The pairs in order, with a caption or a reason each."""
+        tasks: deque[asyncio.Task[Pair]] = deque()
+        try:
+            for number, pair in enumerate(pairs):
+                tasks.append(self.loop.create_task(self._ask(pair, *self.servers[number % len(self.servers)])))
+                # With so many under way, one slow answer holds up no others.
+                if len(tasks) >= 4 * self.flags.batch_size * len(self.servers):
+                    yield self.loop.run_until_complete(tasks.popleft())
+            while tasks:
+                yield self.loop.run_until_complete(tasks.popleft())
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self.loop.run_until_complete(asyncio.wait(tasks))
+
+    async def _ask(self, pair: Pair, client: openai.AsyncOpenAI, places: asyncio.Semaphore) -> Pair:
+        picture = await asyncio.to_thread(open_picture, pair)
+        if picture is None:
+            return pair
+        file = io.BytesIO()
+        await asyncio.to_thread(picture.save, file, "JPEG", quality=95)
+        url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        image = {"type": "image_url", "image_url": {"url": url}}
+        messages: Any = turn(self.prompt, pair, image)
+        try:
+            async with places:
+                request = client.chat.completions.create(
+                    model=self.identity, messages=messages, max_tokens=self.flags.max_new_tokens, temperature=0
+                )
+                choice = (await asyncio.wait_for(request, LONGEST)).choices[0]
+            text = choice.message.content or ""
+            pair.long = whole_sentences(text) if choice.finish_reason == "length" else text
+        except Exception as error:
+            pair.reason, pair.detail = "not answered", first_line(error.__cause__ or error)
+            if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+                raise CommandError(f"{client.base_url} is gone: {pair.detail}; the same command goes on") from None
+        return pair
+
+
+async def first_model(client: openai.AsyncOpenAI) -> str:
+    """The first model that a server lists."""
+    try:
+        response = await client.with_options(max_retries=0, timeout=10).models.with_raw_response.list()
+        return str(from_json(response.text)["data"][0]["id"])
+    except (openai.OpenAIError, ValueError, LookupError, TypeError) as error:
+        what = f"{client.base_url} lists no models: {first_line(error.__cause__ or error)}"
+        raise UserError(f"{what}. Most addresses end with /v1; {KEY_VARIABLE} may hold a key") from None
+
+
+class LocalModel:
+    """An image-text-to-text model of transformers by directory or hub id, with its processor and chat template."""
+
+    def __init__(self, name: str, prompt: str, flags: argparse.Namespace) -> None:
+        directory = resolve(name, "captioner")
+        self.prompt, self.flags = prompt, flags
+        self.device = choose_device("auto")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        with loading("captioner", directory):
+            self.processor: Any = AutoProcessor.from_pretrained(directory, padding_side="left", **NO_CODE)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
+        model, info = loaded
+        check_complete(info, "captioner", directory)
+        self.model = model.to(self.device).eval()
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
+        if self.tokenizer is None or not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise UserError(f"captioner: {directory} has no processor for pictures with a chat template")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        self.identity = model_digest(directory, whole=True)
+
+    def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        pairs = iter(pairs)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+            while batch := list(itertools.islice(pairs, self.flags.batch_size)):
+                pictures = list(readers.map(open_picture, batch))
+                readable = [i for i, picture in enumerate(pictures) if picture is not None]
+                if readable:
+                    self._write([batch[i] for i in readable], [pictures[i] for i in readable])
+                yield from batch
+
+    @torch.inference_mode()
+    def _write(self, pairs: list[Pair], pictures: list[Any]) -> None:
+        images = [{"type": "image", "image": picture} for picture in pictures]
+        turns = [turn(self.prompt, pair, image) for pair, image in zip(pairs, images, strict=True)]
+        inputs = self.processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        ).to(self.device, self.model.dtype)
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.flags.max_new_tokens)
+
+        begin = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        texts = new_texts(self.tokenizer, output[:, begin:], stop if isinstance(stop, list) else [stop])
+        for pair, (text, has_ended, _) in zip(pairs, texts, strict=True):
+            pair.long = text if has_ended else whole_sentences(text)
+
+
+def read_pairs(source: Source, indices: Iterable[int]) -> Iterator[Pair]:
+    for index in indices:
+        try:
+            sample = source.read(index)
+            yield Pair(sample.key, sample.image, sample.web)
+        except BrokenSample as broken:
+            yield Pair(broken.key, reason="broken", detail=broken.reason)
+
+
+def judge(pair: Pair) -> None:
+    """Strip the texts, and set the reason of a bad caption."""
+    for name in ("key", "web", "long"):  # UTF-8 cannot hold half a character
+        setattr(pair, name, getattr(pair, name).encode("utf-8", "replace").decode().strip())
+    if not pair.long:
+        pair.reason = "empty"
+    elif _REFUSAL.match(pair.long):
+        pair.reason = "refusal"
+    elif pair.long == pair.web:
+        pair.reason = "the web caption"
+    elif _LOOP.search(pair.long):
+        pair.reason = "repetition"
+
+
+def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str]]:
+    """The pairs to be written, and the counts of the others. Raises BrokenDataError if more than `limit` are left out.
+
+    A caption that several pictures have describes none of them: it is the message of a server, or of a poor model.
+    """
+    pictures: defaultdict[str, set[bytes]] = defaultdict(set)
+    for pair in pairs:
+        pictures[pair.long].add(pair.image)
+    for pair in pairs:
+        if not pair.reason and len(pictures[pair.long]) > 1:
+            pair.reason, pair.detail = "repeated", pair.long
+    good = [pair for pair in pairs if not pair.reason]
+    left_out = Counter(pair.reason for pair in pairs if pair.reason)
+    if len(pairs) - len(good) > limit * len(pairs) or not good:
+        last = [pair for pair in pairs if pair.reason][-1]
+        raise BrokenDataError(
+            f"of {len(pairs):,} pairs {dict(left_out)} would be left out, and nothing of them is written. The last is "
+            f"{last.key}: {last.reason} {clip(one_line(last.detail), 200)}. --max-left-out-share allows more"
+        )
+    return good, left_out
+
+
+def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) -> None:
+    """Write the good pairs, with the counts of the others in the file's metadata."""
+    captioned: list[Pair] = []
+    for pair in pairs:
+        if not pair.reason:
+            judge(pair)
+        captioned.append(pair)
+        if len(captioned) % SURE == 0:
+            divide(captioned, limit)
+        bar.update()
+    good, left_out = divide(captioned, limit)
+    columns = {name: [getattr(pair, name) for pair in good] for name in ("key", "image", "web", "long")}
+    table = pa.table(columns).replace_schema_metadata({"left_out": json.dumps(left_out)})
+    with placing(path) as file:
+        parquet.write_table(table, file, row_group_size=512)
+
+
+def recaption_from_flags(flags: argparse.Namespace) -> None:
+    """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too much left out."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    output: Path = flags.output
+    check_target(output)
+    kind, _, name = flags.captioner.partition(":")
+    if kind not in ("hf", "endpoint") or not name:
+        raise UserError(f"--captioner {flags.captioner!r} must be hf:ID_OR_DIR or endpoint:URL[,URL…][#MODEL]")
+    if kind == "hf" and not is_of_demo(flags.data) and "demo" in data_of(name):
+        raise UserError(f"{name} was trained on the demo: it finds the demo's things in other pictures")
+    fields = parse_fields(flags.fields, Fields())
+    source = open_source(flags.data, fields, image_root=flags.image_root, need_long=False)
+    if any(Path(file).resolve().is_relative_to(output.resolve()) for file in source.files):
+        raise UserError(f"--data {flags.data} holds what this command writes into {output}: name other data")
+
+    prompt = flags.prompt.read_text(encoding="utf-8-sig").strip() if flags.prompt else PROMPT
+    captioner = (Endpoint if kind == "endpoint" else LocalModel)(name, prompt, flags)
+    settings = {name: getattr(flags, name) for name in ("data", "fields", "image_root", "part_size", "max_new_tokens")}
+    settings |= {"pairs": len(source), "captioner": captioner.identity, "prompt": prompt}
+    output.mkdir(parents=True, exist_ok=True)
+    if any(output.glob("*.parquet")):
+        changes = difference(read_json(output / "recaption.json"), settings)
+        refuse(changes, f"{output} holds captions that were made otherwise", "Name another --output")
+    write_json(output / "recaption.json", settings)
+
+    every = range(len(source))
+    parts = {output / f"part-{i:09d}.parquet": every[i : i + flags.part_size] for i in every[:: flags.part_size]}
+    missing = {path: indices for path, indices in parts.items() if not path.is_file()}
+    captioned = captioner.caption(read_pairs(source, itertools.chain.from_iterable(missing.values())))
+    done = len(source) - sum(map(len, missing.values()))
+    with tqdm(total=len(source), initial=done, unit="pair", disable=None) as bar:
+        for path, indices in missing.items():
+            write_part(path, itertools.islice(captioned, len(indices)), flags.max_left_out_share, bar)
+
+    left_out: Counter[str] = Counter()
+    for path in parts:
+        left_out.update(from_json(parquet.read_schema(path).metadata[b"left_out"]))
+    left_out["no pair"] = sum(source.left_out)
+    print(f"{len(source):,} pairs are captioned in {output}; left out: {dict(left_out)}")
+    print(f"Next: python scripts/pretrain_clips.py --name recaptioned --data {shlex.quote(str(output))}")
+
+
+def stop(number: int, frame: Any) -> None:
+    """End the command with the code of a signal. SystemExit passes the client, which repeats after any other error."""
+    print("\nstopped by a signal; the same command goes on after the last whole part", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)

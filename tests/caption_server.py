@@ -1,0 +1,61 @@
+"""Pairs as img2dataset leaves them, and a small OpenAI-style server that captions them as a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Collection, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from launched import pictures, write_shard
+
+
+def write_pairs(path: Path, count: int, broken: Collection[int] = ()) -> str:
+    samples = []
+    for i, (picture, web, _) in enumerate(pictures(count)):
+        texts = {"txt": web.encode(), "json": json.dumps({"caption": web}).encode()}
+        samples.append((b"no picture" if i in broken else picture, texts))
+    return str(write_shard(path, samples))
+
+
+def echo(text: str) -> str:
+    """A caption that depends on the web caption, the last line of the prompt."""
+    return f"A picture of {text.splitlines()[-1]}."
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[str], str | int | None] = echo) -> Iterator[str]:
+    """The captioner's name. `answer` gives a caption, the status of half a JSON, or None to hang up."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self, content: bytes, status: int = 200) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if content[:1] == b"<" else "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            made = answer(body["messages"][0]["content"][1]["text"])
+            if isinstance(made, str):
+                choice = {"message": {"role": "assistant", "content": made}, "finish_reason": "stop"}
+                self.reply(json.dumps({"choices": [choice]}).encode())
+            elif made:
+                self.reply(b'{"choices": [', made)
+            self.close_connection = made is None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"endpoint:http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
