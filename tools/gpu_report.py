@@ -34,12 +34,11 @@ from clips.model.flops import BatchShape, training_flops
 from clips.recipes import debug_twin, recipe
 from clips.studies.benchmark import STEPS
 from clips.studies.measuring import PeakMemory, fastest
-from clips.training.engine import DEFAULT_DS_CONFIG
-from clips.training.memory import usage
 from clips.training.prepare import compute_dtype, full_batch, fullest_shape
+from clips.training.rehearsal import rehearse
 
 if TYPE_CHECKING:
-    from mllm.training.plan import Planned
+    from mllm.training.rehearsal import Planned
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"B/16": "b16", "L/14": "l14", "S/16": "s16", "H/14": "h14"}
@@ -58,6 +57,8 @@ LLAVA = {
     "LLaVA, large": {"stage 2, LoRA": ("vicuna-13b", 2, True), "stage 1": ("llama3-8b", 1, False)},
 }
 """Part → row → (language model, stage, whether LoRA trains it); with CLIP's L/14 at 336 pixels, as LLaVA-1.5."""
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TOWER |= {"image_size": 336, "patch_size": 14}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 MFU = 0.2
 """Share of the card's peak that the expected time of a step assumes, as scripts/plan_run.py."""
@@ -192,9 +193,9 @@ def measured(run: RunConfig, kind: str, device: torch.device, samples: int) -> R
     row = {"batch": samples, "samples_per_s": samples / seconds, "tflops": speed / 1e12, "mfu": speed / peak}
     row |= {"step_s": seconds, "expected_s": seconds * speed / (MFU * peak)}
     row["peak_memory_gb"] = memory.read() / 1e3
-    row["predicted_gb"] = usage(run, shape, device.type, DEFAULT_DS_CONFIG["zero_optimization"]).total / 1e9
+    row["predicted_gb"] = rehearse(run, phase, 1).on_rank({"stage": 0}, 1) / 1e9
     if not kind.startswith("ours"):
-        row["from"] = "memory by the formula of our towers of the same sizes; other code may keep more"
+        row["from"] = "memory of a rehearsal of our towers of the same sizes; other code may keep more"
     return row
 
 
@@ -210,15 +211,15 @@ def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
 
 def llava(part: str, device: torch.device, *, tiny: bool) -> list[Row]:
     """A row for each stage of `part`: the largest micro-batch that fits, with random weights, LLaVA-1.5's lengths."""
-    from mllm.training.plan import LANGUAGE_MODELS, Planned
-    from mllm.training.rehearsal import TOWER
+    from mllm.training.rehearsal import LANGUAGE_MODELS, Planned
 
     rows: list[Row] = []
     for what, (name, stage, lora) in LLAVA[part].items():
         if tiny:
             LANGUAGE_MODELS[name] = TINY | {"vocab_size": 200}
-        planned = Planned.of(name, TINY | {"image_size": 32, "patch_size": 8} if tiny else TOWER, lora=lora, bits=16)
-        step = LlavaStep(planned, stage, device)
+        step = LlavaStep(
+            Planned(name, TINY | {"image_size": 32, "patch_size": 8} if tiny else TOWER), stage, device, lora
+        )
         rows.append({"what": what, "size": name, **largest(step.measured, 1 if tiny else 4, at_most=2 if tiny else 64)})
         del step  # its memory is the next row's
         torch.cuda.empty_cache()
@@ -228,33 +229,32 @@ def llava(part: str, device: torch.device, *, tiny: bool) -> list[Row]:
 class LlavaStep:
     """The optimizer steps of one stage on one device, without DeepSpeed, with gradient checkpointing."""
 
-    def __init__(self, planned: Planned, stage: int, device: torch.device) -> None:
-        from mllm.training.plan import ANSWERS, WORDS
+    def __init__(self, planned: Planned, stage: int, device: torch.device, lora: bool) -> None:
+        from mllm.training.arguments import TrainArguments
         from mllm.training.rehearsal import staged
 
-        self.planned, self.stage, self.device, self.answers = planned, stage, device, ANSWERS[stage]
-        self.length = planned.image_tokens + WORDS[stage]
+        self.planned, self.stage, self.device, self.lora = planned, stage, device, lora
         model = planned.build(str(device))
         model.config.image_token_id = 2  # the published vocabularies have no `<image>` yet
         self.forward = planned.flops(model)
         """Of the forward pass, while nothing trains: checkpointing computes the language model's again."""
-        self.training, self.arguments = staged(model, stage, lora=planned.lora)
+        flags = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, gradient_checkpointing=True)
+        self.arguments = flags.resolve(1)
+        self.training = staged(model, self.arguments)
         if model.lm_head.weight.requires_grad:  # as mllm/training/prepare.py: an update of 2e-5 is lost in bf16
             self.training.float()
         for parameter in filter(lambda p: p.requires_grad, self.training.parameters()):
             parameter.data = parameter.data.float()
 
     def measured(self, samples: int) -> Row:
-        """Time and memory of a step, beside the plan's."""
+        """Time and memory of a step, beside the rehearsed memory."""
         from mllm.model.flops import LlavaShape
-        from mllm.training.freeze import count_parameters, parameter_groups
-        from mllm.training.plan import memory_estimate_gb
-        from mllm.training.rehearsal import batch_of
+        from mllm.training.freeze import parameter_groups
+        from mllm.training.rehearsal import ANSWERS, META, WORDS, batch_of, rehearse
 
         training, batch, device = self.training, batch_of(self.training, samples, stage=self.stage), self.device
         half = has_bf16(device)
-        arguments = replace(self.arguments, per_device_train_batch_size=samples)
-        optimizer = torch.optim.AdamW(parameter_groups(training.model, arguments.rates, 0.0), fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(training.model, self.arguments.rates, 0.0), fused=True)
 
         def step() -> None:
             with autocast(device, enabled=half):
@@ -265,18 +265,18 @@ class LlavaStep:
 
         memory, seconds = PeakMemory(device), fastest({"step": step}, 4, device)["step"]
         found = memory.read() / 1e3
-        shape = LlavaShape(samples=samples, length=self.length, pictures=samples, predicted=samples * self.answers)
+        answers, length = ANSWERS[self.stage], self.planned.layout.most + WORDS[self.stage]
+        shape = LlavaShape(samples=samples, length=length, pictures=samples, predicted=samples * answers)
         flops = self.planned.flops(training.llava)(shape)
         work = sum(flops.values()) + self.forward(shape)["language_model"]
         peak, _ = peak_flops(device, torch.bfloat16 if half else torch.float32)
-        planned = memory_estimate_gb(
-            training.llava, count_parameters(training.model), arguments, length=self.length, zero=0, world_size=1,
-            learned=self.answers,
-        )  # fmt: skip
+        twin = LlavaStep(self.planned, self.stage, META, self.lora).training
+        with autocast(META, enabled=half):
+            rehearsed = rehearse(twin, batch_of(twin, samples, stage=self.stage))
         return {
             "batch": samples, "samples_per_s": samples / seconds, "tflops": work / seconds / 1e12,
             "mfu": work / seconds / peak, "step_s": seconds, "expected_s": work / (MFU * peak),
-            "peak_memory_gb": found, "predicted_gb": sum(planned.values()),
+            "peak_memory_gb": found, "predicted_gb": rehearsed.on_rank({"stage": 0}, 1) / 1e9,
         }  # fmt: skip
 
 

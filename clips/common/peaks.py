@@ -1,12 +1,15 @@
-"""How fast a device can compute at most: what MFU is a share of."""
+"""GPUs by name: the peak that MFU is a share of, and the memory of those that a run can be planned for."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from clips.common.errors import UserError
 
 PEAK_TFLOPS = {
     "B300": 2250.0,
@@ -35,6 +38,52 @@ PEAK_TFLOPS = {
 }
 """Part of a GPU's name → its dense bf16 peak in TFLOP/s with fp32 sums, as its maker states it; the longest part that
 fits counts. MI250X: of one of its two dies, which is what torch sees."""
+CARDS = {
+    "b200": ("B200", 180),
+    "h200": ("H200", 141),
+    "h100": ("H100", 80),
+    "a100": ("A100", 80),
+    "a100-40": ("A100", 40),
+    "l40s": ("L40S", 48),
+    "rtx4090": ("RTX 4090", 24),
+}
+"""`--kind` of a plan → (its name above, its memory in GB)."""
+USABLE = 0.9
+"""Share of a GPU's memory that a plan fills; CUDA's context, NCCL's buffers and the allocator's gaps take the rest."""
+
+
+def stated_peak(name: str) -> float | None:
+    """Return the FLOP/s of a GPU by its name; None for one that is not in the table."""
+    parts = [part for part in PEAK_TFLOPS if part in name]
+    return PEAK_TFLOPS[max(parts, key=len)] * 1e12 if parts else None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a run is planned for."""
+
+    kind: str
+    gpus: int
+    mfu: float
+    """Share of the peak that is reached."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in CARDS:
+            raise UserError(f"--kind {self.kind!r} is not known; choose one of: {', '.join(CARDS)}")
+        if self.gpus < 1 or not 0 < self.mfu <= 1:
+            raise UserError("--gpus must be at least 1, and --mfu above 0 and at most 1")
+
+    def __str__(self) -> str:
+        name, memory_gb = CARDS[self.kind]
+        return f"{self.gpus} × {name} of {memory_gb} GB"
+
+    def fits(self, memory: float) -> bool:
+        """Say whether `memory` bytes of one rank fit a GPU."""
+        return memory <= USABLE * 1e9 * CARDS[self.kind][1]
+
+    def days(self, flops: float) -> float:
+        """Return the days that all GPUs together take for `flops`."""
+        return flops / (self.gpus * self.mfu * PEAK_TFLOPS[CARDS[self.kind][0]] * 1e12) / 86_400
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -49,12 +98,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             return known, f"{name}, dense bf16"
     measured = _measured(device.type, dtype, torch.get_num_threads())
     return measured, f"a matrix product in {str(dtype).removeprefix('torch.')}, measured"
-
-
-def stated_peak(name: str) -> float | None:
-    """Of a GPU by its name, in FLOP/s; None for one that is not in the table."""
-    found = [part for part in PEAK_TFLOPS if part in name]
-    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 @lru_cache

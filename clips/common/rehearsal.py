@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +34,22 @@ FULL = (
 """Functions that a GPU's autocast computes in fp32 (the same file, fp32), as far as used."""
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 FUSED = torch.ops.aten
+FP32 = 4
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce_bucket_size, and of the bucket of ZeRO 0, if its settings give no other."""
+LIVE = 1_000_000_000
+"""Parameters that ZeRO 3 leaves gathered: DeepSpeed's stage3_max_live_parameters."""
 
 
 @contextlib.contextmanager
 def rehearsed_ranks(count: int) -> Iterator[None]:
-    """This process as rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing."""
+    """This process as rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing.
+
+    One rank needs no group.
+    """
+    if count == 1:
+        yield
+        return
 
     def fake(common: Any, options: Any) -> FakeProcessGroup:
         make: Any = FakeProcessGroup._create_internal  # torch's stub lacks the last argument
@@ -52,12 +64,56 @@ def rehearsed_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-AGREEMENT_HEAD = ("model", "step", "formula, GB", "rehearsal, GB", "formula / rehearsal")
+@dataclass(frozen=True)
+class Rehearsed:
+    """Bytes and FLOPs of one rank's step, as rehearsed without an optimizer and with every weight whole."""
+
+    parameters: int
+    """Those that train."""
+    weights: int
+    gradients: int
+    state: int
+    """Of the optimizer: two fp32 numbers a parameter for AdamW, one for Muon."""
+    peak: int
+    """At the fullest moment of forward and backward pass, weights and gradients included."""
+    flops: int
+
+    def on_rank(self, zero: Mapping[str, Any], ranks: int) -> int:
+        """Return the bytes that one of `ranks` GPUs needs under `zero`, the `zero_optimization` of an engine.
+
+        From stage 1 on DeepSpeed splits the optimizer's state, from stage 2 on the gradients, in stage 3 the weights.
+        From stage 2 on the step must have been rehearsed with `drop_gradients`.
+        """
+        stage = zero.get("stage", 0)
+        if stage == 0:
+            return self.peak + self.state
+
+        element = self.gradients // self.parameters
+        state = self.state
+        if stage < 3 or element < FP32:  # an fp32 copy of the weights, which the optimizer steps on
+            state += FP32 * self.parameters
+        if zero.get("offload_optimizer", {}).get("device") == "cpu":
+            state = 0
+
+        bucket = zero.get("reduce_bucket_size", BUCKET)
+        buffers = element * (BUCKET if bucket == "auto" else bucket)
+        if stage == 1:
+            return self.peak + state // ranks + buffers
+        if stage == 2:
+            return self.peak + (state + self.gradients) // ranks + buffers * (2 if zero.get("overlap_comm") else 1)
+        live = min(self.weights, element * LIVE)  # what it leaves gathered
+        return self.peak - self.weights + (state + self.gradients + self.weights) // ranks + buffers + live
 
 
-def agreement(model: str, step: str, planned: int, rehearsed: int) -> list[str]:
-    """A row below AGREEMENT_HEAD."""
-    return [f"`{model}`", step, f"{planned / 1e9:.2f}", f"{rehearsed / 1e9:.2f}", f"{planned / rehearsed:.3f}"]
+def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Drop each gradient once it is made, as ZeRO does from stage 2 on with what is another rank's."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
 
 
 class Waits(AssertionError):

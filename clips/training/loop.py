@@ -105,8 +105,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
     ds_config = read_ds_config(options.ds_config)
     reached = reached_flops(run, model, device)
     if is_main:
-        zero, ranks = ds_config.get("zero_optimization", {}), dist.get_world_size()
-        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, zero, reached, beginning)
+        ranks = dist.get_world_size()
+        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, reached, beginning)
     if options.dry_run:
         shutdown()
         return

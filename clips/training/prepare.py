@@ -8,10 +8,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.live import in_words
-from clips.common.memory import gigabytes
 from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import has_bf16
@@ -34,7 +32,6 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.recipes import RECIPES
-from clips.training.memory import Usage, usage
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
@@ -315,24 +312,11 @@ def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch
     return batch
 
 
-def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]) -> Usage:
-    """Of one rank, in the phase that takes most."""
-    usages = []
-    for phase in run.phases:
-        micro = micro_batch_size(phase, run.train.accumulation, ranks)
-        shape = fullest_shape(run, phase, micro, ranks)
-        usages.append(usage(run, shape, device, zero, whole_step=run.train.whole_step))
-    return max(usages, key=lambda found: found.total)
-
-
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None, zero: Mapping[str, Any], reached: float, beginning: Beginning | None = None,
+    previous: checkpoint.Checkpoint | None, reached: float, beginning: Beginning | None = None,
 ) -> None:  # fmt: skip
-    """What is about to happen, before it happens.
-
-    `zero`: the `zero_optimization` of the engine's settings; `reached`: FLOP/s of a rank.
-    """
+    """What is about to happen, before it happens. `reached`: FLOP/s of a rank."""
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
@@ -369,12 +353,6 @@ def print_plan(
     done = previous.state.samples if previous else 0
     seconds = estimated_seconds(run, reached, ranks, done)
     table.add_row("time", f"about {in_words(seconds)} (rough)")
-    memory = most_memory(run, device.type, ranks, zero)
-    host = f", {gigabytes(memory.host)} GB of them the machine's" if memory.host else ""
-    parts_of = {"weights": memory.weights, "optimizer": memory.optimizer}
-    parts_of |= {"gradients and activations": memory.working, "DeepSpeed's buffers": memory.buffers}
-    shown = ", ".join(f"{gigabytes(size)} {name}" for name, size in parts_of.items() if size)
-    table.add_row("memory", f"about {gigabytes(memory.total + memory.host)} GB a rank at most{host}: {shown}")
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))

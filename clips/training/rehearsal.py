@@ -5,30 +5,20 @@ The step's code is the run's own. Of DeepSpeed's engine the copy of the gradient
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clips.common.memory import BUCKET
-from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
+from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.model.clips import CLIPSModel, Outputs
+from clips.training.engine import parameter_groups
 from clips.training.grad_cache import forward_passes
 from clips.training.prepare import full_batch, fullest_shape, largest_size
 from clips.training.task import Part, Task
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """Bytes of one rank without its optimizer, and FLOPs of its step."""
-
-    weights: int
-    peak: int
-    """At the fullest moment of forward and backward pass, the weights included."""
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -51,25 +41,37 @@ class _Engine:
         return self.task(batch, features_only=True)
 
 
-def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
-    """A step of rank 0 of `ranks`. Texts and captions have full length. Raises Waits, or torch's error of "meta"."""
+def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
+    """Rehearse a step of rank 0 of `ranks` under ZeRO `stage`; texts and captions have full length.
+
+    Precision "auto" is bf16, as on a GPU. Raises Waits, or torch's error of "meta".
+    """
+    if run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="bf16"))
     task = built(run, phase)
+    groups = parameter_groups(task, run.optim)
+    counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+    trained = sum(counts.values())
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
     batch = task.counted(full_batch(run, fullest_shape(run, phase, micro, ranks), META))
     engine: Any = _Engine(task, run)
+
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
         weights = rehearsal.hold([*task.parameters(), *task.buffers()])
-        if run.train.accumulation > 1:
+        if stage >= 2:
+            drop_gradients(task.parameters())
+        elif run.train.accumulation > 1:
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
         rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
         for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if run.train.whole_step else 1)):
             loss.backward()
-        if ranks > 1:  # DeepSpeed reduces the gradients in a copy (clips/common/memory.py)
-            trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+        if ranks > 1:  # DeepSpeed reduces the gradients in a copy
             torch.empty(min(trained, BUCKET), device=META)
-    return Rehearsed(weights, rehearsal.peak, rehearsal.flops)
+
+    state = FP32 * (2 * trained - counts.get("muon", 0))
+    return Rehearsed(trained, weights, FP32 * trained, state, rehearsal.peak, rehearsal.flops)
 
 
 def built(run: RunConfig, phase: PhaseConfig) -> Task:

@@ -51,20 +51,6 @@ def quantize(
     return model
 
 
-def stored_bytes(layer: nn.Linear, bits: int, *, double_quant: bool = True) -> int:
-    """Bytes of the weights of such a layer after `quantize`: the numbers, their scales, and the tables of values.
-
-    4 bits have a scale for each block of 64 weights. `double_quant` stores it in a byte, with a scale for each 256
-    scales (QLoRA, arXiv 2305.14314). 8 bits have a scale for each row.
-    """
-    count = layer.in_features * layer.out_features
-    if bits == 8:
-        return count + 4 * layer.out_features
-    blocks = -(-count // 64)
-    scales = blocks + 4 * (-(-blocks // 256) + 256 + 1) if double_quant else 4 * blocks
-    return -(-count // 2) + scales + 4 * 16
-
-
 LARGEST_ERROR = {4: 0.15, 8: 0.05}
 """Norm of the rounding error over that of the weights; a normal distribution gives 0.09 and 0.006."""
 

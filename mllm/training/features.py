@@ -35,6 +35,8 @@ from mllm.data.images import ImageStore, broken_picture, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
+PICTURES_AT_ONCE = 64
+"""Squares that the encoder sees in one pass of the feature cache."""
 FILE_BYTES = 256 * 2**20
 """Size of one cache file."""
 
@@ -88,7 +90,7 @@ class FeatureCache:
         self,
         names: Sequence[str],
         *,
-        batch_size: int = 64,
+        batch_size: int = PICTURES_AT_ONCE,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,

@@ -1,97 +1,179 @@
-"""Forward and backward pass of a LLaVA stage on torch's device "meta": what they take on a GPU, without one.
+"""A LLaVA stage on torch's device "meta": what its step takes on a GPU, without one; and scripts/plan_run.py llava.
 
-As clips/training/rehearsal.py for pretraining. The weights are bf16, as DeepSpeed trains them. The vision encoder is
-CLIP's L/14 at 336 pixels, as LLaVA-1.5's.
+As clips/training/rehearsal.py for pretraining. The weights are bf16, as DeepSpeed trains them, the data LLaVA-1.5's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    ViTConfig,
+)
 
-from clips.common.rehearsal import META, Rehearsal, agreement
+from clips.common.errors import UserError
+from clips.common.page import print_table
+from clips.common.paths import DS_CONFIGS
+from clips.common.peaks import Machine
+from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
+from mllm.data.video import MOST_DRAWN
+from mllm.encoders.encoder import select_features
+from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.packing import Counts
-from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout, Llava
+from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
-from mllm.training.freeze import apply_freeze
+from mllm.training.features import PICTURES_AT_ONCE
+from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
-from mllm.training.plan import ANSWERS, LANGUAGE_MODELS, WORDS, Planned, StepBytes
+from mllm.training.plan import steps_of
+from mllm.training.prepare import start_bytes
 from mllm.training.stages import STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
+from mllm.training.zero import fitted
 
-TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TOWER |= {"image_size": 336, "patch_size": 14}
-AGREEMENT: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
-    **{(name, "stage 2"): (2, {}) for name in LANGUAGE_MODELS},
-    ("vicuna-7b", "stage 1"): (1, {}),
-    ("qwen2.5-7b", "stage 2, LoRA, no checkpointing"): (2, {"lora": True, "checkpointing": False}),
-    ("smollm2-135m", "stage 1, videos of 32 frames"): (1, {"sees": {"tiles": "2x2", "frames": 32}}),
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "tie_word_embeddings": True,
+    },
+    "vicuna-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32_000,
+    },
+    "vicuna-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32_000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+    },
 }
-"""(language model, its step in words) → stage and arguments of `made`."""
+"""Sizes as published, fields of the config of `model_type`, which is llama if it is not given."""
+SAMPLES = {1: 558_128, 2: 665_298}
+"""Of LLaVA-1.5's two stages."""
+WORDS = {1: 30, 2: 250}
+"""Tokens of a sample beside its picture; rough figures for that data."""
+ANSWERS = {1: 20, 2: 150}
+"""Those of them that are learned."""
 
 
-def agreements(names: Sequence[str] = tuple(LANGUAGE_MODELS)) -> list[list[str]]:
-    """Rows of the formula beside the rehearsal, for a rank without its optimizer: four samples of stage 2's length."""
-    rows = []
-    for (name, step), (stage, how) in AGREEMENT.items():
-        if name in names:
-            training, arguments = made(name, stage, **how)
-            rehearsal, there = stepped(training, batch_of(training, 4))
-            rows.append(agreement(name, step, there + planned(training, arguments), rehearsal.peak))
-    return rows
+@dataclass(frozen=True)
+class Planned:
+    """A model to be."""
 
+    language_model: str
+    vision: Mapping[str, Any]
+    """Fields of ViTConfig, all of them numbers."""
+    tiles: str | None = None
+    """Columns x rows of tiles beside the whole picture, such as "2x2"; None: a picture is one square."""
+    frames: int = 0
+    """Of a video; 0: none is trained on."""
 
-def planned(training: TrainingModel, arguments: TrainArguments) -> int:
-    """What the formula says of activations and gradients."""
-    length = Layout.of(training.llava.config).most + WORDS[2]
-    step = StepBytes.of(training.llava, arguments, length=length, learned=ANSWERS[2], packed=training.packed)
-    gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
-    head = training.llava.lm_head.weight
-    return step.peak(gradients, 2 * head.numel() if head.requires_grad else 0)
+    def __post_init__(self) -> None:
+        if self.language_model not in LANGUAGE_MODELS:
+            known = ", ".join(LANGUAGE_MODELS)
+            raise UserError(f"--language-model {self.language_model!r} is not known; choose one of: {known}")
+        if re.fullmatch(r"[1-6]x[1-6]", self.tiles or "1x1") is None:
+            raise UserError(f"--tiles {self.tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
+        too_many = not 0 <= self.frames <= MOST_DRAWN or math.prod(self.canvas) > MOST_TILES_WITH_VIDEO
+        if self.frames and (too_many or self.tiles is None):
+            raise UserError(
+                f"--frames {self.frames} must be 0 to {MOST_DRAWN}, and needs --tiles of {MOST_TILES_WITH_VIDEO} at "
+                "most: the stock class with videos sees pictures in tiles"
+            )
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        columns, rows = (self.tiles or "1x1").split("x")
+        return int(rows), int(columns)
 
-def made(
-    name: str,
-    stage: int,
-    *,
-    lora: bool = False,
-    checkpointing: bool = True,
-    bits: Literal[4, 8, 16] = 16,
-    sees: dict[str, Any] | None = None,
-    **kinds: bool,
-) -> tuple[TrainingModel, TrainArguments]:
-    """A stage's model without weights, for micro-batches of 4. `kinds`: features (cached), tower (trained), padded."""
-    model = Planned.of(name, TOWER, lora=lora, bits=16, **sees or {}).build()
-    if bits < 16:
-        quantize(model.model.language_model, bits, torch.bfloat16, META)
-    training, arguments = staged(model, stage, lora=lora, checkpointing=checkpointing, **kinds)
-    return training.to(torch.bfloat16), replace(arguments, per_device_train_batch_size=4)
+    @property
+    def layout(self) -> Layout:
+        side = self.vision["image_size"]
+        rows, columns = self.canvas
+        pinpoints = ((rows * side, columns * side),) if self.tiles else ()
+        return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
+
+    def build(self, device: str = "meta") -> Llava:
+        """In bf16, and nothing of it trains: without weights, or with random weights on another `device`."""
+        text = AutoConfig.for_model(**{"model_type": "llama"} | LANGUAGE_MODELS[self.language_model])
+        parts: dict[str, Any] = {"vision_config": ViTConfig(**self.vision), "text_config": text}
+        pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
+        with torch.device(device):
+            if self.frames:
+                parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+                # num_frames is a field of our own, which the class keeps.
+                parts |= {"image_grid_pinpoints": pinpoints, "num_frames": self.frames}
+                model: nn.Module = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts))
+            elif pinpoints:
+                parts |= {"image_seq_length": self.layout.square, "image_grid_pinpoints": pinpoints}
+                model = LlavaNextForConditionalGeneration(LlavaNextConfig(**parts))
+            else:
+                parts |= {"image_seq_length": self.layout.square}
+                model = LlavaForConditionalGeneration(LlavaConfig(**parts))
+        model.to(torch.bfloat16).requires_grad_(False)
+        return llava_of(model)
+
+    def flops(self, model: Llava) -> LlavaFlops:
+        size = self.vision["image_size"]
+        return LlavaFlops(model, image_size=size, image_tokens=self.layout.square, features=False)
 
 
 def staged(
-    model: Llava,
-    stage: int,
-    *,
-    lora: bool,
-    checkpointing: bool = True,
-    features: bool = False,
-    tower: bool = False,
-    padded: bool = False,
-) -> tuple[TrainingModel, TrainArguments]:
-    """A stage's model made of `model`, as mllm/training/prepare.py makes it, and its arguments."""
-    arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True).resolve(1)
-    arguments = replace(arguments, gradient_checkpointing=checkpointing, feature_cache=features)
-    if checkpointing:
+    model: Llava, arguments: TrainArguments, *, features: bool = False, tower: bool = False, padded: bool = False
+) -> TrainingModel:
+    """A stage's model made of `model`, as mllm/training/prepare.py makes it.
+
+    `features` are cached, the encoder (`tower`) trains too, batches are `padded`.
+    """
+    if arguments.gradient_checkpointing:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    freeze = freeze_table(STAGES[arguments.stage], lora=arguments.lora_enable, unfreeze_mm_vision_tower=tower)
     with torch.device(model.device):
-        whole: nn.Module = add_lora(model, arguments) if lora else model
-    apply_freeze(whole, freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=tower))
-    return TrainingModel(whole, features=features, packed=not padded).train(), arguments
+        whole: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
+    apply_freeze(whole, freeze)
+    return TrainingModel(whole, features=features, packed=not padded).train()
 
 
 def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
@@ -104,26 +186,100 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
     tokens, squares = layout.most, samples * layout.most_squares
     length = tokens + WORDS[stage]
     ids = torch.randint(3, 90, (samples, length))
-    ids[:, 0], ids[:, 1] = 7, 8 + torch.arange(samples)
+    ids[:, 0] = 7
+    ids[:, 1] = 8 + torch.arange(samples)
     if pictures:
         ids[:, 10 : 10 + tokens] = config.image_token_id
     labels = ids.masked_fill(torch.arange(length) < length - ANSWERS[stage], -100)
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     counts = Counts.of(batch, config.image_token_id)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
+
     half: dict[str, Any] = {"dtype": training.llava.dtype, "device": device}
     if pictures and training.features:
         batch["image_features"] = torch.randn(squares, layout.square, vision.hidden_size, **half)
     elif pictures:
         batch["pixel_values"] = torch.randn(squares, 3, vision.image_size, vision.image_size, **half)
-    batch |= {"image_sizes": [max(layout.sizes, key=layout.tokens)] * samples} if layout.pinpoints else {}
+    if layout.pinpoints:
+        batch["image_sizes"] = [max(layout.sizes, key=layout.tokens)] * samples
     return batch | {"counts": counts, "num_items_in_batch": torch.tensor(samples * ANSWERS[stage], device=device)}
 
 
-def stepped(training: TrainingModel, batch: dict[str, Any]) -> tuple[Rehearsal, int]:
-    """The rehearsal of forward and backward pass, and the bytes that are there before."""
+def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) -> Rehearsed:
+    """Rehearse forward and backward pass under ZeRO `stage`."""
+    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
+    if stage >= 2:
+        drop_gradients(trained)
     with Rehearsal() as rehearsal:
-        tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
-        there = rehearsal.hold([*training.parameters(), *training.buffers(), *tensors])
+        weights = rehearsal.hold([*training.parameters(), *training.buffers()])
+        rehearsal.hold(x for x in batch.values() if isinstance(x, torch.Tensor))
         training(**batch)["loss"].backward()
-    return rehearsal, there
+    count = sum(p.numel() for p in trained)
+    gradients = sum(p.nbytes for p in trained)
+    return Rehearsed(count, weights, gradients, 2 * FP32 * count, rehearsal.peak, rehearsal.flops)
+
+
+def rehearse_features(model: Llava) -> int:
+    """Return the bytes of a frozen encoder's pass over the pictures that it encodes at once (features.py)."""
+    vision: Any = model.config.vision_config
+    tower, size = model.model.vision_tower, vision.image_size
+    with Rehearsal() as rehearsal, torch.no_grad():
+        rehearsal.hold([*tower.parameters(), *tower.buffers()])
+        pixels = torch.empty(PICTURES_AT_ONCE, 3, size, size, dtype=model.dtype, device=META)
+        select_features(tower, pixels, -2, "default")
+    return rehearsal.peak
+
+
+def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
+    """Print a row for each of LLaVA-1.5's stages, with the largest micro-batch up to 16 that fits.
+
+    Raises UserError where not even one sample at a time fits.
+    """
+    rows, days = [], 0.0
+    width = LANGUAGE_MODELS[planned.language_model]["hidden_size"]
+    for number, stage in STAGES.items():
+        zero = {"stage": 0}
+        if machine.gpus > 1:
+            engine = json.loads((DS_CONFIGS / f"llava_zero{stage.zero}.json").read_text(encoding="utf-8"))
+            zero = (fitted(engine, width, torch.device("cuda")) or {})["zero_optimization"]
+        share = stage.llava["batch_size"] // machine.gpus
+        for micro in (size for size in (16, 8, 4, 2, 1) if share % size == 0 or size == 1):
+            arguments = TrainArguments(
+                stage=number, data_path="data.json", per_device_train_batch_size=micro, bf16=True,
+                gradient_checkpointing=True, feature_cache=False, lora_enable=lora and number == 2,
+            ).resolve(machine.gpus)  # fmt: skip
+            training = staged(planned.build(), arguments).to(torch.bfloat16)
+            step = rehearse(training, batch_of(training, micro, stage=number), stage=zero["stage"])
+            memory = step.on_rank(zero, machine.gpus)
+            if machine.fits(memory):
+                break
+        else:
+            raise UserError(
+                f"stage {number} does not fit {machine}: one sample at a time takes {memory / 1e9:.1f} GB. Try --lora, "
+                "more --gpus, a --kind with more memory, or a smaller --language-model"
+            )
+
+        shape = LlavaShape(1, planned.layout.most + WORDS[number], planned.layout.most_squares, ANSWERS[number])
+        again = planned.flops(planned.build())(shape)["language_model"]  # gradient checkpointing runs its layers twice
+        flops = sum(planned.flops(training.llava)(shape).values()) + again
+        days_of_stage = machine.days(SAMPLES[number] * flops)
+        days += days_of_stage
+        total = sum(count for count, _ in count_parameters(training.model).values())
+        rows.append([
+            stage.name, f"{total / 1e6:,.0f}", f"{step.parameters / 1e6:,.0f}", str(zero["stage"]),
+            f"{arguments.gradient_accumulation_steps} × {micro}", f"{memory / 1e9:.3g}", f"{flops / 1e12:,.2f}",
+            f"{steps_of(arguments, SAMPLES[number], machine.gpus):,}", f"{days_of_stage:.2f}",
+        ])  # fmt: skip
+    head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory of a rank, GB", "TFLOP a sample")
+    print_table(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows)
+    layout = dataclasses.replace(planned.layout, frames=0)
+    video = f", {planned.layout.most:,} a video" if planned.frames else ""
+    print(
+        f"{layout.most:,} tokens a picture{video}; {days:.2f} days, {24 * days * machine.gpus:,.0f} GPU hours\n"
+        f"before the first step, beside the weights: {rehearse_features(planned.build()) / 1e9:.2g} GB for the feature "
+        f"cache's encoder and {PICTURES_AT_ONCE} squares at once (twice that in fp32, as on a CPU); with "
+        f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
+        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), what is computed twice counted; the encoder runs in "
+        f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "
+        f"beside the picture, of which {ANSWERS[1]} and {ANSWERS[2]} are learned"
+    )

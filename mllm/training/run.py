@@ -37,7 +37,7 @@ from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters, llava_of
 from mllm.training.log import MetricsLog, Work, write_curves
 from mllm.training.plan import print_plan, steps_of
-from mllm.training.prepare import Prepared, collator_of, fit_to_captions, longest, prepare, record_config
+from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.trainer import Indexed, LlavaTrainer, StepCallback, TrainingModel, training_arguments
 from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, fitted, whole, zero_stage
 
@@ -62,7 +62,7 @@ def run_stage(flags: TrainArguments) -> None:
     others = {"not train.py's": text} if (text := left_out(flags, arguments)) else {}
     print_plan(
         arguments, prepared.model, prepared.freeze, prepared.facts | others, samples=len(prepared.dataset),
-        length=longest(prepared.dataset), zero=zero, world_size=world_size, console=process.console,
+        zero=zero, world_size=world_size, console=process.console,
     )  # fmt: skip
     if not arguments.dry_run:
         record_config(arguments, prepared, run_dir, write=process.is_main)

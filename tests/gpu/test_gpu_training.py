@@ -18,8 +18,8 @@ from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
 from clips.training.engine import Engine
-from clips.training.memory import usage
 from clips.training.prepare import fullest_shape
+from clips.training.rehearsal import rehearse
 from clips.training.step import optimizer_step
 from clips.training.task import Task
 
@@ -159,7 +159,7 @@ def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
     for _ in range(2):  # the second step has the optimizer's state of the first
         optimizer_step(engine, [gpu_report.random_batch(run, shape)])
     measured = torch.cuda.max_memory_allocated(GPU) - before
-    assert usage(run, shape, "cuda", {"stage": 0}).total == pytest.approx(measured, rel=0.15)
+    assert rehearse(run, phase, 1).on_rank({"stage": 0}, 1) == pytest.approx(measured, rel=0.15)
 
 
 def test_the_report_measures_towers() -> None:

@@ -1,4 +1,4 @@
-"""LLaVA's steps at published sizes, rehearsed for a GPU: no wait, one device, and the plan's memory and FLOPs."""
+"""LLaVA's steps at published sizes, rehearsed for a GPU: no wait, one device, the memory of before, all FLOPs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,62 +16,80 @@ from mllm.evaluation.batches import pixel_inputs
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.load import CACHE
 from mllm.model.packing import pairs_of
+from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
+from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
-from mllm.training.plan import ANSWERS, LANGUAGE_MODELS, WORDS, StepBytes
-from mllm.training.rehearsal import TOWER, agreements, batch_of, made, planned, stepped
+from mllm.training.rehearsal import LANGUAGE_MODELS, WORDS, Planned, batch_of, rehearse, rehearse_features, staged
+from mllm.training.trainer import TrainingModel
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "lora", "checkpointing"),
-    [
-        ("smollm2-135m", 2, False, False),
-        ("vicuna-7b", 1, False, False),
-        ("vicuna-7b", 2, False, True),
-        ("llama3-8b", 2, False, True),
-        ("qwen2.5-7b", 2, False, False),
-        ("qwen2.5-7b", 2, True, True),
-    ],
-)
-def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, checkpointing: bool) -> None:
-    """Memory of a rank and its activations within 2 %; without checkpointing torch's FLOPs within 1 %."""
-    training, arguments = made(name, stage, lora=lora, checkpointing=checkpointing)
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TOWER |= {"image_size": 336, "patch_size": 14}
+"""CLIP's L/14 at 336 pixels, as LLaVA-1.5's."""
+
+
+def made(
+    name: str, stage: int, *, lora: bool = False, checkpointing: bool = True, bits: int = 16, **how: Any
+) -> TrainingModel:
+    """A stage's model without weights. `how`: tiles and frames of the model, kinds of `staged`."""
+    sees = {key: how.pop(key) for key in ("tiles", "frames") if key in how}
+    model = Planned(name, TOWER, **sees).build()
+    if bits < 16:
+        quantize(model.model.language_model, bits, torch.bfloat16, META)
+    arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
+    arguments = replace(arguments.resolve(1), gradient_checkpointing=checkpointing)
+    return staged(model, arguments, **how).to(torch.bfloat16)
+
+
+GB = {
+    ("smollm2-135m", 2, False, False): 4.006,
+    ("vicuna-7b", 1, False, False): 28.459,
+    ("vicuna-7b", 2, False, True): 27.919,
+    ("llama3-8b", 2, False, True): 32.844,
+    ("qwen2.5-7b", 2, False, False): 40.087,
+    ("qwen2.5-7b", 2, True, True): 18.464,
+}
+"""Language model, stage, LoRA, checkpointing → GB of a rank with four samples, without its optimizer. A formula from
+shapes gave 0.98 to 1.02 of each (commit 264d324), and of those below."""
+
+
+@pytest.mark.parametrize("case", GB, ids=str)
+def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tuple) -> None:
+    """Memory within 2 %; without checkpointing torch's FLOPs within 1 %."""
+    name, stage, lora, checkpointing = case
+    training = made(name, stage, lora=lora, checkpointing=checkpointing)
     batch = batch_of(training, 4)
-    rehearsal, there = stepped(training, batch)
-    activations = planned(training, arguments)
-    assert there + activations == pytest.approx(rehearsal.peak, rel=0.02)
-    assert activations == pytest.approx(rehearsal.peak - there, rel=0.02)
+    step = rehearse(training, batch)
+    assert step.peak / 1e9 == pytest.approx(GB[case], rel=0.02)
     if not checkpointing:
         flops = LlavaFlops(training.llava, image_size=336, image_tokens=576, features=False)
         counts = batch["counts"]
         pairs = pairs_of(4, 576 + WORDS[2], counts.shared)
         parts = flops.parts(pictures=4, positions=counts.row, pairs=pairs, predicted=counts.learned)
-        assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
+        assert sum(parts.values()) == pytest.approx(step.flops, rel=0.01)
 
 
-def test_the_table_of_the_docs_is_what_the_command_prints() -> None:
-    """Two of its rows."""
-    page = (ROOT / "docs" / "planning.md").read_text()
-    assert [f"| {' | '.join(row)} |" in page for row in agreements(("smollm2-135m",))] == [True, True]
-
-
-@pytest.mark.parametrize(("stage", "samples", "padded"), [(1, 4, True), (2, 4, True), (2, 1, False)])
-def test_masks_of_attention_and_repeated_keys_are_planned(
-    stage: int, samples: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "samples", "padded", "gb"), [(1, 4, True, 3.251), (2, 4, True, 4.017), (2, 1, False, 1.614)]
+)
+def test_masks_of_attention_and_repeated_keys_take_what_they_took(
+    stage: int, samples: int, padded: bool, gb: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without checkpointing every layer keeps them, which a small model feels most. A sample alone needs neither."""
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: padded)
-    training, arguments = made("smollm2-135m", stage, lora=False, checkpointing=False, padded=padded)
-    rehearsal, there = stepped(training, batch_of(training, samples))
-    arguments = replace(arguments, per_device_train_batch_size=samples)
-    assert planned(training, arguments) == pytest.approx(rehearsal.peak - there, rel=0.02)
+    training = made("smollm2-135m", stage, checkpointing=False, padded=padded)
+    assert rehearse(training, batch_of(training, samples)).peak / 1e9 == pytest.approx(gb, rel=0.02)
 
 
-@pytest.mark.parametrize(("bits", "stage", "checkpointing"), [(4, 2, True), (4, 2, False), (8, 2, True), (8, 1, True)])
-def test_a_step_in_few_bits_needs_what_the_plan_says(
-    bits: int, stage: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("bits", "stage", "checkpointing", "gb"),
+    [(4, 2, True, 4.757), (4, 2, False, 8.456), (8, 2, True, 6.055), (8, 1, True, 5.842)],
+)
+def test_a_step_in_few_bits_takes_what_it_took(
+    bits: int, stage: int, checkpointing: bool, gb: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes knows the shapes of its kernels on "meta". Two of them hide what they need on a GPU, so they are
     written out here as its CUDA backend has them; nor does it quantise on "meta" of itself.
@@ -96,34 +113,26 @@ def test_a_step_in_few_bits_needs_what_the_plan_says(
     monkeypatch.setattr("mllm.model.quantize._check", lambda *_: None)
     monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # what it keeps of "meta" goes with this test
     monkeypatch.setitem(LANGUAGE_MODELS["qwen2.5-7b"], "num_hidden_layers", 4)  # full width, for all layers are alike
-    training, arguments = made("qwen2.5-7b", stage, lora=stage == 2, checkpointing=checkpointing, bits=bits)
-    rehearsal, there = stepped(training, batch_of(training, 4))
-    assert planned(training, replace(arguments, bits=bits)) == pytest.approx(rehearsal.peak - there, rel=0.03)
+    training = made("qwen2.5-7b", stage, lora=stage == 2, checkpointing=checkpointing, bits=bits)
+    assert rehearse(training, batch_of(training, 4)).peak / 1e9 == pytest.approx(gb, rel=0.03)
 
 
-@pytest.mark.parametrize(("frames", "features"), [(0, True), (32, True), (32, False)])
-def test_tiles_and_videos_need_what_the_plan_says(frames: int, features: bool) -> None:
+@pytest.mark.parametrize(("frames", "features", "gb"), [(0, True, 1.832), (32, True, 2.509), (32, False, 6.133)])
+def test_tiles_and_videos_take_what_they_took(frames: int, features: bool, gb: float) -> None:
     """Their tokens make the row longer, and the projector keeps every square. An encoder that sees 32 frames of each
     sample needs more than all that follows.
     """
-    sees = {"tiles": "2x2", "frames": frames}
-    training, arguments = made("smollm2-135m", 1, lora=False, checkpointing=True, sees=sees, features=features)
-    batch = batch_of(training, 4)
-    rehearsal, there = stepped(training, batch)
-    layout = Layout.of(training.llava.config)
-    there -= batch["image_features"].nbytes if features else 0  # the plan counts them among the activations
-    step = StepBytes.of(training.llava, arguments, length=layout.most + WORDS[2], learned=ANSWERS[2])
-    assert planned(training, arguments) == pytest.approx(rehearsal.peak - there, rel=0.05)
-    assert (planned(training, arguments) == step.tower) == (not features)
+    training = made("smollm2-135m", 1, tiles="2x2", frames=frames, features=features)
+    assert rehearse(training, batch_of(training, 4)).peak / 1e9 == pytest.approx(gb, rel=0.02)
+    assert rehearse_features(training.llava) / 1e9 == pytest.approx(3.224, rel=0.02)  # of 64 squares, alone
 
 
 @pytest.mark.parametrize("kind", ["features", "text", "tower", "padded"])
 def test_no_kind_of_batch_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But one: for models that train padded, transformers looks for padding itself."""
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: kind == "padded")
-    training, _ = made("smollm2-135m", 2, lora=False, checkpointing=True, **({} if kind == "text" else {kind: True}))
-    rehearsal, _ = stepped(training, batch_of(training, 4, pictures=kind != "text"))
-    assert rehearsal.flops > 0
+    training = made("smollm2-135m", 2, **({} if kind == "text" else {kind: True}))
+    assert rehearse(training, batch_of(training, 4, pictures=kind != "text")).flops > 0
     trained = {name for name, p in training.named_parameters() if p.grad is not None}
     assert any("vision_tower" in name for name in trained) == (kind == "tower")
 
@@ -140,7 +149,7 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
     """
     for kind in ("llava", "llava_next"):
         monkeypatch.setattr(f"transformers.models.{kind}.modeling_{kind}.torch_compilable_check", lambda *_: None)
-    training, _ = made("llama3-8b", 2, lora=True, checkpointing=False, sees={"tiles": tiles})
+    training = made("llama3-8b", 2, lora=True, checkpointing=False, tiles=tiles)
     llava: Any = llava_of(training.model).eval()
     layout, text, side = Layout.of(llava.config), llava.config.get_text_config(), TOWER["image_size"]
     ids = torch.full((1, layout.most + 40), 7)

@@ -1,8 +1,9 @@
-"""Pretraining steps at published sizes, rehearsed for a GPU: no wait, one device, and the plan's memory and FLOPs."""
+"""Pretraining steps at published sizes, rehearsed for a GPU: no wait, one device, the memory of before, all FLOPs."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,6 @@ import torch
 from conftest import generative
 from torch.fx.experimental import _config as fx_config
 
-from clips.common.cards import Machine, card
-from clips.common.errors import UserError
 from clips.common.rehearsal import META, Rehearsal, Waits
 from clips.config import RunConfig, TaskConfig
 from clips.data.loader import micro_batch_size
@@ -20,12 +19,10 @@ from clips.evaluation.encode import predict, text_features
 from clips.evaluation.testsets import Item
 from clips.model import captioner, layers
 from clips.model.flops import forward_flops, repeated_flops, training_flops
-from clips.recipes import RECIPES, recipe, with_tower
+from clips.recipes import recipe, with_tower
 from clips.training import losses
 from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.losses import info_nce
-from clips.training.memory import usage
-from clips.training.plan import plan
 from clips.training.prepare import fullest_shape
 from clips.training.rehearsal import built, rehearse
 
@@ -34,7 +31,7 @@ pytestmark = pytest.mark.slow
 WHOLE = "train.activation_checkpointing=false"
 
 
-def variant(name: str, kind: str, settings: list[str]) -> RunConfig:
+def variant(name: str, kind: str, settings: Sequence[str]) -> RunConfig:
     run = recipe(name).override(["train.precision=bf16", *settings])
     if kind == "clip":
         return replace(run, model=replace(run.model, captioner=None), task=TaskConfig(objective="clip"))
@@ -43,38 +40,46 @@ def variant(name: str, kind: str, settings: list[str]) -> RunConfig:
     if kind == "dropping":
         run = replace(run, model=replace(run.model, captioner=replace(run.model.captioner, image_token_keep=0.4)))
         return replace(run, model=replace(run.model, vision=replace(run.model.vision, patch_dropout=0.5)))
-    return with_tower(run, kind) if kind else run
+    return with_tower(run, kind.removesuffix(" tower")) if kind else run
 
 
-CASES = [
-    *((name, "", 8, []) for name in list(RECIPES)[:4]),
-    *((name, "", gpus, []) for name, gpus in (("s16", 64), ("l14", 512))),
-    *(("s16", "", 512, [setting]) for setting in ("train.freeze=vision", "model.text.pad_mask=false")),
-    *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption+web", "siglip", "clip tower", "dropping")),
-    ("b16", "", 8, []),  # the logits of the whole batch are computed in chunks
-    ("b16", "", 64, [WHOLE, "train.precision=fp32"]),
-    *(
-        (name, "clip", 64, []) for name in ("s16", "h14")
-    ),  # fullest in the texts' backward pass, and in the forward pass
-    ("l14", "", 64, ["train.freeze=text"]),
-    ("l14", "", 8, ["train.accumulation=2"]),
-    ("s16", "", 64, ["train.accumulation=2", "train.contrastive=global"]),
-]
+CASES = {
+    ("demo", "", 8, ()): 0.031,
+    ("clip_baseline", "", 8, ()): 0.019,
+    ("caption", "", 8, ()): 0.018,
+    ("caption_web", "", 8, ()): 0.026,
+    ("s16", "", 64, ()): 5.123,
+    ("l14", "", 512, ()): 6.201,
+    ("s16", "", 512, ("train.freeze=vision",)): 2.444,
+    ("s16", "", 512, ("model.text.pad_mask=false",)): 2.476,
+    ("b16", "clip", 64, (WHOLE,)): 19.376,
+    ("b16", "caption+web", 64, (WHOLE,)): 51.802,
+    ("b16", "siglip", 64, (WHOLE,)): 61.713,
+    ("b16", "clip tower", 64, (WHOLE,)): 61.962,
+    ("b16", "dropping", 64, (WHOLE,)): 53.054,
+    ("b16", "", 8, ()): 52.014,  # the logits of the whole batch are computed in chunks
+    ("b16", "", 64, (WHOLE, "train.precision=fp32")): 107.647,
+    ("s16", "clip", 64, ()): 1.640,  # fullest in the texts' backward pass
+    ("h14", "clip", 64, ()): 10.420,  # and in the forward pass
+    ("l14", "", 64, ("train.freeze=text",)): 10.075,
+    ("l14", "", 8, ("train.accumulation=2",)): 41.577,
+    ("s16", "", 64, ("train.accumulation=2", "train.contrastive=global")): 3.791,
+}
+"""Recipe, variant, GPUs, settings → GB of a rank without its optimizer. A formula from shapes gave 0.95 to 1.05 of each
+(commit 264d324): another figure today is a change of what a step holds."""
 
 
-@pytest.mark.parametrize(("name", "kind", "gpus", "settings"), CASES)
-def test_a_step_needs_what_the_plan_says(name: str, kind: str, gpus: int, settings: list[str]) -> None:
-    """In every phase's first size; within 5 % of the memory, and the FLOPs of torch's own counter."""
-    run = variant(name, kind.removesuffix(" tower") if kind != "clip" else kind, settings)
-    if kind == "clip tower":
-        run = with_tower(variant(name, "", settings), "clip")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tuple) -> None:
+    """In every phase's first size; the FLOPs from shapes are those of torch's own counter."""
+    name, kind, gpus, settings = case
+    run = variant(name, kind, settings)
     phase, count = run.phases[0], run.train.accumulation
     whole = count > 1 and run.train.contrastive == "global"
-    found = rehearse(run, phase, gpus)
+    step = rehearse(run, phase, gpus)
+    assert step.peak / 1e9 == pytest.approx(CASES[case], rel=0.02, abs=6e-4)
+    assert step.weights == pytest.approx(4 * sum(p.numel() for p in built(run, phase).parameters()), rel=0.01)
     shape = fullest_shape(run, phase, micro_batch_size(phase, count, gpus), gpus)
-    planned = usage(run, shape, "cuda", {"stage": 0}, whole_step=whole)
-    assert planned.weights + planned.batch + planned.working == pytest.approx(found.peak, rel=0.05)
-    assert planned.weights == pytest.approx(found.weights, rel=0.01)
     shape = replace(shape, world_size=gpus * (count if whole else 1))
     flops = sum(training_flops(run.model, shape, run.train.freeze).values())
     checkpointing = run.train.activation_checkpointing
@@ -82,19 +87,22 @@ def test_a_step_needs_what_the_plan_says(name: str, kind: str, gpus: int, settin
     if whole:
         forward = forward_flops(run.model, shape)
         flops = count * (flops + forward["vision"] + forward["text"])
-    assert flops == pytest.approx(found.flops, rel=2e-3)
+    assert flops == pytest.approx(step.flops, rel=2e-3)
 
 
-def test_the_plan_refuses_what_cannot_fit_and_proposes_what_does() -> None:
-    run = recipe("b16").override(["train.precision=bf16"])
-    machine = Machine(card("a100-40"), 8, mfu=0.2)
-    with pytest.raises(UserError, match=r"train.accumulation=2 train.contrastive=global"):
-        plan(run, machine, engine="zero0")
-    fit = plan(run, machine, engine="zero0", strict=False).phases[0].fit
-    held = fit.usage.optimizer + fit.usage.buffers
-    proposed = run.override([f"train.accumulation={fit.accumulation}", "train.contrastive=global"])
-    asked, cut = (rehearse(r, r.phases[0], 8).peak + held for r in (run, proposed))
-    assert cut < machine.card.usable < asked
+def test_zero_splits_state_gradients_and_weights() -> None:
+    """What is another rank's is not held; each stage saves more, but for DeepSpeed's buffers of a fixed size."""
+    run = recipe("s16").override(["phases.*.batch_size=128"])
+    phase, small = run.phases[0], {"reduce_bucket_size": 10_000_000}
+    kept, dropped = (rehearse(run, phase, 8, stage=stage) for stage in (0, 2))
+    assert dropped.peak < kept.peak
+    of_stage = [kept.on_rank({"stage": 0}, 8)]
+    of_stage += [step.on_rank(small | {"stage": stage}, 8) for stage, step in ((1, kept), (2, dropped), (3, dropped))]
+    assert of_stage == sorted(of_stage, reverse=True)
+    offloaded = dropped.on_rank(small | {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 8)
+    assert of_stage[2] - offloaded == (kept.state + 4 * kept.parameters) // 8
+    whole = run.override(["train.accumulation=16", "train.contrastive=global"])
+    assert rehearse(whole, whole.phases[0], 8).peak < kept.peak  # GradCache holds one micro-batch's activations
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -182,21 +190,21 @@ PLANTED = {
         "return torch.stack([info_nce(",
         "rows[0].sum().item()\n    return torch.stack([info_nce(",
         ((RuntimeError,), r"item\(\)"),
-        ("b16", "", 8, []),
+        ("b16", "", 8, ()),
     ),
     "a mask made on the CPU": (
         captioner.caption_mask,
         "mask = torch.ones(L, L, dtype=torch.bool, device=device)",
         'mask = torch.ones(L, L, dtype=torch.bool, device="cpu")',
         ((RuntimeError, Waits), r"expected device|host waits"),
-        ("b16", "", 8, []),
+        ("b16", "", 8, ()),
     ),
     "an fp32 activation in a bf16 block": (
         layers.Mlp.forward,
         "return self.fc2(self.act(self.fc1(x)))",
         "return self.fc2(self.act(self.fc1(x).float()))",
-        ((AssertionError,), ""),  # the memory that the plan says
-        ("b16", "clip", 64, [WHOLE]),
+        ((AssertionError,), ""),  # the memory of before
+        ("b16", "clip", 64, (WHOLE,)),
     ),
 }
 """Fault → the function, its line, the line with the fault, the errors that see it, and the case of CASES."""
@@ -213,4 +221,4 @@ def test_a_fault_that_is_planted_in_a_copy_fails_the_suite(fault: str, monkeypat
         code = next(part for part in code.co_consts if inspect.iscode(part) and part.co_name == name)
     monkeypatch.setattr(function, "__code__", code)
     with pytest.raises(errors, match=message):
-        test_a_step_needs_what_the_plan_says(*case)
+        test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case)

@@ -319,7 +319,7 @@ def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, flags: str, advice
     apply_freeze(model, freeze)
     resolved = arguments("--data_path", "x", *flags.split()).resolve(1)
     console = Console(file=told, width=200)
-    print_plan(resolved, model, freeze, {}, samples=120, length=64, zero=0, world_size=1, console=console)
+    print_plan(resolved, model, freeze, {}, samples=120, zero=0, world_size=1, console=console)
     assert "  steps  " in told.getvalue()
     assert ("the model hardly changes: " in told.getvalue()) is (advice is not None)
     assert (advice or "") in told.getvalue()
