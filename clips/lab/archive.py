@@ -1,11 +1,12 @@
 """A finished study as one file: the raw answers that its figures rest on, and its report.
 
-A tar in xz, sorted and without times or owners, so that equal studies give equal bytes. What `unpack` writes is
-bounded, and it takes only files whose names match a pattern.
+A tar in xz, sorted and without times or owners, so that equal studies give equal bytes. `unpack` takes only files whose
+names match a pattern, and a bounded number of bytes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import math
@@ -17,12 +18,10 @@ from typing import Any
 
 from clips.common.errors import UserError
 from clips.common.files import differing, placing, sha256
-from clips.data.tar import read_members
 
 ENDING = ".tar.xz"
-MOST_PACKED, MOST_BYTES, MOST_MEMORY = 50_000_000, 200_000_000, 100_000_000
-"""Bytes of an archive, of what it unpacks to, and of memory that its decoder may ask for (xz -6 needs 9 MB)."""
-MOST_MEMBERS = 20_000
+MOST_BYTES = 200_000_000
+"""Bytes that an archive unpacks to."""
 TOLERANCE = 1e-6
 """Relative and absolute: sums of the same numbers may end in other digits on another machine."""
 
@@ -32,11 +31,12 @@ def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[
 
     Raises UserError for what could not be unpacked again: a name that `allowed` does not match, too many bytes.
     """
-    if strange := [name for name in names if not allowed.fullmatch(name)]:
-        raise UserError(f"{output}: {strange[0]} has a name that an archive cannot hold")
+    for name in names:
+        if not allowed.fullmatch(name):
+            raise UserError(f"{output}: {name} has a name that an archive cannot hold")
     total = sum((output / name).stat().st_size for name in names)
-    if total > MOST_BYTES or len(names) > MOST_MEMBERS:
-        raise UserError(f"{output}: {len(names):,} files of {total:,} bytes are more than an archive may hold")
+    if total > MOST_BYTES:
+        raise UserError(f"{output}: {total:,} bytes are more than an archive may hold")
     with (
         placing(archive) as file,
         lzma.open(file, "wb", preset=6) as packed,
@@ -51,46 +51,29 @@ def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[
 
 
 def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
-    """Write the files of `archive` below `directory`, which must be empty.
+    """Write the files of `archive` below `directory`.
 
-    Raises UserError for a damaged file, links, a name twice or one that `allowed` does not match, and for more bytes or
-    members than the limits above.
+    Raises UserError for a damaged file, more than MOST_BYTES, links, and names that `allowed` does not match.
     """
     if not archive.is_file():
         raise UserError(f"there is no archive {archive}")
-    if archive.stat().st_size > MOST_PACKED:
-        raise UserError(f"{archive} has more than {MOST_PACKED:,} bytes")
-    plain = directory / "archive.tar"
-    _decompress(archive, plain)
-    members, problems = read_members(str(plain))  # refuses links and names that climb out
-    problems += [f"{name!r} is no file of such a study" for name in members if not allowed.fullmatch(name)]
-    problems += [f"it has more than {MOST_MEMBERS:,} files"] if len(members) > MOST_MEMBERS else []
-    if problems:
-        raise UserError(f"{archive} cannot be unpacked: {problems[0]}")
-    with plain.open("rb") as tar:
-        for name, (offset, size) in members.items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tar.seek(offset)
-            path.write_bytes(tar.read(size))
-    plain.unlink()
+    try:
+        with lzma.open(archive) as packed:
+            content = packed.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{archive} unpacks to more than {MOST_BYTES:,} bytes")
 
-
-def _decompress(archive: Path, plain: Path) -> None:
-    decoder, written = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_MEMORY), 0
-    with archive.open("rb") as packed, plain.open("wb") as out:
-        while not decoder.eof:
-            piece = packed.read(1 << 20) if decoder.needs_input else b""
-            if decoder.needs_input and not piece:
-                raise UserError(f"{archive} is cut off")
-            try:
-                found = decoder.decompress(piece, max_length=1 << 20)
-            except lzma.LZMAError as error:
-                raise UserError(f"{archive} is no xz file, or damaged, or needs too much memory: {error}") from None
-            written += len(found)
-            if written > MOST_BYTES:
-                raise UserError(f"{archive} unpacks to more than {MOST_BYTES:,} bytes")
-            out.write(found)
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                if not (member.isreg() and allowed.fullmatch(member.name)):
+                    raise UserError(f"{archive} cannot be unpacked: {member.name!r} is no file of such a study")
+                path = directory / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = tar.extractfile(member)
+                assert file is not None
+                path.write_bytes(file.read())
+    except (EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise UserError(f"{archive} is no archive of a study, or damaged: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------- verify

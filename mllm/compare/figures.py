@@ -13,7 +13,7 @@ import os
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -87,45 +87,31 @@ def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[s
 
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     """What report.json says by the files of the comparison."""
-    every, names = cells_of(comparison), encoder_names(comparison)
-    alone = read_json(comparison.output / ENCODERS)
-    report: dict[str, Any] = {
+    cells = cells_of(comparison)
+    answers = read_answers(comparison) if plan["questions"] else {}
+    scores = item_scores(comparison, answers) if answers else {}
+    metrics, differences = compare_scores(comparison, scores)
+    benchmarks, benchmark_differences = compare_benchmarks(comparison)
+
+    on_answers: dict[str, Any] = {"loose_answers": loose_answers(comparison, answers)} if answers else {}
+    if "accuracy" in scores:
+        on_answers["blind_questions"] = blind_questions(comparison, answers, scores["accuracy"])
+    return {
         "plan": plan,
         "fixed": what_was_fixed(comparison.output / PLAN, plan),
         "scorer": scorer_version(),
-        "settings": _settings(comparison, plan),
-        "encoders": {},
-        "differences": [],
-        "cells": [_cell_record(comparison, cell) for cell in every],
-        "examples": [],
+        "settings": _settings(comparison, plan) | {"columns": columns_of(answers) if answers else []},
+        "encoders": {
+            name: {"metrics": metrics[name], "benchmarks": benchmarks.get(name, {})} | _encoder(comparison, name)
+            for name in encoder_names(comparison)
+        },
+        "differences": differences,
+        **on_answers,
+        **({"benchmark_differences": benchmark_differences} if comparison.benchmarks else {}),
+        "cells": [_cell_record(comparison, cell) for cell in cells],
+        "examples": pick_examples(comparison, answers) if answers else [],
         "files": {name: sha256(comparison.output / name) for name in stored_files(comparison)},
     }
-    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
-    if plan["questions"]:
-        answers = read_answers(comparison)
-        scores = item_scores(comparison, answers)
-        report["settings"]["columns"] = columns_of(answers)
-        summary, report["differences"] = compare_scores(comparison, scores)
-        report["loose_answers"] = loose_answers(comparison, answers)
-        if (overall := scores.get("accuracy")) is not None:
-            report["blind_questions"] = blind_questions(comparison, answers, overall)
-        report["examples"] = pick_examples(comparison, answers)
-    benchmarks: dict[str, dict[str, Any]] = {}
-    if comparison.benchmarks:
-        benchmarks, report["benchmark_differences"] = compare_benchmarks(comparison)
-    for encoder in names:
-        cells = [cell for cell in every if cell.encoder == encoder]
-        own, groups = [alone[cell.name] for cell in cells], independent_runs(encoder_groups(comparison, encoder))
-        report["encoders"][encoder] = {
-            "kind": cells[0].kind,
-            "metrics": summary[encoder],
-            "benchmarks": benchmarks.get(encoder, {}),
-            "intrinsic": _intrinsic([record["figures"] for record in own], groups),
-            "described": cells[0].read("config.json")["instruct"]["facts"]["vision encoder"],
-            "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
-            "cost": _cost(cells),
-        }
-    return report
 
 
 def stored_files(comparison: Comparison) -> list[str]:
@@ -139,21 +125,35 @@ def stored_files(comparison: Comparison) -> list[str]:
     return sorted(path.relative_to(output).as_posix() for path in files if path.is_file())
 
 
-def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The figures that an encoder has with every seed, over seeds."""
+def _encoder(comparison: Comparison, name: str) -> dict[str, Any]:
+    """What an encoder is, its own figures, and what its cells cost."""
+    cells = [cell for cell in cells_of(comparison) if cell.encoder == name]
+    groups = independent_runs(encoder_groups(comparison, name))
+    records = read_json(comparison.output / ENCODERS)
+    own = [records[cell.name] for cell in cells]
+    by_run = [record["figures"] for record in own]
+    intrinsic = {}
+    for figure, first in by_run[0].items():
+        if all(figure in figures for figures in by_run):
+            about = {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
+            intrinsic[figure] = over_seeds([figures[figure]["value"] for figures in by_run], groups) | about
     return {
-        name: over_seeds([figures[name]["value"] for figures in by_seed], groups)
-        | {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
-        for name, first in by_seed[0].items()
-        if all(name in figures for figures in by_seed)
+        "kind": cells[0].kind,
+        "intrinsic": intrinsic,
+        "described": cells[0].read("config.json")["instruct"]["facts"]["vision encoder"],
+        "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
+        "cost": _cost(cells),
     }
 
 
 def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
-    cells, stages = cells_of(comparison), {}
-    cell, config = cells[0], cells[0].read("config.json")
+    cells = cells_of(comparison)
+    cell = cells[0]
+    config = cell.read("config.json")
+    stages = {}
     for stage in STAGES.values():
-        trains, done = config[stage.name]["trains"], cell.read(f"{stage.name}/done.json")
+        trains = config[stage.name]["trains"]
+        done = cell.read(f"{stage.name}/done.json")
         stages[stage.name] = {
             **{name: done[name] for name in ("samples", "steps")},
             **{name: trains[name] for name in ("batch_size", "learning_rate")},
@@ -164,7 +164,6 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
         "llava_runs": llava_runs(comparison),
-        "columns": [],
         "quick": comparison.quick,
         "budget_share": plan["budget"]["share"],
         "distinct_encoders": {
@@ -221,16 +220,15 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
 def read_answers(comparison: Comparison) -> Lines:
     """Each cell's answers; UserError naming a cell that was asked something else."""
     answers: Lines = {}
-    first, *_ = cells = cells_of(comparison)
+    cells = cells_of(comparison)
     for cell in cells:
-        files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
-        answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_bytes().splitlines()]
-        asked, wanted = ([{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, first))
-        if asked != wanted:
-            raise UserError(
-                f"cell {cell.name} answered other questions than {first.name}: remove {cell.evaluation} and run "
-                "the comparison again"
-            )
+        answers[cell] = []
+        for name in stored_questions(comparison.output):
+            lines = (cell.evaluation / f"{name}.jsonl").read_bytes().splitlines()
+            answers[cell] += [json.loads(line) | {"file": name} for line in lines]
+        asked = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
+        if asked[0] != asked[1]:
+            raise UserError(f"cell {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
     return answers
 
 
@@ -240,8 +238,8 @@ def column_of(line: Mapping[str, Any]) -> str:
 
 def columns_of(answers: Lines) -> list[str]:
     """The sorts of pictures that were asked about. Those of unseen artists, which decide, come first."""
-    found = dict.fromkeys(map(column_of, next(iter(answers.values()))))
-    return sorted(found, key=lambda column: column != UNSEEN)
+    columns = dict.fromkeys(map(column_of, next(iter(answers.values()))))
+    return sorted(columns, key=lambda column: column != UNSEEN)
 
 
 def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
@@ -251,49 +249,59 @@ def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]
     the deciding column without the questions that blind models answer, for all other encoders.
     """
     deciding, *others = columns_of(answers)
-    found = _scores_of_column(comparison, answers, deciding)
+    metrics = _scores_of_column(comparison, answers, deciding)
     for column in others:
-        found |= {f"{name}@{column}": m for name, m in _scores_of_column(comparison, answers, column).items()}
-    if (overall := found.get("accuracy")) is not None:
-        left, blind = ~solved_blind(comparison, overall), _blind(comparison)
+        of_column = _scores_of_column(comparison, answers, column)
+        metrics |= {f"{name}@{column}": metric for name, metric in of_column.items()}
+
+    overall = metrics.get("accuracy")
+    if overall is not None:
+        left = ~solved_blind(comparison, overall)
         if left.any() and not left.all():
             clusters = [cluster for cluster, is_left in zip(overall.clusters, left, strict=True) if is_left]
+            blind = _blind(comparison)
             seeing = {name: scores[:, left] for name, scores in overall.by_encoder.items() if name not in blind}
-            found[NEEDS_PICTURE] = ItemScores(clusters, seeing, deciding)
-    return found
+            metrics[NEEDS_PICTURE] = ItemScores(clusters, seeing, deciding)
+    return metrics
 
 
 def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> dict[str, ItemScores]:
     first = next(iter(answers.values()))
-    of_column = [i for i, line in enumerate(first) if column_of(line) == column]
+    items = [i for i, line in enumerate(first) if column_of(line) == column]
+    scored = [i for i in items if "correct" in first[i]]
+    metrics: dict[str, ItemScores] = {}
+    if scored:
+        correct = {cell: [float(lines[i]["correct"]) for i in scored] for cell, lines in answers.items()}
+        overall = metrics["accuracy"] = _item_scores(first, scored, correct, column)
+        kinds = np.array([first[i]["kind"] for i in scored])
+        for kind in dict.fromkeys(kinds.tolist()) if len(set(kinds)) > 1 else ():
+            chosen = kinds == kind
+            clusters = [cluster for cluster, is_chosen in zip(overall.clusters, chosen, strict=True) if is_chosen]
+            of_kind = {name: scores[:, chosen] for name, scores in overall.by_encoder.items()}
+            metrics[f"accuracy/{kind}"] = ItemScores(clusters, of_kind, column, kind)
 
-    def scores(
-        items: list[int], values: Callable[[list[dict[str, Any]]], Iterable[Any]], kind: str | None
-    ) -> ItemScores:
-        rows = defaultdict(list)
-        for cell, lines in answers.items():
-            rows[cell.encoder].append([float(value) for value in values([lines[i] for i in items])])
-        clusters = [" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items]
-        return ItemScores(clusters, {encoder: np.array(of_runs) for encoder, of_runs in rows.items()}, column, kind)
-
-    scored = [i for i in of_column if "correct" in first[i]]
-    kinds = list(dict.fromkeys(first[i]["kind"] for i in scored))
-    groups: list[tuple[str, str | None, list[int]]] = [("accuracy", None, scored)] if scored else []
-    if len(kinds) > 1:
-        groups += [(f"accuracy/{kind}", kind, [i for i in scored if first[i]["kind"] == kind]) for kind in kinds]
-    found = {name: scores(items, lambda lines: [x["correct"] for x in lines], kind) for name, kind, items in groups}
     references = {
         (file, question.id): question.references
         for file, path in stored_questions(comparison.output).items()
         for question in read_questions(path)
-        if question.references
     }
-    texts = {i: references.get((first[i]["file"], first[i]["question_id"])) for i in of_column}
-    described = {i: of_item for i, of_item in texts.items() if of_item}
+    described = [i for i in items if references.get((first[i]["file"], first[i]["question_id"]))]
     if described:
-        wanted = list(described.values())
-        found["cider_d"] = scores([*described], lambda lines: cider([x["text"] for x in lines], wanted)[1], None)
-    return found
+        texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
+        values = {cell: cider([lines[i]["text"] for i in described], texts)[1] for cell, lines in answers.items()}
+        metrics["cider_d"] = _item_scores(first, described, values, column)
+    return metrics
+
+
+def _item_scores(
+    first: Sequence[Mapping[str, Any]], items: Sequence[int], values: Mapping[EncoderCell, list[float]], column: str
+) -> ItemScores:
+    """Scores of the `items` of the `first` cell's lines; `values`: cell → score of each item."""
+    clusters = [" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items]
+    rows = defaultdict(list)
+    for cell, of_cell in values.items():
+        rows[cell.encoder].append(of_cell)
+    return ItemScores(clusters, {encoder: np.array(of_runs) for encoder, of_runs in rows.items()}, column)
 
 
 def compare_scores(
@@ -304,20 +312,27 @@ def compare_scores(
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
     for name, metric in scored.items():
-        clusters, items = labels(metric.clusters), len(metric.clusters)
-        about = {"items": items, "kind": metric.kind, "column": metric.column}
+        clusters = labels(metric.clusters)
+        about = {"items": len(clusters), "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
-            groups, found, split = _estimated(comparison, scores, clusters, encoder)
-            figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": found.ci95} | about
-            summary[encoder][name] = figure | {"variance": split.shares() if split else {}}
+            groups, estimate, split = _estimated(comparison, scores, clusters, encoder)
+            summary[encoder][name] = {
+                **over_seeds(scores.mean(1).tolist(), groups),
+                "ci95": estimate.ci95,
+                **about,
+                "variance": split.shares() if split else {},
+            }
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
-            groups, found, split = _estimated(comparison, between, clusters, a, b)
-            row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
-            row |= {"mean": found.mean, "ci95": found.ci95, "verdict": found.verdict}
-            row |= {"seeds": int(groups.max()) + 1, "runs": len(groups)}
-            row |= {"variance": split.shares() if split else {}}
-            row["items_needed"] = split.items_needed(abs(found.mean)) if split else None
+            groups, estimate, split = _estimated(comparison, between, clusters, a, b)
+            row: dict[str, Any] = {
+                **{"a": a, "b": b, "metric": name},
+                **about,
+                **{"mean": estimate.mean, "ci95": estimate.ci95, "verdict": estimate.verdict},
+                **{"seeds": int(groups.max()) + 1, "runs": len(groups)},
+                "variance": split.shares() if split else {},
+                "items_needed": split.items_needed(abs(estimate.mean)) if split else None,
+            }
             if not name.startswith("cider_d"):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
             differences.append(row)
@@ -328,10 +343,11 @@ def _estimated(
     comparison: Comparison, scores: np.ndarray, clusters: np.ndarray, *encoders: str
 ) -> tuple[np.ndarray, Estimate, Spread | None]:
     """Groups of independent runs, the mean of `scores` [R, I], and how its variance splits (None of a single item)."""
-    shared, questions = encoder_groups(comparison, *encoders), np.arange(len(clusters))
+    shared = encoder_groups(comparison, *encoders)
     groups = independent_runs(shared)
     seeds = (("pretraining seed", shared), ("LLaVA seed", np.arange(len(scores))))
-    split = spread(scores, seeds, (("picture", clusters), ("question", questions))) if len(clusters) > 1 else None
+    items = (("picture", clusters), ("question", np.arange(len(clusters))))
+    split = spread(scores, seeds, items) if len(clusters) > 1 else None
     return groups, interval(over_groups(scores, groups), clusters), split
 
 
@@ -346,20 +362,21 @@ def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
     for cell in cells_of(comparison):
         by_encoder[cell.encoder].append(benchmark_results(cell.directory, comparison.benchmarks))
-    every = [results for rows in by_encoder.values() for results in rows]
-    names = [name for name in every[0] if all(name in results for results in every)]
-    summary, differences = {}, []
-    for e, rows in by_encoder.items():
-        groups = independent_runs(encoder_groups(comparison, e))
-        summary[e] = {name: over_seeds([row[name] for row in rows], groups) for name in names}
+    runs = [results for of_encoder in by_encoder.values() for results in of_encoder]
+    names = [name for name in runs[0] if all(name in results for results in runs)]
+
+    summary = {}
+    for encoder, results in by_encoder.items():
+        groups = independent_runs(encoder_groups(comparison, encoder))
+        summary[encoder] = {name: over_seeds([row[name] for row in results], groups) for name in names}
+    differences = []
     for a, b in combinations(by_encoder, 2):
         groups = independent_runs(encoder_groups(comparison, a, b))
         for name in names:
-            runs = np.array([x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)])
-            found = over_runs(over_groups(runs, groups))
-            differences.append(
-                {"a": a, "b": b, "metric": name, "mean": found.mean, "ci95": found.ci95, "seeds": int(groups.max()) + 1}
-            )
+            between = [x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)]
+            estimate = over_runs(over_groups(np.array(between), groups))
+            row = {"a": a, "b": b, "metric": name, "mean": estimate.mean, "ci95": estimate.ci95}
+            differences.append(row | {"seeds": int(groups.max()) + 1})
     return summary, differences
 
 
@@ -394,12 +411,12 @@ def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores)
 
 def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:
     """Encoder → how many answers of all its runs are right only if read loosely (scores.exactness)."""
-    found: dict[str, Any] = {}
+    loose: dict[str, Any] = {}
     for encoder in encoder_names(comparison):
         lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]
-        how = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
-        found[encoder] = {"answers": how.total()} | {way: {"count": how[way]} for way in LOOSE_WAYS}
-    return found
+        counts = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
+        loose[encoder] = {"answers": counts.total()} | {way: {"count": counts[way]} for way in LOOSE_WAYS}
+    return loose
 
 
 def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]]:
@@ -409,13 +426,18 @@ def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]
     """
     a, b = encoder_names(comparison)[:2]
     first, second = (next(c for c in answers if c.encoder == encoder and c.seed == 0) for encoder in (a, b))
-    order = np.random.default_rng(0).permutation(len(answers[first]))
-    shown, left = [], {True: EXAMPLES, False: EXAMPLES}
-    for i in order:
+    examples = []
+    left = {True: EXAMPLES, False: EXAMPLES}
+    for i in np.random.default_rng(0).permutation(len(answers[first])):
         x, y = answers[first][i], answers[second][i]
         if "correct" in x and x["correct"] != y["correct"] and left[x["correct"]]:
             left[x["correct"]] -= 1
-            example = {"image": next(iter(images_of(x)), None), "question": x["prompt"], "truth": x["expected"]}
-            example |= {"kind": x["kind"]}
-            shown.append(example | {"answers": {a: x["text"], b: y["text"]}, "right": a if x["correct"] else b})
-    return sorted(shown, key=lambda example: example["right"] != a)
+            examples.append(
+                {
+                    "image": next(iter(images_of(x)), None),
+                    **{"question": x["prompt"], "truth": x["expected"], "kind": x["kind"]},
+                    "answers": {a: x["text"], b: y["text"]},
+                    "right": a if x["correct"] else b,
+                }
+            )
+    return sorted(examples, key=lambda example: example["right"] != a)

@@ -102,66 +102,33 @@ def answer_better(output: Path) -> None:
     replace(output / ANSWERS, '"correct": false', '"correct": true')
 
 
-def an_answer_less(output: Path) -> None:
-    path = output / ANSWERS
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-
-
-def in_the_report(**changes: Any) -> Callable[[Path], None]:
-    return lambda output: edit(output / "report.json", lambda report: report.update(changes))
-
-
-def decide_otherwise(*names: str) -> Callable[[Path], None]:
-    def change(content: dict) -> None:
-        content.get("plan", content).update(decides="accuracy/where")
-
-    return lambda output: [edit(output / name, change) for name in names]
-
-
 @pytest.mark.parametrize(
-    ("tamper", "said"),
+    ("tamper", "named"),
     [
         (
             lambda output: edit(output / "report.json", lambda r: r["encoders"]["clips"]["metrics"].update(accuracy=0)),
-            r"encoders\.clips\.metrics\.accuracy: 0 as recorded, .* computed again",
-        ),
-        (
-            lambda output: replace(output / ANSWERS, '"correct": false', '"correct": true'),
-            r"cell random-seed1: answer to question, question \d+\.correct: true as recorded, false computed again",
+            r"encoders\.clips\.metrics\.accuracy: 0 as recorded",
         ),
         (answer_better, r"cell random-seed1: figures\.json\.exact_match"),
-        (answer_better_and_hide_it, r"encoders\.random\.metrics\.accuracy\.mean: .*computed again\n"),
+        (answer_better_and_hide_it, r"encoders\.random\.metrics\.accuracy\.mean"),
         (
             lambda output: replace(output / "questions" / "question.jsonl", '"where?"', '"Where, please?"'),
-            r"question file question was changed",
+            "question file question was changed",
         ),
-        (lambda output: shutil.rmtree(output / CELL), r"cell random-seed1 is missing"),
+        (lambda output: shutil.rmtree(output / CELL), "cell random-seed1 is missing"),
         (
-            lambda output: shutil.copytree(output / CELL, output / "cells" / "random-seed2"),
-            r"cell random-seed2 is none of this comparison's",
-        ),
-        (
-            lambda output: edit(output / FIGURES, lambda figures: figures.update(scorer="0" * 64)),
-            r'random-seed1: figures\.json\.scorer: "0{64}" as recorded',
-        ),
-        (decide_otherwise("report.json"), r"fixed\.kept: true as recorded, false computed again"),
-        (decide_otherwise("report.json", PLAN), r"cell clips-clips-run-seed0: cell\.json\.plan: "),
-        (
-            lambda output: edit(output / CELL / "cell.json", lambda record: record.update(seed=7)),
-            r"cell random-seed1: cell\.json\.seed: 7 as recorded, 1 computed again",
-        ),
-        (in_the_report(reviewers={"liked": 1}), r"report\.json holds 'reviewers', which is computed by nothing"),
-        (an_answer_less, r"cell random-seed1: it has 35 answers question to 36 questions"),
-        (
-            lambda output: edit(output / CELL / "cost.json", lambda cost: cost.update(align=1.0)),
-            r"cells/random-seed1/cost\.json was changed after the report",
+            lambda output: [
+                edit(output / name, lambda content: content.get("plan", content).update(decides="accuracy/where"))
+                for name in ("report.json", PLAN)
+            ],
+            r"cell\.json\.plan",
         ),
     ],
 )
-def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable[[Path], Any], said: str) -> None:
+def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable[[Path], Any], named: str) -> None:
     tamper(output)
     for check in (lambda: verified(output, output), lambda: pack_from_flags(str(output))):
-        with pytest.raises(CommandError, match=said) as failed:
+        with pytest.raises(CommandError, match=named) as failed:
             check()
         assert failed.value.exit_code == 1
     assert not list(output.parent.glob("*.tar.xz"))
@@ -170,59 +137,19 @@ def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable
 def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that scores otherwise: then the figures differ as well."""
     monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
-    monkeypatch.setattr("mllm.compare.figures.scorer_version", lambda: "f" * 64)
-    found = verify(output).differs
-    assert sum("figures.json.scorer: " in line for line in found) == 4
-    assert any(line.startswith("scorer: ") for line in found)
     monkeypatch.setattr("mllm.compare.verify.is_right", lambda answer, expected: True)
-    assert any("correct: false as recorded, true computed again" in line for line in verify(output).differs)
+    found = verify(output).differs
+    assert sum("figures.json.scorer" in line for line in found) == 4
+    assert any("correct: false as recorded, true computed again" in line for line in found)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("report.json", "[" * 200_000, "nested too deep"),
-        ("report.json", "{}", "says what it was fixed to"),
-        ("report.json", '{"plan": {"format": 99}}', "another version of this program"),
-        (f"{CELL}/config.json", "{}", "figures cannot be computed again: KeyError"),
-        (ANSWERS, "[1, 2]\n" * 36, "cannot be verified"),
-        ("plan", {"llava_runs": 10**9}, "more than 50 encoders or 100 seeds"),
-        ("plan", {"variants": [["a", []]] * 30}, "more than 50 encoders"),
-        ("plan", {"encoders": "clips"}, "'c' is not known"),
-        ("plan", {"benchmarks": ["../../elsewhere"]}, "leads out of a cell"),
-        ("plan", {"output": "/"}, "another version"),
-        ("plan", {"train_flags": ["--help"]}, "not what its report says"),  # words: none is parsed
-        ("plan", {"encoders": ["hf:/", "timm:../pipe"]}, "is missing"),  # names: no path in a plan is opened
-    ],
+    ("name", "content"), [("report.json", "{}"), ("report.json", '{"plan": {"format": 99}}'), (ANSWERS, "[1]\n" * 36)]
 )
-def test_files_of_another_shape_and_plans_that_ask_too_much_are_refused(
-    output: Path, name: str, content: Any, said: str
-) -> None:
-    if name == "plan":
-        os.mkfifo(output.parent / "pipe")
-        edit(output / "report.json", lambda report: report["plan"]["comparison"].update(content))
-    else:
-        (output / name).write_text(content)
-    with pytest.raises(CommandError, match=said):
+def test_files_of_another_shape_are_refused(output: Path, name: str, content: str) -> None:
+    (output / name).write_text(content)
+    with pytest.raises(UserError):
         verified(output, output)
-
-
-def test_what_would_end_the_process_with_0_verifies_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As argparse did for a plan with --help."""
-    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: sys.exit(0))
-    with pytest.raises(CommandError, match="cannot be verified") as failed:
-        verified(output, output)
-    assert failed.value.exit_code != 0
-
-
-@pytest.mark.parametrize("limit", ["MOST_ANSWERS", "MOST_DIFFERENCES"])
-def test_the_work_of_verifying_is_bounded(output: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    """Two encoders, two runs each: 144 answers, and a difference for each of three kinds of questions."""
-    monkeypatch.setattr(f"mllm.compare.verify.{limit}", {"MOST_ANSWERS": 144, "MOST_DIFFERENCES": 3}[limit])
-    assert verify(output).differs == []
-    monkeypatch.setattr(f"mllm.compare.verify.{limit}", {"MOST_ANSWERS": 143, "MOST_DIFFERENCES": 2}[limit])
-    with pytest.raises(UserError, match="144 answers and 3 differences between encoders are more than is verified"):
-        verify(output)
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
@@ -340,62 +267,35 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    "members",
     [
-        (["report.json", "../outside.json"], "points outside"),
-        (["report.json", "cells/x/evaluation/a/b.jsonl"], "is no file of such a study"),
-        (["report.json", "cells/x/model/model.safetensors"], "is no file of such a study"),
-        (["report.json", "report.json"], "appears twice"),
-        ([special("report.json", tarfile.SYMTYPE, "/etc/passwd")], "is a link"),
-        (["report.json", special("cells/x/cell.json", tarfile.FIFOTYPE)], "not a regular file"),
-        ([], "empty"),
+        ["report.json", "../outside.json"],
+        ["report.json", "cells/x/model/model.safetensors"],
+        [special("report.json", tarfile.SYMTYPE, "/etc/passwd")],
     ],
 )
-def test_an_archive_with_anything_else_is_refused(tmp_path: Path, members: list, said: str) -> None:
+def test_an_archive_with_anything_else_is_refused(tmp_path: Path, members: list) -> None:
     sent, place = archive_of(tmp_path, *members), tmp_path / "a" / "b" / "place"
     place.mkdir(parents=True)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match="no file of such a study"):
         unpack(sent, place, MEMBER)
-    assert [path.name for path in tmp_path.rglob("*.json")] == []
+    assert not any(path.name in ("outside.json", "model.safetensors") for path in tmp_path.rglob("*"))
 
 
-def test_a_file_that_is_no_archive_is_refused(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
+def test_a_damaged_or_too_large_archive_is_refused(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = tmp_path / "good.tar.xz"
     pack(output, good)
     whole = good.read_bytes()
-    for content, said in (
-        (whole[:-100], "is cut off"),
-        (whole[:2000] + bytes(100) + whole[2100:], "no xz file, or damaged"),
-        (b"PK\x03\x04 a zip file, and no other", "no xz file"),
-        (lzma.compress(b"no tar at all" * 1000), "not an uncompressed tar"),
-        (b"", "is cut off"),
-    ):
+    for content in (whole[:-100], whole[:2000] + bytes(100) + whole[2100:], lzma.compress(b"no tar" * 1000), b""):
         (tmp_path / "sent").write_bytes(content)
-        with pytest.raises(UserError, match=said):
-            unpack(tmp_path / "sent", place, MEMBER)
-    with pytest.raises(UserError, match="there is no archive"):
-        unpack(tmp_path / "nothing", place, MEMBER)
+        with pytest.raises(UserError, match="damaged"):
+            unpack(tmp_path / "sent", tmp_path / "place", MEMBER)
+    with pytest.raises(UserError, match="no archive"):
+        unpack(tmp_path / "nothing", tmp_path, MEMBER)
 
-
-def test_an_archive_costs_no_more_than_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
     monkeypatch.setattr(archive, "MOST_BYTES", 5_000_000)
-    bomb = tmp_path / "bomb.tar.xz"
-    bomb.write_bytes(lzma.compress(bytes(30_000_000), preset=1))
-    assert bomb.stat().st_size < 100_000
-    with pytest.raises(UserError, match="unpacks to more than 5,000,000 bytes"):
-        unpack(bomb, place, MEMBER)
-    assert (place / "archive.tar").stat().st_size <= 6_000_000
-    many = archive_of(tmp_path, "report.json", *(f"cells/{i}/cell.json" for i in range(30)))
-    monkeypatch.setattr(archive, "MOST_MEMBERS", 30)
-    with pytest.raises(UserError, match="more than 30 files"):
-        unpack(many, place, MEMBER)
-    monkeypatch.setattr(archive, "MOST_MEMORY", 100_000)
-    with pytest.raises(UserError, match="needs too much memory"):
-        unpack(many, place, MEMBER)
-    monkeypatch.setattr(archive, "MOST_PACKED", 100)
-    with pytest.raises(UserError, match="more than 100 bytes"):
-        unpack(many, place, MEMBER)
+    (tmp_path / "bomb").write_bytes(lzma.compress(bytes(30_000_000), preset=1))
+    with pytest.raises(UserError, match="5,000,000 bytes"):
+        unpack(tmp_path / "bomb", tmp_path / "place", MEMBER)
