@@ -29,7 +29,6 @@ COMMANDS = {
     "plan": "plan_run.py",
     "compare": "compare_encoders.py",
     "compare-pretraining": "compare_pretraining.py",
-    "benchmark": "benchmark.py",
 }
 
 

@@ -18,7 +18,7 @@ from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
 from clips.training.engine import Engine
-from clips.training.prepare import fullest_shape
+from clips.training.prepare import full_batch, fullest_shape
 from clips.training.rehearsal import rehearse
 from clips.training.step import optimizer_step
 from clips.training.task import Task
@@ -157,12 +157,11 @@ def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
     model.visual.set_image_size(112)
     engine = Engine(Task(model, run), run, GPU, {"zero_optimization": {"stage": 0}})
     for _ in range(2):  # the second step has the optimizer's state of the first
-        optimizer_step(engine, [gpu_report.random_batch(run, shape)])
+        optimizer_step(engine, [full_batch(run, shape, torch.device("cpu"))])
     measured = torch.cuda.max_memory_allocated(GPU) - before
     assert rehearse(run, phase, 1).on_rank({"stage": 0}, 1) == pytest.approx(measured, rel=0.15)
 
 
-def test_the_report_measures_towers() -> None:
-    rows = gpu_report.towers("S/16", GPU, tiny=True)
-    assert len(rows) == 4
-    assert all(row["samples_per_s"] > 0 for row in rows)
+def test_the_report_measures_a_step() -> None:
+    (row,) = gpu_report.pretraining("S/16", GPU, tiny=True)
+    assert row["peak_gb"] == pytest.approx(row["rehearsed_gb"], rel=0.5)

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_model, tiny_batch, tiny_run
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
+from clips.model.layers import attention
 from clips.model.vision import sincos_positions
 
 
@@ -111,3 +113,13 @@ def test_a_frozen_tower_keeps_no_graph_and_its_projection_trains(part):
         pooled = tower(inputs)[0] if name == "vision" else tower(inputs)[0].pooled
         assert pooled.requires_grad == (name != part)
         assert tower.proj(pooled).requires_grad
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_attention_kernels_compute_the_same(masked: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    visible = (torch.arange(9) < 6).expand(2, 1, 1, 9) if masked else None
+    stock = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    torch.testing.assert_close(attention(q, k, v, visible), stock)
+    plain = attention(*(x.bfloat16() for x in (q, k, v)), visible)  # a CPU computes short ones by plain products
+    torch.testing.assert_close(plain.double(), stock, atol=2e-2, rtol=2e-2)

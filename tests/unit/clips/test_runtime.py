@@ -1,0 +1,112 @@
+"""The settings of a process on a CPU: freed memory that is kept, kernels that are not, and no bit that changes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+FAULTS = """
+import resource, torch
+from clips.common.runtime import keep_freed_memory
+print(keep_freed_memory())
+for turn in range(6):
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    """40 MB five times over are 48,828 pages of 4 KB."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    kept = run_python(tmp_path / "faults.py").stdout.split()
+    asked = run_python(tmp_path / "faults.py", env={"MALLOC_TRIM_THRESHOLD_": "131072"}).stdout.split()
+    assert (kept[0], asked[0]) == ("True", "False")
+    assert int(kept[1]) < 0.2 * int(asked[1])
+
+
+BITS = """
+import hashlib, torch
+from dataclasses import replace
+from clips.common.runtime import init_distributed
+from clips.model.clips import CLIPSModel
+from clips.recipes import recipe
+from clips.training.engine import DEFAULT_DS_CONFIG, Engine
+from clips.training.prepare import full_batch, fullest_shape
+from clips.training.step import optimizer_step
+from clips.training.task import Task
+CPU = torch.device("cpu")
+init_distributed(CPU)
+run = recipe("demo").override(["train.precision=bf16"])
+torch.manual_seed(0)
+shape = fullest_shape(run, run.phases[0], 16, 1)
+batches = [full_batch(run, replace(shape, texts=(n, n)), CPU) for n in (20, 30, 20)]
+for batch in batches:
+    batch["images"].random_(0, 256)
+    for name in ("web", "sub", "caption"):
+        batch[name].random_(4, run.model.text.vocab_size)
+engine = Engine(Task(CLIPSModel(run.model, 0), run), run, CPU, DEFAULT_DS_CONFIG)
+engine.set_lr(1e-4, 1e-3)
+for batch in batches:
+    optimizer_step(engine, [batch])
+digest = hashlib.sha256()
+for _, weights in sorted(engine.state.gather_weights().items()):
+    digest.update(weights.numpy().tobytes())
+print(digest.hexdigest())
+"""
+AS_BEFORE = {
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024",
+    "LRU_CACHE_CAPACITY": "1024",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+}
+
+
+@pytest.mark.slow
+def test_memory_that_is_kept_and_kernels_that_are_not_change_no_bit(tmp_path: Path) -> None:
+    """Three steps of the demo's model: with the settings of a CPU's process, and with glibc's and oneDNN's own."""
+    (tmp_path / "bits.py").write_text(BITS)
+    found = [run_python(tmp_path / "bits.py", env=env) for env in ({"PYTHONPATH": AS_BEFORE["PYTHONPATH"]}, AS_BEFORE)]
+    assert all(done.returncode == 0 for done in found), found[0].stderr[-3000:] + found[1].stderr[-3000:]
+    kept, asked = (done.stdout.splitlines()[-1] for done in found)
+    assert len(kept) == 64
+    assert kept == asked
+
+
+KERNELS = """
+import sys, torch
+from clips.common.runtime import bound_kernel_caches, keep_freed_memory
+keep_freed_memory()
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+layer = torch.nn.Linear(128, 512)
+for turn in range(500):
+    if turn == 200:
+        before = open("/proc/self/status").read()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(300 + turn, 128)).float().sum().backward()
+    layer.weight.grad = None
+after = open("/proc/self/status").read()
+print(*(int(text.partition("VmRSS:")[2].split()[0]) // 1000 for text in (before, after)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cold  # oneDNN reads the bound once in a process
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 is emulated here")
+def test_products_of_many_sizes_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """300 batches of other lengths: what oneDNN keeps of them without a bound is hundreds of MB."""
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    grown = {}
+    for how in ("bounded", "unbounded"):
+        env = AS_BEFORE if how == "unbounded" else None  # a test's process can hold the bounds in its environment
+        before, after = map(int, run_python(tmp_path / "kernels.py", how, env=env).stdout.split())
+        grown[how] = after - before
+    assert grown["unbounded"] > 100
+    assert grown["bounded"] < grown["unbounded"] / 3  # 20 MB with torch 2.13, 31 MB with torch 2.15

@@ -1,0 +1,120 @@
+"""tools/benchmark.py compares like with like, and times what it says."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_batch, tiny_run
+
+from clips.common.errors import CommandError
+from clips.data.demo import ensure_demo
+from clips.data.tokenizer import build_tokenizer
+from clips.model.clips import CLIPSModel
+from clips.training.cli import config_from_flags, parser
+from tools import benchmark
+from tools.benchmark import THEIRS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo(tmp_path_factory.mktemp("demo") / "demo", sizes={"train": 60, "val": 8, "test": 8})
+
+
+STEADY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("worker", child.pid, flush=True)
+time.sleep(0.4)
+for step in range(0, 200, 2):
+    print(f"Train Epoch: 0 [ {10 * step:>4}/2000 (1%)] Loss: 1", file=sys.stderr, flush=True)
+    end = time.process_time() + 0.01
+    while time.process_time() < end:
+        pass
+    time.sleep(0.01)
+"""
+
+
+def test_a_program_is_timed_by_its_log_and_ended_with_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "steady.py"
+    script.write_text(STEADY.replace('"worker", child.pid', f'child.pid, file=open("{tmp_path}/pid", "w")'))
+    rate, memory = benchmark.watch([sys.executable, str(script)], THEIRS, 400)
+    assert 0 < rate < 20 / 0.02  # 20 samples in 0.02 s and more
+    assert memory > 1
+    worker = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_program_that_ends_early_is_told_with_its_last_words() -> None:
+    with pytest.raises(CommandError, match="no such shard"):
+        benchmark.watch([sys.executable, "-c", "print('no such shard'); exit(3)"], THEIRS, 400)
+
+
+@pytest.mark.parametrize("size", ["demo", "s16"])
+def test_both_programs_train_the_same(size: str, demo: Path, tmp_path: Path) -> None:
+    """open_clip's own parser takes the flags, and what they and its configuration say is what our run says."""
+    import open_clip
+    from open_clip_train.params import parse_args
+
+    run = config_from_flags(parser().parse_args(benchmark.our_flags(size, CPU, demo / "train")))
+    theirs = parse_args(benchmark.their_flags(run, tmp_path))
+    phase = run.phases[0]
+    assert (theirs.batch_size, theirs.train_num_samples) == (phase.batch_size, phase.samples)
+    assert (theirs.lr, theirs.wd, theirs.workers) == (phase.lr, run.optim.weight_decay, run.data.workers)
+    assert theirs.log_every_n_steps == run.train.log_every
+    assert theirs.train_data.count("::") == len(list((demo / "train").glob("*.tar"))) - 1
+    assert (theirs.precision == "amp_bf16") == (run.train.precision == "bf16")
+    assert not run.train.activation_checkpointing
+    model, _, _ = open_clip.create_model_and_transforms(theirs.model, output_dict=True)
+    assert model.visual.image_size == (phase.image_size, phase.image_size)
+    theirs.distill, theirs.rank, theirs.world_size = False, 0, 1  # as its main sets them
+    assert type(open_clip.create_loss(theirs)).__name__ == "ClipLoss"
+    ours = CLIPSModel(run.model, pad_id=0)
+    assert len(model.visual.transformer.resblocks) == run.model.vision.layers
+    assert len(model.text.transformer.resblocks) == run.model.text.layers
+    # Theirs has no patch bias, and a CLS of the text that is no token.
+    stock_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert stock_size + run.model.vision.width - run.model.text.width == ours.parameter_counts()["total"]
+    texts = open_clip.get_tokenizer(theirs.model)(["a red cat"])
+    assert texts.shape[1] == run.model.text.context_length - 1
+
+
+@pytest.mark.parametrize("full_context", [True, False])
+def test_a_stock_step_trains(full_context: bool) -> None:
+    run = tiny_run()
+    vision = replace(run.model.vision, width=48)  # another width than the decoder's, as in B/16
+    run = replace(run, model=replace(run.model, vision=vision))
+    batch = tiny_batch(0) | {"images": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
+    torch.manual_seed(0)
+    step = benchmark.stock_step(run, build_tokenizer("bert"), CPU, full_context=full_context)
+    losses = [float(step(batch)) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_steps_are_measured_on_the_same_batches(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.SIZES, "demo", ("demo", 8, 10))
+    run = config_from_flags(parser().parse_args(benchmark.our_flags("demo", CPU, demo / "train")))
+    rows = benchmark.compare_steps(run, CPU, repeats=1)
+    assert [row[0] for row in rows] == list(benchmark.KINDS)
+    assert rows[0][2] == 1
+    assert all(row[1] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_both_programs_run(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install 'open_clip_torch[training]'")
+    monkeypatch.setitem(benchmark.SIZES, "demo", ("demo", 8, 10))
+    words = ["benchmark.py", "program", "--repeats", "1", "--device", "cpu", "--data", str(demo)]
+    monkeypatch.setattr(sys, "argv", words)
+    benchmark.main()
+    assert "open_clip" in capsys.readouterr().out

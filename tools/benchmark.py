@@ -1,0 +1,249 @@
+#!/usr/bin/env python
+"""Measure training beside open_clip: `train` steps of equal towers, `program` whole programs on the same files.
+
+Both compare plain CLIP on the demo's .txt: equal towers, batch, precision, threads, crops and fused AdamW. `train`
+takes steps on ready batches in one process. open_clip pads each text to the context; "at our length" cuts its texts
+like ours. `program` runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them. Its samples/s are
+those between the first line of the log behind the warm-up and the last line. What is compared takes turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clips.common.errors import CommandError, run_command
+from clips.common.files import write_json
+from clips.common.flags import Parser
+from clips.common.live import LINE_SECONDS
+from clips.common.page import print_table
+from clips.common.paths import SCRIPTS
+from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
+from clips.config import RunConfig
+from clips.data.demo import ensure_demo
+from clips.data.loader import Batch, make_loader, to_device
+from clips.data.sources import Source
+from clips.data.splits import open_split
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.model.clips import CLIPSModel
+from clips.training import cli
+from clips.training.engine import DEFAULT_DS_CONFIG, Engine
+from clips.training.step import optimizer_step
+from clips.training.task import Task
+from clips.weights.open_clip import open_clip_config
+
+SIZES = {"demo": ("demo", 128, 100), "s16": ("s16", 32, 20), "b16": ("b16", 16, 10)}
+"""Size → recipe, samples of a step, steps of a program's turn: its first phase, at a batch that a CPU can bear."""
+KINDS = ("ours", "open_clip", "open_clip, at our length")
+TURN, WARM = 2, 0.2
+"""Steps of a turn of `train`; share of a program's samples that are not timed."""
+OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
+THEIRS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")
+"""Where a line of the log tells how many samples were seen."""
+Step = Callable[[Batch], object]
+
+
+def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
+    """Measure samples/s of each of KINDS on the same batches, and the ratio of ours to it."""
+    init_distributed(device)
+    phase = replace(run.phases[0], samples=TURN * run.phases[0].batch_size, warmup_samples=0)
+    vision = replace(run.model.vision, image_size=phase.image_size)
+    run = replace(run, model=replace(run.model, vision=vision), phases=(phase,), data=replace(run.data, workers=0))
+    source, tokenizer = open_data(run)
+    batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
+    steps = {kind: step_of(kind, run, tokenizer, device) for kind in KINDS}
+    parts = {kind: lambda step=step: [step(batch) for batch in batches] for kind, step in steps.items()}
+    seconds = fastest(parts, repeats, device)
+    return [[kind, run.samples / seconds[kind], seconds[kind] / seconds["ours"]] for kind in KINDS]
+
+
+def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
+    source = open_split(run.data, "train", need_long=False)
+    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+    return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+
+
+def step_of(kind: str, run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
+    """The training step of one of KINDS; ours has its check for finite gradients."""
+    if kind.startswith("open_clip"):
+        return stock_step(run, tokenizer, device, full_context=kind == "open_clip")
+    torch.manual_seed(0)
+    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
+    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+    return lambda batch: optimizer_step(engine, [batch])
+
+
+def stock_step(
+    run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, full_context: bool
+) -> Callable[[Batch], object]:
+    """The step of open_clip's trainer: autocast, backward, optimizer, clamp of the temperature."""
+    import open_clip
+
+    config = open_clip_config(run.model, tokenizer)["model_cfg"]
+    del config["custom_text"]
+    model = open_clip.CustomTextCLIP(**config).to(device).train()
+    contrastive = open_clip.loss.ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def text_loss(image: Tensor, ids: Tensor) -> Tensor:
+        ids = ids[:, :-1]  # open_clip appends CLS itself
+        if full_context:
+            ids = F.pad(ids, (0, config["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
+        return contrastive(image, model.encode_text(ids, normalize=True), model.logit_scale.exp())
+
+    def step(batch: Batch) -> Tensor:
+        batch = to_device(batch, device)
+        optimizer.zero_grad()
+        with autocast(device, enabled=has_bf16(device)):
+            image = model.encode_image(batch["images"], normalize=True)
+            loss = torch.stack([text_loss(image, batch[name]) for name in run.task.texts]).mean()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+        return loss.detach()
+
+    return step
+
+
+def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each part: all once to warm up, then the minimum of `repeats` turns, for other work only adds time."""
+    times = {name: float("inf") for name in parts}
+    for turn in range(repeats + 1):
+        for name, part in parts.items():
+            begin = time.perf_counter()
+            part()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name] = min(times[name], time.perf_counter() - begin)
+    return times
+
+
+def compare_programs(run: RunConfig, flags: Sequence[str], repeats: int, python: str, device: str) -> list[list[Any]]:
+    """Measure both programs in turns: samples/s, the ratio of ours to it, MB. Medians, and the extremes of the ratios.
+
+    Raises CommandError where a program ends before its turn does.
+    """
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        stock = [python, "-m", "open_clip_train.main", *their_flags(run, Path(folder)), "--device", device]
+        for turn in range(repeats):
+            own = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), *flags, "--output", folder, "--name", f"{turn}"]
+            ours.append(watch(own, OURS, run.phases[0].samples))
+            theirs.append(watch([*stock, "--name", f"{turn}"], THEIRS, run.phases[0].samples))
+
+    ratios = [own / stock for (own, _), (stock, _) in zip(ours, theirs, strict=True)]
+    text = f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
+    medians = [[*map(statistics.median, zip(*turns, strict=True))] for turns in (ours, theirs)]
+    return [["ours", medians[0][0], "1", medians[0][1]], ["open_clip", medians[1][0], text, medians[1][1]]]
+
+
+def our_flags(size: str, device: torch.device, train: Path) -> list[str]:
+    name, batch, steps = SIZES[size]
+    settings = [
+        "optim.kind=adamw", "data.workers=1", f"train.precision={'bf16' if has_bf16(device) else 'fp32'}",
+        "train.activation_checkpointing=false", "train.eval_every=0", "train.checkpoint_every=0",
+        f"train.log_every={steps // 10}", "phases.*.augment.min_crop_area=0.9", "phases.*.augment.jitter=0",
+        "phases.*.augment.hue=0", "phases.*.augment.grayscale=0", "task.objective=clip", "task.caption_weight=0",
+        "task.synthetic_share=0", "model.captioner=null",
+    ]  # fmt: skip
+    return [
+        *("--recipe", name, "--data", str(train), "--fields", "web=txt", "long=txt"),
+        *("--batch-size", str(batch), "--samples", str(batch * steps), "--device", device.type, "--set", *settings),
+    ]
+
+
+def their_flags(run: RunConfig, folder: Path) -> list[str]:
+    """Flags of open_clip_train.main for what `run` trains first; model and tokenizer are written into `folder`."""
+    phase, optim = run.phases[0], run.optim
+    shards = map(str, sorted(Path(run.data.train).glob("*.tar")))
+    _, tokenizer = open_data(run)
+    model = replace(run.model, vision=replace(run.model.vision, image_size=phase.image_size))
+    tokenizer.save(folder)
+    write_json(folder / "open_clip_config.json", open_clip_config(model, tokenizer))
+    return [
+        *("--model", f"local-dir:{folder}", "--train-data", "::".join(shards)),
+        *("--dataset-type", "webdataset", "--train-num-samples", str(phase.samples), "--epochs", "1"),
+        *("--batch-size", str(phase.batch_size), "--workers", str(run.data.workers)),
+        *("--precision", "amp_bf16" if run.train.precision == "bf16" else "fp32", "--seed", str(run.train.seed)),
+        *("--lr", str(phase.lr), "--wd", str(optim.weight_decay), "--eps", str(optim.eps)),
+        *("--beta1", str(optim.betas[0]), "--beta2", str(optim.betas[1])),
+        *("--warmup", str(phase.warmup_samples // phase.batch_size), "--log-every-n-steps", str(run.train.log_every)),
+        *("--aug-cfg", "scale=(0.9,1.0)", "--logs", str(folder / "logs")),
+    ]
+
+
+def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> tuple[float, float]:
+    """Run `command` until its log, read by `progress`, says `samples`; return samples/s and its largest resident MB."""
+    seen: list[tuple[int, float]] = []
+    memory = 0.0
+    last: deque[str] = deque(maxlen=15)
+    env = os.environ | {LINE_SECONDS: "0"}  # every record is a line
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        try:
+            for line in process.stdout or ():
+                last.append(line)
+                match = progress.search(line)
+                if match is not None:
+                    seen.append((int(match[1].replace(",", "")), time.perf_counter()))
+                    memory = max(memory, psutil.Process(process.pid).memory_info().rss / 1e6)
+                    if seen[-1][0] >= samples:
+                        break
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+
+    timed = [line for line in seen if line[0] >= WARM * samples]
+    if len(timed) < 2 or timed[-1][0] < samples:
+        raise CommandError(f"{' '.join(command[:3])} … ended before its turn: {''.join(last)}")
+    return (timed[-1][0] - timed[0][0]) / (timed[-1][1] - timed[0][1]), memory
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser((__doc__ or "").partition("\n")[0])
+    p.add_argument("what", choices=("train", "program"), help="what to measure")
+    p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
+    p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
+    p.add_argument("--data", default="data/demo", help="folder of the demo data")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
+    p.add_argument("--their-python", default=sys.executable, help="program: the Python with it (default: this)")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    device = choose_device(flags.device)
+    own = our_flags(flags.size, device, ensure_demo(flags.data) / "train")
+    run = cli.config_from_flags(cli.parser().parse_args(own))
+    if flags.what == "train":
+        rows = compare_steps(run, device, flags.repeats)
+    else:
+        rows = compare_programs(run, own, flags.repeats, flags.their_python, device.type)
+
+    cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    head = ("", "samples/s", "ours / this", "resident MB")
+    print_table(f"{flags.what}, {flags.size}: {where}", head[: len(rows[0])], cells)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
