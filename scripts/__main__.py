@@ -47,7 +47,7 @@ def run() -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        close = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else "clips --help lists the commands"
         raise UserError(f"{name!r} is no command: {hint}")
     script = str(SCRIPTS / COMMANDS[name])
@@ -55,7 +55,10 @@ def run() -> None:
     if script.endswith(".sh"):
         os.execvpe("bash", ["bash", script, *words], {"PYTHON": sys.executable, **os.environ})
     if name == "train" and gpus != "1":
+        from clips.common.runtime import unused_port
+
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", gpus]
+        launcher += ["--master_port", str(unused_port())]  # deepspeed's own may be taken
         os.execv(sys.executable, [*launcher, script, *words])
     flags.COMMAND = f"clips {name}"
     sys.argv = [script, *words]

@@ -10,10 +10,31 @@ set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
+# clip_benchmark and lmms-eval, in an environment of their own beside the first one, whose packages it sees; and Chromium,
+# sshd and pdsh, where this may install them. Tests that miss one of these are skipped, loudly.
+install_around() {
+  local bench="$venv-bench" stamp where='import sysconfig; print(sysconfig.get_path("purelib"))'
+  stamp="$({ pwd && cat pyproject.toml; } | cksum)"
+  if [ "$(cat "$bench/installed-bench" 2>/dev/null)" != "$stamp" ]; then
+    python -m venv "$bench"
+    python -c "$where" >"$("$bench/bin/python" -c "$where")/the_first.pth"
+    if "$bench/bin/python" -m pip install --quiet -e ".[bench]"; then
+      echo "$stamp" >"$bench/installed-bench"
+    else
+      echo "note: pip could not install clip_benchmark and lmms-eval" >&2
+      rm -r "$bench"
+    fi
+  fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v pdsh >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium openssh-server pdsh; } \
+      >/dev/null 2>&1 || echo "note: apt-get could not install chromium, openssh-server and pdsh" >&2
+  fi
+}
+
 export PIP_NO_COMPILE=1 # of the packages' files, those that are imported are compiled then
 install demo chat video dev
 trap wait EXIT
-{ install_bench; install_programs; } & # beside the linters, which take one core
+install_around & # beside the linters, which take one core
 ruff check .
 ruff format --check .
 rm -f mllm/chat/*.pyi # gradio writes them; a stale one misleads mypy

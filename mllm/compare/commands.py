@@ -14,6 +14,7 @@ from clips.common.files import read_json, read_json_records, sha256
 from clips.common.paths import SCRIPTS
 from clips.common.progress import read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
+from clips.common.runtime import unused_port
 from clips.lab.grid import RECORD, Cell, Step
 from clips.lab.pretraining import pretraining_cell
 from mllm.compare.benchmarks import benchmark_step
@@ -105,6 +106,7 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
     launcher = [sys.executable]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
+        launcher += ["--master_port", str(unused_port())]  # cells run beside each other
 
     steps = []
     for number, stage in STAGES.items():
