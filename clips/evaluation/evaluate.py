@@ -23,7 +23,7 @@ from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
-from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of, named, write_figures
+from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of, write_figures
 from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import (
     PROTOCOLS,
@@ -165,7 +165,7 @@ def _measure_sets(
         found = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
         if probe is not None and (figure := probe(images)) is not None:
             found["linear_probe_top1"] = figure
-        figures |= named(found, name, first)
+        figures |= found if name == first else {f"{name}/{figure}": value for figure, value in found.items()}
         skipped += images.skipped
         count += len(images.indices)
     return figures, skipped, count

@@ -28,11 +28,6 @@ MATTER = (
 NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
 
 
-def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str, Figure]:
-    """The figures of one of several test sets: NAME/FIGURE, but for the `first`, whose names stay plain."""
-    return dict(figures) if test_set == first else {f"{test_set}/{key}": figure for key, figure in figures.items()}
-
-
 def missing_of(run: RunConfig, split: str) -> str | None:
     """What the evaluation of a split lacks, in words, if the demo had to be drawn by one artist."""
     return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None

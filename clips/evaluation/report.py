@@ -7,8 +7,7 @@ its model. The page holds everything inside itself, follows the reader's light o
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,10 @@ from clips.common.files import read_json, replacing, write_json
 from clips.common.page import (
     Bar,
     Bars,
-    Card,
-    Cards,
     Chart,
     Code,
     Folded,
     Page,
-    Picture,
     Section,
     Tile,
     Tiles,
@@ -33,7 +29,6 @@ from clips.common.page import (
 )
 from clips.common.plots import Panel, curves_plot, pretty
 from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, newest_weights, read_evaluations, read_metrics
-from clips.evaluation.examples import Examples
 
 
 @dataclass
@@ -96,19 +91,19 @@ def panels(record: RunRecord) -> list[Panel]:
     ]
 
 
-def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
+def write_report(run_dir: Path, examples: Sequence[Section] = ()) -> Path:
     """Write `run_dir`/report/ (index.html and curves.png), whole or not at all, and return the page's path."""
     record = read_run(run_dir)
     with replacing(Path(run_dir) / "report") as directory:
         save_plot(curves_plot(panels(record)), directory / "curves.png")
         if record.weights is not None:
             write_json(directory / MADE_OF, record.weights)
-        html = as_html(_page(record, examples or Examples()))
+        html = as_html(_page(record, examples))
         (directory / "index.html").write_text(html, encoding="utf-8")
     return Path(run_dir) / "report" / "index.html"
 
 
-def _page(record: RunRecord, examples: Examples) -> Page:
+def _page(record: RunRecord, examples: Sequence[Section]) -> Page:
     config = record.config
     last = record.train[-1] if record.train else {}
     facts = [str(config.get("recipe", "")), f"{int(last.get('samples', 0)):,} samples", _model_line(config)]
@@ -121,7 +116,7 @@ def _page(record: RunRecord, examples: Examples) -> Page:
         for name, of_set in record.figures.items()
     ]
     sections = [
-        *_example_sections(examples, config),
+        *examples,
         Section("Figures that matter first", [Tiles(_tiles(record))]),
         Section("Curves", curves, "Against samples seen."),
         Section("All figures", [Folded("Numbers", figures)], _figures_note(record)),
@@ -145,48 +140,8 @@ def _figures_note(record: RunRecord) -> str:
     return f"{note} {record.missing}"
 
 
-def _example_sections(examples: Examples, config: Mapping[str, Any]) -> list[Section]:
-    retrieval, zero_shot, captions = [], [], []
-    for retrieved in examples.retrieval:
-        is_hit = retrieved.rank == 1
-        pictures = [Picture(retrieved.truth, "own image")]
-        for rank, png in enumerate(retrieved.found, start=1):
-            pictures.append(Picture(png, str(rank), rank == retrieved.rank))
-        retrieval.append(Card(retrieved.query, pictures, badge=("hit" if is_hit else f"rank {retrieved.rank}", is_hit)))
-
-    for guess in examples.zero_shot:
-        bars = [
-            Bar(name, 100 * share, (f"{100 * share:.1f} %",), is_right=name == guess.label)
-            for name, share in zip(guess.classes, guess.probabilities, strict=True)
-        ]
-        is_right = guess.classes[0] == guess.label
-        badge = ("right" if is_right else "wrong", is_right)
-        zero_shot.append(Card(guess.label, [Picture(guess.image)], badge=badge, bars=bars))
-
-    for example in examples.captions:
-        texts = [("generated", example.generated), ("long caption", example.truth), ("web caption", example.web)]
-        captions.append(Card("", [Picture(example.image)], [(name, text, None) for name, text in texts]))
-
-    captioner = config.get("model", {}).get("captioner") or {}
-    inputs = "the image and the web caption" if captioner.get("web", True) else "the image"
-    captions_note = f"The captioner reads {inputs}; it was trained on the long caption."
-    if captioner.get("inputs") == "queries":
-        captions_note += (
-            " With learned queries, the paper's way, each position names its likeliest word alone: no fluent text. "
-            "--set model.captioner.inputs=tokens trains a captioner that writes."
-        )
-    parts = [
-        ("Retrieval: hits and misses", retrieval, "A caption of the test set, its own image, and the images found "
-         "for it, best first; green is its own."),
-        ("Zero-shot predictions", zero_shot, "Probabilities over all classes, mean of the prompts; green is the true "
-         "class."),
-        ("Captions", captions, captions_note),
-    ]  # fmt: skip
-    return [Section(title, [Cards(cards)], note) for title, cards, note in parts if cards]
-
-
 def _tiles(record: RunRecord) -> list[Tile]:
-    """The figures that matter first, on the test set that decides; speed and loss."""
+    """The figures that matter first, on the test set that decides."""
     tiles = []
     test_set = UNSEEN if UNSEEN in record.figures else next(reversed(record.figures), "")
     figures = record.figures.get(test_set, {})
@@ -198,13 +153,6 @@ def _tiles(record: RunRecord) -> list[Tile]:
         if test_set == UNSEEN and name in record.figures[first]:
             note = f"{UNSEEN} artist; on {first} {record.figures[first][name]['value']:.1f} %, {note}"
         tiles.append(Tile(pretty(name), [(f"{figure['value']:.1f} %", "")], note))
-
-    if speeds := [line["samples_per_s"] for line in record.train if line.get("samples_per_s")]:
-        waits = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
-        note = f"{100 * sum(waits) / len(waits):.1f} % waiting for data" if waits else ""
-        tiles.append(Tile("samples per second", [(f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "")], note))
-    if record.train and math.isfinite(record.train[-1].get("loss", math.nan)):
-        tiles.append(Tile("last loss", [(f"{record.train[-1]['loss']:.3f}", "")], f"step {record.train[-1]['step']:,}"))
     return tiles
 
 

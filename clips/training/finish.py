@@ -60,7 +60,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
     shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else None)
+        write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else ())
     print_next(run, run_dir)
 
 

@@ -14,20 +14,11 @@ from clips.common.flags import given
 from clips.common.rundir import difference, refuse
 from clips.lab.grid import Cell
 from mllm.compare.benchmarks import check_benchmarks
-from mllm.compare.cells import (
-    LLAVA_STEP,
-    RECIPES,
-    WITH_TEXTS,
-    EncoderCell,
-    PretrainedEncoder,
-    arms_of,
-    samples_seen,
-)
+from mllm.compare.cells import RECIPES, EncoderCell, PretrainedEncoder, arms_of, samples_seen
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import Comparison, given_for_training, is_demo, question_limit
 from mllm.compare.plan import deciding
 from mllm.data.questions import open_questions
-from mllm.encoders.registry import parse_vision_name
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
@@ -38,47 +29,33 @@ PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
 
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
-    c, kinds = comparison, {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
-    arms = arms_of(comparison)
-    names = {arm.folder for arm in arms}
-    mistakes = [
-        (min(c.seeds, c.jobs, c.gpus) < 1, "--seeds, --jobs and --gpus must be at least 1"),
-        (not 0 < (1 if c.budget is None else c.budget) <= 1, f"--budget {c.budget} must be above 0 and at most 1"),
-        (c.seeds > LLAVA_STEP, f"--seeds {c.seeds} must be at most {LLAVA_STEP}"),
-        (
-            (c.llava_runs or c.seeds) < c.seeds,
-            f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used",
-        ),
-        (
-            len(names) < max(2, len(arms)),
-            f"{', '.join(arm.name for arm in arms)}: give at least two different --encoders or --variants",
-        ),
-        (
-            min(c.jobs, c.gpus) > 1,
-            f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them",
-        ),
-        *(
-            (name in found, f"{option}: --{name} is what the comparison itself sets; leave it out")
-            for option, found, own in (
-                ("--train-flags", given_for_training(c.train_flags), TRAINING_OWN),
-                *(("--variants", given_for_training(flags), TRAINING_OWN) for _, flags in c.variants),
-                ("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags), PRETRAINING_OWN),
-            )
-            for name in own
-        ),
-        (
-            c.karpathy is not None and not kinds & set(WITH_TEXTS),
-            "--karpathy measures encoders with a text tower that were trained here: name clips or clip",
-        ),
-        (
-            c.questions is None and not is_demo(c) and not c.benchmarks,
+    c = comparison
+    if min(c.seeds, c.jobs, c.gpus) < 1:
+        raise UserError("--seeds, --jobs and --gpus must be at least 1")
+    if c.budget is not None and not 0 < c.budget <= 1:
+        raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
+    if c.llava_runs is not None and c.llava_runs < c.seeds:
+        raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used")
+    if min(c.jobs, c.gpus) > 1:
+        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them")
+
+    arms = arms_of(c)
+    if len({arm.folder for arm in arms}) < max(2, len(arms)):
+        names = ", ".join(arm.name for arm in arms)
+        raise UserError(f"{names}: give at least two different --encoders or --variants")
+
+    flags_of_training = [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]
+    own = [(option, given_for_training(flags) & set(TRAINING_OWN)) for option, flags in flags_of_training]
+    own.append(("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN)))
+    for option, names_of_flags in own:
+        for name in sorted(names_of_flags):
+            raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
+
+    if c.questions is None and not is_demo(c) and not c.benchmarks:
+        raise UserError(
             "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
-            "give --questions (and --image-folder), or --benchmarks",
-        ),
-    ]
-    for is_wrong, message in mistakes:
-        if is_wrong:
-            raise UserError(message)
+            "give --questions (and --image-folder), or --benchmarks"
+        )
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[Cell]) -> None:

@@ -37,7 +37,7 @@ from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
 from mllm.data.video import is_video
-from mllm.evaluation.batches import Seen, drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
+from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
@@ -82,7 +82,11 @@ def generate_answers(
     for question in questions:
         if question.images and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
-        tokens = [_tokens(layout, store, question, name) for name in question.images if store is not None]
+        tokens = []
+        with _naming(question):
+            for name in question.images:
+                is_sized = layout.pinpoints or is_video(name)
+                tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.square)
         ids = encoder.prompt([_turn(question)], tokens, f"question {question.id}")
         if context is not None and len(ids) >= context:
             raise UserError(
@@ -102,9 +106,11 @@ def generate_answers(
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
-            pictures = [
-                _seen(processor, store, q, name, layout.frames) for name, q in asking.items() if store is not None
-            ]
+            pictures = []
+            for name, question in asking.items():
+                assert store is not None
+                with _naming(question):
+                    pictures.append(seen(processor, store.shown(name, layout.frames)))
             numbers = {name: number for number, name in enumerate(asking)}
             shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
@@ -128,16 +134,6 @@ def _turn(question: Question) -> dict[str, Any]:
         return {"from": "human", "value": text}
     parts = [{"type": "image"} for _ in question.images]
     return {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
-
-
-def _tokens(layout: Layout, store: ImageStore, question: Question, name: str) -> int:
-    with _naming(question):
-        return layout.tokens(store.size(name)) if layout.pinpoints or is_video(name) else layout.square
-
-
-def _seen(processor: LlavaProcessors, store: ImageStore, question: Question, name: str, frames: int) -> Seen:
-    with _naming(question):
-        return seen(processor, store.shown(name, frames))
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from clips.common.page import (
     Page,
     Picture,
     Section,
-    Table,
     Tile,
     Tiles,
     as_html,
@@ -149,15 +148,15 @@ def _page(
         sections.append(Section("Right answers by kind", [Bars(bars, ("", "%", "chance", "items"))], about))
 
     if done:
-        sections += _training(run_dir, config, done)
+        sections.append(_training(run_dir, done))
     command = [Code(figures["command"], wraps=True)] if figures.get("command") else []
     settings = Code(json.dumps(config, indent=2, ensure_ascii=False))
     sections.append(Section("Command and configuration", [Folded("How it was run", [*command, settings])]))
     return Page(run_dir.resolve().name, note, sections, sentence=_sentence(figures, measured))
 
 
-def _training(run_dir: Path, config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Section]:
-    """Losses, times and trained parts of the stages."""
+def _training(run_dir: Path, done: dict[str, dict[str, Any]]) -> Section:
+    """Losses, times and memory of the stages."""
     lines = read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
     charts, tiles = [], []
     for stage, summary in done.items():
@@ -166,19 +165,7 @@ def _training(run_dir: Path, config: dict[str, Any], done: dict[str, dict[str, A
         note = f"{summary['samples']:,} samples, {summary['samples_per_s']:.1f} a second"
         note += f", {summary['peak_memory_gb']:.1f} GB"
         tiles.append(Tile(f"stage {stage}", [(in_words(summary["train_seconds"]), "")], note))
-    rows = [
-        (part.replace("_", " "), *(_trains(config[stage], summary, part) for stage, summary in done.items()))
-        for part in ("vision_tower", "projector", "language_model")
-    ]
-    return [
-        Section("Losses", [*charts, Tiles(tiles)], "Each stage for itself."),
-        Section("What was trained", [Table(("part", *done), rows)]),
-    ]
-
-
-def _trains(record: dict[str, Any], done: dict[str, Any], part: str) -> str:
-    count = done.get("trained_parameters", {}).get(part, 0)
-    return f"{record['freeze'][part]}, {count / 1e6:.1f} M parameters" if count else record["freeze"][part]
+    return Section("Losses", [*charts, Tiles(tiles)], "Each stage for itself.")
 
 
 def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import encode_images
 from clips.evaluation.evaluate import evaluate, evaluate_from_flags, measure
-from clips.evaluation.examples import Examples, _half_misses, collect_examples
+from clips.evaluation.examples import _half_misses, collect_examples
 from clips.evaluation.figures import MATTER, figures_table
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
@@ -155,8 +155,9 @@ def test_report_is_one_offline_page(small, tmp_path):
     run.save(run_dir / "config.json")
     evaluate(model, tokenizer, run, "test", out=run_dir / "evaluation.json")
     examples = collect_examples(model, tokenizer, run, "test", n=4)
-    assert len(examples.retrieval) == len(examples.captions) == len(examples.zero_shot) == 4
-    examples.retrieval[0].query = "<script>alert(1)</script>"
+    retrieval, zero_shot, captions = (section.blocks[0].cards for section in examples)
+    assert len(retrieval) == len(zero_shot) == len(captions) == 4
+    retrieval[0].title = "<script>alert(1)</script>"
 
     page = write_report(run_dir, examples).read_text()
     assert "<script" not in page
@@ -165,7 +166,7 @@ def test_report_is_one_offline_page(small, tmp_path):
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in page
-    for text in (examples.captions[0].truth, examples.zero_shot[0].label, "chance", "my-run"):
+    for text in (captions[0].texts[0][1], zero_shot[0].title, "chance", "my-run"):
         assert text in page
     parts = ['class="first">The encoder ', "Retrieval: hits", "Zero-shot", "Curves", "All figures", "<details>"]
     assert sorted(parts, key=page.index) == parts, "a sentence and pictures come first, tables last and folded"
@@ -201,7 +202,7 @@ def test_report_of_a_run_without_examples_or_evaluation(tmp_path):
     assert "Curves" in page
     assert len(read_run(run_dir).train) == 9
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        write_report(tmp_path, Examples())
+        write_report(tmp_path)
 
 
 def test_examples_are_half_misses_where_there_are_enough():
