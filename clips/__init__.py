@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
     from clips.data.built import built_as, ensure_built
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
-    from clips.data.guess import GuessFlags
     from clips.data.images import (
         ENDINGS,
         IMAGENET_MEAN,

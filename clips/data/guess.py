@@ -1,6 +1,6 @@
 """What a stranger's data mean, where nobody says it: fields, the files of a folder, the root of image paths.
 
-Every guess is printed, with the running command's flag that overrules it (`GuessFlags`).
+Every guess is printed, with the flag that overrules it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,32 +35,7 @@ LONGEST_TEXT = 1 << 18
 """Bytes of a text file beside a picture."""
 
 
-@dataclass(frozen=True)
-class GuessFlags:
-    """The flags of the running command that overrule a guess; messages name them. Empty if the command has none."""
-
-    image_root: str = "--image-root"
-    fields: str = "--fields"
-
-    @property
-    def for_fields(self) -> str:
-        return f"{self.fields} overrules" if self.fields else "columns named image and text overrule"
-
-    def for_root(self, which: str) -> str:
-        """How the folder `which` has a table's pictures is given."""
-        if self.image_root:
-            return f"Name the folder {which} with {self.image_root}"
-        return f"Put the table in the folder {which}"
-
-    def naming(self, part: str) -> str:
-        """How the field of a part of a sample is named."""
-        return f"with {self.fields} {part}=FIELD" if self.fields else NAMES[part][0]
-
-
-FLAGS = GuessFlags()
-
-
-def guess_fields(where: str, fields: Fields, found: Sequence[str], flags: GuessFlags = FLAGS) -> Fields:
+def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
     """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
 
     A long caption is guessed by its own names only. If the web caption is guessed, the default place of long captions
@@ -84,7 +59,7 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str], flags: GuessF
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
-    say_once(f"{where}: {parts} (guessed; {flags.for_fields})")
+    say_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields
 
 
@@ -97,7 +72,7 @@ def guess_delimiter(header: str, url: str) -> str:
     return found
 
 
-def guess_root(where: str, root: str, values: Iterable[Any], flags: GuessFlags = FLAGS) -> str:
+def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
     """The folder of the image paths `values`: `root`, the table's folder, unless only another one has a picture.
 
     The other one is the current folder, or the host of the first URL.
@@ -106,15 +81,14 @@ def guess_root(where: str, root: str, values: Iterable[Any], flags: GuessFlags =
     if paths and paths[0].startswith(("http://", "https://")):
         address = urlsplit(paths[0])
         found, what = f"{address.scheme}://{address.netloc}", "the first picture's host"
-        check_public(found, flags.image_root)
+        check_public(found)
     else:
         found, what = ".", "the current folder"
         if not paths or any(os.path.exists(os.path.join(root, path)) for path in paths):
             return root
         if not any(os.path.exists(path) for path in paths):
             return root
-    overrules = flags.image_root or "a table in the pictures' folder"
-    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; {overrules} overrules)")
+    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
     return found
 
 
@@ -167,6 +141,7 @@ class PictureFolder:
     def __init__(self, folder: str) -> None:
         self.url = self.name = self.root = folder
         self._names, without = self.pairs(folder)
+        self.left_out = len(without)
         if without:
             say_once(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")
 

@@ -28,20 +28,6 @@ class RawSample:
     """The rest of the sample's JSON member or table row (label, captions, …)."""
 
 
-@dataclass(frozen=True)
-class StoredSample:
-    """A sample with everything that its source holds, to be written elsewhere: neither stripped nor cut."""
-
-    name: str
-    """Its key in the shard, or its row's number in nine digits."""
-    image: bytes
-    web: str
-    picture: str
-    """Extension of the image's member, or the image's column."""
-    others: dict[str, bytes]
-    """Extension → content of the other members. For a table's row: `json` with its cells, and cells of bytes."""
-
-
 class BrokenSample(Exception):
     """One sample cannot be used; training counts it and takes a substitute."""
 

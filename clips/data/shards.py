@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clips.common.files import placing
 from clips.common.paths import cache_root
-from clips.data.sidecar import VERSION, fingerprint
+from clips.data.remote import VERSION, fingerprint
 from clips.data.tar import ShardSummary, as_array, from_array, shard_summary
 
 OVERVIEW_FROM = 256

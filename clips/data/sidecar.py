@@ -15,10 +15,8 @@ from typing import BinaryIO, cast
 from clips.common.errors import UserError
 from clips.common.files import open_regular, placing
 from clips.common.paths import cache_root, is_remote
-from clips.data.remote import RemoteFile, remote_facts
+from clips.data.remote import RemoteFile, stamp
 
-VERSION = 4
-"""Part of every sidecar's name: raise it when the written format changes."""
 SAMPLE_BYTES = 1 << 18
 """Bytes of one request to a remote file if single samples are read; most are smaller."""
 LONGEST_NAME = 120
@@ -76,22 +74,6 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set CLIPS_MLLM_CACHE to a folder")
 
 
-def stamp(url: str, *, fresh: bool = False) -> str:
-    """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
-    return stamp_of(fingerprint(url, fresh=fresh))
-
-
-def stamp_of(facts: str) -> str:
-    """The stamp of a file with the fingerprint `facts`."""
-    return hashlib.sha256(f"{VERSION}\n{facts}".encode()).hexdigest()[:12]
-
-
-def check_state(url: str, state: str) -> None:
-    """Raise UserError unless the file is in the state `state`, of which its index was made."""
-    if stamp(url, fresh=True) != state:
-        raise UserError(f"{url} has changed since this run opened it: start the command again, and it is indexed anew")
-
-
 def made_for(path: Path, suffix: str) -> str:
     """The stamp in a sidecar's name."""
     return path.name.removesuffix(suffix).rpartition(".")[2]
@@ -115,14 +97,3 @@ def _derived(folder: Path) -> dict[str, set[str]]:
         if stamped := _STAMPED.fullmatch(name):
             found.setdefault(stamped[1] + stamped[2], set()).add(name)
     return found
-
-
-def fingerprint(url: str, *, fresh: bool = False) -> str:
-    """A text that changes with the file behind `url`: its size with its time, or a store's tag."""
-    try:
-        if is_remote(url):
-            return remote_facts(url, fresh=fresh)[1]
-        status = os.stat(url)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{url} cannot be read: {error}") from None
-    return f"{status.st_size} {status.st_mtime_ns}"

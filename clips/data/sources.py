@@ -6,19 +6,16 @@ and opens its files lazily in each process.
 
 from __future__ import annotations
 
-import base64
 import bisect
 import contextlib
 import glob
 import itertools
-import json
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
@@ -28,17 +25,14 @@ from clips.common.escape import clip, for_terminal
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import Fields
-from clips.data.guess import FLAGS, GuessFlags, PictureFolder, guess_fields, guess_root, in_folder
+from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
-from clips.data.remote import read_range, remote_facts, store_of
-from clips.data.sample import BrokenSample, RawSample, StoredSample
+from clips.data.remote import check_state, read_range, remote_facts, store_of
+from clips.data.sample import BrokenSample, RawSample
 from clips.data.shards import open_shards
-from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
+from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
-
-if TYPE_CHECKING:
-    from clips.data.table import Table
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -61,13 +55,11 @@ CHOICES = (
 """Printed if long captions are missing."""
 
 
-def open_source(
-    spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool, flags: GuessFlags = FLAGS
-) -> Source:
+def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
     """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
 
     Raises UserError if there is no data, if one of `fields` is missing (the message lists the fields found), and with
-    `need_long` if web and long caption are the same field. `flags`: those of a command that has others.
+    `need_long` if web and long caption are the same field.
     """
     if need_long and fields.web == fields.long:
         raise UserError(
@@ -79,16 +71,16 @@ def open_source(
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
     if tables:
-        return TableSource(files, fields, image_root, need_long, flags)
-    return TarSource(files, fields, need_long, flags)
+        return TableSource(files, fields, image_root, need_long)
+    return TarSource(files, fields, need_long)
 
 
 def index_data(spec: str, workers: int) -> None:
     """scripts/index_data.py: make the indexes of `spec` in `workers` processes and print what the data holds."""
     files = expand(spec)
     if not files[0].endswith(".tar"):
-        rows = sum(map(len, _tables(files)))
-        print(f"{len(files):,} tables, {rows:,} rows")
+        source = open_source(spec, Fields(), need_long=False)
+        print(f"{len(files):,} tables, {len(source):,} rows")
         return
     found = open_shards(files, workers)
     print(f"{len(files):,} shards, {found.counts.sum():,} samples")
@@ -96,7 +88,7 @@ def index_data(spec: str, workers: int) -> None:
         print(for_terminal(f"{count:>15,}  {', '.join(layout)}"))
     for shard, problems in itertools.islice(found.problems.items(), WARNED):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(for_terminal(f"{files[shard]}: {problems[0]}{more}"))
+        print(for_terminal(without_secrets(f"{files[shard]}: {problems[0]}{more}")))
     if len(found.problems) > WARNED:
         print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 
@@ -184,10 +176,6 @@ class Source:
         """Why the picture of a sample is not there, or None; opens no picture and asks no other machine."""
         return None
 
-    def stored(self, index: int) -> StoredSample:
-        """Everything that the source holds of a sample. Raises as `read`."""
-        raise NotImplementedError
-
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
         """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
         for index in range(len(self)) if indices is None else indices:
@@ -228,66 +216,65 @@ class MixedSource(Source):
 class TarSource(Source):
     """Samples of tar shards. A sample that lacks a needed member is left out, with a warning."""
 
-    def __init__(self, shards: list[str], fields: Fields, need_long: bool, flags: GuessFlags) -> None:
+    def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
         self.need_long = need_long
-        self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._needed = PARTS if need_long else PARTS[:2]
         self._set = open_shards(shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
-        found = self._fields_found()
-        fields = guess_fields(_names(shards), fields, found, flags)
+
+        found = self._fields_found(fields)
+        fields = guess_fields(_names(shards), fields, found)
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
-        self._close()  # which of its samples are complete depends on the fields
-        self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
-        self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
-        self.left_out = self._set.counts[:, self._lacks].sum(axis=1).tolist()
-        self._warn_of_problems()
-        self._check_fields(fields, found, flags)
+        for name in self._needed:
+            if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
+                raise _missing_field(_names(shards), name, getattr(fields, name), found)
+
+        lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
+        self._set_sizes(self._set.counts[:, ~lacks].sum(axis=1).tolist())
+        self.left_out = self._set.counts[:, lacks].sum(axis=1).tolist()
+        if not len(self):
+            raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {found}")
+        self.problems = [f"{shards[i]}: {problem}" for i, lines in self._set.problems.items() for problem in lines]
+        if any(self.left_out):
+            self.problems.insert(0, self._said_left_out())
+        for message in self.problems[:WARNED]:
+            log.warning("%s", message)
+        if len(self.problems) > WARNED:
+            log.warning("and %d more problems in %s", len(self.problems) - WARNED, _names(shards))
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """The needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _check_fields(self, fields: Fields, found: Sequence[str], flags: GuessFlags) -> None:
-        for name in self._needed:
-            if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
-                raise _missing_field(_names(self.shards), name, getattr(fields, name), found, flags)
-        if not len(self):
-            raise UserError(f"no sample of {_names(self.shards)} has all of: {', '.join(self._needed)}; found: {found}")
-
-    def _fields_found(self) -> list[str]:
+    def _fields_found(self, fields: Fields) -> list[str]:
         """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples."""
         found = {extension for layout in self._set.layouts for extension in layout}
         filled = np.flatnonzero(self._set.counts.any(axis=1))
         if not len(filled):
             raise UserError(f"{_names(self.shards)} hold no samples: are they tar shards?")
-        opened = self._shard(int(filled[0]))
-        for extension in sorted({e for part in self._fields.values() for e, key in part if key} | {"json"}):
-            for row in range(min(PROBED_SAMPLES, len(opened.index.keys))):
-                with contextlib.suppress(BrokenSample):  # counted when training reads it
-                    found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
+        shard = int(filled[0])
+        index = self._index(shard)
+        with self._file(shard) as file:
+            opened = _OpenShard(self.shards[shard], index, file, range(min(PROBED_SAMPLES, len(index.keys))))
+            named = {e for name in PARTS for e, key in _alternatives(getattr(fields, name)) if key}
+            for extension in sorted(named | {"json"}):
+                for row in opened.rows:
+                    with contextlib.suppress(BrokenSample):  # counted when training reads it
+                        found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
         return sorted(found)
 
-    def _warn_of_problems(self) -> None:
-        messages = [f"{self.shards[i]}: {problem}" for i, found in self._set.problems.items() for problem in found]
-        lacking = self._set.counts[:, self._lacks].sum(axis=1)
-        for i in np.flatnonzero((lacking > 0) & (lacking < self._set.counts.sum(axis=1))):
-            first = "…"
-            if len(messages) < WARNED:
-                opened = self._shard(int(i))
-                row = min(set(range(len(opened.index.keys))) - set(opened.complete))
-                first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
-            left_out = f"{lacking[i]} samples are left out for want of a member, the first is {first}"
-            messages.append(f"{self.shards[i]}: {left_out}")
-        self.problems = messages
-        for message in messages[:WARNED]:
-            log.warning(message)
-        if len(messages) > WARNED:
-            log.warning("and %d more problems in %s", len(messages) - WARNED, _names(self.shards))
+    def _said_left_out(self) -> str:
+        shard = int(np.flatnonzero(self.left_out)[0])
+        opened = self._shard(shard)
+        row = min(set(range(len(opened.index.keys))) - set(opened.rows))
+        key = _Members(opened, row).key.rpartition("/")[2]
+        first = f"{key}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
+        count = sum(self.left_out)
+        return f"{_names(self.shards)}: {count:,} samples are left out for want of a member, the first is {first}"
 
     def read(self, index: int) -> RawSample:
         members = self._members(index)
@@ -302,17 +289,6 @@ class TarSource(Source):
     def texts(self, index: int) -> tuple[str, str | None]:
         return self._captions(self._members(index))
 
-    def stored(self, index: int) -> StoredSample:
-        members = self._members(index)
-        web = self._text(members, "web")
-        _checked(members.key, web, None, False)
-        members.json("json")  # bad JSON would make the sample broken wherever it is read
-        found = {extension: members.read(extension) or b"" for extension in members.shard.extensions(members.row)}
-        picture = next((e for e, _ in self._fields["image"] if found.get(e)), None)
-        if picture is None:
-            raise BrokenSample(members.key, "image: the file is empty")
-        return StoredSample(members.name, found.pop(picture), web, picture, found)
-
     def _captions(self, members: _Members) -> tuple[str, str | None]:
         return _checked(members.key, self._text(members, "web"), self._text(members, "long"), self.need_long)
 
@@ -323,20 +299,26 @@ class TarSource(Source):
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
         opened = self._shard(shard)
-        return _Members(opened, opened.complete[place])
+        return _Members(opened, opened.rows[place])
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
             self._open, self._process = OrderedDict(), os.getpid()
         if shard not in self._open:
-            url, index = self.shards[shard], Path(self._set.indexes[shard])
-            if not index.is_file():  # removed since the overview was made
-                index = shard_summary(url).index
-            self._open[shard] = _OpenShard(url, load_index(index), self._lacking, self._file(shard))
+            index = self._index(shard)
+            layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
+            whole = [not self._lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
+            rows = np.flatnonzero(np.array(whole, dtype=bool)[layout_of.ravel()]).tolist()
+            self._open[shard] = _OpenShard(self.shards[shard], index, self._file(shard), rows)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _index(self, shard: int) -> ShardIndex:
+        path = Path(self._set.indexes[shard])
+        # One that was removed since the overview was made is made again.
+        return load_index(path if path.is_file() else shard_summary(self.shards[shard]).index)
 
     def _file(self, shard: int) -> BinaryIO:
         url = self.shards[shard]
@@ -353,9 +335,6 @@ class TarSource(Source):
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
         """Read shard i from the file `copies(i)` from now on, if there is one. Open shards are closed."""
         self._copies = copies
-        self._close()
-
-    def _close(self) -> None:
         for opened in self._open.values():
             opened.file.close()
         self._open.clear()
@@ -367,23 +346,18 @@ class TarSource(Source):
 class _OpenShard:
     """A shard's file and index, and the rows of its complete samples."""
 
-    def __init__(self, url: str, index: ShardIndex, lacking: Callable[[Any], list[str]], file: BinaryIO) -> None:
-        self.label, self.index, self.file = without_secrets(url), index, file
+    def __init__(self, url: str, index: ShardIndex, file: BinaryIO, rows: Sequence[int]) -> None:
+        self.label = without_secrets(url)
+        self.index, self.file, self.rows = index, file, rows
         self.column = {extension: i for i, extension in enumerate(index.extensions)}
-        layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
-        usable = [not lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
-        self.complete: list[int] = np.flatnonzero(np.array(usable, dtype=bool)[layout_of.ravel()]).tolist()
-
-    def extensions(self, row: int) -> list[str]:
-        return list(itertools.compress(self.index.extensions, self.index.offsets[row] >= 0))
 
 
 class _Members:
     """The members of one sample, read on demand."""
 
     def __init__(self, shard: _OpenShard, row: int) -> None:
-        self.shard, self.row, self.name = shard, row, shard.index.keys[row]
-        self.key = f"{shard.label}#{self.name}"
+        self.shard, self.row = shard, row
+        self.key = f"{shard.label}#{shard.index.keys[row]}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
     def read(self, extension: str) -> bytes | None:
@@ -427,28 +401,28 @@ class _Members:
 class TableSource(Source):
     """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
 
-    def __init__(
-        self, files: list[str], fields: Fields, image_root: str | None, need_long: bool, flags: GuessFlags
-    ) -> None:
+    def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
 
-        self.tables, self.need_long, self._flags = _tables(files), need_long, flags
+        self.tables = [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
+        self.need_long = need_long
         self._copies: Callable[[str], BinaryIO | None] | None = None
-        fields = guess_fields(_names(files), fields, self.tables[0].columns, flags)
+        fields = guess_fields(_names(files), fields, self.tables[0].columns)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
             for name in PARTS if need_long else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
-                    raise _missing_field(table.url, name, getattr(fields, name), table.columns, flags)
-        self.files = [table.url for table in self.tables]
+                    raise _missing_field(table.name, name, getattr(fields, name), table.columns)
+        self.files = files
         self._set_sizes([len(table) for table in self.tables])
-        self.left_out = [table.left_out.count if isinstance(table, Table) else 0 for table in self.tables]
-        self.unreadable = sum(self.left_out)
+        self.left_out = [table.left_out for table in self.tables]
+        self.unreadable = sum(table.left_out for table in self.tables if isinstance(table, Table))
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
+        """By table, whether it names pictures that may be missing."""
         for file, table in enumerate(self.tables):
-            named = self._find_pictures(file, table.url, image_root)
+            named = self._find_pictures(file, table.name, image_root)
             self._named.append(named and not isinstance(table, PictureFolder))  # which lists pictures that are there
 
     def _find_pictures(self, file: int, url: str, image_root: str | None) -> bool:
@@ -464,13 +438,13 @@ class TableSource(Source):
             if values and not isinstance(values[-1], str):
                 return False
         if image_root is None and not is_remote(self.roots[file]):
-            self.roots[file] = guess_root(url, self.roots[file], values, self._flags)
+            self.roots[file] = guess_root(url, self.roots[file], values)
         root = self.roots[file]
         paths = [value for value in values if isinstance(value, str) and value]
         if paths and not is_remote(root) and not any(os.path.exists(os.path.join(root, path)) for path in paths):
             raise UserError(
                 f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
-                f"{os.path.abspath(root)}. {self._flags.for_root('that holds it')}"
+                f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
             )
         return True
 
@@ -497,25 +471,6 @@ class TableSource(Source):
         if isinstance(place, bytes) or is_remote(place) or os.path.isfile(place):
             return None
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
-
-    def stored(self, index: int) -> StoredSample:
-        file, key, row = self._row(index)
-        web = self._value(row, "web")
-        _checked(key, web, None, False)
-        column = next((c for c in self._fields["image"] if row.get(c) is not None), "")
-        image = self._image(file, key, row.get(column))
-        if isinstance(row[column], dict):  # the datasets library: keep the path without the picture
-            row[column] = row[column].get("path")
-        elif isinstance(row[column], bytes):
-            del row[column]
-        cells = {name: value for name, value in row.items() if isinstance(value, bytes) and _MEMBER.fullmatch(name)}
-        rest = {name: value for name, value in row.items() if name not in cells}
-        try:
-            text = json.dumps(rest, default=_plain)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BrokenSample(key, f"the row cannot be written as JSON ({error})") from None
-        _, number = self._locate(index)
-        return StoredSample(f"{number:09d}", image, web, column, {"json": text.encode()} | cells)
 
     def picture(self, index: int) -> str | None:
         """The URL of a sample's picture; None if the picture is a local file or in the table. Raises as `read`."""
@@ -572,22 +527,7 @@ class TableSource(Source):
         try:
             return inside(self.roots[file], value)
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
-            raise UserError(f"{key}: image path {error}. {self._flags.for_root('above it')}") from None
-
-
-def _tables(files: Sequence[str]) -> list[Table | PictureFolder]:
-    from clips.data.table import Table  # imports pyarrow, which tar shards do not need
-
-    return [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
-
-
-_MEMBER = re.compile(r"(?!json$)[a-z0-9_]+")
-"""Names of columns that can be extensions of members."""
-
-
-def _plain(value: Any) -> str:
-    """A value that JSON lacks: times and decimals as text, bytes in base64."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+            raise UserError(f"{key}: image path {error}. Name the folder above it with --image-root") from None
 
 
 def _alternatives(spec: str) -> list[tuple[str, str | None]]:
@@ -605,12 +545,12 @@ def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str |
     return web[:MAX_CAPTION].strip(), long[:MAX_CAPTION].strip() if long else None
 
 
-def _missing_field(where: str, name: str, spec: str, found: Sequence[str], flags: GuessFlags) -> UserError:
+def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:
     what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
     reason = f"data.fields.{name} = {spec!r} is not" if spec else "no usual name is"
     return UserError(
         f"{where} has no {what}: {reason} among the fields found: "
-        f"{', '.join(found) or 'none'}. Name the right one {flags.naming(name)}"
+        f"{clip(', '.join(found)) or 'none'}. Name the right one with --fields {name}=FIELD"
         + (f".{CHOICES}" if name == "long" else "")
     )
 

@@ -9,7 +9,6 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
-from clips.data.guess import FLAGS, GuessFlags
 from clips.data.sources import MixedSource, Source, open_source
 
 OWN = ("train", "val", "test")
@@ -50,7 +49,7 @@ def split_spec(data: DataConfig, split: str) -> str | None:
     return getattr(data, split) if split in OWN else None
 
 
-def open_split(data: DataConfig, split: str, *, need_long: bool, flags: GuessFlags = FLAGS) -> Source:
+def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
     """Open a split; missing demo data is built first. Raises UserError if the run names no such data."""
     spec = split_spec(data, split)
     if not spec:
@@ -62,7 +61,7 @@ def open_split(data: DataConfig, split: str, *, need_long: bool, flags: GuessFla
         return _open_mix(data, need_long)
     if data.train == "demo":
         ensure_demo(data.demo_dir, aspects=data.demo_aspects)
-    return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long, flags=flags)
+    return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
 
 
 def check_readable(source: Source, most: float) -> None:

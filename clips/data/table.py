@@ -67,12 +67,12 @@ class Table:
             self._starts.append(self._starts[-1] + reader.get_batch(i).num_rows)
         self.columns = self._json_columns() if self.is_json else reader.schema.names
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
-        self.left_out = LeftOut(**json.loads(last[b"left_out"]))
-        if self.left_out.count:
-            total = self.left_out.count + len(self)
+        left_out = LeftOut(**json.loads(last[b"left_out"]))
+        self.left_out = left_out.count
+        if left_out.count:
             say_once(
-                f"{self.name}: {self.left_out.count:,} of {total:,} rows left out, the first is row "
-                f"{self.left_out.lines[0]} (other cells than the header, or an open quote)"
+                f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows left out, the first is row "
+                f"{left_out.lines[0]} (other cells than the header, or an open quote)"
             )
         if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
             say_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")

@@ -28,7 +28,6 @@ from clips.common.files import check_target, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
-from clips.data.guess import GuessFlags
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source
@@ -44,7 +43,6 @@ from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, writ
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
-FLAGS = GuessFlags(image_root="", fields="")
 FORMATS = ("native", "open_clip", "hf", "hf_vit")
 
 
@@ -198,7 +196,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     data, split = run.data, next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
     if flags.data is not None:
         data, split = dataclasses.replace(data, train=flags.data, mix=()), "train"
-    source = open_split(data, split, need_long=False, flags=FLAGS)
+    source = open_split(data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from clips import BrokenSample, Fields, GuessFlags, decode_image, decoded_size, open_source
+from clips import BrokenSample, Fields, open_source
 from clips.common.errors import UserError
 from clips.common.files import read_json_records
 from mllm.data.images import ImageStore
 
 QUESTION = "<image>\nDescribe it."
-FLAGS = GuessFlags(image_root="--image_folder", fields="")
-HINT = "A LLaVA file ends in .json or .jsonl"
+HINT = "A LLaVA file ends in .json or .jsonl. Of captions --image_folder is the --image-root"
 
 
 class CaptionStore(ImageStore):
@@ -30,7 +27,7 @@ class CaptionStore(ImageStore):
         self.location = Path(location)
         root = None if image_root is None else str(image_root)
         try:
-            self._source = open_source(str(location), Fields(), image_root=root, need_long=False, flags=FLAGS)
+            self._source = open_source(str(location), Fields(), image_root=root, need_long=False)
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
 
@@ -55,14 +52,6 @@ class CaptionStore(ImageStore):
 
     def read(self, name: str) -> bytes:
         return self._source.read(int(name)).image
-
-    def size(self, name: str) -> tuple[int, int]:
-        sample = self._source.read(int(name))
-        return decoded_size(sample.image, sample.key)
-
-    def shown(self, name: str, frames: int) -> Image.Image | list[Image.Image]:
-        sample = self._source.read(int(name))
-        return decode_image(sample.image, sample.key)
 
 
 def is_captions(data_path: Path | str) -> bool:

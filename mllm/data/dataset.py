@@ -9,7 +9,8 @@ Shapes: B samples of a batch · L longest sample · N pictures of the batch, in 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,15 @@ class BadSample(UserError):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
         self.problem = problem
+
+
+@contextmanager
+def bad_sample(kind: str, raw: Any, index: int) -> Iterator[None]:
+    """Turn a UserError into the BadSample of a raw record."""
+    try:
+        yield
+    except UserError as error:
+        raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
 
 
 @dataclass(frozen=True)
@@ -140,31 +150,22 @@ class RecordReader:
 
     def read(self, raw: Any, index: int) -> Record:
         """Raises BadSample."""
-        kind = "record"
-        try:
+        with bad_sample("record", raw, index):
             record = parse_record(raw, index)
-            kind = "conversation"
-            self.encoder.check(record.turns, self._at_most(record), record.name)
-            kind = "missing image"
+        with bad_sample("conversation", raw, index):
+            if any(map(is_video, record.images)) and not self.tokens.frames:
+                raise UserError(f"{record.name}: {NO_VIDEOS}")
+            self.encoder.check(record.turns, self.tokens.at_most(record.images), record.name)
+        with bad_sample("missing image", raw, index):
             for name in record.images:
-                problem = self._problem(name)
-                if problem:
+                if problem := self._problem(name):
                     raise UserError(f"{record.name}: {problem}")
-            kind = "conversation"
-            if self._may_lose_its_answers(record):
-                kind = "broken image"
+        if self._may_lose_its_answers(record):
+            with bad_sample("broken image", raw, index):
                 _, images = self.tokens.read(record.images, self.store)
-                kind = "conversation"
+            with bad_sample("conversation", raw, index):
                 self.encoder.encode(record.turns, images, record.name)
-        except UserError as error:
-            raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
         return record
-
-    def _at_most(self, record: Record) -> list[int]:
-        try:
-            return self.tokens.at_most(record.images)
-        except UserError as error:
-            raise UserError(f"{record.name}: {error}") from None
 
     def _problem(self, name: str) -> str | None:
         if self.store is None:

@@ -22,7 +22,7 @@ from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, s
 from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader
+from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, bad_sample
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
@@ -74,11 +74,9 @@ class ConversationReader:
     def _is_cut(self, record: Record) -> bool:
         """Whether the context holds only a part. Raises BadSample if that part has no answer."""
         tokens = self.records.tokens.at_most(record.images)
-        try:
+        with bad_sample("conversation", self.raws[record.index], record.index):
             length = len(self.whole.encode(record.turns, tokens, record.name).input_ids)
             self.encoder.encode(record.turns, tokens, record.name)
-        except UserError as error:  # seen only by tokenising it
-            raise BadSample(Problem(record.index, record.id, "conversation", str(error))) from None
         return length > self.context
 
     def _check_pictures(self, record: Record) -> None:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,12 +22,11 @@ from clips.common.errors import CommandError, UserError
 from clips.common.paths import without_secrets
 from clips.config import Fields, RunConfig
 from clips.data import order, remote
-from clips.data.ahead import ReadAhead, WholeFiles
-from clips.data.copies import Copies
+from clips.data.ahead import ReadAhead
 from clips.data.loader import make_loader
 from clips.data.order import SampleOrder
+from clips.data.remote import Copies, stamp
 from clips.data.sample import BrokenSample
-from clips.data.sidecar import stamp
 from clips.data.sources import open_source
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import tiny_run
@@ -329,43 +327,3 @@ def test_the_order_names_its_shards_and_the_next(small_groups) -> None:
         assert following in {*now, *then, *drawn.shards(position + 40)[0]}
     last = drawn.shards(sum(sizes) - 1)[1]
     assert last == drawn.shards(sum(sizes))[0], "after the last group comes the first of the next epoch"
-
-
-def removed_and_open() -> int:
-    """Files of this process that are removed and take room on the disk until they are closed."""
-    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-    return sum(os.path.islink(link) and os.readlink(link).endswith("(deleted)") for link in links)
-
-
-def test_one_shard_after_the_other_has_the_next_one_ready_and_a_bounded_disk(server: RangeServer) -> None:
-    """Of each, one copy is fetched; and a copy that had to go takes no room."""
-    urls = [f"{server.url}/{i}.tar" for i in range(SHARDS)]
-    source = open_source(";".join(urls), Fields(), need_long=True)
-    sizes = {url: (server.root / f"{i}.tar").stat().st_size for i, url in enumerate(urls)}
-    limit = int(3.4 * max(sizes.values()))
-    server.sent.clear()
-    files, cache = WholeFiles(source, limit), Path(os.environ["CLIPS_MLLM_CACHE"])
-    before = removed_and_open()
-    for i, url in enumerate(urls):
-        files.at(url, iter(urls[i + 1 :]))
-        for row in range(SAMPLES):
-            assert source.read(i * SAMPLES + row).image
-        end = time.monotonic() + 20
-        while sum(server.sent.values()) < sum(list(sizes.values())[: i + 2]) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert server.sent == {f"{j}.tar": sizes[urls[j]] for j in range(min(i + 2, SHARDS))}, "one ahead, each once"
-        assert taken(cache) <= limit
-        assert removed_and_open() - before == 0
-
-
-def test_a_shard_is_fetched_ahead_only_where_there_is_room_beside_the_present_one(server: RangeServer) -> None:
-    urls = [f"{server.url}/{i}.tar" for i in range(2)]
-    source = open_source(";".join(urls), Fields(), need_long=True)
-    server.sent.clear()
-    files = WholeFiles(source, int(1.5 * (server.root / "0.tar").stat().st_size))
-    files.at(urls[0], iter(urls[1:]))
-    assert source.read(0).image
-    for thread in threading.enumerate():
-        if "_work" in thread.name:
-            thread.join(20)
-    assert set(server.sent) == {"0.tar"}
