@@ -36,8 +36,10 @@ class ReadAhead:
         sources = source.sources if isinstance(source, MixedSource) else [source]
         orders = order.parts if isinstance(order, MixedOrder) else [order]
         remote = [i for i, part in enumerate(sources) if limit > 0 and _is_remote(part)]
-        copies = Copies(limit) if remote else None
         self._parts: dict[int, _Shards | _Pictures] = {}
+        if not remote:
+            return
+        copies = Copies(limit)
         for i in remote:
             part = sources[i]
             if isinstance(part, TarSource):

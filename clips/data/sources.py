@@ -238,8 +238,11 @@ class TarSource(Source):
         if not len(self):
             raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {found}")
         self.problems = [f"{shards[i]}: {problem}" for i, lines in self._set.problems.items() for problem in lines]
-        if any(self.left_out):
-            self.problems.insert(0, self._said_left_out())
+        incomplete = np.flatnonzero(self.left_out)
+        self.problems += [self._said_left_out(int(shard)) for shard in incomplete[:WARNED]]
+        if len(incomplete) > 1:
+            count, total = sum(self.left_out), int(self._set.counts.sum())
+            self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are left out, as follows")
         for message in self.problems[:WARNED]:
             log.warning("%s", message)
         if len(self.problems) > WARNED:
@@ -267,14 +270,12 @@ class TarSource(Source):
                         found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
         return sorted(found)
 
-    def _said_left_out(self) -> str:
-        shard = int(np.flatnonzero(self.left_out)[0])
+    def _said_left_out(self, shard: int) -> str:
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
-        key = _Members(opened, row).key.rpartition("/")[2]
-        first = f"{key}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
-        count = sum(self.left_out)
-        return f"{_names(self.shards)}: {count:,} samples are left out for want of a member, the first is {first}"
+        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
+        count = self.left_out[shard]
+        return f"{self.shards[shard]}: {count:,} samples are left out for want of a member, the first is {first}"
 
     def read(self, index: int) -> RawSample:
         members = self._members(index)
