@@ -23,7 +23,7 @@ from clips.common.errors import UserError
 from clips.common.escape import clip, one_line
 from clips.common.paths import is_plain
 from mllm.data.captions import raw_records
-from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
+from mllm.data.conversation import ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
@@ -224,7 +224,12 @@ class LlavaDataset(Dataset):
         sizes, images = self.tokens.read(record.images, self.store)
         encoded = self.encoder.encode(record.turns, images, record.name)
         self._truncated[index] = encoded.truncated
-        sample = {"input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(record.images)}
+        sample = {
+            "index": index,
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "images": list(record.images),
+        }
         return sample | ({"image_sizes": sizes} if sizes else {})
 
     @property
@@ -258,30 +263,3 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
     return padded
-
-
-@dataclass
-class Collator:
-    """Samples → `input_ids`, `labels`, `attention_mask` [B, L], and `image_key` as `load_images(names)` gives it.
-
-    With `image_sizes` of all pictures where the samples have them. A batch without pictures has no `image_key`; the
-    model makes that safe under ZeRO-3.
-    """
-
-    pad_id: int
-    load_images: Callable[[list[str]], torch.Tensor]
-    image_key: str = "pixel_values"
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = [sample["input_ids"] for sample in samples]
-        batch: dict[str, Any] = {
-            "input_ids": pad_rows(ids, self.pad_id),
-            "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
-            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
-        }
-        names = [name for sample in samples for name in sample["images"]]
-        if names:
-            batch[self.image_key] = self.load_images(names)
-        if sizes := [size for sample in samples for size in sample.get("image_sizes", ())]:
-            batch["image_sizes"] = sizes
-        return batch

@@ -14,28 +14,11 @@ from clips.common.flags import Parser, add_options, from_flags, option
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import loggers
 from mllm import DEFAULT_LLM
-from mllm.training.stages import STAGES, Stage
+from mllm.training.stages import DEFAULTS, STAGES, Stage
 
 HELP = (
     "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG."
 )
-DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "mm_projector_type": ("mlp2x_gelu", "linear"),
-    "mm_vision_select_layer": (-2, -1),
-    "image_aspect_ratio": (None, "square"),
-    "group_by_modality_length": (None, False),
-    "model_max_length": (2048, 512),
-    "lora_r": (128, 64),
-    "lora_alpha": (256, 16),
-    "lora_dropout": (0.05, 0.05),
-    "learning_rate": (None, 5e-5),
-    "mm_projector_lr": (None, None),
-    "warmup_ratio": (0.03, 0.0),
-    "lr_scheduler_type": ("cosine", "linear"),
-    "num_train_epochs": (1.0, 3.0),
-    "max_steps": (-1, -1),
-}
-"""Flag → (the value of LLaVA-1.5's scripts, the value of LLaVA's train.py); None: mllm/training/stages.py has it."""
 
 
 def flag(default: Any, text: str, *aliases: str) -> Any:
@@ -45,8 +28,8 @@ def flag(default: Any, text: str, *aliases: str) -> Any:
 
 
 def usual(name: str, text: str) -> Any:
-    """A flag that `resolve` fills in from DEFAULTS."""
-    return flag(None, f"{text} (default: {DEFAULTS[name][0]})")
+    """A flag with one default for both stages, which `resolve` fills in."""
+    return flag(None, f"{text} (default: {DEFAULTS['both'][name]})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,53 +121,59 @@ class TrainArguments:
     dry_run: bool = option(False, "print the command and the plan, train nothing")
 
     def resolve(self, world_size: int) -> TrainArguments:
-        """The same with every default filled in; raises UserError for values that do not fit each other."""
+        """Return the same with every default filled in. Raises UserError for values that do not fit each other."""
         import torch  # not at the top: --help is answered without it
 
         from clips.common.runtime import has_bf16
 
-        stage = self.description
         loggers(self.report_to)
+        adapters = self.lora_enable or self.bits < 16
+        values = dict(vars(self))
+        defaults = self.description.defaults(
+            lora=adapters, demo=self.data_path is None,
+            whole=not adapters and self.model_name_or_path == DEFAULT_LLM,
+        )  # fmt: skip
+        if self.num_train_epochs is not None:
+            defaults["max_steps"] = -1  # epochs that are given count, not the demo's steps
+        for name, default in defaults.items():
+            if values[name] is None:
+                values[name] = default
+
+        kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf
+        if values["output_dir"] is None:
+            values["output_dir"] = os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}")
+        if values["lora_enable"] is None:
+            values["lora_enable"] = self.bits < 16
+        if self.stage == 2:  # it starts from stage 1's projector
+            values["mm_projector_init"] = None
+
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        if values["bf16"] is None:
+            values["bf16"] = has_bf16(torch.device("cuda" if on_gpu else "cpu"))
+        if values["gradient_checkpointing"] is None:
+            values["gradient_checkpointing"] = on_gpu
+        if values["dataloader_num_workers"] is None:
+            values["dataloader_num_workers"] = 4 if on_gpu and not self.caches_features else 0
+
+        self._check(values)
+        values["mm_patch_merge_type"] = None  # it follows from the aspect
+        values.update(self._batches(world_size, values["batch_size"], values["per_device_train_batch_size"]))
+        return TrainArguments(**values)
+
+    def _check(self, values: dict[str, Any]) -> None:
+        """Raise UserError for `values` of flags that do not fit each other."""
+        tiles = values["image_aspect_ratio"] == "anyres"
         if self.bits != 4 and (self.quant_type is not None or self.double_quant is not None):
             raise UserError("--quant_type and --double_quant say how --bits 4 quantises: give that, or leave them out")
-        on_gpu = self.device != "cpu" and torch.cuda.is_available()
-        kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf
-        defaults: dict[str, Any] = {name: ours for name, (ours, _) in DEFAULTS.items()}
-        defaults |= {
-            "lora_enable": self.bits < 16,
-            "output_dir": os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}"),
-            "bf16": has_bf16(torch.device("cuda" if on_gpu else "cpu")),
-            "gradient_checkpointing": on_gpu,
-            "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
-        }
-        defaults |= stage.llava
-        adapters = self.lora_enable or self.bits < 16
-        defaults |= stage.lora if adapters else {}
-        if self.data_path is None:
-            defaults |= stage.demo
-            defaults |= stage.demo_whole if not adapters and self.model_name_or_path == DEFAULT_LLM else {}
-        if self.num_train_epochs is not None:
-            defaults["max_steps"] = -1  # epochs that are asked for count, not the demo's steps
-        filled: dict[str, Any] = {
-            name: defaults.get(name) if value is None else value for name, value in vars(self).items()
-        }
-        if stage.number == 2:  # it starts from stage 1's projector
-            filled["mm_projector_init"] = None
-        tiles = filled["image_aspect_ratio"] == "anyres"
         if self.mm_patch_merge_type not in (None, "spatial_unpad" if tiles else "flat"):
             raise UserError(
                 f"--mm_patch_merge_type {self.mm_patch_merge_type} does not go with --image_aspect_ratio "
-                f"{filled['image_aspect_ratio']}: the stock models order the tokens of anyres as spatial_unpad, and "
-                "those of square and pad as flat"
+                f"{values['image_aspect_ratio']}: anyres is spatial_unpad, square and pad are flat"
             )
         if self.image_grid_pinpoints is not None and not tiles:
             raise UserError("--image_grid_pinpoints are the canvases of --image_aspect_ratio anyres: give that too")
-        filled["mm_patch_merge_type"] = None  # it follows from the aspect
-        if self.bits < 16 and not filled["lora_enable"] and stage.number == 2:
+        if self.bits < 16 and not values["lora_enable"] and self.stage == 2:
             raise UserError(f"--bits {self.bits} cannot train the language model's own weights: add --lora_enable")
-        return TrainArguments(
-            **filled | self._batches(world_size, filled["batch_size"], filled["per_device_train_batch_size"])
-        )
 
     def _batches(self, world_size: int, total: int, micro: int | None) -> dict[str, int]:
         """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`.
@@ -194,16 +183,15 @@ class TrainArguments:
         accumulation = self.gradient_accumulation_steps
         if self.batch_size is None and accumulation is not None:
             total = (micro or 16) * world_size * accumulation
-        if micro is None or self.per_device_train_batch_size is None:
+        if self.per_device_train_batch_size is None:
             share = total // (world_size * (accumulation or 1))
             micro = max(1, share if accumulation else min(micro or 16, share))
+        assert micro is not None
         steps = total // (micro * world_size)
-        wanted = accumulation or steps
-        if steps == 0 or steps * micro * world_size != total or wanted != steps:
+        if steps == 0 or steps * micro * world_size != total or steps != (accumulation or steps):
             raise UserError(
                 f"--batch_size {total} is not {world_size} rank(s) × --per_device_train_batch_size {micro} × "
-                f"{'--gradient_accumulation_steps ' + str(wanted) if wanted != steps else 'a whole number'}: "
-                "change one of them"
+                f"--gradient_accumulation_steps {accumulation or 'of a whole number'}: change one of them"
             )
         return {"batch_size": total, "per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
 
@@ -232,19 +220,23 @@ NOT_RESULT = {
     *("on_bad_sample", "run_name"),  # a run that began with either value goes on with the other
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
-LLAVA_FLAGS: dict[str, tuple[str | None, str]] = {
-    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "remove_unused_columns"), ("False", "")),
-    "lazy_preprocess": ("True", ""),
-    "is_multimodal": ("True", "samples without a picture are trained on in any case"),
-    **dict.fromkeys(("evaluation_strategy", "eval_strategy"), ("no", "run scripts/evaluate_llava.py afterwards")),
-    "save_strategy": ("steps", "give --save_steps"),
-    "fp16": ("False", "use --bf16, which needs no scaling of the loss, or leave both out for fp32"),
-    "optim": ("adamw_torch", "to save memory use --bits 4, or DeepSpeed's offload"),
-    "lora_bias": ("none", ""),
-    "lora_weight_path": ("", "merge the adapter, and give the result as --model_name_or_path"),
-    **dict.fromkeys(("mpt_attn_impl", "tf32", "per_device_eval_batch_size", "model_type"), (None, "")),
+WITHOUT_EFFECT = ("mpt_attn_impl", "tf32", "per_device_eval_batch_size", "model_type")
+"""Flags of LLaVA's scripts that any value may have here."""
+ONE_VALUE = {
+    "mm_use_im_start_end": "False",
+    "mm_use_im_patch_token": "False",
+    "remove_unused_columns": "False",
+    "lazy_preprocess": "True",
+    "is_multimodal": "True",
+    "evaluation_strategy": "no",
+    "eval_strategy": "no",
+    "save_strategy": "steps",
+    "fp16": "False",
+    "optim": "adamw_torch",
+    "lora_bias": "none",
+    "lora_weight_path": "",
 }
-"""Flags of LLaVA's scripts that have one value here → (that value, what to use instead); None: any, without effect."""
+"""Flags of LLaVA's scripts → the one value that they have here; another one would train something else unseen."""
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
     2: ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "freeze_mm_mlp_adapter", "mm_vision_tower_lr"),
@@ -259,9 +251,8 @@ def parser() -> argparse.ArgumentParser:
     add_options(p, TrainArguments)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     p.add_argument("--both_stages", action="store_true", help=argparse.SUPPRESS)  # train_llava.sh adds it
-    for name, (value, _) in LLAVA_FLAGS.items():
-        shown = "without effect" if value is None else value or "empty"
-        p.add_argument(f"--{name}", help=f"accepted as LLaVA's scripts give it (default: {shown})")
+    for name, value in {**dict.fromkeys(WITHOUT_EFFECT, "without effect"), **ONE_VALUE}.items():
+        p.add_argument(f"--{name}", help=f"accepted as LLaVA's scripts give it (default: {value or 'empty'})")
     return p
 
 
@@ -275,7 +266,13 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     stage = _stage_of(argv)
     flags = parser().parse_args(flags_of_stage(argv, stage.name))
-    _check_llava_flags({name: getattr(flags, name) for name in LLAVA_FLAGS})
+    for name, only in ONE_VALUE.items():
+        given = getattr(flags, name)
+        if given is not None and given.lower() != only.lower():
+            raise UserError(f"--{name} {given} is not supported; here it is always {only or 'empty'}")
+    idle = [f"--{name}" for name in WITHOUT_EFFECT if getattr(flags, name) is not None]
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"note: without effect here: {', '.join(idle)}", file=sys.stderr)
     own = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
     other = 3 - stage.number
     for name in STAGE_FLAGS[other]:
@@ -292,18 +289,6 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
             )
         flags.version = None
     return from_flags(TrainArguments, flags)
-
-
-def _check_llava_flags(given: dict[str, str | None]) -> None:
-    """UserError for a value that is not supported; a note for flags without effect."""
-    idle = [f"--{name}" for name, value in given.items() if value is not None and LLAVA_FLAGS[name][0] is None]
-    for name, value in given.items():
-        only, instead = LLAVA_FLAGS[name]
-        if value is not None and only is not None and value.lower() != only.lower():
-            always = f"here it is always {only or 'empty'}"
-            raise UserError(f"--{name} {value} is not supported; {always}{instead and f': {instead}'}")
-    if idle and os.environ.get("RANK", "0") == "0":
-        print(f"note: without effect here: {', '.join(idle)}", file=sys.stderr)
 
 
 def _stage_of(argv: list[str]) -> Stage:
@@ -331,23 +316,3 @@ def flags_of_stage(argv: list[str], stage: str) -> list[str]:
             word = f"--{rest}" if part else word
         parts[part].append(word)
     return parts[""] + parts[stage]
-
-
-def left_out(flags: TrainArguments, resolved: TrainArguments) -> str:
-    """The defaults that count in this run and are others in LLaVA's train.py, whose value is in brackets.
-
-    Empty for the demo, which is no run of LLaVA's.
-    """
-    if flags.data_path is None:
-        return ""
-    counts = {
-        **dict.fromkeys(("lora_r", "lora_alpha"), resolved.lora_enable and resolved.stage == 2),
-        "warmup_ratio": flags.warmup_steps is None,
-        "num_train_epochs": resolved.max_steps < 0,
-    }
-    found = []
-    for name, (_, theirs) in DEFAULTS.items():
-        given, value = getattr(flags, name), getattr(resolved, name)
-        if given is None and value != theirs and counts.get(name, True):
-            found.append(f"{name} {value} ({'as learning_rate' if theirs is None else theirs})")
-    return ", ".join(found)

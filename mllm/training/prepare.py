@@ -19,7 +19,7 @@ from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
 from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
@@ -27,17 +27,18 @@ from mllm.data.video import is_video
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
-from mllm.model.llm import load_llm
+from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
 from mllm.model.projector_start import start_from_captions
 from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of
+from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
+from mllm.training.trainer import Collator, no_images
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
@@ -73,62 +74,80 @@ def prepare(
 
     Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
     """
-    stage = arguments.description
-    freeze = freeze_table(
-        stage, lora=arguments.lora_enable, bits=arguments.bits,
-        unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
-        freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
-    )  # fmt: skip
-    format_name(arguments.version)
+    freeze = freeze_of(arguments)
+    format_name(arguments.version)  # refuses an unknown one before anything is read
     data_path, image_folder = data_of(arguments)
     store = open_store(data_path, image_folder)
     vision = encoder_of(arguments)
     # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
-    dtype = torch.bfloat16 if half else torch.float32
     llm = load_llm(
-        arguments.model_name_or_path, version=arguments.version, dtype=dtype, layers=arguments.llm_layers,
-        videos=bool(vision.frames),
+        arguments.model_name_or_path, version=arguments.version, dtype=torch.bfloat16 if half else torch.float32,
+        layers=arguments.llm_layers, videos=bool(vision.frames),
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
-    max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
-    layout = Layout.of(llava.config)
-    if layout.square >= max_length:
-        raise UserError(
-            f"one image takes {layout.square} tokens ({vision.name}), but --model_max_length is {max_length}: "
-            "raise it, or choose an encoder with a smaller image or larger patches"
-        )
-    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
-    encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
-    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
-    projector = llava.model.multi_modal_projector
-    started = _start_projector(llava, arguments, run_dir, len(dataset))
-    projector.float() if not deepspeed else projector.to(llm.model.dtype)
-    if (newline := newline_of(llava)) is not None:
-        newline.data = newline.data.to(llm.model.dtype if deepspeed else torch.float32)
-    if arguments.bits < 16:
-        compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        quantize(
-            llava.model.language_model, arguments.bits, compute_dtype, device,
-            quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
-        )  # fmt: skip
+    dataset = dataset_of(arguments, data_path, store, llm, Layout.of(llava.config))
+    started = load_start(llava, arguments, run_dir, len(dataset))
+    model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if deepspeed else torch.float32)
     if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
-    if arguments.gradient_checkpointing:
-        llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
-    apply_freeze(model, freeze)
+
     skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
         "projector": f"{arguments.mm_projector_type}, {started}",
-        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}" + skipped,
+        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}{skipped}",
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
     )  # fmt: skip
+
+
+def freeze_of(arguments: TrainArguments) -> dict[str, Training]:
+    """Part → how it trains by the flags."""
+    return freeze_table(
+        arguments.description, lora=arguments.lora_enable, bits=arguments.bits,
+        unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
+    )  # fmt: skip
+
+
+def dataset_of(
+    arguments: TrainArguments, data_path: Path | str, store: ImageStore | None, llm: LanguageModel, layout: Layout
+) -> LlavaDataset:
+    """The checked samples. Raises UserError if one picture alone fills the context, or for bad samples."""
+    max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
+    if layout.square >= max_length:
+        raise UserError(
+            f"one image takes {layout.square} tokens ({arguments.vision_tower}), but --model_max_length is "
+            f"{max_length}: raise it, or choose an encoder with a smaller image or larger patches"
+        )
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
+    encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
+    return LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
+
+
+def trainable(
+    llava: Llava, arguments: TrainArguments, freeze: dict[str, Training], device: torch.device, *, dtype: torch.dtype
+) -> Llava | PeftModel:
+    """The model with quantised weights, checkpoints and adapters as the flags say; `dtype` is the projector's."""
+    language_model = llava.model.language_model
+    llava.model.multi_modal_projector.to(dtype)
+    newline = newline_of(llava)
+    if newline is not None:
+        newline.data = newline.data.to(dtype)
+    if arguments.bits < 16:
+        quantize(
+            language_model, arguments.bits, torch.bfloat16 if arguments.bf16 else torch.float32, device,
+            quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
+        )  # fmt: skip
+    if arguments.gradient_checkpointing:
+        language_model.activation_checkpointing_enable({"use_reentrant": False})
+    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
+    apply_freeze(model, freeze)
+    return model
 
 
 def encoder_of(arguments: TrainArguments) -> VisionEncoder:
@@ -154,7 +173,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
 
 
-def _start_projector(llava: Llava, arguments: TrainArguments, run_dir: Path, samples: int) -> str:
+def load_start(llava: Llava, arguments: TrainArguments, run_dir: Path, samples: int) -> str:
     """Load the projector's start if it is a file; returns the start in words."""
     given, aligned = arguments.pretrain_mm_mlp_adapter, run_dir / "align" / PROJECTOR
     if given is None and arguments.stage == 1:
@@ -229,12 +248,12 @@ def longest(dataset: LlavaDataset) -> int:
 def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
     """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
     pad_id = prepared.processor.tokenizer.pad_token_id
-    if prepared.store is None:  # no sample has a picture
-        return Collator(pad_id, lambda names: torch.empty(0))
+    image_ids = placeholder_ids(llava_of(prepared.model).config)
+    if prepared.store is None:
+        return Collator(pad_id, image_ids, no_images)
     if not arguments.caches_features:
         preprocess = partial(image_pixels, prepared.processor.image_processor)
-        load = pixel_loader(prepared.store, preprocess, prepared.vision.frames)
-        return Collator(pad_id, load)
+        return Collator(pad_id, image_ids, pixel_loader(prepared.store, preprocess, prepared.vision.frames))
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
     cache = FeatureCache(prepared.vision, prepared.store, root)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -243,7 +262,7 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
     if world_size > 1:
         dist.barrier()
         cache.refresh()
-    return Collator(pad_id, cache.get, "image_features")
+    return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
 def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:

@@ -42,7 +42,7 @@ from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.plan import steps_of
 from mllm.training.prepare import start_bytes
-from mllm.training.stages import STAGES, freeze_table
+from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
 from mllm.training.zero import fitted
 
@@ -242,7 +242,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
         if machine.gpus > 1:
             engine = json.loads((DS_CONFIGS / f"llava_zero{stage.zero}.json").read_text(encoding="utf-8"))
             zero = (fitted(engine, width, torch.device("cuda")) or {})["zero_optimization"]
-        share = stage.llava["batch_size"] // machine.gpus
+        share = DEFAULTS[stage.name]["batch_size"] // machine.gpus
         for micro in (size for size in (16, 8, 4, 2, 1) if share % size == 0 or size == 1):
             arguments = TrainArguments(
                 stage=number, data_path="data.json", per_device_train_batch_size=micro, bf16=True,

@@ -30,15 +30,14 @@ from clips.common.runtime import bound_kernel_caches, choose_device, environment
 from clips.common.signals import stopped_by
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
-from mllm.model.tiles import placeholder_ids
-from mllm.training.arguments import TrainArguments, left_out
+from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters, llava_of
 from mllm.training.log import MetricsLog, Work, write_curves
 from mllm.training.plan import print_plan, steps_of
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
-from mllm.training.trainer import Indexed, LlavaTrainer, StepCallback, TrainingModel, training_arguments
+from mllm.training.trainer import LlavaTrainer, StepCallback, TrainingModel, training_arguments
 from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, fitted, whole, zero_stage
 
 
@@ -59,9 +58,8 @@ def run_stage(flags: TrainArguments) -> None:
     if process.deepspeed:
         made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
         check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), world_size))
-    others = {"not train.py's": text} if (text := left_out(flags, arguments)) else {}
     print_plan(
-        arguments, prepared.model, prepared.freeze, prepared.facts | others, samples=len(prepared.dataset),
+        arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
         zero=zero, world_size=world_size, console=process.console,
     )  # fmt: skip
     if not arguments.dry_run:
@@ -131,7 +129,7 @@ def train(
     )
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     work = Work(flops, process.device, dtype, process.world_size, model.packed)
-    dataset, steps = Indexed(prepared.dataset, collator, placeholder_ids(model.llava.config)), StepCallback()
+    steps = StepCallback()
     trainer = LlavaTrainer(
         arguments,
         model=model,
@@ -143,8 +141,8 @@ def train(
             seed=arguments.seed,
             group_by_modality_length=arguments.group_by_modality_length,
         ),
-        data_collator=dataset.collate,
-        train_dataset=dataset,
+        data_collator=collator,
+        train_dataset=prepared.dataset,
         work=work,
         callbacks=[MetricsLog(run_dir, arguments, work, active=process.is_main), steps],
     )

@@ -22,79 +22,93 @@ FREEZE: dict[str, dict[str, Training]] = {
 """Stage → part → how it trains. Flags change single entries: see `freeze_table`."""
 
 
+DEMO_LAYERS = "2,2"
+"""In the minutes of the demo four layers trained whole learn more than all layers with adapters (docs/results.md)."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "both": {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "model_max_length": 2048,
+        "lora_r": 128,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 1.0,
+        "max_steps": -1,
+    },
+    "align": {
+        "version": "plain",
+        "learning_rate": 1e-3,
+        "batch_size": 256,
+        "image_aspect_ratio": "square",
+        "mm_projector_init": "random",
+        "group_by_modality_length": False,
+    },
+    "instruct": {
+        "version": "auto",
+        "learning_rate": 2e-5,
+        "batch_size": 128,
+        "image_aspect_ratio": "pad",
+        "group_by_modality_length": True,
+    },
+    "instruct, lora": {"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
+    "align, demo": {
+        "learning_rate": 1e-4,
+        "batch_size": 32,
+        "per_device_train_batch_size": 32,
+        "max_steps": 20,
+        "mm_vision_select_layer": -1,
+        "mm_projector_init": "captions",
+    },
+    "instruct, demo": {
+        "learning_rate": 1e-3,
+        "mm_projector_lr": 1e-4,  # at 1e-3 the projector loses its start before the adapters can use it
+        "batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "max_steps": 240,
+        "lora_enable": True,
+        "lora_r": 32,
+        "lora_alpha": 64,
+        "lora_dropout": 0.0,
+        "image_aspect_ratio": "square",
+        "mm_vision_select_layer": -1,
+    },
+    "align, demo, whole": {"llm_layers": DEMO_LAYERS},
+    "instruct, demo, whole": {"llm_layers": DEMO_LAYERS, "lora_enable": False, "max_steps": 480},
+}
+"""Flags that a command leaves out: LLaVA-1.5's recipe, its changes for LoRA, the demo's changes (small scenes, a few
+CPU minutes), and those for the demo without adapters, where a few layers of the default language model train whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage and the defaults of its flags."""
+    """One of the two stages."""
 
     number: int
     name: str
     zero: int
     """ZeRO stage for several ranks: ds_configs/llava_zero{zero}.json."""
-    llava: dict[str, Any]
-    """LLaVA-1.5's recipe."""
-    lora: dict[str, Any]
-    """LLaVA-1.5's changes for LoRA."""
-    demo: dict[str, Any]
-    """The demo's changes (small scenes, SmolLM2-135M, a few CPU minutes)."""
-    demo_whole: dict[str, Any]
-    """The demo's further changes without adapters: a few of the default language model's layers, trained whole."""
 
-
-DEMO_LAYERS = "2,2"
-"""In the minutes of the demo four layers trained whole learn more than all layers with adapters (docs/results.md)."""
+    def defaults(self, *, lora: bool, demo: bool, whole: bool) -> dict[str, Any]:
+        """Return the flags' defaults, the later names of DEFAULTS before the earlier ones."""
+        names = {
+            "both": True,
+            self.name: True,
+            f"{self.name}, lora": lora,
+            f"{self.name}, demo": demo,
+            f"{self.name}, demo, whole": demo and whole,
+        }
+        table: dict[str, Any] = {}
+        for name, counts in names.items():
+            if counts:
+                table.update(DEFAULTS.get(name, {}))
+        return table
 
 
 STAGES = {
-    1: Stage(
-        number=1,
-        name="align",
-        zero=2,
-        llava={
-            "version": "plain",
-            "learning_rate": 1e-3,
-            "batch_size": 256,
-            "image_aspect_ratio": "square",
-            "mm_projector_init": "random",
-            "group_by_modality_length": False,
-        },
-        lora={},
-        demo={
-            "learning_rate": 1e-4,
-            "batch_size": 32,
-            "per_device_train_batch_size": 32,
-            "max_steps": 20,
-            "mm_vision_select_layer": -1,
-            "mm_projector_init": "captions",
-        },
-        demo_whole={"llm_layers": DEMO_LAYERS},
-    ),
-    2: Stage(
-        number=2,
-        name="instruct",
-        zero=3,
-        llava={
-            "version": "auto",
-            "learning_rate": 2e-5,
-            "batch_size": 128,
-            "image_aspect_ratio": "pad",
-            "group_by_modality_length": True,
-        },
-        lora={"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
-        demo={
-            "learning_rate": 1e-3,
-            "mm_projector_lr": 1e-4,  # at 1e-3 the projector loses its start before the adapters can use it
-            "batch_size": 8,
-            "per_device_train_batch_size": 8,
-            "max_steps": 240,
-            "lora_enable": True,
-            "lora_r": 32,
-            "lora_alpha": 64,
-            "lora_dropout": 0.0,
-            "image_aspect_ratio": "square",
-            "mm_vision_select_layer": -1,
-        },
-        demo_whole={"llm_layers": DEMO_LAYERS, "lora_enable": False, "max_steps": 480},
-    ),
+    1: Stage(number=1, name="align", zero=2),
+    2: Stage(number=2, name="instruct", zero=3),
 }
 
 

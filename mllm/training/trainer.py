@@ -6,7 +6,7 @@ the engine's own files. Frozen parameters are loaded again from their source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from clips.common.errors import CommandError, NotFiniteError, UserError, first_line
@@ -24,7 +24,8 @@ from clips.common.profile import Profiler
 from clips.common.signals import StopSignal
 from clips.common.tensors import only_data, read_torch, read_weights, write_weights
 from clips.common.workers import start_worker
-from mllm.data.dataset import Collator, LlavaDataset
+from mllm.data.conversation import IGNORE
+from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.sampler import EpochSampler
 from mllm.data.video import Size
 from mllm.model.forward import causal_lm_loss, embed_inputs
@@ -77,8 +78,9 @@ class TrainingModel(nn.Module):
         image_sizes: Sequence[Size] = (),
         num_items_in_batch: Tensor | None = None,
         counts: Counts | None = None,
+        index: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`counts`: of this batch, if known: without them the host waits for the GPU."""
+        """`counts`: of this batch, if known: without them the host waits for the GPU. `index` is the Trainer's."""
         llava = self.llava
         if counts is None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -105,27 +107,43 @@ class TrainingModel(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-@dataclass(frozen=True, eq=False)
-class Indexed(Dataset):
-    """A data set whose samples bring their index: an error names the samples of a loss that is not finite.
+@dataclass(frozen=True)
+class Collator:
+    """Samples → the arguments of `TrainingModel`: ids, labels and mask [B, L], and `image_key` by `load_images`.
 
-    A batch brings its `counts`, which are counted before the batch goes to the device.
+    A batch brings its `counts`, counted before it goes to the device, and the `index` of each sample, by which an
+    error names the samples of a loss that is not finite. With `image_sizes` of all pictures where the samples have
+    them. A batch without pictures has no `image_key`; the model makes that safe under ZeRO-3.
     """
 
-    dataset: LlavaDataset
-    collator: Collator
+    pad_id: int
     image_ids: tuple[int, ...]
+    """The placeholders' ids, of images and of videos."""
+    load_images: Callable[[list[str]], Tensor]
+    """Names of pictures → their pixels or features."""
+    image_key: str = "pixel_values"
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "input_ids": pad_rows(ids, self.pad_id),
+            "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+            "index": torch.tensor([sample["index"] for sample in samples]),
+        }
+        batch["counts"] = Counts.of(batch, *self.image_ids)
+        names = [name for sample in samples for name in sample["images"]]
+        if names:
+            batch[self.image_key] = self.load_images(names)
+        sizes = [size for sample in samples for size in sample.get("image_sizes", ())]
+        if sizes:
+            batch["image_sizes"] = sizes
+        return batch
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index] | {"index": index}
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collator(samples)
-        index = torch.tensor([sample["index"] for sample in samples])
-        return batch | {"index": index, "counts": Counts.of(batch, *self.image_ids)}
+def no_images(names: list[str]) -> Tensor:
+    """The `load_images` of a set without pictures."""
+    return torch.empty(0)
 
 
 class StepCallback(TrainerCallback):
@@ -155,7 +173,7 @@ class LlavaTrainer(Trainer):
     # Narrower types than the Trainer declares.
     model: TrainingModel
     model_wrapped: Any  # the DeepSpeed engine, if DeepSpeed is used
-    train_dataset: Indexed
+    train_dataset: LlavaDataset
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR  # made before the first step
 
     def __init__(self, arguments: TrainArguments, *, sampler: EpochSampler, work: Work, **kwargs: Any) -> None:
@@ -190,7 +208,7 @@ class LlavaTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's loss. Raises NotFiniteError on every rank if a loss of the step is not finite on one rank."""
-        indices = inputs.pop("index")
+        indices = inputs["index"]
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
         self.unchecked.append((torch.isfinite(loss.detach()), indices))
@@ -212,7 +230,7 @@ class LlavaTrainer(Trainer):
         if self.args.world_size > 1:
             parts = [[] for _ in range(self.args.world_size)]
             dist.all_gather_object(parts, mine)
-        records = self.train_dataset.dataset.records
+        records = self.train_dataset.records
         names = ", ".join(records[index].name for part in parts for index in part)
         raise NotFiniteError(
             f"the loss is not finite at step {self.state.global_step + 1}; no weight was changed by this step. It is "

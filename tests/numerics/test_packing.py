@@ -14,18 +14,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mllm.data.conversation import ConversationEncoder
-from mllm.data.dataset import Collator
 from mllm.data.formats import FORMATS
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import MODEL_TYPES, shared_length
+from mllm.model.tiles import placeholder_ids
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
-from mllm.training.trainer import TrainingModel
+from mllm.training.trainer import Collator, TrainingModel
 
 TALKS: list[list[tuple[str, ...]]] = [
     [("<image>\nWhat is in the picture?", "A red cat."), ("And behind it?", "Two dogs, a cat and a picture of dogs.")],
@@ -73,9 +73,9 @@ def made(place: Path, *, llm: str = "llama", version: str = "auto") -> tuple[Any
         count = sum(turn["value"].count("<image>") for turn in turns)
         encoded = encoder.encode(turns, count, str(number))
         names = [f"{(number + i) % 4}.png" for i in range(count)]
-        samples.append({"input_ids": encoded.input_ids, "labels": encoded.labels, "images": names})
+        samples.append({"index": 0, "input_ids": encoded.input_ids, "labels": encoded.labels, "images": names})
     load = pixel_loader(store, partial(image_pixels, processor.image_processor))
-    return model, Collator(processor.tokenizer.pad_token_id, load)(samples)
+    return model, Collator(processor.tokenizer.pad_token_id, placeholder_ids(model.config), load)(samples)
 
 
 def check_equal(model: Any, batch: dict[str, Tensor], num_items: int | None = None) -> None:

@@ -13,7 +13,6 @@ import torch
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.errors import UserError
-from mllm.data.dataset import Collator
 from mllm.data.images import ImageStore
 from mllm.encoders.registry import load_vision
 from mllm.model.forward import causal_lm_loss, embed_inputs
@@ -21,6 +20,7 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training import features as features_module
 from mllm.training.features import FeatureCache
+from mllm.training.trainer import Collator
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
     order = [names[i] for i in (7, 0, 10, 0, 3)]
     assert_close(cache.get(order), fresh(encoder, store, order))
     assert cache.get([]).shape == (0, 16, 32)
-    collator = Collator(pad_id=0, load_images=cache.get, image_key="image_features")
-    batch = collator([{"input_ids": [1, 2], "labels": [1, 2], "images": order[:2]}])
+    collator = Collator(pad_id=0, image_ids=(99,), load_images=cache.get, image_key="image_features")
+    batch = collator([{"index": 0, "input_ids": [1, 2], "labels": [1, 2], "images": order[:2]}])
     assert torch.equal(batch["image_features"], cache.get(order[:2]))
 
 

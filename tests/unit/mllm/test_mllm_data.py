@@ -25,12 +25,13 @@ from clips.data.demo import NUMBERS, PLACES, VERSION, ensure_demo
 from clips.data.sample import BrokenSample
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import Collator, LlavaDataset, pad_rows
+from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
 from mllm.training.arguments import TrainArguments
 from mllm.training.prepare import data_of
+from mllm.training.trainer import Collator
 
 TOKENS = 3
 OPTIONS = {"align": 50, "instruct": 50, "text_only": 6, "per_kind": 20}
@@ -197,7 +198,7 @@ def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
 
     pad = encoder.tokenizer.pad_token_id
     samples = [dataset[i] for i in range(3)]
-    batch = Collator(pad, load, image_key="image_rows")(samples)
+    batch = Collator(pad, (encoder.image_id,), load, image_key="image_rows")(samples)
     assert asked == [["sub/1.png", "sub/0.png"]]
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
@@ -206,7 +207,7 @@ def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
         assert batch["labels"][row, :length].tolist() == sample["labels"]
         assert (batch["labels"][row, length:] == IGNORE).all()
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
-    assert "image_rows" not in Collator(pad, load, image_key="image_rows")([dataset[1]])
+    assert "image_rows" not in Collator(pad, (encoder.image_id,), load, image_key="image_rows")([dataset[1]])
     assert pad_rows([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
 
 

@@ -31,12 +31,13 @@ from mllm.chat.terminal import Talk, load_image
 from mllm.chat.transcript import turn_text
 from mllm.chat.web_talk import Talk as PageTalk
 from mllm.chat.web_talk import answer, begin
-from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line
-from mllm.training.trainer import TrainingModel
+from mllm.model.tiles import placeholder_ids
+from mllm.training.trainer import Collator, TrainingModel
 from tools.check_server import check, parser
 
 model = tiny_chat.model  # a fixture
@@ -208,7 +209,7 @@ def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Pa
     path.write_text(json.dumps([record]))
     dataset = LlavaDataset(path, model.encoder, store, tokens=tokens)
     load = pixel_loader(store, partial(image_pixels, model.processor.image_processor))
-    batch = Collator(model.processor.tokenizer.pad_token_id, load)([dataset[0]])
+    batch = Collator(model.processor.tokenizer.pad_token_id, placeholder_ids(model.model.config), load)([dataset[0]])
     session = ChatSession(model)
     "".join(session.ask(TEXT, [load_image(str(path)) for path in files], SHORT))
     prompt = session.prompt_ids(session.turns[:1], model.image_tokens(session.images))

@@ -19,7 +19,7 @@ from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.training.arguments import LLAVA_FLAGS, TrainArguments, flags_of_stage, left_out, parse_train_arguments
+from mllm.training.arguments import ONE_VALUE, WITHOUT_EFFECT, TrainArguments, flags_of_stage, parse_train_arguments
 from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, part_of
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, print_plan, steps_of
@@ -213,10 +213,7 @@ def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--fp16 True", "--bf16"),
-        ("--lora_bias all", "always none"),
-        ("--lora_weight_path adapter", "--model_name_or_path"),
-        ("--eval_strategy steps", r"scripts/evaluate_llava\.py"),
+        ("--lora_weight_path adapter", "--lora_weight_path"),
         ("--quant_type fp4", "--bits 4"),
         ("--bits 8 --lora_enable False", "lora_enable"),
         ("--report_to wandb", "pip install wandb"),
@@ -229,30 +226,17 @@ def test_values_that_do_not_fit_say_what_to_use(words: str, message: str, monkey
 
 
 def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() -> None:
-    for name, (only, _) in LLAVA_FLAGS.items():
-        arguments(f"--{name}", "any" if only is None else only)
-        if only is not None:
-            with pytest.raises(UserError, match=f"--{name} other is not supported; here it is always"):
-                arguments(f"--{name}", "other")
+    for name in WITHOUT_EFFECT:
+        arguments(f"--{name}", "any")
+    for name, only in ONE_VALUE.items():
+        arguments(f"--{name}", only)
+    with pytest.raises(UserError, match="--optim other is not supported"):
+        arguments("--optim", "other")
     words = "--stage 2 --data_path x --warmup_steps 7 --run_name mine --bits 4 --lora_enable --quant_type fp4"
     found = arguments(*words.split(), "--double_quant", "False").resolve(1)
     made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
     assert (made.get_warmup_steps(1000), made.report_to, found.run_name) == (7, [], "mine")
     assert (found.quant_type, found.double_quant) == ("fp4", False)
-
-
-def test_what_a_command_leaves_out_is_told_where_llava_s_train_py_takes_another_value() -> None:
-    given = arguments("--stage", "2", "--data_path", "x", "--lora_enable", "--lora_r", "128", "--learning_rate", "1e-4")
-    told = left_out(given, given.resolve(1))
-    assert "lora_alpha 256 (16)" in told
-    assert "mm_projector_lr 2e-05 (as learning_rate)" in told
-    assert "model_max_length 2048 (512)" in told
-    assert "lora_r" not in told
-    assert "learning_rate 0" not in told
-    full = arguments("--stage", "2", "--data_path", "x")
-    assert "lora" not in left_out(full, full.resolve(1))
-    demo = arguments("--stage", "2")
-    assert left_out(demo, demo.resolve(1)) == ""
 
 
 def test_flags_of_one_stage_and_the_version_of_both() -> None:

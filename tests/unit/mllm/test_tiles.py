@@ -33,15 +33,15 @@ from clips.data.images import MAX_PIXELS, decode_image, decoded_size
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.chat.transcript import LazyPicture
-from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
 from mllm.model.convert import convert_llava
-from mllm.model.tiles import NEWLINE, Layout
+from mllm.model.tiles import NEWLINE, Layout, placeholder_ids
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
-from mllm.training.trainer import TrainingModel
+from mllm.training.trainer import Collator, TrainingModel
 
 
 def facts(text: str) -> list[tuple[tuple[int, ...], int, int]]:
@@ -229,7 +229,7 @@ def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values")
     dataset = LlavaDataset(path, chat.encoder, store, tokens=ImageTokens(chat.layout.most, chat.layout.tokens))
     assert dataset.modality_lengths[1] >= 2 * chat.layout.most
     samples = [dataset[i] for i in range(3)]
-    return Collator(chat.processor.tokenizer.pad_token_id, load, key)(samples)
+    return Collator(chat.processor.tokenizer.pad_token_id, placeholder_ids(chat.model.config), load, key)(samples)
 
 
 def gradients(model: Any, batch: dict[str, Any], **options: bool) -> tuple[float, dict[str, Tensor]]:

@@ -37,7 +37,7 @@ from mllm.chat.transcript import Video
 from mllm.chat.web import _taken
 from mllm.chat.web_talk import Talk, answer, begin
 from mllm.data import video
-from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.demo import INSTRUCT, QUESTIONS
 from mllm.data.demo_videos import SIDE, ensure_demo_videos
 from mllm.data.images import ImageStore, pixel_loader
@@ -46,9 +46,9 @@ from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.evaluation.evaluate import generate_answers
-from mllm.model.tiles import Layout, pooled_cells
+from mllm.model.tiles import Layout, placeholder_ids, pooled_cells
 from mllm.training.features import FeatureCache
-from mllm.training.trainer import TrainingModel
+from mllm.training.trainer import Collator, TrainingModel
 
 av = pytest.importorskip("av")
 model = tiny_chat.model  # a fixture
@@ -305,8 +305,9 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
     tokens = ImageTokens(layout.most, layout.tokens, layout.frames)
     dataset = LlavaDataset(tmp_path / "data.json", model.encoder, store, tokens=tokens)
     pad = model.processor.tokenizer.pad_token_id
+    image_ids = placeholder_ids(model.model.config)
     preprocess = partial(image_pixels, model.processor.image_processor)
-    batch = Collator(pad, pixel_loader(store, preprocess, FRAMES))([dataset[i] for i in range(3)])
+    batch = Collator(pad, image_ids, pixel_loader(store, preprocess, FRAMES))([dataset[i] for i in range(3)])
     assert batch["image_sizes"] == [VIDEO, VIDEO, store.size("1.png"), VIDEO]
     ids, pixels = model.encoder, batch["pixel_values"]
     counts = [int((batch["input_ids"] == token).sum()) for token in (ids.video_id, ids.image_id)]
@@ -323,7 +324,7 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
         vision = load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", frames=FRAMES)
         cache = FeatureCache(vision, store, tmp_path)
         assert cache.fill(["a.mp4", "b.mp4", "1.png"]) == 3
-        cached = Collator(pad, cache.get, "image_features")([dataset[i] for i in range(3)])
+        cached = Collator(pad, image_ids, cache.get, "image_features")([dataset[i] for i in range(3)])
         loss = TrainingModel(copy.deepcopy(model.model), features=True, packed=False)(**cached)["loss"]
     assert torch.allclose(loss, expected, rtol=2e-3)
     assert vision.fingerprint != load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres").fingerprint
