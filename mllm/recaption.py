@@ -40,7 +40,7 @@ from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.evaluation.batches import new_texts
-from mllm.model.load import data_of
+from mllm.model.load import data_of, find_model
 
 PROMPT = (
     "Describe the picture in detail: all that can be seen in it, how many there are, where each one is, what it looks "
@@ -167,7 +167,7 @@ class LocalModel:
     """An image-text-to-text model of transformers by directory or hub id, with its processor and chat template."""
 
     def __init__(self, name: str, prompt: str, flags: argparse.Namespace) -> None:
-        directory = resolve(name, "captioner")
+        directory = resolve(find_model(name), "captioner")
         self.prompt, self.flags = prompt, flags
         self.device = choose_device("auto")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32

@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from clips.common.errors import UserError, first_line
 from clips.common.files import from_json, read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
-from clips.common.opening import check_tokenizer, is_failure
+from clips.common.opening import check_tokenizer, is_failure, naming
 from clips.config import TextConfig, TokenizerKind
 
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
@@ -90,7 +90,8 @@ class CaptionTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each cleaned text, without special tokens, uncut."""
         cleaned = [clean(text).lower() if self._lower else clean(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
+        with naming("tokenizer", "its tokenizer.json"):  # a pattern that goes back too often panics
+            encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:

@@ -17,7 +17,7 @@ from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, Video, size_of
 from mllm.data.conversation import answering_encoder
 from mllm.data.video import VIDEO, Size
-from mllm.model.load import load_llava, model_name, newest_model
+from mllm.model.load import find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
@@ -133,7 +133,7 @@ class ChatModel:
 
         `dtype` "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError if the model cannot be loaded.
         """
-        directory = name or str(newest_model())
+        directory = find_model(name) if name else str(newest_model())
         place = choose_device(device)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         model: Any  # transformers declares `to` so that mypy misses its self

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
+from clips.common.opening import naming
 from mllm.data.formats import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
@@ -223,7 +224,9 @@ class ConversationEncoder:
                     if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
                         encode = self._after_control
                 elif piece:
-                    new, encode = encode(str(piece)), self._inside
+                    with naming("tokenizer", "its tokenizer.json"):  # a pattern that goes back too often panics
+                        new = encode(str(piece))
+                    encode = self._inside
                     if not self._forbidden.isdisjoint(new):
                         raise UserError(f"{sample}: the tokenizer turns typed text into a special token: {piece!r}")
                 else:

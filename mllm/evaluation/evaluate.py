@@ -41,7 +41,7 @@ from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
-from mllm.model.load import data_of, load_llava, model_name, newest_model
+from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 DEMO_QUESTIONS = "the demo's held-out questions"
@@ -180,7 +180,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself and onto the model's card.
     """
     device = choose_device(flags.device)
-    directory = flags.model or str(newest_model())
+    directory = find_model(flags.model) if flags.model else str(newest_model())
     name = model_name(directory)
     answers_file = Path(flags.output) if flags.output and Path(flags.output).suffix == ".jsonl" else None
     if flags.questions:

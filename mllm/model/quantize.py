@@ -23,12 +23,10 @@ def quantize(
     """Replace every linear layer in `model` by one of 4 bits (by default as QLoRA) or 8 bits, in place.
 
     `quant_type` ("nf4" or "fp4") and `double_quant` (the scales are quantised too) are those of 4 bits. Raises
-    UserError if bitsandbytes is not installed, or its weights are not close to the original weights.
+    UserError if the weights of bitsandbytes are not close to the original ones.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise UserError(f"{bits} bits need the package bitsandbytes: pip install bitsandbytes") from None
+    import bitsandbytes as bnb
+
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear:
             continue

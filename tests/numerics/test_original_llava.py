@@ -193,7 +193,7 @@ def test_parts_on_a_base(tmp_path, parts):
     (picture,) = pictures(tmp_path / "images", 1)
     for directory, tensors in checkpoints.items():
         assert is_original_llava(directory)
-        with pytest.raises(UserError, match=rf"name the model .* --base \(its configuration says {tmp_path}/base\)"):
+        with pytest.raises(UserError, match=rf"--base .*{tmp_path}/base\)"):
             convert_llava(str(directory), tmp_path / "converted", "transformers")
         converted = tmp_path / f"{directory.name}-hf"
         convert_llava(str(directory), converted, "transformers", base=str(tmp_path / "base"))
@@ -344,10 +344,10 @@ def test_a_sentencepiece_tokenizer_needs_its_file(tmp_path):
 def test_what_llava_has_no_class_for_is_named(tmp_path):
     write_run(tmp_path / "run")
     llm = load_llm(str(write_llm(tmp_path / "llm")), version="v1")
-    with pytest.raises(UserError, match=r"CLIPVisionModel, this one is a ViTModel.*vision\.pre_norm=true"):
+    with pytest.raises(UserError, match="CLIPVisionModel, and no ViTModel"):
         convert_llava(str(save_own(tmp_path, llm)), tmp_path / "llava-own", "llava")
     own = save_own(tmp_path, llm, write_siglip(tmp_path / "siglip"))
-    with pytest.raises(UserError, match="this one is a SiglipVisionModel"):
+    with pytest.raises(UserError, match="no SiglipVisionModel"):
         convert_llava(str(own), tmp_path / "llava-own", "llava")
     wide = load_llm(str(write_llm(tmp_path / "wide", head_dim=20)), version="v1")
     with pytest.raises(UserError, match="head_dim"):
@@ -364,7 +364,7 @@ def test_ids_are_compared_with_sentencepiece_s_own(tmp_path, monkeypatch):
 
 def test_an_encoder_is_no_llava_model(tmp_path):
     (tmp_path / "config.json").write_text('{"recipe": "demo"}')
-    with pytest.raises(UserError, match=r"has no model_type in its config\.json.*train_llava\.sh --vision"):
+    with pytest.raises(UserError, match=r"model_type.*train_llava\.sh --vision"):
         convert_llava(str(tmp_path), tmp_path / "llava-x", "llava")
 
 
@@ -385,10 +385,10 @@ def test_convert_py_and_a_talk_with_what_it_wrote(tmp_path, capsys, monkeypatch)
     answer = "".join(ChatSession(model).ask("What is it?", [Image.new("RGB", (40, 30), "red")]))
     assert isinstance(answer, str)
     convert(converted, tmp_path / "llava-back", "llava")
-    assert "those of LLaVA's --conv-mode vicuna_v1" in capsys.readouterr().out
+    assert "--conv-mode vicuna_v1" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"exists; convert\.py overwrites nothing"):
         convert(original, converted, "transformers")
-    with pytest.raises(UserError, match=r"is a checkpoint of the original LLaVA .*: not with --to llava"):
+    with pytest.raises(UserError, match=r"--to llava .* original LLaVA"):
         convert(original, tmp_path / "llava-x", "llava")
 
 

@@ -342,6 +342,7 @@ def test_newest_model_by_default(place: Path, monkeypatch) -> None:
     chat = ChatModel.load()
     assert (chat.name, chat.directory) == ("llava", "runs/llava/model")
     assert (chat.layout, chat.context_length) == (Layout(16), 512)
+    assert ChatModel.load("runs/llava").directory == "runs/llava/model"  # a run stands for its model
     monkeypatch.chdir(place / "images")
     with pytest.raises(UserError, match="no trained model"):
         ChatModel.load()
