@@ -21,14 +21,16 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clips.common import ranks
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
-from clips.training import cli, grad_cache, loop
+from clips.training import cli, grad_cache, loop, prepare
 
 SOON = 5
 AT = 40
@@ -77,6 +79,15 @@ def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -
     return real_decoded(preprocess, data, key, rng)
 
 
+def other_machine_with(folder: str) -> None:
+    """This rank's machine has other files under the same name."""
+    real_open = prepare.open_split
+    ranks.this_machine = lambda: "another one"
+    prepare.open_split = lambda data, split, **options: real_open(
+        replace(data, train=folder) if split == "train" else data, split, **options
+    )
+
+
 def main() -> None:
     parser = cli.parser()
     parser.add_argument("fault")
@@ -86,7 +97,7 @@ def main() -> None:
         if flags.fault == "raise":
             Preprocess.decoded = raising
         elif flags.fault.startswith("data="):
-            flags.data = flags.fault.removeprefix("data=")
+            other_machine_with(flags.fault.removeprefix("data="))
         elif flags.fault == "slow":
             loop.make_loader = late
         elif flags.fault == "full":

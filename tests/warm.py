@@ -4,10 +4,9 @@ Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the te
 With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
 of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
 The processes that it starts are forked as well; torchrun and `deepspeed` fork themselves, so that their ranks are their
-children. Six things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
-computes in one thread, ends without taking its interpreter down, plans its time after a short look at the tower, and
-its charts are one empty pixel, for drawing would take four fifths of a tiny run. Mark a test `cold` if the first five
-matter to it, or `draws`.
+children. Five things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
+computes in one thread, ends without taking its interpreter down, and its charts are one empty pixel, for drawing would
+take four fifths of a tiny run. Mark a test `cold` if the first four matter to it, or `draws`.
 CLIPS_TESTS_COLD=1 makes all tests cold.
 """
 
@@ -227,7 +226,6 @@ def import_everything() -> None:
     with contextlib.suppress(ImportError):  # torchrun looks through the files of all modules for a name of its log
         rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
         rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
-    sys.modules["clips.training.prepare"].TIMED_SECONDS = 0.05  # of the tower, for the plan that each run begins with
     sys.modules["clips.common.peaks"].peak_flops(torch.device("cpu"), torch.float32)  # measured once for all
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy all pages

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -41,36 +41,26 @@ def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
-def once_per_machine(make: Callable[[], T], asked: str) -> T:
-    """What `make` returns on the first of the ranks of each machine that `asked` the same, handed to the others.
+def once_per_machine(make: Callable[[], T]) -> T:
+    """The result of `make` on the first rank of each machine, handed to its other ranks.
 
-    They wait however long it takes, and so do faster machines. A CommandError of `make` is raised on all that asked.
-    Collective; the result is pickled.
+    They wait however long it takes, and so do faster machines. Collective; the result is pickled.
     """
-    mine = f"{platform.node()} {this_machine()} {asked}"
-    everybody = [""] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    outcome: list[Any] = [None]
-    asking: dict[str, list[int]] = {}
-    for rank, theirs in enumerate(everybody):
-        asking.setdefault(theirs, []).append(rank)
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")
+    ranks_of = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
     # All groups on all ranks: one made by its members alone is named after them, and a second of that name meets at
     # the addresses of the first.
-    groups: dict[str, Any] = {}  # torch types a group that this rank is no member of as a number
-    for theirs, ranks in asking.items():
-        groups[theirs] = dist.new_group(ranks, timeout=PATIENCE, backend="gloo")
-    first, group = asking[mine][0], groups[mine]
-    if dist.get_rank() == first:
-        try:
-            outcome = [make()]
-        except CommandError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=first, group=group)
+    groups: list[Any] = [dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for ranks in ranks_of.values()]
+    host = hosts[dist.get_rank()]
+    first = ranks_of[host][0]
+    group = groups[list(ranks_of).index(host)]
+
+    result = [make()] if dist.get_rank() == first else [None]
+    dist.broadcast_object_list(result, src=first, group=group)
     dist.destroy_process_group(group)
-    if isinstance(outcome[0], CommandError):
-        raise outcome[0]
     wait_for_all_ranks("the data to be opened on every machine")
-    return outcome[0]
+    return cast(T, result[0])
 
 
 def wait_for_all_ranks(what: str, tell_every: float = 60) -> None:

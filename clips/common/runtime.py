@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from clips.common.errors import UserError
 from clips.common.signals import end_with_launcher
+from clips.common.start import Start, find_ranks
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch", "numpy"
@@ -56,9 +57,46 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+_bf16: dict[str, bool] = {}
+"""Device type → whether it computes in bfloat16: tried here, or agreed on by all ranks."""
+
+
+def claims_bf16(device: torch.device) -> bool:
+    """Whether `device` says that it computes in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16; elsewhere it is emulated, slower than float32."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    """Whether `device` computes in bfloat16; elsewhere it is emulated, slower than float32.
+
+    A processor is also tried by short products. Its id says what it could do, and oneDNN may be held to AVX2
+    (ONEDNN_MAX_CPU_ISA): emulated products of 128 x 128 take 20 times as long as in fp32, others at most twice.
+    """
+    if device.type not in _bf16:
+        _bf16[device.type] = claims_bf16(device) and (device.type == "cuda" or _product_ratio() < 8)
+    return _bf16[device.type]
+
+
+def agree_on_bf16(device: torch.device, has: bool) -> None:
+    """Let `has_bf16` say in this process what all ranks have agreed on."""
+    _bf16[device.type] = has
+
+
+def _product_ratio() -> float:
+    """Seconds of a small product in bf16 over those in fp32, the fastest of several each."""
+    bound_kernel_caches()
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(128, 128, dtype=dtype)
+        seconds = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - begin)
+        fastest[dtype] = min(seconds)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
 
 
 def autocast_type(device: torch.device) -> str:
@@ -89,22 +127,41 @@ def unused_port() -> int:
         return probe.getsockname()[1]
 
 
+COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "bitsandbytes")
+"""Packages of which every rank has the same version."""
+KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", "DS_ACCELERATOR")
+"""Environment variables that decide what a rank computes with."""
+
+
+def meet_on(start: Start, device: str) -> torch.device:
+    """This rank's device for `--device`, after all ranks have agreed on its kind, the packages and the precision.
+
+    bf16 counts as there if every rank's processor claims it and rank 0 computes in it.
+    """
+    chosen = choose_device(device)
+    packages = package_versions()
+    start.agree(
+        {
+            "device": chosen.type,
+            "python": platform.python_version(),
+            **{name: packages.get(name) for name in COMPARED},
+            **{name: os.environ.get(name) for name in KERNELS},
+        }
+    )
+    agree_on_bf16(chosen, start.all_have(has_bf16(chosen) if start.rank == 0 else claims_bf16(chosen)))
+    return chosen
+
+
 def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
     if device.type == "cpu":
         keep_freed_memory()
         bound_kernel_caches()
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
+    find_ranks()
     if "RANK" not in os.environ:
-        tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
-        if several := [f"{name}={count}" for name, count in tasks.items() if count != "1"]:
-            raise UserError(
-                f"{several[0]}, but no RANK: each of these processes would train the whole run by itself. Start them "
-                "with torchrun or deepspeed (one per node), or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
-            )
-        port = str(unused_port())
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())})
     _check_restarts()
     end_with_launcher()
     # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
@@ -191,17 +248,22 @@ def import_deepspeed() -> Any:
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """The content of env.json: what besides the configuration may explain a difference between two runs."""
-    packages = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
         "world_size": world_size,
-        "packages": packages,
+        "packages": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Version of each of PACKAGES that is installed."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def shutdown() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
 from clips.common.flags import SET, Parser
+from clips.common.start import Start
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
@@ -110,6 +111,15 @@ def parser() -> Parser:
 
 def pretrain_from_flags(flags: argparse.Namespace) -> None:
     """Build the configuration that `flags` describe and train it."""
+    try:
+        with Start(flags.timeout_minutes) as start:
+            _pretrain(flags, start)
+    except KeyboardInterrupt:  # before or after the loop, or for the second time in it
+        message = "stopped by Ctrl-C; the same command goes on from the last checkpoint"
+        raise Stopped(message, exit_code=128 + signal.SIGINT) from None
+
+
+def _pretrain(flags: argparse.Namespace, start: Start) -> None:
     given = _recorded(flags)
     if flags.init_from is not None and not given:  # weights that a run has begun with are not looked at again
         from clips.weights.initial import read_initial  # imports torch: not before the flags are known to be right
@@ -118,6 +128,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
     run = config_from_flags(flags, given)
     if flags.profile < 0:
         raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
+
     # These import all of torch and deepspeed: not before the flags are known to be right.
     from clips.training.loop import pretrain
     from clips.training.prepare import Options
@@ -133,11 +144,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         profile_steps=flags.profile,
         timeout_minutes=flags.timeout_minutes,
     )
-    try:
-        pretrain(run, options)
-    except KeyboardInterrupt:  # before or after the loop, or for the second time in it
-        message = "stopped by Ctrl-C; the same command goes on from the last checkpoint"
-        raise Stopped(message, exit_code=128 + signal.SIGINT) from None
+    pretrain(run, options, start)
 
 
 def _run_dir(flags: argparse.Namespace) -> Path:

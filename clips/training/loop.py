@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from clips.common.peaks import peak_flops
 from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
-from clips.common.runtime import choose_device, environment, init_distributed, shutdown
+from clips.common.runtime import environment, init_distributed, meet_on, shutdown
 from clips.common.signals import StopSignal, stopped_by
+from clips.common.start import Start
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, make_loader, micro_batch_size
@@ -39,12 +41,12 @@ from clips.training.log import RunLog
 from clips.training.meter import Meter
 from clips.training.prepare import (
     Options,
-    check_ranks_agree,
     compute_dtype,
+    facts_of_data,
+    facts_of_run,
     open_run_dir,
     prepare_data,
     print_plan,
-    reached_flops,
     read_given_weights,
     with_precision,
 )
@@ -53,7 +55,7 @@ from clips.training.step import optimizer_step
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState, Writer
-from clips.weights.initial import initialise
+from clips.weights.initial import Beginning, initialise
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
@@ -80,34 +82,45 @@ def optimizer_steps(run: RunConfig, state: TrainState) -> int:
     return since - sum(state.step - since <= step < state.step for step in state.left_out)
 
 
-def pretrain(run: RunConfig, options: Options) -> None:
-    """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export."""
-    device = choose_device(options.device)
+def pretrain(run: RunConfig, options: Options, start: Start) -> None:
+    """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export.
+
+    The ranks have met in `start`, which ends with the first step.
+    """
+    device = meet_on(start, options.device)
+    start.at("the process group")
     init_distributed(device, options.timeout_minutes)
-    is_main = dist.get_rank() == 0
     for phase in run.phases:
-        micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
+        micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so now
+
+    start.at("the run directory")
     previous = open_run_dir(run, options)
+    has_begun = start.of_rank_0((options.run_dir / "config.json").exists())
     run = with_precision(run, options.run_dir, device)
-    is_trained = previous is not None and previous.state.samples == run.samples
-    if is_trained and is_finished(options.run_dir) and has_report(options.run_dir):
-        if is_main:
+    run = replace(run, train=replace(run.train, precision=start.of_rank_0(run.train.precision)))
+    ds_config = read_ds_config(options.ds_config)
+    start.agree(facts_of_run(run, options, previous, ds_config))
+    if start.of_rank_0(_is_complete(run, options.run_dir, previous)):
+        if start.rank == 0:
             print_next(run, options.run_dir)
+        start.close()
         shutdown()
         return
+
+    start.at("the data and the tokenizer")
     initial = read_given_weights(run, options) if previous is None else None
-    source, tokenizer = prepare_data(run, options, initial)
-    check_ranks_agree(previous, source, initial)
+    source, tokenizer = prepare_data(run, options, initial, has_begun=has_begun)
+    start.agree(facts_of_data(source, tokenizer, initial))
+
+    start.at("the model")
     torch.manual_seed(run.train.seed)
     model = CLIPSModel(run.model, tokenizer.pad_id)
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
-    ds_config = read_ds_config(options.ds_config)
-    reached = reached_flops(run, model, device)
-    if is_main:
-        ranks = dist.get_world_size()
-        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, reached, beginning)
+    if start.rank == 0:
+        print_plan(run, model, len(source), options.run_dir, device, start.ranks, previous, beginning)
     if options.dry_run:
+        start.close()
         shutdown()
         return
     if previous is not None:
@@ -115,6 +128,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
     if beginning is not None:
         state.began_with = beginning.sha256
+
+    start.at("the engine")
     engine = Engine(Task(model, run), run, device, ds_config)
     if previous is not None:
         try:
@@ -123,15 +138,12 @@ def pretrain(run: RunConfig, options: Options) -> None:
             raise UserError(
                 f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
             ) from None
-    if is_main:
-        if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
-            print(for_terminal(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
-        if beginning is not None:
-            beginning.save(options.run_dir)
-        run.save(options.run_dir / "config.json")
-        speed, of_what = peak_flops(device, compute_dtype(run))
-        peak = {"peak_tflops": speed / 1e12, "peak_of": of_what}
-        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts | peak)
+    if start.rank == 0:
+        _record(run, options, previous, beginning, engine)
+    start.at("the first step")
+    start.all_have(True)  # every rank gets here, or all end with the reason of the one that does not
+    start.close()
+    is_main = dist.get_rank() == 0
     log = RunLog(run, options.run_dir, start_step=state.step, active=is_main, report_to=options.report_to)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
@@ -146,6 +158,28 @@ def pretrain(run: RunConfig, options: Options) -> None:
         # The cores of this machine's other ranks are free now.
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
         finish_run(run, trained, tokenizer, options.run_dir)
+
+
+def _is_complete(run: RunConfig, run_dir: Path, previous: checkpoint.Checkpoint | None) -> bool:
+    """Whether the run is trained, exported and reported."""
+    is_trained = previous is not None and previous.state.samples == run.samples
+    return is_trained and is_finished(run_dir) and has_report(run_dir)
+
+
+def _record(
+    run: RunConfig,
+    options: Options,
+    previous: checkpoint.Checkpoint | None,
+    beginning: Beginning | None,
+    engine: Engine,
+) -> None:
+    """Write what tells of the run before its first step."""
+    if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
+        print(for_terminal(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
+    if beginning is not None:
+        beginning.save(options.run_dir)
+    run.save(options.run_dir / "config.json")
+    write_json(options.run_dir / "env.json", environment(engine.device, engine.world_size) | engine.facts)
 
 
 def _train(

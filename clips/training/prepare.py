@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,19 +19,16 @@ from rich.table import Table
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
-from clips.common.live import in_words
-from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import has_bf16
 from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
-from clips.data.loader import Batch, micro_batch_size, to_device
+from clips.data.loader import Batch
 from clips.data.sources import Source
 from clips.data.splits import check_readable, held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.recipes import RECIPES
-from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -125,7 +121,7 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
 
 
 def prepare_data(
-    run: RunConfig, options: Options, initial: InitialWeights | None = None
+    run: RunConfig, options: Options, initial: InitialWeights | None, *, has_begun: bool
 ) -> tuple[Source, CaptionTokenizer]:
     """Open the data, once on each machine, and the tokenizer, which rank 0 makes where it is missing. Collective.
 
@@ -142,9 +138,8 @@ def prepare_data(
                 open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
         return train
 
-    source = once_per_machine(opened, f"{run.data} {need_long}")
+    source = once_per_machine(opened)
     directory = options.run_dir / "tokenizer"
-    begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
     other = _other_run(options)
 
     def make() -> CaptionTokenizer:
@@ -155,10 +150,11 @@ def prepare_data(
         texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
         return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
-    if dist.get_rank() == 0 and not begun and not options.dry_run:
+    # Without config.json a tokenizer is of a run that never began.
+    if dist.get_rank() == 0 and not has_begun and not options.dry_run:
         make().save(directory)
     wait_for_all_ranks("the tokenizer to be trained")
-    is_there = begun or not options.dry_run
+    is_there = has_begun or not options.dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_there else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
@@ -168,25 +164,31 @@ def prepare_data(
     return source, tokenizer
 
 
-def check_ranks_agree(
-    previous: checkpoint.Checkpoint | None, source: Source, initial: InitialWeights | None = None
-) -> None:
-    """UserError on every rank where they chose different checkpoints or see shards of different sizes. Collective.
+def facts_of_run(
+    run: RunConfig, options: Options, previous: checkpoint.Checkpoint | None, ds_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What every rank must have been told, and have found in the run directory, alike."""
+    return {
+        "the configuration": run.to_dict(),
+        "--ds-config": dict(ds_config),
+        "--name": str(options.run_dir),
+        "--resume": options.resume,
+        "--dry-run": options.dry_run,
+        "the checkpoint to go on from": previous.path.name if previous else "none",
+    }
 
-    A stale listing or a shard that one node lacks would otherwise train on wrong data, or apart, in silence.
+
+def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialWeights | None) -> dict[str, Any]:
+    """What every rank must have found alike before they train together.
+
+    A shard that one node lacks would otherwise train apart, in silence.
     """
     sizes = hashlib.sha256(json.dumps(list(map(int, source.shard_sizes))).encode()).hexdigest()[:8]
-    mine = {
-        "the checkpoint to go on from": previous.path.name if previous else "none",
+    return {
         "the weights to begin with": initial.sha256 if initial else "none",
         "the training data": f"{len(source):,} samples in {len(source.shard_sizes):,} shards (sizes {sizes})",
+        "the tokenizer": f"{tokenizer.vocab_size} tokens",
     }
-    everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, mine)
-    for name in mine:
-        if len({found[name] for found in everybody}) > 1:
-            lines = "\n".join(f"  rank {rank}: {found[name]}" for rank, found in enumerate(everybody))
-            raise UserError(f"ranks do not agree on {name}:\n{lines}\nSee that all nodes see the same files")
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
@@ -204,56 +206,9 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-#: Share of the device's peak that training is taken to reach if it is not timed: of a large model on a CPU (0.7 to 0.9
-#: measured); on GPUs others publish 13 % (open_clip, B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (ViT-S, H100).
-EFFICIENCY = {"cpu": 0.7, "cuda": 0.2}
-TIMED_SECONDS, TIMED_SHARE = 0.5, 0.8
-"""How long forward and backward pass are timed, and their share of a step on a CPU (docs/speed.md)."""
-
-
 def compute_dtype(run: RunConfig) -> torch.dtype:
     """In which the matrix products are."""
     return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-
-
-def reached_flops(run: RunConfig, model: CLIPSModel, device: torch.device) -> float:
-    """FLOP/s that one rank is taken to reach in training. On a CPU all ranks time forward and backward pass together.
-
-    Small matrices reach a fraction of the peak that differs from machine to machine. A GPU, and a model too large to be
-    timed, are taken to reach EFFICIENCY.
-    """
-    peak, _ = peak_flops(device, compute_dtype(run))
-    phase, ranks = run.phases[0], dist.get_world_size() if dist.is_initialized() else 1
-    shape = usual_shape(run, phase.image_size, micro_batch_size(phase, run.train.accumulation, ranks))
-    flops = sum(training_flops(run.model, shape, run.train.freeze).values())
-    if device.type != "cpu" or flops > 0.2 * TIMED_SECONDS * peak:
-        return peak * EFFICIENCY[device.type]
-    task = Task(copy.deepcopy(model), run)
-    task.model.visual.set_image_size(phase.image_size)
-    batch = to_device(task.counted(full_batch(run, shape, device)), device)
-
-    def seconds(passes: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(passes):
-            task(batch)[0].backward()
-        taken = torch.tensor(time.perf_counter() - begin)
-        if ranks > 1:
-            dist.all_reduce(taken, dist.ReduceOp.MAX)
-        return taken.item()
-
-    seconds(1)  # the first pass is slower
-    passes = max(1, int(TIMED_SECONDS / seconds(1)))
-    return TIMED_SHARE * passes * flops / seconds(passes)
-
-
-def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> float:
-    """Rough time for the samples after the first `done`, at `reached` FLOP/s a rank."""
-    seconds = 0.0
-    for phase in run.phases:
-        todo = max(0, phase.seen - done)
-        done = max(0, done - phase.seen)
-        seconds += todo * flops_per_sample(run, phase) / (reached * ranks)
-    return seconds
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
@@ -314,9 +269,9 @@ def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch
 
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None, reached: float, beginning: Beginning | None = None,
+    previous: checkpoint.Checkpoint | None, beginning: Beginning | None = None,
 ) -> None:  # fmt: skip
-    """What is about to happen, before it happens. `reached`: FLOP/s of a rank."""
+    """What is about to happen, before it happens."""
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
@@ -351,8 +306,6 @@ def print_plan(
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}{slow}")
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
-    seconds = estimated_seconds(run, reached, ranks, done)
-    table.add_row("time", f"about {in_words(seconds)} (rough)")
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))

@@ -17,6 +17,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
+from clips.common.ranks import wait_for_all_ranks
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import ImageTokens, LlavaDataset
@@ -260,8 +261,8 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
     names = list(dict.fromkeys(name for record in prepared.dataset.records for name in record.images))
     cache.fill(names, device=device, rank=rank, world_size=world_size)
     if world_size > 1:
-        dist.barrier()
-        cache.refresh()
+        wait_for_all_ranks("the image features")
+        cache.fill(names, device=device)  # what this rank lacks still: its cache may be a folder of its own
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 

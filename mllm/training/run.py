@@ -10,6 +10,9 @@ runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_l
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -26,8 +29,9 @@ from clips.common.files import write_json
 from clips.common.live import in_words
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import bound_kernel_caches, choose_device, environment, init_distributed, shutdown
+from clips.common.runtime import bound_kernel_caches, environment, init_distributed, meet_on, shutdown
 from clips.common.signals import stopped_by
+from clips.common.start import Start
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
 from mllm.training.arguments import TrainArguments
@@ -47,27 +51,38 @@ def run_stage(flags: TrainArguments) -> None:
     Raises the errors of clips/common/errors.py. Every rank raises the same error, unless the error is one rank's own.
     """
     begin = time.perf_counter()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments = flags.resolve(world_size)
-    stage, run_dir = arguments.description, Path(arguments.output_dir)
-    process = join(arguments, world_size)
-    prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
-    hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
-    process = replace(process, deepspeed=fitted(process.deepspeed, hidden_size, process.device))
-    zero = zero_stage(process.deepspeed)
-    if process.deepspeed:
-        made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
-        check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), world_size))
-    print_plan(
-        arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
-        zero=zero, world_size=world_size, console=process.console,
-    )  # fmt: skip
-    if not arguments.dry_run:
+    with Start() as start:
+        device = meet_on(start, flags.device)
+        arguments = flags.resolve(start.ranks)
+        stage, run_dir = arguments.description, Path(arguments.output_dir)
+        process = join(arguments, device, start.ranks)
+        start.agree({"flags": dataclasses.asdict(arguments), "--deepspeed": process.deepspeed})
+
+        start.at("the parts of the model")
+        prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
+        hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
+        process = replace(process, deepspeed=fitted(process.deepspeed, hidden_size, process.device))
+        zero = zero_stage(process.deepspeed)
+        if process.deepspeed:
+            made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
+            check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), start.ranks))
+        start.agree(facts_of_stage(prepared, run_dir / stage.name))
+        print_plan(
+            arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
+            zero=zero, world_size=start.ranks, console=process.console,
+        )  # fmt: skip
+        if arguments.dry_run:
+            start.close()
+            shutdown()
+            return
+
+        start.at("the run directory")
         record_config(arguments, prepared, run_dir, write=process.is_main)
-        if (run_dir / stage.name / "done.json").is_file():
+        if start.of_rank_0((run_dir / stage.name / "done.json").is_file()):
             process.console.print(f"stage {stage.number} is finished already: {for_rich(str(run_dir / stage.name))}")
+            start.close()
         else:
-            summary = train(arguments, prepared, run_dir, process, begin)
+            summary = train(arguments, prepared, run_dir, process, start, begin)
             with whole(prepared.model, zero):
                 if process.is_main:
                     with reporting(f"stage {stage.number} is trained, and its results cannot be written to {run_dir}"):
@@ -75,9 +90,9 @@ def run_stage(flags: TrainArguments) -> None:
             if dist.is_initialized():
                 dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
             print_summary(summary, stage.number, process.console)
-        if process.is_main:
-            write_curves(run_dir)  # last: a plot that fails costs nothing
-        print_next(stage.number, run_dir, process.console)
+    if process.is_main:
+        write_curves(run_dir)  # last: a plot that fails costs nothing
+    print_next(stage.number, run_dir, process.console)
     shutdown()
 
 
@@ -94,9 +109,8 @@ class Process:
     """Prints on the main process only."""
 
 
-def join(arguments: TrainArguments, world_size: int) -> Process:
-    """Choose the device and, with several ranks or DeepSpeed, join the process group."""
-    device = choose_device(arguments.device)
+def join(arguments: TrainArguments, device: torch.device, world_size: int) -> Process:
+    """With several ranks or DeepSpeed, join the process group."""
     deepspeed = deepspeed_config(arguments, world_size)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed, which accelerate imports
@@ -108,17 +122,30 @@ def join(arguments: TrainArguments, world_size: int) -> Process:
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
+def facts_of_stage(prepared: Prepared, stage_dir: Path) -> dict[str, Any]:
+    """What every rank must have found alike before they train together."""
+    lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
+    checkpoint = newest(stage_dir)
+    return {
+        "the training data": f"{len(prepared.dataset):,} samples (lengths {lengths})",
+        "the vision encoder": prepared.vision.fingerprint,
+        "the checkpoint to go on from": checkpoint.name if checkpoint else "none",
+    }
+
+
 def train(
-    arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
+    arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, start: Start, begin: float
 ) -> dict[str, Any]:
     """Take the stage's steps and return its summary (done.json); `begin` is the time when the preparation began.
 
-    Raises Stopped after a signal, once a checkpoint is written.
+    `start` is closed once the engine is made. Raises Stopped after a signal, once a checkpoint is written.
     """
     stage, stage_dir = arguments.description, run_dir / arguments.description.name
     if process.is_main:
         write_json(run_dir / "env.json", environment(process.device, process.world_size))
+    start.at("the image features")
     collator = collator_of(arguments, prepared, process.device)  # encodes the images that the feature cache lacks
+    start.at("the projector's start and the engine")
     assert_freeze(prepared.model, prepared.freeze)
     model = TrainingModel(prepared.model, features=arguments.caches_features)
     flops = LlavaFlops(
@@ -129,7 +156,7 @@ def train(
     )
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     work = Work(flops, process.device, dtype, process.world_size, model.packed)
-    steps = StepCallback()
+    steps = StepCallback(start)
     trainer = LlavaTrainer(
         arguments,
         model=model,
@@ -154,14 +181,14 @@ def train(
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
         r2 = fit_to_captions(arguments, prepared, collator, process.device)
         process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
-    prepared_s, start = time.perf_counter() - begin, time.perf_counter()
+    prepared_s, train_begin = time.perf_counter() - begin, time.perf_counter()
     first_step = step_of(checkpoint) if checkpoint else 0
     with (
         naming_lost_ranks(lambda: trainer.state.global_step + 1),
         profiled(stage_dir / "profile", arguments.profile, process.device) as steps.profiler,
     ):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - train_begin
     if steps.stopped:
         if dist.is_initialized():
             dist.barrier()  # a rank that ends has its launcher end the others, and rank 0 may still be writing

@@ -22,6 +22,7 @@ from clips.common.errors import CommandError, NotFiniteError, UserError, first_l
 from clips.common.files import seal
 from clips.common.profile import Profiler
 from clips.common.signals import StopSignal
+from clips.common.start import Start
 from clips.common.tensors import only_data, read_torch, read_weights, write_weights
 from clips.common.workers import start_worker
 from mllm.data.conversation import IGNORE
@@ -147,12 +148,21 @@ def no_images(names: list[str]) -> Tensor:
 
 
 class StepCallback(TrainerCallback):
-    """After a stop signal, ends every rank with a checkpoint of the same step; reports each step to the profiler."""
+    """Ends `start` before the first step, and after a stop signal every rank with a checkpoint of the same step.
 
-    def __init__(self) -> None:
+    Reports each step to the profiler.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
         self.signal = StopSignal()
         self.stopped = 0
         self.profiler = Profiler()
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.start.at("the first step")
+        self.start.all_have(True)  # every rank gets here, or all end with the reason of the one that does not
+        self.start.close()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         self.profiler.step()

@@ -1,0 +1,254 @@
+"""One rank has found something else than the others: all ranks end with the fact, or go on with rank 0's.
+
+Two ranks without a launcher above them, which would end one rank when the other fails. Each fact is of rank 1, or of
+rank 0 where its value is to count for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from launched import ENV, lines
+from tiny_llava import ALIGN, INSTRUCT, START, write_place
+
+from clips.common.runtime import unused_port
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 60
+WORKER = str(ROOT / "tests" / "odd_rank.py")
+
+
+def two_ranks(
+    cwd: Path, facts: tuple[str, str], *words: str, env: tuple[dict[str, str], dict[str, str]] = ({}, {})
+) -> list[tuple[int, str]]:
+    """(exit code, output) of each of two ranks of one run, which `SECONDS` are enough for."""
+    meeting = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    ranks = []
+    try:
+        for rank in range(2):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **env[rank]}
+            ranks.append(subprocess.Popen(
+                [sys.executable, WORKER, facts[rank], *words], cwd=cwd, env=ENV | meeting | own, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            ))  # fmt: skip
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+    except subprocess.TimeoutExpired:
+        for process in ranks:
+            process.send_signal(signal.SIGABRT)
+        pytest.fail("\n".join(process.communicate()[0] for process in ranks))
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [(process.returncode, output) for process, output in zip(ranks, outputs, strict=True)]
+
+
+def assert_ended(ranks: list[tuple[int, str]], *words: str) -> None:
+    """Every rank ends with code 2, one error and these words in it."""
+    for code, output in ranks:
+        assert code == 2, output
+        assert output.count("error: ") == 1, output
+        assert "Traceback" not in output
+        for word in words:
+            assert word in output.partition("error: ")[2], output
+
+
+def assert_done(ranks: list[tuple[int, str]]) -> None:
+    for code, output in ranks:
+        assert code == 0, output
+
+
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+def pretraining(out: Path, shards: tuple[str, ...], *flags: str) -> tuple[str, ...]:
+    return ("pretrain", "--debug", "--name", "r", "--output", str(out), *shards, *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT/r is a finished run of two ranks."""
+    out = tmp_path_factory.mktemp("trained")
+    assert_done(two_ranks(ROOT, ("nothing", "nothing"), *pretraining(out, shards)))
+    return out
+
+
+FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "engine")
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("part", FAILURES)
+def test_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
+    facts = ["nothing", "nothing"]
+    # Rank 0 opens the data for its machine.
+    facts[0 if part == "data" else odd] = f"fails at the {part}"
+    ranks = two_ranks(ROOT, (facts[0], facts[1]), *pretraining(tmp_path, shards))
+    assert_ended(ranks, "this rank alone fails")
+
+
+def test_a_lock_that_rank_0_does_not_get_ends_both(shards: tuple[str, ...], tmp_path: Path) -> None:
+    ranks = two_ranks(ROOT, ("fails at the lock", "nothing"), *pretraining(tmp_path, shards))
+    assert_ended(ranks, "this rank alone fails")
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        ("a version", ("ranks do not agree on accelerate", "rank 1: 1.0", "torch", "rank 1: 9.9")),
+        ("fewer samples", ("the training data", "rank 0: 64 samples", "rank 1: 63 samples")),
+    ],
+)
+def test_a_fact_that_must_be_equal_is_named_with_both_values(
+    fact: str, words: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    ranks = two_ranks(ROOT, ("nothing", fact), *pretraining(tmp_path, shards))
+    assert_ended(ranks, *words)
+    assert not lines(tmp_path / "r")
+
+
+def test_another_checkpoint_is_named(trained: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(trained / "r", tmp_path / "r")
+    ranks = two_ranks(ROOT, ("nothing", "no checkpoint"), *pretraining(tmp_path, shards))
+    assert_ended(ranks, "the checkpoint to go on from", "rank 0: step-", "rank 1: none")
+
+
+def test_another_variable_of_the_environment_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+    env = ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    ranks = two_ranks(ROOT, ("nothing", "nothing"), *pretraining(tmp_path, shards), env=env)
+    assert_ended(ranks, "ATEN_CPU_CAPABILITY", "rank 1: default")
+
+
+@pytest.mark.parametrize("facts", [("bf16 here", "nothing"), ("nothing", "no config.json"), ("nothing", "finished")])
+def test_a_fact_of_one_rank_does_not_part_them(facts: tuple[str, str], shards: tuple[str, ...], tmp_path: Path) -> None:
+    """A precision that one of them lacks, a listing that is late, a run that seems finished to rank 1 alone."""
+    assert_done(two_ranks(ROOT, facts, *pretraining(tmp_path, shards)))
+    assert lines(tmp_path / "r")
+
+
+def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[str, ...]) -> None:
+    before = lines(trained / "r")
+    assert_done(two_ranks(ROOT, ("finished", "no config.json"), *pretraining(trained, shards)))
+    assert lines(trained / "r") == before
+
+
+def test_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """Rank 1 never comes, as where RANK and WORLD_SIZE are left over in the environment of a single process."""
+    env = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(unused_port()),
+    }
+    words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards, "--timeout-minutes", "0.1")]
+    done = subprocess.run(words, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1
+    assert "waiting for rank 1 of 2 to begin" in done.stderr
+    assert "unset RANK" in done.stderr
+    assert "error: rank 1 of 2 has not begun" in done.stderr
+
+
+@pytest.mark.parametrize(("left_over", "word"), [({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
+def test_variables_of_a_launcher_that_is_gone_are_named(
+    left_over: dict[str, str], word: str, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=ENV | left_over, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 2
+    assert f"no {word}" in done.stderr or f", {word}" in done.stderr
+
+
+def test_a_port_that_is_taken_is_one_sentence(shards: tuple[str, ...], tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = {"MASTER_PORT": str(taken.getsockname()[1])}
+        words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards)]
+        env = ENV | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"} | port
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 2
+    assert "--master_port" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- LLaVA stages
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("start"))
+
+
+STAGES = {
+    1: ("llava", *ALIGN, "--mm_projector_init", "captions", "--max_steps", "2"),
+    2: ("llava", *INSTRUCT, *START, "--max_steps", "2"),
+}
+OF_BOTH = ("device", "flags", "parts", "features", "trainer")
+
+
+@pytest.mark.parametrize(
+    ("stage", "part"), [*((stage, part) for stage in STAGES for part in OF_BOTH), (1, "projector's start")]
+)
+def test_an_error_of_one_rank_ends_a_stage_of_both(stage: int, part: str, place: Path) -> None:
+    flags = ("--output_dir", f"runs/{stage}-{part[:4]}")
+    assert_ended(two_ranks(place, ("nothing", f"fails at the {part}"), *STAGES[stage], *flags), "this rank alone fails")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        ("fewer conversations", ("the training data", "rank 1: 7 samples")),
+        ("a version", ("ranks do not agree on", "rank 1: 9.9")),
+        ("a full disk", ("free",)),
+    ],
+)
+def test_a_fact_of_a_stage_that_must_be_equal_is_named(
+    stage: int, fact: str, words: tuple[str, ...], place: Path
+) -> None:
+    flags = ("--output_dir", f"runs/{stage}-{fact[:4]}", "--cache_dir", f"cache-{stage}-{fact[:4]}")
+    assert_ended(two_ranks(place, ("nothing", fact), *STAGES[stage], *flags), *words)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flags_of_one_rank_are_named(stage: int, place: Path) -> None:
+    """Its --seed, which the others do not have."""
+    flags = ("--output_dir", f"runs/{stage}-flags")
+    port = str(unused_port())
+    meeting = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, "nothing", *STAGES[stage], *flags, "--seed", str(rank)], cwd=place, text=True,
+            env=ENV | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ranks = [(0, process.communicate(timeout=SECONDS)[0]) for process in processes]
+    ranks = [(process.returncode, output) for process, (_, output) in zip(processes, ranks, strict=True)]
+    assert_ended(ranks, "flags.seed", "rank 0: 0", "rank 1: 1")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rank_0_decides_what_is_finished_and_each_rank_fills_its_own_cache(stage: int, place: Path) -> None:
+    """Rank 1 has another folder of features; later it does not see that the stage is done."""
+    flags = ("--output_dir", f"runs/{stage}-done")
+    caches = ({}, {"CLIPS_MLLM_CACHE": str(place / f"cache-of-1-{stage}")})
+    words = [word for word in STAGES[stage] if word not in ("--cache_dir", "cache")]
+    assert_done(two_ranks(place, ("nothing", "nothing"), *words, *flags, env=caches))
+    name = "align" if stage == 1 else "instruct"
+    before = (place / flags[1] / name / "done.json").read_bytes()
+    assert_done(two_ranks(place, ("nothing", "no done.json"), *words, *flags, env=caches))
+    assert (place / flags[1] / name / "done.json").read_bytes() == before
