@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 
 from clips.common.errors import UserError
@@ -125,35 +124,17 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
         pretrain("--batch-size", "0")
 
 
-def test_the_estimate_counts_the_towers_second_pass() -> None:
-    from clips.training import prepare
+def test_the_flops_count_the_towers_second_pass() -> None:
+    from clips.training.prepare import flops_per_sample
 
-    def seconds(mode: str, accumulation: int) -> float:
+    def flops(mode: str, accumulation: int) -> float:
         run = pretrain(
             "--set", "train.precision=fp32", f"train.contrastive={mode}", f"train.accumulation={accumulation}"
         )
-        return prepare.estimated_seconds(run, 1e12, 1, 0)
+        return flops_per_sample(run, run.phases[0])
 
-    assert seconds("global", 1) == seconds("micro", 1) == seconds("micro", 4)
-    assert 1.05 < seconds("global", 4) / seconds("micro", 4) < 4 / 3
-
-
-def test_the_plan_times_a_small_model_and_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed of a matrix product, then of the image tower alone, was taken: 3.1 min were said and 7.0 needed."""
-    from clips.model.clips import CLIPSModel
-    from clips.training import prepare
-
-    run = pretrain("--debug", "--set", "train.precision=fp32")
-    model, cpu = CLIPSModel(run.model, pad_id=0), torch.device("cpu")
-    state, before = torch.get_rng_state(), {name: x.clone() for name, x in model.state_dict().items()}
-    monkeypatch.setattr(prepare, "TIMED_SECONDS", 0.1)
-    monkeypatch.setattr(prepare, "peak_flops", lambda *_: (1e15, ""))
-    assert 0 < prepare.reached_flops(run, model, cpu) < 1e14, "not what a large product reaches"
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr(prepare, "peak_flops", lambda *_: (1e3, ""))  # too slow to be timed
-    assert prepare.reached_flops(run, model, cpu) == 1e3 * prepare.EFFICIENCY["cpu"]
+    assert flops("global", 1) == flops("micro", 1) == flops("micro", 4)
+    assert 1.05 < flops("global", 4) / flops("micro", 4) < 4 / 3
 
 
 def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
