@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pkgutil
+import select
+import signal
 import sys
 import traceback
 from argparse import ArgumentParser
@@ -133,6 +136,21 @@ def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
     sys.exit(run_command(main))
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
+
+
+def _has_no_reader() -> bool:
+    """Whether what reads stdout has ended, as `| head` does; from then on nothing is written to it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    ended = any(event & select.POLLERR for _, event in poll.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ended
+
+
 def run_command(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code; print a `CommandError` as one message."""
     for stream in (sys.stdout, sys.stderr):
@@ -143,9 +161,16 @@ def run_command(main: Callable[[], None]) -> int:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_ForTerminal())
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # of --help
+            _flush()
+            raise
+        _flush()
     except OSError as error:  # a target that cannot be written, a full disk, too many open files
         kill_workers()
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            return 128 + signal.SIGPIPE
         print(f"\nerror: {for_terminal(in_one_line(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return CommandError.exit_code
     except CommandError as error:

@@ -36,6 +36,8 @@ INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
 """The test set that decides, if a run has it: on the demo, an artist never trained on."""
+DEBUG = "-debug"
+"""End of the name of a run of --debug, which is never the newest encoder."""
 MADE_OF = "checkpoint.json"
 """In export/ and report/: `weights_of` of their checkpoint."""
 

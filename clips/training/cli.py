@@ -148,7 +148,7 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
 
 
 def _run_dir(flags: argparse.Namespace) -> Path:
-    return Path(flags.output) / (flags.name or (f"{flags.recipe}-debug" if flags.debug else flags.recipe))
+    return Path(flags.output) / (flags.name or (f"{flags.recipe}{rundir.DEBUG}" if flags.debug else flags.recipe))
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.opening import check_counts, check_files, opening
-from clips.common.rundir import MADE_OF, check_current, is_current, take_newest, weights_of
+from clips.common.rundir import DEBUG, MADE_OF, check_current, is_current, take_newest, weights_of
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -135,7 +135,7 @@ def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
 
 def _newest_run(runs: Path) -> Path:
     found = [(max(_time(run / "LATEST"), _time(run / "export" / "native")), run) for run in runs.glob("*")]
-    found = [(time, run) for time, run in found if time]
+    found = [(time, run) for time, run in found if time and not run.name.endswith(DEBUG)]
     if not found:
         raise UserError(f"no trained run under {runs}: train one (scripts/pretrain_clips.py) or give --model")
     return take_newest("encoder", found)
@@ -170,7 +170,7 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
             trained = from_json(read_bytes(run_config))["task"]["objective"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a finished run of this project; the error below says what is looked for
-        if trained == objective:
+        if trained == objective and not run_config.parent.name.endswith(DEBUG):
             found.append((config.stat().st_mtime, config.parents[1]))
     if not found:
         raise UserError(

@@ -179,6 +179,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
     Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself and onto the model's card.
     """
+    if flags.limit is not None and flags.limit < 1:
+        raise UserError(f"--limit {flags.limit} must be at least 1")
     device = choose_device(flags.device)
     directory = find_model(flags.model) if flags.model else str(newest_model())
     name = model_name(directory)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from clips.common.files import write_json
 from clips.common.rundir import MADE_OF, check_current
 from clips.recipes import recipe
 from clips.training.finish import print_next
+from clips.weights.load import _newest_run
 from mllm.model.original import refuse_original
 from mllm.training.finish import print_next as print_next_llava
 
@@ -63,8 +67,48 @@ def test_the_package_brings_the_command_its_scripts_and_settings(tmp_path: Path)
 def test_a_command_runs_its_script_and_a_wrong_one_names_the_nearest() -> None:
     assert "usage: clips chat" in run_python("scripts/__main__.py", "chat", "--help").stdout
     assert "usage: train_llava.sh" in run_python("scripts/__main__.py", "llava", "--help").stdout
-    wrong = run_python("scripts/__main__.py", "trian")
-    assert (wrong.returncode, "did you mean train?" in wrong.stderr) == (2, True)
+    for name in ("trian", "TRAIN"):
+        wrong = run_python("scripts/__main__.py", name)
+        assert (wrong.returncode, "did you mean train?" in wrong.stderr) == (2, True)
+
+
+PRINTS = """
+import sys
+from clips.common.errors import run_command
+def main():
+    for _ in range(100_000):
+        print("a line of a table")
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.parametrize("words", [["-c", PRINTS], ["scripts/train_llava.py", "--help"]])
+def test_a_reader_that_ends_early_is_no_traceback(words: list[str]) -> None:
+    """As in `| head -c 1`."""
+    command = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        assert command.wait(60) in (0, 128 + signal.SIGPIPE)
+
+
+def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:
+    for name, time in (("mine", 1), ("b16-debug", 2)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "LATEST", {})
+        os.utime(tmp_path / name / "LATEST", (time, time))
+    assert _newest_run(tmp_path) == tmp_path / "mine"
+
+
+def test_a_limit_that_leaves_no_question_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "evaluate_llava", "--limit", "-1") == 2
+    assert "--limit -1" in capsys.readouterr().err
 
 
 def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

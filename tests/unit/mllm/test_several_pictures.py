@@ -183,9 +183,9 @@ def test_the_answers_of_a_server_are_compared_with_the_evaluation_s(
             check(parser().parse_args(words))
         assert f"question 2: {TEXT}\n  evaluation: Never.\n  server:     " in capsys.readouterr().out
         file.write_text(answer_line(asked[0], "", ""))
-        with pytest.raises(UserError, match="question 0: the server answers 404"):
+        with pytest.raises(UserError, match="the server answers 404"):
             check(parser().parse_args([*words, "--model", "another"]))
-        with pytest.raises(UserError, match="its list of models: the server answers 404"):
+        with pytest.raises(UserError, match="models: the server answers 404"):
             check(parser().parse_args([str(file), "--url", address]))
     with pytest.raises(UserError, match="does not answer"):
         check(parser().parse_args(words))
