@@ -239,7 +239,7 @@ class TarSource(Source):
             raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {found}")
         self.problems = [f"{shards[i]}: {problem}" for i, lines in self._set.problems.items() for problem in lines]
         incomplete = np.flatnonzero(self.left_out)
-        self.problems += [self._said_left_out(int(shard)) for shard in incomplete[:WARNED]]
+        self.problems += [self._left_out_of(int(shard)) for shard in incomplete[:WARNED]]
         if len(incomplete) > 1:
             count, total = sum(self.left_out), int(self._set.counts.sum())
             self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are left out, as follows")
@@ -270,7 +270,7 @@ class TarSource(Source):
                         found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
         return sorted(found)
 
-    def _said_left_out(self, shard: int) -> str:
+    def _left_out_of(self, shard: int) -> str:
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
         first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"

@@ -30,6 +30,7 @@ class CaptionStore(ImageStore):
             self._source = open_source(str(location), Fields(), image_root=root, need_long=False)
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
+        self.unreadable = self._source.unreadable
 
     def __len__(self) -> int:
         """Pairs, those without a caption among them."""

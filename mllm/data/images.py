@@ -28,6 +28,9 @@ class ImageStore:
         location: the image folder or tar file.
     """
 
+    unreadable = 0
+    """Rows of a table that do not fit its header."""
+
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
         self._members: dict[str, tuple[int, int]] | None = None

@@ -141,7 +141,8 @@ def check_data(
     if samples is not None and samples < len(raws):
         indices = sorted(random.Random(seed).sample(indices, samples))
     found = scan(ConversationReader(raws, encoder, store, shown(indices)), indices, workers)
-    publish(output, found, data=f"{data_path} (format {encoder.format.name})", samples=len(raws))
+    left_out = store.unreadable if store is not None else 0
+    publish(output, found, data=f"{data_path} (format {encoder.format.name})", samples=len(raws), left_out=left_out)
     if found.reasons:
         skip = ", or train with --on_bad_sample skip" if set(found.reasons) != {"broken image"} else ""
         raise UserError(

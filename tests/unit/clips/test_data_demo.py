@@ -31,13 +31,10 @@ from clips.data.demo import (
     MISSEEN_SHARE,
     NUMBERS,
     PLACES,
-    PROMPTS,
     WITH_ERRORS,
     Description,
     Scene,
     demo_split,
-    describe,
-    draw_scene,
     ensure_demo,
     is_by_one,
     misseen,
@@ -218,14 +215,6 @@ def test_test_layouts_never_occur_in_training(training: list[tuple[Scene, Descri
         assert not kept["val"] & kept["test"]
 
 
-def test_training_shows_every_thing_on_every_ground(training: list[tuple[Scene, Description]]) -> None:
-    """A pair that only the test has would teach that this ground speaks against this thing."""
-    ones = {(s.things[0].concept, s.background) for s, _ in training if len(s.things) == 1}
-    assert len(ones) > 0.99 * len(CONCEPTS) * len(BACKGROUNDS)
-    several = {(thing.concept, s.background) for s, _ in training for thing in s.things}
-    assert len(several) == len(CONCEPTS) * len(BACKGROUNDS)
-
-
 def test_the_unseen_artist_draws_the_test_scenes() -> None:
     """So that two columns differ by the artist alone; validation has scenes and an artist of its own."""
     assert [split_scene(UNSEEN, i, 0) for i in range(100)] == [split_scene("test", i, 0) for i in range(100)]
@@ -234,28 +223,6 @@ def test_the_unseen_artist_draws_the_test_scenes() -> None:
     assert not trained & tuned
     assert not trained & decides
     assert not tuned & decides
-
-
-def test_scenes_hold_up_to_four_things_some_of_which_overlap(training: list[tuple[Scene, Description]]) -> None:
-    scenes = [scene for scene, _ in training[:1000]]
-    counts = Counter(len(scene.things) for scene in scenes)
-    assert counts.keys() == {1, 2, 3, 4}
-    assert min(counts.values()) > 50
-    covered = [
-        demo._overlap(a.box, b.box) for scene in scenes for a in scene.things for b in scene.things if a is not b
-    ]
-    assert max(covered) <= demo.MAX_OVERLAP
-    assert sum(share > 0.02 for share in covered) > 200
-    for name in ("pattern", "angle", "contrast"):
-        assert len({getattr(scene.ground, name) for scene in scenes}) >= 4
-    things = [thing for scene in scenes for thing in scene.things]
-    assert 0.45 < np.mean([thing.look.mirrored for thing in things]) < 0.55
-    for name in ("turn", "slant", "stretch", "hue", "saturation"):
-        drawn = [getattr(thing.look, name) for thing in things]
-        assert max(map(abs, drawn)) <= getattr(demo.LOOKS["train"], name)
-        assert np.std(drawn) > getattr(demo.LOOKS["train"], name) / 2
-    for place in PLACES:  # a thing's place says nothing about its size, nor the number of things
-        assert {len(scene.things) for scene in scenes if place in [t.place for t in scene.things]} == {1, 2, 3, 4}
 
 
 def test_scenes_show_what_they_say() -> None:
@@ -413,30 +380,3 @@ def test_a_misseen_scene_is_wrong_about_a_share_of_each_kind_of_fact(training: l
     for kind, found in wrong.items():
         # Five standard errors of a share of 0.1.
         assert abs(np.mean(found) - MISSEEN_SHARE) < 5 * 0.3 / len(found) ** 0.5, kind
-
-
-def test_the_whole_sentence_pairs_things_with_their_places() -> None:
-    """Every phrasing of the sentence about everything: each place stands beside its own thing."""
-    concepts, rng = ["fox", "telescope", "key"], random.Random(0)
-    for _ in range(200):
-        scene = draw_scene(rng, concepts)
-        description = describe(scene, rng)
-        whole = [s.lower() for s in description.sentences if all(t.place in s.lower() for t in scene.things)]
-        assert len(whole) == 1
-        whole = [whole[0].replace("in the", "at the")]  # of the center
-        place = "|".join(PLACES)
-        found = [(c, p) for p, c in re.findall(rf"at the ({place}) there is a (fox|telescope|key)", whole[0])]
-        found = found or re.findall(rf"a (fox|telescope|key)(?: is)? at the ({place})", whole[0])
-        assert sorted(found) == sorted((t.concept, t.place) for t in scene.things)
-
-
-def test_text_lengths_overlap(training: list[tuple[Scene, Description]]) -> None:
-    """Both text encoders must see the lengths that they are tested on: on others a text encoder fails."""
-    web, sentences = [], []
-    for _, description in training[:500]:
-        web.append(len(description.web.split()))
-        sentences += [len(sentence.split()) for sentence in description.sentences]
-    assert np.percentile(web, 75) >= np.percentile(sentences, 10)
-    prompts = [len(prompt.format("lion").split()) for prompt in PROMPTS]
-    assert min(web) <= min(prompts)
-    assert max(prompts) <= np.percentile(sentences, 75)

@@ -69,7 +69,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert np.abs(found[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_a_transparent_colour_becomes_white(mode: str) -> None:
     image = Image.new("RGB", (3, 2), (10, 20, 30))
     image = image.quantize(2) if mode == "P" else image.convert(mode)
@@ -85,8 +85,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
         np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", turn) for turn in range(1, 9)), ("TIFF", 6)])
 def test_exif_rotation(kind: str, orientation: int) -> None:
     upright = np.kron(reference(), np.ones((16, 16, 1), np.uint8))
     # What a camera stores so that a viewer obeying `orientation` shows `upright` (EXIF 2.3, tag 0x0112).
@@ -109,7 +108,7 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
     assert np.abs(found.astype(int) - upright).mean() < 3
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_the_first_frame_of_an_animation(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -173,7 +172,7 @@ def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, sid
 
 @pytest.mark.parametrize(
     ("size", "kept", "orientation"),
-    [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), *(((1600, 1200), {4, 8}, turn) for turn in (3, 6))],
+    [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), ((1600, 1200), {4, 8}, 6)],
 )
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kept: set[int], orientation: int
@@ -230,7 +229,7 @@ def test_a_picture_of_the_right_size_is_not_resampled() -> None:
     np.testing.assert_array_equal(Preprocess(32).pixels(Image.fromarray(picture)), picture)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 720), (500, 500), (300, 800), (900, 300), (1200, 300), (50, 900)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (300, 800), (50, 900)])
 def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) -> None:
     """Area and aspect within their bounds wherever a picture has room for both; beyond, the whole picture."""
     rng = random.Random(0)
@@ -295,12 +294,10 @@ def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("kind", "size", "kept"),
     [
-        ("JPEG", (400, 300), (400, 300)),
         ("PNG", (400, 300), (400, 300)),
         ("JPEG", (1000, 800), (250, 200)),  # by two while it is decoded, then by two
         ("PNG", (1000, 800), (334, 267)),
         ("JPEG", (5000, 40), (2500, 20)),
-        ("PNG", (5000, 40), (2500, 20)),
     ],
 )
 def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
