@@ -79,14 +79,15 @@ def take(name: str, command: list[str], limit: float) -> Row:
     return {"part": name, "seconds": time.monotonic() - begin, "problem": problem, "lines": lines}
 
 
+def quantise(matrix: torch.Tensor) -> object:
+    return import_module("bitsandbytes.functional").quantize_4bit(matrix)
+
+
 CHECKS: dict[str, tuple[Callable[[torch.device], object], str]] = {
     "driver": (lambda device: torch.zeros(1, device=device) + 1, "install NVIDIA driver 580 or newer"),
     "bf16": (has_bf16, "this device only emulates bf16: give --set train.precision=fp32"),
     "NCCL": (lambda device: dist.is_nccl_available(), "this torch has no NCCL: install a CUDA build of torch"),
-    "bitsandbytes": (
-        lambda device: import_module("bitsandbytes.functional").quantize_4bit(torch.zeros(64, 64, device=device)),
-        "pip install -U bitsandbytes; without it leave --bits out",
-    ),
+    "bitsandbytes": (lambda device: quantise(torch.zeros(64, 64, device=device)), "pip install -U bitsandbytes"),
     "DeepSpeed": (lambda device: import_deepspeed(), "pip install 'deepspeed>=0.19.8,<0.20'"),
 }
 """What is checked → (the check, which raises or returns something false, and the sentence that mends it)."""
@@ -202,9 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     p.add_argument("--output", default="runs/gpu_report.json", help="the JSON file")
     p.add_argument("--device", default="cuda", help="cuda; or cpu: tiny models, to see whether every part runs")
-    p.add_argument(
-        "--part", choices=LIMITS.keys() - COMMANDS.keys(), help="measure this part alone and print its figures"
-    )
+    p.add_argument("--part", choices=LIMITS.keys() - COMMANDS.keys(), help="measure this part alone")
     return p
 
 

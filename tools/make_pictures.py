@@ -8,7 +8,6 @@ pictures are chosen for that, and the command prints their names.
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 
 from clips import CLIPS, CONCEPTS, decode_image
 from clips.common.errors import UserError, run_command
-from clips.common.files import check_target
+from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, check_format, plain_axes
@@ -36,20 +35,6 @@ ALL = "accuracy"
 ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "caption": "captions alone", "random": "untrained"}
 KINDS = ("identity", "where", "count", "relation")
 """Kinds of the right answers that are shown, from left to right."""
-
-
-def write_results(report: Path, out: Path) -> Path:
-    """Draw `report`, a report.json of scripts/compare_encoders.py or docs/results/compare.json, into `out`.
-
-    Raises UserError for another file, a report without answered questions, and an `out` that is neither .png nor .svg.
-    """
-    check_format(out)
-    try:
-        encoders = json.loads(report.read_text(encoding="utf-8"))["encoders"]
-        plot = results_plot({name: encoder["metrics"] for name, encoder in encoders.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"--report {report} holds no right answers of scripts/compare_encoders.py: {error!r}") from None
-    return save_plot(plot, out)
 
 
 def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
@@ -90,13 +75,9 @@ class Answer(NamedTuple):
 
 
 def read_answers(run: Path) -> list[Answer]:
-    """The answers of the model in `run` about the unseen artist. Raises UserError if they are missing."""
-    path = run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Answer(**{field: row[field] for field in Answer._fields}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no answers of scripts/evaluate_llava.py: {error!r}") from None
+    """The answers of the model in `run` about the unseen artist."""
+    rows = read_json_records(run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl")
+    return [Answer(**{field: row[field] for field in Answer._fields}) for row in rows]
 
 
 def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
@@ -147,16 +128,6 @@ def _panel(axis: Axes, picture: Image.Image, above: str, below: str, right: bool
     axis.text(0.5, -0.06, below, transform=axis.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
 
 
-def write_answers(models: Sequence[Path], encoder: Path, out: Path) -> Path:
-    """Draw the answers of `models`, one for each seed, and a patch map of `encoder` into `out`."""
-    check_format(out)
-    shown = chosen([read_answers(model) for model in models])
-    for answer in shown:
-        print(f"{answer.image}  {answer.prompt}  {answer.text}")
-    plot = answers_plot(shown, DEMO_DIR / IMAGES, CLIPS.from_pretrained(str(encoder)), list(CONCEPTS))
-    return save_plot(plot, out)
-
-
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("what", choices=("answers", "results"), help="the picture to draw")
@@ -171,10 +142,15 @@ def main() -> None:
     flags = parser().parse_args()
     out = flags.output or Path("runs", f"{flags.what}.png")
     check_target(out.parent)
+    check_format(out)
     if flags.what == "answers":
-        write_answers(flags.model, flags.encoder, out)
+        shown = chosen([read_answers(model) for model in flags.model])
+        for answer in shown:
+            print(f"{answer.image}  {answer.prompt}  {answer.text}")
+        plot = answers_plot(shown, DEMO_DIR / IMAGES, CLIPS.from_pretrained(str(flags.encoder)), list(CONCEPTS))
     else:
-        write_results(flags.report, out)
+        plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
+    save_plot(plot, out)
     print(f"written to {out}")
 
 
