@@ -11,7 +11,6 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,19 +154,10 @@ class VisionConfig:
         _check("vision", self, numbers=True)
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
-        _require(
-            self.width % 4 == 0 or self.pos_embed == "learned",
-            f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)",
-        )
-        _require(
-            self.cls or self.pool == "mean",
-            "vision.pool=cls reads a token that vision.cls=false leaves out: set vision.pool=mean",
-        )
-        _require(
-            self.cls or not self.pre_norm,
-            "vision.pre_norm=true with vision.cls=false is a tower that no other program has: CLIPVisionModel has "
-            "both, SiglipVisionModel neither",
-        )
+        has_fixed_table = self.pos_embed != "learned"
+        _require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
+        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false leaves out")
+        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false is no class of others")
         check_image_size(self.image_size, self.patch_size)
 
     @property
@@ -196,10 +186,8 @@ def _kept(tokens: int, share: float) -> int:
 
 def check_image_size(image_size: ImageSize, patch_size: int, name: str = "image size") -> None:
     """Raise UserError unless the sides of `image_size` are positive multiples of `patch_size`."""
-    _require(
-        all(side > 0 and side % patch_size == 0 for side in sides(image_size)),
-        f"{name} {image_size} is not a multiple of the patch size {patch_size}",
-    )
+    fits = all(side > 0 and side % patch_size == 0 for side in sides(image_size))
+    _require(fits, f"{name} {image_size} is not a multiple of the patch size {patch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,10 +297,9 @@ class CaptionsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The objective: L = contrastive_weight · L_con + caption_weight · L_cap."""
+    """The objective: L = L_con + caption_weight · L_cap."""
 
     objective: Objective = "clips"
-    contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
     """Objective clip: share of samples whose one text is the synthetic caption, if they have one."""
@@ -375,10 +362,8 @@ class NamedSet:
     """As `DataConfig.train`."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.name.replace("-", "_").isidentifier() and self.name not in ("train", "val", "test"),
-            f"data.further_tests: {self.name!r} is no name for a test set: take letters, digits, - and _",
-        )
+        is_name = self.name.replace("-", "_").isidentifier() and self.name not in ("train", "val", "test")
+        _require(is_name, f"data.further_tests: {self.name!r} is no name: take letters, digits, - and _")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,11 +445,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim", self)
-        _require(
-            self.kind != "muon" or self.clip_grad == 0,
-            "optim.clip_grad must be 0 with Muon: DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, "
-            "not the gradient, so the step would depend on the ZeRO stage",
-        )
+        # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
+        _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,10 +480,8 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         _check(f"phase {self.name}", self)
         _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
-        _require(
-            self.samples >= self.batch_size,
-            f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}",
-        )
+        is_enough = self.samples >= self.batch_size
+        _require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
         _require(not self.by_aspect or len(self.sizes) > 1, f"phase {self.name}: by_aspect needs several sizes")
 
     @property
@@ -553,8 +533,6 @@ class TrainConfig:
     """Samples between two checkpoints; 0: only at the end and when stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
-    keep_every: int = 0
-    """Samples between two checkpoints that stay for ever; 0: only the newest stay."""
 
     @property
     def whole_step(self) -> bool:
@@ -565,7 +543,6 @@ class TrainConfig:
         _check("train", self)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
-        _require(self.keep_every >= 0, f"train.keep_every {self.keep_every} is negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -598,47 +575,29 @@ class RunConfig:
                 check_image_size(size, self.model.vision.patch_size, f"phase {phase.name}: in sizes the size")
         for size in self.eval.sizes:
             check_image_size(size, self.model.vision.patch_size, "in eval.sizes the size")
-        _require(
-            self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
-            "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",
-        )
+        needs_captioner = self.task.objective == "clips" and self.task.caption_weight > 0
+        has_captioner = self.model.captioner is not None
+        _require(has_captioner or not needs_captioner, "task.caption_weight is above 0 but model.captioner is null")
         self._check_objective()
-        _require(
-            self.captions.tokenizer != "clip" or self.model.text.pool == "eos",
-            "captions.tokenizer=clip has no CLS token, which model.text.pool=cls reads: set model.text.pool=eos",
-        )
+        reads_eos = self.captions.tokenizer != "clip" or self.model.text.pool == "eos"
+        _require(reads_eos, "captions.tokenizer=clip has no CLS token: set model.text.pool=eos")
 
     def _check_objective(self) -> None:
         """Raise UserError unless the model has exactly the parts that the objective trains."""
-        objective, captioner = self.task.objective, self.model.captioner
-        contrasts = self.task.contrasts
-        _require(
-            contrasts == (self.model.embed_dim > 0),
-            f"model.embed_dim is {self.model.embed_dim}, and the objective {objective} has "
-            + ("a contrastive loss: give the space a width" if contrasts else "no contrastive loss: set it to 0"),
-        )
-        if contrasts:
+        captioner = self.model.captioner
+        what = f"the objective {self.task.objective}"
+        if self.task.contrasts:
+            _require(self.model.embed_dim > 0, f"model.embed_dim is 0, and {what} has a contrastive loss")
             return
-        recipe = f"--recipe {objective.replace('+', '_')}"
-        _require(
-            captioner is not None and self.task.caption_weight > 0,
-            f"the objective {objective} trains by the captioner alone: give model.captioner and a task.caption_weight "
-            f"above 0, as {recipe} has them",
-        )
-        assert captioner is not None
-        _require(
-            captioner.web == (objective == "caption+web"),
-            f"model.captioner.web is {str(captioner.web).lower()}, which is not the objective {objective}: {recipe} "
-            "has it right",
-        )
-        _require(
-            self.train.contrastive == "micro",
-            f"train.contrastive=global: the objective {objective} has no contrastive loss; leave it out",
-        )
-        _require(
-            self.train.freeze != "text" or self.model.has_text_tower,
-            f"train.freeze=text: the objective {objective} has no text tower",
-        )
+        _require(self.model.embed_dim == 0, f"model.embed_dim is not 0, and {what} has no contrastive loss")
+        has_captions = captioner is not None and self.task.caption_weight > 0
+        _require(has_captions, f"{what} trains by the captioner alone: it needs one, and a task.caption_weight above 0")
+        reads_web = captioner is not None and captioner.web
+        is_right = reads_web == (self.task.objective == "caption+web")
+        _require(is_right, f"model.captioner.web is {str(reads_web).lower()}, which is not {what}")
+        _require(self.train.contrastive == "micro", f"train.contrastive=global: {what} has no contrastive loss")
+        has_text = self.train.freeze != "text" or self.model.has_text_tower
+        _require(has_text, f"train.freeze=text: {what} has no text tower")
 
     @property
     def samples(self) -> int:
@@ -679,21 +638,20 @@ class RunConfig:
 
 def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
     key, *rest = keys
-    targets: Sequence[int | str]
-    if isinstance(tree, list):
-        targets = range(len(tree)) if key == "*" else [int(key)] if key.isdigit() and int(key) < len(tree) else []
-        _require(bool(targets), f"--set {path}: {key!r} is not an index below {len(tree)} (or *)")
-    else:
-        _require(
-            isinstance(tree, dict) and key in tree,
-            f"--set {path}: no field {key!r}; known here: {', '.join(tree) if isinstance(tree, dict) else 'none'}",
-        )
-        targets = [key]
-    for target in targets:
+    known = [str(index) for index in range(len(tree))] if isinstance(tree, list) else []
+    known = list(tree) if isinstance(tree, dict) else known
+    is_every = key == "*" and isinstance(tree, list)
+    _require(is_every or key in known, f"--set {path}: no field {key!r}; known here: {', '.join(known) or 'none'}")
+    for name in known if is_every else [key]:
+        place = int(name) if isinstance(tree, list) else name
         if rest:
-            _assign(tree[target], rest, value, path)
+            _assign(tree[place], rest, value, path)
         else:
-            tree[target] = value
+            tree[place] = value
+
+
+RETIRED = {"contrastive_weight": 1.0, "keep_every": 0}
+"""Fields of configurations of earlier versions, which are read if they have this value: what is still done."""
 
 
 def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
@@ -702,37 +660,28 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     origin = typing.get_origin(cls)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(cls)
-        if value is None and type(None) in options:
-            return None
-        return from_dict(next(option for option in options if option is not type(None)), value, where)
+        return None if value is None else from_dict(options[0], value, where)
     if origin is tuple:
         _require(isinstance(value, (list, tuple)), f"{where} must be a list, found {value!r}")
-        item_types = typing.get_args(cls)
-        if item_types[-1] is Ellipsis:
-            return tuple(from_dict(item_types[0], item, f"{where}.{i}") for i, item in enumerate(value))
-        _require(len(value) == len(item_types), f"{where} must have {len(item_types)} items, found {len(value)}")
-        return tuple(
-            from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(zip(item_types, value, strict=True))
-        )
+        kinds = typing.get_args(cls)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        _require(len(value) == len(kinds), f"{where} must have {len(kinds)} items, found {len(value)}")
+        pairs = zip(kinds, value, strict=True)
+        return tuple(from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(pairs))
     if origin is Literal:
         _one_of(where, value, cls)
         return value
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        unknown = sorted(set(value) - set(hints))
-        _require(
-            not unknown,
-            f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}. If an earlier version wrote "
-            "it, delete this field from the file; otherwise mend its name",
-        )
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        _require(not missing, f"{where} lacks the fields: {', '.join(missing)}")
-        return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+        fields = {name: item for name, item in value.items() if name not in RETIRED or item != RETIRED[name]}
+        unknown = sorted(fields.keys() - hints.keys())
+        _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
+        try:
+            return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
+        except TypeError as error:  # of the dataclass: it names the fields that are missing
+            raise UserError(f"{where} is not whole: {error}") from None
     if cls is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     fits = isinstance(value, cls) and (cls is bool or not isinstance(value, bool))
@@ -740,29 +689,10 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-PUBLISHED_TRAINING = (
-    *("seed", "precision", "accumulation", "contrastive", "activation_checkpointing", "compile", "freeze", "on_spike"),
-    *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-)
-"""Fields of `TrainConfig` that say how a model was trained, and no place."""
-
-
 def published(run: RunConfig) -> RunConfig:
-    """`run` as it may leave this machine: the model, how it was trained, and no place of its data or its weights.
-
-    A field that is not taken over here by its name has its default, so a new field stays at home.
-    """
-    return RunConfig(
-        recipe=run.recipe,
-        model=run.model,
-        captions=run.captions,
-        task=run.task,
-        data=DataConfig(train="demo" if run.data.train == "demo" else "not published"),
-        optim=run.optim,
-        phases=run.phases,
-        train=TrainConfig(**{name: getattr(run.train, name) for name in PUBLISHED_TRAINING}),
-        eval=run.eval,
-    )
+    """`run` as it may leave this machine: the model, how it was trained, and no place of its data or its weights."""
+    data = DataConfig(train="demo" if run.data.train == "demo" else "not published")
+    return replace(run, data=data, train=replace(run.train, init_from=None))
 
 
 def difference(there: RunConfig, here: RunConfig) -> list[str]:

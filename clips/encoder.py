@@ -17,7 +17,6 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
@@ -29,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from clips.common.errors import UserError, reason
-from clips.common.escape import for_terminal
+from clips.common.escape import printable
 from clips.common.files import read_bytes
 from clips.common.paths import cache_root, is_remote
 from clips.common.runtime import choose_device
@@ -53,17 +52,6 @@ Images = Picture | Iterable[Picture]
 """One picture or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 SENTENCE_WORDS = 4
 """A text of so many words is encoded as it is, a shorter text in the prompts for names."""
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption that the captioner wrote."""
-
-    text: str
-    finished: bool
-    """False if it fills the captioner's length and may be cut off."""
-    tokens: int
-    """Tokens with the end token."""
 
 
 class CLIPS:
@@ -95,10 +83,10 @@ class CLIPS:
     def __repr__(self) -> str:
         vision, text = self.model.config.vision, self.model.config.text
         parts = [f"{self.image_size} px, image tower {vision.width}×{vision.layers}"]
-        parts += (
-            [f"text tower {text.width}×{text.layers}, features of {self.embed_dim}"] if self.has_text_features else []
-        )
-        parts += ["captioner"] if self.model.captioner is not None else []
+        if self.has_text_features:
+            parts.append(f"text tower {text.width}×{text.layers}, features of {self.embed_dim}")
+        if self.model.captioner is not None:
+            parts.append("captioner")
         size = sum(parameter.numel() for parameter in self.model.parameters())
         return f"CLIPS({str(self.path)!r}: {', '.join(parts)}, {size / 1e6:.1f} M parameters, on {self.device})"
 
@@ -198,7 +186,7 @@ class CLIPS:
         items = PictureSet(Path(folder), pattern)
         found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
         for why in found.skipped[:3]:
-            log.warning("%s", for_terminal(why))
+            log.warning("%s", printable(why))
         paths = [str(items.root / items.files[i]) for i in found.indices]
         return Index(paths, found.features, self._encode_any, self._weights, len(found.skipped))
 
@@ -217,15 +205,15 @@ class CLIPS:
         name = hashlib.sha256(f"{folder} {pattern} {self._weights}".encode()).hexdigest()[:24]
         path = Path(file or cache_root() / "search" / f"{name}.safetensors")
         listing = _listing(folder, path)
-        kept = self._kept.get(path)
-        if kept is None or kept.listing != listing:
-            kept = self.load_index(path) if path.is_file() else None
-            if kept is None or kept.listing != listing:
-                kept = self.index(folder, pattern, workers=workers)
-                kept.listing = listing
-                kept.save(path)
-            self._kept[path] = kept
-        return kept, path
+        index = self._kept.get(path)
+        if index is None and path.exists():
+            index = self.load_index(path)
+        if index is None or index.listing != listing:
+            index = self.index(folder, pattern, workers=workers)
+            index.listing = listing
+            index.save(path)
+        self._kept[path] = index
+        return index, path
 
     def _encode_any(self, query: str | Picture) -> Tensor:
         return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
@@ -239,39 +227,27 @@ class CLIPS:
         """Cosines [B, T]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
+    @torch.no_grad()
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one for each image, given one web caption for all or one for each.
 
         Raises UserError without a captioner (an open_clip export has none), or if a web caption is given to a captioner
         that reads the image alone; ValueError if web captions and images differ in number.
         """
-        return [caption.text for caption in self.write_captions(images, web)]
-
-    @torch.no_grad()
-    def write_captions(
-        self, images: Images, web: Iterable[str] | str = "", *, temperature: float = 0.0, seed: int = 0
-    ) -> list[Caption]:
-        """As `caption`, with whether each caption is complete; above temperature 0 captions are drawn with `seed`."""
-        if self.model.captioner is None:
+        captioner = self.model.captioner
+        if captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
-        if web and not self.model.captioner.config.web:
+        if web and not captioner.config.web:
             raise UserError(f"the captioner of {self.path} reads the image alone: leave the web captions out")
         webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
-        generator = torch.Generator(self.device).manual_seed(seed)
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
-        longest = self.model.captioner.config.length - 1
-        captions = []
+        captions: list[str] = []
         for pixels in self._batches(images):
             texts = list(islice(webs, len(pixels)))
             if len(texts) < len(pixels):
                 raise ValueError("there are fewer web captions than images")
-            ids = self.model.caption(
-                pixels, self.tokenize(texts).to(self.device), bos_id=bos_id, eos_id=eos_id,
-                temperature=temperature, generator=generator,
-            )  # fmt: skip
-            for row in ids.tolist():
-                tokens = row.index(eos_id) + 1 if eos_id in row else len(row)
-                captions.append(Caption(self.tokenizer.decode(row), eos_id in row and tokens < longest, tokens))
+            ids = self.model.caption(pixels, self.tokenize(texts).to(self.device), bos_id=bos_id, eos_id=eos_id)
+            captions += map(self.tokenizer.decode, ids.tolist())
         if not isinstance(web, str) and next(webs, None) is not None:
             raise ValueError(f"there are more web captions than the {len(captions)} images")
         return captions
@@ -296,11 +272,11 @@ class CLIPS:
 
 
 def _texts(texts: Iterable[str] | str) -> list[str]:
-    found = [texts] if isinstance(texts, str) else list(texts)
-    for text in found:
+    strings = [texts] if isinstance(texts, str) else list(texts)
+    for text in strings:
         if not isinstance(text, str):
             raise TypeError(f"texts are strings, found a {type(text).__name__}")
-    return found
+    return strings
 
 
 def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
@@ -327,6 +303,8 @@ def search_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
     if (flags.text is None) == (flags.image is None):
         raise UserError("say what to look for: a text, or a picture with --image")
+    if flags.k < 1:
+        raise UserError(f"--k {flags.k} shows no picture: give 1 or more")
     picture = flags.image
     if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
         picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files
@@ -334,13 +312,13 @@ def search_from_flags(flags: argparse.Namespace) -> None:
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
     print(
-        for_terminal(f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"),
+        printable(f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"),
         file=sys.stderr,
     )
     query = flags.text if picture is None else _open(picture)
     matches = index.search(query, flags.k)
     for match in matches:
-        print(for_terminal(f"{match.score:.3f}  {match.path}"))
+        print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:
         write_page(Path(flags.output), flags.text or flags.image, matches)
         print(f"the pictures are in {flags.output}")
@@ -348,9 +326,9 @@ def search_from_flags(flags: argparse.Namespace) -> None:
 
 def _listing(folder: Path, index: Path) -> str:
     """A hash of the names, sizes and times of the files in `folder`, without the `index`."""
-    facts = sorted(
-        (str(path), (now := path.lstat()).st_size, now.st_mtime_ns)
-        for path in folder.rglob("*")
-        if path != index and not path.is_dir()
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    facts = []
+    for path in folder.rglob("*"):
+        if path != index and not path.is_dir():
+            stat = path.lstat()
+            facts.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.page import Card, Cards, Page, Picture, Section, as_html, thumbnail
-from clips.common.tensors import read_metadata, read_weights, write_weights
+from clips.common.tensors import read_safetensors, write_weights
 from clips.data.images import decode_image
 
 THUMBNAIL = 240
@@ -82,15 +82,19 @@ class Index:
 
 def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str) -> Index:
     """The index that `Index.save` wrote. Raises UserError for another file, and for an index of other weights."""
-    tensors, facts = read_weights(Path(path)), read_metadata(Path(path))
+    tensors, facts = read_safetensors(Path(path))
     try:
-        found = Index(json.loads(facts["paths"]), tensors["features"], encode, facts["weights"], int(facts["skipped"]))
-    except (KeyError, ValueError):
-        raise UserError(f"{path} is no index of pictures: make one with model.index(folder).save(path)") from None
-    found.listing = facts.get("listing", "")
-    if found.weights != weights:
+        paths = json.loads(facts["paths"])
+        index = Index(paths, tensors["features"], encode, facts["weights"], int(facts["skipped"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no index of pictures: name another file, or remove it") from None
+    are_paths = all(isinstance(picture, str) and "\0" not in picture for picture in paths)
+    if not are_paths or index.features.dtype != np.float32 or index.features.shape[:-1] != (len(paths),):
+        raise UserError(f"{path} is damaged: remove it, and the pictures are indexed again")
+    if index.weights != weights:
         raise UserError(f"{path} was made with other weights than this model's: index the pictures again")
-    return found
+    index.listing = facts.get("listing", "")
+    return index
 
 
 def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:

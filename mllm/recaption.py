@@ -73,7 +73,7 @@ class Pair:
 
 def turn(prompt: str, pair: Pair, image: dict[str, Any]) -> list[dict[str, Any]]:
     """The question about a picture, with the web caption as a hint: on one line and without control tokens."""
-    hint = one_line(clip(pair.web, 1000))
+    hint = one_line(pair.web, 1000)
     while _CONTROL.search(hint):  # a removal may join two halves to a new one
         hint = _CONTROL.sub("", hint)
     text = prompt.replace("{web}", hint.strip())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clips import BrokenSample
 from clips.common.errors import CommandError, UserError, first_line, run_command
-from clips.common.escape import clip, one_line
+from clips.common.escape import one_line
 from clips.common.files import read_json_records
 from clips.common.flags import Parser
 from mllm.data.images import ImageStore, broken_picture
@@ -98,11 +98,11 @@ def check(flags: argparse.Namespace) -> None:
 
     differing = [(line, answer) for line, answer in zip(lines, answers, strict=True) if line["text"].strip() != answer]
     for line, answer in differing[:NAMED]:
-        prompt, before, now = (one_line(clip(text)) for text in (line["prompt"], line["text"], answer))
+        prompt, before, now = (one_line(text) for text in (line["prompt"], line["text"], answer))
         print(f"question {line['question_id']}: {prompt}\n  evaluation: {before}\n  server:     {now}")
     if differing:
         raise CommandError(f"the texts of {model} differ in {len(differing):,} of {len(lines):,} answers")
-    print(f"all {len(lines):,} answers of {one_line(clip(model))} are equal")
+    print(f"all {len(lines):,} answers of {one_line(model)} are equal")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from clips.common.escape import for_terminal
-from clips.common.paths import without_secrets
+from clips.common.escape import printable
+from clips.common.paths import CACHE_VARIABLE, cache_root, without_secrets
 from clips.common.workers import kill_workers
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
@@ -113,14 +113,14 @@ def never_in_the_way(failed: str) -> Iterator[None]:
         yield
     except Exception as error:
         message = f"warning: {failed}. {in_one_line(error)}; the same command writes it again"
-        print(for_terminal(message), file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class _ForTerminal(logging.Formatter):
     """A warning may name members of archives and paths: it has no escape sequences."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return for_terminal(without_secrets(super().format(record)), LONGEST_MESSAGE)
+        return printable(without_secrets(super().format(record)), LONGEST_MESSAGE)
 
 
 def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
@@ -171,11 +171,15 @@ def run_command(main: Callable[[], None]) -> int:
         kill_workers()
         if isinstance(error, BrokenPipeError) and _has_no_reader():
             return 128 + signal.SIGPIPE
-        print(f"\nerror: {for_terminal(in_one_line(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        message = in_one_line(error)
+        place = Path(os.fsdecode(error.filename or ""))
+        if place.is_absolute() and (place.is_relative_to(cache_root()) or cache_root().is_relative_to(place)):
+            message += f"; set {CACHE_VARIABLE} to a folder that can be written"
+        print(f"\nerror: {printable(message, LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return CommandError.exit_code
     except CommandError as error:
         kill_workers()
-        message = for_terminal(without_secrets(str(error)), LONGEST_MESSAGE)
+        message = printable(without_secrets(str(error)), LONGEST_MESSAGE)
         print(f"\nerror: {message}", file=sys.stderr, flush=True)
         return error.exit_code
     except BaseException:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
 
@@ -62,11 +62,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def placing(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+def placing(path: Path) -> Iterator[BinaryIO]:
     """Yield an open file. If the block ends without an error, the file is synced and renamed to `path`.
 
     The file has a unique name until then (`file.name`, for writers that take a path), so several processes may write
-    `path` at once. The last one wins; without `replace` the first one wins.
+    `path` at once, and the last one wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -74,11 +74,7 @@ def placing(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            with suppress(FileExistsError):
-                os.link(temporary, path)
+        os.replace(temporary, path)
         fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -176,18 +172,18 @@ def read_json_records(path: Path) -> list[Any]:
         text = read_regular(path, -1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} cannot be read: {reason(error)}; give a LLaVA JSON or JSONL file") from None
-    if path.suffix == ".jsonl":
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                records += [from_json(line)] if line.strip() else []
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-    else:
-        try:
+    place = str(path)
+    try:
+        if path.suffix == ".jsonl":
+            records = []
+            for number, line in enumerate(text.split("\n"), 1):
+                place = f"{path} line {number}"
+                if line.strip():
+                    records.append(from_json(line))
+        else:
             records = from_json(text)
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error} (one record a line? then name it .jsonl)") from None
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON: {error}; one record a line is a .jsonl") from None
     if not isinstance(records, list) or not records:
         raise UserError(f"{path} must hold a list of records that is not empty")
     return records

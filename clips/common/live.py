@@ -9,15 +9,22 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from shutil import get_terminal_size
 from time import monotonic
 from typing import Any
 
-from clips.common.escape import clip, for_terminal
+from tqdm import tqdm
+
+from clips.common.escape import clip, printable
+from clips.common.rundir import parse_line
 from clips.common.signals import outlive_readers
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Name of the environment's value: seconds between two lines of a file, 30 without it."""
+TAIL = 1 << 16
+"""Bytes of metrics.jsonl in which the newest record is looked for; a line has a few hundred."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -30,38 +37,32 @@ WORDS = {
 
 
 class LiveLine:
-    """The progress line of a loop, on stderr."""
+    """The progress line of a loop, on stderr: tqdm's on a terminal, lines of their own in a file."""
 
     def __init__(self) -> None:
-        self.rewrites = sys.stderr.isatty()
+        self._bar = tqdm(bar_format="{desc}", file=sys.stderr, disable=not sys.stderr.isatty())
         self._every = float(os.environ.get(LINE_SECONDS) or 30)
-        self._last, self._width = -math.inf, 0
+        self._last = -math.inf
 
     def show(self, text: str, *, final: bool = False) -> None:
         """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last line is old enough."""
-        if self.rewrites:
-            text = clip(text, get_terminal_size().columns - 1)  # a longer line would not be rewritten whole
-            self._write(f"\r{text.ljust(self._width)}")
-            self._width = len(text)
+        outlive_readers()
+        if not self._bar.disable:
+            # A longer line would not be rewritten whole.
+            self._bar.set_description_str(clip(text, get_terminal_size().columns - 1))
         elif final or monotonic() >= self._last + self._every:
             self._last = monotonic()
-            self._write(f"{text}\n")
+            print(text, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays, above the progress line."""
-        self._write(f"\r{' ' * self._width}\r{text}\n" if self._width else f"{text}\n")
-        self._width = 0
+        """Print a line that stays, above the progress line."""
+        outlive_readers()
+        self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the line."""
-        if self._width:
-            self._write("\n")
-        self._width = 0
-
-    @staticmethod
-    def _write(text: str) -> None:
         outlive_readers()
-        print(text, end="", file=sys.stderr, flush=True)
+        self._bar.close()
 
 
 def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> str:
@@ -78,7 +79,7 @@ def say_next(command: str) -> None:
     """Name the one next step, on stderr, unless the script that runs this command goes on by itself."""
     if not os.environ.get("CLIPS_MLLM_GOES_ON"):
         outlive_readers()
-        print(f"Next: {for_terminal(command)}", file=sys.stderr, flush=True)
+        print(f"Next: {printable(command)}", file=sys.stderr, flush=True)
 
 
 def in_words(seconds: float) -> str:
@@ -88,3 +89,46 @@ def in_words(seconds: float) -> str:
             decimals = 1 if unit > 1 and seconds < 9.95 * unit else 0
             return f"{seconds / unit:.{decimals}f} {name}"
     return f"{seconds / 86400:,.1f} days"
+
+
+# ------------------------------------------------------------------------------------------- of another process
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    planned: int
+    """Both in the run's unit: samples or questions."""
+    seconds_left: float | None
+    """None until the speed is known."""
+    time: float
+    """Time of this state, in seconds since the epoch."""
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f", {in_words(self.seconds_left)} left"
+        return f"{100 * self.done // max(1, self.planned)} %{left}"
+
+
+def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
+    """The newest record of a .jsonl file with these `fields`; None if there is none in the file's tail.
+
+    Lines that are no record are skipped: a crash may have cut the last line, or it is half written.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        record = parse_line(line)
+        if record is not None and all(record.get(name) == value for name, value in fields.items()):
+            return record
+    return None
+
+
+def training_progress(metrics: Path, planned: int, **fields: Any) -> Progress | None:
+    """Progress of a training of `planned` samples; `fields` as in `last_record`. None before its first record."""
+    record = last_record(metrics, kind="train", **fields)
+    if record is None:
+        return None
+    done = min(record["samples"], planned)  # the last batch may reach beyond the planned samples
+    left = (planned - done) / record["samples_per_s"] if record["samples_per_s"] > 0 else None
+    return Progress(done, planned, left, record["time"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clips.common.escape import LONGEST, for_markdown
 from clips.common.page import markdown
@@ -33,6 +34,19 @@ TEMPLATE = """---
 
 The figures of exactly these weights, where they were measured, are in the header of this file.
 """
+
+
+def result(test_set: str, metric: str, name: str, value: float, **facts: Any) -> EvalResult:
+    """A figure of a card's header; `facts` are plain values that belong to it, such as the number of questions."""
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=test_set,  # results are grouped by it
+        dataset_name=test_set,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=value,
+        metric_args=facts,
+    )
 
 
 def write_card(

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rich import console
 from rich import table as rich_table
 
-from clips.common.escape import clip, for_rich, visible
+from clips.common.escape import clip, for_rich, printable
 
 if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a terminal may
     from matplotlib.figure import Figure as Plot
@@ -198,13 +198,18 @@ def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("clips.common"),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
+        finalize=_printed,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"clip": clip, "data_uri": data_uri, "kind": lambda block: type(block).__name__}
     return environment.get_template("page.html.j2")
+
+
+def _printed(value: Any) -> Any:
+    """What is put into a page; autoescape comes after it."""
+    return printable(value, None) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # ------------------------------------------------------------------------------------------- pictures

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
-from clips.common.escape import for_terminal
+from clips.common.escape import printable
 from clips.common.files import MANIFEST, differing, from_json, lock, read_json, read_regular, write_atomically
 from clips.common.signals import launchers
 
@@ -54,7 +54,7 @@ def take_newest(what: str, found: Iterable[tuple[float, Path]]) -> Path:
 def _say_taken(what: str, path: Path) -> None:
     """Once in a process, by the first of several ranks."""
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        print(for_terminal(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
+        print(printable(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- what is of which weights
@@ -62,18 +62,6 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The finished checkpoints of a pretraining run, newest first."""
     found = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def surplus(found: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
-    """The checkpoints of a run that need not stay: neither among the newest `keep`, nor kept by `keep_every`.
-
-    `keep_every` keeps the first checkpoint at or past each multiple of so many samples; 0: none.
-    """
-    first: dict[int, Path] = {}
-    for path in found if keep_every else []:  # newest first, so that the oldest of each stretch remains
-        first[(weights_of(path)["samples"] or 0) // keep_every] = path
-    first.pop(0, None)
-    return [path for path in found[keep:] if path not in first.values()]
 
 
 def weights_of(checkpoint: Path) -> dict[str, Any]:
@@ -102,12 +90,11 @@ def is_current(directory: Path) -> bool:
 def check_current(export: Path) -> Path:
     """`export`, the export/ of a run. Raises UserError if the run has trained on since."""
     if not is_current(export):
-        newest, step = newest_weights(export.parent) or {}, read_json(export / MADE_OF).get("step")
+        newest = newest_weights(export.parent) or {}
+        step = read_json(export / MADE_OF).get("step", "unknown")
         raise UserError(
-            f"{export} is of {'unknown weights' if step is None else f'step {step}'}, and the newest checkpoint of the "
-            f"run is of step {newest.get('step')}. Export that one by the command that trains the run, or by `python "
-            f"scripts/export_clips.py --model {shlex.quote(str(export.parent))}`; a copy elsewhere can be named as it "
-            "is"
+            f"{export} is of step {step}, and the newest checkpoint of the run of step {newest.get('step')}: `python "
+            f"scripts/export_clips.py --model {shlex.quote(str(export.parent))}` exports it"
         )
     return export
 
@@ -202,14 +189,13 @@ def hold(run_dir: Path) -> None:
 
 def _holder(run_dir: Path) -> str:
     """The lock's holder, as a part of a sentence; empty if it is not written yet."""
-    found = parse_line(read_regular(run_dir / ".lock", 10_000))
-    if found is None or not found.keys() >= {"pid", "host", "launchers"} or not isinstance(found["launchers"], list):
+    holder = parse_line(read_regular(run_dir / ".lock", 10_000)) or {}
+    if not holder.keys() >= {"pid", "host", "launchers"}:
         return ""
-    above = ", ".join(map(str, found["launchers"]))
+    above = str(holder["launchers"]).strip("[]")
     under = f" under launcher {above}" if above else ""
     return (
-        f", process {found['pid']}{under} on host {found['host']} (`kill {found['pid']}` there ends its step and "
-        "saves a checkpoint)"
+        f", process {holder['pid']}{under} on host {holder['host']} (`kill {holder['pid']}` there saves a checkpoint)"
     )
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from clips.common.errors import CommandError, UserError, in_one_line
-from clips.common.escape import for_terminal
+from clips.common.escape import printable
 from clips.common.files import differing
 
 TELL_EVERY = 60.0
@@ -264,7 +264,7 @@ class Start:
         while time.monotonic() < end:
             if self._is_failing or self._closed.wait(0.05):
                 return
-        print(f"\nerror: {for_terminal(str(error))}", file=sys.stderr, flush=True)
+        print(f"\nerror: {printable(str(error))}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
 
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import read_json, usual_mode
+from clips.common.files import open_regular, read_json, usual_mode
 from clips.common.hub import WEIGHT_FILES
 from clips.common.paths import is_plain
 
@@ -36,8 +36,8 @@ MODEL_WEIGHTS = (
 """Where a model directory has its weights; the first that is there counts."""
 MOST_IN_TABLES = 2**26
 """Numbers that a model may hold beside those in its files: positions, masks."""
-TORCH_TENSOR = 256
-"""Fewest bytes of a tensor in a torch file, with its entry in the archive."""
+MOST_HEADER = 2**24
+"""Bytes of a safetensors header; a tensor takes about a hundred."""
 SHOWN = 5
 """Names listed in an error message before "and N more"."""
 
@@ -51,10 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
+        return read_safetensors(path)[0]
     try:
         content = read_torch(path)
     except UserError as error:
@@ -103,19 +100,22 @@ def weight_files(directory: Path) -> list[Path]:
     return [path for pattern in WEIGHT_FILES for path in directory.glob(pattern) if path.is_file()]
 
 
-def count_tensors(directory: Path) -> int | None:
-    """How many tensors the weight files hold, torch files at most; None without weight files, and for damaged files."""
-    count, files = 0, weight_files(directory)
-    for path in files:
-        if path.suffix != ".safetensors":
-            count += path.stat().st_size // TORCH_TENSOR
-            continue
-        try:
-            with safe_open(path, "pt") as file:
-                count += len(file.keys())
-        except (SafetensorError, OSError):  # its reader says so
-            return None
-    return count if files else None
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, whatever its name. Raises UserError if it is none."""
+    try:
+        check_header(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
+
+
+def check_header(path: Path) -> None:
+    """Raise UserError if the header of a .safetensors file is longer than MOST_HEADER: parsing it takes minutes."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER:
+        raise UserError(f"{path} is damaged or is not a weight file: its header has {length:,} bytes")
 
 
 def read_torch(path: Path, *, mapped: bool = False) -> Any:
@@ -154,12 +154,6 @@ def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
     finally:
         os.environ.pop(FORCE)
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:

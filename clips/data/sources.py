@@ -21,7 +21,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from clips.common.errors import UserError, reason
-from clips.common.escape import clip, for_terminal
+from clips.common.escape import clip, printable
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import Fields
@@ -85,10 +85,10 @@ def index_data(spec: str, workers: int) -> None:
     found = open_shards(files, workers)
     print(f"{len(files):,} shards, {found.counts.sum():,} samples")
     for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
-        print(for_terminal(f"{count:>15,}  {', '.join(layout)}"))
+        print(printable(f"{count:>15,}  {', '.join(layout)}"))
     for shard, problems in itertools.islice(found.problems.items(), WARNED):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(for_terminal(without_secrets(f"{files[shard]}: {problems[0]}{more}")))
+        print(printable(without_secrets(f"{files[shard]}: {problems[0]}{more}")))
     if len(found.problems) > WARNED:
         print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 

@@ -30,9 +30,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import from_json, read_bytes, read_json, sha256, write_json
+from clips.common.files import read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
-from clips.common.opening import check_tokenizer, is_failure, naming
+from clips.common.opening import is_failure, naming
 from clips.config import TextConfig, TokenizerKind
 
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
@@ -171,9 +171,7 @@ class CaptionTokenizer:
         vocab_path = Path(directory) / "vocab.txt"
         try:
             if path.is_file() or not vocab_path.is_file():
-                text = read_bytes(path)
-                check_tokenizer(from_json(text), path)
-                tokenizer = Tokenizer.from_buffer(text)
+                tokenizer = Tokenizer.from_buffer(read_bytes(path))
                 tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout
                 tokenizer.no_padding()
             else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import read_json, sha256, write_json
-from clips.common.progress import Progress
+from clips.common.live import Progress
 from clips.common.rundir import difference
 
 RECORD, COST = "cell.json", "cost.json"

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from clips.common.files import read_json
+from clips.common.live import training_progress
 from clips.common.paths import SCRIPTS
-from clips.common.progress import training_progress
 from clips.common.rundir import METRICS, UNSEEN, is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields

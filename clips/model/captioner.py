@@ -103,10 +103,8 @@ class Captioner(nn.Module):
         bos_id: int,
         eos_id: int,
         pad_id: int,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Captions [B, T], `bos` left out, `pad_id` after `eos`; temperature 0 is greedy.
+        """Greedy captions [B, T], `bos` left out, `pad_id` after `eos`.
 
         "tokens": one token at a time; the prefix and the earlier tokens are in a KV cache.
         "queries": all positions at once, since no position's input depends on another's output.
@@ -115,9 +113,9 @@ class Captioner(nn.Module):
         device = patches_BND.device
         if self.token_embed is None:
             ids = torch.zeros(B, last, dtype=torch.long, device=device)
-            drawn = _draw(self.head(self(patches_BND, states_BMD, visible_BM, ids)), temperature, generator)
-            ended = (drawn == eos_id).cumsum(dim=1) - (drawn == eos_id).long() > 0
-            return drawn.masked_fill(ended, pad_id)
+            tokens = self.head(self(patches_BND, states_BMD, visible_BM, ids)).argmax(-1)
+            ended = (tokens == eos_id).cumsum(dim=1) - (tokens == eos_id).long() > 0
+            return tokens.masked_fill(ended, pad_id)
 
         caches = [KVCache() for _ in self.blocks]
         prefix = self.prefix(patches_BND, states_BMD)
@@ -130,17 +128,9 @@ class Captioner(nn.Module):
         for k in range(last):
             row = mask[..., seen + k : seen + k + 1, : seen + k + 1]
             x = self.blocks(self.positions(token, k).to(prefix.dtype), row, caches)
-            token = _draw(self.head(self.norm(x)), temperature, generator).masked_fill(done[:, None], pad_id)
+            token = self.head(self.norm(x)).argmax(-1).masked_fill(done[:, None], pad_id)
             out.append(token)
             done |= token[:, 0] == eos_id
             if done.all():
                 break
         return torch.cat(out, dim=1)
-
-
-def _draw(logits_BTV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Tokens [B, T]."""
-    if temperature == 0:
-        return logits_BTV.argmax(-1)
-    shares = (logits_BTV.float() / temperature).softmax(-1)
-    return torch.multinomial(shares.flatten(0, 1), 1, generator=generator).view(logits_BTV.shape[:-1])

@@ -145,21 +145,12 @@ class CLIPSModel(nn.Module):
         return patches, web.states, web.visible
 
     @torch.no_grad()
-    def caption(
-        self,
-        images: Tensor,
-        web_ids: Tensor,
-        *,
-        bos_id: int,
-        eos_id: int,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
         """Captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L], see `Captioner.generate`."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
         prefix = self.caption_prefix(self.visual(images)[1], web_ids)
-        return self.captioner.generate(*prefix, bos_id, eos_id, self.pad_id, temperature, generator)
+        return self.captioner.generate(*prefix, bos_id, eos_id, self.pad_id)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         for tower in (self.visual, self.text, self.captioner):

@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from clips.common.escape import for_plot
 from clips.common.live import in_words
 from clips.common.page import Block, Bullets, Chart, Page, Paragraph, Section, Table, Tile
 from clips.common.plots import INK, SERIES, plain_axes
@@ -162,7 +161,7 @@ def draw(variants: Mapping[str, Any], deciding: str) -> Plot:
             heights, whiskers = [mean(v) for v in values], [half_width(v) for v in values]
             axes.bar(places, heights, width * 0.92, color=colour, label=NAMES[figure])
             axes.errorbar(places, heights, whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
-    labels = [textwrap.fill(for_plot(variant["label"]), 13) for variant in variants.values()]
+    labels = [textwrap.fill(variant["label"], 13) for variant in variants.values()]
     axes.set_xticks(range(len(labels)), labels)
     top = axes.get_ylim()[1]
     axes.set_ylim(0, top if top < 50 else max(100, top))

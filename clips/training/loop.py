@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import UserError
-from clips.common.escape import for_terminal
+from clips.common.escape import printable
 from clips.common.files import write_json
 from clips.common.peaks import peak_flops
 from clips.common.profile import Profiler, profiled
@@ -148,7 +148,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),
-        Writer(options.run_dir, run.train.keep_checkpoints, run.train.keep_every) as writer,
+        Writer(options.run_dir, run.train.keep_checkpoints) as writer,
         naming_lost_ranks(lambda: state.step + 1),
     ):
         _train(run, engine, source, tokenizer, state, log, profiler, writer)
@@ -175,7 +175,7 @@ def _record(
 ) -> None:
     """Write what tells of the run before its first step."""
     if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
-        print(for_terminal(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
+        print(printable(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
     if beginning is not None:
         beginning.save(options.run_dir)
     run.save(options.run_dir / "config.json")

@@ -1,6 +1,6 @@
 """The objective: turns a batch into a loss. The model knows nothing of it.
 
-"clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = contrastive_weight, β = caption_weight.
+"clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = 1, β = caption_weight.
 "clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
 "caption": L = β·L_cap, the decoder reading the image alone (OpenVision 2, arXiv 2509.01644).
 "caption+web": the same, the decoder reading the web caption too.
@@ -115,9 +115,8 @@ class Task(nn.Module):
         loss = whole_value = out.logit_scale.new_zeros(())
         parts: dict[str, Tensor] = {}
         if self.config.contrasts:
-            contrastive, value = self._contrastive(batch, out, part)
-            loss, whole_value = self.config.contrastive_weight * contrastive, self.config.contrastive_weight * value
-            parts = {"contrastive_loss": value, "logit_scale": out.logit_scale.detach()}
+            loss, whole_value = self._contrastive(batch, out, part)
+            parts = {"contrastive_loss": whole_value, "logit_scale": out.logit_scale.detach()}
         captioner = self.model.captioner
         if captioner is not None and targets is not None:
             most = len(targets) * (captioner.config.length - 1) if world_size() > 1 else None

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from clips.common.model_card import write_card
+from clips.common.model_card import result, write_card
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
@@ -152,15 +152,7 @@ def _header(kind: str, *, has_texts: bool = True, **options: Any) -> ModelCardDa
 
 def _results(evaluations: Iterable[dict[str, Any]], weights: str, size: int) -> list[EvalResult]:
     return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=test_set,  # results are grouped by it
-            dataset_name=test_set,
-            metric_type=name,
-            metric_name=pretty(name),
-            metric_value=round(figure["value"], 1),
-            metric_args={"chance": round(figure["chance"], 2), "items": figure["items"]},
-        )
+        result(test_set, name, pretty(name), round(figure["value"], 1), chance=figure["chance"], items=figure["items"])
         for evaluation in evaluations
         if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
         for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
-from clips.common.escape import for_terminal
+from clips.common.escape import printable
 from clips.common.files import check_seal, first_usable, from_json, fsync, read_bytes, replacing, seal, write_atomically
-from clips.common.rundir import METRICS, checkpoints, surplus
+from clips.common.rundir import METRICS, checkpoints
 from clips.common.tensors import read_weights
 
 
@@ -65,15 +65,8 @@ class Checkpoint:
         return read_weights(self.path / "optimizer.safetensors")
 
 
-def save(
-    run_dir: Path,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: TrainState,
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Write a checkpoint, make it the latest, and delete the older ones that are `surplus`. Rank 0 only.
+def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState, keep: int) -> Path:
+    """Write a checkpoint, make it the latest, and delete all but the newest `keep`. Rank 0 only.
 
     Raises OSError (for example: disk full) with the older checkpoints and LATEST untouched.
     """
@@ -91,7 +84,7 @@ def save(
         raise OSError(str(error)) from error
     fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
-    for old in surplus(checkpoints(run_dir), keep, keep_every):
+    for old in checkpoints(run_dir)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -102,8 +95,9 @@ class Writer:
     Use it as a context: on exit the write that has begun is finished.
     """
 
-    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
-        self.run_dir, self.keep, self.keep_every = run_dir, keep, keep_every
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir = run_dir
+        self.keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[Path]] | None = None
 
@@ -112,7 +106,7 @@ class Writer:
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
         snapshot = copy.deepcopy(state)
-        future = self._thread.submit(save, self.run_dir, weights, optimizer, snapshot, self.keep, self.keep_every)
+        future = self._thread.submit(save, self.run_dir, weights, optimizer, snapshot, self.keep)
         self._writing = (state.step, future)
 
     def has_failed(self) -> bool:
@@ -138,7 +132,7 @@ class Writer:
         failure = self.wait()
         self._thread.shutdown()
         if failure is not None:  # another error is what ends the run
-            print(for_terminal(f"warning: {failure}"), file=sys.stderr, flush=True)
+            print(printable(f"warning: {failure}"), file=sys.stderr, flush=True)
 
 
 def is_one(path: Path) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import VisionConfig
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPSModel
+from clips.data.tokenizer import build_tokenizer
 from clips.model.vision import VisionTower
 from clips.weights.card import write_conversion_card
 from clips.weights.export import Features, model_features, native_features, open_clip_features, write_native
-from clips.weights.hf_vit import hf_features, hf_tokens, write_hf_vit
+from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.initial import read_initial
 from clips.weights.load import LoadedModel, load_model
 from clips.weights.open_clip import CLIPA_CONTEXT, import_open_clip, open_clip_lacks, write_open_clip
@@ -63,7 +62,7 @@ def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=None if check_only else target.parent) as place:
         written = Path(place) / target.name
-        differences = WRITERS[to](source, written)
+        differences = _write(source, written, to)
         for name, difference in differences.items():
             if not difference <= LIMIT:  # also when it is NaN
                 raise UserError(f"{source} as {to} is another model: {name} differ by {difference:.1e}, limit {LIMIT}")
@@ -74,65 +73,67 @@ def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> 
 
 
 # -------------------------------------------------------------------------------------------------------- the formats
-def _to_native(source: str, directory: Path) -> Differences:
+@torch.no_grad()
+def _write(source: str, directory: Path, to: str) -> Differences:
+    """Write the model `source` in the format `to`, and compare what the library of the format computes with it."""
+    if to == "transformers":
+        return _write_tower(source, directory)
     loaded = load_model(source)
-    write_native(loaded.model, loaded.run, loaded.tokenizer, directory)
-    images, wanted = _wanted(loaded)
-    return _compared(wanted, native_features(directory, images, list(TEXTS)))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    size = model.config.vision.image_size
+    model.visual.set_image_size(size)
+    images = _images(size)
+    ids = tokenizer.for_tower(list(TEXTS), model.config.text)
+    wanted = model_features(model, images, ids)
+
+    if to == "native":
+        write_native(model, loaded.run, tokenizer, directory)
+        return _compared(wanted, native_features(directory, images, list(TEXTS)))
+    if reason := open_clip_lacks(model.config) or (_official_lacks(loaded) if to == "official" else None):
+        raise UserError(f"{source} cannot be converted: {reason}")
+    write_open_clip(model, tokenizer, directory)
+    if to == "open_clip":
+        return _compared(wanted, open_clip_features(directory, images, list(TEXTS)))
+
+    _make_official(directory)
+    differences = _compared(wanted, open_clip_features(directory, images, ids))
+    again, tokenizer = import_open_clip(directory)
+    found = model_features(again, images, tokenizer.for_tower(list(TEXTS), again.config.text))
+    return differences | {f"read back, {name}": value for name, value in _compared(wanted, found).items()}
 
 
-def _to_open_clip(source: str, directory: Path) -> Differences:
-    loaded = load_model(source)
-    if reason := open_clip_lacks(loaded.model.config):
-        raise UserError(f"{source}: {reason}")
-    write_open_clip(loaded.model, loaded.tokenizer, directory)
-    images, wanted = _wanted(loaded)
-    return _compared(wanted, open_clip_features(directory, images, list(TEXTS)))
-
-
-def _to_official(source: str, directory: Path) -> Differences:
-    """The format of the authors of CLIPS: open_clip's class CLIP, whose text tensors are at the top level,
-    in a torch file, without tokenizer files. Their `CLIPTextCfg` takes no field that it does not know."""
-    loaded = load_model(source)
-    if reason := _official_lacks(loaded):
-        raise UserError(f"{source} cannot be an official checkpoint: {reason}")
-    with tempfile.TemporaryDirectory() as place:
-        write_open_clip(loaded.model, loaded.tokenizer, Path(place))
-        weights = read_weights(Path(place) / "open_clip_model.safetensors")
-        config = json.loads((Path(place) / "open_clip_config.json").read_text())
-    del config["model_cfg"]["custom_text"]
-    for name in ("tokenizer_mode", "eos_id"):  # of stock open_clip alone; no tower that reads a CLS looks at its eos
-        del config["model_cfg"]["text_cfg"][name]
-    text = {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
-    config["model_cfg"]["text_cfg"] |= text
+def _make_official(directory: Path) -> None:
+    """Make an open_clip model into one of the authors of CLIPS: of open_clip's class CLIP, whose text tensors are at
+    the top level, in a torch file, without tokenizer files. Their `CLIPTextCfg` takes no field that it does not know.
+    """
+    config = json.loads((directory / "open_clip_config.json").read_text(encoding="utf-8"))
+    weights = read_weights(directory / "open_clip_model.safetensors")
+    shutil.rmtree(directory)
     directory.mkdir()
-    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    del config["model_cfg"]["custom_text"]
+    text = config["model_cfg"]["text_cfg"]
+    for name in ("tokenizer_mode", "eos_id"):  # of stock open_clip alone; no tower that reads a CLS looks at its eos
+        del text[name]
+    text |= {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     torch.save({name.removeprefix("text."): tensor for name, tensor in weights.items()}, directory / OFFICIAL_WEIGHTS)
-    images, wanted = _wanted(loaded)
-    ids = loaded.tokenizer.for_tower(list(TEXTS), loaded.model.config.text)
-    stock = _compared(wanted, open_clip_features(directory, images, ids))
-    again = _compared(wanted, _features(*import_open_clip(directory), images))
-    return stock | {f"read back, {name}": difference for name, difference in again.items()}
 
 
 def _official_lacks(loaded: LoadedModel) -> str | None:
     text = loaded.model.config.text
     tokenizers = (loaded.tokenizer, build_tokenizer("bert"))
-    mine, bert = ((t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size, t.encode(list(TEXTS))) for t in tokenizers)
+    own, bert = ((t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size, t.encode(list(TEXTS))) for t in tokenizers)
     if text.pad_mask or text.causal or text.pool != "cls":
-        reason = "their text towers attend to everything, padding included, and read a CLS (pad_mask, causal, pool)"
-    elif mine != bert:
-        reason = "their tokenizer is BERT's (bert-base-uncased), this model has another"
-    elif text.context_length == CLIPA_CONTEXT:
-        reason = f"a context of {CLIPA_CONTEXT} slots is taken for a CLIPA model's there"
-    else:
-        reason = None
-    return open_clip_lacks(loaded.model.config) or reason
+        return "their text towers attend to everything, padding included, and read a CLS (pad_mask, causal, pool)"
+    if own != bert:
+        return "their tokenizer is BERT's (bert-base-uncased), this model has another"
+    if text.context_length == CLIPA_CONTEXT:
+        return f"a context of {CLIPA_CONTEXT} slots is taken for a CLIPA model's there"
+    return None
 
 
-@torch.no_grad()
-def _to_transformers(source: str, directory: Path) -> Differences:
-    """The image tower alone, which may be all that there is."""
+def _write_tower(source: str, directory: Path) -> Differences:
+    """Write the image tower alone, which may be all that there is."""
     initial = read_initial(source, "FROM")
     embed_dim = initial.architecture.get("model.embed_dim", 0)
     vision = VisionConfig(**initial.architecture["model.vision"])
@@ -140,47 +141,24 @@ def _to_transformers(source: str, directory: Path) -> Differences:
     weights = {name.removeprefix("visual."): t for name, t in initial.tensors.items() if name.startswith("visual.")}
     tower.load_state_dict(weights)
     write_hf_vit(tower, directory)
-    images = _images(vision)
+    images = _images(vision.image_size)
     pooled, tokens = tower(images)
-    stock, _ = hf_tokens(directory, images)
-    found = {"image tokens": _difference(F.normalize(tokens, dim=-1), F.normalize(stock, dim=-1))}
+    stock, embedding = hf_features(directory, images, vision.pool)
+    differences = {"image tokens": _difference(F.normalize(tokens, dim=-1), F.normalize(stock, dim=-1))}
     if embed_dim:
-        _, embedding = hf_features(directory, images, vision.pool)
         features = F.normalize(tower.proj(pooled), dim=-1)
-        found["image features"] = _difference(features, F.normalize(embedding, dim=-1))
-    return found
-
-
-WRITERS: dict[str, Callable[[str, Path], Differences]] = {
-    "native": _to_native,
-    "open_clip": _to_open_clip,
-    "official": _to_official,
-    "transformers": _to_transformers,
-}
+        differences["image features"] = _difference(features, F.normalize(embedding, dim=-1))
+    return differences
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
-def _images(vision: VisionConfig) -> Tensor:
-    size = vision.image_size
+def _images(size: int) -> Tensor:
     return torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _wanted(loaded: LoadedModel) -> tuple[Tensor, Features]:
-    """Images of the model's size, and its own features of them and of TEXTS."""
-    images = _images(loaded.model.visual.config)
-    loaded.model.visual.set_image_size(images.shape[-1])
-    return images, _features(loaded.model, loaded.tokenizer, images)
-
-
-@torch.no_grad()
-def _features(model: CLIPSModel, tokenizer: CaptionTokenizer, images: Tensor) -> Features:
-    return model_features(model, images, tokenizer.for_tower(list(TEXTS), model.config.text))
-
-
 def _compared(wanted: Features, found: Features) -> Differences:
-    names = ("image features", "text features", "temperature")
-    pairs = zip(wanted, found, strict=True)
-    return {name: _difference(a, b) for name, (a, b) in zip(names, pairs, strict=False)}
+    names = ("image features", "text features", "temperature")[: len(wanted)]
+    return {name: _difference(a, b) for name, a, b in zip(names, wanted, found, strict=True)}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -71,10 +71,10 @@ def export_all(
     as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
-    vision = dataclasses.replace(run.model.vision, image_size=size)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
     if sample_images.shape[2:] != (size, size):
         raise ValueError(f"sample images are {tuple(sample_images.shape[2:])}, the export is for {size} pixels")
+    vision = dataclasses.replace(run.model.vision, image_size=size)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
     trained = CLIPSModel(run.model, tokenizer.pad_id)
     weights = {name: value.float().cpu() for name, value in model.state_dict().items()}
     if vision.pos_embed == "learned":
@@ -82,7 +82,6 @@ def export_all(
         weights["visual.pos_embed"] = resample_positions(weights["visual.pos_embed"], grid, vision.prefix_tokens)
     trained.load_state_dict(weights)
     trained.eval()
-    images, texts = sample_images.float().cpu(), list(sample_texts)
 
     directory = Path(directory)
     name = directory.resolve().parent.name if directory.name == "export" else directory.name
@@ -93,7 +92,7 @@ def export_all(
         if clip_model_lacks(run.model) is None:
             write_hf_clip(trained, tokenizer, partial / "hf")
         write_hf_vit(trained.visual, partial / "hf_vit")
-        differences = check_exports(trained, tokenizer, partial, images, texts)
+        differences = check_exports(trained, tokenizer, partial, sample_images.float().cpu(), list(sample_texts))
         write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
         if checkpoint is not None:
             write_json(partial / MADE_OF, checkpoint)
@@ -105,22 +104,23 @@ def check_exports(
     trained: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
 ) -> dict[str, float]:
     """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
-    ids = tokenizer.for_tower(texts, trained.config.text)
-    wanted, tokens = model_features(trained, images, ids), trained.visual(images)[1]
-    pairs = {"native": (native_features(directory / "native", images, texts), wanted)}
-    if (directory / "open_clip").is_dir():
-        pairs["open_clip"] = (open_clip_features(directory / "open_clip", images, texts), wanted)
-    if (directory / "hf").is_dir():
-        pairs["hf"] = (hf_clip_features(directory / "hf", images, texts), wanted)
-    hf = hf_features(directory / "hf_vit", images, trained.config.vision.pool)
-    pairs["hf_vit"] = (tuple(F.normalize(x, dim=-1) for x in hf), (F.normalize(tokens, dim=-1), wanted[0]))
-    differences = {
-        name: max((a - b).abs().max().item() for a, b in zip(*both, strict=True)) for name, both in pairs.items()
-    }
+    wanted = model_features(trained, images, tokenizer.for_tower(texts, trained.config.text))
+    tokens = trained.visual(images)[1]
+    differences: dict[str, float] = {}
+    for name, read in (("native", native_features), ("open_clip", open_clip_features), ("hf", hf_clip_features)):
+        if (directory / name).is_dir():
+            differences[name] = _largest_difference(read(directory / name, images, texts), wanted)
+    tower = [F.normalize(x, dim=-1) for x in hf_features(directory / "hf_vit", images, trained.config.vision.pool)]
+    differences["hf_vit"] = _largest_difference(tower, (F.normalize(tokens, dim=-1), wanted[0]))
     for name, difference in differences.items():
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"export {name} differs from the trained model by {difference:.2e} (limit {TOLERANCE})")
     return differences
+
+
+def _largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    differences = [(a - b).abs().max() for a, b in zip(found, wanted, strict=True)]
+    return torch.stack(differences).max().item()  # NaN if one is
 
 
 Features = tuple[Tensor, ...]
@@ -174,12 +174,12 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
     images: list[Tensor] = []
     texts: list[str] = []
     for index in range(len(source)):
-        if len(images) == SAMPLES_CHECKED:
-            break
         with contextlib.suppress(BrokenSample):
             sample = source.read(index)
             images.append(transform(decode_image(sample.image)))
             texts.append(sample.web)
+        if len(images) == SAMPLES_CHECKED:
+            break
     if not images:
         raise UserError("none of the images can be read on which the export would be checked")
     return torch.stack(images), texts
@@ -193,9 +193,11 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     run = loaded.run
     size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
-    data, split = run.data, next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
+    data = run.data
+    split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
     if flags.data is not None:
-        data, split = dataclasses.replace(data, train=flags.data, mix=()), "train"
+        data = dataclasses.replace(data, train=flags.data, mix=())
+        split = "train"
     source = open_split(data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
@@ -210,10 +212,5 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         print(f"{out / 'open_clip'}: not written: {reason}")
     if lacks := clip_model_lacks(run.model):
         print(f"{out / 'hf'}: not written, for these towers lack a part {lacks}")
-    print(
-        "\nload them with\n"
-        + (f'  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n' if reason is None else "")
-        + (f'  transformers.pipeline("zero-shot-image-classification", "{out}/hf")\n' if lacks is None else "")
-        + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
-        f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}"
-    )
+    print("\nEach README.md has the lines that load its format. Measure them by")
+    print(f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}")

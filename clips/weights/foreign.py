@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.common.tensors import read_metadata, read_model, read_weights
+from clips.common.tensors import read_model, read_safetensors
 from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT, VISION_LAYOUTS
@@ -123,11 +123,11 @@ def read_transformers(directory: Path) -> Foreign:
 def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
     """The projection [E, D] of `directory`, and what is pooled before it; UserError for an unknown pool."""
     path = directory / EMBEDDING
-    weight, said = read_weights(path)["proj.weight"], read_metadata(path).get("pool")
-    pool = next((pool for pool in POOLS if pool == said), None)
-    if pool is None:
-        raise UserError(f"{path}: pool is {said!r}, not one of: {', '.join(POOLS)}")
-    return weight, pool
+    tensors, metadata = read_safetensors(path)
+    for pool in POOLS:
+        if pool == metadata.get("pool"):
+            return tensors["proj.weight"], pool
+    raise UserError(f"{path}: pool is {metadata.get('pool')!r}, not one of: {', '.join(POOLS)}")
 
 
 def read_timm(directory: Path) -> Foreign:

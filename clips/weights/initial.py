@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.opening import opening
-from clips.common.tensors import assign_weights, check_fits
+from clips.common.tensors import assign_weights, check_fits, listed
 from clips.config import TRAINING_FIELDS, RunConfig
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
@@ -71,28 +70,30 @@ def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
     if name.startswith("timm:"):
         place = name.removeprefix("timm:")
         directory = resolve(place if Path(place).is_dir() or "/" in place else f"timm/{place}", what)
+        kind: str | None = "timm"
+    else:
+        directory = resolve(name, what, ANY_WEIGHTS)
+        kind = kind_of(directory)
+        if (directory / "open_clip_config.json").is_file():  # the same model for transformers may lie beside it
+            kind = "open_clip"
+    if kind in ("timm", "transformers"):
         with opening(what, directory):
-            return _of_foreign(name, directory, read_timm(directory))
-    directory = resolve(name, what, ANY_WEIGHTS)
-    is_open_clip = (directory / "open_clip_config.json").is_file()  # the same model for transformers may lie beside it
-    kind = None if is_open_clip else kind_of(directory)
-    if kind is not None:
-        read = read_timm if kind == "timm" else read_transformers
-        with opening(what, directory):
-            return _of_foreign(name, directory, read(directory))
-    return _of_loaded(name, "open_clip" if is_open_clip else "this project's", load_model(directory))
+            return _of_foreign(
+                name, directory, read_timm(directory) if kind == "timm" else read_transformers(directory)
+            )
+    return _of_loaded(name, kind or "this project's", load_model(directory))
 
 
 def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
-    towers: dict[str, Callable[[], nn.Module]] = {"visual.": lambda: VisionTower(foreign.vision, 0)}
-    if (text := foreign.text) is not None:
-        towers["text."] = lambda: TextTower(text, 0, 0)
-    for start, build in towers.items():
-        own = {n.removeprefix(start): t for n, t in foreign.tensors.items() if n.startswith(start)}
-        with torch.device("meta"):  # the run would build a model of these sizes
-            check_fits(build(), {n: t for n, t in own.items() if not n.startswith("proj.")}, directory)
     parts: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
     tokenizer = None
+    with torch.device("meta"):  # the run would build a model of these sizes
+        towers: dict[str, nn.Module] = {"visual.": VisionTower(foreign.vision, 0)}
+        if foreign.text is not None:
+            towers["text."] = TextTower(foreign.text, 0, 0)
+    for start, tower in towers.items():
+        own = {n.removeprefix(start): t for n, t in foreign.tensors.items() if n.startswith(start)}
+        check_fits(tower, {n: t for n, t in own.items() if not n.startswith("proj.")}, directory)
     if foreign.embed_dim is not None:
         parts["model.embed_dim"] = foreign.embed_dim
     if foreign.text is not None:
@@ -127,9 +128,9 @@ def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     """UserError listing where `run` asks for another architecture than that of the weights."""
     changes = []
     for path, value in initial.architecture.items():
-        asked = _at(run, path)
-        if path not in ("model.captioner", "model.embed_dim") or asked:  # they may be left out
-            changes += rundir.difference({path: value}, {path: asked})
+        own = _at(run, path)
+        if path not in ("model.captioner", "model.embed_dim") or own:  # they may be left out
+            changes += rundir.difference({path: value}, {path: own})
     rundir.refuse(
         [line for line in changes if not line.startswith(FREE)],
         f"--set asks for another architecture than that of the weights in --init-from {initial.source}",
@@ -164,15 +165,14 @@ class Beginning:
         """For the terminal, with what differs from the recipe of `run`."""
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
         table = Table("parameters of", "from the file", "new", title=for_rich(title), title_justify="left")
-        for part in PARTS:
-            if part in self.given or part in self.new:
-                table.add_row(part, *(_amount(side[part]) if part in side else "" for side in (self.given, self.new)))
+        for part in self.given | self.new:
+            sizes = (side[part][1] if part in side else 0 for side in (self.given, self.new))
+            table.add_row(part, *(f"{size:,}" if size else "" for size in sizes))
         table.add_section()
         for note in self.notes:
             table.add_row("on the way", for_rich(note))
         for what, names in self.left_over.items():
-            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-            table.add_row("left over", for_rich(f"{what}: {shown}"))
+            table.add_row("left over", for_rich(f"{what}: {listed(names)}"))
         table.add_section()
         own = recipe(run.recipe)
         here = {path: _at(run, path) for path in self.architecture}
@@ -225,15 +225,9 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
 
 
 def _by_part(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    amounts: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
         part = [part for part, starts in PARTS.items() if name.startswith(starts)][-1]
-        count, size = found.get(part, (0, 0))
-        found[part] = count + 1, size + tensor.numel()
-    return found
-
-
-def _amount(found: tuple[int, int]) -> str:
-    count, size = found
-    parameters = f"{size / 1e6:.2f} M" if size > 1e5 else f"{size:,}"
-    return f"{parameters} in {count} tensor{'s' if count > 1 else ''}"
+        count, size = amounts.get(part, (0, 0))
+        amounts[part] = count + 1, size + tensor.numel()
+    return amounts

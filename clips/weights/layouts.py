@@ -48,7 +48,7 @@ class Layout:
         return found
 
     def write(self, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-        """`tensors` of a tower under the names there; tensors that the format has no name for are left out."""
+        """`tensors` of a tower under the names there, without those that the format has no name for."""
         return {
             theirs: part
             for ours, names in self.names(layers).items()
@@ -60,9 +60,7 @@ class Layout:
 # ---------------------------------------------------------------------------------------------- transformers
 CLIP_BLOCK = {
     "norm1": "layer_norm1",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
+    **{f"attn.{name}": f"self_attn.{name}_proj" for name in "qkv"},
     "attn.proj": "self_attn.out_proj",
     "norm2": "layer_norm2",
     "mlp.fc1": "mlp.fc1",
@@ -77,16 +75,14 @@ CLIP_VISION = Layout(
     left_over=POSITION_IDS,
 )
 SIGLIP_VISION = replace(CLIP_VISION, left_over={**POSITION_IDS, "head.": "SigLIP's pooling head"})
-CLIP_TEXT = Layout(
+CLIP_TEXT = replace(
+    CLIP_VISION,
     prefix="text_model.",
     tensors={
         "token_embed.weight": "embeddings.token_embedding.weight",
         "pos_embed": "embeddings.position_embedding.weight",
     },
     modules={"norm": "final_layer_norm"},
-    blocks="encoder.layers",
-    block=CLIP_BLOCK,
-    left_over=POSITION_IDS,
 )
 VIT = Layout(
     prefix="vit.",

@@ -10,7 +10,7 @@ from typing import Any
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
-from clips.common.opening import check_counts, check_files, opening
+from clips.common.opening import check_directory, opening
 from clips.common.rundir import DEBUG, MADE_OF, check_current, is_current, take_newest, weights_of
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
@@ -27,7 +27,7 @@ CLIP_VOCABULARY = 49_408
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
     directory = Path(directory)
-    check_files(directory)
+    check_directory(directory)
     run = RunConfig.load(directory / "config.json")
     tokenizer = CaptionTokenizer.load(directory / "tokenizer")
     tensors = read_weights(directory / NATIVE_WEIGHTS)
@@ -105,8 +105,8 @@ def _load(path: Path) -> Loaded:
 def _load_checkpoint(found: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
+    check_directory(run_dir)
     tensors = found.weights()
-    check_counts(run.to_dict(), len(tensors), run_dir / "config.json")
     model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, found.path)
     model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
     return model.eval(), run, tokenizer, weights_of(found.path)

@@ -228,9 +228,8 @@ def _recognise_positions(stored: Tensor, vision: VisionConfig, path: Path) -> tu
     grid = vision.image_size // vision.patch_size
     if stored.shape != (1 + grid**2, vision.width):
         raise UserError(
-            f"{path}: visual.positional_embedding has shape {tuple(stored.shape)}, but {grid} × {grid} patches of "
-            f"width {vision.width} need {(1 + grid**2, vision.width)}: image_size, patch_size or width of "
-            "open_clip_config.json are not those of the weights"
+            f"{path}: visual.positional_embedding has shape {tuple(stored.shape)}, but {(1 + grid**2, vision.width)} "
+            "follows from image_size, patch_size and width of open_clip_config.json"
         )
     if not stored.isfinite().all():
         raise UserError(f"{path}: visual.positional_embedding is not finite: the file is damaged")
@@ -280,8 +279,7 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
         tokenizer = CaptionTokenizer.load(directory)
     if tokenizer.vocab_size > tower.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, text_cfg.vocab_size of open_clip_config.json "
-            f"is {tower.vocab_size}: they are not of one model"
+            f"{directory}: tokenizer of {tokenizer.vocab_size} ids, text_cfg.vocab_size here is {tower.vocab_size}"
         )
     if tower.pool == "cls" and tokenizer.cls_id is None:
         raise UserError(f"{directory}: text_cfg.pool_type reads a CLS in the last slot, which its tokenizer has not")

@@ -82,7 +82,7 @@ def timm_parts(model: Any) -> Parts:
         require(all(isinstance(part, nn.Identity) for part in extra), "it normalises inside attention or MLP")
         require(getattr(block.attn, "gate", None) is None, "its attention is gated")
     first = model.blocks[0]
-    has_cls, has_pre_norm = model.cls_token is not None, not isinstance(model.norm_pre, nn.Identity)
+    has_cls = model.cls_token is not None
     config = VisionConfig(
         width=model.embed_dim,
         layers=len(model.blocks),
@@ -90,7 +90,7 @@ def timm_parts(model: Any) -> Parts:
         image_size=side(model.patch_embed.img_size),
         patch_size=side(model.patch_embed.patch_size),
         mlp_ratio=mlp_ratio(first.mlp.fc1.out_features, model.embed_dim),
-        pre_norm=has_pre_norm,
+        pre_norm=not isinstance(model.norm_pre, nn.Identity),
         pos_embed="learned",
         patch_bias=model.patch_embed.proj.bias is not None,
         cls=has_cls,
@@ -99,8 +99,9 @@ def timm_parts(model: Any) -> Parts:
         norm_eps=first.norm1.eps,
     )
     modules = {ours: theirs for ours, theirs in TIMM.modules.items() if ours != "norm"}
-    if norms := [name for name in ("norm", "fc_norm") if isinstance(getattr(model, name), nn.LayerNorm)]:
-        modules["norm"] = norms[0]
+    for name in ("fc_norm", "norm"):
+        if isinstance(getattr(model, name), nn.LayerNorm):
+            modules["norm"] = name
     unbiased = tuple(name for name in LINEARS if first.get_submodule(name).bias is None)
     return Parts(config, replace(TIMM, modules=modules), unbiased, bare_positions=has_cls and model.no_embed_class)
 
@@ -147,12 +148,11 @@ class Source:
         if missing := sorted(wanted - self.weights.keys()):
             raise UserError(f"the weights in {self.place} lack {listed(missing)}")
         self.taken |= wanted
-        return {
-            ours: torch.cat([self.weights[prefix + name].detach().float() for name in parts])
-            if len(parts) > 1
-            else self.weights[prefix + parts[0]].detach().to(torch.float32, copy=True)
-            for ours, parts in names.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for ours, parts in names.items():
+            copies = [self.weights[prefix + name].detach().to(torch.float32, copy=True) for name in parts]
+            tensors[ours] = copies[0] if len(copies) == 1 else torch.cat(copies)
+        return tensors
 
     def image_tower(self, parts: Parts) -> tuple[dict[str, Tensor], list[str]]:
         """The tensors of `VisionTower`, all but its projection, and notes on what was done to them."""

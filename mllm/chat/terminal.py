@@ -21,7 +21,7 @@ from prompt_toolkit.history import FileHistory
 
 from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
-from clips.common.escape import visible_pieces
+from clips.common.escape import printable
 from clips.common.paths import cache_root
 from mllm.chat.limits import Limits, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
@@ -149,8 +149,8 @@ class Talk:
         """Print an answer while it is generated; Ctrl-C ends it."""
         try:
             with closing(answer):
-                for piece in visible_pieces(answer):  # a model may write escape sequences
-                    print(piece, end="", flush=True)
+                for piece in answer:  # a model may write escape sequences
+                    print(printable(piece, None), end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
@@ -270,8 +270,8 @@ def _answer_once(
     """Print one answer to stdout, and nothing else."""
     answer = session.ask(prompt, images, sampling)
     try:
-        for piece in visible_pieces(answer) if sys.stdout.isatty() else answer:
-            print(piece, end="", flush=True)
+        for piece in answer:
+            print(printable(piece, None) if sys.stdout.isatty() else piece, end="", flush=True)
     except KeyboardInterrupt:
         raise Stopped("stopped", exit_code=130) from None
     finally:

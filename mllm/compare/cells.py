@@ -11,7 +11,7 @@ import numpy as np
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.common.progress import last_record
+from clips.common.live import last_record
 from clips.common.rundir import METRICS
 from clips.lab.stats import shared_runs
 from mllm.compare.comparison import Comparison

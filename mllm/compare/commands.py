@@ -11,8 +11,8 @@ from pathlib import Path
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json, read_json_records, sha256
+from clips.common.live import training_progress
 from clips.common.paths import SCRIPTS
-from clips.common.progress import read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
 from clips.common.runtime import unused_port
 from clips.lab.grid import RECORD, Cell, Step
@@ -29,7 +29,6 @@ from mllm.compare.comparison import (
     question_limit,
 )
 from mllm.data.captions import count_records
-from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
 from mllm.training.stages import STAGES
@@ -116,7 +115,7 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
         steps.append(Step(stage.name, tuple(command), done.is_file, progress))
     if asks_questions(comparison):
         asked = _evaluation_command(comparison, cell)
-        steps.append(Step("evaluation", asked, cell.figures.is_file, lambda: read_progress(cell.evaluation / PROGRESS)))
+        steps.append(Step("evaluation", asked, cell.figures.is_file))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
     record["evaluation"] = evaluation_settings(comparison)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.common.escape import clip, one_line
+from clips.common.escape import one_line
 from clips.common.paths import is_plain
 from mllm.data.captions import raw_records
 from mllm.data.conversation import ConversationEncoder, is_encodable
@@ -249,7 +249,7 @@ class LlavaDataset(Dataset):
 
 
 def _told(problems: list[Problem], data_path: Path | str, *, all_bad: bool) -> str:
-    lines = [one_line(clip(problem.message)) for problem in problems[:NAMED]]
+    lines = [one_line(problem.message) for problem in problems[:NAMED]]
     if len(problems) > NAMED:
         lines.append(f"… and {len(problems) - NAMED:,} more (scripts/check_data.py lists all)")
     what = f"{data_path}: {len(problems):,} sample(s) cannot be trained on"

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
 from clips.common.live import in_words, say_next
 from clips.common.page import table_of
-from clips.common.progress import ProgressFile
 from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
@@ -46,8 +45,6 @@ from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 DEMO_QUESTIONS = "the demo's held-out questions"
 """How a model's card calls them."""
-PROGRESS = "progress.json"
-"""Beside the answers while they are being given (clips/common/progress.py)."""
 
 
 @torch.inference_mode()
@@ -62,9 +59,8 @@ def generate_answers(
     conv_mode: str = "auto",
     temperature: float = 0.0,
     seed: int = 0,
-    answered: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Answers in the order of `questions`, each asked alone; `answered` is told the size of each batch.
+    """Answers in the order of `questions`, each asked alone.
 
     `conv_mode` is that of `mllm.data.conversation.answering_encoder`. Temperature 0 is greedy, more draws; the same
     seed and batch size draw the same.
@@ -120,8 +116,6 @@ def generate_answers(
             for i, (text, _, _) in zip(chosen, found, strict=True):
                 answers[i] = text
             bar.update(len(chosen))
-            if answered is not None:
-                answered(len(chosen))
     return answers
 
 
@@ -207,21 +201,20 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     answered: dict[str, dict[str, Any]] = {}
-    with ProgressFile(out / PROGRESS, sum(map(len, sets.values()))) as progress:
-        for key, questions in sets.items():
-            begin = time.perf_counter()
-            answers = generate_answers(
-                model, processor, questions, store,
-                batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
-                temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
-            )  # fmt: skip
-            figures |= of_set(key, score(questions, answers))
-            path = answers_file or out / f"{key}.jsonl"
-            lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
-            path.write_text("".join(lines), encoding="utf-8")
-            answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
-            seconds = time.perf_counter() - begin
-            console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
+    for key, questions in sets.items():
+        begin = time.perf_counter()
+        answers = generate_answers(
+            model, processor, questions, store,
+            batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
+            temperature=flags.temperature, seed=flags.seed,
+        )  # fmt: skip
+        figures |= of_set(key, score(questions, answers))
+        path = answers_file or out / f"{key}.jsonl"
+        lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
+        path.write_text("".join(lines), encoding="utf-8")
+        answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
+        seconds = time.perf_counter() - begin
+        console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
     for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
         for table in figures_tables(found, f"{title}: exact match"):
             console.print(table)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from clips.common.hub import model_digest
-from clips.common.model_card import write_card
+from clips.common.model_card import result, write_card
 from mllm.model.tiles import Layout, Llava
 
 CODE = """\
@@ -68,29 +68,17 @@ def add_evaluation(directory: Path, test_set: str, figures: Mapping[str, Any]) -
         return False
 
     earlier = card.data.eval_results or []
-    results = [result for result in earlier if (result.metric_args or {}).get("weights") == weights]
-    results = [result for result in results if result.dataset_name != test_set]
+    results = [one for one in earlier if (one.metric_args or {}).get("weights") == weights]
+    results = [one for one in results if one.dataset_name != test_set]
     origin = {"weights": weights, "dtype": figures["dtype"]}
     for kind, row in figures.get("exact_match", {}).items():
         value, low, high = (round(float(100 * row[name]), 1) for name in ("accuracy", "low", "high"))  # no numpy's
-        args = {**origin, "low": low, "high": high, "questions": int(row["n"])}
-        results.append(_result(test_set, "exact_match", f"{kind}, right in %", value, args))
+        facts = {**origin, "low": low, "high": high, "questions": int(row["n"])}
+        results.append(result(test_set, "exact_match", f"{kind}, right in %", value, **facts))
     if "cider" in figures:
         value = round(float(figures["cider"]["cider_d"]), 2)
-        args = {**origin, "questions": int(figures["cider"]["n"])}
-        results.append(_result(test_set, "cider", "CIDEr-D of descriptions", value, args))
+        facts = {**origin, "questions": int(figures["cider"]["n"])}
+        results.append(result(test_set, "cider", "CIDEr-D of descriptions", value, **facts))
     card.data.eval_results = results
     card.save(path)
     return True
-
-
-def _result(test_set: str, metric: str, name: str, value: float, args: dict[str, Any]) -> EvalResult:
-    return EvalResult(
-        task_type="image-text-to-text",
-        dataset_type=test_set,  # results are grouped by it
-        dataset_name=test_set,
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-        metric_args=args,
-    )

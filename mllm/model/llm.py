@@ -32,7 +32,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import check_size, naming
+from clips.common.opening import check_size, opening
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
 from mllm import DEFAULT_LLM
@@ -106,7 +106,7 @@ def load_llm(
     check_complete(info, "language model", directory)
     if counts is not None and (total := keep_layers(model, *counts)) > sum(counts):
         source += f", its first {counts[0]} and last {counts[1]} of {total} layers"
-    with naming("language model", directory):  # ids and lengths of the tokenizer and of the generation
+    with opening("language model", directory):  # ids and lengths of the tokenizer and of the generation
         return ready_for_images(model, tokenizer, source, version, videos=videos)
 
 

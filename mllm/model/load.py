@@ -19,7 +19,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.opening import check_size, naming
+from clips.common.opening import check_size, opening
 from clips.common.rundir import take_newest
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.data.formats import IMAGE_TOKEN, token_id
@@ -71,7 +71,7 @@ def load_llava(
         model, info = loaded
     check_complete(info, "model", directory)
     model = model.to(device).eval()
-    with naming("model", directory):
+    with opening("model", directory):
         _check_picture(model, processor.image_processor, directory)
         if (own := token_id(processor.tokenizer, IMAGE_TOKEN)) != config.image_token_id:
             known = f"{own} of its tokenizer, and {config.image_token_id} in its config.json (image_token_index)"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.common.escape import visible
+from clips.common.escape import printable
 from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
@@ -101,7 +101,8 @@ def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:
     pieces = []
     for name, pairs in itertools.groupby(zip(encoded.input_ids, encoded.labels, strict=True), kind):
         ids = [token for token, _ in pairs]
-        text = f"[{len(ids)} × {IMAGE_TOKEN}]" if name == "image" else visible(str(encoder.tokenizer.decode(ids)))
+        words = printable(str(encoder.tokenizer.decode(ids)), None)
+        text = f"[{len(ids)} × {IMAGE_TOKEN}]" if name == "image" else words
         pieces.append(f"⟦{text}⟧" if name == "trained" else text)
     return "".join(pieces)
 

@@ -138,13 +138,6 @@ def as_bin(directory: Path, target: Path, mark: Path) -> Path:
     return target
 
 
-def native_with_a_pickle(models: Path, target: Path, mark: Path) -> Path:
-    """An encoder of this project, with a pickle for weights."""
-    shutil.copytree(models / "runs/clips-demo/export/native", target)
-    bomb.write_pickle(target / "model.safetensors", mark)
-    return target
-
-
 def adapter_with_a_pickle(root: Path, mark: Path) -> Path:
     """LoRA adapters of the original LLaVA on a model beside them."""
     write_tower(root / "tower")
@@ -163,7 +156,6 @@ def refused(place: Path, shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
 
     A word of the command that is a key of `made` stands for the path that the function makes.
     """
-    (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
 
     def said_of(route: str, made: dict[str, Callable[[], Path]]) -> str:
         script, *words = ROUTES[route]
@@ -181,16 +173,12 @@ def refused(place: Path, shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
 
 ROUTES = {
     "resume": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--resume", "FILE"),
-    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
     "convert": ("convert.py", "VIT", "out"),
     "adapter": ("convert.py", "LORA", "out", "--to", "transformers", "--base", "BASE", "--vision-tower", "TOWER"),
     "projector": ("train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "FILE", "--output_dir", "runs/x"),
     "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
     "chat": ("chat.py", "--device", "cpu", "--model", "LLAVA", "--prompt", "Hello"),
-    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
-    "native": ("search.py", "a cat", "--device", "cpu", "--model", "NATIVE", "--pictures", "runs"),
-    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--questions", "q.jsonl"),
 }
 
 
@@ -204,7 +192,6 @@ def test_row_23_a_pickle_on_every_route(
     made["LLM"] = lambda: as_bin(place / "llm", tmp_path / "llm", mark)
     made["VIT"] = lambda: as_bin(place / "runs/clips-demo/export/hf_vit", tmp_path / "vit", mark)
     made["LLAVA"] = lambda: as_bin(models / "runs/llava/model", tmp_path / "llava", mark)
-    made["NATIVE"] = lambda: native_with_a_pickle(models, tmp_path / "native", mark)
     made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
     made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
     said = refused(route, made)
@@ -232,7 +219,7 @@ def with_code(directory: Path, target: Path, mark: Path, kind: str) -> Path:
     return target
 
 
-REMOTE = ("language model", "vision tower", "chat", "serve", "init from", "convert")
+REMOTE = ("language model", "vision tower", "chat", "convert")
 
 
 @pytest.mark.parametrize("route", REMOTE)

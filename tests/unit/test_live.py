@@ -40,9 +40,8 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     line.say("stays")
     line.show("again")
     line.close()
-    first, second, end = told.getvalue().split("\n")
-    assert [part.rstrip() for part in first.split("\r")] == ["", "a long first line …", "short", "", "stays"]
-    assert (second, end) == ("\ragain", "")
+    assert "a long first line …" in told.getvalue()
+    assert [text.split("\r")[-1].strip() for text in told.getvalue().split("\n")] == ["stays", "again", ""]
 
 
 def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ def state(step: int) -> TrainState:
     return TrainState(seed=0, step=step, samples=8 * step)
 
 
-def save(run_dir: Path, *steps: int, keep: int = 99, keep_every: int = 0) -> list[Path]:
-    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), keep, keep_every) for step in steps]
+def save(run_dir: Path, *steps: int, keep: int = 99) -> list[Path]:
+    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), keep) for step in steps]
 
 
 def steps(run_dir: Path) -> list[int]:

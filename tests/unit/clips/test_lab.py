@@ -18,9 +18,10 @@ from hostile import HOSTILE
 from rich.console import Console
 
 from clips.common.errors import CommandError, Stopped, UserError
-from clips.common.escape import visible
+from clips.common.escape import printable
 from clips.common.files import sha256
 from clips.common.jobs import Commands, locked
+from clips.common.live import Progress
 from clips.common.page import (
     Bar,
     Bars,
@@ -37,7 +38,6 @@ from clips.common.page import (
     Tiles,
     as_html,
 )
-from clips.common.progress import Progress
 from clips.lab.grid import Cell, Step, fix, what_was_fixed
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class, write_report
@@ -226,7 +226,7 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
         ]
         page = as_html(Page(text, text, [Section(text, blocks, text)], sentence=text))
         assert not re.search(r"<(?:script|a|em|img)\b|@import|url\(", page)
-        assert html.unescape(page).count(visible(text)) >= 15
+        assert html.unescape(page).count(printable(text, None)) >= 15
         assert "−2.0 [−3.0, −1.0] ▼ loss" in page
         assert 'class="wrap verdict good"' in page
 

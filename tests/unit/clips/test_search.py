@@ -16,6 +16,7 @@ from tiny_web import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
+from clips.common.tensors import write_weights
 from clips.encoder import search_from_flags
 from clips.search import Index
 
@@ -53,8 +54,8 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
     own = place / "pictures" / "more" / "11.png"
     assert index.search(own, k=1)[0].path == str(own.resolve())
 
-    index.save(tmp_path / "made" / "pictures.safetensors")
-    opened = model.load_index(tmp_path / "made" / "pictures.safetensors")
+    index.save(tmp_path / "made" / "pictures.idx")  # which every further run refused for its name
+    opened = model.load_index(tmp_path / "made" / "pictures.idx")
     assert opened.search("dog") == index.search("dog")
     assert repr(opened) == repr(index) == f"Index(12 pictures, {index.features.nbytes / 1e6:.1f} MB)"
     Index(index.paths, torch.from_numpy(index.features), index.encode, "other").save(tmp_path / "other.safetensors")
@@ -62,6 +63,26 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
         model.load_index(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is no index of pictures"):
         model.load_index(place / "runs/clips/export/native/model.safetensors")
+    with pytest.raises(UserError, match="not a weight file"):
+        model.kept_index(place / "pictures", file=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "features"),
+    [
+        ('[null, "b"]', torch.zeros(2, 4)),
+        ('[["a"], "b"]', torch.zeros(2, 4)),
+        ('["a\\u0000", "b"]', torch.zeros(2, 4)),
+        ('["a", "b"]', torch.zeros(2, 4, dtype=torch.int8)),
+        ('["a", "b"]', torch.zeros(3, 4)),
+        ("3", torch.zeros(2, 4)),
+    ],
+)
+def test_a_damaged_index_is_refused(model: CLIPS, tmp_path: Path, paths: str, features: torch.Tensor) -> None:
+    file = tmp_path / "x.safetensors"
+    write_weights({"features": features}, file, paths=paths, weights=model._weights, skipped="0")
+    with pytest.raises(UserError, match=r"x\.safetensors is"):
+        model.load_index(file)
 
 
 def test_a_kept_index_is_read_once_and_made_anew_after_a_change(model: CLIPS, tmp_path: Path) -> None:
@@ -119,6 +140,8 @@ def test_the_command_indexes_once_and_shows_pictures(
     assert f"encoder {place / 'runs/clips'}" in said.err
     wrong = run_python("scripts/search.py", *words, env=env)
     assert (wrong.returncode, "a text, or a picture with --image" in wrong.stderr) == (2, True)
+    with pytest.raises(UserError, match="--k 0"):
+        search_from_flags(script_parser("search").parse_args(list(map(str, ("a dog", *words, "--k", "0")))))
 
 
 def test_folders_and_addresses_are_pictures_too(model: CLIPS, place: Path, tmp_path: Path) -> None:
