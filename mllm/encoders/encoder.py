@@ -198,23 +198,20 @@ def check_tokens(encoder: VisionEncoder) -> None:
     layers = encoder.config.num_hidden_layers
     chosen = [encoder.select_layer] if isinstance(encoder.select_layer, int) else encoder.select_layer
     if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):
-        raise UserError(
-            f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers "
-            f"{-layers - 1} … {layers} (0 = embeddings)"
-        )
+        known = f"{-layers - 1} … {layers} (0 = embeddings)"
+        raise UserError(f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers {known}")
     pixels = trial_squares(encoder.image_processor)
     with loading("vision encoder", encoder.name):
         shape = tuple(encoder.features(pixels).shape)
     if shape[1:] != (encoder.num_tokens, encoder.width):
+        expected = (encoder.num_tokens, encoder.width)
         raise UserError(
-            f"vision encoder {encoder.name} gives tokens of shape {shape[1:]}, a stock LLaVA model expects "
-            f"{(encoder.num_tokens, encoder.width)}"
+            f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA model takes {expected}"
         )
     cells = (encoder.image_size // encoder.patch_size) ** 2
     if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
         raise UserError(
             f"vision encoder {encoder.name}: --image_aspect_ratio anyres needs a square of {encoder.config.image_size} "
-            f"px with a token for each of its patches and no other; it has {encoder.num_tokens} tokens for {cells} "
-            f"patches at {encoder.image_size} px: give --mm_vision_select_feature patch, choose an encoder without "
-            "registers, or --image_aspect_ratio pad"
+            f"px with a token for each patch and no other: give --mm_vision_select_feature patch, choose an encoder "
+            "without registers, or --image_aspect_ratio pad"
         )

@@ -58,10 +58,8 @@ def parse_vision_name(name: str) -> tuple[str, str]:
             raise UserError(f"vision encoder {name} is a run of this project: clips:{name}, or clip:{name}")
         key, argument = "hf", name
     if key not in ARGUMENTS:
-        raise UserError(
-            f"vision encoder {name!r} is not known; known are: {', '.join(ARGUMENTS)} (with :ARGUMENT), and owner/name "
-            "for hf:owner/name"
-        )
+        known = ", ".join(ARGUMENTS)
+        raise UserError(f"vision encoder {name!r} is not known; known are: {known}, and owner/name for hf:owner/name")
     if ARGUMENTS[key] and not argument:
         raise UserError(f"vision encoder {key} needs an argument: {key}:{ARGUMENTS[key]}")
     return key, argument
@@ -106,11 +104,8 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
         width, height = canvas
         return min(canvas) > 0 and not width % side and not height % side and width * height <= MOST_TILES * side**2
 
-    if (
-        not isinstance(canvases, (list, tuple))
-        or not 0 < len(canvases) <= MOST_CANVASES
-        or not all(map(fits, canvases))
-    ):
+    is_list = isinstance(canvases, (list, tuple)) and 0 < len(canvases) <= MOST_CANVASES
+    if not is_list or not all(map(fits, canvases)):
         raise UserError(
             f"--image_grid_pinpoints {text!r} must be 1 to {MOST_CANVASES} pairs (width, height) of pixels, such as "
             f"[({side}, {2 * side}), ({2 * side}, {2 * side})], or a range of squares, such as (1x1),...,(2x2). Each "

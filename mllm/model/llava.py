@@ -135,13 +135,11 @@ def _check_language_model(llm: LanguageModel, config: Any) -> None:
     with torch.device("meta"):
         stock = type(AutoModel.from_config(config.text_config))
     head = llm.model.get_output_embeddings()
-    reason = None
-    if stock is not type(llm.model.base_model):
-        reason = f"it would be held as {stock.__name__}, but it is a {type(llm.model.base_model).__name__}"
-    elif not isinstance(head, nn.Linear) or head.bias is not None:
-        reason = "its output layer is not a linear layer without bias"
-    if reason:
-        raise UserError(f"language model {llm.source} cannot be saved in a stock LLaVA model: {reason}")
+    if stock is not type(llm.model.base_model) or not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UserError(
+            f"language model {llm.source} cannot be saved in a stock LLaVA model: that holds a {stock.__name__} and an "
+            "output layer without bias"
+        )
 
 
 @torch.no_grad()
@@ -150,10 +148,8 @@ def _check_logits(model: Llava, causal: PreTrainedModel, source: str) -> None:
     causal.eval()
     ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"language model {source} cannot be saved in a stock LLaVA model: its logits are not its output layer's "
-            f"(largest difference {(ours - theirs).abs().max():.1e})"
-        )
+        difference = f"{(ours - theirs).abs().max():.1e}"
+        raise UserError(f"language model {source}: a stock LLaVA model computes other logits, by up to {difference}")
 
 
 def save_model(

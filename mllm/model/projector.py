@@ -120,9 +120,7 @@ def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, 
             ".".join([renamed.get(n.split(".")[0], n.split(".")[0]), n.split(".")[-1]]): t for n, t in tensors.items()
         }
         if set(tensors) != {f"linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}:
-            raise UserError(
-                f"{path} holds no linear or mlp2x_gelu projector; its tensors: {', '.join(sorted(tensors))}"
-            )
+            raise UserError(f"{path} holds no projector that is known here; its tensors: {', '.join(sorted(tensors))}")
         second, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
         is_identity = torch.equal(second, torch.eye(len(second))) and not bias.any()
         if kind == "linear" and is_identity:
@@ -132,10 +130,8 @@ def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, 
     own = projector.state_dict()
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(own[name].shape)} (outputs, "
-                "inputs): it was trained for another vision encoder, layer choice or language model"
-            )
+            shapes = f"has shape {tuple(tensor.shape)}, this model needs {tuple(own[name].shape)}"
+            raise UserError(f"{path}: {name} {shapes}: it is of another encoder, layer choice or language model")
     projector.load_state_dict(own | tensors)
 
 

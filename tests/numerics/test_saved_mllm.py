@@ -180,7 +180,7 @@ def test_what_stock_llava_cannot_hold_is_refused(tmp_path):
         build_model(vision, llm)
     llm = load_llm(str(write_llm(tmp_path / "llm2", tie=False)))
     llm.model.lm_head = torch.nn.Linear(48, llm.model.lm_head.out_features)
-    with pytest.raises(UserError, match="output layer is not a linear layer without bias"):
+    with pytest.raises(UserError, match="output layer without bias"):
         build_model(vision, llm)
     # Granite divides its logits, which stock LLaVA does not: the model would silently be another one.
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -188,5 +188,5 @@ def test_what_stock_llava_cannot_hold_is_refused(tmp_path):
     GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
     for path in (tmp_path / "llm").glob("*token*"):
         (tmp_path / "granite" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="its logits are not its output layer's"):
+    with pytest.raises(UserError, match="other logits"):
         build_model(vision, load_llm(str(tmp_path / "granite")))

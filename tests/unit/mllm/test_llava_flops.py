@@ -28,16 +28,12 @@ from mllm.training.stages import STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
 
 CASES = {
-    "stage 1, cached": (1, "ViT", {}, ()),
     "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
     "stage 1, pixels": (1, "CLIP", {}, ("--feature_cache", "False")),
     "full": (2, "SigLIP", {}, ()),
     "full, pixels, two layers": (2, "CLIP", {}, ("--feature_cache", "False")),
-    "encoder too": (2, "CLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
     "encoder too, SigLIP": (2, "SigLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
-    "LoRA": (2, "ViT", {"lora": True}, ("--lora_enable", "True")),
     "LoRA behind a frozen projector": (2, "ViT", {"lora": True, "freeze_mm_mlp_adapter": True}, ("--lora_enable", "1")),
-    "projector alone": (2, "ViT", {"tune_mm_mlp_adapter": True}, ()),
 }
 
 

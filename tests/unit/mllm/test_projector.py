@@ -91,7 +91,7 @@ def test_refusals(tmp_path):
     for file, message in [
         ("wide.safetensors", r"\(64, 32\), this model needs \(64, 24\)"),
         ("linear.bin", "holds a linear projector, this model has mlp2x_gelu"),
-        ("part.bin", r"holds no linear or mlp2x_gelu projector; its tensors: linear_1\.weight"),
+        ("part.bin", r"holds no projector .*its tensors: linear_1\.weight"),
         (".", "holds no mm_projector"),
     ]:
         with pytest.raises(UserError, match=message):
