@@ -23,7 +23,7 @@ from clips.common.errors import UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
-from clips.common.plots import INK, SERIES, check_format, plain_axes
+from clips.common.plots import INK, SERIES, plain_axes
 from mllm.chat.patch_map import overlay, patch_map
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
@@ -142,7 +142,8 @@ def main() -> None:
     flags = parser().parse_args()
     out = flags.output or Path("runs", f"{flags.what}.png")
     check_target(out.parent)
-    check_format(out)
+    if out.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {out}: name it .png or .svg")
     if flags.what == "answers":
         shown = chosen([read_answers(model) for model in flags.model])
         for answer in shown:

@@ -44,7 +44,7 @@ class Paragraph:
 class Bullets:
     lines: Sequence[str]
     css: str = ""
-    """"big" for findings, "why" for reasons."""
+    """"big" for findings."""
 
 
 @dataclass
@@ -165,7 +165,6 @@ class Folded:
 
     summary: str
     blocks: Sequence[Block]
-    is_open: bool = False
 
 
 Block = Paragraph | Bullets | Code | Table | Chart | Bars | Forest | Cards | Tiles | Folded

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from clips.common.errors import UserError
 
 if TYPE_CHECKING:  # each chart imports matplotlib: a training, which draws none, has 25 MB less
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Plot
 
-FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
 """Points drawn of a curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
@@ -31,7 +27,7 @@ class Panel:
 
 def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
     """Axes of `plot`, at `place` as `Figure.add_subplot` takes it, in the style of all charts."""
-    axes = plot.add_subplot(*place, facecolor="white")
+    axes = plot.add_subplot(*place)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -41,11 +37,11 @@ def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both"
 
 def _draw(axes: Axes, panel: Panel) -> None:
     """One panel against samples seen."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import EngFormatter
 
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
     axes.set_xlabel("samples seen", fontsize=8.5, color=INK, labelpad=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     drawn = 0
     for name, colour in zip(panel.names, SERIES, strict=False):
         points = [(line["samples"], line[name]) for line in panel.lines if isinstance(line.get(name), (int, float))]
@@ -63,32 +59,14 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(0, 100)
 
 
-def check_format(out: Path) -> None:
-    """Raise UserError unless `out` names a .png or .svg file."""
-    if out.suffix not in FORMATS:
-        raise UserError(f"--output {out}: name it {' or '.join(FORMATS)}")
-
-
-def curves_plot(shown: Sequence[Panel]) -> Plot:
+def curves_plot(panels: Sequence[Panel]) -> Plot:
     """Up to three panels in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    panel_width, panel_height = 3.7, 2.7
-    width, height = panel_width * columns, panel_height * rows
-    plot = Figure(figsize=(width, height), dpi=130)
-    # Room in inches for titles and ticks. matplotlib's own layouts draw every chart twice, to measure it.
-    left, right, top, bottom = 0.7, 0.15, 0.35, 0.48
-    plot.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
-        top=1 - top / height,
-        bottom=bottom / height,
-        wspace=(left + right) / (panel_width - left - right),
-        hspace=(top + bottom) / (panel_height - top - bottom),
-    )
-    for place, panel in enumerate(shown, start=1):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    plot = Figure(figsize=(3.7 * columns, 2.7 * rows), dpi=130, layout="constrained")
+    for place, panel in enumerate(panels, start=1):
         _draw(plain_axes(plot, rows, columns, place), panel)
     return plot
 
@@ -110,10 +88,3 @@ def pretty(name: str) -> str:
     """`sentence_i2t_r1` → "sentence image → text R@1"."""
     words = name.replace("zero_shot", "zero").replace("single_prompt", "single prompt").split("_")
     return " ".join(_NAMES.get(word, word) for word in words)
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{unit}"
-    return f"{value:g}"

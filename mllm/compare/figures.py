@@ -24,13 +24,13 @@ import numpy as np
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
-from clips.common.rundir import METRICS, UNSEEN
+from clips.common.rundir import METRICS
 from clips.lab.grid import COST, RECORD, what_was_fixed
 from clips.lab.stats import Estimate, Spread, independent_runs, interval, labels, over_groups, over_runs, spread
 from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import COLUMNS, stored_questions
+from mllm.compare.plan import COLUMNS, columns_of, stored_questions
 from mllm.data.questions import images_of, read_questions
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import Exactness, exactness, scorer_version
@@ -100,7 +100,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
         "plan": plan,
         "fixed": what_was_fixed(comparison.output / PLAN, plan),
         "scorer": scorer_version(),
-        "settings": _settings(comparison, plan) | {"columns": columns_of(answers) if answers else []},
+        "settings": _settings(comparison, plan) | {"columns": columns_of(stored_questions(comparison.output))},
         "encoders": {
             name: {"metrics": metrics[name], "benchmarks": benchmarks.get(name, {})} | _encoder(comparison, name)
             for name in encoder_names(comparison)
@@ -232,23 +232,14 @@ def read_answers(comparison: Comparison) -> Lines:
     return answers
 
 
-def column_of(line: Mapping[str, Any]) -> str:
-    return COLUMNS.get(line["file"], line["file"])
-
-
-def columns_of(answers: Lines) -> list[str]:
-    """The sorts of pictures that were asked about. Those of unseen artists, which decide, come first."""
-    columns = dict.fromkeys(map(column_of, next(iter(answers.values()))))
-    return sorted(columns, key=lambda column: column != UNSEEN)
-
-
 def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
     """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` of questions with references.
 
     The name of a metric of another column than the deciding one ends with @COLUMN. `needs_picture` is the accuracy over
     the deciding column without the questions that blind models answer, for all other encoders.
     """
-    deciding, *others = columns_of(answers)
+    first = next(iter(answers.values()))
+    deciding, *others = columns_of(line["file"] for line in first)
     metrics = _scores_of_column(comparison, answers, deciding)
     for column in others:
         of_column = _scores_of_column(comparison, answers, column)
@@ -267,7 +258,7 @@ def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]
 
 def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> dict[str, ItemScores]:
     first = next(iter(answers.values()))
-    items = [i for i, line in enumerate(first) if column_of(line) == column]
+    items = [i for i, line in enumerate(first) if COLUMNS.get(line["file"], line["file"]) == column]
     scored = [i for i in items if "correct" in first[i]]
     metrics: dict[str, ItemScores] = {}
     if scored:
@@ -399,7 +390,7 @@ def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores)
     if not _blind(comparison):
         return {}
     marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
-    lines = [line for line in first if column_of(line) == overall.column and "correct" in line]
+    lines = [line for line in first if COLUMNS.get(line["file"], line["file"]) == overall.column and "correct" in line]
     solved = [line for line, is_solved in zip(lines, marked, strict=True) if is_solved]
     kinds: dict[str, Any] = {}
     for kind in dict.fromkeys(line["kind"] for line in lines):

@@ -78,11 +78,10 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
     from mllm.compare.commands import samples_of_cells, train_arguments  # imports torch
 
-    cells, files = cells_of(comparison), question_files(comparison)[0]
+    cells = cells_of(comparison)
+    files = question_files(comparison)[0]
     samples = samples_of_cells(comparison, cells)
     asked = {name: asked_questions(comparison, path) for name, path in files.items()}
-    first = _first_column(files)
-    deciding_questions = [q for name, of_file in asked.items() if _column(name) == first for q in of_file]
     stages = {stage.name: number for number, stage in STAGES.items()}
     given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
     if not comparison.variants:
@@ -91,7 +90,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "comparison": flags,
-        "decides": deciding(comparison, deciding_questions),
+        "decides": deciding(comparison, _of_deciding_column(asked)),
         "is_demo": is_demo(comparison),
         "budget": {
             "share": budget_share(comparison),
@@ -102,7 +101,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
         "questions": {
             name: {
                 "file": path.name,
-                "column": _column(name),
+                "column": COLUMNS.get(name, name),
                 "sha256": sha256(path),
                 "questions": len(read_questions(path)),
                 "asked": len(asked[name]),
@@ -114,14 +113,10 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _column(name: str) -> str:
-    return COLUMNS.get(name, name)
-
-
-def _first_column(files: Iterable[str]) -> str | None:
-    """The sort of pictures that decides."""
-    columns = [_column(name) for name in files]
-    return UNSEEN if UNSEEN in columns else next(iter(columns), None)
+def columns_of(files: Iterable[str]) -> list[str]:
+    """The sorts of pictures that files of questions are about; the sort that decides, of unseen artists, is first."""
+    columns = dict.fromkeys(COLUMNS.get(name, name) for name in files)
+    return sorted(columns, key=lambda column: column != UNSEEN)
 
 
 def _projector(arguments: TrainArguments) -> str:
@@ -156,12 +151,16 @@ def power_in_words(comparison: Comparison) -> str:
     """What the comparison can see, said before anything is trained."""
     if llava_runs(comparison) < 2:
         return "one run of each encoder tells nothing about other runs (--seeds, --llava-runs)"
-    files = question_files(comparison)[0]
-    first = _first_column(files)
-    questions = sum(len(asked_questions(comparison, path)) for name, path in files.items() if _column(name) == first)
+    asked = {name: asked_questions(comparison, path) for name, path in question_files(comparison)[0].items()}
+    questions = len(_of_deciding_column(asked))
     five, two = (100 * power(comparison, questions, points) for points in (0.05, 0.02))
     spreads = "the spreads measured on the demo" if is_demo(comparison) else "the demo's spreads, for want of its own"
     return f"this comparison sees 5 points in {five:.0f} of 100 cases and 2 points in {two:.0f}, by {spreads}"
+
+
+def _of_deciding_column(asked: Mapping[str, list[Question]]) -> list[Question]:
+    columns = columns_of(asked)
+    return [q for name, questions in asked.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:

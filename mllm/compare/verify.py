@@ -115,9 +115,6 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
     expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = sha256(comparison.output / PLAN)
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
-    if not questions:
-        return
-
     figures: dict[str, Any] = {"scorer": scorer_version()}
     for name, of_file in questions.items():
         path = cell.evaluation / f"{name}.jsonl"
@@ -125,21 +122,16 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
         if len(lines) != len(of_file):
             yield f"it has {len(lines)} answers {name} to {len(of_file)} questions"
             continue
-        yield from _answers(name, of_file, lines)
+        for question, line in zip(of_file, lines, strict=True):
+            about = {"question_id": question.id, "prompt": question.text, "image": question.image}
+            if question.answer is not None:
+                right = is_right(str(line["text"]), question.answer)
+                about |= {"kind": question.kind, "expected": question.answer, "correct": right}
+            place = f"answer to {name}, question {question.id}"
+            yield from differences({key: line.get(key) for key in about}, about, place)
         figures |= of_set(name, score(of_file, [str(line["text"]) for line in lines]))
-    recorded = cell.read("evaluation/figures.json")
+    recorded = cell.read("evaluation/figures.json") if questions else figures
     yield from differences({name: recorded.get(name) for name in figures}, figures, "figures.json")
-
-
-def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) -> Iterator[str]:
-    for question, line in zip(questions, lines, strict=True):
-        about = {"question_id": question.id, "prompt": question.text, "image": question.image}
-        if question.answer is not None:
-            right = is_right(str(line["text"]), question.answer)
-            about |= {"kind": question.kind, "expected": question.answer, "correct": right}
-        yield from differences(
-            {key: line.get(key) for key in about}, about, f"answer to {name}, question {question.id}"
-        )
 
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
@@ -166,32 +158,25 @@ def opened(place: Path) -> Iterator[Path]:
 
 def verified(output: Path, called: Path) -> Verification:
     """`verify`; CommandError, listing what differs, unless the comparison is what its report says."""
-    try:
-        found = verify(output)
-    except UserError as error:  # of an archive that is unpacked for the time being
-        raise UserError(str(error).replace(str(output), str(called))) from None
-    if found.differs:
-        more = len(found.differs) - NAMED
-        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({found.kept})"]
+    result = verify(output)
+    if result.differs:
+        lines = [*result.differs[:NAMED], f"{len(result.differs):,} differences in all", result.kept]
         raise CommandError(f"{called} is not what its report says:\n  " + "\n  ".join(lines))
-    return found
+    return result
 
 
 def verify_from_flags(place: str) -> None:
     """What `compare_encoders.py --verify PLACE` does."""
     path = Path(place)
     with opened(path) as output:
-        found = verified(output, path)
-    print_table("mean ± standard deviation over seeds", *headline(found.report))
-    cells = len(found.report["cells"])
-    lines = [
-        f"verified: {cells} cells, {found.answers:,} answers scored anew, every figure as in {REPORT}",
-        found.kept,
-        "taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell",
-        *([] if path.is_dir() else [f"SHA-256 of {place}: {sha256(path)}"]),
-    ]
-    for line in lines:
-        Console(emoji=False).print(for_rich(line), highlight=False, soft_wrap=True)
+        result = verified(output, path)
+    print_table("mean ± standard deviation over seeds", *headline(result.report))
+    cells = len(result.report["cells"])
+    _say(f"verified: {cells} cells, {result.answers:,} answers scored anew, every figure as in {REPORT}")
+    _say(result.kept)
+    _say("taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell")
+    if path.is_file():
+        _say(f"SHA-256 of {place}: {sha256(path)}")
 
 
 def pack(output: Path, packed: Path) -> str:
@@ -206,5 +191,8 @@ def pack_from_flags(directory: str) -> None:
     packed = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)
     digest = pack(output, packed)
-    shown = f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {digest}"
-    Console(emoji=False).print(for_rich(shown), highlight=False, soft_wrap=True)
+    _say(f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {digest}")
+
+
+def _say(line: str) -> None:
+    Console(emoji=False).print(for_rich(line), highlight=False, soft_wrap=True)
