@@ -68,18 +68,16 @@ class PretrainingRun:
 
     recipe: str
     name: str
-    samples: int | None
-    """Of each phase; None: as the recipe and `settings` say."""
+    samples: int
+    """Of each phase."""
     seed: int
     settings: tuple[str, ...] = ()
-    device: str = "auto"
 
     def command(self, output: Path) -> list[str]:
         """The command that trains the run in `output`/`name`. The run evaluates and saves at its end only."""
         return [
             *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output", str(output)),
-            *(() if self.samples is None else ("--samples", str(self.samples))),
-            *("--seed", str(self.seed), "--device", self.device),
+            *("--samples", str(self.samples), "--seed", str(self.seed), "--device", "auto"),
             *("--set", "train.eval_every=0", "train.checkpoint_every=0", *self.settings),
         ]
 
@@ -112,14 +110,9 @@ def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
     return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
 
 
-def train(
-    runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console, threads: int | None = None
-) -> dict[PretrainingRun, Path]:
-    """Train the runs that are not finished, and return the directory of each run.
-
-    `threads` of each run; by default its share of the cores.
-    """
-    runner = Runner([run.cell(output) for run in runs], jobs, console, threads)
+def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
+    """Train the runs that are not finished, and return the directory of each run."""
+    runner = Runner([run.cell(output) for run in runs], jobs, console)
     with runner.live():
         runner.run(runner.cells)
     return {run: output / run.name for run in runs}

@@ -16,7 +16,7 @@ from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
 from clips.lab.stats import verdict
 from clips.studies.variants import Question, Study, Variant, check_counts, check_settings, seeded_runs
-from clips.studies.variants_page import Words, page, seen_by_all
+from clips.studies.variants_page import Words, page
 
 CONTEXT = "model.text.context_length=80"
 """The demo's text tower reads 56 tokens and would cut a sixth of the long captions. 80 tokens cut one in a thousand."""
@@ -123,19 +123,21 @@ def reproduce(
     Raises UserError for an unknown claim, fewer than two seeds, or an `output` whose runs have other settings;
     CommandError when a run fails.
     """
-    if unknown := [key for key in claims if key not in (*CLAIMS, LLAVA)]:
+    unknown = [key for key in claims if key not in (*CLAIMS, LLAVA)]
+    if unknown:
         raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join((*CLAIMS, LLAVA))}")
     check_counts(seeds, jobs)
-    asked = {key: claim for key, claim in CLAIMS.items() if key in claims}
-    names = list(dict.fromkeys(name for claim in asked.values() for name in claim.variants))
-    study = variant_study(names, seeds, samples, settings, name="claims", title="The claims of CLIPS", questions=asked)
+    questions = {key: claim for key, claim in CLAIMS.items() if key in claims}
+    names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
+    about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions}
+    study = variant_study(names, seeds, samples, settings, **about)
     check_settings(study.everything())
     judged = {LLAVA: judge_llava(llava_report)} if LLAVA in claims else {}
     return study.carry_out(output, jobs, claims_page, dry_run=dry_run, judged=judged)
 
 
 def claims_page(result: Mapping[str, Any]) -> Page:
-    note = seen_by_all(result) if result["variants"] else ""
+    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds" if result["variants"] else ""
     return page(result, "The claims of CLIPS, in small", note, LIMITS, WORDS)
 
 
@@ -153,21 +155,26 @@ def judge_llava(report: Path) -> dict[str, Any]:
         missing = f"python scripts/compare_encoders.py writes {report}; then run this command again"
         return claim | {"verdict": "not run", "missing": missing}
     try:
-        found = next(
+        row = next(
             row
             for row in json.loads(report.read_text(encoding="utf-8"))["differences"]
             if {row["a"], row["b"]} == {"clips", "clip"} and row["metric"] == "accuracy"
         )
-        sign = 100 if found["a"] == "clips" else -100
-        entry = {name: found[name] for name in ("metric", "seeds", "items")} | {"a": "clips", "b": "clip"}
-        entry |= {"mean": sign * found["mean"], "ci95": sorted(sign * end for end in found["ci95"])}
+        sign = 100 if row["a"] == "clips" else -100
+        contrast = {
+            "a": "clips",
+            "b": "clip",
+            **{name: row[name] for name in ("metric", "seeds", "items")},
+            "mean": sign * row["mean"],
+            "ci95": sorted(sign * end for end in row["ci95"]),
+        }
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(
             f"{report} holds no difference in accuracy between clips and clip ({error!r}): write it with "
             "python scripts/compare_encoders.py, or leave e out of --claims"
         ) from None
-    if entry["seeds"] < 2:
+    if contrast["seeds"] < 2:
         missing = f"{report} has one seed, whose interval says nothing of other runs: compare with --seeds 3"
         return claim | {"verdict": "not run", "missing": missing}
-    said = verdict(entry["ci95"])
-    return claim | {"contrasts": [entry | {"verdict": said}], "verdict": said}
+    decided = verdict(contrast["ci95"])
+    return claim | {"contrasts": [contrast | {"verdict": decided}], "verdict": decided}

@@ -206,8 +206,8 @@ def check_settings(runs: Sequence[PretrainingRun]) -> None:
 # ------------------------------------------------------------------------------------------- figures and verdicts
 def measured(runs: Sequence[Path]) -> list[str]:
     """The figures that the test set of every run gave. UserError if there are none."""
-    found = [read_json(run / "evaluation.json").get("figures", {}) for run in runs]
-    names = [name for name in FIGURES if all(name in figures for figures in found)]
+    measurements = [read_json(run / "evaluation.json").get("figures", {}) for run in runs]
+    names = [name for name in FIGURES if all(name in figures for figures in measurements)]
     if not names:
         raise UserError(
             "the test data give neither retrieval nor zero-shot figures: its samples need `captions` (a list) or a "
@@ -218,15 +218,15 @@ def measured(runs: Sequence[Path]) -> list[str]:
 
 def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's figures, the means of both directions, and its training seconds."""
-    found = read_figures(run, names)
+    figures = read_figures(run, names)
     # Rounded: what floating point leaves over must not pass for a spread over seeds.
     means = {
-        f"{test_set}/{name}" if test_set else name: round(mean(figures[way] for way in both), 6)
-        for test_set, figures in by_test_set(found, "").items()
+        f"{test_set}/{name}" if test_set else name: round(mean(of_set[way] for way in both), 6)
+        for test_set, of_set in by_test_set(figures, "").items()
         for name, both in MEANS.items()
-        if set(both) <= set(figures)
+        if set(both) <= set(of_set)
     }
-    return found | means
+    return figures | means
 
 
 def decides(figures: Sequence[str]) -> str:
@@ -244,26 +244,26 @@ def compared(a: str, b: str, rows: Mapping[str, Sequence[Mapping[str, float]]]) 
     """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
     figures = [name for name in rows[a][0] if name != SECONDS]
     deciding = decides(figures)
-    found = {figure: difference(rows[a], rows[b], figure) for figure in figures}
+    differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
     return {
-        **{"a": a, "b": b, "metric": deciding, **found[deciding]},
-        "verdict": verdict(found[deciding]["ci95"]),
+        **{"a": a, "b": b, "metric": deciding, **differences[deciding]},
+        "verdict": verdict(differences[deciding]["ci95"]),
         "seeds": len(rows[a]),
-        "figures": found,
+        "figures": differences,
     }
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """One line for several comparisons: "win", or "1 of 3 win, 2 of 3 tie"."""
-    counts = {said: verdicts.count(said) for said in ("win", "loss", "tie") if said in verdicts}
+    counts = {kind: verdicts.count(kind) for kind in ("win", "loss", "tie") if kind in verdicts}
     if len(counts) == 1:
         return verdicts[0]
-    return ", ".join(f"{count} of {len(verdicts)} {said}" for said, count in counts.items())
+    return ", ".join(f"{count} of {len(verdicts)} {kind}" for kind, count in counts.items())
 
 
 # ------------------------------------------------------------------------------------------- what the runs had
 def environment(run: Path) -> dict[str, Any]:
     """What a run recorded of its machine and packages, and the processors of this machine."""
-    found = read_json(run / "env.json")
+    recorded = read_json(run / "env.json")
     names = ("python", "platform", "device", "packages")
-    return {"cpus": os.cpu_count(), **{name: found[name] for name in names if name in found}}
+    return {"cpus": os.cpu_count(), **{name: recorded[name] for name in names if name in recorded}}

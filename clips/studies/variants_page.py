@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from clips.common.live import in_words
-from clips.common.page import Block, Bullets, Chart, Page, Paragraph, Section, Table, Tile
+from clips.common.page import Block, Chart, Page, Paragraph, Section, Table, Tile
 from clips.common.plots import INK, SERIES, plain_axes
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import COLOURS, described, forest
@@ -44,23 +44,11 @@ def called(figure: str) -> str:
     return words + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
-def seen_by_all(result: Mapping[str, Any]) -> str:
-    return f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds"
-
-
-def page(
-    result: Mapping[str, Any],
-    title: str,
-    note: str,
-    limits: str,
-    words: Words = BETTER,
-    findings: Sequence[str] = (),
-    more: Sequence[Section] = (),
-) -> Page:
-    """The whole page. `limits`: what the study does not show; `findings`: sentences; `more`: further sections."""
+def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:
+    """Make the whole page. `limits` says what the study does not show."""
     questions, variants = result["questions"], result["variants"]
     tiles = [
-        Tile(f"({key}) {q['title']}", [(_short(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])
+        Tile(f"({key}) {q['title']}", [(_in_words(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])
         for key, q in questions.items()
     ]
     count = sum(len(q.get("contrasts", ())) for q in questions.values())
@@ -72,61 +60,69 @@ def page(
         "are wrong more often where only one variant learns in a jump (docs/comparison.md)."
     )
     parts = [
-        *([Section("Result", [Bullets(findings, "big")])] if findings else []),
         Section("What decides", [Paragraph(decides), Paragraph(limits, "Limits")]),
         *(Section(f"({key}) {q['title']}", _blocks(q, variants, words)) for key, q in questions.items()),
-        *more,
     ]
     return Page(title, note, [*parts, Section("How it was run", _how(result))], tiles)
 
 
-def _short(said: str, words: Words) -> str:
+def _in_words(verdict: str, words: Words) -> str:
     """A verdict, or a count of verdicts, in the words of the study."""
     for kind, text in words.items():
-        said = said.replace(kind, text)
-    return said
+        verdict = verdict.replace(kind, text)
+    return verdict
 
 
 def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Words) -> list[Block]:
-    blocks: list[Block] = [Paragraph(question["paper"], "The paper")] if question.get("paper") else []
-    blocks.append(Paragraph(f"{_short(question['verdict'], words)}.", "Verdict"))
+    blocks: list[Block] = []
+    if question.get("paper"):
+        blocks.append(Paragraph(question["paper"], "The paper"))
+    blocks.append(Paragraph(f"{_in_words(question['verdict'], words)}.", "Verdict"))
     if "missing" in question:
         return [*blocks, Paragraph(f"To get there: {question['missing']}.")]
+
     contrasts = question["contrasts"]
     labels = {name: variants[name]["label"] for name in question.get("variants", ())}
     pairs = {f"{labels.get(c['a'], c['a'])} − {labels.get(c['b'], c['b'])}": c for c in contrasts}
-    metric, there = contrasts[0]["metric"], contrasts[0].get("figures", {})
-    aside = dict.fromkeys(["sentence_r1", *(deciding_name(name, there) for name in BESIDE)])
-    beside = [name for name in aside if name in there and name != metric]
+    metric = contrasts[0]["metric"]
+    figures = contrasts[0].get("figures", {})
+    candidates = dict.fromkeys(["sentence_r1", *(deciding_name(name, figures) for name in BESIDE)])
+    beside = [name for name in candidates if name in figures and name != metric]
     rows = [
         (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["figures"][name]) for name in beside))
         for pair, c in pairs.items()
     ]
-    head = ("comparison", called(metric) if there else metric, "verdict", *map(called, beside))
-    blocks += [forest(intervals)] if (intervals := [(pair, c) for pair, c in pairs.items() if c["ci95"]]) else []
+    head = ("comparison", called(metric) if figures else metric, "verdict", *map(called, beside))
+    intervals = [(pair, c) for pair, c in pairs.items() if c["ci95"]]
+    if intervals:
+        blocks.append(forest(intervals))
     blocks.append(Table(head, rows, css_class({text: COLOURS[kind] for kind, text in words.items()})))
-    if not there:  # from the report of another study
+    if not figures:  # from the report of another study
         return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
-    blocks.append(Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."))
-    shown = {name: variants[name] for name in labels}
-    blocks.append(Chart(partial(draw, shown, metric), question["title"], "plot"))
-    blocks.append(Paragraph("Bars: means over seeds. Whiskers: their 95 % t intervals, whose overlap decides nothing."))
-    blocks += [Paragraph(question["caution"], "With care")] if question.get("caution") else []
-    return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(shown)]
+
+    compared = {name: variants[name] for name in labels}
+    blocks += [
+        Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."),
+        Chart(partial(draw, compared, metric), question["title"], "plot"),
+        Paragraph("Bars: means over seeds. Whiskers: their 95 % t intervals, whose overlap decides nothing."),
+    ]
+    if question.get("caution"):
+        blocks.append(Paragraph(question["caution"], "With care"))
+    return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(compared)]
 
 
 def means(variants: Mapping[str, Any]) -> Table:
     """A row for each figure that the variants have, a column for each variant."""
-    there = next(iter(variants.values()))["runs"][0]["figures"]
+    measured = next(iter(variants.values()))["runs"][0]["figures"]
     named = [*NAMES, *(f"{name.removesuffix('_r1')}_{way}_r1" for name in ("sentence_r1", "long_r1") for way in WAYS)]
     # The set that decides is first, then the first set, whose figures have plain names, then further sets.
-    sets = sorted({name.rpartition("/")[0] for name in there}, key=lambda name: (name != UNSEEN, name))
+    sets = sorted({name.rpartition("/")[0] for name in measured}, key=lambda name: (name != UNSEEN, name))
     figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
     figures[SECONDS] = "seconds of training, at the run's fastest rate"
     rows = [
         (words, *(show_mean([run["figures"][name] for run in variant["runs"]]) for variant in variants.values()))
         for name, words in figures.items()
-        if name in there
+        if name in measured
     ]
     return Table(("", *(variant["label"] for variant in variants.values())), rows, css_class({}))
 
