@@ -5,7 +5,7 @@ import argparse
 
 from clips.common.errors import start
 from clips.common.flags import Parser
-from mllm.chat.flags import add_address_flags, add_model_flags
+from mllm.chat.flags import add_model_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,9 +27,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stats", action="store_true", help="show tokens/s, time to the first token, cached tokens")
     web = p.add_argument_group("web page")
     web.add_argument("--web", action="store_true", help="open a page for the browser instead")
-    add_address_flags(web, 7860)
+    web.add_argument("--port", type=int, default=7860, help="port of 127.0.0.1 to listen on")
     web.add_argument("--pictures", metavar="DIR", help="folder to search (default: the demo's pictures of new artists)")
-    web.add_argument("--compare-with", action="append", metavar="MODEL", help="further model of the page; repeatable")
     return p
 
 

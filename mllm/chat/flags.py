@@ -15,17 +15,3 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     bits.add_argument("--load-8bit", action="store_true", help="load the language model in 8 bits (bitsandbytes)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="arithmetic of the model")
     add("--device", default="auto", help="auto, cpu or cuda")
-
-
-def add_address_flags(parser: argparse._ActionsContainer, port: int) -> None:
-    """Add --host, --port and --allowed-hosts (mllm/chat/hosts.py)."""
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from outside")
-    add("--port", type=int, default=port, help="port to listen on; 0: any free port")
-    add(
-        "--allowed-hosts",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="further host names of this machine for browsers, beside localhost, addresses and its own name; *: any",
-    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from clips.common.opening import opening
 from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, Video, size_of
 from mllm.data.conversation import answering_encoder
-from mllm.data.video import VIDEO, Size
+from mllm.data.video import Size
 from mllm.model.load import find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -41,21 +42,16 @@ class Sampling:
     """Makes a sampled answer repeatable."""
 
     def __post_init__(self) -> None:
-        number, texts = (int, float), self.stop
-        rules: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-            "temperature": (number, lambda value: 0 <= value < math.inf, "a number of 0 or more"),
-            "top_p": (number, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-            "max_new_tokens": (int, lambda value: value >= 1, "a whole number above 0"),
-            "seed": (int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
+        rules = {
+            "temperature must be a number of 0 or more": 0 <= self.temperature < math.inf,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "max_new_tokens must be above 0": self.max_new_tokens >= 1,
+            "seed must be a whole number of 0 or more": self.seed is None or 0 <= self.seed < 2**63,
+            "stop must be texts that are not empty": all(self.stop),
         }
-        for name, (kind, fits, wanted) in rules.items():
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
-                raise UserError(f"{name} must be {wanted}, found {value!r}")
-        if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
-            raise UserError(f"stop must be texts that are not empty, found {texts!r}")
+        for rule, holds in rules.items():
+            if not holds:
+                raise UserError(rule)
 
 
 GREEDY = Sampling()
@@ -98,32 +94,29 @@ class ChatModel:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @property
-    def most_pictures(self) -> int | None:
-        """The number of smallest pictures that leave room for one token of text; None if the context is not known."""
-        least = min([self.layout.square, *([self.layout.tokens(VIDEO)] if self.layout.frames else [])])
-        return None if self.context_length is None else (self.context_length - 2) // least
+    def takes_videos(self) -> bool:
+        """Whether the model has videos, and PyAV is there to read them."""
+        return bool(self.layout.frames) and importlib.util.find_spec("av") is not None
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
         """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one.
 
         Raises UserError for a video if the model takes none.
         """
-        return [self.layout.tokens(self._size(picture)) for picture in pictures]
-
-    def _size(self, picture: Picture) -> Size:
-        """The size of a picture, or any where it does not matter."""
-        return size_of(picture) if self.layout.pinpoints or isinstance(picture, Video) else (1, 1)
+        any_size: Size = (1, 1)  # without tiles it does not matter
+        matters = bool(self.layout.pinpoints)
+        return [
+            self.layout.tokens(size_of(picture) if matters or isinstance(picture, Video) else any_size)
+            for picture in pictures
+        ]
 
     def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
         """Raises UserError if the encoder would have to read more than `most` squares: it is the cost of pictures."""
         if not self.layout.pinpoints:
             return
-        found = sum(self.layout.squares(size_of(picture)) for picture in pictures)
-        if found > most:
-            raise UserError(
-                f"the encoder would read {found} squares for these {len(pictures)} pictures, and the limit is {most} "
-                "(serve.py --max-squares): send fewer, or smaller ones"
-            )
+        squares = sum(self.layout.squares(size_of(picture)) for picture in pictures)
+        if squares > most:
+            raise UserError(f"these {len(pictures)} pictures have {squares} squares, the limit is {most}: send fewer")
 
     @staticmethod
     def load(

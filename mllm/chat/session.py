@@ -11,17 +11,18 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.prefix_cache import PrefixCache
-from mllm.chat.stream import AnswerStreamer, StopWhenDone
-from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript, turn_text
+from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript
 from mllm.data.conversation import Images
 from mllm.evaluation.batches import COLDEST, pixel_inputs, seen
 from mllm.model.load import CACHE
@@ -29,6 +30,58 @@ from mllm.model.load import CACHE
 
 class ContextError(UserError):
     """A talk is longer than the model's context."""
+
+
+class AnswerStreamer(TextIteratorStreamer):
+    """The text of an answer in pieces, up to the first stop text, without outer spaces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], cancel: threading.Event) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.stop = stop
+        self.cancel = cancel
+        self.is_stopped = False
+        self.last_id: int | None = None
+        self.times: list[float] = []
+        """When each token came."""
+        self._held = ""
+        """Text that may begin a stop text, and spaces: at the end of an answer they are cut."""
+        self._has_begun = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.last_id = int(value)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.is_stopped:
+            text = self._held + text
+            ends = [text.index(stop) for stop in self.stop if stop in text]
+            self.is_stopped = bool(ends)
+            longest = 0 if stream_end else max(map(len, self.stop), default=1) - 1
+            ready = text[: min(ends) if ends else max(0, len(text) - longest)].rstrip()
+            self._held = text[len(ready) :]
+            ready = ready if self._has_begun else ready.lstrip()
+            if ready:
+                self._has_begun = True
+                self.text_queue.put(ready)
+        if stream_end:
+            self.text_queue.put(self.stop_signal)
+
+    def is_done(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """A stopping criterion of `generate`."""
+        return torch.tensor([self.is_stopped or self.cancel.is_set()], device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A checked talk up to the next answer."""
+
+    turns: list[Turn]
+    images: list[Picture]
+    tokens: list[int]
+    """Of each image."""
+    ids: list[int]
 
 
 class ChatSession:
@@ -39,14 +92,18 @@ class ChatSession:
         images: their pictures in the order of the placeholders.
         system: replaces the format's own system text, if set.
         last: statistics of the last answer; None before the first answer.
+
+    Raises UserError for a system text if the format has no place for it.
     """
 
     def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
+        if system and model.encoder.format.system is None:
+            raise UserError(f"format {model.encoder.format.name} has no place for a system text")
         self.model = model
         self.turns: list[Turn] = []
         self.images: list[Picture] = []
+        self.system = system or None
         self.last: Stats | None = None
-        self.set_system(system)
         self._prefix = PrefixCache(model.encoder.placeholder_ids)
 
     @classmethod
@@ -57,12 +114,6 @@ class ChatSession:
         session = cls(model, system=system)
         session.turns, session.images = list(turns), list(images)
         return session
-
-    def set_system(self, text: str | None) -> None:
-        """Set the system text; None or "" is the format's own. Raises UserError if the format has no place for it."""
-        if text and self.model.encoder.format.system is None:
-            raise UserError(f"format {self.model.encoder.format.name} has no place for a system text")
-        self.system = text or None
 
     def prompt_ids(self, turns: Sequence[Turn], images: Images) -> list[int]:
         """Token ids of the system text and `turns`, up to the start of the next answer."""
@@ -90,27 +141,10 @@ class ChatSession:
         """Stream the answer to the last turn, which must be the human's."""
         return self._answer(self.turns, self.images, sampling, cancel)
 
-    def retry(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Generator[str, None, None]:
-        """Stream another answer to the last question; it replaces the old answer."""
-        if not self.turns:
-            raise UserError("there is no question yet")
-        turns = self.turns[:-1] if self.turns[-1]["from"] == "gpt" else self.turns
-        return self._answer(turns, self.images, sampling, cancel)
-
-    def undo(self) -> str:
-        """Remove the last question with its pictures and answer; returns the question's text."""
-        if not self.turns:
-            raise UserError("there is nothing to take back")
-        if self.turns[-1]["from"] == "gpt":
-            self.turns = self.turns[:-1]
-        *self.turns, question = self.turns
-        self.images = self.images[: len(self.images) - count_images(question)]
-        return turn_text(question)
-
-    def reset(self) -> None:
-        """Start a new talk; the system text stays."""
-        self.turns, self.images, self.last = [], [], None
-        self._prefix.forget()
+    def keep(self, answers: int) -> None:
+        """Cut the talk after its first `answers` answers; 0 starts anew."""
+        self.turns = self.turns[: 2 * answers]
+        self.images = self.images[: sum(map(count_images, self.turns))]
 
     def save(self, path: Path | str) -> list[Path]:
         """Write the talk to `path` (.json) and its pictures beside it, see `save_transcript`."""
@@ -122,62 +156,69 @@ class ChatSession:
         """Check the prompt at once, then return the stream."""
         start = time.perf_counter()
         tokens = self.model.image_tokens(images)
-        ids = self.prompt_ids(turns, tokens)
+        prompt = Prompt(turns, images, tokens, self.prompt_ids(turns, tokens))
         context = self.model.context_length
-        if context is not None and len(ids) >= context:
+        if context is not None and len(prompt.ids) >= context:
             raise ContextError(
-                f"the talk takes {len(ids):,} tokens with this question, and the model reads {context:,} at most "
-                f"({self.model.layout} for each picture): ask shorter, take turns back or start anew"
+                f"the talk takes {len(prompt.ids):,} tokens with this question, and the model reads {context:,} at "
+                f"most ({self.model.layout} for each picture): ask shorter or start anew"
             )
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
-        return self._stream(turns, images, tokens, ids, sampling, streamer, start)
+        return self._stream(prompt, sampling, streamer, start)
 
     def _stream(
-        self,
-        turns: list[Turn],
-        images: list[Picture],
-        tokens: list[int],
-        ids: list[int],
-        sampling: Sampling,
-        streamer: AnswerStreamer,
-        start: float,
+        self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer, start: float
     ) -> Generator[str, None, None]:
-        said: list[str] = []
-        heard_all = False
-        future = self.model.worker.submit(self._generate, ids, images, tokens, sampling, streamer)
-        future.add_done_callback(lambda _: streamer.pieces.put(None))
+        pieces: list[str] = []
+        is_whole = False
+        future = self.model.worker.submit(self._generate, prompt, sampling, streamer)
+        future.add_done_callback(lambda _: streamer.text_queue.put(None))  # also after an error
         try:
-            for piece in iter(streamer.pieces.get, None):  # waits in the reader's thread
-                said.append(piece)
+            for piece in streamer:  # waits in the reader's thread
+                pieces.append(piece)
                 yield piece
-            heard_all = True
+            is_whole = True
         finally:  # also when the reader closes the stream or presses Ctrl-C
-            streamer.cancelled |= not heard_all
+            if not is_whole:
+                streamer.cancel.set()
             wait([future])  # the worker stops after its next token; until then it writes to this talk's cache
             if future.exception() is None:
-                answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(said)}]}
-                self.turns, self.images = [*turns, answer], images
-                self.last = streamer.stats(len(ids), future.result(), start, self.model.encoder.stop_ids)
+                answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(pieces)}]}
+                self.turns = [*prompt.turns, answer]
+                self.images = prompt.images
+                self.last = self._stats(streamer, len(prompt.ids), future.result(), start)
         future.result()  # raises what the worker raised
 
+    def _stats(self, streamer: AnswerStreamer, prompt_tokens: int, cached_tokens: int, start: float) -> Stats:
+        times = streamer.times
+        seconds = times[-1] - times[0] if times else 0.0
+        has_ended = streamer.is_stopped or streamer.last_id in self.model.encoder.stop_ids
+        return Stats(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            new_tokens=len(times),
+            first_token_s=times[0] - start if times else 0.0,
+            tokens_per_s=(len(times) - 1) / seconds if seconds else 0.0,
+            finish_reason="stop" if has_ended else "cancelled" if streamer.cancel.is_set() else "length",
+        )
+
     @torch.inference_mode()
-    def _generate(
-        self, ids: list[int], images: list[Picture], tokens: list[int], sampling: Sampling, streamer: AnswerStreamer
-    ) -> int:
+    def _generate(self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer) -> int:
         """Feed the streamer, in the worker's thread; returns the number of prompt tokens from the cache."""
-        if streamer.is_cancelled():
+        if streamer.cancel.is_set():
             return 0
         model: Any = self.model.model
-        shared, known = self._prefix.reuse(ids, images, tokens)
-        read = torch.tensor([ids], device=model.device)
+        shared, known = self._prefix.reuse(prompt.ids, prompt.images, prompt.tokens)
+        read = torch.tensor([prompt.ids], device=model.device)
         inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
-        if known < len(images):
+        if known < len(prompt.images):
             pictures = []
-            for image in images[known:]:  # one after the other: only the encoder's view of each is kept
-                if streamer.is_cancelled():
+            for image in prompt.images[known:]:  # one after the other: only the encoder's view of each is kept
+                if streamer.cancel.is_set():
                     return 0
                 pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
+
         cache = self._prefix.take(model.config.get_text_config())
         # The random state is restored: the seed of one talk must not repeat the answers of another talk.
         devices = [model.device] if model.device.type == "cuda" else []
@@ -188,26 +229,25 @@ class ChatSession:
                 output = model.generate(
                     **inputs,  # sizes of pictures in tiles stay on the host, which reads them
                     **{CACHE: cache},
-                    generation_config=self._settings(sampling, len(ids)),
+                    generation_config=self._settings(sampling, len(prompt.ids)),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([StopWhenDone(streamer)]),
+                    stopping_criteria=StoppingCriteriaList([streamer.is_done]),
                 )
         except torch.OutOfMemoryError:
-            raise UserError(
-                f"the device has too little memory for a prompt of {len(ids):,} tokens: ask shorter or start anew"
-            ) from None
-        self._prefix.keep(cache, ids, output[0, len(ids) :].tolist(), images, tokens)
+            raise UserError(f"the device has too little memory for a prompt of {len(prompt.ids):,} tokens") from None
+        self._prefix.keep(cache, prompt.ids, output[0, len(prompt.ids) :].tolist(), prompt.images, prompt.tokens)
         return shared
 
     def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
         """Set every field that the model's own generation config could set."""
-        encoder, context = self.model.encoder, self.model.context_length
+        encoder = self.model.encoder
+        context = self.model.context_length
         room = sampling.max_new_tokens if context is None else context - prompt_tokens
         pad = self.model.processor.tokenizer.pad_token_id
-        greedy = sampling.temperature < COLDEST
-        drawn = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": 0}
+        is_greedy = sampling.temperature < COLDEST
+        drawn = {} if is_greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
-            do_sample=not greedy,
+            do_sample=not is_greedy,
             max_new_tokens=min(sampling.max_new_tokens, room),
             repetition_penalty=1.0,
             num_beams=1,

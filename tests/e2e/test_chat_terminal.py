@@ -121,15 +121,14 @@ def test_a_talk_in_a_terminal(terminal: Callable[..., Terminal], place: Path, tm
     assert "error: " in chat.ask(f"/image {tmp_path / 'missing.png'}")
     questions = ["<image>\nWhat is it?", "And two dogs?"]
     assert talk_of(chat, tmp_path / "a.json")[::2] == questions
-    assert "taken back: And two dogs?" in chat.ask("/undo")
-    chat.ask("/retry")
     chat.type("What cat")
     chat.type(LEFT * 3, "What ")  # editing: put a word in
     chat.ask("red ")
-    chat.type("/sa" + TAB, "/save")  # completion
-    chat.ask(f" {tmp_path / 'b.json'}")
-    (record,) = json.loads((tmp_path / "b.json").read_text())
-    assert [turn["value"] for turn in record["conversations"]][::2] == [questions[0], "What red cat"]
+    (tmp_path / "folder").mkdir()
+    chat.type(f"/save {tmp_path}/fo" + TAB, f"{tmp_path}/folder")  # completion
+    chat.ask("/b.json")
+    (record,) = json.loads((tmp_path / "folder" / "b.json").read_text())
+    assert [turn["value"] for turn in record["conversations"]][::2] == [*questions, "What red cat"]
     assert chat.leave(CTRL_D) == 0
 
     # The history outlives the program. Ctrl-C stops the answer of a slow model, not the program.
@@ -138,13 +137,14 @@ def test_a_talk_in_a_terminal(terminal: Callable[..., Terminal], place: Path, tm
         tmp_path / "runs" / "llava", tmp_path / "runs" / "demo", num_hidden_layers=12, max_position_embeddings=2048
     )
     chat = terminal("--max-new-tokens", "250", "--model", str(slow))
-    chat.type(UP, f"/save {tmp_path / 'b.json'}")
+    chat.type(UP, f"/save {tmp_path / 'folder' / 'b.json'}")
     chat.type(UP, "What red cat")
     chat.child.send("\r")
     whole = chat.ready()
     assert len(whole) > 200
     assert talk_of(chat, tmp_path / "c.json")[0] == "What red cat"
-    chat.type("/retry")
+    chat.ask("/reset")
+    chat.type("What red cat")
     chat.child.send("\r")
     shown = chat.wait(lambda line: line and not line.startswith(">"))  # some of the answer
     chat.child.send(CTRL_C)
@@ -154,5 +154,5 @@ def test_a_talk_in_a_terminal(terminal: Callable[..., Terminal], place: Path, tm
     assert len(talk_of(chat, tmp_path / "d.json")) == 2
     chat.type("half a line")
     chat.child.send(CTRL_C)  # drops the line
-    assert "/exit leaves" in chat.ready()
-    assert chat.leave("/exit\r") == 0
+    assert "/quit leaves" in chat.ready()
+    assert chat.leave("/quit\r") == 0

@@ -6,13 +6,12 @@ walk them: the one that sees a picture in a square, and the one that sees it in 
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
-import gradio as gr
 import pytest
 import tiny_chat
 import torch
@@ -29,8 +28,7 @@ from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.terminal import Talk, load_image
 from mllm.chat.transcript import turn_text
-from mllm.chat.web_talk import Talk as PageTalk
-from mllm.chat.web_talk import answer, begin
+from mllm.chat.web import answers
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions
@@ -106,8 +104,7 @@ def test_chat_and_terminal(
     cached = "".join(session.ask("And now?", (), SHORT))
     assert session.last.cached_tokens > sum(model.image_tokens(images))
     assert cached == "".join(ChatSession.from_turns(model, session.turns[:-1], images).answer(SHORT))
-    session.undo()
-    session.undo()
+    session.keep(0)
     swapped = "".join(session.ask(TEXT, images[::-1], SHORT))
     prompt = session.prompt_ids(session.turns[:1], model.image_tokens(images[::-1]))
     assert session.last.cached_tokens == prompt.index(model.encoder.image_id)  # what stands before the first picture
@@ -121,20 +118,14 @@ def test_chat_and_terminal(
 
 
 def test_the_page(model: ChatModel, files: list[Path], expected: str) -> None:
-    talk = PageTalk()
-    begin({"text": TEXT, "files": list(map(str, files))}, talk, 1, Limits())
-    *_, (messages, _, _) = answer(talk, 0, lambda: model, 0.0, 8, Limits(), again=False)
-    assert [part.get("path") for part in messages[0]["content"]] == [*map(str, files), None]
-    assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    costly, limits = {"text": TEXT, "files": list(map(str, files))}, Limits(squares=5)
-    begin(costly, talk, 1, limits)
-    with patch.object(gr, "Warning") as warned:
-        *_, (shown, box, _) = answer(talk, 0, lambda: model, 0.0, 8, limits, again=False)
-    if model.layout.pinpoints:  # the earlier pictures count: they stay in the talk
-        assert warned.call_args.args[0].startswith("the encoder would read 16 squares for these 4 pictures, and the")
-        assert (shown, box["value"]) == (messages, costly)
-    else:
-        assert not warned.called
+    message = {"text": TEXT, "files": list(map(str, files))}
+    talk: dict = {}
+    *_, shown = answers(model, message, [], talk, 0.0, 8)
+    assert html.unescape(shown) == expected
+    history = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": shown}]
+    list(answers(model, message, history, talk, 0.0, 8))
+    assert len(talk["session"].images) == 4
+    assert [*answers(model, message, [], talk, 0.0, 8)][-1] == shown  # a new talk, or Retry
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:
@@ -160,7 +151,7 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
     with served(model, Limits(squares=5)) as address:
         costly = post(address, CHAT | {"messages": [user(*shown, TEXT)]})
     assert costly.status_code == (400 if with_tiles else 200)
-    assert not with_tiles or "read 8 squares for these 2 pictures, and the limit is 5" in costly.text
+    assert not with_tiles or "2 pictures have 8 squares" in costly.text
     with pytest.raises(ContextError, match=r"\(16( to 88)? for each picture"):
         ChatSession(model).ask(TEXT, [load_image(str(files[0]))] * 32)
 

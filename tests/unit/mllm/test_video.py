@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import importlib.util
 import io
 import json
@@ -28,14 +29,12 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.data import motion
 from clips.data.demo import PLACES, at_place, capital
-from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.terminal import Talk as TerminalTalk
 from mllm.chat.terminal import dropped_files, load_image
 from mllm.chat.transcript import Video
-from mllm.chat.web import _taken
-from mllm.chat.web_talk import Talk, answer, begin
+from mllm.chat.web import answers
 from mllm.data import video
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.demo import INSTRUCT, QUESTIONS
@@ -464,12 +463,10 @@ def test_a_model_without_videos_refuses_them(
     for talk, shown in ((terminal, "a picture to"), (TerminalTalk(ChatSession(model), SHORT), "or a video to")):
         talk.handle("/help")
         assert f"{shown} the next question" in capsys.readouterr().out
-    assert _taken([model.directory])["file_types"] == ["image", "video"]
-    with monkeypatch.context() as offline:
-        offline.setattr("mllm.chat.web_models.resolve", None)
-        assert len(_taken([model.directory])["file_types"]) == 2, "the page asks at each choice: no look-up each time"
-    for models in ([pictures_alone], [model.directory, pictures_alone]):
-        assert _taken(models) == {"placeholder": "Ask about a picture", "file_types": ["image"]}
+    with pytest.MonkeyPatch.context() as patch:  # a model that has videos, without PyAV
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert not model.takes_videos
+    assert model.takes_videos
 
 
 @pytest.fixture(scope="module")
@@ -478,12 +475,8 @@ def tiny_chat_place(made_once: Callable[[str, Callable[[Path], object]], Path]) 
 
 
 def test_the_page(model: ChatModel, place: Path, expected: str) -> None:
-    talk, clip = Talk(), str(place / "images" / "a.mp4")
-    begin({"text": TEXT, "files": [clip]}, talk, 1, Limits())
-    *_, (messages, _, _) = answer(talk, 0, lambda: model, 0.0, 8, Limits(), again=False)
-    assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    with pytest.raises(UserError, match="the limit is 100"):
-        begin({"text": TEXT, "files": [clip]}, Talk(), 1, Limits(video_bytes=100))
+    message = {"text": TEXT, "files": [str(place / "images" / "a.mp4")]}
+    assert html.unescape([*answers(model, message, [], {}, 0.0, 8)][-1]) == expected
 
 
 # ---------------------------------------------------------------------------------------------- the demo's videos
