@@ -26,8 +26,16 @@ def ensure_built(
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock(directory.parent / f".{directory.name}.lock", wait=True):
-            if built_as(directory) != wanted:  # the process that held the lock may have built it
-                _build(directory, wanted, write, what)
+            built = built_as(directory)
+            if built == wanted:  # by the process that held the lock
+                return directory
+            # The same entries in the stamp mean an older build of the same kind.
+            is_other = directory.exists() and any(directory.iterdir()) and (built or {}).keys() != wanted.keys()
+            if is_other:
+                raise UserError(f"{directory} exists and holds no {what}: name another folder")
+            with replacing(directory) as work:
+                facts = write(work)
+                write_json(work / STAMP, {"built": wanted, **facts})
     except OSError as error:
         raise UserError(f"the {what} cannot be written to {directory}: {error}") from None
     return directory
@@ -41,12 +49,3 @@ def built_as(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return built if isinstance(built, dict) and "version" in built else None
-
-
-def _build(directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], what: str) -> None:
-    # The same entries in the stamp mean an older build of the same kind.
-    if directory.exists() and any(directory.iterdir()) and (built_as(directory) or {}).keys() != wanted.keys():
-        raise UserError(f"{directory} exists and holds no {what}: name another folder")
-    with replacing(directory) as work:
-        facts = write(work)
-        write_json(work / STAMP, {"built": wanted, **facts})

@@ -98,24 +98,24 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
     Beside `train…` files those of held-out splits are left out. A folder of pictures with texts is its own data file.
     """
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")
-    kinds = ([name for name in names if name.endswith(suffix)] for suffix in suffixes)
-    if found := next(filter(None, kinds), []):
-        train = [name for name in found if name.startswith("train")]
-        others = [name for name in found if name not in train]
+    for suffix in suffixes:
+        tables = [name for name in names if name.endswith(suffix)]
+        train = [name for name in tables if name.startswith("train")]
+        others = [name for name in tables if name not in train]
         if train and others and all(name.startswith(HELD_OUT) for name in others):
             _say_held_out(folder, train, others)
-            found = train
-        return [os.path.join(folder, name) for name in found]
+            tables = train
+        if tables:
+            return [os.path.join(folder, name) for name in tables]
+
     for inner in ("data", "train"):
-        if (
-            inner in names
-            and os.path.isdir(path := os.path.join(folder, inner))
-            and (found := in_folder(path, suffixes))
-        ):
+        path = os.path.join(folder, inner)
+        files = in_folder(path, suffixes) if inner in names and os.path.isdir(path) else []
+        if files:
             others = [n for n in names if n.startswith(HELD_OUT) and os.path.isdir(os.path.join(folder, n))]
             if inner == "train" and others:
                 _say_held_out(folder, [inner], others)
-            return found
+            return files
     return [folder] if PictureFolder.pairs(folder)[0] else []
 
 

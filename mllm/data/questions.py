@@ -108,8 +108,6 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
 
     Raises UserError for a chunk that does not exist or is empty.
     """
-    if num_chunks < 1:
-        raise UserError(f"--num-chunks must be at least 1, found {num_chunks}")
     if not 0 <= chunk_idx < num_chunks:
         raise UserError(f"--chunk-idx {chunk_idx}: of {num_chunks} chunks it must be one of 0 to {num_chunks - 1}")
     size = math.ceil(len(questions) / num_chunks)
