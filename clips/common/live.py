@@ -40,14 +40,17 @@ class LiveLine:
     """The progress line of a loop, on stderr: tqdm's on a terminal, lines of their own in a file."""
 
     def __init__(self) -> None:
-        self._bar = tqdm(bar_format="{desc}", file=sys.stderr, disable=not sys.stderr.isatty())
+        self._bar: Any = None
+        """tqdm's, from the first line on: ranks that show nothing have none."""
         self._every = float(os.environ.get(LINE_SECONDS) or 30)
         self._last = -math.inf
 
     def show(self, text: str, *, final: bool = False) -> None:
         """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last line is old enough."""
         outlive_readers()
-        if not self._bar.disable:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(bar_format="{desc}", file=sys.stderr)
             # A longer line would not be rewritten whole.
             self._bar.set_description_str(clip(text, get_terminal_size().columns - 1))
         elif final or monotonic() >= self._last + self._every:
@@ -57,12 +60,14 @@ class LiveLine:
     def say(self, text: str) -> None:
         """Print a line that stays, above the progress line."""
         outlive_readers()
-        self._bar.write(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the line."""
         outlive_readers()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
 
 def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> str:
