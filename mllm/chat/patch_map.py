@@ -78,22 +78,6 @@ def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[st
     return PatchMap(patches, float(feature_E @ t_E), float(feature_E @ usual_E))
 
 
-def share_in_corner(encoder: CLIPS, image: Image.Image, text: str, place: str, labels: Sequence[str]) -> float:
-    """How much of the tint for `text` is in the corner that `place` names, such as "at the top left"; 0 without one."""
-    named = [(low in place, high in place) for low, high in (("top", "bottom"), ("left", "right"))]
-    if not all(low != high for low, high in named):
-        return 0.0
-    strength = _strength(patch_map(encoder, image, text, labels).patches)
-    half = len(strength) / 2
-    rows, columns = (slice(math.ceil(half), None) if high else slice(math.floor(half)) for _, high in named)
-    return float(strength[rows, columns].sum() / max(strength.sum(), 1e-9))
-
-
-def _strength(patches: np.ndarray) -> np.ndarray:
-    """[G, G]: the tint of each patch, from 0 to 1."""
-    return (np.clip(patches, 0, None) / max(float(patches.max()), 1e-9)) ** 2
-
-
 def _unique(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for label in labels if (name := " ".join(label.split()))))
 
@@ -107,7 +91,7 @@ def overlay(image: Image.Image, patches: np.ndarray) -> Image.Image:
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     picture = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
-    strength = _strength(patches)
+    strength = (np.clip(patches, 0, None) / max(float(patches.max()), 1e-9)) ** 2
     rows = np.arange(size[1]) * len(patches) // size[1]
     columns = np.arange(size[0]) * len(patches) // size[0]
     strength = strength[rows][:, columns, None].astype(np.float32)

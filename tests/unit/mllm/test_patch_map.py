@@ -14,7 +14,7 @@ from tiny_web import picture, write_export
 from clips import CLIPS
 from clips.common.errors import UserError
 from clips.data.images import eval_transform
-from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, share_in_corner, zero_shot
+from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, zero_shot
 
 LABELS = ("a cat", "dog", "act", "god")
 
@@ -110,13 +110,3 @@ def test_overlay_tints_the_best_patch_only() -> None:
     assert np.ptp(others[100, 100]) == 0  # grey
     assert (others == others[0, 0]).all()
     assert np.ptp(np.asarray(overlay(image, np.zeros((4, 4))))) == 0
-
-
-def test_the_tint_of_the_four_corners_is_the_whole_map(encoder: CLIPS) -> None:
-    image, places = picture(40), ("top left", "top right", "bottom left", "bottom right")
-    shares = [share_in_corner(encoder, image, "dog", f"What is at the {place}?", LABELS) for place in places]
-    tint = np.clip(patch_map(encoder, image, "dog", LABELS).patches, 0, None) ** 2
-    half = len(tint) // 2
-    assert sum(shares) == pytest.approx(float(tint.any()))  # an encoder may find the word nowhere
-    assert shares[1] == pytest.approx(tint[:half, half:].sum() / max(tint.sum(), 1e-9))
-    assert share_in_corner(encoder, image, "dog", "What is in the center?", LABELS) == 0
