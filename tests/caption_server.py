@@ -30,8 +30,6 @@ def serving(answer: Callable[[str], str | int | None] = echo) -> Iterator[str]:
     """The captioner's name. `answer` gives a caption, the status of half a JSON, or None to hang up."""
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def reply(self, content: bytes, status: int = 200) -> None:
             self.send_response(status)
             self.send_header("Content-Type", "text/html" if content[:1] == b"<" else "application/json")
@@ -50,7 +48,6 @@ def serving(answer: Callable[[str], str | int | None] = echo) -> Iterator[str]:
                 self.reply(json.dumps({"choices": [choice]}).encode())
             elif made:
                 self.reply(b'{"choices": [', made)
-            self.close_connection = made is None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
