@@ -161,13 +161,14 @@ def publish(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     broken = found.reasons.total() + left_out
+    left_out_share = left_out / max(1, samples + left_out)  # of all rows; of the others a part may be checked
     summary = {
         "data": data,
         "samples": samples,
         "checked": found.checked,
         "left_out": left_out,
         "broken": broken,
-        "broken_share": broken / max(1, found.checked + left_out),
+        "broken_share": left_out_share + (1 - left_out_share) * found.reasons.total() / max(1, found.checked),
         "reasons": dict(found.reasons.most_common()),
         "cut": dict(found.cut),
         "repeated": dict(found.repeated),

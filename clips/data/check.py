@@ -111,8 +111,11 @@ def check_pairs(
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
         first = "\n  ".join(f"{sample.key}: {sample.reason}" for sample in found.broken[:NAMED])
+        what = f"{found.reasons.total():,} of {found.checked:,} samples are broken"
+        if source.unreadable:
+            what += f" and {source.unreadable:,} of {len(source) + source.unreadable:,} rows left out"
         raise BrokenDataError(
-            f"{summary['broken']:,} of {found.checked + source.unreadable:,} samples are broken, {share:.1%}: above "
+            f"{what}, {share:.1%}: above "
             f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'summary.json'} lists them, and "
             f"the first are\n  {first}\n{mend_broken(share)}"
         )

@@ -102,6 +102,8 @@ def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(BrokenDataError, match="3,000 of 3,012"):
             check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.01), tmp_path / "out")
+    few = check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS), tmp_path / "out", samples=4)
+    assert (few["checked"], few["broken_share"]) == (4, 3000 / 3012)
 
 
 def test_what_would_stop_a_training_is_listed(tmp_path: Path) -> None:
