@@ -19,7 +19,7 @@ from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
 from clips.data.loader import to_device
 from clips.training.engine import Engine
-from clips.training.step import optimizer_step
+from clips.training.grad_cache import forward_passes
 from clips.training.task import Task
 
 CPU = torch.device("cpu")
@@ -98,9 +98,14 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
     found: list[dict[str, torch.Tensor]] = []
-    agreed = optimizer_step(
-        engine, batches, watch=lambda batch, parts: found.append(parts), judge=lambda agreed: not agreed.finite
-    )
+    for _, loss, parts in forward_passes(engine, batches):
+        engine.backward(loss)
+        found.append(parts)
+        if len(found) < engine.accumulation:
+            engine.step()
+    agreed = engine.agree(torch.stack([parts["loss"] for parts in found]).mean(), stop=0)
+    engine.step(leave_out=not agreed.finite)
+    engine.limit_logit_scale()
     return found, agreed.finite
 
 

@@ -179,7 +179,7 @@ def tiny_work() -> Work:
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
     model.model.vision_tower.requires_grad_(False)
     flops = LlavaFlops(model, image_size=224, image_tokens=4, features=True)
-    return Work(flops, torch.device("cpu"), torch.float32, 1, packed=False)
+    return Work(flops, torch.device("cpu"), 1, packed=False)
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

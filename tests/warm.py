@@ -209,7 +209,6 @@ def start() -> str:
 
 
 def import_everything() -> None:
-    import torch
 
     from clips.common.runtime import import_deepspeed
 
@@ -226,7 +225,6 @@ def import_everything() -> None:
     with contextlib.suppress(ImportError):  # torchrun looks through the files of all modules for a name of its log
         rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
         rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
-    sys.modules["clips.common.peaks"].peak_flops(torch.device("cpu"), torch.float32)  # measured once for all
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy all pages
 

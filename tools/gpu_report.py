@@ -33,7 +33,7 @@ from clips.model.clips import CLIPSModel
 from clips.model.flops import training_flops
 from clips.recipes import debug_twin, recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
-from clips.training.prepare import compute_dtype, full_batch, fullest_shape
+from clips.training.prepare import full_batch, fullest_shape
 from clips.training.rehearsal import rehearse
 from clips.training.step import optimizer_step
 from clips.training.task import Task
@@ -137,18 +137,21 @@ def measured(run: RunConfig, device: torch.device, samples: int) -> Row:
     batch = full_batch(run, shape, torch.device("cpu"))
     batch["images"].random_(0, 256)  # the speed of a GPU depends on the values
     flops = sum(training_flops(run.model, shape).values())
-    row = timed(lambda: optimizer_step(engine, [batch]), samples, flops, device, compute_dtype(run))
+    row = timed(lambda: optimizer_step(engine, [batch]), samples, flops, device)
     return row | {"rehearsed_gb": rehearse(run, phase, 1).on_rank({"stage": 0}, 1) / 1e9}
 
 
-def timed(step: Callable[[], object], samples: int, flops: float, device: torch.device, dtype: torch.dtype) -> Row:
+def timed(step: Callable[[], object], samples: int, flops: float, device: torch.device) -> Row:
     """Time and peak memory of a step of so many FLOPs, what was there before included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = fastest({"step": step}, 4, device)["step"]
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    mfu = flops / seconds / peak_flops(device, dtype)[0]
-    return {"batch": samples, "step_s": seconds, "samples_per_s": samples / seconds, "mfu": mfu, "peak_gb": memory}
+    row = {"batch": samples, "step_s": seconds, "samples_per_s": samples / seconds, "tflops": flops / seconds / 1e12}
+    peak = peak_flops(device)
+    if peak is not None:
+        row["mfu"] = flops / seconds / peak
+    return row | {"peak_gb": memory}
 
 
 def llava(device: torch.device, *, tiny: bool) -> list[Row]:
@@ -183,7 +186,7 @@ def measured_llava(planned: rehearsal.Planned, arguments: TrainArguments, device
     shape = LlavaShape(samples=samples, length=length, pictures=samples, predicted=answers)
     forward = planned.flops(planned.build())(shape)["language_model"]  # checkpointing computes it again
     flops = sum(planned.flops(training.llava)(shape).values()) + forward
-    row = timed(step, samples, flops, device, torch.bfloat16 if half else torch.float32)
+    row = timed(step, samples, flops, device)
     with autocast(rehearsal.META, enabled=half):
         predicted = rehearsal.rehearse(twin, rehearsal.batch_of(twin, samples, stage=stage))
     return row | {"rehearsed_gb": predicted.on_rank({"stage": 0}, 1) / 1e9}

@@ -30,7 +30,7 @@ WORDS = {
     "caption_loss": "caption loss {:.3g}",
     "samples_per_s": "{:,.0f} samples/s",
     "data_wait_share": "waiting for data {:.0%} of the time",
-    "mfu": "{:.0%} of the processor's peak",
+    "mfu": "{:.0%} of the GPU's peak",
     "peak_memory_gb": "{:.1f} GB",
 }
 """Figure of a record → words for it, in the order of worth: a narrow terminal cuts the end."""

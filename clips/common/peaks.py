@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -86,28 +83,6 @@ class Machine:
         return flops / (self.gpus * self.mfu * PEAK_TFLOPS[CARDS[self.kind][0]] * 1e12) / 86_400
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s that `device` reaches at most, where that is known from).
-
-    Of a known GPU the bf16 figure whatever `dtype` is, as is the custom; of a CPU or an unknown GPU the speed of a
-    large matrix product in `dtype`, measured now and once.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if known := stated_peak(name):
-            return known, f"{name}, dense bf16"
-    measured = _measured(device.type, dtype, torch.get_num_threads())
-    return measured, f"a matrix product in {str(dtype).removeprefix('torch.')}, measured"
-
-
-@lru_cache
-def _measured(kind: str, dtype: torch.dtype, threads: int) -> float:
-    """The fastest of several; `threads` is here because another number of them measures anew."""
-    size = 4096 if kind == "cuda" else 1024
-    a = torch.randn(size, size, device=kind, dtype=dtype)
-    elapsed = math.inf
-    for _ in range(10):
-        begin = time.perf_counter()
-        (a @ a).sum().item()
-        elapsed = min(elapsed, time.perf_counter() - begin)
-    return 2 * size**3 / elapsed
+def peak_flops(device: torch.device) -> float | None:
+    """Return the stated peak of a GPU in FLOP/s; None of a CPU or of a GPU that is not in the table."""
+    return stated_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

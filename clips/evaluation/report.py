@@ -84,7 +84,7 @@ def panels(record: RunRecord) -> list[Panel]:
         Panel("logit scale", record.train, ["logit_scale"]),
         Panel("gradient norm", record.train, ["grad_norm"]),
         Panel("samples per second", record.train, ["samples_per_s"]),
-        Panel("MFU, share of the device's peak", record.train, ["mfu"]),
+        Panel("TFLOP/s of a device", record.train, ["tflops"]),
         Panel("seconds a step", record.train, ["step_seconds"]),
         Panel("share of time waiting for data", record.train, ["data_wait_share"]),
         Panel("peak memory, GB", record.train, ["peak_memory_gb"]),

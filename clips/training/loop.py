@@ -10,11 +10,13 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, CommandError, NotFiniteError, UserError
 from clips.common.escape import printable
 from clips.common.files import write_json
 from clips.common.peaks import peak_flops
@@ -26,22 +28,23 @@ from clips.common.signals import StopSignal, stopped_by
 from clips.common.start import Start
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
-from clips.data.loader import Batch, make_loader, micro_batch_size
+from clips.data.loader import make_loader, micro_batch_size
 from clips.data.order import size_of_step
+from clips.data.sample import mend_broken
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPSModel
 from clips.training import watchdog
-from clips.training.engine import Engine, read_ds_config
+from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
-from clips.training.judge import Judge
+from clips.training.grad_cache import forward_passes
 from clips.training.log import RunLog
 from clips.training.meter import Meter
+from clips.training.plan import print_memory
 from clips.training.prepare import (
     Options,
-    compute_dtype,
     facts_of_data,
     facts_of_run,
     open_run_dir,
@@ -50,8 +53,6 @@ from clips.training.prepare import (
     read_given_weights,
     with_precision,
 )
-from clips.training.saving import await_checkpoint, save
-from clips.training.step import optimizer_step
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState, Writer
@@ -122,6 +123,8 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     if options.dry_run:
         start.close()
         shutdown()
+        if start.rank == 0:
+            print_memory(run, start.ranks, ds_config.get("zero_optimization", {}))
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
@@ -193,12 +196,7 @@ def _train(
     writer: Writer,
 ) -> None:
     """The loop: every optimizer step from `state` on, with its log lines, checkpoints and validations."""
-    stop, judge, meter = StopSignal(), Judge(run, state, log, writer), _meter(run, engine, state)
-
-    def watch(batch: Batch, parts: dict[str, torch.Tensor]) -> None:
-        judge.watch(batch, parts)
-        meter.add(parts, batch["skipped"], engine.task.flops(batch))
-
+    stop, meter = StopSignal(), _meter(engine, state)
     if _owes_validation(run, state, writer.run_dir):
         with meter.aside():
             _validate(run, engine, tokenizer, state, log)
@@ -206,20 +204,39 @@ def _train(
         source, tokenizer, run, rank=dist.get_rank(), world_size=engine.world_size,
         phase=state.phase, step=state.phase_step,
     ))  # fmt: skip
+
     while (phase := _phase_of_next_step(run, engine, state)) is not None:
         factor = lr_factor(phase, state.phase_step)
         engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
-        of_step = islice(batches, run.train.accumulation)
-        agreed = optimizer_step(
-            engine, of_step, watch=watch, asked=lambda: (stop.requested, writer.has_failed()), judge=judge
-        )
+
+        losses: list[Tensor] = []
+        keys: list[list[str]] = []
+        for batch, loss, parts in forward_passes(engine, islice(batches, run.train.accumulation)):
+            engine.backward(loss)
+            losses.append(parts["loss"])
+            keys.append(batch["keys"])
+            meter.add(parts, batch["skipped"], engine.task.flops(batch))
+            if len(losses) < engine.accumulation:
+                engine.step()
+
+        agreed = engine.agree(torch.stack(losses).mean(), stop.requested, writer.has_failed())
+        if agreed.unsaved:
+            await_checkpoint(writer)  # raises
+        if not agreed.finite:
+            _end_not_finite(run, state, losses, keys)
+        engine.step(leave_out=_is_left_out(run, state, agreed, keys, log))
+        engine.limit_logit_scale()
         profiler.step()
-        state.step, state.samples = state.step + 1, state.samples + phase.batch_size
+        state.step += 1
+        state.samples += phase.batch_size
         state.phase_step += 1
+
         saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or agreed.stopping > 0
         # A checkpoint needs a line too: the means begin anew after it.
         if state.step % run.train.log_every == 0 or saving:
-            meter.log(log, state, phase.lr * factor, agreed.grad_norm, run.data.max_broken_share)
+            skipped = meter.log(log, state, phase.lr * factor, agreed.grad_norm)
+            if state.skipped > max(10, run.data.max_broken_share * state.samples):
+                raise _too_many_broken(run, state, skipped)
         with meter.aside():
             if saving:
                 save(engine, state, writer)
@@ -235,11 +252,79 @@ def _train(
     stop.restore()
 
 
-def _meter(run: RunConfig, engine: Engine, state: TrainState) -> Meter:
+def _meter(engine: Engine, state: TrainState) -> Meter:
     # In ZeRO-3 ranks wait for each other's weights inside the model.
     own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
-    peak, _ = peak_flops(engine.device, compute_dtype(run))
-    return Meter(engine.device, state, own_time, peak=peak)
+    return Meter(engine.device, state, own_time, peak_flops(engine.device))
+
+
+def _is_left_out(run: RunConfig, state: TrainState, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:
+    """Say whether the update of the step is left out; record it where it is a spike. Collective at a spike.
+
+    Raises DivergedError if leaving steps out does not help.
+    """
+    figures = watchdog.find_spike(state, agreed)
+    if figures is not None:
+        action = run.train.on_spike
+        log.spike({"step": state.step + 1, "action": action, **figures}, _keys_of_all_ranks(keys))
+        if action == "skip":
+            watchdog.leave_out(state, since=state.step + 1 - 2 * watchdog.PATIENCE)
+            return True
+    watchdog.remember(state, agreed)
+    return False
+
+
+def _end_not_finite(run: RunConfig, state: TrainState, losses: list[Tensor], keys: list[list[str]]) -> NoReturn:
+    """End the run on every rank, weights untouched, with the samples of the micro-batches that are not finite.
+
+    The contrastive loss runs over all ranks: the samples of one rank break the losses of all.
+    """
+    own = [names for loss, names in zip(losses, keys, strict=True) if not torch.isfinite(loss).all()]
+    broken = _keys_of_all_ranks(own)
+    where = "\n".join(f"  rank {rank}: {', '.join(names)}" for rank, names in enumerate(broken) if names)
+    named = "Every loss was finite."
+    if where:
+        named = f"Samples of the micro-batches whose loss is not finite:\n{where}"
+    raise NotFiniteError(
+        f"the loss or a gradient is not finite at step {state.step + 1} (phase {run.phases[state.phase].name}); no "
+        f"weight was changed.\n{named}"
+    )
+
+
+def _keys_of_all_ranks(keys: list[list[str]]) -> list[list[str]]:
+    """The keys of each rank's samples, from those of this rank's micro-batches."""
+    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, [key for names in keys for key in names])
+    return of_ranks
+
+
+def _too_many_broken(run: RunConfig, state: TrainState, skipped: list[tuple[str, str]]) -> BrokenDataError:
+    """The error for more broken samples than data.max_broken_share; `skipped` are those since the last line."""
+    reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
+    return BrokenDataError(
+        f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
+        f"data.max_broken_share = {run.data.max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
+        f"  {reasons}\n{mend_broken(state.skipped / state.samples)} --allow-config-change"
+    )
+
+
+def save(engine: Engine, state: TrainState, writer: Writer) -> None:
+    """Copy the content of a checkpoint to rank 0's memory, and begin to write it. Collective."""
+    await_checkpoint(writer)  # one at a time: in memory, too
+    weights = engine.state.gather_weights()
+    optimizer = engine.state.gather_optimizer()
+    if dist.get_rank() == 0:
+        writer.begin(weights, optimizer, state)
+
+
+def await_checkpoint(writer: Writer) -> None:
+    """Wait until the checkpoint in progress is written. Raises CommandError on every rank if it failed. Collective."""
+    failure = [writer.wait()]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise CommandError(
+            f"{failure[0]}. The older ones are intact: make room, then the same command goes on from the last one"
+        )
 
 
 def _phase_of_next_step(run: RunConfig, engine: Engine, state: TrainState) -> PhaseConfig | None:

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clips.common.errors import BrokenDataError
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
-from clips.data.sample import mend_broken
 from clips.training.log import RunLog
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
@@ -34,11 +32,15 @@ class Meter:
     """Losses, speed, memory and each rank's own time since the last log line."""
 
     def __init__(
-        self, device: torch.device, state: TrainState, own_time: OwnTime | None = None, peak: float = math.nan
+        self, device: torch.device, state: TrainState, own_time: OwnTime | None = None, peak: float | None = None
     ) -> None:
-        """`peak`: FLOP/s that `device` reaches at most (clips/common/peaks.py), of which the MFU is the share."""
-        self.device, self.own_time, self.peak = device, own_time, peak
-        self.started, self.first, self.waiting_total = time.perf_counter(), state.samples, 0.0
+        """`peak`: the FLOP/s of which the MFU is the share; None where nobody states it, as of a CPU."""
+        self.device = device
+        self.own_time = own_time
+        self.peak = peak
+        self.started = time.perf_counter()
+        self.first = state.samples
+        self.waiting_total = 0.0
         self.has_nvml = True
         self.named: set[int] = set()
         """Ranks that were slow in the last line, and have been named."""
@@ -46,10 +48,14 @@ class Meter:
 
     def reset(self, state: TrainState) -> None:
         """Begin anew with what comes after `state`."""
-        self.since, self.cpu_since, self.waiting = time.perf_counter(), time.process_time(), 0.0
-        self.samples, self.step = state.samples, state.step
+        self.since = time.perf_counter()
+        self.cpu_since = time.process_time()
+        self.waiting = 0.0
+        self.samples = state.samples
+        self.step = state.step
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = self.flops = 0
+        self.count = 0
+        self.flops = 0
         self.skipped: list[tuple[str, str]] = []
         if self.own_time is not None:
             self.own_time.seconds()
@@ -61,7 +67,8 @@ class Meter:
             begin = time.perf_counter()
             batch = next(iterator, None)
             waited = time.perf_counter() - begin
-            self.waiting, self.waiting_total = self.waiting + waited, self.waiting_total + waited
+            self.waiting += waited
+            self.waiting_total += waited
             if batch is None:
                 return
             yield batch
@@ -69,61 +76,81 @@ class Meter:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
-        begin, cpu_begin = time.perf_counter(), time.process_time()
+        begin = time.perf_counter()
+        cpu_begin = time.process_time()
         yield
         spent = time.perf_counter() - begin
-        self.since, self.started = self.since + spent, self.started + spent
+        self.since += spent
+        self.started += spent
         self.cpu_since += time.process_time() - cpu_begin
 
     def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0) -> None:
         """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Task.flops`)."""
         for key, value in parts.items():
             self.sums[key] = self.sums.get(key, 0) + value.reshape(())
-        self.count, self.flops = self.count + 1, self.flops + flops
+        self.count += 1
+        self.flops += flops
         self.skipped += [(key, reason) for key, reason in skipped]  # an older torch pins a tuple as a list
 
-    def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None, max_broken_share: float) -> None:
-        """Write one line of means over ranks and steps; raises BrokenDataError above the limit. Collective."""
-        names, steps = sorted(self.sums), state.step - self.step
-        own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
+    def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None) -> list[tuple[str, str]]:
+        """Write one line of means over ranks and steps. Collective.
+
+        Returns the broken samples of all ranks since the last line: key and reason of each.
+        """
+        steps = state.step - self.step
+        losses = {name: total.double() / self.count for name, total in sorted(self.sums.items())}
+        own_seconds = self.own_time.seconds() if self.own_time is not None else 0.0
+        own = {
+            "elapsed": time.perf_counter() - self.since,
+            "cpu": time.process_time() - self.cpu_since,
+            "waiting": self.waiting,
+            "own": (self.waiting + own_seconds) / steps,
+            "flops": self.flops,
+            "skipped": len(self.skipped),
+        }
         memory = self._memory()
-        losses = torch.stack([self.sums[name].double() / self.count for name in names])
-        elapsed, cpu = time.perf_counter() - self.since, time.process_time() - self.cpu_since
-        rest = torch.tensor(
-            [elapsed, cpu, self.waiting, own, self.flops, *memory.values()], dtype=torch.float64, device=self.device
-        )
-        mine = torch.cat([losses, rest])
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
-        columns = torch.stack(ranks, dim=1).tolist()
-        found = dict(zip([*names, "elapsed", "cpu", "waiting", "own", "flops", *memory], columns, strict=True))
-        elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
-        means = {name: sum(found[name]) / len(ranks) for name in names}
-        speed, flops = (state.samples - self.samples) / elapsed, sum(found["flops"]) / len(ranks) / elapsed
+        ranks = self._of_all_ranks(losses, own | memory)
+
+        elapsed = max(ranks["elapsed"])  # the same on every rank, as all that they decide by must be
+        speed = (state.samples - self.samples) / elapsed
+        flops = sum(ranks["flops"]) / len(ranks["flops"]) / elapsed
+        means = {name: sum(ranks[name]) / len(ranks[name]) for name in losses}
         if "logit_scale" in means:
             state.logit_scale.append((state.samples, means["logit_scale"]))
-        skipped = self._gather_skipped()
+        skipped = self._skipped_of_all_ranks() if any(ranks["skipped"]) else []
         state.skipped += len(skipped)
+
         log.skipped(skipped, state.step)
         log.record("train", {
-            "step": state.step, "samples": state.samples, **means, "lr": lr, "grad_norm": grad_norm,
-            "samples_per_s": speed, "samples_per_s_per_gpu": speed / len(ranks), "tflops": flops / 1e12,
-            "mfu": flops / self.peak, "step_seconds": elapsed / steps, "step_cpu_seconds": max(found["cpu"]) / steps,
-            "rank_seconds": [round(seconds, 6) for seconds in found["own"]],
-            "data_wait_share": max(found["waiting"]) / elapsed,
-            **{name: max(found[name]) for name in memory if not math.isnan(sum(found[name]))},
+            "step": state.step,
+            "samples": state.samples,
+            "steps": steps,  # fewer after a resume than train.log_every
+            **means,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "samples_per_s": speed,
+            "samples_per_s_per_gpu": speed / dist.get_world_size(),
+            "tflops": flops / 1e12,
+            **({"mfu": flops / self.peak} if self.peak else {}),
+            "step_seconds": elapsed / steps,
+            "step_cpu_seconds": max(ranks["cpu"]) / steps,
+            "rank_seconds": [round(seconds, 6) for seconds in ranks["own"]],
+            "data_wait_share": max(ranks["waiting"]) / elapsed,
+            **{name: max(ranks[name]) for name in memory if not math.isnan(sum(ranks[name]))},
             "skipped": state.skipped,
         })  # fmt: skip
-        self._name_slow_ranks(log, found["own"], elapsed / steps, state.step)
-        if state.skipped > max(10, max_broken_share * state.samples):
-            reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
-            share = state.skipped / state.samples
-            raise BrokenDataError(
-                f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
-                f"data.max_broken_share = {max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
-                f"  {reasons}\n{mend_broken(share)} --allow-config-change"
-            )
+        self._name_slow_ranks(log, ranks["own"], elapsed / steps, state.step)
         self.reset(state)
+        return skipped
+
+    def _of_all_ranks(self, losses: dict[str, torch.Tensor], own: dict[str, float]) -> dict[str, list[float]]:
+        """Return each figure's values on all ranks. Collective; `losses` are on the device, the others are not."""
+        figures = torch.tensor(list(own.values()), dtype=torch.float64, device=self.device)
+        figures = torch.cat([torch.stack(list(losses.values())), figures])
+        of_ranks = [torch.empty_like(figures) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, figures)
+        columns = torch.stack(of_ranks, dim=1).tolist()
+        return dict(zip([*losses, *own], columns, strict=True))
 
     def _memory(self) -> dict[str, float]:
         """This rank's memory in GB, and the GPU's utilisation in percent: NaN where NVML cannot be asked."""
@@ -160,13 +187,7 @@ class Meter:
             f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
         )
 
-    def _gather_skipped(self) -> list[tuple[str, str]]:
-        if dist.get_world_size() == 1:
-            return self.skipped
-        count = torch.tensor(float(len(self.skipped)), device=self.device)
-        dist.all_reduce(count)
-        if count.item() == 0:
-            return []
+    def _skipped_of_all_ranks(self) -> list[tuple[str, str]]:
         parts: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, self.skipped)
         return [entry for part in parts for entry in part]

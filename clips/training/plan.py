@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from clips.common.errors import UserError
@@ -35,6 +37,13 @@ def image_tower(run: RunConfig) -> dict[str, int]:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
     }
+
+
+def print_memory(run: RunConfig, ranks: int, zero: Mapping[str, Any]) -> None:
+    """Print what the fullest phase of a run takes of a GPU."""
+    steps = [rehearse(run, phase, ranks, stage=zero.get("stage", 0)) for phase in run.phases]
+    most = max(step.on_rank(zero, ranks) for step in steps)
+    print(f"memory of a rank on a GPU, rehearsed: {most / 1e9:.3g} GB", file=sys.stderr)
 
 
 def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:

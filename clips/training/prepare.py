@@ -28,7 +28,6 @@ from clips.data.splits import check_readable, held_out_sets, open_split, split_s
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
-from clips.recipes import RECIPES
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -206,11 +205,6 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-def compute_dtype(run: RunConfig) -> torch.dtype:
-    """In which the matrix products are."""
-    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-
-
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
     costs = [_flops(run, usual_shape(run, size)) for size in phase.training_sizes]
@@ -268,84 +262,70 @@ def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch
 
 
 def print_plan(
-    run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None, beginning: Beginning | None = None,
-) -> None:  # fmt: skip
-    """What is about to happen, before it happens."""
-    table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
-    parts = model.parameter_counts()
-    table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
-    vision = run.model.vision
-    shape = f"{'with' if vision.cls else 'without'} CLS, {vision.pos_embed} positions, {vision.activation}"
-    table.add_row("image tower", f"{vision.transformers_class}: {shape}, pooled by {vision.pool}")
-    if run.train.freeze != "none":
-        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        table.add_row("  frozen", f"{run.train.freeze}, but for its projection: {trains / 1e6:.2f} M parameters train")
-    table.add_row(
-        "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
-    )
-    if dropped := _dropped(run):
-        table.add_row("  drops", dropped)
+    run: RunConfig,
+    model: CLIPSModel,
+    samples: int,
+    run_dir: Path,
+    device: torch.device,
+    ranks: int,
+    previous: checkpoint.Checkpoint | None,
+    beginning: Beginning | None = None,
+) -> None:
+    """Say what is about to happen. Nothing here is measured or rehearsed: scripts/plan_run.py has memory and days."""
+    vision, captioner = run.model.vision, run.model.captioner
+    parts = "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.parameter_counts().items())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cls = "with" if vision.cls else "without"
+    rows = [
+        ("model", f"{parts} parameters, of which {trained / 1e6:.2f} M train (train.freeze={run.train.freeze})"),
+        ("image tower", f"{vision.transformers_class}: {cls} CLS, {vision.pos_embed} positions, {vision.pool} pooling"),
+        ("objective", f"{run.task.objective}, caption weight {run.task.caption_weight if captioner else 0}"),
+    ]
     if not run.task.contrasts:
-        table.add_row("  no retrieval", NO_SHARED_SPACE)
-    if (count := run.train.accumulation) > 1 and run.task.contrasts:
-        over = {"micro": f"each of {count} micro-batches by itself", "global": f"all {count} micro-batches of a step"}
-        table.add_row("  contrasts", f"{over[run.train.contrastive]} (train.contrastive={run.train.contrastive})")
-    table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
+        rows.append(("  no retrieval", NO_SHARED_SPACE))
+    if vision.patch_dropout:
+        rows.append(
+            ("  drops", f"{vision.patch_dropout:.0%} of the image tokens of the image tower, in training alone")
+        )
+    if captioner is not None and run.task.captions and captioner.image_token_keep < 1:
+        dropped = 1 - captioner.image_token_keep
+        rows.append(("  drops", f"{dropped:.0%} of the image tokens of the captioner, in training alone"))
+
+    rows.append(("data", f"{split_spec(run.data, 'train')}: {samples:,} samples"))
     shares = sum(part.share for part in run.data.mix)
-    for part in run.data.mix:
-        table.add_row("", for_rich(f"{part.share / shares:.1%} {part.name}: {part.data}"))
+    rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]
     for name in dict.fromkeys(("val", "test", *held_out_sets(run.data))):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
-        table.add_row(f"  {name}", for_rich(spec))
-    for phase in run.phases:
-        table.add_row(for_rich(f"phase {phase.name}"), phase_line(run, phase, samples, ranks))
+        rows.append((f"  {name}", spec))
+    rows += [(f"phase {phase.name}", phase_line(run, phase, samples, ranks)) for phase in run.phases]
+
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     is_slow = run.train.precision == "bf16" and not has_bf16(device)
     slow = f", which this {device.type} only emulates: train.precision=fp32 is many times faster" if is_slow else ""
-    table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}{slow}")
-    table.add_row("on", f"{ranks} × {device.type}{threads}")
-    done = previous.state.samples if previous else 0
-    table.add_row("writes to", for_rich(str(run_dir)))
+    rows.append(("optimizer", f"{run.optim.kind}, {run.train.precision}{slow}"))
+    rows.append(("on", f"{ranks} × {device.type}{threads}"))
+    rows.append(("writes to", str(run_dir)))
     if previous is not None:
-        table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))
+        rows.append(("goes on from", f"{previous.path} ({previous.state.samples:,} samples)"))
+
+    table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
+    for name, text in rows:
+        table.add_row(for_rich(name), for_rich(text))
     console = Console(emoji=False, stderr=True)
     console.print(table)
     if beginning is not None:
         console.print(beginning.table(run))
 
 
-def _dropped(run: RunConfig) -> str:
-    """The image tokens that training leaves out, in words."""
-    vision, captioner = run.model.vision, run.model.captioner
-    shares = {"image tower": vision.patch_dropout}
-    if captioner is not None and run.task.captions:
-        shares["captioner"] = 1 - captioner.image_token_keep
-    found = [f"{share:.0%} of the image tokens of the {part}" for part, share in shares.items() if share]
-    return f"{', '.join(found)}, in training alone" if found else ""
-
-
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
-    micro = phase.batch_size // (ranks * run.train.accumulation)
-    split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
-    rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
-    rate += _rate_note(run, phase)
+    """Steps, batches, rates and schedule of a phase."""
+    count = run.train.accumulation
+    micro = phase.batch_size // (ranks * count)
+    contrasts = f" (train.contrastive={run.train.contrastive})" if count > 1 and run.task.contrasts else ""
+    muon = f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else ""
     fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
-        f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.seen:,} samples "
-        f"({phase.seen / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
-        f"{rate}, {phase.schedule}{fresh}"
+        f"{phase.steps:,} steps × {phase.batch_size} = {ranks} ranks × {count} × {micro}{contrasts}, {phase.seen:,} "
+        f"samples ({phase.seen / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
+        f"lr {phase.lr:g}{muon}, {phase.schedule}{fresh}"
     )
-
-
-def _rate_note(run: RunConfig, phase: PhaseConfig) -> str:
-    """What another batch than the recipe's has done to the learning rate; nothing where the batch is the recipe's."""
-    own = [p for p in RECIPES[run.recipe]().phases if p.name == phase.name] if run.recipe in RECIPES else []
-    if not own or own[0].batch_size == phase.batch_size:
-        return ""
-    theirs = f"the recipe's {own[0].lr:g} is for a batch of {own[0].batch_size:,}"
-    scaled = own[0].lr * run.optim.lr_factor(phase.batch_size, own[0].batch_size)
-    if run.optim.lr_scaling == "none" or not math.isclose(phase.lr, scaled):
-        return f" ({theirs})"
-    rule = {"linear": "in proportion to the batch", "sqrt": "with the square root of the batch"}[run.optim.lr_scaling]
-    return f" ({theirs}; scaled {rule})"

@@ -25,21 +25,20 @@ from mllm.training.arguments import TrainArguments
 
 
 class Work:
-    """Counts the work of this rank since its process began; gives it per second, and as a share of the peak.
+    """Counts the work of this rank since its process began, and gives it per second.
 
     If batches are `packed` (mllm/model/packing.py), padding costs nothing.
     """
 
-    def __init__(
-        self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int, packed: bool
-    ) -> None:
+    def __init__(self, flops: LlavaFlops, device: torch.device, world_size: int, packed: bool) -> None:
         self.flops, self.device, self.world_size, self.packed = flops, device, world_size, packed
-        self.peak, _ = peak_flops(device, dtype)
+        self.peak = peak_flops(device)
         self.pictures = self.tokens = self.positions = self.pairs = self.predicted = 0
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Count one batch in the layout of mllm/data/dataset.py, by its `counts`."""
-        (samples, length), counts = inputs["input_ids"].shape, inputs["counts"]
+        """Count one batch in the layout of `Collator` (mllm/training/trainer.py)."""
+        samples, length = inputs["input_ids"].shape
+        counts = inputs["counts"]
         self.pictures += sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
         self.tokens += counts.real
         self.predicted += counts.learned
@@ -48,8 +47,10 @@ class Work:
 
     def total(self) -> int:
         """FLOPs so far."""
-        counts = {name: getattr(self, name) for name in ("pictures", "positions", "pairs", "predicted")}
-        return sum(self.flops.parts(**counts).values())
+        parts = self.flops.parts(
+            pictures=self.pictures, positions=self.positions, pairs=self.pairs, predicted=self.predicted
+        )
+        return sum(parts.values())
 
     def over_all_ranks(self) -> tuple[int, int]:
         """(FLOPs, tokens) so far. Collective."""
@@ -60,15 +61,19 @@ class Work:
         return int(flops), int(tokens)
 
     def rates(self, *, samples: float, flops: float, seconds: float) -> dict[str, float]:
-        """The speeds of a log line, from the `samples` of all ranks and the `flops` of one rank."""
+        """The speeds of a log line, from the `samples` of all ranks and the `flops` of one rank.
+
+        With `mfu`, the share of a GPU's stated peak, where that is known.
+        """
         speed = samples / seconds
         rates = {
             "samples_per_s": speed,
             "samples_per_s_per_gpu": speed / self.world_size,
             "tflops": flops / seconds / 1e12,
-            "mfu": flops / seconds / self.peak,
             "peak_memory_gb": peak_memory_gb(self.device),
         }
+        if self.peak is not None:
+            rates["mfu"] = flops / seconds / self.peak
         return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
@@ -123,29 +128,35 @@ class MetricsLog(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self.active or logs is None or "loss" not in logs:
             return
-        now = (time.monotonic(), state.global_step, self.work.total())
+        step = state.global_step
+        now = (time.monotonic(), step, self.work.total())
         seconds, steps, flops = (new - old for new, old in zip(now, self.last, strict=True))
-        rates = self.work.rates(samples=steps * self.batch_size, flops=flops, seconds=max(seconds, 1e-9))
         self.last = now
-        line = {"kind": "train", "stage": self.stage, "step": now[1], "samples": now[1] * self.batch_size}
-        line |= {"time": round(time.time(), 3), **rates}
-        line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
+        self.newest = {
+            "kind": "train",
+            "stage": self.stage,
+            "step": step,
+            "samples": step * self.batch_size,
+            "steps": steps,  # fewer after a resume
+            "time": round(time.time(), 3),
+            **self.work.rates(samples=steps * self.batch_size, flops=flops, seconds=max(seconds, 1e-9)),
+            **{key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs},
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        figures = {name: value for name, value in line.items() if isinstance(value, float) and name != "time"}
-        self.trackers.log({f"train/{name}": value for name, value in figures.items()}, now[1])
-        self.newest = line
-        self.show(args, state, final=now[1] >= state.max_steps)
+            file.write(json.dumps(self.newest) + "\n")
+        figures = {name: value for name, value in self.newest.items() if isinstance(value, float) and name != "time"}
+        self.trackers.log({f"train/{name}": value for name, value in figures.items()}, step)
+        self.show(args, state, final=step >= state.max_steps)
 
 
 def write_curves(run_dir: Path) -> None:
-    """Draw curves.png: loss and MFU of each stage against samples seen. A failure is one line on stderr."""
+    """Draw curves.png: each stage's loss and TFLOP/s of a device over its samples. A failure is one line on stderr."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
         by_stage: dict[str, list[dict[str, Any]]] = {}
         for line in rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []:
             by_stage.setdefault(line["stage"], []).append(line)
         panels = [
-            Panel(f"{stage}: {name}", found, [name]) for stage, found in by_stage.items() for name in ("loss", "mfu")
+            Panel(f"{stage}: {name}", found, [name]) for stage, found in by_stage.items() for name in ("loss", "tflops")
         ]
         if panels:
             save_plot(curves_plot(panels), run_dir / "curves.png")

@@ -154,8 +154,7 @@ def train(
         image_tokens=prepared.vision.num_tokens,
         features=arguments.caches_features,
     )
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    work = Work(flops, process.device, dtype, process.world_size, model.packed)
+    work = Work(flops, process.device, process.world_size, model.packed)
     steps = StepCallback(start)
     trainer = LlavaTrainer(
         arguments,
@@ -209,10 +208,11 @@ def train(
 
 
 def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:
+    peak = f"{summary['mfu']:.0%} of the GPU's peak, " if "mfu" in summary else ""
     console.print(
         f"stage {number} ({summary['stage']}): trained for {in_words(summary['train_seconds'])}, after "
         f"{in_words(summary['prepare_seconds'])} of preparation: {summary['samples_per_s']:.1f} samples/s, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {100 * summary['mfu']:.0f} % of the processor's peak, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {peak}"
         f"{summary['peak_memory_gb']:.1f} GB",
         highlight=False,
         soft_wrap=True,

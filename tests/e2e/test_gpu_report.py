@@ -24,7 +24,7 @@ def test_every_part_of_its_own_runs() -> None:
 
     for rows, count in ((figures("S/16"), 1), (figures("LLaVA"), 3)):
         assert len(rows) == count
-        assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["rehearsed_gb"] > 0 for row in rows)
+        assert all(row["samples_per_s"] > 0 and row["tflops"] > 0 and row["rehearsed_gb"] > 0 for row in rows)
     checked = {row["what"]: row["mend"] for row in figures("checks")}
     assert checked.keys() == report.CHECKS.keys()
     assert (checked["driver"], checked["DeepSpeed"]) == ("", "")

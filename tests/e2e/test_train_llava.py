@@ -74,18 +74,17 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     assert config["instruct"]["freeze"] == {"vision_tower": "frozen", "projector": "full", "language_model": "full"}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in metrics} == {"align", "instruct"}
-    units = ("samples_per_s", "samples_per_s_per_gpu", "tflops", "mfu", "peak_memory_gb")
+    units = ("samples_per_s", "samples_per_s_per_gpu", "tflops", "peak_memory_gb")
     assert all(line[unit] > 0 for line in metrics for unit in units)
     for stage in ("align", "instruct"):
         summary = json.loads((run / stage / "done.json").read_text())
-        (last,) = [line for line in metrics if line["stage"] == stage and line["step"] == 80]
-        # One machine, one peak: both tell it by the same two figures.
-        assert summary["tflops"] / summary["mfu"] == pytest.approx(last["tflops"] / last["mfu"], rel=2e-3)
+        assert "mfu" not in summary, "nobody states the peak of a CPU"
         assert summary["samples_per_s_per_gpu"] == summary["samples_per_s"]
         assert summary["steps"] == 80
         assert min(summary["samples_per_s"], summary["tokens_per_s"], summary["peak_memory_gb"]) > 0
         assert (run / stage / "mm_projector.bin").is_file()
         assert f"{summary['samples_per_s']:.1f} samples/s" in done.stderr
+    assert "'s peak" not in done.stderr
     assert (run / "env.json").is_file()
     assert (run / "curves.png").is_file()
     assert f"from {Path('runs/llava-clips/align/mm_projector.bin')}" in done.stderr

@@ -67,7 +67,7 @@ def test_words_and_no_figure_of_another_time(tmp_path: Path, monkeypatch: pytest
     first, validation, second = told.getvalue().splitlines()
     assert first == (
         "640 of 96,000 samples (0 %), image-text loss 4.18, caption loss 6.58, 190 samples/s, "
-        "waiting for data 4 % of the time, 38 % of the processor's peak, 0.8 GB"
+        "waiting for data 4 % of the time, 38 % of the GPU's peak, 0.8 GB"
     )
     assert (
         validation == "validation after 640 samples: a picture finds its sentence in 71.2 %, a thing its name in 30.0 %"

@@ -109,8 +109,8 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
     own = recipe("demo").phases[0]
     phase = pretrain("--batch-size", "16").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
-    line = "lr 0.00053, Muon lr 0.00705 (the recipe's 0.00106 is for a batch of 64; scaled with the square root"
-    assert line in phase_line(pretrain("--batch-size", "16"), phase, samples=1, ranks=1)
+    line = phase_line(pretrain("--batch-size", "16"), phase, samples=1, ranks=1)
+    assert "lr 0.00053, Muon lr 0.00705" in line
     assert pretrain("--batch-size", "64") == recipe("demo")
     phase = pretrain("--batch-size", "16", "--set", "phases.0.lr=0.5").phases[0]
     assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))

@@ -16,8 +16,6 @@ def test_the_name_that_fits_best_counts() -> None:
     assert stated_peak("Some Card 7") is None
 
 
-def test_a_cpu_is_measured_and_says_so() -> None:
-    speed, where = peak_flops(torch.device("cpu"), torch.float32)
-    assert 1e8 < speed < 1e15
-    assert where == "a matrix product in float32, measured"
-    assert peak_flops(torch.device("cpu"), torch.float32) == (speed, where)  # once
+def test_nobody_states_the_peak_of_a_cpu() -> None:
+    """A measured one was below what training reached: "158 % of the processor's peak"."""
+    assert peak_flops(torch.device("cpu")) is None

@@ -14,8 +14,9 @@ from clips.common.peaks import CARDS, Machine, stated_peak
 from clips.config import DataConfig
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
-from clips.training.plan import engine_settings, print_pretraining
+from clips.training.plan import engine_settings, print_memory, print_pretraining
 from clips.training.prepare import flops_per_sample, print_plan, usual_shape
+from clips.training.rehearsal import rehearse
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
 
@@ -46,6 +47,13 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     assert "32,768" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    run = recipe("demo")
+    print_memory(run, 8, {"stage": 0})
+    step = rehearse(run, run.phases[0], 8)
+    assert f"{step.on_rank({}, 8) / 1e9:.3g} GB" in capsys.readouterr().err
+
+
 def test_cut_steps_pay_one_more_forward_pass_of_the_towers() -> None:
     run = recipe("b16")
     cut = replace(run, train=replace(run.train, accumulation=4, contrastive="global"))
@@ -63,7 +71,7 @@ def test_the_mean_over_the_sizes_decides_the_time() -> None:
 
 def test_the_plan_of_a_run_names_its_phases(capsys: pytest.CaptureFixture[str]) -> None:
     run = replace(tiny_run(), data=DataConfig(train="mine"))  # of the demo, which has a test set, the plan builds it
-    print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, 1e9)
+    print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None)
     printed = capsys.readouterr().err
     assert all(f"phase {phase.name}" in printed for phase in run.phases)
 
