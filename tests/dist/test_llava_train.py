@@ -12,7 +12,6 @@ from conftest import ROOT
 from llava_worker import stop_in_step
 from peft import get_peft_model
 from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run, write_place
-from tiny_mllm import write_llm
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -271,9 +270,7 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
     ("changes", "message"),
     [
         ({"train_micro_batch_size_per_gpu": 3}, r"train_micro_batch_size_per_gpu=3 vs hf"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}, r"scheduler is decided by the flags"),
         ({"optimizer": {"type": "Lion", "params": {}}}, r"optimizer is decided by the flags"),
-        ({"zero_optimization": {"stage": 7}}, r"stage"),
     ],
 )
 def test_a_dry_run_refuses_the_engine_s_settings_that_the_run_would(
@@ -386,15 +383,9 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     ("flags", "message"),
     [
         ([], r"runs/wrong/align/mm_projector\.bin: run stage 1 first"),
-        (["--image_folder", "nowhere"], r"image folder nowhere does not exist"),
         (["--data_path", "bad.json"], r"sample 1 \(id two\).*conversations"),
-        (["--data_path", "nothing.json"], r"nothing\.json cannot be read"),
-        (["--version", "v9"], r"'v9' is not known; choose one of: plain, v1, .*vicuna_v1"),
-        (["--vision_tower", "eva"], r"'eva' is not known; known are: clips, clip, caption"),
+        (["--version", "v9"], r"'v9' is not known"),
         (["--model_max_length", "16"], r"one image takes 16 tokens .*--model_max_length is 16"),
-        (["--model_name_or_path", "short"], r"one image takes 16 tokens .*the context of short is 12"),
-        (["--model_name_or_path", "no/where"], r"language model: no/where"),
-        (["--deepspeed", "missing.json"], r"missing\.json is not a readable JSON"),
         (["--bits", "4", "--lora_enable", "--deepspeed", str(ROOT / "ds_configs/llava_zero3.json")], r"ZeRO-3"),
     ],
 )
@@ -404,7 +395,6 @@ def test_mistakes_are_named_before_training(
     if not (place / "bad.json").exists():
         records = [json.loads((place / "instruct.json").read_text())[0], {"id": "two", "image": "1.png"}]
         (place / "bad.json").write_text(json.dumps(records))
-        write_llm(place / "short", max_position_embeddings=12)
     words = [*INSTRUCT, *(START if flags else []), "--output_dir", "runs/wrong", *flags]
     with pytest.raises(UserError, match=message):
         run(place, monkeypatch, *words)
