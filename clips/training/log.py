@@ -17,7 +17,7 @@ from clips.config import RunConfig
 
 MACHINE = (
     *("time", "samples_per_s", "step_seconds", "rank_seconds", "data_wait_share", "peak_memory_gb"),
-    *("memory_gb", "gpu_utilisation", "samples_per_s_per_gpu", "tflops", "mfu", "step_cpu_seconds"),
+    *("memory_gb", "samples_per_s_per_gpu", "tflops", "mfu", "step_cpu_seconds"),
     "validation_seconds",
 )
 """What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""

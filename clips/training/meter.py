@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,6 @@ from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
 
 
-def utilisation(device: torch.device) -> float:
-    """Of a GPU, in percent; NaN where NVML, its Python package or the right to ask is missing."""
-    try:
-        return float(torch.cuda.utilization(device))
-    except Exception:  # NVML's own errors are of no narrower kind, and nothing is worth less than a run
-        return math.nan
-
-
 class Meter:
     """Losses, speed, memory and each rank's own time since the last log line."""
 
@@ -41,7 +32,6 @@ class Meter:
         self.started = time.perf_counter()
         self.first = state.samples
         self.waiting_total = 0.0
-        self.has_nvml = True
         self.named: set[int] = set()
         """Ranks that were slow in the last line, and have been named."""
         self.reset(state)
@@ -136,7 +126,7 @@ class Meter:
             "step_cpu_seconds": max(ranks["cpu"]) / steps,
             "rank_seconds": [round(seconds, 6) for seconds in ranks["own"]],
             "data_wait_share": max(ranks["waiting"]) / elapsed,
-            **{name: max(ranks[name]) for name in memory if not math.isnan(sum(ranks[name]))},
+            **{name: max(ranks[name]) for name in memory},
             "skipped": state.skipped,
         })  # fmt: skip
         self._name_slow_ranks(log, ranks["own"], elapsed / steps, state.step)
@@ -153,16 +143,11 @@ class Meter:
         return dict(zip([*losses, *own], columns, strict=True))
 
     def _memory(self) -> dict[str, float]:
-        """This rank's memory in GB, and the GPU's utilisation in percent: NaN where NVML cannot be asked."""
-        if self.device.type != "cuda":
-            return {"peak_memory_gb": peak_memory_gb(self.device)}
-        found = {  # the same keys on every rank
-            "peak_memory_gb": peak_memory_gb(self.device),
-            "memory_gb": torch.cuda.memory_allocated(self.device) / 1e9,
-            "gpu_utilisation": utilisation(self.device) if self.has_nvml else math.nan,
-        }
-        self.has_nvml = not math.isnan(found["gpu_utilisation"])
-        return found
+        """This rank's memory in GB."""
+        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
+        if self.device.type == "cuda":
+            memory["memory_gb"] = torch.cuda.memory_allocated(self.device) / 1e9
+        return memory
 
     def _name_slow_ranks(self, log: RunLog, own_seconds: Sequence[float], step_seconds: float, step: int) -> None:
         """Warn of a rank when it becomes slow. Collective where one does, which all ranks know."""
