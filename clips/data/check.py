@@ -110,7 +110,8 @@ def check_pairs(
         raise UserError("a training would stop at the first of these samples:\n  " + "\n  ".join(found.refused))
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
-        first = "\n  ".join(f"{sample.key}: {sample.reason}" for sample in found.broken[:NAMED])
+        named = [f"{sample.key}: {sample.reason}" for sample in found.broken[:NAMED]] or summary["problems"][:NAMED]
+        first = "\n  ".join(named)
         what = f"{found.reasons.total():,} of {found.checked:,} samples are broken"
         if source.unreadable:
             what += f" and {source.unreadable:,} of {len(source) + source.unreadable:,} rows left out"

@@ -419,6 +419,7 @@ class TableSource(Source):
         self._set_sizes([len(table) for table in self.tables])
         self.left_out = [table.left_out for table in self.tables]
         self.unreadable = sum(table.left_out for table in self.tables if isinstance(table, Table))
+        self.problems = [table.problem for table in self.tables if isinstance(table, Table) and table.problem]
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
         """By table, whether it names pictures that may be missing."""

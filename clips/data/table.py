@@ -69,11 +69,14 @@ class Table:
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
         left_out = LeftOut(**json.loads(last[b"left_out"]))
         self.left_out = left_out.count
+        self.problem = ""
+        """What is said of rows that are left out."""
         if left_out.count:
-            say_once(
+            self.problem = (
                 f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows left out, the first is row "
                 f"{left_out.lines[0]} (other cells than the header, or an open quote)"
             )
+            say_once(self.problem)
         if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
             say_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")
 
