@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
@@ -134,11 +134,6 @@ class CLIPS:
     def tokenize(self, texts: Iterable[str] | str) -> Tensor:
         """Token ids [T, L], padded to the longest text."""
         return self.tokenizer.for_tower(_texts(texts), self.model.config.text)
-
-    def count_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens of the texts that the text tower reads, without special tokens."""
-        longest = self.model.config.text.words
-        return sum(min(len(ids), longest) for ids in self.tokenizer.encode(list(texts)))
 
     @torch.no_grad()
     def encode_image(self, images: Images) -> Tensor:

@@ -43,14 +43,10 @@ def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path
     fetched. Raises UserError if nothing is found or the hub cannot be reached.
     """
     directory = Path(name).expanduser()
-    if not directory.is_dir():
-        if not HUB_ID.fullmatch(name):
-            raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
-        directory = _download(name, what, weights)
-    return directory
-
-
-def _download(name: str, what: str, weights: Sequence[str]) -> Path:
+    if directory.is_dir():
+        return directory
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
     try:
         snapshot_download(name, allow_patterns=["*config.json", NATIVE_TOKENIZER])
         for pattern in weights:

@@ -77,7 +77,6 @@ def test_texts_and_similarity(opened: CLIPS) -> None:
     image = picture()
     torch.testing.assert_close(opened.similarity(image, TEXTS), opened.encode_image(image) @ features.T)
     assert opened.similarity([image, image], "a dog").shape == (2, 1)
-    assert opened.count_tokens(["a dog", "a"]) == opened.count_tokens(["a dog"]) + opened.count_tokens(["a"]) > 0
     assert not features.requires_grad
 
 
