@@ -93,8 +93,8 @@ def check_current(export: Path) -> Path:
         newest = newest_weights(export.parent) or {}
         step = read_json(export / MADE_OF).get("step", "unknown")
         raise UserError(
-            f"{export} is of step {step}, and the newest checkpoint of the run of step {newest.get('step')}: `python "
-            f"scripts/export_clips.py --model {shlex.quote(str(export.parent))}` exports it"
+            f"{export} is of step {step}, and the newest checkpoint of the run is of step {newest.get('step')}: "
+            f"`python scripts/export_clips.py --model {shlex.quote(str(export.parent))}` exports it"
         )
     return export
 
