@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import base64
 import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -267,8 +268,13 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
 
 
 def serve_from_flags(flags: argparse.Namespace) -> None:
-    """The command scripts/serve.py. Raises UserError for a model that cannot be served."""
+    """The command scripts/serve.py. Raises UserError for an address that is taken and a model that cannot be loaded."""
     limits = from_flags(Limits, flags, "max_")
+    family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
+    try:
+        socket.create_server((flags.host, flags.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve on {flags.host} port {flags.port}: {error}; give --host, --port") from None
     chat = ChatModel.load(flags.model, **model_options(flags))
     api_key = os.environ.get("CLIPS_API_KEY", "")
     app = create_app(chat, limits, api_key=api_key, allowed_hosts=[flags.host, *flags.allowed_hosts])
