@@ -67,10 +67,10 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     assert (f"{UNSEEN}/sentence_i2t_r1" in found["figures"]) == several
     assert found.get("missing") == (None if several else MISSING)
     page = (run / "report" / "index.html").read_text()
-    for part in ("<th>unseen</th>", "“unseen”"):
+    for part in (">unseen</th>", "“unseen”"):
         assert (part in page) == several
     assert (MISSING in page) == (not several)
-    assert ("Measured on unseen" in (run / "export" / "native" / "README.md").read_text()) == several
+    assert ("name: unseen" in (run / "export" / "native" / "README.md").read_text()) == several
 
     said = ran("evaluate_clips.py", "--limit", "20")
     assert (f"{UNSEEN} %" in said) == several
