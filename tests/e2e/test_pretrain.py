@@ -77,7 +77,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
     assert found["plain"].code == found["whole"].code == 0, found
     assert "3 steps × 8" in found["plain"].text
     for name, done in found.items():
-        assert ("all 2 micro-batches of a step" in done.text) == (name == "whole")
+        assert ("train.contrastive=global" in done.text) == (name == "whole")
     assert not (tmp_path / "out").exists()
 
 
