@@ -32,7 +32,7 @@ if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
   # A free port, for another training on this machine may have deepspeed's own.
   port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
   OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) \
-    python -m deepspeed.launcher.runner --num_gpus 2 --master_port "$port" "${pretrain[@]}"
+    python -m deepspeed.launcher.runner --hostfile none --num_gpus 2 --master_port "$port" "${pretrain[@]}"
 else # one core, or GPUs, of which the demo's model is worth one only
   python "${pretrain[@]}"
 fi

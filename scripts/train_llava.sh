@@ -43,7 +43,7 @@ fi
 launch=("$python")
 if [ "${gpus:-1}" -gt 1 ]; then # on a free port, for another training on this machine may have deepspeed's own
   port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-  launch+=(-m deepspeed.launcher.runner --num_gpus "$gpus" --master_port "$port")
+  launch+=(-m deepspeed.launcher.runner --hostfile none --num_gpus "$gpus" --master_port "$port")
 fi
 
 # The demo's questions say nothing about a model that was trained on other data.

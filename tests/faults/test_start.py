@@ -1,4 +1,4 @@
-"""One rank has found something else than the others: all ranks end with the fact, or go on with rank 0's.
+"""Row 32: one rank has found something else than the others: all ranks end with the fact, or go on with rank 0's.
 
 Two ranks without a launcher above them, which would end one rank when the other fails. Each fact is of rank 1, or of
 rank 0 where its value is to count for both.
@@ -87,7 +87,7 @@ FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "e
 
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("part", FAILURES)
-def test_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
+def test_row_32_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
     facts = ["nothing", "nothing"]
     # Rank 0 opens the data for its machine.
     facts[0 if part == "data" else odd] = f"fails at the {part}"
@@ -107,7 +107,7 @@ def test_a_lock_that_rank_0_does_not_get_ends_both(shards: tuple[str, ...], tmp_
         ("fewer samples", ("the training data", "rank 0: 64 samples", "rank 1: 63 samples")),
     ],
 )
-def test_a_fact_that_must_be_equal_is_named_with_both_values(
+def test_row_32_a_fact_that_must_be_equal_is_named_with_both_values(
     fact: str, words: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     ranks = two_ranks(ROOT, ("nothing", fact), *pretraining(tmp_path, shards))
@@ -140,7 +140,7 @@ def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[st
     assert lines(trained / "r") == before
 
 
-def test_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+def test_row_32_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Rank 1 never comes, as where RANK and WORLD_SIZE are left over in the environment of a single process."""
     env = {
         "RANK": "0",
