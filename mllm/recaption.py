@@ -36,9 +36,9 @@ from clips.common.errors import BrokenDataError, CommandError, UserError, first_
 from clips.common.escape import clip, one_line
 from clips.common.files import check_target, from_json, placing, read_json, write_json
 from clips.common.hub import model_digest, resolve
+from clips.common.opening import NO_CODE, REPORTED, check_complete, loading
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
-from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.evaluation.batches import new_texts
 from mllm.model.load import data_of, find_model
 

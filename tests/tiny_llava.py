@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.runtime import unused_port
-from clips.common.signals import StopSignal
+from clips.common.signals import STOP_SIGNALS
 from clips.common.tensors import read_weights
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
@@ -82,7 +82,7 @@ def build(place: Path) -> LlavaForConditionalGeneration:
 @contextlib.contextmanager
 def process_kept() -> Iterator[None]:
     """A command takes over signals, sets RANK and the like, joins a process group; after it all is as before."""
-    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     environment = dict(os.environ)
     try:
         yield

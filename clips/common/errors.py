@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
 import pkgutil
 import select
@@ -23,7 +24,6 @@ from typing import NoReturn
 
 from clips.common.escape import printable
 from clips.common.paths import CACHE_VARIABLE, cache_root, without_secrets
-from clips.common.workers import kill_workers
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
@@ -136,23 +136,35 @@ def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
     sys.exit(run_command(main))
 
 
-def _flush() -> None:
-    if sys.stdout is not None:  # closed by the caller
-        sys.stdout.flush()
+def outlive_readers() -> bool:
+    """Let this process's output go nowhere once nobody reads it any more; returns whether nobody reads stdout.
+
+    The next `print` would end the run: after a logout with the run in the background, and after Ctrl-C of
+    `deepspeed --hostfile`, which cuts the connections first and asks the ranks to stop after that.
+    """
+    streams = select.poll()
+    for stream in (1, 2):
+        streams.register(stream, 0)  # a reader's end is reported unasked
+    ended = [stream for stream, event in streams.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for stream in ended:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream)
+        os.close(nowhere)
+    return 1 in ended
 
 
-def _has_no_reader() -> bool:
-    """Whether what reads stdout has ended, as `| head` does; from then on nothing is written to it."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    ended = any(event & select.POLLERR for _, event in poll.poll(0))
-    if ended:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return ended
+def _kill_workers() -> None:
+    """Kill the data workers of this process, which ends with an error: its traceback keeps their loader alive.
+
+    torch would end each with SIGTERM, which `start_worker` (clips/common/signals.py) lets it obey a minute later.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error of its own
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run `main` and return its exit code; print a `CommandError` as one message."""
+    """Run `main` and return its exit code; print a `CommandError` or an OSError as one message."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that knows ASCII alone gets \\xb1 for ±. A stream whose file was exchanged refuses the change.
@@ -160,29 +172,31 @@ def run_command(main: Callable[[], None]) -> int:
                 stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_ForTerminal())
+
     try:
         try:
             main()
         except SystemExit:  # of --help
-            _flush()
+            print(end="", flush=True)
             raise
-        _flush()
-    except OSError as error:  # a target that cannot be written, a full disk, too many open files
-        kill_workers()
-        if isinstance(error, BrokenPipeError) and _has_no_reader():
+        print(end="", flush=True)
+    except (CommandError, OSError) as error:  # a target that cannot be written, a full disk, too many open files
+        _kill_workers()
+        if isinstance(error, BrokenPipeError) and outlive_readers():  # `| head` has ended
             return 128 + signal.SIGPIPE
-        message = in_one_line(error)
-        place = Path(os.fsdecode(error.filename or ""))
-        if place.is_absolute() and (place.is_relative_to(cache_root()) or cache_root().is_relative_to(place)):
-            message += f"; set {CACHE_VARIABLE} to a folder that can be written"
-        print(f"\nerror: {printable(message, LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
-        return CommandError.exit_code
-    except CommandError as error:
-        kill_workers()
-        message = printable(without_secrets(str(error)), LONGEST_MESSAGE)
-        print(f"\nerror: {message}", file=sys.stderr, flush=True)
-        return error.exit_code
+        message = str(error) if isinstance(error, CommandError) else _of_system(error)
+        print(f"\nerror: {printable(without_secrets(message), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        return error.exit_code if isinstance(error, CommandError) else CommandError.exit_code
     except BaseException:
-        kill_workers()
+        _kill_workers()
         raise
     return 0
+
+
+def _of_system(error: OSError) -> str:
+    """The message of an OSError; one of the cache folder names the variable that moves it."""
+    message = in_one_line(error)
+    place = Path(os.fsdecode(error.filename or ""))
+    if place.is_absolute() and (place.is_relative_to(cache_root()) or cache_root().is_relative_to(place)):
+        message += f"; set {CACHE_VARIABLE} to a folder that can be written"
+    return message

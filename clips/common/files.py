@@ -157,12 +157,12 @@ def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty if the file is missing. Raises UserError for any other content."""
     try:
-        found = from_json(read_bytes(path)) if path.is_file() else {}
+        content = from_json(read_bytes(path)) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, it is not JSON ({error}): restore it, or remove it") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} is damaged, it holds no JSON object: restore it, or remove it")
-    return found
+    return content
 
 
 def read_json_records(path: Path) -> list[Any]:
@@ -241,12 +241,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files of one directory, in any order."""
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(set(files)))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import digest_of
+from clips.common.files import sha256
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
@@ -66,6 +67,8 @@ def model_digest(directory: Path, *, whole: bool = False) -> str:
 
     `whole`: over every file that decides what the model computes, so configuration, tokenizer and templates too.
     """
-    if whole:
-        return digest_of(path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern))
-    return digest_of([*directory.glob("*.safetensors")] or directory.glob("pytorch_model*.bin"))
+    weights = [*directory.glob("*.safetensors")] or [*directory.glob("pytorch_model*.bin")]
+    everything = [path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern)]
+    files = sorted(set(everything if whole else weights))
+    lines = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

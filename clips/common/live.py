@@ -17,14 +17,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clips.common.errors import outlive_readers
 from clips.common.escape import clip, printable
 from clips.common.rundir import parse_line
-from clips.common.signals import outlive_readers
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Name of the environment's value: seconds between two lines of a file, 30 without it."""
-TAIL = 1 << 16
-"""Bytes of metrics.jsonl in which the newest record is looked for; a line has a few hundred."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -74,9 +72,11 @@ def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> 
     """A record of metrics.jsonl in words; `left` in seconds, None if it is not known yet."""
     done = values["samples"]
     words = [f"{done:,} of {total:,} samples ({100 * done // total} %)"]
-    words += [] if left is None else [f"{in_words(left)} left"]
-    shown = WORDS if "contrastive_loss" in values or "caption_loss" in values else {"loss": "loss {:.3g}"} | WORDS
-    words += [text.format(values[name]).replace("%", " %") for name, text in shown.items() if name in values]
+    if left is not None:
+        words.append(f"{in_words(left)} left")
+    if values.keys().isdisjoint(("contrastive_loss", "caption_loss")) and "loss" in values:
+        words.append(f"loss {values['loss']:.3g}")
+    words += [text.format(values[name]).replace("%", " %") for name, text in WORDS.items() if name in values]
     return ", ".join(words)
 
 
@@ -113,16 +113,13 @@ class Progress:
 
 
 def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
-    """The newest record of a .jsonl file with these `fields`; None if there is none in the file's tail.
+    """The newest record of a .jsonl file with these `fields`; None if there is none.
 
     Lines that are no record are skipped: a crash may have cut the last line, or it is half written.
     """
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
+    for line in reversed(path.read_bytes().splitlines()):
         record = parse_line(line)
         if record is not None and all(record.get(name) == value for name, value in fields.items()):
             return record

@@ -1,7 +1,8 @@
 """A stranger's model directory is bounded before a library reads it, and every failure has one form.
 
 Numbers in a configuration decide how much memory a library asks for: layers have a limit, and the parameters that a
-build on torch's meta device tells are compared with the weight files.
+build on torch's meta device tells are compared with the weight files. transformers' loaders run without noise and
+without the model's own code.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from torch import nn
 
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.files import read_json
-from clips.common.tensors import MOST_IN_TABLES, check_header, weight_files
+from clips.common.tensors import MOST_IN_TABLES, check_header, listed, unpickling_reason, weight_files
 
 LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_LAYERS = 1024
 """Each layer that is built takes memory, even without weights."""
+BAR_FROM = 2 * 2**30
+"""Bytes of weights from which a progress bar is shown."""
+NO_CODE = {"trust_remote_code": False}
+"""For every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it asks
+at the terminal and runs the model's code on a "y"."""
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For loaders whose report `check_complete` reads; otherwise they raise an error without shapes for unfit weights."""
 
 
 @contextmanager
@@ -40,15 +48,20 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
     """Turn any failure inside into a UserError that names the place: a library met a file's wrong value."""
     try:
         yield
-    except (CommandError, pickle.UnpicklingError):  # `loading` names what a pickle would run
+    except CommandError:
         raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what}: a weight file of {place} may hold pickled code and was refused; nothing in it was run "
+            f"({unpickling_reason(error)})"
+        ) from None
     except BaseException as error:
         if not is_failure(error):
             raise
-        told = in_one_line(error)
-        if "trust_remote_code" in told:
-            told = "it needs Python code of its own (auto_map), which is never run: choose a kind of transformers"
-        raise UserError(f"{what}: {place} cannot be loaded: {told}") from None
+        problem = in_one_line(error)
+        if "trust_remote_code" in problem:
+            problem = "it needs Python code of its own (auto_map), which is never run: choose a kind of transformers"
+        raise UserError(f"{what}: {place} cannot be loaded: {problem}") from None
 
 
 def is_failure(error: BaseException) -> bool:
@@ -92,3 +105,45 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
             f"{what}: {directory}/config.json asks for {wanted:,} parameters, and the weights have {stored:,} bytes: "
             "they are not of one model"
         )
+
+
+@contextmanager
+def loading(what: str, directory: Path | str) -> Iterator[None]:
+    """Do as `opening`, without transformers' own reports, and without its progress bars if the weights are small."""
+    from transformers.utils import logging as reports
+
+    place = Path(directory)
+    size = sum(path.stat().st_size for path in weight_files(place)) if place.exists() else BAR_FROM  # a download
+    verbosity = reports.get_verbosity()
+    reports.set_verbosity_error()  # `check_complete` decides what matters
+    try:
+        with progress_bars(size), opening(what, directory):
+            yield
+    finally:
+        reports.set_verbosity(verbosity)
+
+
+@contextmanager
+def progress_bars(size: int) -> Iterator[None]:
+    """Hide transformers' progress bars if `size` bytes of weights are below BAR_FROM."""
+    from transformers.utils import logging as reports
+
+    hidden = size < BAR_FROM and reports.is_progress_bar_enabled()
+    if hidden:
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            reports.enable_progress_bar()
+
+
+def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
+    """Raise UserError if `from_pretrained(…, **REPORTED)` left weights random, except prefixes in `allowed`."""
+    problems = [
+        f"{name}: {tuple(shape)} in the file, {tuple(expected)} in the model"
+        for name, shape, expected in sorted(info["mismatched_keys"])
+    ]
+    problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if not name.startswith(allowed)]
+    if problems:
+        raise UserError(f"{what}: the weights in {directory} do not fit their config.json: {listed(problems)}")

@@ -146,11 +146,6 @@ def shown(indices: Sequence[int]) -> frozenset[int]:
     return frozenset(indices[i * len(indices) // count] for i in range(count))
 
 
-def _card(sample: Sample) -> Card:
-    texts = [(name, text, None) for name, text in sample.texts.items() if text]
-    return Card(sample.key, [Picture(sample.picture)] if sample.picture else [], texts, note=sample.reason)
-
-
 def publish(
     output: Path | str, found: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -189,9 +184,14 @@ def publish(
 
     write_json(output / "summary.json", summary)
     sections = [Section("Figures", [Table(("", ""), rows, lambda column, text: "wrap")])]
-    for title, some in (("Broken samples", found.broken[:PRINTED]), ("Samples", found.good)):
-        if some:
-            sections.append(Section(title, [Cards(list(map(_card, some)))]))
+    for title, listed in (("Broken samples", found.broken[:PRINTED]), ("Samples", found.good)):
+        cards = []
+        for sample in listed:
+            texts = [(name, text, None) for name, text in sample.texts.items() if text]
+            pictures = [Picture(sample.picture)] if sample.picture else []
+            cards.append(Card(sample.key, pictures, texts, note=sample.reason))
+        if cards:
+            sections.append(Section(title, [Cards(cards)]))
     write_atomically(output / "samples.html", as_html(Page("Data before a training", data, sections)))
     console = Console(emoji=False)
     console.print(table_of(data, (), rows))

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -48,29 +48,35 @@ def once_per_machine(make: Callable[[], T]) -> T:
     """
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")
-    ranks_of = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
     # All groups on all ranks: one made by its members alone is named after them, and a second of that name meets at
     # the addresses of the first.
-    groups: list[Any] = [dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for ranks in ranks_of.values()]
-    host = hosts[dist.get_rank()]
-    first = ranks_of[host][0]
-    group = groups[list(ranks_of).index(host)]
+    groups: dict[str, Any] = {}
+    for host in dict.fromkeys(hosts):
+        ranks = [rank for rank, other in enumerate(hosts) if other == host]
+        groups[host] = dist.new_group(ranks, timeout=PATIENCE, backend="gloo")
 
-    result = [make()] if dist.get_rank() == first else [None]
-    dist.broadcast_object_list(result, src=first, group=group)
-    dist.destroy_process_group(group)
+    host = hosts[dist.get_rank()]
+    first = hosts.index(host)
+    result: list[Any] = [make() if dist.get_rank() == first else None]
+    dist.broadcast_object_list(result, src=first, group=groups[host])
+    dist.destroy_process_group(groups[host])
     wait_for_all_ranks("the data to be opened on every machine")
-    return cast(T, result[0])
+    return result[0]
 
 
 def wait_for_all_ranks(what: str, tell_every: float = 60) -> None:
     """A barrier without a time limit; rank 0 says every so many seconds how many ranks it waits for."""
     # Through the store: every collective has a timeout, and NCCL's watchdog one of its own.
-    store, ranks, key = dist.distributed_c10d._get_default_store(), dist.get_world_size(), f"waits/{next(_waits)}"
-    arrived, pause, told = store.add(key, 1), 0.01, time.monotonic()
+    store = dist.distributed_c10d._get_default_store()
+    ranks = dist.get_world_size()
+    key = f"waits/{next(_waits)}"
+    arrived = store.add(key, 1)
+    pause = 0.01
+    told = time.monotonic()
     while arrived < ranks:
         time.sleep(pause)
-        pause, arrived = min(2 * pause, 1.0), store.add(key, 0)
+        pause = min(2 * pause, 1.0)
+        arrived = store.add(key, 0)
         if dist.get_rank() == 0 and time.monotonic() - told > tell_every:
             log.warning("waiting for %d of %d ranks: %s", ranks - arrived, ranks, what)
             told = time.monotonic()

@@ -20,7 +20,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -60,8 +60,8 @@ def _say_taken(what: str, path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what is of which weights
 def checkpoints(run_dir: Path) -> list[Path]:
     """The finished checkpoints of a pretraining run, newest first."""
-    found = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    steps = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def weights_of(checkpoint: Path) -> dict[str, Any]:
@@ -69,11 +69,12 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
 
     `samples` and `sha256` are None if their files are damaged.
     """
-    found = {"step": int(checkpoint.name[5:]), "samples": None, "sha256": None}
-    for key, file, name in (("samples", "state.json", "samples"), ("sha256", MANIFEST, "model.safetensors")):
-        with contextlib.suppress(UserError):
-            found[key] = read_json(checkpoint / file).get(name)
-    return found
+    weights = {"step": int(checkpoint.name[5:]), "samples": None, "sha256": None}
+    with contextlib.suppress(UserError):
+        weights["samples"] = read_json(checkpoint / "state.json").get("samples")
+    with contextlib.suppress(UserError):
+        weights["sha256"] = read_json(checkpoint / MANIFEST).get("model.safetensors")
+    return weights
 
 
 def newest_weights(run_dir: Path) -> dict[str, Any] | None:
@@ -90,18 +91,15 @@ def is_current(directory: Path) -> bool:
 def check_current(export: Path) -> Path:
     """`export`, the export/ of a run. Raises UserError if the run has trained on since."""
     if not is_current(export):
-        newest = newest_weights(export.parent) or {}
-        step = read_json(export / MADE_OF).get("step", "unknown")
-        raise UserError(
-            f"{export} is of step {step}, and the newest checkpoint of the run is of step {newest.get('step')}: "
-            f"`python scripts/export_clips.py --model {shlex.quote(str(export.parent))}` exports it"
-        )
+        command = f"python scripts/export_clips.py --model {shlex.quote(str(export.parent))}"
+        raise UserError(f"{export} is older than the newest checkpoint of the run: `{command}` exports it")
     return export
 
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the newest weights of a pretraining run are exported, and measured if the run has test data."""
-    export, evaluation = run_dir / "export", read_json(run_dir / "evaluation.json")
+    export = run_dir / "export"
+    evaluation = read_json(run_dir / "evaluation.json")
     is_measured = not evaluation or _is_of(evaluation, newest_weights(run_dir))
     return export.is_dir() and is_current(export) and is_measured
 
@@ -117,17 +115,17 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     Evaluations of other weights than the run's newest are left out.
     """
     newest = newest_weights(directory)
-    found = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
-    return {name: evaluation for name, evaluation in found.items() if _is_of(evaluation, newest)}
+    evaluations = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
+    return {name: evaluation for name, evaluation in evaluations.items() if _is_of(evaluation, newest)}
 
 
 def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
     """Figures called NAME/FIGURE as test set → figure; plain names belong to the set `first`."""
-    found: dict[str, dict[str, T]] = {}
+    sets: dict[str, dict[str, T]] = {}
     for name, figure in figures.items():
-        test_set, has_set, rest = name.rpartition("/")
-        found.setdefault(test_set if has_set else first, {})[rest] = figure
-    return found
+        test_set, _, plain = name.rpartition("/")
+        sets.setdefault(test_set or first, {})[plain] = figure
+    return sets
 
 
 def deciding_name(figure: str, figures: Iterable[str]) -> str:
@@ -189,14 +187,12 @@ def hold(run_dir: Path) -> None:
 
 def _holder(run_dir: Path) -> str:
     """The lock's holder, as a part of a sentence; empty if it is not written yet."""
-    holder = parse_line(read_regular(run_dir / ".lock", 10_000)) or {}
-    if not holder.keys() >= {"pid", "host", "launchers"}:
+    holder = parse_line(read_regular(run_dir / ".lock", 10_000))
+    if holder is None:
         return ""
-    above = str(holder["launchers"]).strip("[]")
-    under = f" under launcher {above}" if above else ""
-    return (
-        f", process {holder['pid']}{under} on host {holder['host']} (`kill {holder['pid']}` there saves a checkpoint)"
-    )
+    pid = holder["pid"]
+    under = f" under launcher {', '.join(map(str, holder['launchers']))}" if holder["launchers"] else ""
+    return f", process {pid}{under} on host {holder['host']} (`kill {pid}` there saves a checkpoint)"
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -208,25 +204,26 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
-    found = filter(None, map(parse_line, path.read_bytes().splitlines()))
-    return [line for line in found if kind is None or line.get("kind") == kind]
+    lines = filter(None, map(parse_line, path.read_bytes().splitlines()))
+    return [line for line in lines if kind is None or line.get("kind") == kind]
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep only the `wanted` whole lines of a .jsonl file, if there is one.
+def keep_lines(path: Path, step: int, **fields: Any) -> None:
+    """Keep the whole lines of a .jsonl file up to `step`, and those in which one of `fields` differs.
 
     Lines after the checkpoint that a killed run goes on from are removed, so that no step is there twice.
     """
-    if path.exists():
-        lines = path.read_bytes().splitlines()
-        kept = [text.decode() for text in lines if (line := parse_line(text)) is not None and wanted(line)]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def is_at_most(line: dict[str, Any], step: int) -> bool:
-    """Whether a line of metrics.jsonl is of `step` or an earlier step; a line without a step is not."""
-    found = line.get("step")
-    return isinstance(found, int) and found <= step
+    if not path.exists():
+        return
+    lines = []
+    for text in path.read_bytes().splitlines():
+        record = parse_line(text)
+        if record is None:
+            continue
+        is_early = isinstance(record.get("step"), int) and record["step"] <= step
+        if is_early or any(record.get(name) != value for name, value in fields.items()):
+            lines.append(f"{text.decode()}\n")
+    write_atomically(path, "".join(lines))
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:

@@ -79,11 +79,6 @@ def has_bf16(device: torch.device) -> bool:
     return _bf16[device.type]
 
 
-def agree_on_bf16(device: torch.device, has: bool) -> None:
-    """Let `has_bf16` say in this process what all ranks have agreed on."""
-    _bf16[device.type] = has
-
-
 def _product_ratio() -> float:
     """Seconds of a small product in bf16 over those in fp32, the fastest of several each."""
     bound_kernel_caches()
@@ -148,7 +143,7 @@ def meet_on(start: Start, device: str) -> torch.device:
             **{name: os.environ.get(name) for name in KERNELS},
         }
     )
-    agree_on_bf16(chosen, start.all_have(has_bf16(chosen) if start.rank == 0 else claims_bf16(chosen)))
+    _bf16[chosen.type] = start.all_have(has_bf16(chosen) if start.rank == 0 else claims_bf16(chosen))
     return chosen
 
 
@@ -162,7 +157,12 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())})
-    _check_restarts()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        # The store would hold the dead ranks' addresses (pytorch issue 135712).
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would hang. "
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
+        )
     end_with_launcher()
     # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -198,10 +198,9 @@ def _gloo_threads() -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next allocations; returns whether it does.
+    """Let glibc keep freed memory for the next allocations unless the user set the allocator; returns whether it does.
 
     By default glibc gives freed tensors back to the kernel, and each step faults their pages in anew (docs/speed.md).
-    A user's own settings of the allocator win.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False
@@ -216,18 +215,6 @@ def bound_kernel_caches() -> None:
     """
     for name, capacity in KERNEL_CACHES.items():
         os.environ.setdefault(name, capacity)
-
-
-def _check_restarts() -> None:
-    """Raise UserError if torchrun would restart ranks with a store that holds the dead ranks' addresses.
-
-    The restarted ranks would fail or hang (pytorch issue 135712).
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        raise UserError(
-            "torchrun --max-restarts: ranks that are started again would hang, for torchrun shares its store with "
-            "them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
-        )
 
 
 def import_deepspeed() -> Any:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import psutil
 
-from clips.common.errors import Stopped
+from clips.common.errors import Stopped, outlive_readers
 
 GONE = 0
 """Stands for a launcher that was gone before this process looked: no process has this id."""
@@ -31,19 +30,21 @@ class StopSignal:
     """
 
     PATIENCE = 2.0
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.number, self.since = 0, 0.0
+        self.number = 0
+        self.since = 0.0
         self.launchers = LAUNCHERS
         _takes_over.set()
-        ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        taken = [number for number in self.SIGNALS if number != signal.SIGHUP or not ignores]
-        self.before = {number: signal.signal(number, self._handle) for number in taken}
+        self.before = {}
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
-            self.number, self.since = number, time.monotonic()
+            self.number = number
+            self.since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
             raise KeyboardInterrupt
 
@@ -61,49 +62,13 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def stopping(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, SIGTERM, SIGUSR1 (of a scheduler) and Ctrl-C call `first` and end the command, which has no more to save.
-
-    Raises Stopped.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        first()
-        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def outlive_readers() -> None:
-    """Once nobody reads this process's output any more, let it go nowhere: the next `print` would end the run.
-
-    So it is after a logout with the run in the background, and after Ctrl-C of `deepspeed --hostfile`, which cuts the
-    connections first and asks the ranks to stop after that.
-    """
-    streams = select.poll()
-    for stream in (1, 2):
-        streams.register(stream, 0)  # a reader's end is reported unasked
-    for stream, event in streams.poll(0):
-        if event & (select.POLLERR | select.POLLHUP):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream)
-            os.close(nowhere)
-
-
 def stopped_by(number: int) -> Stopped:
     """What to end with after the checkpoint; `number`: what the ranks agreed on, whoever of them got it."""
-    what = "the launcher is gone, or the terminal was closed" if number == signal.SIGHUP else ""
-    return Stopped(
-        f"{what or f'stopped by {signal.Signals(number).name}'}; a checkpoint was saved, and the same command goes on "
-        "from there",
-        exit_code=128 + number,
-    )
+    what = f"stopped by {signal.Signals(number).name}"
+    if number == signal.SIGHUP:
+        what = "the launcher is gone, or the terminal was closed"
+    message = f"{what}; a checkpoint was saved, and the same command goes on from there"
+    return Stopped(message, exit_code=128 + number)
 
 
 def launchers() -> list[int]:
@@ -115,25 +80,17 @@ def launchers() -> list[int]:
     """
     if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}:  # torchrun's, and the deepspeed launcher's
         return []
-    found = [os.getppid()]
-    if found == [1] and not _is_launcher(1):
-        return [GONE]
+    processes = [os.getppid()]
     with contextlib.suppress(psutil.Error):  # gone in this moment, or hidden from this user
-        parent = psutil.Process(found[0])
-        if "deepspeed.launcher.launch" in parent.cmdline():
+        parent = psutil.Process(processes[0])
+        line = " ".join(parent.cmdline())
+        if parent.pid == 1 and not any(word in line for word in ("torch", "deepspeed", "python")):
+            return [GONE]  # init has adopted this rank
+        if "deepspeed.launcher.launch" in line:
             above = psutil.Process(parent.ppid())
             if any("deepspeed" in word for word in above.cmdline()):
-                found.append(above.pid)
-    return found
-
-
-def _is_launcher(process: int) -> bool:
-    """Whether its command line may be that of a launcher; True if it cannot be read."""
-    try:
-        line = " ".join(psutil.Process(process).cmdline())
-    except psutil.Error:
-        return True
-    return any(word in line for word in ("torch", "deepspeed", "python"))
+                processes.append(above.pid)
+    return processes
 
 
 def has_lost(known: Sequence[int]) -> bool:
@@ -170,3 +127,28 @@ def end_with_launcher() -> None:
 
     if LAUNCHERS:
         threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker(worker: int) -> None:
+    """The `worker_init_fn` of every DataLoader with workers."""
+    # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
+    # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with(os.getppid())
+
+
+def end_with(parent: int) -> None:
+    """End this process once `parent`, which started it, is gone, as after a SIGKILL; it looks every second.
+
+    torch's own watch ends a worker's work, but then it waits for ever to get rid of batches that nobody takes.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -14,12 +14,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-from clips.common.errors import CommandError, UserError, in_one_line
+from clips.common.errors import CommandError, UserError, first_line, in_one_line
 from clips.common.escape import printable
 from clips.common.files import differing
 
@@ -188,7 +188,7 @@ class Start:
                         f"deepspeed --master_port {port + 1} …"
                     ) from None
                 if serves or time.monotonic() - begin > self.timeout:
-                    raise CommandError(f"rank {self.rank} does not reach {host}:{port}: {_first_line(error)}") from None
+                    raise CommandError(f"rank {self.rank} does not reach {host}:{port}: {first_line(error)}") from None
                 log.warning("rank %d waits for rank 0 at %s:%d, which has not begun", self.rank, host, port)
 
     def _meet(self) -> None:
@@ -205,11 +205,8 @@ class Start:
                 raise CommandError(f"rank {names} of {self.ranks} has not begun: look for its error above")
             if missing and self.rank == 0 and now - told > TELL_EVERY:
                 told = now
-                log.warning(
-                    "waiting for rank %s of %d to begin. To train in one process, unset RANK and WORLD_SIZE",
-                    names,
-                    self.ranks,
-                )
+                unset = "To train in one process, unset RANK and WORLD_SIZE"
+                log.warning("waiting for rank %s of %d to begin. %s", names, self.ranks, unset)
             time.sleep(0.05)
 
     # ----------------------------------------------------------------------------------------------------- watching
@@ -274,13 +271,7 @@ def _lines(values: Mapping[int, Any]) -> str:
     for rank, value in sorted(values.items()):
         text = value if isinstance(value, str) else json.dumps(value)
         ranks_of.setdefault(text[:LONGEST_VALUE], []).append(rank)
-    return "\n".join(f"  rank {_several(ranks)}: {text}" for text, ranks in ranks_of.items())
-
-
-def _several(ranks: Iterable[int], most: int = 8) -> str:
-    names = list(map(str, ranks))
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+    return "\n".join(
+        f"  rank {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}: {text}"
+        for text, ranks in ranks_of.items()
+    )

@@ -61,6 +61,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path} holds no weights: expected names with tensors, found {type(content).__name__}")
+
     tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong:
@@ -76,24 +77,20 @@ def read_model(directory: Path) -> dict[str, Tensor]:
 
     Raises UserError if there are none, and for a damaged or missing file.
     """
-    for name in MODEL_WEIGHTS:
-        path = directory / name
-        if not path.is_file():
-            continue
-        if path.suffix != ".json":
-            return read_weights(path)
-        shards = shards_of(path)
-        return {name: tensor for shard in shards for name, tensor in read_weights(directory / shard).items()}
-    raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
+    path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
+    if path.suffix != ".json":
+        return read_weights(path)
 
-
-def shards_of(index: Path) -> list[str]:
-    """The weight files that the index of a model directory names. Raises UserError for anything but file names."""
-    places = read_json(index).get("weight_map")
+    places = read_json(path).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else [places]
-    if wrong := [name for name in names if not isinstance(name, str) or not is_plain(name)]:
-        raise UserError(f"{index}: its weight_map names {wrong[0]!r}, which is no file of this directory")
-    return sorted(set(map(str, names)))
+    tensors = {}
+    for name in dict.fromkeys(map(str, names)):
+        if name not in names or not is_plain(name):
+            raise UserError(f"{path}: its weight_map names {name!r}, which is no file of this directory")
+        tensors.update(read_weights(directory / name))
+    return tensors
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -136,8 +133,8 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
     """torch's finding, without the part of its message that says how to run the code."""
-    found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
-    return found[0] if found else first_line(error)
+    match = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
+    return match[0] if match else first_line(error)
 
 
 @contextmanager
@@ -183,7 +180,8 @@ def build_for(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str
     with torch.device("meta"):
         module = build()
         check_fits(module, tensors, source)
-    if (size := sum(table.numel() for table in module.buffers())) > MOST_IN_TABLES:
+    size = sum(table.numel() for table in module.buffers())
+    if size > MOST_IN_TABLES:
         raise UserError(f"the configuration of {source} asks for tables of {size:,} numbers, which no model has")
     module = build()
     module.load_state_dict(dict(tensors))
@@ -198,13 +196,15 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | P
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
-    if missing := [name for name in own if name not in tensors]:
+    missing = [name for name in own if name not in tensors]
+    if missing:
         problems.append(f"missing in the file: {listed(missing)}")
-    if unknown := [name for name in tensors if name not in own]:
+    unknown = [name for name in tensors if name not in own]
+    if unknown:
         problems.append(f"unknown to the model: {listed(unknown)}")
     if problems:
-        lines = "\n  ".join(problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []))
-        raise UserError(f"the weights of {source} do not fit the model:\n  {lines}")
+        lines = "\n  ".join(problems[:SHOWN])
+        raise UserError(f"the weights of {source} do not fit the model in {len(problems)} places:\n  {lines}")
 
 
 def listed(names: Sequence[str]) -> str:

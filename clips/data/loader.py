@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
-from clips.common.workers import start_worker
+from clips.common.signals import start_worker
 from clips.config import CaptionerConfig, PhaseConfig, RunConfig, Size
 from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, decoded_size, normalise, stacked

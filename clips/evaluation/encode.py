@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.common.ranks import all_shares, my_share
-from clips.common.workers import start_worker
+from clips.common.signals import start_worker
 from clips.config import Size, sides
 from clips.data.images import decode_image, eval_transform, nearest_size, normalise, stacked
 from clips.data.sample import BrokenSample

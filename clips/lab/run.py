@@ -9,25 +9,108 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from clips.common.errors import CommandError
+from clips.common.errors import CommandError, Stopped
 from clips.common.escape import for_rich
-from clips.common.files import read_json, write_json
-from clips.common.jobs import Commands, locked
+from clips.common.files import lock, read_json, write_json
 from clips.common.live import in_words
 from clips.lab.grid import COST, RECORD, Cell, Step
 
+T = TypeVar("T")
+R = TypeVar("R")
 WAITS, LOCK, DONE = "waits", "waits for its lock", "done"
+
+
+@contextmanager
+def locked(directory: Path, commands: Commands) -> Iterator[int]:
+    """Hold `directory` for this process and for children that get the yielded descriptor; wait for another holder.
+
+    A child that outlives a killed parent keeps the lock, so a second run never trains beside it.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    file = None
+    while file is None:
+        try:
+            file = lock(directory.parent / f".{directory.name}.lock", wait=False)
+        except BlockingIOError:
+            if commands.stopping.wait(1):  # a signal ends the waiting too
+                raise CommandError("stopped") from None
+    with file:
+        yield file.fileno()
+
+
+class Commands:
+    """Parallel commands, each with its own threads and its output in a file."""
+
+    def __init__(self, jobs: int, threads: int | None = None) -> None:
+        """`threads` of each command; default: its share of the cores."""
+        self.jobs = jobs
+        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = threading.Event()
+
+    def run(self, command: Sequence[str], log: Path, **popen: Any) -> None:
+        """Run a command and append its output to `log`; `popen` goes to `subprocess.Popen`.
+
+        Raises CommandError with the log's end if the command fails.
+        """
+        if self.stopping.is_set():
+            raise CommandError("stopped")
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, **popen)
+        self.running.add(process)
+        if self.stopping.is_set():  # the signal came between the check above and here
+            process.terminate()
+        code = process.wait()
+        self.running.discard(process)
+        if code != 0:
+            end = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+            raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`function` of each item, `jobs` at a time. After an error no item begins, and running items end first.
+
+        A stop signal is passed on to the running commands, which save first. Raises Stopped then.
+        """
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._stop) for number in signals}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                futures = [pool.submit(function, item) for item in items]
+                try:
+                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                finally:  # also after a signal, which raises here
+                    for future in futures:
+                        future.cancel()
+                for future in done:
+                    future.result()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return [future.result() for future in futures]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping.set()
+        for process in list(self.running):
+            process.terminate()
+        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
 
 
 @dataclass
@@ -108,21 +191,21 @@ class Runner:
 
     def _work(self, cell: Cell) -> None:
         self._say(cell, LOCK)
-        with locked(cell.directory, self.commands) as lock:
+        with locked(cell.directory, self.commands) as descriptor:
             for step in cell.steps:
                 if not step.is_done():  # nor by the process that held the lock
                     self._say(cell, step.name, step)
                     _note(cell, step)
                     with _timed(cell, step):
-                        self._run(cell, step, lock)
+                        self._run(cell, step, descriptor)
         self._say(cell, DONE)
 
-    def _run(self, cell: Cell, step: Step, lock: int) -> None:
+    def _run(self, cell: Cell, step: Step, descriptor: int) -> None:
         if step.folder:
             shutil.rmtree(step.folder, ignore_errors=True)
             step.folder.mkdir(parents=True)
         try:
-            self.commands.run(step.command, step.log or cell.log, pass_fds=[lock])
+            self.commands.run(step.command, step.log or cell.log, pass_fds=[descriptor])
         except CommandError:
             if not step.may_fail or self.commands.stopping.is_set():
                 raise

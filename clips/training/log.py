@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from clips.common.errors import CommandError
 from clips.common.live import LiveLine, progress_line
-from clips.common.rundir import METRICS, is_at_most, keep_lines
+from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
 
@@ -51,7 +51,7 @@ class RunLog:
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
         """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
-        keep_lines(path, lambda line: is_at_most(line, step))
+        keep_lines(path, step)
         return path.open("a", encoding="utf-8", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import profile
 
 from clips.common.errors import BrokenDataError, CommandError, NotFiniteError, UserError
 from clips.common.escape import printable
 from clips.common.files import write_json
 from clips.common.peaks import peak_flops
-from clips.common.profile import Profiler, profiled
+from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import environment, init_distributed, meet_on, shutdown
@@ -192,7 +193,7 @@ def _train(
     tokenizer: CaptionTokenizer,
     state: TrainState,
     log: RunLog,
-    profiler: Profiler,
+    profiler: profile | None,
     writer: Writer,
 ) -> None:
     """The loop: every optimizer step from `state` on, with its log lines, checkpoints and validations."""
@@ -226,7 +227,8 @@ def _train(
             _end_not_finite(run, state, losses, keys)
         engine.step(leave_out=_is_left_out(run, state, agreed, keys, log))
         engine.limit_logit_scale()
-        profiler.step()
+        if profiler is not None:
+            profiler.step()
         state.step += 1
         state.samples += phase.batch_size
         state.phase_step += 1

@@ -80,7 +80,7 @@ def read_transformers(directory: Path) -> Foreign:
     """
     from transformers import AutoConfig
 
-    from clips.common.stock import NO_CODE, loading
+    from clips.common.opening import NO_CODE, loading
 
     kind = read_json(directory / "config.json")["model_type"]
     if kind not in VISION_LAYOUTS:
@@ -137,7 +137,7 @@ def read_timm(directory: Path) -> Foreign:
     """
     import timm
 
-    from clips.common.stock import loading
+    from clips.common.opening import loading
 
     with loading("timm", directory), torch.device("meta"):  # its shapes and settings; the weights are read here
         stock: Any = timm.create_model(f"local-dir:{directory}", pretrained=False)

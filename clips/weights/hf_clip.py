@@ -117,7 +117,7 @@ def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+    from clips.common.opening import NO_CODE, REPORTED, check_complete, loading
 
     loader: Any = CLIPModel
     with loading("export hf", directory):

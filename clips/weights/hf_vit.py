@@ -109,7 +109,7 @@ def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
     """
     import transformers
 
-    from clips.common.stock import progress_bars
+    from clips.common.opening import progress_bars
 
     (name,) = read_json(directory / "config.json")["architectures"]
     with progress_bars(0):  # "Loading weights" would break the training line

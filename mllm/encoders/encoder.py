@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
-from clips.common.stock import loading
+from clips.common.opening import loading
 from clips.common.tensors import hash_weights
 
 SelectFeature = Literal["default", "full"]

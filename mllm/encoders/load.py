@@ -35,9 +35,8 @@ from clips import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import ANY_WEIGHTS, resolve
-from clips.common.opening import check_size
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading
 from clips.common.rundir import check_current
-from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from clips.common.tensors import MOST_IN_TABLES
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 

@@ -28,8 +28,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
 from clips.common.model_card import write_card
-from clips.common.opening import opening
-from clips.common.stock import loading, progress_bars
+from clips.common.opening import loading, opening, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import SAVED, backend_with_bos, get_format

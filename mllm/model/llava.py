@@ -30,7 +30,7 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import replacing, write_json
-from clips.common.stock import progress_bars
+from clips.common.opening import progress_bars
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.card import write_model_card

@@ -32,9 +32,8 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import check_size, opening
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening, progress_bars
 from clips.common.paths import cache_root
-from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
 from mllm import DEFAULT_LLM
 from mllm.data.formats import (
     IMAGE_TOKEN,

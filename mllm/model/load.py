@@ -19,9 +19,8 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.opening import check_size, opening
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening
 from clips.common.rundir import take_newest
-from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.data.formats import IMAGE_TOKEN, token_id
 from mllm.encoders.encoder import select_features, trial_squares
 from mllm.model.original import refuse_original

@@ -31,7 +31,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_json
 from clips.common.hub import resolve
-from clips.common.stock import REPORTED, check_complete, loading
+from clips.common.opening import REPORTED, check_complete, loading
 from clips.common.tensors import MODEL_WEIGHTS, read_model, read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
 from mllm.model.projector import ACTIVATION

@@ -95,7 +95,7 @@ class MetricsLog(TrainerCallback):
         self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
         if self.active:  # a stage that begins anew drops its own lines; the other stage's lines stay
             step = state.global_step
-            rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
+            rundir.keep_lines(self.path, step, stage=self.stage)
             flags, folder = self.arguments, self.path.parent / self.stage
             name = flags.run_name or f"{self.path.parent.name}/{self.stage}"
             self.trackers = Trackers(loggers(flags.report_to), folder, name, flags.what_trains(), step)

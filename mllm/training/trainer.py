@@ -15,16 +15,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from clips.common.errors import CommandError, NotFiniteError, UserError, first_line
 from clips.common.files import seal
-from clips.common.profile import Profiler
-from clips.common.signals import StopSignal
+from clips.common.signals import StopSignal, start_worker
 from clips.common.start import Start
 from clips.common.tensors import only_data, read_torch, read_weights, write_weights
-from clips.common.workers import start_worker
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.sampler import EpochSampler
@@ -157,7 +156,7 @@ class StepCallback(TrainerCallback):
         self.start = start
         self.signal = StopSignal()
         self.stopped = 0
-        self.profiler = Profiler()
+        self.profiler: profile | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.start.at("the first step")
@@ -165,7 +164,8 @@ class StepCallback(TrainerCallback):
         self.start.close()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        self.profiler.step()
+        if self.profiler is not None:
+            self.profiler.step()
         self.stopped = self.signal.requested
         if dist.is_initialized() and dist.get_world_size() > 1:
             # A signal may reach one rank only, or two ranks in different steps. All must stop after the same step.

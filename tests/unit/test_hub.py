@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +28,6 @@ from mllm.encoders.registry import load_vision
 
 TEXTS = ["a dog", "a cat at a dog"]
 LAYOUTS = {
-    "official": ["README.md", "open_clip_config.json", "open_clip_pytorch_model.bin"],
     "both": [
         "config.json", "model.safetensors", "pytorch_model.bin", "open_clip_config.json", "open_clip_model.safetensors",
         "open_clip_pytorch_model.bin", "preprocessor_config.json", "vocab.txt",
@@ -84,7 +82,6 @@ def endpoint() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("model", "weights", "expected"),
     [
-        ("official", "ANY_WEIGHTS", LAYOUTS["official"][1:]),
         ("both", "ANY_WEIGHTS", [LAYOUTS["both"][i] for i in (0, 3, 4, 6, 7)]),
         ("both", "WEIGHT_FILES", [LAYOUTS["both"][i] for i in (0, 1, 3, 4, 6, 7)]),
         ("native", "ANY_WEIGHTS", LAYOUTS["native"]),
@@ -107,10 +104,9 @@ def test_what_is_fetched(
 
 def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="model: owner/name is neither a directory nor could it be fetched"):
-        resolve("owner/name", "model")
-    with pytest.raises(UserError, match=r"no directory \./name, and it is not a hub id"):
-        resolve("./name", "model")
+    for name in ("owner/name", "./name"):
+        with pytest.raises(UserError, match=f"model: .*{name}"):
+            resolve(name, "model")
 
 
 @pytest.fixture
@@ -150,14 +146,13 @@ def test_commands_take_a_hub_id(hub: CLIPS, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "classes" / name).mkdir(parents=True)
         picture(seed=number).save(tmp_path / "classes" / name / "0.png")
     (tmp_path / "pairs.csv").write_text("jpg,json:org_caption\nclasses/cat/0.png,a cat\nclasses/dog/0.png,a dog\n")
-    for flags in (["classes"], ["other/classes"], ["classes", "--limit", "1"]):  # each has a file of its own
-        shutil.copytree("classes", "other/classes", dirs_exist_ok=True)
+    for flags in (["classes"], ["classes", "--limit", "1"]):  # each has a file of its own
         command = ["--model", "owner/open_clip", "--data", *flags]
         evaluate_from_flags(script_parser("evaluate_clips").parse_args(command))
-    found = [json.loads(path.read_text()) for path in Path("runs/owner--open_clip").glob("evaluation-classes-*.json")]
-    assert [one["limit"] for one in found].count(None) == 2
-    assert len(found) == 3
-    assert all("zero_shot_top1" in one["figures"] for one in found)
+    files = Path("runs/owner--open_clip").glob("evaluation-classes-*.json")
+    evaluations = [json.loads(path.read_text()) for path in files]
+    assert {evaluation["limit"] for evaluation in evaluations} == {None, 1}
+    assert all("zero_shot_top1" in evaluation["figures"] for evaluation in evaluations)
     export_from_flags(script_parser("export_clips").parse_args(["--model", "owner/native", "--data", "pairs.csv"]))
     again = CLIPS.from_pretrained("runs/owner--native", device="cpu")
     torch.testing.assert_close(again.encode_image(picture()), hub.encode_image(picture()), atol=1e-5, rtol=0)

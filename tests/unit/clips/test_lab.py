@@ -20,7 +20,6 @@ from rich.console import Console
 from clips.common.errors import CommandError, Stopped, UserError
 from clips.common.escape import printable
 from clips.common.files import sha256
-from clips.common.jobs import Commands, locked
 from clips.common.live import Progress
 from clips.common.page import (
     Bar,
@@ -41,7 +40,7 @@ from clips.common.page import (
 from clips.lab.grid import Cell, Step, fix, what_was_fixed
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class, write_report
-from clips.lab.run import Runner, estimate, failed_steps
+from clips.lab.run import Commands, Runner, estimate, failed_steps, locked
 
 QUIET = Console(quiet=True)
 

@@ -11,10 +11,10 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from clips.common.signals import StopSignal, launchers, stopped_by
+from clips.common.signals import STOP_SIGNALS, StopSignal, launchers, stopped_by
 
 
-@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) -> None:
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup

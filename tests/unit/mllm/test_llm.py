@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
 from transformers.utils import logging
 
-from clips.common import stock
+from clips.common import opening
 from clips.common.errors import UserError
 from clips.data.tokenizer import CaptionTokenizer
 from mllm import DEFAULT_LLM
@@ -187,10 +187,10 @@ def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monke
     load_llm(str(directory))
     assert capsys.readouterr().err == ""
     assert logging.is_progress_bar_enabled()
-    monkeypatch.setattr(stock, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(opening, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
     load_llm(str(directory))
     assert "Loading weights" in capsys.readouterr().err
-    with stock.loading("model", "nowhere/yet"):  # may be a download
+    with opening.loading("model", "nowhere/yet"):  # may be a download
         assert logging.is_progress_bar_enabled()
 
 
