@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 
+from clips.common import runtime
+
 FAULTS = """
 import resource, torch
 from clips.common.runtime import keep_freed_memory
@@ -110,3 +112,17 @@ def test_products_of_many_sizes_do_not_fill_the_memory(tmp_path: Path) -> None:
         grown[how] = after - before
     assert grown["unbounded"] > 100
     assert grown["bounded"] < grown["unbounded"] / 3  # 20 MB with torch 2.13, 31 MB with torch 2.15
+
+
+@pytest.mark.parametrize(("ratio", "has"), [(1.4, True), (24.0, False)])
+def test_a_processor_that_claims_bf16_is_tried(ratio: float, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to AVX2 by ONEDNN_MAX_CPU_ISA, oneDNN emulates bf16, and a product takes 20 times as long."""
+    monkeypatch.setattr(runtime, "_bf16", {})
+    monkeypatch.setattr(runtime, "claims_bf16", lambda _: True)
+    monkeypatch.setattr(runtime, "_product_ratio", lambda: ratio)
+    assert runtime.has_bf16(torch.device("cpu")) == has
+
+
+def test_the_ratio_of_two_products_is_that_of_this_processor() -> None:
+    emulates = not runtime.claims_bf16(torch.device("cpu"))
+    assert runtime._product_ratio() > 8 or not emulates
