@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.encoder import CLIPS
     from clips.evaluation.encode import ImageSet
     from clips.evaluation.evaluate import PROBE_SAMPLES, probe_images
-    from clips.evaluation.testsets import KarpathySet, open_test_set
+    from clips.evaluation.testsets import open_test_set
     from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser

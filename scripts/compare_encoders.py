@@ -12,7 +12,7 @@ def parser() -> Parser:
 
     p = Parser(__doc__)
     flags_of(p)
-    p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
+    p.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     alone = p.add_argument_group("finished comparisons (these run nothing)")
     alone.add_argument(
         "--verify",

@@ -18,7 +18,7 @@ def parser() -> Parser:
         study.add_argument("--seeds", type=int, default=3, help="runs of each variant")
         study.add_argument("--samples", type=int, default=samples, help="samples that each run sees")
         study.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
-        study.add_argument("--dry-run", action="store_true", help="print the plan with the estimated time, and stop")
+        study.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
         return study
 
     add("equal-time", "CLIPS against CLIP after the same search of rates: equal samples, equal time", 64_000)

@@ -50,8 +50,6 @@ class Cell:
     steps: tuple[Step, ...]
     check: Callable[[], None] = lambda: None
     """Raises UserError if the directory holds a cell with other settings."""
-    seconds: float = 0.0
-    """Assumed time on one core, as long as no cell of this kind is finished."""
     kind: str = ""
     """Cells of one kind take about equally long."""
     about: str = ""

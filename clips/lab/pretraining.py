@@ -22,8 +22,6 @@ from clips.training.cli import config_from_flags, parser
 SCRIPT = SCRIPTS / "pretrain_clips.py"
 RATES = ("lr", "muon_lr")
 """Fields of a phase that a multiple of the learning rates multiplies."""
-SAMPLES_PER_S, OVERHEAD_S = 160.0, 45.0
-"""Assumed speed of one core on the demo, and the seconds of a run beside its training steps."""
 PRETRAINING = "pretraining"
 
 
@@ -33,13 +31,12 @@ def pretraining_cell(
     variant: str,
     seed: int,
     *,
-    rate: float = SAMPLES_PER_S,
     is_done: Callable[[Path], bool] = is_finished,
 ) -> Cell:
     """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
 
-    `rate`: assumed samples per second of one core. The cell's check raises UserError if `directory` holds a run with
-    other settings. Raises UserError for flags that the script would refuse.
+    The cell's check raises UserError if `directory` holds a run with other settings. Raises UserError for flags that
+    the script would refuse.
     """
     config = config_from_flags(parser().parse_args(list(flags)))
 
@@ -55,11 +52,8 @@ def pretraining_cell(
         lambda: is_done(directory),
         lambda: training_progress(directory / METRICS, config.samples),
     )
-    seconds = OVERHEAD_S + config.samples / rate
     about = f"{config.recipe}, {config.samples:,} samples"
-    return Cell(
-        variant, f"seed {seed}", directory, (step,), check, seconds, kind=f"{PRETRAINING} {variant}", about=about
-    )
+    return Cell(variant, f"seed {seed}", directory, (step,), check, kind=f"{PRETRAINING} {variant}", about=about)
 
 
 @dataclass(frozen=True)
@@ -86,11 +80,11 @@ class PretrainingRun:
         _, *flags = self.command(Path())
         return config_from_flags(parser().parse_args(flags))
 
-    def cell(self, output: Path, variant: str = "", rate: float = SAMPLES_PER_S) -> Cell:
+    def cell(self, output: Path, variant: str = "") -> Cell:
         """The run as a cell of the table's row `variant` (default: its name without the seed)."""
         _, *flags = self.command(output)
         row = variant or self.name.removesuffix(f"-seed{self.seed}")
-        return pretraining_cell(output / self.name, flags, row, self.seed, rate=rate, is_done=_is_measured)
+        return pretraining_cell(output / self.name, flags, row, self.seed, is_done=_is_measured)
 
     def is_finished(self, output: Path) -> bool:
         """Whether `output` holds the run, evaluated. Raises UserError if another run has its name."""

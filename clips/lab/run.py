@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -152,14 +153,15 @@ class Runner:
         self.console.print(f"[bold]{for_rich(title)}[/]", highlight=False, soft_wrap=True)
         self.console.print(self)
         todo = sum(not cell.is_done() for cell in self.cells)
-        seconds, source = estimate(self.cells, self.jobs)
         lines = {
             **{cell.variant: cell.about for cell in self.cells if cell.about},
             "cells": f"{todo} of {len(self.cells)} to run, {self.jobs} at a time",
             **(facts or {}),
-            "time": f"about {in_words(seconds)}, {source}",
+            "time": estimate(self.cells, self.jobs),
         }
         for name, value in lines.items():
+            if not value:
+                continue
             self.console.print(f"  [bold]{for_rich(name):<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Table:
@@ -211,21 +213,19 @@ class Runner:
                 raise
 
 
-def estimate(cells: Sequence[Cell], jobs: int) -> tuple[float, str]:
-    """Seconds that the missing cells take, and the source of the estimate in words."""
+def estimate(cells: Sequence[Cell], jobs: int) -> str:
+    """How long the missing cells take by the mean of the finished cells of their kind, in words; empty if none is."""
     measured: dict[str, list[float]] = {}
     for cell in cells:
         costs = read_json(cell.directory / COST) if cell.record is not None and cell.is_done() else {}
         if costs:
             measured.setdefault(cell.kind, []).append(sum(costs.values()))
-    todo = [cell for cell in cells if not cell.is_done()]
-    total = 0.0
-    for cell in todo:
-        found = measured.get(cell.kind)
-        total += sum(found) / len(found) if found else cell.seconds
-    known = sum(len(measured.get(kind, [])) for kind in {cell.kind for cell in todo})
-    source = f"by the mean of {known} finished cells" if known else "by assumed speeds of one core"
-    return total / min(jobs, os.cpu_count() or 1), source
+
+    todo = [cell.kind for cell in cells if not cell.is_done()]
+    if not measured or not measured.keys() >= set(todo):
+        return ""
+    seconds = sum(mean(measured[kind]) for kind in todo) / min(jobs, os.cpu_count() or 1)
+    return f"about {in_words(seconds)}, by the mean of {sum(map(len, measured.values()))} finished cells"
 
 
 def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:

@@ -29,7 +29,7 @@ from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
 from clips.lab.grid import Cell
-from clips.lab.pretraining import SAMPLES_PER_S, PretrainingRun, read_figures
+from clips.lab.pretraining import PretrainingRun, read_figures
 from clips.lab.report import write_report
 from clips.lab.run import Runner
 from clips.lab.stats import Verdict, difference, show_difference, verdict
@@ -50,8 +50,6 @@ class Variant:
     recipe: str
     settings: tuple[str, ...] = ()
     """As in `--set`."""
-    rate: float = SAMPLES_PER_S
-    """Assumed samples per second of one core."""
 
     def run(self, name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
         """The run NAME-seedN. The variant's settings come last, so that `settings` of all runs do not undo them."""
@@ -96,7 +94,7 @@ class Study:
         for name, runs in self.runs.items():
             variant = self.variants[name]
             for run in runs:
-                cell = run.cell(output, name, variant.rate)
+                cell = run.cell(output, name)
                 cells.append(replace(cell, about=" ".join([f"{cell.about};", *variant.settings]).rstrip(";")))
         return cells
 

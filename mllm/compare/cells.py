@@ -20,9 +20,6 @@ from mllm.encoders.registry import parse_vision_name
 RECIPES = {"clips": "demo", "clip": "clip_baseline", "caption": "caption", "caption+web": "caption_web"}
 """Encoders that are pretrained if they are missing → recipe."""
 PLAN = "compare.json"
-"""What was fixed before the first cell (mllm/compare/plan.py)."""
-WITH_TEXTS = ("clips", "clip")
-"""Encoders of RECIPES with features of texts, which retrieval needs."""
 LLAVA_STEP = 1000
 """Between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
 
@@ -35,7 +32,6 @@ class PretrainedEncoder:
     """An encoder that the comparison pretrains itself: a run of scripts/pretrain_clips.py."""
 
     kind: str
-    """Of `RECIPES`."""
     seed: int
     directory: Path
 
@@ -45,26 +41,22 @@ class EncoderCell:
     """One run on one encoder: a run directory with both stages, the answers and the costs."""
 
     encoder: str
-    """Its name in the report."""
     kind: str
     argument: str
     """What the registry makes the encoder from (mllm/encoders/registry.py): clips and runs/x of clips:runs/x."""
     pretraining_seed: int
     seed: int
-    """The LLaVA seed, as train_llava.py gets it: of the projector, the adapters, the order, and of `random`."""
+    """The LLaVA seed: of the projector, the adapters, the order, and of `random`."""
     directory: Path
     variant: str = ""
-    """Of `Comparison.variants`; empty: --train-flags alone."""
 
     @property
     def run(self) -> str:
-        """Both seeds in words."""
         first = f"seed {self.pretraining_seed}"
         return first if self.seed == self.pretraining_seed else f"{first}, LLaVA seed {self.seed}"
 
     @property
     def vision(self) -> str:
-        """What train_llava.py loads."""
         return f"{self.kind}:{self.argument}" if self.argument else self.kind
 
     @property
@@ -78,7 +70,6 @@ class EncoderCell:
 
     @property
     def evaluation(self) -> Path:
-        """Directory of the answers and their figures."""
         return self.directory / "evaluation"
 
     @property
@@ -86,11 +77,9 @@ class EncoderCell:
         return self.evaluation / "figures.json"
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the cell's directory."""
         return read_json(self.directory / name)
 
     def fingerprint(self) -> str:
-        """Of the encoder that the cell was trained on."""
         return self.read("config.json")["instruct"]["trains"]["vision_fingerprint"]
 
 
@@ -141,7 +130,6 @@ class Arm(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """What its cells' directories begin with."""
         return re.sub(r"[^\w.-]+", "-", f"{self.encoder}-{self.variant}").strip("-")
 
 
@@ -154,7 +142,6 @@ def arms_of(comparison: Comparison) -> list[Arm]:
 
 
 def encoder_names(comparison: Comparison) -> list[str]:
-    """What the report calls the arms."""
     return [arm.name for arm in arms_of(comparison)]
 
 
@@ -175,12 +162,13 @@ def pretrained_directory(comparison: Comparison, kind: str, seed: int) -> Path:
 
 def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
     """Every encoder that the cells need from here, whether or not it is there already."""
-    needed, encoders = {cell.argument for cell in cells_of(comparison)}, []
-    for kind in RECIPES:
-        for seed in range(comparison.seeds):
-            directory = pretrained_directory(comparison, kind, seed)
-            encoders += [PretrainedEncoder(kind, seed, directory)] * (str(directory) in needed)
-    return encoders
+    needed = {cell.argument for cell in cells_of(comparison)}
+    encoders = [
+        PretrainedEncoder(kind, seed, pretrained_directory(comparison, kind, seed))
+        for kind in RECIPES
+        for seed in range(comparison.seeds)
+    ]
+    return [encoder for encoder in encoders if str(encoder.directory) in needed]
 
 
 def samples_seen(run: Path) -> dict[str, int]:

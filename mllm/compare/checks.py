@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clips import KarpathySet
 from clips import parser as pretraining_parser
 from clips.common.errors import UserError
 from clips.common.files import read_json
@@ -16,9 +15,11 @@ from clips.lab.grid import Cell
 from mllm.compare.benchmarks import check_benchmarks
 from mllm.compare.cells import RECIPES, EncoderCell, PretrainedEncoder, arms_of, samples_seen
 from mllm.compare.commands import pretrain_config, train_arguments
-from mllm.compare.comparison import Comparison, given_for_training, is_demo, question_limit
+from mllm.compare.comparison import Comparison, is_demo, question_limit
 from mllm.compare.plan import deciding
 from mllm.data.questions import open_questions
+from mllm.training.arguments import flags_of_stage
+from mllm.training.arguments import parser as training_parser
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
@@ -44,9 +45,11 @@ def check_request(comparison: Comparison) -> None:
         names = ", ".join(arm.name for arm in arms)
         raise UserError(f"{names}: give at least two different --encoders or --variants")
 
-    flags_of_training = [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]
-    own = [(option, given_for_training(flags) & set(TRAINING_OWN)) for option, flags in flags_of_training]
-    own.append(("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN)))
+    own = [("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN))]
+    for option, flags in [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]:
+        for stage in STAGES.values():
+            words = flags_of_stage(list(flags), stage.name)
+            own.append((option, given(training_parser(), words) & set(TRAINING_OWN)))
     for option, names_of_flags in own:
         for name in sorted(names_of_flags):
             raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
@@ -69,8 +72,6 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder], 
         if not any(question.answer is not None or question.references for question in questions):
             raise UserError(f"{comparison.questions} has neither answers nor references: there is nothing to compare")
         deciding(comparison, questions)
-    if comparison.karpathy is not None:
-        KarpathySet(comparison.karpathy, comparison.image_root or comparison.karpathy.parent)
     if any(step.may_fail and not step.is_done() for cell in cells for step in cell.steps):
         check_benchmarks(comparison)
 
@@ -94,7 +95,6 @@ def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:
 
 
 def _what_was_seen(run: Path) -> dict[str, Any]:
-    """What decides which samples a pretraining run sees, and what it came to."""
     config = read_json(run / "config.json")
     rates = ("lr", "muon_lr")  # each has its own best ones
     return {

@@ -6,11 +6,10 @@ import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from clips.common.files import read_json, read_json_records, sha256
+from clips.common.files import read_json
 from clips.common.live import training_progress
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
@@ -25,19 +24,12 @@ from mllm.compare.comparison import (
     asks_questions,
     budget_share,
     evaluation_settings,
-    question_files,
     question_limit,
 )
 from mllm.data.captions import count_records
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
 from mllm.training.stages import STAGES
-
-PER_S = {"align": 16.0, "instruct": 7.0, "evaluation": 28.0}
-"""Assumed samples and questions per second of one core on the demo."""
-PRETRAINING_PER_S = {"clips": 190.0, "clip": 280.0, "caption": 265.0, "caption+web": 200.0}
-OVERHEAD_S = 60.0
-"""Of a cell: starts of processes, features of the pictures, evaluation, exports."""
 
 
 # ------------------------------------------------------------------------------------------- both stages of a cell
@@ -90,18 +82,11 @@ def dataset_size(arguments: TrainArguments) -> int:
 # ------------------------------------------------------------------------------------------- cells for the engine
 def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
     """Each cell with its steps: both stages, the answers, the benchmarks."""
-    limit = question_limit(comparison)
-    counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
-    answers = sum(min(count, limit or count) for count in counts) / PER_S["evaluation"]
     samples = samples_of_cells(comparison, cells)
-    seconds = {
-        variant: OVERHEAD_S + answers + sum(count / PER_S[name] for name, count in found.items())
-        for variant, found in samples.items()
-    }
-    return [_lab_cell(comparison, cell, samples[cell.variant], seconds[cell.variant]) for cell in cells]
+    return [_lab_cell(comparison, cell, samples[cell.variant]) for cell in cells]
 
 
-def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int], seconds: float) -> Cell:
+def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]) -> Cell:
     launcher = [sys.executable]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
@@ -114,8 +99,13 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
         done = cell.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file, progress))
     if asks_questions(comparison):
-        asked = _evaluation_command(comparison, cell)
-        steps.append(Step("evaluation", asked, cell.figures.is_file))
+        limit = question_limit(comparison)
+        command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
+        command += ["--output", str(cell.evaluation), "--device", comparison.device]
+        command += ["--questions", str(comparison.questions)] if comparison.questions else []
+        command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
+        command += ["--limit", str(limit)] if limit else []
+        steps.append(Step("evaluation", tuple(command), cell.figures.is_file))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
     record["evaluation"] = evaluation_settings(comparison)
@@ -126,17 +116,8 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
         return f", {overall['accuracy']:.1%} right" if overall else ""
 
     check = partial(check_cell, comparison, cell)
-    about = (cell.encoder, cell.run, cell.directory, tuple(steps), check, seconds)
-    return Cell(*about, kind="cell", record=record, result=result)
-
-
-def _evaluation_command(comparison: Comparison, cell: EncoderCell) -> tuple[str, ...]:
-    command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
-    command += ["--output", str(cell.evaluation), "--device", comparison.device]
-    command += ["--questions", str(comparison.questions)] if comparison.questions else []
-    command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
-    limit = question_limit(comparison)
-    return (*command, *(["--limit", str(limit)] if limit else []))
+    kind = f"cell {cell.variant}"
+    return Cell(cell.encoder, cell.run, cell.directory, tuple(steps), check, kind, record=record, result=result)
 
 
 def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
@@ -180,17 +161,5 @@ def _config_of(flags: list[str]) -> RunConfig:
 
 def encoder_cell(comparison: Comparison, encoder: PretrainedEncoder) -> Cell:
     """The pretraining run of an encoder, for the engine."""
-    flags, rate = pretrain_flags(comparison, encoder), PRETRAINING_PER_S[encoder.kind]
-    return pretraining_cell(encoder.directory, flags, f"{encoder.kind}, pretraining", encoder.seed, rate=rate)
-
-
-def retrieval_command(comparison: Comparison, split: Path, run: Path) -> list[str]:
-    """Retrieval of a pretraining run's encoder on the Karpathy file `split`."""
-    command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", comparison.device]
-    command += ["--karpathy", str(split), "--image-root", str(comparison.image_root or split.parent)]
-    return [*command, "--output", str(retrieval_figures(split, run))]
-
-
-def retrieval_figures(split: Path, run: Path) -> Path:
-    """Where `retrieval_command` leaves its figures."""
-    return run / f"evaluation-{split.stem}-{sha256(split)[:8]}.json"
+    flags = pretrain_flags(comparison, encoder)
+    return pretraining_cell(encoder.directory, flags, f"{encoder.kind}, pretraining", encoder.seed)

@@ -10,21 +10,22 @@ import os
 import re
 import shlex
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from clips.common.files import sha256
-from clips.common.flags import Parser, add_options, from_flags, given, option
+from clips.common.flags import Parser, add_options, from_flags, option
 from mllm.training.stages import STAGES
 
-ENCODERS, QUICK_ENCODERS = ("clips", "clip", "random", "blind"), ("clips", "random")
+ENCODERS = ("clips", "clip", "random", "blind")
+QUICK_ENCODERS = ("clips", "random")
 SHARE = 0.5
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
-SEEDS, QUICK_LLAVA_RUNS = 5, 4
+SEEDS = 5
+QUICK_LLAVA_RUNS = 4
 LIMIT = 400
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
@@ -49,7 +50,6 @@ def _variant(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _option(kind: Any, default: Any, text: str) -> Any:
-    """A flag with one word, which `kind` reads."""
     return option(default, text, type=kind, nargs=None, action="store")
 
 
@@ -60,32 +60,27 @@ class Comparison:
     encoders: tuple[str, ...] = _option(
         lambda text: tuple(filter(None, text.split(","))),
         ENCODERS,
-        "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, clips:DIR "
-        "takes a run or export, in which {seed} stands for the pretraining seed (default: clips,clip,random,blind; "
-        "--quick: clips,random)",
+        "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, in "
+        "clips:DIR {seed} is the pretraining seed (default: clips,clip,random,blind; --quick: clips,random)",
     )
     seeds: int = option(
         SEEDS, f"encoders of each kind that is pretrained here, one of each seed (default: {SEEDS}, --quick: 1)"
     )
     llava_runs: int | None = option(
         None,
-        "LLaVA runs of each kind of encoder, on its pretrained encoders in turn: with --seeds 3, 3 is one run on each "
-        "encoder and 9 is three on each (default: one more than --seeds, so that the encoder of seed 0 has two; "
+        "LLaVA runs of each kind of encoder, on its pretrained encoders in turn (default: one more than --seeds; "
         f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
     )
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
-    quick: bool = option(
-        False, "clips against random: one encoder of half of the samples, four LLaVA runs; the report says so"
-    )
+    quick: bool = option(False, "clips against random: one encoder of half of the samples, four LLaVA runs")
     budget: float | None = option(
         None, "share of each stage's samples that a cell trains (default: 0.5 on the demo and with --quick, else 1)"
     )
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
         (),
-        "each encoder also trains with these flags of train_llava.sh beside --train-flags, under this name: "
-        "'tiles=--image_aspect_ratio anyres --image_grid_pinpoints [(192,192)]'",
+        "each encoder also trains with these further flags: 'tiles=--image_aspect_ratio anyres'",
         type=_variant,
         metavar="NAME=FLAGS",
     )
@@ -98,19 +93,15 @@ class Comparison:
     image_folder: Path | None = option(None, "folder or tar of the pictures of --questions")
     limit: int | None = option(
         None,
-        "only so many questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's "
-        "and with --quick, else all)",
+        "questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's and with --quick)",
     )
     benchmarks: tuple[str, ...] = _option(
         _names, (), "tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme"
     )
     include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
-    karpathy: Path | None = option(None, "Karpathy split file of COCO or Flickr30K: also measure retrieval on it")
-    image_root: Path | None = option(None, "folder of its images (default: that of the file)")
     decides: str | None = option(
         None,
-        "the figure that the comparison is made for, fixed before the first cell: accuracy/KIND, cider_d (default: "
-        "accuracy, of all questions)",
+        "the figure that decides, fixed before the first cell: accuracy/KIND, cider_d (default: accuracy)",
         metavar="FIGURE",
     )
 
@@ -137,15 +128,6 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
 
 
 # ------------------------------------------------------------------------------------------- what follows
-@lru_cache
-def given_for_training(train_flags: tuple[str, ...]) -> set[str]:
-    """Names of the fields that `train_flags` give, for either stage and in any spelling."""
-    from mllm.training.arguments import flags_of_stage, parser
-
-    words = [flags_of_stage(list(train_flags), stage.name) for stage in STAGES.values()]
-    return set().union(*(given(parser(), stage_words) for stage_words in words))
-
-
 def is_demo(comparison: Comparison) -> bool:
     """Whether the cells train on the demo data.
 
@@ -161,7 +143,6 @@ def asks_questions(comparison: Comparison) -> bool:
 
 
 def budget_share(comparison: Comparison) -> float:
-    """Share of each stage's samples that every cell trains."""
     return comparison.budget or (SHARE if comparison.quick or is_demo(comparison) else 1.0)
 
 

@@ -37,37 +37,38 @@ from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
-"""What all cells' lines of answers must have in common."""
+"""All cells' lines of answers must agree in these."""
 EXAMPLES = 6
-"""Questions shown for each of the two ways in which a pair of models can differ."""
+"""Of each way in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
 POINTS = (0.01, 0.02, 0.05)
-"""Differences for which the report says how many seeds and pictures they need."""
+"""The report says how many seeds and pictures these differences need."""
 NEEDS_PICTURE = "needs_picture"
-"""The metric over the questions of the deciding column that blind models do not answer."""
-REPORT, ENCODERS = "report.json", "encoders.json"
-"""ENCODERS: cell → the figures of its encoder alone, and what its pretraining saw."""
+REPORT = "report.json"
+ENCODERS = "encoders.json"
+"""Cell → the figures of its encoder alone, and what its pretraining saw."""
 RECORDS = (
     *(RECORD, "config.json", "env.json", COST, "evaluation/figures.json"),
     *(f"{stage.name}/done.json" for stage in STAGES.values()),
 )
-"""What a cell leaves beside its answers and its model."""
 Lines = dict[EncoderCell, list[dict[str, Any]]]
-"""Each cell's answers, all question files together."""
 
 
 @dataclass
 class ItemScores:
-    """One metric of every encoder's models, item by item, and the pictures that the items are about."""
+    """One metric of every encoder's models, item by item."""
 
-    clusters: list[str]
-    """One for each item; items of one picture are drawn together."""
+    clusters: np.ndarray
+    """[I] names of pictures: items of one picture are drawn together."""
     by_encoder: dict[str, np.ndarray]
     """Encoder → [R, I]."""
     column: str
-    """Of the set of questions."""
     kind: str | None = None
-    """The kind of question, if the metric is about one kind only."""
+
+    def only(self, items: np.ndarray, kind: str | None = None) -> ItemScores:
+        """The same for the items that the mask `items` [I] chooses."""
+        by_encoder = {name: scores[:, items] for name, scores in self.by_encoder.items()}
+        return ItemScores(self.clusters[items], by_encoder, self.column, kind)
 
 
 # ------------------------------------------------------------------------------------------- report.json
@@ -79,10 +80,13 @@ def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[st
 
 def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """The content of report.json, by the plan that the comparison has now (mllm/compare/plan.py)."""
-    environment = cells_of(comparison)[0].read("env.json")
-    environment |= {"cores": os.cpu_count(), "jobs": comparison.jobs}
-    about = {"command": shlex.join(["python", *command]), "time": time.strftime("%Y-%m-%d %H:%M %Z")}
-    return about | {"environment": environment} | computed(comparison, plan)
+    machine = {"cores": os.cpu_count(), "jobs": comparison.jobs}
+    return {
+        "command": shlex.join(["python", *command]),
+        "time": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "environment": cells_of(comparison)[0].read("env.json") | machine,
+        **computed(comparison, plan),
+    }
 
 
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------- right answers
 def read_answers(comparison: Comparison) -> Lines:
-    """Each cell's answers; UserError naming a cell that was asked something else."""
+    """Each cell's answers, all question files together; UserError naming a cell that was asked something else."""
     answers: Lines = {}
     cells = cells_of(comparison)
     for cell in cells:
@@ -249,10 +253,9 @@ def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]
     if overall is not None:
         left = ~solved_blind(comparison, overall)
         if left.any() and not left.all():
-            clusters = [cluster for cluster, is_left in zip(overall.clusters, left, strict=True) if is_left]
-            blind = _blind(comparison)
-            seeing = {name: scores[:, left] for name, scores in overall.by_encoder.items() if name not in blind}
-            metrics[NEEDS_PICTURE] = ItemScores(clusters, seeing, deciding)
+            metric = metrics[NEEDS_PICTURE] = overall.only(left)
+            for name in _blind(comparison):
+                del metric.by_encoder[name]
     return metrics
 
 
@@ -266,10 +269,7 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
         overall = metrics["accuracy"] = _item_scores(first, scored, correct, column)
         kinds = np.array([first[i]["kind"] for i in scored])
         for kind in dict.fromkeys(kinds.tolist()) if len(set(kinds)) > 1 else ():
-            chosen = kinds == kind
-            clusters = [cluster for cluster, is_chosen in zip(overall.clusters, chosen, strict=True) if is_chosen]
-            of_kind = {name: scores[:, chosen] for name, scores in overall.by_encoder.items()}
-            metrics[f"accuracy/{kind}"] = ItemScores(clusters, of_kind, column, kind)
+            metrics[f"accuracy/{kind}"] = overall.only(kinds == kind, kind)
 
     references = {
         (file, question.id): question.references
@@ -288,7 +288,7 @@ def _item_scores(
     first: Sequence[Mapping[str, Any]], items: Sequence[int], values: Mapping[EncoderCell, list[float]], column: str
 ) -> ItemScores:
     """Scores of the `items` of the `first` cell's lines; `values`: cell → score of each item."""
-    clusters = [" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items]
+    clusters = np.array([" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items])
     rows = defaultdict(list)
     for cell, of_cell in values.items():
         rows[cell.encoder].append(of_cell)
@@ -303,7 +303,7 @@ def compare_scores(
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
     for name, metric in scored.items():
-        clusters = labels(metric.clusters)
+        clusters = labels(metric.clusters.tolist())
         about = {"items": len(clusters), "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
             groups, estimate, split = _estimated(comparison, scores, clusters, encoder)
@@ -343,7 +343,7 @@ def _estimated(
 
 
 def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation (None of one) over `groups` of runs, and the figure of every run (`by_seed`)."""
+    """The mean and standard deviation (None of one) over `groups` of runs, and every run's figure."""
     each = over_groups(np.array(values), groups).tolist()
     return {"mean": mean(each), "sd": stdev(each) if len(each) > 1 else None, "by_seed": list(values)}
 
@@ -423,12 +423,7 @@ def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]
         x, y = answers[first][i], answers[second][i]
         if "correct" in x and x["correct"] != y["correct"] and left[x["correct"]]:
             left[x["correct"]] -= 1
-            examples.append(
-                {
-                    "image": next(iter(images_of(x)), None),
-                    **{"question": x["prompt"], "truth": x["expected"], "kind": x["kind"]},
-                    "answers": {a: x["text"], b: y["text"]},
-                    "right": a if x["correct"] else b,
-                }
-            )
+            example = {"image": next(iter(images_of(x)), None), "question": x["prompt"], "truth": x["expected"]}
+            example |= {"kind": x["kind"], "answers": {a: x["text"], b: y["text"]}}
+            examples.append(example | {"right": a if x["correct"] else b})
     return sorted(examples, key=lambda example: example["right"] != a)

@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 
 QUESTIONS = "questions"
 FORMAT = 1
-NOT_FIXED = {
-    *("output", "jobs", "device", "questions", "image_folder", "include_path", "karpathy", "image_root", "decides")
-}
+NOT_FIXED = {*("output", "jobs", "device", "questions", "image_folder", "include_path", "decides")}
 """Fields of `Comparison` that say where and how fast. The plan itself says which questions, and what decides."""
 RUN_VARIANCE = 1.03e-3
 ENCODER_VARIANCE = 1.03e-3

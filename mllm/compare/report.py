@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from clips.common.page import Block, Bullets, Card, Cards, Code, Folded, Page, P
 from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
-from clips.lab.stats import ANSWERS, TOGETHER, show_difference, turned
-from mllm.compare.figures import LOOSE_WAYS
+from clips.lab.stats import show_difference, turned
 from mllm.compare.probe import PROBE
 from mllm.compare.words import design_in_words, difference_text, headline, interval_text, metric_name, percent_text
 from mllm.data.images import ImageStore
@@ -27,31 +26,16 @@ FLOORS = {
     "random": "random is the untrained architecture of the CLIPS encoder, another encoder for each seed.",
 }
 STATISTICS = (
-    "± is the standard deviation over seeds. Brackets are 95 % intervals over other questions and other training runs, "
-    "not corrected for their number. They are wrong more often where one encoder learns in a jump and the other does "
-    "not, as standard deviations show (docs/comparison.md). “Needed” is the number of questions that show a difference "
-    "of the size seen in four of five comparisons; – if no number does."
+    "Brackets are 95 % intervals over other questions and other trainings, not corrected for their number. They are "
+    "wrong more often where one encoder learns in a jump and the other does not (docs/comparison.md). “Needed” is the "
+    "number of questions that show a difference of the size seen in four of five comparisons; – if no number does."
 )
 INTRINSIC_NOTE = (
-    "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
-    "sees. Retrieval and zero-shot are of the pretraining run and need a text tower."
+    "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "
+    "Retrieval and zero-shot need a text tower."
 )
-VARIANCE_NOTE = (
-    "Standard errors in points, and the percentage of the variance that each source gives. “Single answers” is what a "
-    "seed does to one picture or question. Few seeds tell their spread badly."
-)
-NEEDED_NOTE = (
-    "How many show a difference of 1, 2 or 5 points in four of five comparisons: of one source alone (– if that is not "
-    "enough), or of seeds and pictures together."
-)
-BLIND_NOTE = (
-    "Blind models answer these right in more than half of their runs; “not answered blind” leaves them out. Models "
-    "that always say yes mark every yes."
-)
-LOOSE_NOTE = (
-    "Normalised: right, but only without case, articles and the last full stop. Prefix: wrong, but it begins with the "
-    "expected words."
-)
+VARIANCE_NOTE = "Standard errors in points, and the percentage of the variance that each source gives."
+BLIND_NOTE = "Blind models answer these right in more than half of their runs; “not answered blind” leaves them out."
 EXAMPLES_NOTE = "Seed 0, drawn at random, as many of each way as there are: how the models differ, not how often."
 BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
 Report = Mapping[str, Any]
@@ -67,9 +51,7 @@ def page(report: Report, image_folder: Path | None) -> Page:
     overall = [row for row in report["differences"] if row["metric"] == "accuracy"]
     tables = [
         ("Where the uncertainty comes from", VARIANCE_NOTE, _variance_table(report, overall)),
-        ("How many are needed", NEEDED_NOTE, _needed_table(overall)),
         ("Questions that need no picture", BLIND_NOTE, _blind_table(report)),
-        ("Almost right answers", LOOSE_NOTE, _loose_table(report)),
     ]
     evidence = [Section(title, [Folded("Numbers", [table])], note) for title, note, table in tables if table.rows]
     examples = _examples(report, image_folder)
@@ -104,10 +86,16 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
     differences: list[Block] = [forest([(_pair(row), row) for row in overall], 100)] if overall else []
     for name in dict.fromkeys(map(_pair, rows)):
         lines = [
-            [metric_name(row["metric"]), difference_text(row), SIGNS[row["verdict"]], f"{row['items']:,}",
-             _count(row["items_needed"])]
-            for row in rows if _pair(row) == name
-        ]  # fmt: skip
+            [
+                metric_name(row["metric"]),
+                difference_text(row),
+                SIGNS[row["verdict"]],
+                f"{row['items']:,}",
+                "–" if row["items_needed"] is None else f"{row['items_needed']:,}",
+            ]
+            for row in rows
+            if _pair(row) == name
+        ]
         differences.append(Folded(name, [Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)]))
     answers = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
     return [
@@ -147,20 +135,7 @@ def floors(report: Report) -> list[str]:
     return below
 
 
-def _count(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
-
-
 # ------------------------------------------------------------------------------------------- how far to trust it
-def _in_order(sources: Iterable[str]) -> list[str]:
-    """Names of sources of variance: seeds before pictures before single answers, coarse before fine."""
-
-    def place(name: str) -> tuple[bool, bool, bool, bool]:
-        return name == ANSWERS, "seed" not in name, " and " in name, name in ("LLaVA seed", "question")
-
-    return sorted(set(sources), key=place)
-
-
 def _variance_table(report: Report, overall: list[Row]) -> Table:
     """Of every encoder's right answers in the deciding column, and of every difference over all questions."""
     figures = [
@@ -170,23 +145,14 @@ def _variance_table(report: Report, overall: list[Row]) -> Table:
         if "@" not in metric and not metric.startswith("cider_d")
     ]
     figures += [(_pair(row), row["variance"]) for row in overall]
-    sources = _in_order(name for _, variance in figures for name in variance)
+    sources = list(dict.fromkeys(name for _, variance in figures for name in variance))
     rows = []
     for name, variance in figures:
-        if (total := sum(variance.values())) > 0:
+        total = sum(variance.values())
+        if total > 0:
             shares = [f"{100 * variance[source] / total:.0f}" if source in variance else "–" for source in sources]
             rows.append([name, f"{100 * total**0.5:.2f}", *shares])
     return Table(["", "standard error", *sources], rows)
-
-
-def _needed_table(overall: list[Row]) -> Table:
-    needed = [(_pair(row), points, counts) for row in overall for points, counts in row["needed"].items()]
-    levels = _in_order(name for _, _, counts in needed for name in counts if not name.endswith(TOGETHER))
-    rows = []
-    for name, points, counts in needed:
-        together = [_count(number) for level, number in counts.items() if level.endswith(TOGETHER)]
-        rows.append([name, points, *(_count(counts.get(level)) for level in levels), " × ".join(together) or "–"])
-    return Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], rows)
 
 
 def _blind_table(report: Report) -> Table:
@@ -195,14 +161,6 @@ def _blind_table(report: Report) -> Table:
         answers = [f"{answer} ({times})" for answer, times in list(solved["answers"].items())[:5]]
         rows.append([kind, f"{solved['solved']:,} of {solved['questions']:,}", ", ".join(answers) or "–"])
     return Table(["kind", "answered blind", "most frequent answers"], rows)
-
-
-def _loose_table(report: Report) -> Table:
-    rows = [
-        [name, *(f"{loose[way]['count']:,}" for way in LOOSE_WAYS), f"{loose['answers']:,}"]
-        for name, loose in report.get("loose_answers", {}).items()
-    ]
-    return Table(["", *LOOSE_WAYS, "all answers"], rows)
 
 
 # ------------------------------------------------------------------------------------------- benchmarks, the encoders

@@ -26,9 +26,9 @@ from clips.common.files import sha256
 from clips.common.runtime import choose_device
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
-from mllm.compare.cells import PLAN, WITH_TEXTS, cells_of, encoders_to_pretrain, is_pretrained_anew, llava_runs
+from mllm.compare.cells import PLAN, cells_of, encoders_to_pretrain, is_pretrained_anew, llava_runs
 from mllm.compare.checks import check_inputs, check_request, check_same_samples, load_encoders
-from mllm.compare.commands import encoder_cell, lab_cells, retrieval_command, retrieval_figures, samples_of_cells
+from mllm.compare.commands import encoder_cell, lab_cells, samples_of_cells
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, comparison_from_flags, question_files
 from mllm.compare.figures import collect, keep_encoders
 from mllm.compare.plan import fix_plan, power_in_words
@@ -78,10 +78,6 @@ def compare(
         runner.run(pretraining)
         check_same_samples(encoders)
         runner.run(planned)
-    if (split := comparison.karpathy) is not None:
-        for run in sorted({run for cell in cells if cell.kind in WITH_TEXTS and (run := cell.pretraining_run)}):
-            if not retrieval_figures(split, run).is_file():
-                runner.commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))

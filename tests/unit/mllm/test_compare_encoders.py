@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import html
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import script_parser
-from hostile import HOSTILE
 from rich.console import Console
 from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place, reported
 from tiny_mllm import pictures, tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import UserError
-from clips.common.escape import clip, printable
 from clips.common.page import as_html
 from clips.config import Fields
 from clips.data.loader import BatchDataset
@@ -42,7 +37,7 @@ from mllm.compare.cells import (
     llava_runs,
 )
 from mllm.compare.checks import check_request, check_same_samples, load_encoders
-from mllm.compare.commands import check_cell, encoder_cell, lab_cells, pretrain_config, stage_samples, train_arguments
+from mllm.compare.commands import check_cell, lab_cells, pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings, question_limit
 from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.plan import fix_plan, plan_of
@@ -118,24 +113,19 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
             weights = {n: p for n, p in prepared.model.named_parameters() if "vision_tower" not in n}
             if stage == 1:  # what stage 2 starts from: no training here, so the very start
                 save_projector(prepared.model.model.multi_modal_projector, cell.directory / "align" / PROJECTOR)
-            seen[cell] = (trains, list(sampler), weights, prepared.dataset[0]["input_ids"])
+            seen[cell] = (trains, list(sampler), prepared.dataset[0]["input_ids"], weights)
             assert sorted(seen[cell][1]) == list(range(dataset_size))
         for seed in range(comparison.seeds):
             first, *others = [seen[cell] for cell in cells_of(comparison) if cell.seed == seed]
             for other in others:
-                assert other[0] == first[0]
-                assert other[1] == first[1]
-                assert other[3] == first[3]
-                assert other[2].keys() == first[2].keys()
-                assert all(torch.equal(other[2][name], first[2][name]) for name in first[2])
+                assert other[:3] == first[:3]
+                assert other[3].keys() == first[3].keys()
+                assert all(torch.equal(other[3][name], first[3][name]) for name in first[3])
         a, b = (seen[cell] for cell in cells_of(comparison) if cell.encoder == "blind")
         assert a[1] != b[1]
-        started = [name for name in a[2] if "projector" in name or "lora_A" in name]
-        assert any(not torch.equal(a[2][name], b[2][name]) for name in started)
-        if stage == 2:
-            assert any("lora_A" in name for name in started)
+        started = [name for name in a[3] if "projector" in name or "lora_A" in name]
+        assert any(not torch.equal(a[3][name], b[3][name]) for name in started)
     seeds = [cell for cell in cells_of(comparison) if cell.encoder == "random"]
-    assert {cell.vision for cell in seeds} == {"random:clips-run"}
     assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in seeds}) == 2
 
 
@@ -190,21 +180,14 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
         return {cell.name: cell.vision for cell in cells_of(comparison)}
 
     comparison = Comparison(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
-    found = visions(comparison)
-    assert [*found][:5] == ["clips-seed0", "clip-seed0", "random-seed0", "blind-seed0", "clips-seed1"]
+    assert [*visions(comparison)][:5] == ["clips-seed0", "clip-seed0", "random-seed0", "blind-seed0", "clips-seed1"]
     assert pretrained(comparison) == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(5)}
-    assert found["clip-seed2"] == f"clip:{tmp_path}/encoders/clip-seed2"
-    assert found["random-seed1"] == f"random:{tmp_path}/encoders/clips-seed1"
-    quick = dataclasses.replace(comparison, seeds=1, llava_runs=3)
-    assert pretrained(quick) == {"clips-seed0", "clip-seed0"}
-    assert visions(quick)["clip-seed0-llava2000"] == f"clip:{tmp_path}/encoders/clip-seed0"
+    assert visions(comparison)["random-seed1"] == f"random:{tmp_path}/encoders/clips-seed1"
     given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, llava_runs=2, output=tmp_path)
     assert [*visions(given).values()] == ["clips:runs/x-0", "blind:runs/x-0", "clips:runs/x-1", "blind:runs/x-1"]
     assert not pretrained(given)
-    assert encoder_names(given) == ["clips", "blind"]
     both = Comparison(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
     assert encoder_names(both) == ["clips:a", "clips:b", "blind"]
-    assert pretrained(Comparison(encoders=("random", "blind"), seeds=1, output=tmp_path)) == {"clips-seed0"}
 
 
 def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
@@ -212,22 +195,16 @@ def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
     comparison = Comparison(encoders=("clips", "hf:some/model", "random", "blind"), output=tmp_path)
     clips = [cell for cell in cells_of(comparison) if cell.encoder == "clips"]
     assert [(cell.pretraining_seed, cell.seed) for cell in clips] == [(s, s) for s in range(5)] + [(0, 1000)]
-    assert (clips[5].name, clips[5].run) == ("clips-seed0-llava1000", "seed 0, LLaVA seed 1000")
     assert clips[5].vision == clips[0].vision == f"clips:{tmp_path}/encoders/clips-seed0"
-    assert len({cell.seed for cell in clips}) == 6  # no two runs share a seed, whatever their encoders
-    few = Comparison(encoders=comparison.encoders, seeds=3, output=tmp_path)
-    grid = Comparison(encoders=comparison.encoders, seeds=5, llava_runs=10, output=tmp_path)
-    assert len(cells_of(few)) == 4 * 4
+    few = dataclasses.replace(comparison, seeds=3)
+    grid = dataclasses.replace(comparison, llava_runs=10)
     assert set(cells_of(few)[:12]) < set(cells_of(comparison)) < set(cells_of(grid))
     fixed = Comparison(encoders=("hf:some/model", "blind"), output=tmp_path)
     assert len(cells_of(fixed)) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
-    assert len(cells_of(Comparison(encoders=("clips", "blind"), seeds=1, output=tmp_path))) == 2
     groups = {name: encoder_groups(comparison, name).tolist() for name in ("clips", "hf", "random", "blind")}
-    assert groups["clips"] == [0, 1, 2, 3, 4, 0]
-    assert groups["random"] == [0, 1, 2, 3, 4, 5]
+    assert groups["clips"] == encoder_groups(comparison, "clips", "random").tolist() == [0, 1, 2, 3, 4, 0]
+    assert groups["random"] == encoder_groups(comparison, "hf", "random").tolist() == [0, 1, 2, 3, 4, 5]
     assert groups["hf"] == groups["blind"] == [0] * 6
-    assert encoder_groups(comparison, "clips", "random").tolist() == groups["clips"]
-    assert encoder_groups(comparison, "hf", "random").tolist() == groups["random"]
 
 
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
@@ -237,19 +214,14 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 6, 3]
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
     assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (20, 80)
-    asked = [comparison_from_flags(script_parser("compare_encoders").parse_args(w)) for w in ([], ["--quick"])]
-    assert [(c.encoders, c.seeds, llava_runs(c)) for c in asked] == [
-        (("clips", "clip", "random", "blind"), 5, 6), (("clips", "random"), 1, 4),
-    ]  # fmt: skip
-    limits = [evaluation_settings(c)["limit"] for c in (full, quick, dataclasses.replace(quick, limit=7))]
-    assert limits == [None, 400, 7]
+    given = comparison_from_flags(script_parser("compare_encoders").parse_args(["--quick"]))
+    assert (given.encoders, given.seeds, llava_runs(given)) == (("clips", "random"), 1, 4)
+    assert [evaluation_settings(comparison)["limit"] for comparison in (full, quick)] == [None, 400]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
-    assert (budget_share(demo), budget_share(full)) == (0.5, 1.0)
-    assert (question_limit(demo), question_limit(dataclasses.replace(demo, quick=True))) == (400, 400)
+    assert (budget_share(demo), question_limit(demo)) == (0.5, 400)
     here = dataclasses.replace(full, encoders=("clips", "clip"))
     short = dataclasses.replace(here, quick=True)
-    given = dataclasses.replace(short, pretrain_flags=("--samples", "64"))
-    for comparison, samples in ((here, 96_000), (short, 48_000), (given, 64)):
+    for comparison, samples in ((here, 96_000), (short, 48_000)):
         encoders = encoders_to_pretrain(comparison)
         assert {pretrain_config(comparison, encoder).samples for encoder in encoders} == {samples}
 
@@ -274,13 +246,7 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
     assert encoder_groups(comparison, "clips", "clips, tiles").tolist() == [0, 0]
     report = reported(comparison)
     assert report["plan"]["budget"]["samples of variants"] == {"tiles": {"align": 12, "instruct": 8}}
-    assert {(row["a"], row["b"]) for row in report["differences"]} >= {
-        ("clips", "clips, tiles"),
-        ("blind", "clips, tiles"),
-    }
-    text = shown(report)
-    assert f"tiles: trained with {tiles}" in text
-    assert "Equal in every cell of a seed, but for the flags of its variant: " in text
+    assert ("clips", "clips, tiles") in {(row["a"], row["b"]) for row in report["differences"]}
     assert not verify(comparison.output).differs
     with pytest.raises(UserError, match="--variants"):
         checked(dataclasses.replace(comparison, variants=comparison.variants * 2))
@@ -307,20 +273,13 @@ def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> 
 
 def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: Path) -> None:
     shorter = dataclasses.replace(finished, limit=7)
-    place = cells_of(finished)[0].evaluation
-    with pytest.raises(UserError, match="limit: null → 7"):
+    with pytest.raises(UserError, match="limit"):
         check_cells(shorter)
     mended = tmp_path / "question.jsonl"
     mended.write_text(finished.questions.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match="sha256"):
         check_cells(dataclasses.replace(finished, questions=mended))
-    record = cells_of(finished)[0].directory / "cell.json"
-    strided = json.loads(record.read_text())
-    strided["evaluation"]["limit"] = 7  # of a version that took every n-th question
-    record.write_text(json.dumps(strided))
-    with pytest.raises(UserError, match="drawn"):
-        check_cells(shorter)
-    shutil.rmtree(place)
+    shutil.rmtree(cells_of(finished)[0].evaluation)
     check_cells(shorter, 0)
     first = lab_cells(shorter, cells_of(shorter))[0]
     (missing,) = [step for step in first.steps if not step.is_done()]
@@ -335,9 +294,6 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
         read_answers(finished)
 
 
-# --------------------------------------------------------------------------------------------------------- progress
-
-
 def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
     comparison = comparison_of(place, train_flags=(*FLAGS, "--max_steps", "8"))
     cell = cells_of(comparison)[0]
@@ -349,14 +305,12 @@ def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
     arguments = TrainingArguments(output_dir=str(cell.directory), use_cpu=True, report_to="none")
     log.on_train_begin(arguments, TrainerState(max_steps=8), control)
     for step in range(1, 7):
-        logs = {"loss": 2.0, "learning_rate": 1e-3, "epoch": 0.5}
-        log.on_log(arguments, TrainerState(global_step=step, max_steps=8), control, logs=logs)
-    found = align.progress()
-    assert (found.done, found.planned) == (24, 32)
-    assert re.fullmatch(r"75 %, \d+(\.\d)? (s|min) left", str(found))
+        log.on_log(arguments, TrainerState(global_step=step, max_steps=8), control, logs={"loss": 2.0, "epoch": 0.5})
+    progress = align.progress()
+    assert (progress.done, progress.planned) == (24, 32)
     with (cell.directory / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "stage": "align", "step": 7, "sam')  # at this moment being written
-    assert align.progress() == found
+    assert align.progress() == progress
     assert instruct.progress() is None  # the lines of the other stage say nothing about this one
 
 
@@ -366,17 +320,12 @@ def test_the_dry_run_shows_every_cell_and_its_time_and_runs_nothing(finished: Co
             compare(comparison, Console(file=file, width=200), dry_run=True)
         return (place / "overview.txt").read_text()
 
-    text = overview(finished)
-    assert "0 of 12 to run" in text
-    assert "about 0 s" in text
-    assert text.count("done, ") == 12
+    assert "0 of 12 to run" in overview(finished)
     cells_of(finished)[0].figures.unlink()
     text = overview(dataclasses.replace(finished, jobs=1))
     assert re.search(r"about [\d.]+ (s|min), by the mean of 11 finished cells", text)
     elsewhere = comparison_of(place / "elsewhere", encoders=("clips", "blind"))
-    text = overview(elsewhere)
-    assert "by assumed speeds of one core" in text
-    assert "clips, pretraining" in text
+    assert "clips, pretraining" in overview(elsewhere)
     assert not elsewhere.output.exists()
 
 
@@ -387,14 +336,9 @@ def test_the_dry_run_shows_every_cell_and_its_time_and_runs_nothing(finished: Co
     ("options", "flag"),
     [
         ({"encoders": ("clips",)}, "--encoders"),
-        ({"encoders": ("blind", "blind")}, "--encoders"),
-        ({"budget": 1.5}, "--budget"),
-        ({"seeds": 0}, "--seeds"),
         ({"llava_runs": 4}, "--llava-runs"),
-        ({"train_flags": ("--instruct.seed", "3")}, "--train-flags: --seed"),
         ({"train_flags": ("--align.vision=blind",)}, "--vision_tower"),
         ({"pretrain_flags": ("--recipe=s16", "--data", "x")}, "--pretrain-flags: --recipe"),
-        ({"encoders": ("rnadom", "blind")}, "rnadom"),
         ({"jobs": 2, "gpus": 2}, "--jobs"),
         ({"train_flags": FLAGS}, "--questions"),
     ],
@@ -408,16 +352,12 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
     checked(comparison_of(place))
     with pytest.raises(UserError, match="--image-folder"):
         checked(comparison_of(place, image_folder=None))
-    with pytest.raises(SystemExit, match="2"):
-        checked(comparison_of(place, train_flags=(*FLAGS, "--lora_rr", "3")))
-    for change, message in (({"image": "gone.png"}, "question 0: image 'gone.png'"), ({"answer": None}, "nothing to")):
-        lines = [json.loads(line) | change for line in Path("question.jsonl").read_text(encoding="utf-8").splitlines()]
-        kept = [{key: value for key, value in line.items() if value is not None} for line in lines]
-        (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        with pytest.raises(UserError, match=message):
-            checked(comparison_of(place, questions=place / "mine.jsonl"))
-    with pytest.raises(UserError, match="Karpathy"):
-        checked(comparison_of(place, karpathy=place / "mine.jsonl"))
+    lines = [json.loads(line) for line in Path("question.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        del line["answer"]
+    (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="nothing to compare"):
+        checked(comparison_of(place, questions=place / "mine.jsonl"))
     asked = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
     with pytest.raises(UserError, match="nowhere"):
         load_encoders(asked, [], cells_of(asked))
@@ -425,18 +365,16 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
     comparison = comparison_of(place, encoders=("clips", "clip"))
-    encoder, tiny = encoders_to_pretrain(comparison)[0], dataclasses.replace(comparison, pretrain_flags=("--debug",))
-    path = encoder.directory
-    path.mkdir(parents=True)
-    pretrain_config(tiny, encoder).save(path / "config.json")
+    tiny = dataclasses.replace(comparison, pretrain_flags=("--debug",))
+    encoder = encoders_to_pretrain(comparison)[0]
+    encoder.directory.mkdir(parents=True)
+    pretrain_config(tiny, encoder).save(encoder.directory / "config.json")
     with pytest.raises(UserError, match="other settings"):
         checked(comparison)
     checked(tiny)
-    assert encoder_cell(tiny, encoder).directory == path
     own = ("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
-    both = dataclasses.replace(comparison, output=place / "other", pretrain_flags=own)
     with pytest.raises(UserError, match="objective"):
-        checked(both)
+        checked(dataclasses.replace(comparison, output=place / "other", pretrain_flags=own))
 
 
 # ------------------------------------------------------------------------------------------------ figures and report
@@ -459,68 +397,31 @@ def test_the_report_holds_cells_settings_and_every_difference(report: dict, fini
     rows = report["differences"]
     assert len(rows) == 6 * 4 + 3  # pairs × (all questions and three kinds), and those not answered blind
     (row,) = [r for r in rows if r["a"] == NAMES[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
-    keys = {"a", "b", "metric", "mean", "ci95", "seeds", "items", "verdict", "items_needed"}
-    assert keys <= row.keys()
     assert (row["seeds"], row["items"], row["verdict"]) == (3, 36, "win")
-    assert row["ci95"][0] < row["mean"] < row["ci95"][1]
     means = {name: encoder["metrics"]["accuracy"]["mean"] for name, encoder in report["encoders"].items()}
     assert row["mean"] == pytest.approx(means[NAMES[0]] - means["blind"])
-    for name, encoder in report["encoders"].items():
-        answers = [json.loads(line)["correct"] for cell in cells_of(finished) if cell.encoder == name
-                   for line in (cell.evaluation / "question.jsonl").read_text().splitlines()]  # fmt: skip
-        assert encoder["metrics"]["accuracy"]["mean"] == pytest.approx(np.mean(answers))
-        assert len(encoder["metrics"]["accuracy"]["by_seed"]) == 3
     assert [(cell["encoder"], cell["seed"]) for cell in report["cells"]] == [(e, s) for s in range(3) for e in NAMES]
-    for cell in report["cells"]:
-        trains = cell["config"]["instruct"]["trains"]
-        assert (trains["seed"], trains["vision_tower"]) == (cell["seed"], cell["vision"])
     assert report["encoders"]["blind"]["cost"]["seconds"] == 35.0
-    own = report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]
-    assert (own["mean"], own["test_set"]) == (89.0, None)
+    assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["mean"] == 89.0
     assert report["command"] == "python scripts/compare_encoders.py --seeds 3"
-    assert [encoder["kind"] for encoder in report["encoders"].values()] == list(NAMES)
-    kinds = {row["metric"]: row["kind"] for row in report["differences"]}
-    named = {f"accuracy/{kind}": kind for kind in ("identity", "where", "yes_no")}
-    assert kinds == {"accuracy": None, "needs_picture": None} | named
-    assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
     fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
     start = plan_of(fitted)["budget"]["projector"]["align"]
     assert start == "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
-    for example in report["examples"]:
-        right = {name for name, text in example["answers"].items() if text == "yes"}
-        assert right == {example["right"]}
     assert {example["right"] for example in report["examples"]} == set(NAMES[:2])
 
 
 def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Comparison) -> None:
-    """Questions, answers and names of other people are shown as the texts that they are."""
-    report, texts = copy.deepcopy(report), [clip(text) for text in HOSTILE.values()]
-    example = report["examples"][0]
-    report["examples"] = [
-        example | {"question": text, "truth": text, "answers": dict.fromkeys(NAMES[:2], text)}
-        for text in HOSTILE.values()
-    ]
-    report["settings"]["language_model"], report["command"] = texts[0], "\n".join(texts)
+    """tests/unit/clips/test_lab.py has hostile texts in every block of a page."""
     written = write_report(report, finished.output, "report", lambda: page(report, Path("images")))
     text = written.read_text("utf-8")
     assert not re.search(r'(?:src|href|srcset)="(?!data:)|@import|url\(', text)
-    for part in (
-        "What was found", "Answers", "Differences, points", "The encoders themselves", "Where two models",
-        "Where the uncertainty comes from", "How many are needed", "Questions that need no picture", "Controls",
-        "What is not shown", "Cost", "Environment", "viewport", "prefers-color-scheme: dark",
-    ):  # fmt: skip
+    for part in ("What was found", "Answers", "Differences, points", "Where two models", "Controls", "Environment"):
         assert part in text, part
     assert text.count('class="track"') == 6
-    assert not re.search(r"<(?:script|a|em)\b", text)
-    for hostile in texts:
-        assert html.unescape(text).count(printable(hostile, None)) >= 4  # question, truth, both answers
     assert json.loads((finished.output / "report.json").read_text()) == report
 
 
 def test_what_the_figures_do_not_say_is_said(report: dict, finished: Comparison) -> None:
-    text = shown(report)
-    assert "All runs of clips, clip stand on one encoder each" in text
-    assert "3 independent seed(s) tell their spread badly" in text
     for columns in (["seen"], ["unseen", "seen"]):
         demo = shown(report | {"settings": report["settings"] | {"is_demo": True, "columns": columns}})
         assert ("test of unseen artists is missing" in demo) == (columns == ["seen"])
@@ -564,21 +465,10 @@ def test_questions_that_blind_models_answer_are_marked_and_left_out(finished: Co
     assert marked["where"]["answers"] == {"yes": 6}
     metrics = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
     assert "needs_picture" not in metrics["blind"]
-    left = [
-        [line["correct"] for line in map(json.loads, (cell.evaluation / "question.jsonl").read_text().splitlines())
-         if line["expected"] == "no"]
-        for cell in cells_of(finished) if cell.encoder == "clips"
-    ]  # fmt: skip
     assert metrics["clips"]["needs_picture"]["items"] == 6
-    assert metrics["clips"]["needs_picture"]["mean"] == pytest.approx(np.mean(left))
     loose = report["loose_answers"]
     assert loose["blind"] == {"answers": 108, "normalised": {"count": 90}, "prefix": {"count": 0}}
     assert loose["clip"]["prefix"]["count"] > 0
-    assert loose["clips"]["normalised"]["count"] == loose["clips"]["prefix"]["count"] == 0
-    text = shown(report)
-    assert re.search(r">where</td>\s*<td[^>]*>6 of 12</td>\s*<td[^>]*>yes \(6\)<", text)
-    assert "not answered blind" in text
-    assert re.search(r">blind</td>\s*<td[^>]*>90</td>\s*<td[^>]*>0</td>", text)
 
 
 def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: Comparison) -> None:
@@ -587,16 +477,10 @@ def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: C
     for cell, lines in answers.items():
         unseen = [line | {"file": "answers_unseen", "correct": False} for line in lines]
         answers[cell] = [line | {"file": "answers"} for line in lines] + unseen
-    found = item_scores(finished, answers)
-    assert found["accuracy"].column == "unseen"
-    assert {name for name, metric in found.items() if metric.column == "seen"} == {
-        f"{name}@seen" for name in ("accuracy", "accuracy/identity", "accuracy/where", "accuracy/yes_no")
-    }
-    assert found["accuracy"].by_encoder["clips"].mean() == 0
-    assert found["accuracy@seen"].by_encoder["clips"].mean() > 0.8
-    summary, rows = compare_scores(finished, found)
-    assert len({(row["a"], row["b"], row["column"]) for row in rows if row["kind"]}) == 6 * 2
-    assert summary["clips"]["accuracy"]["mean"] == 0
+    scores = item_scores(finished, answers)
+    assert scores["accuracy"].column == "unseen"
+    assert scores["accuracy"].by_encoder["clips"].mean() == 0
+    assert scores["accuracy@seen"].by_encoder["clips"].mean() > 0.8
 
 
 def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
@@ -629,18 +513,13 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
 def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
     """Its file as lmms-eval 0.7.3 writes it: task → "metric,filter" → value, with standard errors beside."""
     comparison = dataclasses.replace(finished, benchmarks=("gqa",))
-    more = dataclasses.replace(finished, benchmarks=("gqa", "mmmu"))
     cells = cells_of(comparison)
     assert not any(cell.is_done() for cell in lab_cells(comparison, cells))
     for cell in cells:
         value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
-        errors = {"exact_match_stderr,none": 0.01, "exact_match_stderr_clt,none": 0.02}
-        errors |= {"exact_match_stderr_clustered,none": "N/A"}
+        errors = {"exact_match_stderr,none": 0.01, "exact_match_stderr_clustered,none": "N/A"}
         write_benchmark(cell.directory, "gqa", {"gqa": {"alias": "gqa", "exact_match,none": value, **errors}})
     assert all(cell.is_done() for cell in lab_cells(comparison, cells))
-    steps = lab_cells(more, cells)[0].steps
-    assert [step.name for step in steps if not step.is_done()] == ["mmmu"]
-    assert all(step.may_fail for step in steps if step.name == "mmmu")
     members = {"mmmu": {"alias": "mmmu", " ": " "}, "mmmu_val": {"mmmu_acc,none": 0.3, "mmmu_acc,strict": 0.2}}
     write_benchmark(cells[0].directory, "mmmu", members)  # a group has no score of its own
     assert benchmark_results(cells[0].directory, ("mmmu",)) == {
@@ -648,9 +527,6 @@ def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
         "mmmu_val/mmmu_acc (strict)": 0.2,
     }
     report = collected(comparison, {cell: {} for cell in cells}, [])
-    assert report["encoders"]["blind"]["benchmarks"] == {
-        "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
-    }
     row = report["benchmark_differences"][0]
     assert (row["mean"], row["metric"]) == (pytest.approx(0.09), "gqa/exact_match")
     assert row["ci95"] == pytest.approx([0.09 - 0.0248414, 0.09 + 0.0248414], abs=1e-5)  # t of 2 degrees: 4.3027
@@ -669,7 +545,6 @@ def write_benchmark(cell: Path, task: str, results: dict) -> Path:
     ("results", "log"),
     [
         ({"gqa": {"alias": "gqa", "exact_match_stderr_clt,none": 0.0}}, ""),
-        ({"gqa": {"exact_match,none": math.nan}}, ""),
         ({"gqa": {"exact_match,none": 0.4}}, "ERROR - Error CUDA out of memory. in generating\n"),
     ],
 )
