@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
+    from clips.weights.foreign import NotPlain, plain_vit
     from clips.weights.hf_vit import transformers_vit
     from clips.weights.load import newest_export
     from clips.weights.open_clip import read_open_clip_config
-    from clips.weights.plain_vit import NotPlain, plain_vit
 
 FACE = {
     alias.name: node.module

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from clips.common.model_card import result, write_card
 from clips.common.plots import pretty
@@ -72,17 +72,13 @@ inputs = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt"
 with torch.no_grad():
     tokens = model(**inputs, output_hidden_states=True).hidden_states[-1]  # before the last norm
     patches = tokens[:, -((model.config.image_size // model.config.patch_size) ** 2) :]
-    pooled = {norm}({pooled})
-    {projected}
+    pooled = {norm}({pooled}){projected}
     feature = torch.nn.functional.normalize(pooled, dim=-1)  # as the encoder's own image feature"""
-PROJECTED = 'pooled = pooled @ load_file(cached_file(source, "embedding.safetensors"))["proj.weight"].T'
-FORK = "The fork of open_clip by CLIPS' authors refuses these files; `convert.py --to official` writes them for it."
+PROJECTED = ' @ load_file(cached_file(source, "embedding.safetensors"))["proj.weight"].T'
 DRAWINGS = (
     "The demo's scenes are drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0) with generated "
     "captions. A model of them shows that the path works and knows nothing of photographs."
 )
-SHOWN = ("_r1", "_top1")
-"""Ends of the names of the figures that a card holds."""
 
 
 def write_cards(
@@ -101,18 +97,22 @@ def write_cards(
     None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
-    results = _results(evaluations, weights, run.model.vision.image_size)
+    size = run.model.vision.image_size
+    results = [
+        result(test_set, name, pretty(name), round(figure["value"], 1), chance=figure["chance"], items=figure["items"])
+        for evaluation in evaluations
+        if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
+        for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
+        for name, figure in figures.items()
+        if name.endswith(("_r1", "_top1"))
+    ]
+    note = DRAWINGS if run.data.train == "demo" and run.recipe != "imported" else ""
     for kind in LIBRARIES:
         if not (directory / kind).is_dir():
             continue
         code = CODE["captions" if kind == "native" and not run.model.embed_dim else kind]
         if kind == "hf_vit":
             code = _feature_code(directory / kind, run.model)
-        notes = [
-            FORK if kind == "open_clip" else "",
-            DRAWINGS if run.data.train == "demo" and run.recipe != "imported" else "",
-            _about_sizes(kind, run),
-        ]
         write_card(
             directory / kind,
             _header(kind, model_name=name, eval_results=results, has_texts=run.model.embed_dim > 0),
@@ -120,7 +120,7 @@ def write_cards(
             about=f"{ABOUT[kind]} See [arXiv 2411.16828](https://arxiv.org/abs/2411.16828).",
             facts=_facts(run, samples, weights),
             code=code,
-            note="\n\n".join(filter(None, notes)),
+            note=note,
         )
 
 
@@ -150,59 +150,30 @@ def _header(kind: str, *, has_texts: bool = True, **options: Any) -> ModelCardDa
     )
 
 
-def _results(evaluations: Iterable[dict[str, Any]], weights: str, size: int) -> list[EvalResult]:
-    return [
-        result(test_set, name, pretty(name), round(figure["value"], 1), chance=figure["chance"], items=figure["items"])
-        for evaluation in evaluations
-        if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
-        for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
-        for name, figure in figures.items()
-        if name.endswith(SHOWN)
-    ]
-
-
 def _facts(run: RunConfig, samples: int | None, weights: str) -> dict[str, str]:
-    facts = {"Towers": _towers(run.model), "Tokenizer": run.captions.tokenizer}
+    vision, text = run.model.vision, run.model.text
+    towers = f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px"
+    if run.model.has_text_tower:
+        towers += f"; text {text.width} × {text.layers}, context {text.context_length}"
+    facts = {"Towers": towers, "Tokenizer": run.captions.tokenizer}
     if run.recipe != "imported":
         phases = ", ".join(f"{phase.samples:,} at {phase.pixels}" for phase in run.phases)
         seen = "" if samples is None else f"; these weights have seen {samples:,}"
+        # A card names no place of this machine.
+        data = [PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";")]
         facts["Training"] = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples: {phases}{seen}"
-        facts["Data"] = "the demo's drawn scenes"
-        if run.data.train != "demo":  # a card names no place of this machine
-            names = [PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";")]
-            facts["Data"] = "; ".join(names)
+        facts["Data"] = "; ".join(data)
         facts["Seed"] = str(run.train.seed)
     facts["SHA-256 of the trained weights"] = weights
     return facts
 
 
-def _towers(model: ModelConfig) -> str:
-    vision, text, captioner = model.vision, model.text, model.captioner
-    parts = [f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px"]
-    if model.has_text_tower:
-        parts.append(f"text {text.width} × {text.layers}, context {text.context_length}")
-    if captioner is not None:
-        parts.append(f"captioner {captioner.width} × {captioner.layers}")
-    return "; ".join([*parts, f"features of {model.embed_dim or vision.width}"])
-
-
-def _about_sizes(kind: str, run: RunConfig) -> str:
-    if kind == "native" or not any(phase.sizes for phase in run.phases):
-        return ""
-    side = run.model.vision.image_size // run.model.vision.patch_size
-    return (
-        f"It learned at several widths and heights. These files hold the positions of {side} × {side} patches alone; "
-        "`export_clips.py --image-size` writes another square."
-    )
-
-
 def _feature_code(directory: Path, model: ModelConfig) -> str:
     """The code that computes the encoder's own image feature with stock transformers."""
     (cls,) = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
-    norm = "model.layernorm" if cls == "ViTModel" else 'getattr(model, "vision_model", model).post_layernorm'
-    pooled = "tokens[:, 0]" if model.vision.pool == "cls" else "patches.mean(dim=1)"
-    code = FEATURE.format(cls=cls, norm=norm, pooled=pooled, projected=PROJECTED)
-    if model.embed_dim:
-        return code
-    own = ("embedding.safetensors", "load_file", "cached_file")
-    return "\n".join(line for line in code.splitlines() if not any(word in line for word in own))
+    return FEATURE.format(
+        cls=cls,
+        norm="model.layernorm" if cls == "ViTModel" else 'getattr(model, "vision_model", model).post_layernorm',
+        pooled="tokens[:, 0]" if model.vision.pool == "cls" else "patches.mean(dim=1)",
+        projected=PROJECTED if model.embed_dim else "",
+    )

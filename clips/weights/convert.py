@@ -30,7 +30,6 @@ from clips.weights.open_clip import CLIPA_CONTEXT, import_open_clip, open_clip_l
 
 LIMIT = 1e-5
 """Largest difference of an L2-normalised feature, fp32, that counts as none."""
-IMAGES = 4
 TEXTS = (
     "a red dog",
     "",
@@ -38,8 +37,6 @@ TEXTS = (
     "The image shows a wooden table with two cups of coffee. A cat sleeps on the chair behind it; it is raining. " * 6,
 )
 OFFICIAL_WEIGHTS = "open_clip_pytorch_model.bin"
-Differences = dict[str, float]
-"""Name of a feature → its largest difference."""
 
 
 def convert_from_flags(flags: argparse.Namespace) -> None:
@@ -50,11 +47,11 @@ def convert_from_flags(flags: argparse.Namespace) -> None:
     print(f"{flags.source} can be converted; nothing was written" if flags.check else f"written: {flags.target}")
 
 
-def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> Differences:
+def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> dict[str, float]:
     """Write the model `source` to the directory `target` in the format `to`, if it is the same there.
 
-    `check_only` writes nothing. Raises UserError if `target` exists, if the format has no place for the model, and if a
-    feature differs by more than LIMIT.
+    Returns the largest difference of each feature. `check_only` writes nothing. Raises UserError if `target` exists, if
+    the format has no place for the model, and if a feature differs by more than LIMIT.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
@@ -72,9 +69,8 @@ def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> 
     return differences
 
 
-# -------------------------------------------------------------------------------------------------------- the formats
 @torch.no_grad()
-def _write(source: str, directory: Path, to: str) -> Differences:
+def _write(source: str, directory: Path, to: str) -> dict[str, float]:
     """Write the model `source` in the format `to`, and compare what the library of the format computes with it."""
     if to == "transformers":
         return _write_tower(source, directory)
@@ -84,22 +80,22 @@ def _write(source: str, directory: Path, to: str) -> Differences:
     model.visual.set_image_size(size)
     images = _images(size)
     ids = tokenizer.for_tower(list(TEXTS), model.config.text)
-    wanted = model_features(model, images, ids)
+    expected = model_features(model, images, ids)
 
     if to == "native":
         write_native(model, loaded.run, tokenizer, directory)
-        return _compared(wanted, native_features(directory, images, list(TEXTS)))
+        return _compared(expected, native_features(directory, images, list(TEXTS)))
     if reason := open_clip_lacks(model.config) or (_official_lacks(loaded) if to == "official" else None):
         raise UserError(f"{source} cannot be converted: {reason}")
     write_open_clip(model, tokenizer, directory)
     if to == "open_clip":
-        return _compared(wanted, open_clip_features(directory, images, list(TEXTS)))
+        return _compared(expected, open_clip_features(directory, images, list(TEXTS)))
 
     _make_official(directory)
-    differences = _compared(wanted, open_clip_features(directory, images, ids))
+    differences = _compared(expected, open_clip_features(directory, images, ids))
     again, tokenizer = import_open_clip(directory)
-    found = model_features(again, images, tokenizer.for_tower(list(TEXTS), again.config.text))
-    return differences | {f"read back, {name}": value for name, value in _compared(wanted, found).items()}
+    features = model_features(again, images, tokenizer.for_tower(list(TEXTS), again.config.text))
+    return differences | {f"read back, {name}": value for name, value in _compared(expected, features).items()}
 
 
 def _make_official(directory: Path) -> None:
@@ -132,7 +128,7 @@ def _official_lacks(loaded: LoadedModel) -> str | None:
     return None
 
 
-def _write_tower(source: str, directory: Path) -> Differences:
+def _write_tower(source: str, directory: Path) -> dict[str, float]:
     """Write the image tower alone, which may be all that there is."""
     initial = read_initial(source, "FROM")
     embed_dim = initial.architecture.get("model.embed_dim", 0)
@@ -151,14 +147,13 @@ def _write_tower(source: str, directory: Path) -> Differences:
     return differences
 
 
-# ---------------------------------------------------------------------------------------------------------- comparing
 def _images(size: int) -> Tensor:
-    return torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _compared(wanted: Features, found: Features) -> Differences:
-    names = ("image features", "text features", "temperature")[: len(wanted)]
-    return {name: _difference(a, b) for name, a, b in zip(names, wanted, found, strict=True)}
+def _compared(expected: Features, features: Features) -> dict[str, float]:
+    names = ("image features", "text features", "temperature")[: len(expected)]
+    return {name: _difference(a, b) for name, a, b in zip(names, expected, features, strict=True)}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

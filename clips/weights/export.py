@@ -104,22 +104,22 @@ def check_exports(
     trained: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
 ) -> dict[str, float]:
     """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
-    wanted = model_features(trained, images, tokenizer.for_tower(texts, trained.config.text))
+    expected = model_features(trained, images, tokenizer.for_tower(texts, trained.config.text))
     tokens = trained.visual(images)[1]
     differences: dict[str, float] = {}
     for name, read in (("native", native_features), ("open_clip", open_clip_features), ("hf", hf_clip_features)):
         if (directory / name).is_dir():
-            differences[name] = _largest_difference(read(directory / name, images, texts), wanted)
+            differences[name] = _largest_difference(read(directory / name, images, texts), expected)
     tower = [F.normalize(x, dim=-1) for x in hf_features(directory / "hf_vit", images, trained.config.vision.pool)]
-    differences["hf_vit"] = _largest_difference(tower, (F.normalize(tokens, dim=-1), wanted[0]))
+    differences["hf_vit"] = _largest_difference(tower, (F.normalize(tokens, dim=-1), expected[0]))
     for name, difference in differences.items():
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"export {name} differs from the trained model by {difference:.2e} (limit {TOLERANCE})")
     return differences
 
 
-def _largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    differences = [(a - b).abs().max() for a, b in zip(found, wanted, strict=True)]
+def _largest_difference(features: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    differences = [(a - b).abs().max() for a, b in zip(features, expected, strict=True)]
     return torch.stack(differences).max().item()  # NaN if one is
 
 
@@ -164,10 +164,6 @@ def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer,
     tokenizer.save(directory / "tokenizer")
 
 
-SAMPLES_CHECKED = 8
-"""Images and captions on which each export is compared with the trained model."""
-
-
 def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
     """The first few readable images of `source`, normalised [B, 3, S, S], and their web captions."""
     transform = eval_transform(image_size)
@@ -178,7 +174,7 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
             sample = source.read(index)
             images.append(transform(decode_image(sample.image)))
             texts.append(sample.web)
-        if len(images) == SAMPLES_CHECKED:
+        if len(images) == 8:
             break
     if not images:
         raise UserError("none of the images can be read on which the export would be checked")
@@ -193,12 +189,11 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     run = loaded.run
     size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
-    data = run.data
-    split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
     if flags.data is not None:
-        data = dataclasses.replace(data, train=flags.data, mix=())
-        split = "train"
-    source = open_split(data, split, need_long=False)
+        source = open_split(dataclasses.replace(run.data, train=flags.data, mix=()), "train", need_long=False)
+    else:
+        split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
+        source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(

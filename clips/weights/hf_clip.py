@@ -18,10 +18,10 @@ from clips.config import ModelConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, clean
 from clips.model.clips import CLIPSModel
+from clips.weights.foreign import plain_vit
 from clips.weights.hf_vit import transformers_vit
 from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT
 from clips.weights.open_clip import logit_scale_parameter
-from clips.weights.plain_vit import plain_vit
 
 OLD_EOS = 2
 """With this id of eos, CLIPModel reads a text at its largest id instead."""

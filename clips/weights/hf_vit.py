@@ -20,9 +20,8 @@ from clips.common.tensors import write_weights
 from clips.config import ImagePool
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.model.vision import VisionTower
-from clips.weights.foreign import EMBEDDING, read_embedding
+from clips.weights.foreign import EMBEDDING, PlainViT, plain_vit, positions_with_bias, read_embedding
 from clips.weights.layouts import ACTIVATIONS, VISION_LAYOUTS
-from clips.weights.plain_vit import PlainViT, plain_vit, positions_with_bias
 
 
 def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:

@@ -60,7 +60,6 @@ class InitialWeights:
         return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
 def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
     """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
 
@@ -76,16 +75,17 @@ def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
         kind = kind_of(directory)
         if (directory / "open_clip_config.json").is_file():  # the same model for transformers may lie beside it
             kind = "open_clip"
-    if kind in ("timm", "transformers"):
+    if kind == "timm":
         with opening(what, directory):
-            return _of_foreign(
-                name, directory, read_timm(directory) if kind == "timm" else read_transformers(directory)
-            )
+            return _of_foreign(name, directory, read_timm(directory))
+    if kind == "transformers":
+        with opening(what, directory):
+            return _of_foreign(name, directory, read_transformers(directory))
     return _of_loaded(name, kind or "this project's", load_model(directory))
 
 
 def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
-    parts: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
+    architecture: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
     tokenizer = None
     with torch.device("meta"):  # the run would build a model of these sizes
         towers: dict[str, nn.Module] = {"visual.": VisionTower(foreign.vision, 0)}
@@ -93,37 +93,40 @@ def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
             towers["text."] = TextTower(foreign.text, 0, 0)
     for start, tower in towers.items():
         own = {n.removeprefix(start): t for n, t in foreign.tensors.items() if n.startswith(start)}
-        check_fits(tower, {n: t for n, t in own.items() if not n.startswith("proj.")}, directory)
+        own.pop("proj.weight", None)
+        check_fits(tower, own, directory)
+
     if foreign.embed_dim is not None:
-        parts["model.embed_dim"] = foreign.embed_dim
+        architecture["model.embed_dim"] = foreign.embed_dim
     if foreign.text is not None:
-        parts["model.text"] = dataclasses.asdict(foreign.text)
-        parts["captions.tokenizer"] = "clip"
+        architecture["model.text"] = dataclasses.asdict(foreign.text)
+        architecture["captions.tokenizer"] = "clip"
         tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
     return InitialWeights(
-        source=name, kind=foreign.kind, architecture=parts, tensors=foreign.tensors, tokenizer=tokenizer,
+        source=name, kind=foreign.kind, architecture=architecture, tensors=foreign.tensors, tokenizer=tokenizer,
         left_over=foreign.left_over, notes=foreign.notes,
     )  # fmt: skip
 
 
 def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
     config = loaded.model.config
-    parts: dict[str, Any] = {
+    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
+    architecture: dict[str, Any] = {
         "model.vision": dataclasses.asdict(config.vision),
         "model.text": dataclasses.asdict(config.text),
         "captions.tokenizer": loaded.run.captions.tokenizer,
     }
-    if config.embed_dim:
-        parts["model.embed_dim"] = config.embed_dim
     if config.captioner is not None:
-        parts["model.captioner"] = dataclasses.asdict(config.captioner)
-    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    if not config.embed_dim:
+        architecture["model.captioner"] = dataclasses.asdict(config.captioner)
+    if config.embed_dim:
+        architecture["model.embed_dim"] = config.embed_dim
+    else:
         del tensors["logit_scale"]  # as it was at the start
-    return InitialWeights(source=name, kind=kind, architecture=parts, tensors=tensors, tokenizer=loaded.tokenizer)
+    return InitialWeights(
+        source=name, kind=kind, architecture=architecture, tensors=tensors, tokenizer=loaded.tokenizer
+    )
 
 
-# ------------------------------------------------------------------------------------------ the run's configuration
 def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     """UserError listing where `run` asks for another architecture than that of the weights."""
     changes = []
@@ -145,7 +148,6 @@ def _at(run: RunConfig, path: str) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------- into the model
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
     """The origin of each part of a run's model; for people, and as init_from.json for resuming."""
@@ -154,10 +156,10 @@ class Beginning:
     kind: str
     sha256: str
     architecture: dict[str, Any]
-    given: dict[str, tuple[int, int]]
-    """Part → its tensors and their parameters that came from the file."""
-    new: dict[str, tuple[int, int]]
-    """The same of those that begin as the recipe initialises them."""
+    given: dict[str, int]
+    """Part → its parameters that came from the file."""
+    new: dict[str, int]
+    """Part → its parameters that begin as the recipe initialises them."""
     left_over: dict[str, list[str]]
     notes: list[str]
 
@@ -166,17 +168,13 @@ class Beginning:
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
         table = Table("parameters of", "from the file", "new", title=for_rich(title), title_justify="left")
         for part in self.given | self.new:
-            sizes = (side[part][1] if part in side else 0 for side in (self.given, self.new))
-            table.add_row(part, *(f"{size:,}" if size else "" for size in sizes))
-        table.add_section()
+            table.add_row(part, f"{self.given.get(part, 0):,}", f"{self.new.get(part, 0):,}")
         for note in self.notes:
             table.add_row("on the way", for_rich(note))
         for what, names in self.left_over.items():
             table.add_row("left over", for_rich(f"{what}: {listed(names)}"))
-        table.add_section()
-        own = recipe(run.recipe)
-        here = {path: _at(run, path) for path in self.architecture}
-        if lines := rundir.difference({path: _at(own, path) for path in here}, here):
+        standard = {path: _at(recipe(run.recipe), path) for path in self.architecture}
+        if lines := rundir.difference(standard, {path: _at(run, path) for path in self.architecture}):
             table.add_row(f"differs from {run.recipe}", for_rich(", ".join(lines)))
         return table
 
@@ -199,20 +197,27 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
 
     Raises UserError listing the tensors that are missing, unknown, or of another shape.
     """
-    vision, there = model.config.vision, initial.architecture["model.vision"]["image_size"]
-    tensors, left_over, notes = dict(initial.tensors), dict(initial.left_over), list(initial.notes)
-    if "visual.pos_embed" in tensors and vision.image_size != there:
+    tensors = dict(initial.tensors)
+    left_over = dict(initial.left_over)
+    notes = list(initial.notes)
+    vision = model.config.vision
+    image_size = initial.architecture["model.vision"]["image_size"]
+    if "visual.pos_embed" in tensors and vision.image_size != image_size:
         grid = vision.image_size // vision.patch_size
         tensors["visual.pos_embed"] = resample_positions(tensors["visual.pos_embed"], grid, vision.prefix_tokens)
-        notes.append(f"positions resampled from {there} px to {vision.image_size} px")
+        notes.append(f"positions resampled from {image_size} px to {vision.image_size} px")
+
     own = model.state_dict()
     for part, starts in PARTS.items():  # what the run has not at all
         unused = [name for name in tensors if name.startswith(starts) and name not in own]
         if unused and not any(name.startswith(starts) for name in own):
             left_over[f"{part}, which this run has not"] = unused
             tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    may_be_new = ["captioner."] if "model.captioner" not in initial.architecture else []
-    if not any(name.startswith("text.") for name in initial.tensors):
+
+    may_be_new = []
+    if "model.captioner" not in initial.architecture:
+        may_be_new.append("captioner.")
+    if not any(name.startswith("text.") for name in tensors):
         may_be_new.append("text.")
     if "logit_scale" not in initial.tensors:
         may_be_new += ["text.proj.", "visual.proj.", "logit_scale"]
@@ -220,14 +225,13 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
     assign_weights(model, tensors | new, initial.source)
     return Beginning(
         source=initial.source, kind=initial.kind, sha256=initial.sha256, architecture=initial.architecture,
-        given=_by_part(tensors), new=_by_part(new), left_over=left_over, notes=notes,
+        given=_parameters(tensors), new=_parameters(new), left_over=left_over, notes=notes,
     )  # fmt: skip
 
 
-def _by_part(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    amounts: dict[str, tuple[int, int]] = {}
+def _parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
+    amounts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        part = [part for part, starts in PARTS.items() if name.startswith(starts)][-1]
-        count, size = amounts.get(part, (0, 0))
-        amounts[part] = count + 1, size + tensor.numel()
+        *_, part = (part for part, starts in PARTS.items() if name.startswith(starts))
+        amounts[part] = amounts.get(part, 0) + tensor.numel()
     return amounts

@@ -12,7 +12,10 @@ from clips.config import Activation
 QKV = ("attn.q", "attn.k", "attn.v")
 """Formats with separate matrices of queries, keys and values: they are joined here, in this order."""
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-POSITION_IDS = {"embeddings.position_ids": "the numbers 0, 1, 2, …"}
+POSITION_IDS = {
+    "embeddings.position_ids": "the numbers 0, 1, 2, …",
+    "text_model.embeddings.position_ids": "the numbers 0, 1, 2, …",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class Layout:
     """Module inside a block → the LayerScale behind it, which is folded into the module here."""
     left_over: Mapping[str, str] = field(default_factory=dict)
     """First letters of names that no tower here has → what they are."""
+    unbiased: tuple[str, ...] = ()
+    """Modules of a block that have no bias there."""
 
     def names(self, layers: int) -> dict[str, tuple[str, ...]]:
         """Tensor here → the tensors there that it consists of, one after the other."""
@@ -40,12 +45,13 @@ class Layout:
             for ours, theirs in self.block.items():
                 name = f"blocks.{i}." + ("attn.qkv" if ours in QKV else ours)
                 modules[name] = (*modules.get(name, ()), f"{self.blocks}.{i}.{theirs}")
-        found: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.tensors.items()}
+
+        tensors: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.tensors.items()}
         for ours, parts in modules.items():
-            for kind in ("weight", "bias"):
+            for kind in ("weight",) if ours.endswith(self.unbiased) else ("weight", "bias"):
                 # "attn.in_proj_" of torch's MultiheadAttention is no module: its tensor is attn.in_proj_weight.
-                found[f"{ours}.{kind}"] = tuple(part + ("" if part[-1] == "_" else ".") + kind for part in parts)
-        return found
+                tensors[f"{ours}.{kind}"] = tuple(part + ("" if part[-1] == "_" else ".") + kind for part in parts)
+        return tensors
 
     def write(self, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
         """`tensors` of a tower under the names there, without those that the format has no name for."""
@@ -58,23 +64,30 @@ class Layout:
 
 
 # ---------------------------------------------------------------------------------------------- transformers
-CLIP_BLOCK = {
-    "norm1": "layer_norm1",
-    **{f"attn.{name}": f"self_attn.{name}_proj" for name in "qkv"},
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 CLIP_VISION = Layout(
     prefix="vision_model.",
     tensors={"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight"},
     modules={"patch_embed": "embeddings.patch_embedding", "pre_norm": "pre_layrnorm", "norm": "post_layernorm"},
     blocks="encoder.layers",
-    block=CLIP_BLOCK,
-    left_over=POSITION_IDS,
+    block={
+        "norm1": "layer_norm1",
+        **{f"attn.{name}": f"self_attn.{name}_proj" for name in "qkv"},
+        "attn.proj": "self_attn.out_proj",
+        "norm2": "layer_norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    left_over={**POSITION_IDS, "visual_projection.": "projection into CLIP's space"},
 )
-SIGLIP_VISION = replace(CLIP_VISION, left_over={**POSITION_IDS, "head.": "SigLIP's pooling head"})
+SIGLIP_VISION = replace(
+    CLIP_VISION,
+    left_over={
+        **POSITION_IDS,
+        "head.": "SigLIP's pooling head",
+        "text_model.": "SigLIP's text tower: other tokenizer, pooling",
+        "logit_": "SigLIP's sigmoid loss",
+    },
+)
 CLIP_TEXT = replace(
     CLIP_VISION,
     prefix="text_model.",

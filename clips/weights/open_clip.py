@@ -19,16 +19,15 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
-from clips.common.tensors import build_for, listed, read_weights, write_weights
+from clips.common.tensors import build_for, read_weights, write_weights
 from clips.config import Activation, ModelConfig, PositionTable, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
-from clips.weights.foreign import NORMALISED, fold_normalisation
+from clips.weights.foreign import NORMALISED, Source, fold_normalisation, positions_with_bias
 from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
-from clips.weights.plain_vit import positions_with_bias
 
 STOCK_EPS = 1e-5
 """LayerNorm's eps where open_clip's configuration names none."""
@@ -43,47 +42,53 @@ BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
 VISION_FIELDS = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0}
 TEXT_FIELDS = {"width": 512, "heads": 8, "layers": 12, "vocab_size": 49_408, "mlp_ratio": 4.0}
 """Fields of the same name and meaning in both configurations → open_clip's default."""
-READ = {
-    "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu"},
+KNOWN = {
+    "model_cfg": {
+        *("embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu"),
+        *("init_logit_scale", "nonscalar_logit_scale", "output_dict"),
+    },
     "vision_cfg": {
         *VISION_FIELDS,
         *("head_width", "no_ln_pre", "pos_embed_type", "pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
+        *("output_tokens", "attn_pooler_queries", "attn_pooler_heads"),
     },
     "text_cfg": {
         *TEXT_FIELDS,
         *("context_length", "embed_cls", "no_causal_mask", "pool_type", "norm_kwargs", "act_kwargs"),
         *("pad_id", "eos_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+        *("output_tokens", "final_ln_after_pool"),
     },
 }
-"""The fields of open_clip's configuration that mean something here."""
-SAYS_NOTHING = {
-    "model_cfg": {"init_logit_scale", "nonscalar_logit_scale", "output_dict"},
-    "vision_cfg": {"output_tokens", "attn_pooler_queries", "attn_pooler_heads"},
-    "text_cfg": {"output_tokens", "final_ln_after_pool"},
-}
-"""Fields that change nothing of what a plain tower computes. Every other field must be unset or plain."""
+"""Fields of open_clip's configuration that are read here, or change nothing of a plain tower. Others must be PLAIN."""
 PLAIN = (None, False, 0, "linear", "default")
 """Values of fields such as `proj_type` and `block_type` that mean "nothing special"."""
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 """Entries of OpenAI's and older files that are settings or fixed masks."""
 TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
 """Name here → open_clip's, of the tensors that are transposed there."""
-CHANGED = ("visual.cls_token", "visual.pos_embed", "visual.patch_embed.bias")
-"""Tensors that open_clip keeps in another form, or in another tensor."""
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    """Name here → open_clip's, of the tensors that are the same there."""
-    vision, text = OPEN_CLIP_VISION.names(config.vision.layers), OPEN_CLIP_TEXT.names(config.text.layers)
-    absent = (*CHANGED, *(() if config.vision.pre_norm else ("visual.pre_norm",)))
-    towers = (("visual", vision), ("text", text))
-    found = {f"{tower}.{ours}": f"{tower}.{theirs}" for tower, names in towers for ours, (theirs,) in names.items()}
-    return {ours: theirs for ours, theirs in found.items() if not ours.startswith(absent)}
+    """Name here → open_clip's, of all tensors there but that of an `embed_cls`."""
+    absent = ("patch_embed.bias",) if config.vision.pre_norm else ("patch_embed.bias", "pre_norm")
+    vision = OPEN_CLIP_VISION.names(config.vision.layers)
+    text = OPEN_CLIP_TEXT.names(config.text.layers)
+    return {
+        **{f"visual.{ours}": f"visual.{theirs}" for ours, (theirs,) in vision.items() if not ours.startswith(absent)},
+        **{f"text.{ours}": f"text.{theirs}" for ours, (theirs,) in text.items()},
+        **TRANSPOSED,
+        "logit_scale": "logit_scale",
+    }
 
 
 def logit_scale_parameter(model: CLIPSModel) -> Tensor:
     """The temperature as training uses it (at most MAX_LOGIT_SCALE), a scalar as open_clip keeps it."""
     return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
+
+
+def has_cls_parameter(text: TextConfig) -> bool:
+    """Whether the CLS of a text is a parameter there (`embed_cls`), and no token."""
+    return text.pool == "cls" and text.pad_mask
 
 
 def open_clip_lacks(config: ModelConfig) -> str | None:
@@ -148,7 +153,7 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
             model[part]["act_kwargs"] = {"approximate": "tanh"}
     if tokenizer.is_clip:
         del fields["hf_tokenizer_name"]  # open_clip's own tokenizer
-    if text.pool == "cls" and text.pad_mask:
+    if has_cls_parameter(text):
         fields |= {"context_length": text.context_length - 1, "embed_cls": True}
     elif text.pool == "cls":
         fields["tokenizer_mode"] = "clips"
@@ -157,16 +162,17 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
 
 def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
     """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
-    state, text = model.state_dict(), model.config.text
-    tensors = {theirs: state[ours] for ours, theirs in _names(model.config).items()}
-    tensors |= {theirs: state[ours].T for ours, theirs in TRANSPOSED.items()}
-    tensors["logit_scale"] = logit_scale_parameter(model)
-    tensors["visual.class_embedding"] = state["visual.cls_token"]
+    state = model.state_dict()
     bias = state.get("visual.patch_embed.bias")
-    positions = positions_with_bias(model.visual.positions(), bias, model.config.vision.prefix_tokens)
-    tensors["visual.positional_embedding"] = positions
-    if text.pool == "cls" and text.pad_mask:
+    prefix_tokens = model.config.vision.prefix_tokens
+    state["visual.pos_embed"] = positions_with_bias(model.visual.positions(), bias, prefix_tokens)
+    state["logit_scale"] = logit_scale_parameter(model)
+    for name in TRANSPOSED:
+        state[name] = state[name].T
+    tensors = {theirs: state[ours] for ours, theirs in _names(model.config).items()}
+    if has_cls_parameter(model.config.text):
         tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
+
     directory.mkdir(parents=True, exist_ok=True)
     if not tokenizer.is_clip:
         tokenizer.save(directory)
@@ -187,63 +193,60 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
     if not files:
         raise UserError(f"{directory} holds no open_clip*.safetensors or open_clip*.bin")
-    source = {name: tensor for name, tensor in read_weights(files[0]).items() if name not in NO_WEIGHTS}
-    if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors are at the top
-        source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
+    weights = {name: tensor for name, tensor in read_weights(files[0]).items() if name not in NO_WEIGHTS}
+    if "positional_embedding" in weights:  # the layout of open_clip's class CLIP: text tensors are at the top
+        weights = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in weights.items()}
     tokenizer = _open_clip_tokenizer(directory, config.text)
 
-    copied = _names(config)
-    wanted = {*copied.values(), *TRANSPOSED.values()}
-    wanted |= {"logit_scale", "visual.class_embedding", "visual.positional_embedding"}
-    has_cls_emb = config.text.pool == "cls" and config.text.pad_mask
-    wanted |= {"text.cls_emb"} if has_cls_emb else set()
-    problems = {"lacks": wanted - source.keys(), "holds besides": source.keys() - wanted}
-    if found := [f"{what} {listed(sorted(names))}" for what, names in problems.items() if names]:
-        raise UserError(f"{files[0]} {' and '.join(found)}: it is not the model that open_clip_config.json describes")
-    tensors = {ours: source[theirs].float() for ours, theirs in copied.items()}
-    tensors |= {ours: source[theirs].float().T for ours, theirs in TRANSPOSED.items()}
-    stored, cls_token = source["visual.positional_embedding"], source["visual.class_embedding"].float()
-    vision, bias = _recognise_positions(stored, config.vision, files[0])
+    source = Source(weights, files[0])
+    tensors = source.take({ours: (theirs,) for ours, theirs in _names(config).items()})
+    for name in TRANSPOSED:
+        tensors[name] = tensors[name].T
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    if has_cls_parameter(config.text):
+        cls_embedding = source.take({"cls": ("text.cls_emb",)})["cls"]
+        tensors["text.token_embed.weight"][tokenizer.cls_id] = cls_embedding
+    source.left_over(OPEN_CLIP_VISION)
+
+    positions = tensors.pop("visual.pos_embed")
+    precision = weights["visual.positional_embedding"].dtype
+    vision, bias = _recognise_positions(positions, precision, config.vision, files[0])
     if vision.pos_embed == "learned":
-        tensors |= {"visual.pos_embed": stored.float(), "visual.cls_token": cls_token}
+        tensors["visual.pos_embed"] = positions
     else:
-        tensors["visual.cls_token"] = cls_token + stored[0].float()  # the tables' first row is zero
+        tensors["visual.cls_token"] += positions[0]  # the tables' first row is zero
     if vision.patch_bias:
         tensors["visual.patch_embed.bias"] = bias
     vision = _fold_preprocessing(directory, tensors, vision)
-    if has_cls_emb:
-        tensors["text.token_embed.weight"] = tensors["text.token_embed.weight"].clone()
-        tensors["text.token_embed.weight"][tokenizer.cls_id] = source["text.cls_emb"].float()
-    tensors["logit_scale"] = source["logit_scale"].reshape(1)
+
     config = dataclasses.replace(config, vision=vision)
     model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), tensors, files[0])
     return model.eval(), tokenizer
 
 
-def _recognise_positions(stored: Tensor, vision: VisionConfig, path: Path) -> tuple[VisionConfig, Tensor]:
-    """Which table `stored` [1 + N, D] is, and the patch bias [D] that was added to it.
+def _recognise_positions(
+    positions: Tensor, precision: torch.dtype, vision: VisionConfig, path: Path
+) -> tuple[VisionConfig, Tensor]:
+    """Which table `positions` [1 + N, D] are, and the patch bias [D] that was added to it; `precision`: in the file.
 
     Returns `vision` with both; `patch_bias` is false if there is no bias, as with learned positions.
     """
     grid = vision.image_size // vision.patch_size
-    if stored.shape != (1 + grid**2, vision.width):
+    if positions.shape != (1 + grid**2, vision.width):
         raise UserError(
-            f"{path}: visual.positional_embedding has shape {tuple(stored.shape)}, but {(1 + grid**2, vision.width)} "
-            "follows from image_size, patch_size and width of open_clip_config.json"
+            f"{path}: visual.positional_embedding has shape {tuple(positions.shape)}, but "
+            f"{(1 + grid**2, vision.width)} follows from image_size, patch_size and width of open_clip_config.json"
         )
-    if not stored.isfinite().all():
-        raise UserError(f"{path}: visual.positional_embedding is not finite: the file is damaged")
     # What a value of this size is rounded by in the file: up to 5e-4 in fp16, 4e-3 in bf16.
-    rounding = torch.finfo(stored.dtype).eps * stored.abs().max().item()
-    found: dict[PositionTable, tuple[float, Tensor]] = {}
+    rounding = torch.finfo(precision).eps * positions.abs().max().item()
+    fits: list[tuple[float, Any, Any]] = []
     for table in typing.get_args(PositionTable) if vision.width % 4 == 0 else ():
-        rest = stored[1:].float() - sincos_positions(vision.width, grid, table)[1:]
+        rest = positions[1:] - sincos_positions(vision.width, grid, table)[1:]
         bias = rest.mean(dim=0)
-        found[table] = (rest - bias).abs().max().item(), bias
-    table = min(found, key=lambda name: found[name][0], default=None)
-    if table is None or found[table][0] > max(POSITION_TOLERANCE, rounding):
+        fits.append(((rest - bias).abs().max().item(), table, bias))
+    distance, table, bias = min(fits, key=lambda fit: fit[0], default=(math.inf, None, None))
+    if not distance <= max(POSITION_TOLERANCE, rounding):
         return dataclasses.replace(vision, pos_embed="learned", patch_bias=False), torch.zeros(vision.width)
-    bias = found[table][1]
     has_bias = bias.abs().max().item() > max(NO_PATCH_BIAS, rounding)
     return dataclasses.replace(vision, pos_embed=table, patch_bias=has_bias), bias
 
@@ -252,13 +255,13 @@ def _fold_preprocessing(directory: Path, tensors: dict[str, Tensor], vision: Vis
     """Make `tensors` take pictures normalised as here; `vision` with the patch bias that this may need."""
     stock = read_json(directory / "open_clip_config.json").get("preprocess_cfg", {})
     mean, std = NORMALISED["clip"]  # open_clip's own default
-    there = tuple(stock.get("mean") or mean), tuple(stock.get("std") or std)
+    normalisation = tuple(stock.get("mean") or mean), tuple(stock.get("std") or std)
     names = ("patch_embed.weight", "patch_embed.bias", "pos_embed")
     tower = {name: tensors[f"visual.{name}"] for name in names if f"visual.{name}" in tensors}
-    if there != (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)) and vision.pos_embed != "learned":
+    if normalisation != (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)) and vision.pos_embed != "learned":
         vision = dataclasses.replace(vision, patch_bias=True)  # a fixed table cannot take the constant
         tower.setdefault("patch_embed.bias", torch.zeros(vision.width))
-    fold_normalisation(tower, vision, there)
+    fold_normalisation(tower, vision, normalisation)
     tensors |= {f"visual.{name}": tensor for name, tensor in tower.items()}
     return vision
 
@@ -281,8 +284,6 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
         raise UserError(
             f"{directory}: tokenizer of {tokenizer.vocab_size} ids, text_cfg.vocab_size here is {tower.vocab_size}"
         )
-    if tower.pool == "cls" and tokenizer.cls_id is None:
-        raise UserError(f"{directory}: text_cfg.pool_type reads a CLS in the last slot, which its tokenizer has not")
     eos_id = {"eos": text.get("eos_id", 2), "argmax": tokenizer.vocab_size - 1}.get(text.get("pool_type", "argmax"))
     if tower.pool == "eos" and tokenizer.eos_id != eos_id:
         raise UserError(
@@ -311,7 +312,7 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
     vision, text = stock["vision_cfg"], stock["text_cfg"]
     for part, fields in (("model_cfg", stock), ("vision_cfg", vision), ("text_cfg", text)):
         for name, value in fields.items():
-            _require(name in READ[part] | SAYS_NOTHING[part] or value in PLAIN, part, name, value)
+            _require(name in KNOWN[part] or value in PLAIN, part, name, value)
     has_cls_emb = bool(text.get("embed_cls"))
     pool_type = text.get("pool_type", "argmax")
     _require(not has_cls_emb or bool(stock.get("custom_text")), "text_cfg", "embed_cls", True)
@@ -334,7 +335,8 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
     # theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
     eps = LAYER_NORM_EPS if is_clips else STOCK_EPS
     quick = bool(stock.get("quick_gelu"))
-    of_vision = _same_fields(vision, VISION_FIELDS)
+    of_vision = _same_fields("vision_cfg", vision, VISION_FIELDS, quick, "gelu", eps)
+    of_text = _same_fields("text_cfg", text, TEXT_FIELDS, quick, "gelu_tanh" if is_clips else "gelu", eps)
     return ModelConfig(
         vision=VisionConfig(
             **of_vision,
@@ -342,40 +344,34 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
             pre_norm=not vision.get("no_ln_pre", False),
             pos_embed="sincos" if vision.get("pos_embed_type") == "sin_cos_2d" else "learned",
             patch_bias=False,
-            activation=_activation("vision_cfg", vision, quick, "gelu"),
             pool="cls" if image_pool == "tok" else "mean",
-            norm_eps=_norm_eps("vision_cfg", vision, eps),
         ),
         text=TextConfig(
-            **_same_fields(text, TEXT_FIELDS),
+            **of_text,
             context_length=text.get("context_length", 77) + has_cls_emb,
             pad_mask=has_cls_emb,
-            activation=_activation("text_cfg", text, quick, "gelu_tanh" if is_clips else "gelu"),
             causal=not text.get("no_causal_mask", False),
             pool="cls" if has_cls_emb or is_clips else "eos",
-            norm_eps=_norm_eps("text_cfg", text, eps),
         ),
         captioner=None,
         embed_dim=stock["embed_dim"],
     )
 
 
-def _same_fields(fields: Mapping[str, Any], defaults: Mapping[str, float]) -> dict[str, Any]:
-    return {name: type(default)(fields.get(name, default)) for name, default in defaults.items()}
-
-
-def _activation(part: str, fields: Mapping[str, Any], quick: bool, default: Activation) -> Activation:
-    kwargs = fields.get("act_kwargs") or {}
-    _require(set(kwargs) <= (set() if quick else {"approximate"}), part, "act_kwargs", kwargs)
-    if quick or not kwargs:
-        return "quick_gelu" if quick else default
-    return "gelu_tanh" if kwargs["approximate"] == "tanh" else "gelu"
-
-
-def _norm_eps(part: str, fields: Mapping[str, Any], default: float) -> float:
-    kwargs = fields.get("norm_kwargs") or {}
-    _require(set(kwargs) <= {"eps"}, part, "norm_kwargs", kwargs)
-    return float(kwargs.get("eps", default))
+def _same_fields(
+    part: str, fields: Mapping[str, Any], defaults: Mapping[str, float], quick: bool, activation: Activation, eps: float
+) -> dict[str, Any]:
+    """The fields that both towers have; `activation` and `eps` where the file names none."""
+    act_kwargs = fields.get("act_kwargs") or {}
+    norm_kwargs = fields.get("norm_kwargs") or {}
+    _require(set(act_kwargs) <= (set() if quick else {"approximate"}), part, "act_kwargs", act_kwargs)
+    _require(set(norm_kwargs) <= {"eps"}, part, "norm_kwargs", norm_kwargs)
+    if quick:
+        activation = "quick_gelu"
+    elif act_kwargs:
+        activation = "gelu_tanh" if act_kwargs["approximate"] == "tanh" else "gelu"
+    same = {name: type(default)(fields.get(name, default)) for name, default in defaults.items()}
+    return {**same, "activation": activation, "norm_eps": float(norm_kwargs.get("eps", eps))}
 
 
 def _require(condition: bool, part: str, name: str, value: object) -> None:

@@ -16,20 +16,19 @@ from clips.common.errors import CommandError, UserError, first_line
 from clips.common.files import read_json
 from clips.config import RunConfig, from_dict, published
 
-CONFIGS = ("config.json", "open_clip_config.json")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
 MODEL_FILES = [
-    *CONFIGS, *_TOKENIZER, *(f"{folder}/{name}" for folder in ("tokenizer", "original_llava") for name in _TOKENIZER),
-    *("README.md", "LICENSE*", "NOTICE*"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "clips_mllm.json"),
-    *("model*.safetensors", "open_clip_model.safetensors", "embedding.safetensors", "model.safetensors.index.json"),
-    *("open_clip_pytorch_model.bin", "mm_projector.bin"),
-    *(f"original_llava/{name}" for name in ("config.json", "generation_config.json", "vision_tower.json")),
+    *("README.md", "LICENSE*", "NOTICE*", "config.json", "open_clip_config.json", "clips_mllm.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "embedding.safetensors"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "mm_projector.bin"),
     *(f"vision_tower/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors")),
-]  # fmt: skip
+    *(f"original_llava/{name}" for name in ("config.json", "generation_config.json", "vision_tower.json")),
+    *(f"{folder}{name}" for folder in ("", "tokenizer/", "original_llava/") for name in _TOKENIZER),
+]
 """Patterns of the files that are uploaded."""
 
 
@@ -42,8 +41,7 @@ def push(directory: Path, repo: str, *, private: bool = False, dry_run: bool = F
     """
     names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     files = list(filter_repo_objects(names, allow_patterns=MODEL_FILES))
-    has_weights = any(name.endswith((".safetensors", ".bin")) for name in files)
-    if "README.md" not in files or not set(CONFIGS) & set(files) or not has_weights:
+    if "README.md" not in files or not any(name.endswith((".safetensors", ".bin")) for name in files):
         raise UserError(f"{directory} is no model directory: it needs a README.md, a config.json and weights")
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} is no name of a repository: give OWNER/NAME")
@@ -78,10 +76,10 @@ def _write_published(directory: Path, repo: str, folder: Path) -> None:
     """Write card and configuration of `directory` into `folder` as a reader of the hub needs them."""
     name = repo.rpartition("/")[2]
     card = (directory / "README.md").read_text(encoding="utf-8")
-    card = card.replace('source = "local-dir:."', f'source = "hf-hub:{repo}"').replace(
-        'source = "."', f'source = "{repo}"'
-    )
-    texts = {"README.md": card.replace(f"--model-path {directory.name} ", f"--model-path {name} ")}
+    card = card.replace('source = "local-dir:."', f'source = "hf-hub:{repo}"')
+    card = card.replace('source = "."', f'source = "{repo}"')
+    card = card.replace(f"--model-path {directory.name} ", f"--model-path {name} ")
+    texts = {"README.md": card}
 
     config = read_json(directory / "config.json")
     if "recipe" in config:  # a run's configuration names its data

@@ -184,11 +184,11 @@ def test_what_is_no_clips_checkpoint_is_refused(tmp_path):
     directory = tmp_path / "official"
     w = write_official(directory, weights="safetensors")
     write_weights(w | {"visual.extra": torch.ones(1)}, directory / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match=r"holds besides visual\.extra: it is not the model"):
+    with pytest.raises(UserError, match=r"no place here: visual\.extra"):
         import_open_clip(directory)
     del w["ln_final.bias"]
     write_weights(w, directory / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match=r"lacks text\.ln_final\.bias: it is not the model"):
+    with pytest.raises(UserError, match=r"lack text\.ln_final\.bias"):
         import_open_clip(directory)
     write_weights(official_weights(), directory / "open_clip_model.safetensors")
     path = directory / "open_clip_config.json"
