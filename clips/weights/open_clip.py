@@ -244,7 +244,8 @@ def _recognise_positions(
         rest = positions[1:] - sincos_positions(vision.width, grid, table)[1:]
         bias = rest.mean(dim=0)
         fits.append(((rest - bias).abs().max().item(), table, bias))
-    distance, table, bias = min(fits, key=lambda fit: fit[0], default=(math.inf, None, None))
+    no_fit: tuple[float, Any, Any] = (math.inf, None, None)
+    distance, table, bias = min(fits, key=lambda fit: fit[0], default=no_fit)
     if not distance <= max(POSITION_TOLERANCE, rounding):
         return dataclasses.replace(vision, pos_embed="learned", patch_bias=False), torch.zeros(vision.width)
     has_bias = bias.abs().max().item() > max(NO_PATCH_BIAS, rounding)
