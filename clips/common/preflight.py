@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass
 class Findings:
-    """What was found in a chunk of samples, or in all of them."""
+    """The findings in a chunk of samples, or in all of them."""
 
     checked: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -104,22 +104,22 @@ def scan(reader: Reader, indices: Sequence[int], workers: int = 1) -> Findings:
             results = stack.enter_context(pool).map(_check, chunks)
         bar = stack.enter_context(tqdm(desc="samples", total=len(indices), unit="", leave=False, disable=None))
         try:
-            for found in results:
-                _add(total, found, seen)
-                bar.update(found.checked)
+            for chunk in results:
+                _add(total, chunk, seen)
+                bar.update(chunk.checked)
         except BrokenProcessPool:
             raise CommandError(f"a process died, mostly for want of memory: use fewer than --jobs {workers}") from None
     return total
 
 
-def _add(total: Findings, found: Findings, seen: dict[str, set[int]]) -> None:
-    total.checked += found.checked
-    total.reasons.update(found.reasons)
-    total.cut.update(found.cut)
-    total.good += found.good
-    total.broken += found.broken[: LISTED - len(total.broken)]
-    total.refused += found.refused[: PRINTED - len(total.refused)]
-    for part, digests in found.hashes.items():
+def _add(total: Findings, chunk: Findings, seen: dict[str, set[int]]) -> None:
+    total.checked += chunk.checked
+    total.reasons.update(chunk.reasons)
+    total.cut.update(chunk.cut)
+    total.good += chunk.good
+    total.broken += chunk.broken[: LISTED - len(total.broken)]
+    total.refused += chunk.refused[: PRINTED - len(total.refused)]
+    for part, digests in chunk.hashes.items():
         known = seen.setdefault(part, set())
         for digest in digests:
             total.repeated[part] += digest in known
@@ -147,7 +147,7 @@ def shown(indices: Sequence[int]) -> frozenset[int]:
 
 
 def publish(
-    output: Path | str, found: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
+    output: Path | str, findings: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write summary.json and samples.html into `output`, print the table, and return the summary.
 
@@ -155,28 +155,28 @@ def publish(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    broken = found.reasons.total() + left_out
+    broken = findings.reasons.total() + left_out
     left_out_share = left_out / max(1, samples + left_out)  # of all rows; of the others a part may be checked
     summary = {
         "data": data,
         "samples": samples,
-        "checked": found.checked,
+        "checked": findings.checked,
         "left_out": left_out,
         "broken": broken,
-        "broken_share": left_out_share + (1 - left_out_share) * found.reasons.total() / max(1, found.checked),
-        "reasons": dict(found.reasons.most_common()),
-        "cut": dict(found.cut),
-        "repeated": dict(found.repeated),
+        "broken_share": left_out_share + (1 - left_out_share) * findings.reasons.total() / max(1, findings.checked),
+        "reasons": dict(findings.reasons.most_common()),
+        "cut": dict(findings.cut),
+        "repeated": dict(findings.repeated),
         "problems": list(problems),
-        "broken_samples": [{"key": sample.key, "reason": sample.reason} for sample in found.broken],
+        "broken_samples": [{"key": sample.key, "reason": sample.reason} for sample in findings.broken],
     }
     rows = [
-        ("samples", f"{samples:,}, of which {found.checked:,} were checked"),
+        ("samples", f"{samples:,}, of which {findings.checked:,} were checked"),
         ("broken", f"{broken:,} ({summary['broken_share']:.2%})"),
         *([("  left out", f"{left_out:,} rows that do not fit their table's header")] if left_out else []),
-        *(("  broken", f"{count:,} × {reason}") for reason, count in found.reasons.most_common(PRINTED)),
-        *((f"cut: {name}", f"{count:,}") for name, count in found.cut.items()),
-        *((f"repeated: {name}", f"{count:,}") for name, count in found.repeated.items()),
+        *(("  broken", f"{count:,} × {reason}") for reason, count in findings.reasons.most_common(PRINTED)),
+        *((f"cut: {name}", f"{count:,}") for name, count in findings.cut.items()),
+        *((f"repeated: {name}", f"{count:,}") for name, count in findings.repeated.items()),
         *(("  problem", clip(problem)) for problem in problems[:PRINTED]),
     ]
     if len(problems) > PRINTED:
@@ -184,7 +184,7 @@ def publish(
 
     write_json(output / "summary.json", summary)
     sections = [Section("Figures", [Table(("", ""), rows, lambda column, text: "wrap")])]
-    for title, listed in (("Broken samples", found.broken[:PRINTED]), ("Samples", found.good)):
+    for title, listed in (("Broken samples", findings.broken[:PRINTED]), ("Samples", findings.good)):
         cards = []
         for sample in listed:
             texts = [(name, text, None) for name, text in sample.texts.items() if text]

@@ -43,9 +43,9 @@ MADE_OF = "checkpoint.json"
 
 
 # ------------------------------------------------------------------------------------------- which run nobody named
-def take_newest(what: str, found: Iterable[tuple[float, Path]]) -> Path:
-    """The path of `found`, (time, path) of each, that was written last. It is said before anything is done with it."""
-    _, path = max(found)
+def take_newest(what: str, candidates: Iterable[tuple[float, Path]]) -> Path:
+    """The path of `candidates`, (time, path) of each, that was written last; named before anything is done with it."""
+    _, path = max(candidates)
     _say_taken(what, path)
     return path
 
@@ -141,8 +141,9 @@ def has_report(run_dir: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------ configuration
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The fields in which two configurations differ, as `path: there → here` lines; a missing field is null."""
-    found = differing(*(json.loads(json.dumps(config)) for config in (there, here)))
-    return [f"{path}: {json.dumps(a)} → {json.dumps(b)}" for path, a, b in found]
+    before = json.loads(json.dumps(there))  # a tuple is a list then
+    after = json.loads(json.dumps(here))
+    return [f"{path}: {json.dumps(a)} → {json.dumps(b)}" for path, a, b in differing(before, after)]
 
 
 def refuse(changes: Sequence[str], what: str, mend: str) -> None:
@@ -170,13 +171,13 @@ def hold(run_dir: Path) -> None:
         return
     try:
         file = lock(run_dir / ".lock", wait=False)
-    except OSError as error:
-        if not isinstance(error, BlockingIOError):
-            raise UserError(f"{run_dir / '.lock'} cannot be locked: {error.strerror}") from None
+    except BlockingIOError:
         raise UserError(
             f"another process trains in {run_dir}{_holder(run_dir)}: wait for it, stop it, or give "
             "another --name (--output_dir)"
         ) from None
+    except OSError as error:
+        raise UserError(f"{run_dir / '.lock'} cannot be locked: {error.strerror}") from None
     file.truncate(0)
     json.dump({"host": platform.node(), "pid": os.getpid(), "launchers": launchers()}, file)
     file.flush()

@@ -135,7 +135,7 @@ def test_encoders_open_by_hub_id(hub: CLIPS) -> None:
 def test_vision_encoders_load_by_hub_id(hub: CLIPS, tmp_path: Path) -> None:
     pixels = hub.preprocess(picture())[None]
     expected = load_vision(f"clips:{tmp_path / 'run'}").features(pixels)
-    for name in ("clips:owner/hf_vit", "hf:owner/hf_vit", "clips:owner/open_clip", "open_clip:hf-hub:owner/open_clip"):
+    for name in ("clips:owner/hf_vit", "open_clip:hf-hub:owner/open_clip"):
         torch.testing.assert_close(load_vision(name).features(pixels), expected, atol=1e-4, rtol=0)
 
 
