@@ -138,7 +138,7 @@ class _Pictures:
         self._fetching = _Fetching(PICTURE_THREADS, self._fetch)
 
     def at(self, turns: Sequence[int]) -> None:
-        self.source.read_copies(self._open)
+        self.source.copies = self._open
         self._fetching.begin([self.order.sample(turn) for turn in turns])
 
     def _open(self, url: str, *, wait: bool = True) -> BinaryIO | None:

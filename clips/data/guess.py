@@ -8,14 +8,15 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from clips.common.errors import UserError
 from clips.common.files import read_regular
-from clips.common.paths import without_secrets
+from clips.common.paths import is_remote, without_secrets
 from clips.config import Fields
 from clips.data.images import ENDINGS
 from clips.data.remote import check_public
@@ -72,24 +73,32 @@ def guess_delimiter(header: str, url: str) -> str:
     return found
 
 
-def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
-    """The folder of the image paths `values`: `root`, the table's folder, unless only another one has a picture.
+def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
+    """The folder of the first image paths of a table: `root`, the table's folder, or what the user gave.
 
-    The other one is the current folder, or the host of the first URL.
+    If it is not given, it may be the host of the first URL, or the current folder if only that one has a picture.
+    Raises UserError if none of the pictures is there.
     """
-    paths = [value for value in values if isinstance(value, str)]
-    if paths and paths[0].startswith(("http://", "https://")):
+    if is_remote(root) or not paths:
+        return root
+    if not is_given and paths[0].startswith(("http://", "https://")):
         address = urlsplit(paths[0])
-        found, what = f"{address.scheme}://{address.netloc}", "the first picture's host"
-        check_public(found)
-    else:
-        found, what = ".", "the current folder"
-        if not paths or any(os.path.exists(os.path.join(root, path)) for path in paths):
-            return root
-        if not any(os.path.exists(path) for path in paths):
-            return root
-    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
-    return found
+        host = f"{address.scheme}://{address.netloc}"
+        check_public(host)
+        say_once(
+            f"{where}: pictures are looked for in {host}, the first picture's host (guessed; --image-root overrules)"
+        )
+        return host
+
+    if any(os.path.exists(os.path.join(root, path)) for path in paths):
+        return root
+    if not is_given and any(map(os.path.exists, paths)):
+        say_once(f"{where}: pictures are looked for in ., the current folder (guessed; --image-root overrules)")
+        return "."
+    raise UserError(
+        f"{where}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
+        f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
+    )
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
@@ -126,11 +135,7 @@ def say_once(message: str) -> None:
 
 
 def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> None:
-    say_once(f"{folder}: {_some(train)} taken, {os.path.join(folder, _some(others))} left for tests")
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    say_once(f"{folder}: {', '.join(train[:2])} taken, {os.path.join(folder, others[0])} left for tests")
 
 
 class PictureFolder:

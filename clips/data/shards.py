@@ -42,8 +42,8 @@ class ShardSet:
     """The sets of extensions that samples have."""
     counts: np.ndarray
     """int64 [shards, layouts]: samples."""
-    problems: dict[int, list[str]]
-    """Shard → what could not be used."""
+    problems: list[str]
+    """What could not be used, each with its shard's name."""
 
 
 def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
@@ -84,7 +84,7 @@ def _gathered(urls: list[str], summaries: list[ShardSummary]) -> ShardSet:
     for row, summary in enumerate(summaries):
         for layout, count in summary.layouts.items():
             counts[row, column[layout]] = count
-    problems = {i: summary.problems for i, summary in enumerate(summaries) if summary.problems}
+    problems = [f"{url}: {line}" for url, summary in zip(urls, summaries, strict=True) for line in summary.problems]
     return ShardSet(urls, [str(summary.index) for summary in summaries], layouts, counts, problems)
 
 
@@ -101,13 +101,13 @@ def _digest(parts: Iterable[str]) -> str:
 def _read(path: Path, urls: list[str]) -> ShardSet:
     stored = load_file(path)
     meta = from_array(stored["meta"])
-    problems = {int(i): found for i, found in meta["problems"].items()}
-    return ShardSet(urls, meta["indexes"], [tuple(names) for names in meta["layouts"]], stored["counts"], problems)
+    layouts = [tuple(names) for names in meta["layouts"]]
+    return ShardSet(urls, meta["indexes"], layouts, stored["counts"], meta["lines"])
 
 
 def _write(path: Path, found: ShardSet) -> None:
     """Without a writable cache there is no overview, and the next process reads the shards' indexes."""
-    meta = {"indexes": found.indexes, "layouts": found.layouts, "problems": found.problems}
+    meta = {"indexes": found.indexes, "layouts": found.layouts, "lines": found.problems}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with placing(path) as file:

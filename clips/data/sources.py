@@ -82,15 +82,12 @@ def index_data(spec: str, workers: int) -> None:
         source = open_source(spec, Fields(), need_long=False)
         print(f"{len(files):,} tables, {len(source):,} rows")
         return
-    found = open_shards(files, workers)
-    print(f"{len(files):,} shards, {found.counts.sum():,} samples")
-    for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
+    shards = open_shards(files, workers)
+    print(f"{len(files):,} shards, {shards.counts.sum():,} samples")
+    for layout, count in zip(shards.layouts, shards.counts.sum(axis=0), strict=True):
         print(printable(f"{count:>15,}  {', '.join(layout)}"))
-    for shard, problems in itertools.islice(found.problems.items(), WARNED):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(printable(without_secrets(f"{files[shard]}: {problems[0]}{more}")))
-    if len(found.problems) > WARNED:
-        print(f"and {len(found.problems) - WARNED:,} more shards with problems")
+    for line in _first_of(shards.problems):
+        print(printable(without_secrets(line)))
 
 
 def expand(spec: str) -> list[str]:
@@ -99,8 +96,10 @@ def expand(spec: str) -> list[str]:
     A `;` or `{…}` in the name of a file or folder that is there is part of the name.
     """
     files: list[str] = []
-    for part in [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(";"))):
-        for pattern in braceexpand(part) if "{" in part and not os.path.exists(part) else [part]:
+    parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(";")]
+    for part in filter(None, parts):
+        patterns = [part] if os.path.exists(part) else braceexpand(part)
+        for pattern in patterns:
             files += _match(pattern)
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
@@ -115,17 +114,17 @@ def _match(pattern: str) -> list[str]:
         if not glob.has_magic(pattern):
             return [pattern]
         filesystem, path = store_of(pattern)
-        found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+        files = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     elif os.path.isdir(pattern):
-        found = in_folder(pattern, (".tar", *TABLES))
+        files = in_folder(pattern, (".tar", *TABLES))
     else:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    if not found:
+        files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not files:
         raise UserError(
             f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(TABLES)} and without pictures "
             "that have a text of their name (a.jpg, a.txt)"
         )
-    return found
+    return files
 
 
 def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
@@ -190,7 +189,8 @@ class MixedSource(Source):
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
         """Raises ValueError for shares that `MixedOrder` refuses."""
-        self.sources, self.shares = list(sources), list(shares)
+        self.sources = list(sources)
+        self.shares = list(shares)
         self.problems = [problem for source in sources for problem in source.problems]
         self.unreadable = sum(source.unreadable for source in sources)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
@@ -218,64 +218,59 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
-        self.need_long = need_long
         self._needed = PARTS if need_long else PARTS[:2]
         self._set = open_shards(shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
 
-        found = self._fields_found(fields)
-        fields = guess_fields(_names(shards), fields, found)
-        self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
-        for name in self._needed:
-            if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
-                raise _missing_field(_names(shards), name, getattr(fields, name), found)
+        names = self._field_names(fields)
+        fields = guess_fields(_names(shards), fields, names)
+        self._fields = {part: _alternatives(getattr(fields, part)) for part in PARTS}
+        for part in self._needed:
+            if not any((e if key is None else f"{e}:{key}") in names for e, key in self._fields[part]):
+                raise _missing_field(_names(shards), part, getattr(fields, part), names)
 
         lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._set_sizes(self._set.counts[:, ~lacks].sum(axis=1).tolist())
         self.left_out = self._set.counts[:, lacks].sum(axis=1).tolist()
         if not len(self):
-            raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {found}")
-        self.problems = [f"{shards[i]}: {problem}" for i, lines in self._set.problems.items() for problem in lines]
-        incomplete = np.flatnonzero(self.left_out)
-        self.problems += [self._left_out_of(int(shard)) for shard in incomplete[:WARNED]]
-        if len(incomplete) > 1:
-            count, total = sum(self.left_out), int(self._set.counts.sum())
-            self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are left out, as follows")
-        for message in self.problems[:WARNED]:
-            log.warning("%s", message)
-        if len(self.problems) > WARNED:
-            log.warning("and %d more problems in %s", len(self.problems) - WARNED, _names(shards))
+            raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {names}")
+
+        self.problems = [*self._incomplete(), *self._set.problems]
+        for line in _first_of(self.problems):
+            log.warning("%s", line)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """The needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _fields_found(self, fields: Fields) -> list[str]:
+    def _field_names(self, fields: Fields) -> list[str]:
         """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples."""
-        found = {extension for layout in self._set.layouts for extension in layout}
-        filled = np.flatnonzero(self._set.counts.any(axis=1))
-        if not len(filled):
-            raise UserError(f"{_names(self.shards)} hold no samples: are they tar shards?")
-        shard = int(filled[0])
+        names = {extension for layout in self._set.layouts for extension in layout}
+        shard = int(self._set.counts.any(axis=1).argmax())
         index = self._index(shard)
+        extensions = {e for part in PARTS for e, key in _alternatives(getattr(fields, part)) if key} | {"json"}
         with self._file(shard) as file:
             opened = _OpenShard(self.shards[shard], index, file, range(min(PROBED_SAMPLES, len(index.keys))))
-            named = {e for name in PARTS for e, key in _alternatives(getattr(fields, name)) if key}
-            for extension in sorted(named | {"json"}):
-                for row in opened.rows:
-                    with contextlib.suppress(BrokenSample):  # counted when training reads it
-                        found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
-        return sorted(found)
+            for extension, row in itertools.product(extensions, opened.rows):
+                with contextlib.suppress(BrokenSample):  # counted when training reads it
+                    names |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
+        return sorted(names)
 
-    def _left_out_of(self, shard: int) -> str:
+    def _incomplete(self) -> list[str]:
+        """How many samples are left out, and the first of them."""
+        if not any(self.left_out):
+            return []
+        shard = int(np.argmax(np.array(self.left_out) > 0))
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
-        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
-        count = self.left_out[shard]
-        return f"{self.shards[shard]}: {count:,} samples are left out for want of a member, the first is {first}"
+        lacking = ", ".join(self._lacking(opened.index.extensions_of(row)))
+        return [
+            f"{_names(self.shards)}: {sum(self.left_out):,} of {self._set.counts.sum():,} samples left out, the first "
+            f"is {opened.index.keys[row]} of {self.shards[shard]}, without {lacking}"
+        ]
 
     def read(self, index: int) -> RawSample:
         members = self._members(index)
@@ -291,11 +286,10 @@ class TarSource(Source):
         return self._captions(self._members(index))
 
     def _captions(self, members: _Members) -> tuple[str, str | None]:
-        return _checked(members.key, self._text(members, "web"), self._text(members, "long"), self.need_long)
-
-    def _text(self, members: _Members, part: str) -> Any:
-        """The caption before it is checked and stripped."""
-        return next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None)
+        web, long = (
+            next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
+        )
+        return _checked(members.key, web, long, need_long="long" in self._needed)
 
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
@@ -323,7 +317,8 @@ class TarSource(Source):
 
     def _file(self, shard: int) -> BinaryIO:
         url = self.shards[shard]
-        if self._copies is not None and (copy := self._copies(shard)) is not None:
+        copy = self._copies(shard) if self._copies is not None else None
+        if copy is not None:
             return copy
         if is_remote(url):
             check_state(url, self.state(shard))
@@ -363,9 +358,12 @@ class _Members:
 
     def read(self, extension: str) -> bytes | None:
         column = self.shard.column.get(extension)
-        if column is None or (offset := int(self.shard.index.offsets[self.row, column])) < 0:
+        if column is None:
             return None
+        offset = int(self.shard.index.offsets[self.row, column])
         size = int(self.shard.index.sizes[self.row, column])
+        if offset < 0:
+            return None
         if size > MAX_BYTES:
             raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
         try:
@@ -407,7 +405,8 @@ class TableSource(Source):
 
         self.tables = [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
         self.need_long = need_long
-        self._copies: Callable[[str], BinaryIO | None] | None = None
+        self.copies: Callable[[str], BinaryIO | None] | None = None
+        """The picture at a URL is read from this file, if there is one."""
         fields = guess_fields(_names(files), fields, self.tables[0].columns)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
@@ -424,38 +423,32 @@ class TableSource(Source):
         self._named: list[bool] = []
         """By table, whether it names pictures that may be missing."""
         for file, table in enumerate(self.tables):
-            named = self._find_pictures(file, table.name, image_root)
-            self._named.append(named and not isinstance(table, PictureFolder))  # which lists pictures that are there
+            paths = self._first_paths(file)
+            if paths is not None:
+                self.roots[file] = guess_root(table.name, self.roots[file], paths, is_given=image_root is not None)
+            # A folder lists pictures that are there.
+            self._named.append(paths is not None and not isinstance(table, PictureFolder))
 
-    def _find_pictures(self, file: int, url: str, image_root: str | None) -> bool:
-        """Guess the root of a table's image paths; False if the table holds the pictures themselves.
-
-        Raises UserError if none of its first pictures is there.
-        """
-        first = self._starts[file]
-        values = []
-        for index in range(first, min(first + PROBED_SAMPLES, self._starts[file + 1])):
+    def _first_paths(self, file: int) -> list[str] | None:
+        """The paths of a table's first pictures; None if it holds the pictures themselves."""
+        paths = []
+        for index in range(self._starts[file], min(self._starts[file] + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
-                values.append(self._value(self._row(index)[2], "image"))
-            if values and not isinstance(values[-1], str):
-                return False
-        if image_root is None and not is_remote(self.roots[file]):
-            self.roots[file] = guess_root(url, self.roots[file], values)
-        root = self.roots[file]
-        paths = [value for value in values if isinstance(value, str) and value]
-        if paths and not is_remote(root) and not any(os.path.exists(os.path.join(root, path)) for path in paths):
-            raise UserError(
-                f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
-                f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
-            )
-        return True
+                value = self._value(self._row(index)[2], "image")
+                if isinstance(value, (bytes, dict)):
+                    return None
+                if isinstance(value, str) and value:
+                    paths.append(value)
+        return paths
 
     def read(self, index: int) -> RawSample:
         file, key, row = self._row(index)
-        texts, picture = self._captions(key, row), self._value(row, "image")
-        image = self._image(file, key, picture)
-        key += f" ({clip(picture, LONGEST_PATH)})" if isinstance(picture, str) else ""
-        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in self._used})
+        texts = self._captions(key, row)
+        value = self._value(row, "image")
+        image = self._image(key, self._place(file, key, value))
+        if isinstance(value, str):
+            key += f" ({clip(value, LONGEST_PATH)})"
+        return RawSample(key, image, *texts, {name: cell for name, cell in row.items() if name not in self._used})
 
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
@@ -480,12 +473,8 @@ class TableSource(Source):
         place = self._place(file, key, self._value(row, "image"))
         return place if isinstance(place, str) and is_remote(place) else None
 
-    def read_copies(self, copies: Callable[[str], BinaryIO | None]) -> None:
-        """Read the picture at a URL from the file `copies(url)` from now on, if there is one."""
-        self._copies = copies
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": None}
+        return self.__dict__ | {"copies": None}
 
     def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
         file, i = self._locate(index)
@@ -502,14 +491,14 @@ class TableSource(Source):
     def _captions(self, key: str, row: dict[str, Any]) -> tuple[str, str | None]:
         return _checked(key, self._value(row, "web"), self._value(row, "long"), self.need_long)
 
-    def _image(self, file: int, key: str, value: Any) -> bytes:
-        place = self._place(file, key, value)
+    def _image(self, key: str, place: str | bytes) -> bytes:
         if isinstance(place, bytes):
             return place
         try:
             if not is_remote(place):
                 return read_regular(place, MAX_BYTES + 1)
-            if self._copies is not None and (copy := self._copies(place)) is not None:
+            copy = self.copies(place) if self.copies is not None else None
+            if copy is not None:
                 with copy:
                     return copy.read(MAX_BYTES + 1)
             return read_range(place, 0, min(remote_facts(place)[0], MAX_BYTES + 1))
@@ -555,6 +544,12 @@ def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> Us
         f"{clip(', '.join(found)) or 'none'}. Name the right one with --fields {name}=FIELD"
         + (f".{CHOICES}" if name == "long" else "")
     )
+
+
+def _first_of(problems: Sequence[str]) -> list[str]:
+    """The first WARNED problems, and how many more there are."""
+    more = [f"and {len(problems) - WARNED:,} more problems"] if len(problems) > WARNED else []
+    return [*problems[:WARNED], *more]
 
 
 def _names(files: list[str]) -> str:
