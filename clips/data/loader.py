@@ -62,10 +62,11 @@ def make_loader(
     these into ranks. Raises UserError if a batch cannot be cut so. Iterating raises BrokenDataError if a sample and
     MAX_ATTEMPTS - 1 substitutes are broken, and CommandError if a worker died.
     """
+    micro = [micro_batch_size(one, run.train.accumulation, world_size) for one in run.phases]
     loader = DataLoader(
         BatchDataset(source, tokenizer, run),
         batch_size=None,  # an item is a whole batch: texts and images are handled together
-        sampler=MicroBatches(run, rank, world_size, phase, step),
+        sampler=_places(run, micro, rank, world_size, phase, step),
         num_workers=run.data.workers,
         collate_fn=_unchanged,
         worker_init_fn=start_worker,
@@ -84,11 +85,9 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
     """Samples of one rank's micro-batch. Raises UserError if the batch is not divisible."""
     parts = accumulation * world_size
     if phase.batch_size % parts:
-        below = phase.batch_size // parts * parts
         raise UserError(
             f"phase {phase.name}: batch_size {phase.batch_size} is not divisible by {world_size} ranks × "
-            f"{accumulation} accumulation steps = {parts}; use a batch size of "
-            f"{f'{below} or ' if below else ''}{below + parts}, another train.accumulation, or other ranks"
+            f"{accumulation} accumulation steps = {parts}; use a multiple of {parts}, or another train.accumulation"
         )
     return phase.batch_size // parts
 
@@ -97,30 +96,17 @@ Place = tuple[int, Size, range]
 """A micro-batch's phase, the width and height of its pictures, and its positions."""
 
 
-class MicroBatches:
-    """The place of each micro-batch of one rank, from a step to the end of the run.
-
-    Raises UserError as `micro_batch_size`.
-    """
-
-    def __init__(self, run: RunConfig, rank: int, world_size: int, phase: int = 0, step: int = 0) -> None:
-        self.phases, self.accumulation, self.seed = run.phases, run.train.accumulation, run.train.seed
-        self.micro = [micro_batch_size(p, self.accumulation, world_size) for p in run.phases]
-        self.rank, self.world_size, self.phase, self.step = rank, world_size, phase, step
-
-    def __len__(self) -> int:
-        return (sum(phase.steps for phase in self.phases[self.phase :]) - self.step) * self.accumulation
-
-    def __iter__(self) -> Iterator[Place]:
-        first = 0
-        for index, (phase, micro) in enumerate(zip(self.phases, self.micro, strict=True)):
-            begun = phase.steps if index < self.phase else self.step if index == self.phase else 0
-            for step in range(begun, phase.steps):
-                size = size_of_step(phase, self.seed, step)
-                for part in range(self.accumulation):
-                    begin = first + step * phase.batch_size + (part * self.world_size + self.rank) * micro
-                    yield index, size, range(begin, begin + micro)
-            first += phase.seen
+def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase: int, step: int) -> Iterator[Place]:
+    """The place of each micro-batch of one rank, from a step to the end of the run."""
+    first = 0
+    for index, config in enumerate(run.phases):
+        done = step if index == phase else 0 if index > phase else config.steps
+        for number in range(done, config.steps):
+            size = size_of_step(config, run.train.seed, number)
+            for part in range(run.train.accumulation):
+                begin = first + number * config.batch_size + (part * world_size + rank) * micro[index]
+                yield index, size, range(begin, begin + micro[index])
+        first += config.seen
 
 
 class BatchDataset(Dataset):
@@ -162,8 +148,7 @@ class BatchDataset(Dataset):
                 texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
                 draws.append(rng)
             if captioner is not None:
-                if sample.long is None:
-                    raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
+                assert sample.long is not None, "open the source with need_long=True"
                 captions.append(sample.long if has_words(sample.long) else sample.web)
         batch: Batch = {"images": stacked(pixels)}
         for name, batch_texts in texts.items():
@@ -189,14 +174,15 @@ class BatchDataset(Dataset):
         steps = range(turn, min(turn + len(config.sizes), config.steps))
         shapes = {other: size_of_step(config, self.run.train.seed, other) for other in steps}
         rank = sorted(steps, key=lambda other: shapes[other][0] / shapes[other][1]).index(step)
-        found: list[int] = []
+        dealt: list[int] = []
         for block in range(begin - begin % DEALT, begin + len(positions), DEALT):
             places = range(block, min(block + DEALT, config.batch_size))
-            there = [first + other * config.batch_size + place for other in steps for place in places]
-            self.ahead.at(there)
-            own = sorted(sorted(there, key=self._aspect)[rank * len(places) : (rank + 1) * len(places)])
-            found += own[max(0, begin - block) : begin + len(positions) - block]
-        return found
+            candidates = [first + other * config.batch_size + place for other in steps for place in places]
+            self.ahead.at(candidates)
+            by_aspect = sorted(candidates, key=self._aspect)
+            own = sorted(by_aspect[rank * len(places) : (rank + 1) * len(places)])
+            dealt += own[max(0, begin - block) : begin + len(positions) - block]
+        return dealt
 
     def _aspect(self, position: int) -> float:
         """Width by height of the picture at `position`; of a broken picture 1."""
@@ -230,15 +216,15 @@ class BatchDataset(Dataset):
         """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
         vision = self.run.model.vision
         seen = vision.kept_tokens(size)
-        drawn = {}
+        counts = {}
         if vision.patch_dropout:
-            drawn["patches"] = (vision.tokens(size), seen)
+            counts["patches"] = (vision.tokens(size), seen)
         if captioner is not None and captioner.image_token_keep < 1:
-            drawn["image_tokens"] = (seen, captioner.kept_tokens(seen))
-        rngs = [self._rng(position, "image tokens") for position in positions] if drawn else []
+            counts["image_tokens"] = (seen, captioner.kept_tokens(seen))
+        rngs = [self._rng(position, "image tokens") for position in positions] if counts else []
         return {
-            name: torch.tensor([sorted(rng.sample(range(there), kept)) for rng in rngs])
-            for name, (there, kept) in drawn.items()
+            name: torch.tensor([sorted(rng.sample(range(total), kept)) for rng in rngs])
+            for name, (total, kept) in counts.items()
         }
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
@@ -261,7 +247,8 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        if (worker := _dead_worker(error, workers)) is None:
+        worker = _dead_worker(error, workers)
+        if worker is None:
             raise
         raise CommandError(
             f"{worker} died, most often because memory (or shared memory, /dev/shm) ran out; "
@@ -276,8 +263,9 @@ def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None
 
     A worker's socket closes a moment before its process is seen to be dead.
     """
-    if found := _DEAD_WORKER.search(str(error)):
-        return found.group()
+    named = _DEAD_WORKER.search(str(error))
+    if named:
+        return named.group()
     if not workers or (isinstance(error, RuntimeError) and "Pin memory thread" not in str(error)):
         return None
     time.sleep(1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import io
 import ipaddress
 import logging
 import os
@@ -30,6 +29,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
 import fsspec
+from fsspec.spec import AbstractBufferedFile
 
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.files import lock
@@ -69,9 +69,9 @@ async def _bounded_client(**options: Any) -> Any:
     import aiohttp  # of the optional fsspec[http]
 
     async def follow(session: Any, context: Any, redirect: Any) -> None:
-        asked = str(redirect.url)
-        if _is_public(asked):
-            check_public(urljoin(asked, redirect.response.headers.get("Location", "")))
+        url = str(redirect.url)
+        if _is_public(url):
+            check_public(urljoin(url, redirect.response.headers.get("Location", "")))
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(follow)
@@ -91,14 +91,14 @@ def _bounded_answer() -> Any:
             return await asyncio.wait_for(super().start(connection), PATIENCE)
 
         async def read(self) -> bytes:
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
-            most = int(asked[2]) - int(asked[1]) + 1 if asked else LISTING_BYTES
-            if (packed := self.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
+            bounds = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
+            most = int(bounds[2]) - int(bounds[1]) + 1 if bounds else LISTING_BYTES
+            packed = self.headers.get("Content-Encoding", "identity").lower()
+            if packed not in ("identity", ""):
                 self.close()
-                raise UserError(
-                    f"{self.url}: its server packs the answer ({packed}); use one that sends files as they are"
-                )
-            seconds, data = PATIENCE + most / SLOWEST, bytearray()
+                raise UserError(f"{self.url}: its server packs answers ({packed}); use one that sends plain files")
+            seconds = PATIENCE + most / SLOWEST
+            data = bytearray()
 
             async def come() -> None:
                 async for piece in self.content.iter_any():
@@ -167,10 +167,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     data = patiently(url, ask)
     if len(data) > stop - start:
-        raise UserError(
-            f"{url}: its server answers a request for a range with more than that; "
-            "use one that knows ranges (nginx, Apache, any object store)"
-        )
+        raise UserError(f"{url}: its server answers with more than the range; use one that knows ranges")
     return data
 
 
@@ -234,53 +231,32 @@ def _is_final(error: Exception) -> bool:
     return isinstance(last, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
 
 
-class RemoteFile(io.RawIOBase):
-    """A file behind a URL; every read is one request. Raises as `remote_facts`."""
+class RemoteFile(AbstractBufferedFile):
+    """A file behind a URL that is read in requests of `block` bytes. Raises as `remote_facts`."""
 
-    def __init__(self, url: str) -> None:
-        self.url, self._position = url, 0
-        self._size = remote_facts(url)[0]
+    def __init__(self, url: str, block: int) -> None:
+        self.url = url
+        filesystem, path = store_of(url)
+        super().__init__(filesystem, path, block_size=block, size=remote_facts(url)[0])
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer) -> int:  # any writable buffer
-        length = max(0, min(len(buffer), self._size - self._position))
-        if length:
-            buffer[:length] = read_range(self.url, self._position, self._position + length)
-        self._position += length
-        return length
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self.url, start, end)
 
 
 # ----------------------------------------------------------------------------------------------------- states
-def fingerprint(url: str, *, fresh: bool = False) -> str:
-    """A text that changes with the file behind `url`: its size with its time, or a store's tag."""
+def stamp(url: str, *, fresh: bool = False) -> str:
+    """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
     try:
         if is_remote(url):
-            return remote_facts(url, fresh=fresh)[1]
+            return stamp_of(remote_facts(url, fresh=fresh)[1])
         status = os.stat(url)
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def stamp(url: str, *, fresh: bool = False) -> str:
-    """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
-    return stamp_of(fingerprint(url, fresh=fresh))
+    return stamp_of(f"{status.st_size} {status.st_mtime_ns}")
 
 
 def stamp_of(facts: str) -> str:
-    """The stamp of a file with the fingerprint `facts`."""
+    """The stamp of a file by its size with its time, or with a store's tag."""
     return hashlib.sha256(f"{VERSION}\n{facts}".encode()).hexdigest()[:12]
 
 

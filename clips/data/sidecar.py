@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import threading
@@ -34,7 +33,7 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
     Raises UserError if it cannot be opened; reading a remote file raises as `read_range`.
     """
     try:
-        return cast(BinaryIO, io.BufferedReader(RemoteFile(url), buffer)) if is_remote(url) else open_regular(url)
+        return cast(BinaryIO, RemoteFile(url, buffer)) if is_remote(url) else open_regular(url)
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
 
