@@ -237,7 +237,11 @@ class TarSource(Source):
         if not len(self):
             raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {names}")
 
-        self.problems = [*self._incomplete(), *self._set.problems]
+        incomplete = np.flatnonzero(self.left_out)
+        self.problems = [*self._set.problems, *(self._incomplete(int(shard)) for shard in incomplete[:WARNED])]
+        if len(incomplete) > 1:
+            count, total = sum(self.left_out), int(self._set.counts.sum())
+            self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are left out, as follows")
         for line in _first_of(self.problems):
             log.warning("%s", line)
 
@@ -259,18 +263,13 @@ class TarSource(Source):
                     names |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
         return sorted(names)
 
-    def _incomplete(self) -> list[str]:
-        """How many samples are left out, and the first of them."""
-        if not any(self.left_out):
-            return []
-        shard = int(np.argmax(np.array(self.left_out) > 0))
+    def _incomplete(self, shard: int) -> str:
+        """How many samples of a shard are left out, and the first of them."""
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
-        lacking = ", ".join(self._lacking(opened.index.extensions_of(row)))
-        return [
-            f"{_names(self.shards)}: {sum(self.left_out):,} of {self._set.counts.sum():,} samples left out, the first "
-            f"is {opened.index.keys[row]} of {self.shards[shard]}, without {lacking}"
-        ]
+        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
+        count = self.left_out[shard]
+        return f"{self.shards[shard]}: {count:,} samples are left out for want of a member, the first is {first}"
 
     def read(self, index: int) -> RawSample:
         members = self._members(index)
