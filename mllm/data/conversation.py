@@ -103,12 +103,12 @@ class ConversationEncoder:
         self.placeholder_ids = tuple(id for id in (self.image_id, self.video_id) if id is not None)
         self._forbidden = set(self._control.values()) - {tokenizer.unk_token_id}
         self._pattern = control_pattern(tokenizer)
-        self._at_start = _text_tokenizer(tokenizer, prefix_space=True)
         self._inside = _text_tokenizer(tokenizer, prefix_space=False)
+        self._start = _text_tokenizer(tokenizer, prefix_space=True)
         # SentencePiece kinds add a space before each text after a control token, or only before the first text.
         probe = tokenizer(f"{IMAGE_TOKEN}a", add_special_tokens=False)["input_ids"][1:]
-        self._after_control = self._at_start if probe == self._at_start("a") else self._inside
-        self._start, self._after_image = self._at_start, self._after_control
+        self._after_control = self._start if probe == self._start("a") else self._inside
+        self._after_image = self._after_control
         if self.format.prefix_space:
             self._start = self._after_image = lambda text: self._inside(f" {text}")
         self._literal = functools.cache(self._split_literal)
@@ -124,22 +124,20 @@ class ConversationEncoder:
         """
         tokens = self._image_tokens(images)
         ids, trained = self._ids(self._segments(turns, tokens, sample), tokens, sample)
-        truncated = False
-        if self.max_length is not None and len(ids) > self.max_length:
-            truncated = True
+        truncated = self.max_length is not None and len(ids) > self.max_length
+        if self.max_length is not None and truncated:
             room = self.max_length - sum(tokens)
             if room < 0:
                 raise UserError(
                     f"{sample}: its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context "
                     f"(model_max_length) of {self.max_length}: raise it, or use fewer tokens per image"
                 )
-            kept = []
-            for position, token in enumerate(ids):  # drop other tokens from the end, never those of an image
-                is_text = token not in self.placeholder_ids
-                room -= is_text
-                if not is_text or room >= 0:
-                    kept.append(position)
-            ids, trained = [ids[i] for i in kept], [trained[i] for i in kept]
+            # Other tokens are dropped from the end, never those of an image.
+            texts = [position for position, token in enumerate(ids) if token not in self.placeholder_ids]
+            dropped = set(texts[room:])
+            ids = [token for position, token in enumerate(ids) if position not in dropped]
+            trained = [train for position, train in enumerate(trained) if position not in dropped]
+
         if not any(trained):
             why = f"the first {self.max_length} tokens hold no answer" if truncated else "it has no answer"
             raise UserError(f"{sample}: {NOT_TRAINED}: {why}")
@@ -155,7 +153,7 @@ class ConversationEncoder:
         """Ids up to the start of the next answer, a prefix of the ids of `encode`. Not truncated."""
         tokens = self._image_tokens(images)
         segments = self._segments(turns, tokens, sample)
-        if not turns or ROLES[turns[-1]["from"]] != "human":
+        if ROLES[turns[-1]["from"]] != "human":
             raise UserError(f"{sample}: the last turn of a prompt must be the human's")
         return self._ids(segments, tokens, sample)[0]
 
@@ -163,8 +161,7 @@ class ConversationEncoder:
         """The tokens of each image."""
         if not isinstance(images, int):
             return images
-        if self.num_image_tokens is None:
-            raise ValueError("the images of this model differ in tokens: give those of each")
+        assert self.num_image_tokens is not None, "the images of this model differ in tokens: give those of each"
         return [self.num_image_tokens] * images
 
     def _segments(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> list[Segment]:
@@ -178,6 +175,7 @@ class ConversationEncoder:
         bodies = place_images(checked, len(images), sample)
         if self.format.name == "plain" and (not images or [role for role, _ in checked] not in PLAIN_ROLES):
             raise UserError(f"{sample}: format plain takes one image question and one caption, nothing else")
+
         segments: list[Segment] = []
         opening = self.format.first
         for (role, _), body in zip(checked, bodies, strict=True):
@@ -193,11 +191,13 @@ class ConversationEncoder:
                 opening = self.format.next
                 if not self.format.keeps_question:
                     body = [part for part in body if isinstance(part, _Image)]
+
             parts = [self.format.lead, *body] if role != "system" else body
             # The lead and a text right after it are one segment, so that "▁word" is one token.
             if len(parts) > 1 and isinstance(parts[0], str) and isinstance(parts[1], str):
                 parts[:2] = [parts[0] + parts[1]]
             segments += [(part if isinstance(part, _Image) else _Text(part), trained) for part in parts]
+
             if role == "human":
                 segments.append((self.format.middle, False))
             elif role == "gpt" and self._pattern.search(self.format.end):
@@ -207,18 +207,21 @@ class ConversationEncoder:
         return segments
 
     def _ids(self, segments: list[Segment], image_tokens: Sequence[int], sample: str) -> tuple[list[int], list[bool]]:
+        """The token ids of the segments, and whether each is trained."""
         ids: list[int] = []
         trained: list[bool] = []
         counts = iter(image_tokens)
         encode = self._start
         for segment, train in segments:
             for piece in [segment] if isinstance(segment, (_Text, _Image)) else self._literal(segment):
+                new: list[int] = []
                 if isinstance(piece, _Image):
                     count = next(counts)
                     token = self.video_id if isinstance(count, VideoTokens) else self.image_id
                     if token is None:
                         raise UserError(f"{sample}: {NO_VIDEOS}")
-                    new, encode = [token] * count, self._after_image
+                    new = [token] * count
+                    encode = self._after_image
                 elif isinstance(piece, int):
                     new = [piece]
                     if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
@@ -229,8 +232,6 @@ class ConversationEncoder:
                     encode = self._inside
                     if not self._forbidden.isdisjoint(new):
                         raise UserError(f"{sample}: the tokenizer turns typed text into a special token: {piece!r}")
-                else:
-                    new = []
                 ids += new
                 trained += [train] * len(new)
         return ids, trained
@@ -270,11 +271,8 @@ def answering_encoder(
         close = closest_format(tokenizer) if conv_mode == "auto" else None
         if close is None:
             raise
-    print(
-        f"note: the model's chat template has the turns of format {close.name} but differs from it; {close.name} is "
-        "used (evaluation, chat and server have --conv-mode)",
-        file=sys.stderr,
-    )
+    note = f"the model's chat template has the turns of format {close.name} but differs from it"
+    print(f"note: {note}; {close.name} is used (choose with --conv-mode)", file=sys.stderr)
     return ConversationEncoder(tokenizer, close.name, num_image_tokens)
 
 
@@ -292,32 +290,15 @@ def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -
 
 
 def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer's or pre-tokenizer's description that adds no space; None if nothing is left of it."""
     if part is None or part["type"] == "Prepend":
         return None
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return part | {"add_prefix_space": False}
     if part["type"] == "Sequence":
         name = "normalizers" if "normalizers" in part else "pretokenizers"
-        return part | {name: [kept for kept in map(_without_prefix_space, part[name]) if kept is not None]}
-    return part
-
-
-def _is_content(turn: dict[str, Any]) -> bool:
-    """A text, or a list of text parts and (in a human turn) image parts."""
-    value = turn.get("value")
-    return isinstance(value, str) or (
-        isinstance(value, list)
-        and all(
-            isinstance(part, dict)
-            and (
-                (part.get("type") == "text" and isinstance(part.get("text"), str))
-                or (part.get("type") == "image" and ROLES[turn["from"]] == "human")
-            )
-            for part in value
-        )
-    )
+        inner = [_without_prefix_space(item) for item in part[name]]
+        return part | {name: [item for item in inner if item is not None]}
+    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return part | changes.get(part["type"], {})
 
 
 def is_encodable(text: str) -> bool:
@@ -337,29 +318,47 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
 
     Raises UserError naming `sample` and the turn.
     """
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise UserError(f"{sample}: 'conversations' must be a list of turns that is not empty")
     checked = []
     for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not _is_content(turn):
+        texts = _texts_of(turn)
+        if texts is None:
             raise UserError(
                 f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
                 f"found {str(turn)[:120]}"
             )
-        value = turn["value"]
-        for text in [value] if isinstance(value, str) else [part.get("text", "") for part in value]:
+        for text in texts:
             if not is_encodable(text):
                 raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate): {text!a:.120}")
-        checked.append((ROLES[turn["from"]], value))
-    start = 1 if checked[0][0] == "system" else 0
+        checked.append((ROLES[turn["from"]], turn["value"]))
+
+    start = 1 if checked and checked[0][0] == "system" else 0
     if len(checked) > start and checked[start][0] == "gpt":
         del checked[start]
+    if len(checked) == start:
+        raise UserError(f"{sample}: it has no question")
     for number, (role, _) in enumerate(checked[start:]):
         if role != ("human", "gpt")[number % 2]:
             raise UserError(f"{sample}: human and gpt must take turns, but turn {number + start} is from {role}")
-    if len(checked) == start:
-        raise UserError(f"{sample}: it has no question")
     return checked
+
+
+def _texts_of(turn: Any) -> list[str] | None:
+    """The texts of a turn; None unless its value is a text, or a list of text and (of a human) image parts."""
+    if not isinstance(turn, dict) or turn.get("from") not in ROLES:
+        return None
+    value = turn.get("value")
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        return None
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind != "image" or ROLES[turn["from"]] != "human":
+            return None
+    return texts
 
 
 # LLaVA's places of an image: where a human's text starts or ends.
@@ -373,37 +372,35 @@ def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list
     text are placeholders, and the others are typed text. Any other count raises UserError naming `sample`.
     """
     human = [value for role, value in turns if role == "human"]
-    texts = [value.strip() for value in human if isinstance(value, str)]
-    listed = sum(_count_images(value) for value in human if isinstance(value, list))
-    found = listed + sum(text.count(IMAGE_TOKEN) for text in texts)
     pattern = re.compile(re.escape(IMAGE_TOKEN))
-    if found > images:
+    if sum(_count_images(value, pattern) for value in human) > images:
         pattern = _EDGE
-        found = listed + sum(match.count(IMAGE_TOKEN) for text in texts for match in pattern.findall(text))
-    if found != images:
+    placeholders = sum(_count_images(value, pattern) for value in human)
+    if placeholders != images:
         raise UserError(
-            f"{sample}: it has {images} image(s) but {found} {IMAGE_TOKEN} placeholder(s) in its human turns: "
+            f"{sample}: it has {images} image(s) but {placeholders} {IMAGE_TOKEN} placeholder(s) in its human turns: "
             "give one per image"
         )
     return [_parts(role, value, pattern) for role, value in turns]
 
 
-def _count_images(parts: list[dict[str, Any]]) -> int:
-    return sum(part["type"] == "image" for part in parts)
+def _count_images(value: str | list[dict[str, Any]], placeholder: re.Pattern[str]) -> int:
+    """The images of a human's value."""
+    if isinstance(value, list):
+        return sum(part["type"] == "image" for part in value)
+    return sum(match.count(IMAGE_TOKEN) for match in placeholder.findall(value.strip()))
 
 
 def _parts(role: str, value: str | list[dict[str, Any]], placeholder: re.Pattern[str]) -> list[str | _Image]:
+    images = _count_images(value, placeholder) if role == "human" else 0
     if isinstance(value, list):
-        images = _count_images(value)
         text = "".join(part["text"] for part in value if part["type"] == "text").strip()
     elif role != "human":
-        images, text = 0, value.strip()
-    else:
         text = value.strip()
-        images = sum(match.count(IMAGE_TOKEN) for match in placeholder.findall(text))
-        if images > 1 and placeholder is not _EDGE:  # interleaved: every image stays where it stands
-            return [part for piece in text.split(IMAGE_TOKEN) for part in (piece, _Image())][:-1]
-        text = placeholder.sub("", text).strip()
+    elif images > 1 and placeholder is not _EDGE:  # interleaved: every image stays where it stands
+        return [part for piece in value.strip().split(IMAGE_TOKEN) for part in (piece, _Image())][:-1]
+    else:
+        text = placeholder.sub("", value.strip()).strip()
     # Images first, each on a line of its own, as LLaVA does and as the chat template renders a list of parts.
     parts: list[str | _Image] = [part for _ in range(images) for part in (_Image(), "\n")][:-1]
     return [*parts, "\n" + text] if parts and text else parts or [text]

@@ -28,7 +28,7 @@ from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
 NAMED = 10
-"""Bad samples that an error message names."""
+"""Bad samples that an error names; scripts/check_data.py lists all."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,6 @@ class ImageTokens:
     frames: int = 0
     """Of a video; 0: the model takes no videos."""
 
-    @classmethod
-    def of(cls, encoder: ConversationEncoder) -> ImageTokens:
-        if encoder.num_image_tokens is None:
-            raise ValueError("the pictures of this model differ in tokens: give them")
-        return cls(encoder.num_image_tokens)
-
     def at_most(self, names: Sequence[str]) -> list[int]:
         """The most tokens that each picture or video may have. UserError for a video if the model takes none."""
         if not self.frames and any(map(is_video, names)):
@@ -144,9 +138,13 @@ class RecordReader:
     def __init__(
         self, encoder: ConversationEncoder, store: ImageStore | None, tokens: ImageTokens | None = None
     ) -> None:
-        self.encoder, self.store = encoder, store
-        self.tokens = tokens or ImageTokens.of(encoder)
-        self._missing: dict[str, str | None] = {}
+        if tokens is None:
+            assert encoder.num_image_tokens is not None, "the pictures of this model differ in tokens: give them"
+            tokens = ImageTokens(encoder.num_image_tokens)
+        self.encoder = encoder
+        self.store = store
+        self.tokens = tokens
+        self._problems: dict[str, str | None] = {}
 
     def read(self, raw: Any, index: int) -> Record:
         """Raises BadSample."""
@@ -158,21 +156,18 @@ class RecordReader:
             self.encoder.check(record.turns, self.tokens.at_most(record.images), record.name)
         with bad_sample("missing image", raw, index):
             for name in record.images:
-                if problem := self._problem(name):
-                    raise UserError(f"{record.name}: {problem}")
+                if self.store is None:
+                    raise UserError(f"{record.name}: it has an image, but no --image_folder is given")
+                if name not in self._problems:
+                    self._problems[name] = self.store.problem(name)
+                if self._problems[name]:
+                    raise UserError(f"{record.name}: {self._problems[name]}")
         if self._may_lose_its_answers(record):
             with bad_sample("broken image", raw, index):
                 _, images = self.tokens.read(record.images, self.store)
             with bad_sample("conversation", raw, index):
                 self.encoder.encode(record.turns, images, record.name)
         return record
-
-    def _problem(self, name: str) -> str | None:
-        if self.store is None:
-            return "it has an image, but no --image_folder is given"
-        if name not in self._missing:
-            self._missing[name] = self.store.problem(name)
-        return self._missing[name]
 
     def _may_lose_its_answers(self, record: Record) -> bool:
         """Whether the text before the first answer could fill the context, since a token has at least a byte."""
@@ -200,19 +195,23 @@ class LlavaDataset(Dataset):
         on_bad_sample: Literal["error", "skip"] = "error",
         tokens: ImageTokens | None = None,
     ) -> None:
+        reader = RecordReader(encoder, store, tokens)
         self.encoder = encoder
         self.store = store
-        self.tokens = tokens or ImageTokens.of(encoder)
+        self.tokens = reader.tokens
         self.records: list[Record] = []
         self.skipped: list[Problem] = []
-        reader = RecordReader(encoder, store, self.tokens)
         for index, raw in enumerate(raw_records(data_path, store)):
             try:
                 self.records.append(reader.read(raw, index))
             except BadSample as bad:
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
-            raise UserError(_told(self.skipped, data_path, all_bad=not self.records))
+            mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
+            first = [f"\n  {one_line(problem.message)}" for problem in self.skipped[:NAMED]]
+            raise UserError(
+                f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{''.join(first)}"
+            )
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 
@@ -230,7 +229,9 @@ class LlavaDataset(Dataset):
             "labels": encoded.labels,
             "images": list(record.images),
         }
-        return sample | ({"image_sizes": sizes} if sizes else {})
+        if sizes:
+            sample["image_sizes"] = sizes
+        return sample
 
     @property
     def truncated(self) -> int:
@@ -246,15 +247,6 @@ class LlavaDataset(Dataset):
             image_tokens = len(record.images) * self.tokens.most
             lengths.append(words + image_tokens if record.images else -max(words, 1))
         return lengths
-
-
-def _told(problems: list[Problem], data_path: Path | str, *, all_bad: bool) -> str:
-    lines = [one_line(problem.message) for problem in problems[:NAMED]]
-    if len(problems) > NAMED:
-        lines.append(f"… and {len(problems) - NAMED:,} more (scripts/check_data.py lists all)")
-    what = f"{data_path}: {len(problems):,} sample(s) cannot be trained on"
-    mend = "mend or remove them" + ("" if all_bad else ", or leave them out with --on_bad_sample skip")
-    return f"{what}, {mend}:\n  " + "\n  ".join(lines)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:

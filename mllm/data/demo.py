@@ -45,8 +45,12 @@ from mllm.data.questions import UNSEEN_ANSWERS
 
 VERSION = 9
 """Raise it if texts or files change: older folders are then built anew."""
-ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
-UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
+ALIGN = "align.json"
+INSTRUCT = "instruct.json"
+QUESTIONS = "question.jsonl"
+UNSEEN_QUESTIONS = "question_unseen.jsonl"
+DESCRIPTIONS = "description.jsonl"
+IMAGES = "images"
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
 DESCRIBED_SHARE = 0.05
@@ -102,83 +106,83 @@ IS_THERE = (
 )
 
 
+Thing = tuple[str, str]
+"""Name and place of one thing."""
+QuestionAnswer = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class DemoScene:
-    """One demo scene with its truth; `things` are (name, place) in reading order, and `caption` names all of them."""
+    """One demo scene with its truth; `things` are in reading order, and `caption` names all of them."""
 
     name: str
     data: bytes
-    things: tuple[tuple[str, str], ...]
+    things: tuple[Thing, ...]
     background: str
     caption: str
     description: str
 
     @staticmethod
     def of(sample: RawSample, name: str) -> DemoScene:
-        things = sorted((list(PLACES).index(thing["place"]), thing["concept"]) for thing in sample.extra["objects"])
-        placed = tuple((concept, list(PLACES)[place]) for place, concept in things)
-        assert sample.long is not None  # `_write_pictures` opens the scenes with need_long
+        assert sample.long is not None  # `_write_images` opens the scenes with need_long
         extra = sample.extra
+        places = list(PLACES)
+        things = sorted((places.index(thing["place"]), thing["concept"]) for thing in extra["objects"])
+        placed = tuple((concept, places[place]) for place, concept in things)
         return DemoScene(name, sample.image, placed, extra["background"], extra["captions"][0], sample.long)
 
 
-Thing = tuple[str, str]
-"""Name and place of one thing."""
-Asked = tuple[str, str]
-"""Question and answer."""
-
-
-def ask_identity(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+def ask_identity(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     thing, place = about
     wordings = WHAT_AT if len(scene.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
     return rng.choice(wordings).format(at=at_place(place)), f"A {thing}"
 
 
-def ask_count(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+def ask_count(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     return rng.choice(HOW_MANY), capital(NUMBERS[len(scene.things)])
 
 
-def ask_where(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+def ask_where(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     thing, place = about
     return rng.choice(WHERE).format(thing=thing), capital(at_place(place))
 
 
-def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     return rng.choice(BACKGROUND), capital(scene.background)
 
 
-def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Asked | None:
+def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer | None:
     """The thing on one side of another thing; None unless some side of some thing has exactly one."""
-    pairs = []
-    for other, its_place in scene.things:
-        for side, direction in SIDES.items():
-            there = [thing for thing, place in scene.things if _is_towards(direction, its_place, place)]
-            pairs += [(thing, side, other) for thing in there if len(there) == 1]
-    if not pairs:
+    relations = []
+    for other, other_place in scene.things:
+        other_x, other_y = PLACES[other_place]
+        for side, (right, down) in SIDES.items():
+            things = []
+            for thing, place in scene.things:
+                x, y = PLACES[place]
+                if right * (x - other_x) + down * (y - other_y) > 0:
+                    things.append(thing)
+            if len(things) == 1:
+                relations.append((things[0], side, other))
+    if not relations:
         return None
-    thing, side, other = rng.choice(pairs)
+    thing, side, other = rng.choice(relations)
     return rng.choice(RELATION).format(side=side, other=other), f"A {thing}"
 
 
-def _is_towards(direction: tuple[int, int], from_place: str, place: str) -> bool:
-    """Whether `place` lies in `direction` from another place."""
-    (x, y), (from_x, from_y) = PLACES[place], PLACES[from_place]
-    return direction[0] * (x - from_x) + direction[1] * (y - from_y) > 0
-
-
-def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     """Every form has as many yes as no. A "no" names a thing that is not in the picture."""
     return _is_there(scene, about, rng.random() < 0.5, rng)
 
 
-def _is_there(scene: DemoScene, about: Thing, yes: bool, rng: random.Random) -> Asked:
+def _is_there(scene: DemoScene, about: Thing, yes: bool, rng: random.Random) -> QuestionAnswer:
     thing, place = about
     absent = rng.choice([name for name in CONCEPTS if name not in dict(scene.things)])
-    named, answer = (thing, "Yes") if yes else (absent, "No")
-    return rng.choice(IS_THERE).format(thing=named, at=at_place(place)), answer
+    named = thing if yes else absent
+    return rng.choice(IS_THERE).format(thing=named, at=at_place(place)), "Yes" if yes else "No"
 
 
-KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked | None]] = {
+KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | None]] = {
     "identity": ask_identity,
     "count": ask_count,
     "where": ask_where,
@@ -187,8 +191,6 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked | None]] = {
 }
 """The kinds of held-out questions. Training asks for the background's colour too. No test does: on an untrained encoder
 too a model answers nearly all of these questions, so they would say nothing about an encoder."""
-
-
 FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that name no thing → share of the conversations that begin with them. Later they would be given away."""
 
@@ -207,19 +209,17 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
         return align_record(scene, rng)
     things = rng.sample(scene.things, len(scene.things))
     first = [ask(scene, things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
-    relations = [asked for asked in (ask_relation(scene, thing, rng) for thing in things[:2]) if asked]
+    relations = [ask_relation(scene, thing, rng) for thing in things[:2]]
     yes_no = [_is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
-    then = rng.choice(
-        (
-            [ask_identity(scene, thing, rng) for thing in things],
-            [*relations, *(ask_where(scene, thing, rng) for thing in things)],
-            rng.sample(yes_no, len(yes_no)),
-        )
+    groups = (
+        [ask_identity(scene, thing, rng) for thing in things],
+        [*filter(None, relations), *(ask_where(scene, thing, rng) for thing in things)],
+        rng.sample(yes_no, len(yes_no)),
     )
-    turns = list(dict([*first, *then]).items())
+    pairs = list(dict([*first, *rng.choice(groups)]).items())
     if rng.random() < DESCRIBED_SHARE:
-        turns.append((rng.choice(SHOW), scene.description))
-    return _record(scene.name, turns, scene.name, rng)
+        pairs.append((rng.choice(SHOW), scene.description))
+    return _record(scene.name, pairs, scene.name, rng)
 
 
 def text_record(number: int, rng: random.Random) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
     days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
     digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     opposites = ("big small", "hot cold", "left right", "above below", "old new", "day night", "open closed", "up down")
-    turns = []
+    pairs = []
     for _ in range(rng.randint(1, 3)):
         a = rng.randint(0, 9)
         b = rng.randint(0, 9 - a)
@@ -235,29 +235,28 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
         pair = rng.choice(opposites).split()
         rng.shuffle(pair)
         things = rng.sample(list(CONCEPTS), 3)
-        turns.append(
-            rng.choice(
-                (
-                    (f"What is {digits[a]} plus {digits[b]}?", capital(digits[a + b])),
-                    (f"Which day comes after {days[day]}?", days[(day + 1) % 7]),
-                    (f"What is the opposite of {pair[0]}?", capital(pair[1])),
-                    (f"Which word comes first: {', '.join(things)}?", capital(things[0])),
-                )
-            )
+        facts = (
+            (f"What is {digits[a]} plus {digits[b]}?", capital(digits[a + b])),
+            (f"Which day comes after {days[day]}?", days[(day + 1) % 7]),
+            (f"What is the opposite of {pair[0]}?", capital(pair[1])),
+            (f"Which word comes first: {', '.join(things)}?", capital(things[0])),
         )
-    return _record(f"text-{number:06d}", turns, None, rng)
+        pairs.append(rng.choice(facts))
+    return _record(f"text-{number:06d}", pairs, None, rng)
 
 
-def turns_of(asked: list[Asked]) -> list[dict[str, str]]:
+def turns_of(pairs: list[QuestionAnswer]) -> list[dict[str, str]]:
     """Questions with their answers as LLaVA's turns."""
-    return [
-        {"from": role, "value": value} for pair in asked for role, value in zip(("human", "gpt"), pair, strict=True)
-    ]
+    turns = []
+    for question, answer in pairs:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+    return turns
 
 
-def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random) -> dict[str, Any]:
+def _record(name: str, pairs: list[QuestionAnswer], image: str | None, rng: random.Random) -> dict[str, Any]:
     """A LLaVA record; the placeholder is before or after the first question, as in LLaVA's data."""
-    turns = turns_of(asked)
+    turns = turns_of(pairs)
     if image is None:
         return {"id": name, "conversations": turns}
     question = turns[0]["value"]
@@ -267,23 +266,23 @@ def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random
 
 def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
     """`per_kind` different questions of each kind, with answers as evenly spread as the pictures allow."""
-    questions = []
+    questions: list[dict[str, Any]] = []
     for kind, ask in KINDS.items():
         rng = random.Random(f"{seed}/questions/{kind}")
-        by_answer: dict[str, list[tuple[str, str]]] = {}
+        by_answer: dict[str, list[dict[str, Any]]] = {}
         for scene in rng.sample(scenes, len(scenes)):
-            if asked := ask(scene, rng.choice(scene.things), rng):
-                by_answer.setdefault(asked[1], []).append((scene.name, asked[0]))
-        chosen: list[tuple[str, str, str]] = []
-        while len(chosen) < per_kind and any(by_answer.values()):
+            pair = ask(scene, rng.choice(scene.things), rng)
+            if pair is not None:
+                text, answer = pair
+                question = {"image": scene.name, "text": text, "category": "conv", "kind": kind, "answer": answer}
+                by_answer.setdefault(answer, []).append(question)
+        left = per_kind
+        while left and any(by_answer.values()):
             for answer in sorted(by_answer):
-                if by_answer[answer] and len(chosen) < per_kind:
-                    chosen.append((*by_answer[answer].pop(), answer))
-        questions += [
-            {"image": name, "text": text, "category": "conv", "kind": kind, "answer": answer}
-            for name, text, answer in chosen
-        ]
-    return [{"question_id": number, **question} for number, question in enumerate(questions)]
+                if by_answer[answer] and left:
+                    questions.append({"question_id": len(questions)} | by_answer[answer].pop())
+                    left -= 1
+    return questions
 
 
 def ensure_llava_demo(
@@ -304,8 +303,15 @@ def ensure_llava_demo(
     """
     demo_dir = Path(demo_dir)
     ensure_any_demo(demo_dir)
-    wanted = {"version": VERSION, "scenes": built_as(demo_dir), "seed": seed}
-    wanted |= {"align": align, "instruct": instruct, "text_only": text_only, "per_kind": per_kind}
+    wanted = {
+        "version": VERSION,
+        "scenes": built_as(demo_dir),
+        "seed": seed,
+        "align": align,
+        "instruct": instruct,
+        "text_only": text_only,
+        "per_kind": per_kind,
+    }
     write = partial(_write_all, demo_dir=demo_dir, wanted=wanted)
     return ensure_built(Path(directory), wanted, write, what="LLaVA demo data")
 
@@ -325,23 +331,31 @@ def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/de
 def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Write every file named at the top into `work`."""
     (work / IMAGES).mkdir()
-    align, instruct, seed = wanted["align"], wanted["instruct"], wanted["seed"]
-    train = _write_images(demo_dir, "train", align + instruct, work / IMAGES)
+    align = wanted["align"]
+    per_kind = wanted["per_kind"]
+    seed = wanted["seed"]
+    train = _write_images(demo_dir, "train", align + wanted["instruct"], work / IMAGES)
     test = _write_images(demo_dir, "test", None, work / IMAGES)
-    align_records = [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in train[:align]]
     records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in train[align:]]
     records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(wanted["text_only"])]
     random.Random(f"{seed}/order").shuffle(records)
-    descriptions = [
-        {"question_id": number, "image": scene.name, "text": SHOW[0], "references": [scene.description]}
-        for number, scene in enumerate(test[: min(wanted["per_kind"], len(CONCEPTS))])
-    ]
-    (work / ALIGN).write_text(json.dumps(align_records, indent=1))
-    (work / INSTRUCT).write_text(json.dumps(records, indent=1))
-    questions = {QUESTIONS: eval_questions(test, wanted["per_kind"], seed), DESCRIPTIONS: descriptions}
+    conversations = {
+        ALIGN: [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in train[:align]],
+        INSTRUCT: records,
+    }
+    for name, rows in conversations.items():
+        (work / name).write_text(json.dumps(rows, indent=1))
+
+    questions = {
+        QUESTIONS: eval_questions(test, per_kind, seed),
+        DESCRIPTIONS: [
+            {"question_id": number, "image": scene.name, "text": SHOW[0], "references": [scene.description]}
+            for number, scene in enumerate(test[: min(per_kind, len(CONCEPTS))])
+        ],
+    }
     if (demo_dir / UNSEEN).is_dir():
         unseen = _write_images(demo_dir, UNSEEN, None, work / IMAGES)
-        questions[UNSEEN_QUESTIONS] = eval_questions(unseen, wanted["per_kind"], seed)
+        questions[UNSEEN_QUESTIONS] = eval_questions(unseen, per_kind, seed)
     for name, rows in questions.items():
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(demo_dir / "ATTRIBUTION.md", work)
@@ -352,10 +366,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
     source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
     count = len(source) if count is None else count
     if count > len(source):
-        raise UserError(
-            f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes, or ask for fewer "
-            "alignment and instruction pictures"
-        )
+        raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes")
     scenes = []
     for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False, disable=None):
         scene = DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clips import Film, at_place, capital, draw_film, ensure_built, film_artists, film_frames
 from clips.common.errors import UserError
-from mllm.data.demo import INSTRUCT, QUESTIONS, Asked, turns_of
+from mllm.data.demo import INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
 from mllm.data.video import MISSING
 
 VERSION = 1
@@ -37,12 +37,12 @@ WHAT = {
 }
 
 
-def ask_where(film: Film, which: int, end: bool, rng: random.Random) -> Asked:
+def ask_where(film: Film, which: int, end: bool, rng: random.Random) -> QuestionAnswer:
     thing, begins, ends = film.moves[which]
     return rng.choice(WHERE_TO if end else WHERE_FROM).format(thing=thing), capital(at_place(ends if end else begins))
 
 
-def ask_what(film: Film, which: int, rng: random.Random) -> Asked:
+def ask_what(film: Film, which: int, rng: random.Random) -> QuestionAnswer:
     return rng.choice(WHAT[("first", "second")[which]]), f"A {film.moves[which][0]}"
 
 

@@ -1,23 +1,24 @@
 """Conversation formats: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own, as Jinja templates.
 
-A model keeps its trained format as data beside its tokenizer (`save_format`). `auto` reads that, or finds the format by
-rendering.
+A model keeps its format beside its tokenizer (`save_format`). `auto` reads that, or finds the format by rendering.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 
-IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 CHOOSE = "choose --version (evaluation, chat, server and check_data.py: --conv-mode)"
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -54,37 +55,46 @@ class Format:
     bos: str = ""
     """The bos that the tokenizer adds to every text; `first` and `system` start with it."""
     prefix_space: bool = False
-    """Whether the first text, and a text right after an image, start with one more space, as in LLaVA: LLaVA tokenises
-    the texts between images one by one, and SentencePiece puts a space before each. False if the tokenizer adds that
-    space itself after every control token (Llama's `legacy` kind), or never adds one."""
+    """Whether the first text, and a text right after an image, start with one more space.
+
+    LLaVA tokenises the texts between images one by one, and SentencePiece puts a space before each. False if the
+    tokenizer adds that space itself after every control token (Llama's `legacy` kind), or never adds one.
+    """
 
     def chat_template(self, *, videos: bool = False) -> str:
         """Jinja template with these pieces, for content as a string or as a list of image and text parts.
 
         With `videos` it takes video parts too.
         """
+        first = self.first
+        before, after = self.system or ("", "")
+        answer = self.lead
         body = "body" if self.keeps_question else f"'{IMAGE_TOKEN}' * (body.split('{IMAGE_TOKEN}') | length - 1)"
         question = f"{_quote(self.lead)} + {body} + {_quote(self.middle)}"
-        shown_question = f"{{{{ {question} }}}}"
-        first, (before, after), answer = self.first, self.system or ("", ""), self.lead
+        write_question = f"{{{{ {question} }}}}"
         if self.prefix_space:
             if self.keeps_question:
-                first, before = (f"{self.bos} {text.removeprefix(self.bos)}" for text in (first, before))
-            shown_question = (
+                first = f"{self.bos} {first.removeprefix(self.bos)}"
+                before = f"{self.bos} {before.removeprefix(self.bos)}"
+            else:
+                answer = " "
+            write_question = (
                 f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
                 f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
                 "{%- endfor -%}"
             )
-            answer = self.lead if self.keeps_question else " "
-        refuse = "{{ raise_exception('This chat format has no system role') }}"
-        video, moved = "", ""
+
+        write_system = f"{{{{ {_quote(before)} + body + {_quote(after)} }}}}"
+        if self.system is None:
+            write_system = "{{ raise_exception('This chat format has no system role') }}"
+        video = ""
+        is_moved = f"body.split('{IMAGE_TOKEN}') | length == 2"
         if videos:  # the space as after an image
             video = (
                 "{%- elif part['type'] == 'video' -%}"
                 f"{{%- set parts.images = parts.images + '{VIDEO_TOKEN}{' ' * self.prefix_space}\\n' -%}}"
             )
-            moved = " and message['content'] is string"  # a list has them in their order
-        system = f"{{{{ {_quote(before)} + body + {_quote(after)} }}}}" if self.system else refuse
+            is_moved += " and message['content'] is string"  # a list has them in their order
         return (
             "{%- for message in messages -%}"
             "{%- if message['content'] is string -%}{%- set body = message['content'] | trim -%}"
@@ -94,14 +104,14 @@ class Format:
             f"{{%- elif part['type'] == 'image' -%}}{{%- set parts.images = parts.images + '{IMAGE_TOKEN}\\n' -%}}"
             f"{video}{{%- endif -%}}{{%- endfor -%}}"
             "{%- set body = (parts.images + (parts.text | trim)) | trim -%}{%- endif -%}"
-            f"{{%- if message['role'] == 'user' and body.split('{IMAGE_TOKEN}') | length == 2{moved} -%}}"
+            f"{{%- if message['role'] == 'user' and {is_moved} -%}}"
             f"{{%- set body = ('{IMAGE_TOKEN}\\n' + (body | replace('{IMAGE_TOKEN}', '') | trim)) | trim -%}}"
             "{%- endif -%}"
-            f"{{%- if message['role'] == 'system' -%}}{system}"
+            f"{{%- if message['role'] == 'system' -%}}{write_system}"
             "{%- elif message['role'] == 'user' -%}"
             f"{{{{ {_quote(first)} if loop.first else ('' if messages[loop.index0 - 1]['role'] == 'system' "
             f"else {_quote(self.next)}) }}}}"
-            f"{shown_question}"
+            f"{write_question}"
             f"{{%- else -%}}{{{{ {_quote(answer)} + body + {_quote(self.end)} }}}}"
             f"{{{{ {_quote(self.tail)} if loop.last else '' }}}}"
             "{%- endif -%}{%- endfor -%}"
@@ -117,7 +127,8 @@ def _header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-_TO_SYSTEM, _TO_USER = f"<|begin_of_text|>{_header('system')}", f"<|eot_id|>{_header('user')}"
+_TO_SYSTEM = f"<|begin_of_text|>{_header('system')}"
+_TO_USER = f"<|eot_id|>{_header('user')}"
 _V1 = Format(
     name="v1", first=f"{V1_SYSTEM} USER:", system=("", " USER:"), middle=" ASSISTANT:", end="", next="USER:", lead=" "
 )
@@ -151,89 +162,12 @@ _NAMED = (
         next="<|im_start|>user\n",
     ),
 )
-LLAVA_OWN = ("plain", "v1", "llava_v1")
-"""Formats that end an answer as the tokenizer does, and tokenise the texts between pictures one by one."""
 FORMATS: dict[str, Format | None] = {**{form.name: form for form in _NAMED}, "auto": None}
 """Name → format; `v1` ends answers with the tokenizer's eos, `auto` is the tokenizer's own format.
 
 `llava_v1` and `chatml_direct` are LLaVA's templates of these names: `llava_v1` says "human" where `v1` says "user", and
 `chatml_direct` has another system text than `chatml` and no line break after an end of a turn.
 """
-
-
-def _fitted(form: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
-    """`form` with what LLaVA's own formats take from the tokenizer."""
-    if form.name not in LLAVA_OWN:
-        return form
-    if not form.end and tokenizer.eos_token is None:
-        raise UserError(f"conversation format {form.name} ends answers with the tokenizer's eos token, and it has none")
-    return replace(form, end=form.end or tokenizer.eos_token, prefix_space=_spaces_first_text_only(tokenizer))
-
-
-def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a SentencePiece tokenizer adds its space before a rendering, and not after control tokens."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    before = [token for token in (tokenizer.bos_token, IMAGE_TOKEN) if token in control_tokens(tokenizer)]
-    return bool(before) and all(ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] for token in before)
-
-
-def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
-    """The saved format; else the named format that renders as the chat template; else the template's own pieces.
-
-    Formats that render alike have the same ids, so the first of them will do.
-    """
-    saved = saved_format(tokenizer)
-    if saved is not None:
-        return saved
-    own = _renderings(tokenizer, tokenizer.chat_template)
-    alike = (form for form in _expressible(tokenizer) if own == _renderings(tokenizer, form.chat_template()))
-    return next(alike, None) or _cut(tokenizer)
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
-    """Cut the tokenizer's own chat template into pieces by rendering it around sentinel texts."""
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer has no chat template: {CHOOSE} v1, llama_3 or chatml")
-    turns = _TALK[1:]
-
-    def cut(messages: list[dict[str, str]], generate: bool = False) -> list[str]:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        return re.split("|".join(message["content"] for message in messages), text)
-
-    try:
-        first, middle, between, second_middle, closing = cut(turns)
-        prompt = cut(turns[:1], generate=True)
-        closing_1 = cut(turns[:2])[-1]
-    except (TemplateError, ValueError) as error:
-        raise UserError(f"the tokenizer's chat template cannot be cut into turns ({error}): {CHOOSE}") from None
-    try:
-        system_pieces = cut(_TALK)
-        fits = len(system_pieces) == 6 and system_pieces[2:] == [middle, between, second_middle, closing]
-    except (TemplateError, ValueError):
-        fits = False
-    control = control_pattern(tokenizer).match(closing.lstrip())
-    if not (middle == second_middle and prompt == [first, middle] and closing_1 == closing and control):
-        raise UserError(
-            "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token, "
-            f"so training and chat would differ: {CHOOSE} v1, llama_3 or chatml"
-        )
-    end = closing[: len(closing) - len(closing.lstrip())] + control.group()
-    if not between.startswith(end):
-        raise UserError(f"the tokenizer's chat template ends its last answer in another way: {CHOOSE}")
-    return Format(
-        name="auto",
-        first=first,
-        system=(system_pieces[0], system_pieces[1]) if fits else None,
-        middle=middle,
-        end=end,
-        next=between[len(end) :],
-        tail=closing[len(end) :],
-    )
-
-
 LLAVA_NAMES = {
     "vicuna_v1": "v1",
     "llava_llama_3": "llama_3",
@@ -246,34 +180,109 @@ LLAVA_NAMES = {
 
 def format_name(name: str) -> str:
     """The key of FORMATS for `name`. Raises UserError for an unknown name."""
-    found = LLAVA_NAMES.get(name, name)
-    if found not in FORMATS:
-        known = ", ".join([*FORMATS, *LLAVA_NAMES])
-        raise UserError(f"conversation format {name!r} is not known; choose one of: {known}")
-    return found
+    key = LLAVA_NAMES.get(name, name)
+    if key not in FORMATS:
+        raise UserError(f"conversation format {name!r} is not known; choose one of: {', '.join(FORMATS)}")
+    return key
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     """Format `name` for `tokenizer`. Raises UserError for an unknown name or missing control tokens."""
     name = format_name(name)
     saved = saved_format(tokenizer)
-    if saved is not None and saved.name == name:
+    if saved is not None and name in ("auto", saved.name):
         return saved
-    known = FORMATS[name]
-    chosen = _auto(tokenizer) if known is None else _fitted(known, tokenizer)
+
+    chosen = FORMATS[name] or _auto(tokenizer)
+    if name in ("plain", "v1", "llava_v1"):
+        # LLaVA's own: they end an answer as the tokenizer does, and tokenise the texts between pictures one by one.
+        end = chosen.end or tokenizer.eos_token
+        if end is None:
+            raise UserError(f"conversation format {name} needs an eos token, and the tokenizer has none")
+        chosen = replace(chosen, end=end, prefix_space=_spaces_first_text_only(tokenizer))
     literals = " ".join([chosen.first, chosen.middle, chosen.end, chosen.next])
     missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(control_tokens(tokenizer)))
     if missing:
         raise UserError(
-            f"conversation format {name} needs the special tokens {', '.join(missing)}, which this tokenizer does not "
-            f"have: {CHOOSE} auto or v1"
+            f"conversation format {name} needs the special tokens {', '.join(missing)}: {CHOOSE} auto or v1"
         )
+
     # The tokenizer's bos becomes a part of the pieces, so that ids and template agree.
     bos = _leading_bos(tokenizer)
     if bos and not chosen.first.startswith(bos):
         system = chosen.system and (bos + chosen.system[0], chosen.system[1])
         chosen = replace(chosen, first=bos + chosen.first, system=system)
     return replace(chosen, bos=bos)
+
+
+def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a SentencePiece tokenizer adds its space before a rendering, and not after control tokens."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    before = [token for token in (tokenizer.bos_token, IMAGE_TOKEN) if token in control_tokens(tokenizer)]
+    return bool(before) and all(ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] for token in before)
+
+
+# ----------------------------------------------------------------------------- the format of a chat template
+_TALK = [
+    {"role": role, "content": f"sentinel{i}text"}
+    for i, role in enumerate(["system", "user", "assistant", "user", "assistant"])
+]
+_CONTENTS = "|".join(turn["content"] for turn in _TALK)
+
+
+def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The named format that renders as the tokenizer's chat template, else one of the template's own pieces.
+
+    Formats that render alike have the same ids, so the first of them will do. Raises UserError if there is none.
+    """
+    own = _renderings(tokenizer, tokenizer.chat_template)
+    for form in _expressible(tokenizer):
+        if own == _renderings(tokenizer, form.chat_template()):
+            return form
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer has no chat template: {CHOOSE} v1, llama_3 or chatml")
+
+    form = _cut(tokenizer)
+    rendered = form and _renderings(tokenizer, form.chat_template())
+    if form is None or own is None or rendered is None or own[:4] != rendered[:4]:
+        raise UserError(
+            "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token: "
+            f"{CHOOSE} v1, llama_3 or chatml"
+        )
+    return form if own == rendered else replace(form, system=None)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:
+    """The pieces of the tokenizer's chat template around the texts, or None where no control token ends an answer."""
+
+    def pieces(talk: list[dict[str, str]]) -> list[str]:
+        try:
+            text: Any = tokenizer.apply_chat_template(talk, tokenize=False)
+        except (TemplateError, TypeError, ValueError):
+            return []
+        return re.split(_CONTENTS, text)
+
+    turns = pieces(_TALK[1:])
+    if len(turns) != 5:
+        return None
+    first, middle, between, _, closing = turns
+    control = control_pattern(tokenizer).match(closing.lstrip())
+    end = closing[: len(closing) - len(closing.lstrip())] + control.group() if control else ""
+    if not control or not between.startswith(end):
+        return None
+    start = pieces(_TALK)[:2]
+    return Format(
+        name="auto",
+        first=first,
+        system=(start[0], start[1]) if len(start) == 2 else None,
+        middle=middle,
+        end=end,
+        next=between[len(end) :],
+        tail=closing[len(end) :],
+    )
 
 
 def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
@@ -285,29 +294,21 @@ def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
     own = _headers(tokenizer, tokenizer.chat_template)
     if own is None:
         return None
-    alike = [known for known in _expressible(tokenizer) if own == _headers(tokenizer, known.chat_template())]
+    alike = [form for form in _expressible(tokenizer) if own == _headers(tokenizer, form.chat_template())]
     return alike[0] if len(alike) == 1 else None
 
 
 def _expressible(tokenizer: PreTrainedTokenizerBase) -> list[Format]:
     """The named formats whose control tokens the tokenizer has."""
-    found = []
+    formats = []
     for name in ("v1", "llama_3", "chatml"):
-        try:
-            found.append(get_format(name, tokenizer))
-        except UserError:
-            continue  # that is the question asked here
-    return found
-
-
-_TALK = [
-    {"role": role, "content": f"sentinel{i}text"}
-    for i, role in enumerate(["system", "user", "assistant", "user", "assistant"])
-]
+        with contextlib.suppress(UserError):
+            formats.append(get_format(name, tokenizer))
+    return formats
 
 
 def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str | None] | None:
-    """Prompts and talks without the bos, with and without a system text (None if the template refuses it)."""
+    """Prompts and talks without the bos: four without a system text, four with one (None if it is refused)."""
     bos = _leading_bos(tokenizer)
     talks = [(_TALK[start:stop], stop % 2 == 0) for start in (1, 0) for stop in (2, 3, 4, 5)]
     texts = [_render(tokenizer, template, talk, generate) for talk, generate in talks]
@@ -319,7 +320,7 @@ def _headers(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[s
     text = _render(tokenizer, template, _TALK[1:4], generate=True)
     if text is None:
         return None
-    pieces = re.split("|".join(turn["content"] for turn in _TALK[1:4]), text)[1:]
+    pieces = re.split(_CONTENTS, text)[1:]
     return ["".join(piece.replace(tokenizer.eos_token or "", "").split()) for piece in pieces]
 
 
@@ -337,7 +338,7 @@ def _render(
             )
         except (TemplateError, TypeError, ValueError):
             continue
-        if re.findall(r"sentinel\dtext", text) == [turn["content"] for turn in talk]:
+        if re.findall(_CONTENTS, text) == [turn["content"] for turn in talk]:
             return text
     return None
 
@@ -353,21 +354,14 @@ def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
     saved = tokenizer.init_kwargs.get(SAVED)
     if saved is None:
         return None
-    problem = f"{tokenizer.name_or_path}/tokenizer_config.json: {SAVED} is not a conversation format; remove the field"
     try:
-        system = saved["system"] and tuple(saved["system"])
-        found = Format(**saved | {"system": system})
-    except (KeyError, TypeError):
-        raise UserError(problem) from None
-    switches = ("keeps_question", "prefix_space")
-    texts = [value for name, value in asdict(found).items() if name not in ("system", *switches)]
-    if not (
-        all(isinstance(text, str) for text in [*texts, *(system or ())])
-        and (system is None or len(system) == 2)
-        and all(isinstance(getattr(found, name), bool) for name in switches)
-    ):
-        raise UserError(problem)
-    return found
+        form = Format(**saved)
+        before, after = form.system or ("", "")
+        "".join([form.first, before, after, form.middle, form.end, form.next, form.tail, form.lead, form.bos])
+    except (TypeError, ValueError):
+        where = f"{tokenizer.name_or_path}/tokenizer_config.json"
+        raise UserError(f"{where}: {SAVED} is not a conversation format; remove the field") from None
+    return replace(form, system=form.system and (before, after))
 
 
 def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -375,13 +369,11 @@ def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     The template must write it, since `tokenizer.apply_chat_template` never lets the tokenizer add one.
     """
-    if not _adds_bos(tokenizer):
-        return
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(Tokenizer(models.BPE()).to_str())  # the smallest one that a post-processor can be read from
-    part = json.loads(backend.to_str())["post_processor"]
-    state["post_processor"] = _without_token(part, tokenizer.bos_token)
-    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+    if _adds_bos(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        state = json.loads(backend.to_str())
+        state["post_processor"] = _without_token(state["post_processor"], tokenizer.bos_token)
+        backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
 
 
 def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -400,13 +392,11 @@ def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:
     """A post-processor's description whose templates do not add `token`."""
     if part["type"] == "Sequence":
         return part | {"processors": [_without_token(inner, token) for inner in part["processors"]]}
+    templates = {}
     if part["type"] == "TemplateProcessing":
-        kept = {
-            name: [piece for piece in part[name] if piece.get("SpecialToken", {}).get("id") != token]
-            for name in ("single", "pair")
-        }
-        return part | kept
-    return part
+        for name in ("single", "pair"):
+            templates[name] = [piece for piece in part[name] if piece.get("SpecialToken", {}).get("id") != token]
+    return part | templates
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -423,8 +413,8 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of one token that the vocabulary has."""
-    found: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
-    return found
+    index: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
+    return index
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

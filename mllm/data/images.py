@@ -22,11 +22,7 @@ log = logging.getLogger("mllm.data")
 
 
 class ImageStore:
-    """Pictures by name, from a folder or an uncompressed tar; each process opens the tar itself.
-
-    Args:
-        location: the image folder or tar file.
-    """
+    """Pictures by name, from a folder or an uncompressed tar `location`; each process opens the tar itself."""
 
     unreadable = 0
     """Rows of a table that do not fit its header."""
@@ -49,9 +45,10 @@ class ImageStore:
 
     def _place(self, name: str) -> str | tuple[int, int]:
         """The file of picture `name`, or (offset, size) of its member. Raises BrokenSample if it is missing."""
+        missing = BrokenSample(name, f"image {name!r} is not in {self.location}")
         if self._members is not None:
             if name not in self._members:
-                raise BrokenSample(name, f"image {name!r} is not in {self.location}")
+                raise missing
             return self._members[name]
         try:
             path = inside(self._root, name)
@@ -59,7 +56,7 @@ class ImageStore:
             reason = f"image {name!r} leads out of {self.location}; name the real folder with --image_folder"
             raise BrokenSample(name, reason) from None
         if not os.path.isfile(path):
-            raise BrokenSample(name, f"image {name!r} is not in {self.location}")
+            raise missing
         return path
 
     def problem(self, name: str) -> str | None:

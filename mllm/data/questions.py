@@ -52,27 +52,28 @@ def read_questions(path: Path) -> list[Question]:
     Raises UserError naming the record and the field.
     """
     questions = []
-    for index, raw in enumerate(read_json_records(path)):
-        where = f"{path}: record {index} (question_id {raw.get('question_id') if isinstance(raw, dict) else '?'})"
-        if not isinstance(raw, dict) or "question_id" not in raw:
-            raise UserError(f"{where}: it must be an object with question_id, text and image")
-        wrong = [n for n in ("kind", "answer") if not isinstance(raw.get(n, ""), (str, type(None)))]
-        wrong += [] if isinstance(raw.get("text"), str) and raw["text"].strip() else ["text"]
-        if wrong:
-            raise UserError(f"{where}: {', '.join(wrong)} must be a text")
-        image = raw.get("image") or raw.get("video") or []
+    for index, line in enumerate(read_json_records(path)):
+        if not isinstance(line, dict) or "question_id" not in line:
+            raise UserError(f"{path}: record {index} must be an object with question_id, text and image")
+        where = f"{path}: record {index} (question_id {line['question_id']})"
+        if not isinstance(line.get("text"), str) or not line["text"].strip():
+            raise UserError(f"{where}: text must be a text")
+        for name in ("kind", "answer"):
+            if not isinstance(line.get(name), str | None):
+                raise UserError(f"{where}: {name} must be a text")
+        image = line.get("image") or line.get("video") or []
         if not isinstance(image, str | list) or not all(isinstance(name, str) and name for name in image):
             raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
-        references = raw.get("references") or []
+        references = line.get("references") or []
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")
         questions.append(
             Question(
-                id=raw["question_id"],
-                text=raw["text"],
-                images=images_of(raw),
-                kind=raw.get("kind") or "question",
-                answer=raw.get("answer"),
+                id=line["question_id"],
+                text=line["text"],
+                images=images_of(line),
+                kind=line.get("kind") or "question",
+                answer=line.get("answer"),
                 references=tuple(references),
             )
         )
@@ -90,15 +91,12 @@ def open_questions(
     """`limit` questions of a file, drawn evenly, and their pictures. Raises UserError for a missing picture."""
     from mllm.data.images import ImageStore  # it imports torch, which reading questions alone does not need
 
-    questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    questions = draw_evenly(read_questions(path), limit)
+    store = ImageStore(image_folder) if image_folder else None
     for question in questions:
         for name in question.images:
-            if store is None:
-                raise UserError(
-                    f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
-                    "also of compare_encoders.py)"
-                )
-            if problem := store.problem(name):
+            problem = store.problem(name) if store else "it has an image, but no --image-folder is given"
+            if problem:
                 raise UserError(f"{path}: question {question.id}: {problem}")
     return questions, store
 
@@ -108,15 +106,12 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
 
     Raises UserError for a chunk that does not exist or is empty.
     """
-    if not 0 <= chunk_idx < num_chunks:
-        raise UserError(f"--chunk-idx {chunk_idx}: of {num_chunks} chunks it must be one of 0 to {num_chunks - 1}")
-    size = math.ceil(len(questions) / num_chunks)
-    chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
+    chunk = []
+    if 0 <= chunk_idx < num_chunks:
+        size = math.ceil(len(questions) / num_chunks)
+        chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
     if not chunk:
-        raise UserError(
-            f"--chunk-idx {chunk_idx} of {num_chunks} is empty: {len(questions)} questions, {size} in a chunk; "
-            "choose fewer --num-chunks"
-        )
+        raise UserError(f"--chunk-idx {chunk_idx} of {num_chunks}: it has none of the {len(questions)} questions")
     return chunk
 
 

@@ -220,30 +220,27 @@ def test_auto_equals_the_tokenizers_own_template():
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    "template",
     [
-        (None, "no chat template"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "without a special token"),
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
         # the last answer is treated differently, as in templates that insert an empty thought
-        (CHATML.replace("\n{{ m['content'] }}", "\n{{ 'x' if loop.last }}{{ m['content'] }}"), "every turn alike"),
+        CHATML.replace("\n{{ m['content'] }}", "\n{{ 'x' if loop.last }}{{ m['content'] }}"),
     ],
 )
-def test_auto_refuses_templates_that_it_cannot_cut(template, message):
+def test_auto_refuses_templates_that_it_cannot_cut(template):
     tokenizer = make_tokenizer("gpt2")
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="every turn alike"):
         ConversationEncoder(tokenizer, "auto", IMAGE_TOKENS)
 
 
 def test_format_needs_its_control_tokens():
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=["<image>"])
-    with pytest.raises(UserError, match=r"llama_3 needs the special tokens .*<\|eot_id\|>"):
-        ConversationEncoder(plain, "llama_3", 1)
-    with pytest.raises(UserError, match="choose one of: plain, v1"):
-        ConversationEncoder(TOKENIZERS["gpt2"], "v2", 1)
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
-    with pytest.raises(UserError, match="no special token <image>"):
-        ConversationEncoder(bare, "v1", 1)
+    cases = ((plain, "llama_3", r"<\|eot_id\|>"), (TOKENIZERS["gpt2"], "v2", "plain, v1"), (bare, "v1", "<image>"))
+    for tokenizer, version, noun in cases:
+        with pytest.raises(UserError, match=noun):
+            ConversationEncoder(tokenizer, version, 1)
 
 
 def ask(*values: str, images: int, max_length: int | None = None, version: str = "chatml"):
@@ -276,27 +273,22 @@ def test_a_list_of_parts_holds_no_placeholders():
 
 
 @pytest.mark.parametrize(
-    ("turns", "message"),
+    ("turns", "noun"),
     [
-        ([], "not empty"),
-        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "take turns, but turn 1 is from human"),
-        ([{"from": "bot", "value": "a"}], "turn 0 must look like"),
-        ([{"from": "human", "value": None}], "turn 0 must look like"),
-        ([{"from": "human", "value": [{"type": "audio"}]}], "turn 0 must look like"),
-        ([{"from": "human", "value": "a"}], "every label is masked"),
+        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 1"),
+        ([{"from": "human", "value": [{"type": "audio"}]}], "turn 0"),
+        ([{"from": "human", "value": "\ud83d"}], "surrogate"),
+        ([{"from": "human", "value": "a"}], "masked"),
         ([{"from": "gpt", "value": "a"}], "no question"),
     ],
 )
-def test_bad_turns_name_the_sample(turns, message):
+def test_bad_turns_name_the_sample(turns, noun):
     encoder = ConversationEncoder(TOKENIZERS["gpt2"], "chatml", IMAGE_TOKENS)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=rf"sample 7 \(id x\).*{noun}"):
         encoder.encode(turns, 0, "sample 7 (id x)")
-    assert "sample 7 (id x)" in str(caught.value)
 
 
 def test_plain_takes_one_caption():
-    with pytest.raises(UserError, match="format plain"):
-        ask("a", "b", images=0, version="plain")
     with pytest.raises(UserError, match="format plain"):
         ask("<image>", "b", "c", "d", images=1, version="plain")
     encoder, encoded = ask("Describe it.\n<image>", "A cat.", images=1, version="plain")
@@ -316,15 +308,12 @@ def test_truncation_keeps_images_and_counts():
     encoder, late = ask("hello", answer, f"{question} <image> <image>", "ok", images=2, max_length=80)
     assert len(late.input_ids) == 80
     assert late.input_ids.count(encoder.image_id) == 2 * IMAGE_TOKENS
-    assert all(label == expected for label, expected in _image_labels(encoder, late))
-    with pytest.raises(UserError, match="take 3 tokens, more than the context"):
+    labels = zip(late.input_ids, late.labels, strict=True)
+    assert all(label == IGNORE for token, label in labels if token == encoder.image_id)
+    with pytest.raises(UserError, match="context"):
         ask("<image>", "x", images=1, max_length=2)
-    with pytest.raises(UserError, match=r"every label is masked.*first 30 tokens"):
+    with pytest.raises(UserError, match="masked"):
         ask(question, "x", images=0, max_length=30)
-
-
-def _image_labels(encoder, encoded):
-    return [(y, IGNORE) for x, y in zip(encoded.input_ids, encoded.labels, strict=True) if x == encoder.image_id]
 
 
 def test_pickled_encoder_still_treats_typed_tokens_as_text():

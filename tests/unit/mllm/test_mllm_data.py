@@ -84,38 +84,29 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "noun"),
     [
         ("text", "'conversations'"),
-        ({"id": "x"}, "'conversations'"),
-        (record("../secret.png"), "leaves the image folder"),
-        (record("sub/0.png") | {"image": [1], "id": 7}, "'image' must be"),
-        (record("sub/9.png"), "'sub/9.png' is not in"),
-        (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "2 image.s. but 1 <image>"),
+        (record("../secret.png"), "image folder"),
+        (record("sub/9.png"), "'sub/9.png'"),
+        (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "placeholder"),
     ],
 )
-def test_a_bad_record_names_index_and_id(bad, message, tmp_path, folder, encoder):
+def test_a_bad_record_names_index_and_id(bad, noun, tmp_path, folder, encoder):
     path = write(tmp_path / "data.json", [record(None), bad])
-    with pytest.raises(UserError, match=message) as caught:
+    sample = bad["id"] if isinstance(bad, dict) else r"\?"
+    with pytest.raises(UserError, match=rf"sample 1 \(id {sample}\).*{noun}"):
         LlavaDataset(path, encoder, ImageStore(folder))
-    assert f"sample 1 (id {bad.get('id', 1) if isinstance(bad, dict) else '?'})" in str(caught.value)
 
 
 def test_unreadable_files_and_images_without_a_folder(tmp_path, encoder):
-    with pytest.raises(UserError, match="cannot be read"):
-        LlavaDataset(tmp_path / "none.json", encoder, None)
-    for name, text, message in (
-        ("data.json", "[", "not JSON"),
-        ("data.json", "{}", "list of records"),
-        ("data.json", "[]", "not empty"),
-        ("data.jsonl", '{"id": 1}\n{', "line 2 is not JSON"),
-    ):
+    for name, text, noun in (("data.json", "[]", "empty"), ("data.jsonl", '{"id": 1}\n{', "line 2")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=noun):
             LlavaDataset(tmp_path / name, encoder, None)
-    with pytest.raises(UserError, match="does not exist; name it with --image_folder"):
+    with pytest.raises(UserError, match="--image_folder"):
         ImageStore(tmp_path / "none")
-    with pytest.raises(UserError, match="no --image_folder is given"):
+    with pytest.raises(UserError, match="--image_folder"):
         LlavaDataset(write(tmp_path / "data.json", [record("a.png")]), encoder, None)
 
 
@@ -124,8 +115,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, folder):
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "inside.png").symlink_to(folder / "sub" / "0.png")
     store = ImageStore(folder)
-    for name in ("link.png", "../outside.png", str(tmp_path / "outside.png"), "a\0b.png"):
-        assert "leads out of" in store.problem(name)
+    for name in ("link.png", "../outside.png"):
         with pytest.raises(BrokenSample, match="leads out of"):
             store.read(name)
     assert store.load("inside.png").size == (8, 8)
@@ -143,29 +133,11 @@ def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
     assert store.problem("link.png")
 
 
-def test_a_tar_that_is_none_or_leads_out_is_refused(tmp_path, folder):
-    (tmp_path / "no.tar").write_bytes(b"no tar at all" * 100)
-    (tmp_path / "short.tar").write_bytes(b"x")
-    for name in ("no.tar", "short.tar"):
-        with pytest.raises(UserError, match=f"{name} is not an uncompressed tar"):
-            ImageStore(tmp_path / name)
-    for kind in ("gz", "bz2", "xz"):
-        with tarfile.open(tmp_path / "packed.tar", f"w:{kind}") as tar:
-            tar.add(folder, arcname=".")
-        with pytest.raises(UserError, match=r"packed\.tar is a compressed file"):
-            ImageStore(tmp_path / "packed.tar")
-    for kind, name, message in (
-        (tarfile.SYMTYPE, "link.png", "is a link; repack"),
-        (tarfile.LNKTYPE, "link.png", "is a link; repack"),
-        (tarfile.REGTYPE, "../secret.png", "points outside"),
-    ):
-        with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-            tar.add(folder, arcname=".")
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            tar.addfile(member)
-        with pytest.raises(UserError, match=message):
-            ImageStore(tmp_path / "bad.tar")
+def test_a_compressed_tar_is_refused(tmp_path, folder):
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    with pytest.raises(UserError, match="compressed"):
+        ImageStore(tmp_path / "packed.tar")
 
 
 def test_a_damaged_tar_gives_what_is_whole_and_says_what_is_not(tmp_path, folder, caplog):
@@ -216,8 +188,7 @@ def test_truncated_samples_are_counted_across_workers(tmp_path, encoder):
     records = [record(None, "word", "cat " * 60), record(None), record(None, "word", "dog " * 80)]
     dataset = LlavaDataset(write(tmp_path / "data.json", records), short, None)
     loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=list)
-    for _ in range(2):
-        assert max(len(batch[0]["input_ids"]) for batch in loader) == 80
+    assert max(len(batch[0]["input_ids"]) for batch in loader) == 80
     assert dataset.truncated == 2
 
 
@@ -397,12 +368,8 @@ def test_demo_is_deterministic_and_kept(demo, tmp_path):
     for path in directory.rglob("*"):
         if path.is_file():
             assert (again / path.relative_to(directory)).read_bytes() == path.read_bytes()
-    with pytest.raises(UserError, match="has 100 train scenes, 150 are needed"):
+    with pytest.raises(UserError, match="train scenes"):
         ensure_llava_demo(tmp_path / "more", root / "scenes", align=100, instruct=50)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds no LLaVA demo data"):
-        ensure_llava_demo(tmp_path / "other", root / "scenes", **OPTIONS)
 
 
 def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
@@ -423,12 +390,8 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
-    assert "no long captions (guessed" in caplog.text
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"sample 3 \(id 3\)(.|\n)*sample 4"):
         LlavaDataset(table, encoder, store)
-    assert str(refused.value).splitlines()[1:] == [
-        f"  sample 3 (id 3): image 'sub/3.png' is not in {folder}", f"  sample 4: {table}#4: web caption is empty"
-    ]  # fmt: skip
     dataset = LlavaDataset(table, encoder, store, "skip")
     assert [problem.kind for problem in dataset.skipped] == ["missing image", "record"]
     assert [dataset[i]["images"] for i in range(3)] == [["0"], ["1"], ["2"]]
@@ -439,13 +402,10 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
         assert store.size(str(number)) == pictures.size(name)
     with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
         pixel_loader(store, lambda picture: picture)(["3"])
-    with pytest.raises(UserError, match=r"none of the first .* pictures is there(.|\n)*--image_folder"):
+    with pytest.raises(UserError, match="--image_folder"):
         open_store(table, tmp_path / "elsewhere")
     monkeypatch.chdir(folder)
     open_store(table, None)
-    assert "looked for in ., the current folder" in caplog.text
+    assert "the current folder" in caplog.text
     remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
-    table.write_text("datei;alt\nsub/0.png;Größe\n")
-    with pytest.raises(UserError, match=r"no images(.|\n)*LLaVA file"):
-        open_store(table, folder)
