@@ -301,15 +301,6 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return part | changes.get(part["type"], {})
 
 
-def is_encodable(text: str) -> bool:
-    """Whether `text` has no lone surrogate, which JSON can spell ("\\ud83d") but no encoding can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
@@ -326,9 +317,10 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
                 f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
                 f"found {str(turn)[:120]}"
             )
-        for text in texts:
-            if not is_encodable(text):
-                raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate): {text!a:.120}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate)") from None
         checked.append((ROLES[turn["from"]], turn["value"]))
 
     start = 1 if checked and checked[0][0] == "system" else 0

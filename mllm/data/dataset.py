@@ -21,9 +21,8 @@ from torch.utils.data import Dataset
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import one_line
-from clips.common.paths import is_plain
 from mllm.data.captions import raw_records
-from mllm.data.conversation import ConversationEncoder, is_encodable
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
@@ -90,8 +89,6 @@ def parse_record(raw: Any, index: int) -> Record:
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise UserError(f"{where}: {field!r} must be a path or a list of paths, found {str(raw[field])[:120]}")
     for name in images:
-        if not is_encodable(name) or not is_plain(name):
-            raise UserError(f"{where}: {field} path {name!r} leaves the image folder; it must be relative to it")
         if field == "video" and not is_video(name):
             raise UserError(f"{where}: 'video' {name!r} must end in one of {', '.join(ENDINGS)}")
     return Record(index, sample_id, tuple(images), raw["conversations"])
@@ -112,9 +109,7 @@ class ImageTokens:
     """Of a video; 0: the model takes no videos."""
 
     def at_most(self, names: Sequence[str]) -> list[int]:
-        """The most tokens that each picture or video may have. UserError for a video if the model takes none."""
-        if not self.frames and any(map(is_video, names)):
-            raise UserError(NO_VIDEOS)
+        """The most tokens that each picture or video may have."""
         return [VideoTokens(self.most) if is_video(name) else self.most for name in names]
 
     def read(self, names: Sequence[str], store: ImageStore | None) -> tuple[list[tuple[int, int]], list[int]]:

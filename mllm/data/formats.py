@@ -64,20 +64,16 @@ class Format:
     def chat_template(self, *, videos: bool = False) -> str:
         """Jinja template with these pieces, for content as a string or as a list of image and text parts.
 
-        With `videos` it takes video parts too.
+        With `videos` it takes video parts too. `plain`, which is for alignment only, has none.
         """
+        assert self.keeps_question, "a model is never saved with the template of plain"
         first = self.first
         before, after = self.system or ("", "")
-        answer = self.lead
-        body = "body" if self.keeps_question else f"'{IMAGE_TOKEN}' * (body.split('{IMAGE_TOKEN}') | length - 1)"
-        question = f"{_quote(self.lead)} + {body} + {_quote(self.middle)}"
+        question = f"{_quote(self.lead)} + body + {_quote(self.middle)}"
         write_question = f"{{{{ {question} }}}}"
         if self.prefix_space:
-            if self.keeps_question:
-                first = f"{self.bos} {first.removeprefix(self.bos)}"
-                before = f"{self.bos} {before.removeprefix(self.bos)}"
-            else:
-                answer = " "
+            first = f"{self.bos} {first.removeprefix(self.bos)}"
+            before = f"{self.bos} {before.removeprefix(self.bos)}"
             write_question = (
                 f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
                 f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
@@ -112,7 +108,7 @@ class Format:
             f"{{{{ {_quote(first)} if loop.first else ('' if messages[loop.index0 - 1]['role'] == 'system' "
             f"else {_quote(self.next)}) }}}}"
             f"{write_question}"
-            f"{{%- else -%}}{{{{ {_quote(answer)} + body + {_quote(self.end)} }}}}"
+            f"{{%- else -%}}{{{{ {_quote(self.lead)} + body + {_quote(self.end)} }}}}"
             f"{{{{ {_quote(self.tail)} if loop.last else '' }}}}"
             "{%- endif -%}{%- endfor -%}"
         )
@@ -182,7 +178,9 @@ def format_name(name: str) -> str:
     """The key of FORMATS for `name`. Raises UserError for an unknown name."""
     key = LLAVA_NAMES.get(name, name)
     if key not in FORMATS:
-        raise UserError(f"conversation format {name!r} is not known; choose one of: {', '.join(FORMATS)}")
+        raise UserError(
+            f"conversation format {name!r} is not known; choose one of: {', '.join([*FORMATS, *LLAVA_NAMES])}"
+        )
     return key
 
 

@@ -56,17 +56,15 @@ def read_questions(path: Path) -> list[Question]:
         if not isinstance(line, dict) or "question_id" not in line:
             raise UserError(f"{path}: record {index} must be an object with question_id, text and image")
         where = f"{path}: record {index} (question_id {line['question_id']})"
-        if not isinstance(line.get("text"), str) or not line["text"].strip():
-            raise UserError(f"{where}: text must be a text")
-        for name in ("kind", "answer"):
-            if not isinstance(line.get(name), str | None):
-                raise UserError(f"{where}: {name} must be a text")
         image = line.get("image") or line.get("video") or []
-        if not isinstance(image, str | list) or not all(isinstance(name, str) and name for name in image):
-            raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
         references = line.get("references") or []
+        if not isinstance(image, str | list) or not all(isinstance(name, str) for name in image):
+            raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")
+        texts = [line.get("text"), line.get("kind") or "", line.get("answer") or ""]
+        if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
+            raise UserError(f"{where}: text, kind and answer must be texts")
         questions.append(
             Question(
                 id=line["question_id"],
@@ -111,7 +109,7 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
         size = math.ceil(len(questions) / num_chunks)
         chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
     if not chunk:
-        raise UserError(f"--chunk-idx {chunk_idx} of {num_chunks}: it has none of the {len(questions)} questions")
+        raise UserError(f"--chunk-idx {chunk_idx} of {num_chunks} is empty: there are {len(questions)} questions")
     return chunk
 
 

@@ -17,6 +17,7 @@ from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM
 
 IMAGE_TOKENS = 3
+TALK = ("system", "human", "gpt", "human")
 ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -175,7 +176,7 @@ def make_processor(tokenizer, template: str) -> LlavaProcessor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize("version", [version for version in FORMATS if version != "plain"])
 def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
     tokenizer = TOKENIZERS[kind]
     encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
@@ -190,18 +191,13 @@ def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
         [{"type": "text", "text": f" {question}\n"}, {"type": "image"}],
     ]
     for content in contents:
-        turns = [{"from": "human", "value": content}]
-        chat = [{"role": "user", "content": content}]
-        if version != "plain":
-            turns += [{"from": "gpt", "value": "A cat."}, {"from": "human", "value": "Where?\nSay it."}]
-            turns = [{"from": "system", "value": "Be brief."}, *turns]
-            chat = [{"role": ROLE[turn["from"]], "content": turn["value"]} for turn in turns]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        ids = processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0]
-        assert encoder.prompt(turns, 1) == list(ids)
-        direct = encoder.prompt([{"from": "human", "value": content}], 1)
-        text = processor.apply_chat_template([chat[1 if len(chat) > 1 else 0]], add_generation_prompt=True)
-        assert direct == list(processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0])
+        values = ["Be brief.", content, "A cat.", "Where?\nSay it."]
+        turns = [{"from": role, "value": value} for role, value in zip(TALK, values, strict=True)]
+        chat = [{"role": ROLE[role], "content": value} for role, value in zip(TALK, values, strict=True)]
+        for start, stop in ((0, 4), (1, 2)):
+            text = processor.apply_chat_template(chat[start:stop], add_generation_prompt=True)
+            ids = processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0]
+            assert encoder.prompt(turns[start:stop], 1) == list(ids)
 
 
 def test_auto_equals_the_tokenizers_own_template():

@@ -87,7 +87,7 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
     ("bad", "noun"),
     [
         ("text", "'conversations'"),
-        (record("../secret.png"), "image folder"),
+        (record("../secret.png"), "leads out of"),
         (record("sub/9.png"), "'sub/9.png'"),
         (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "placeholder"),
     ],
