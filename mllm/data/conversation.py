@@ -297,7 +297,10 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
         name = "normalizers" if "normalizers" in part else "pretokenizers"
         inner = [_without_prefix_space(item) for item in part[name]]
         return part | {name: [item for item in inner if item is not None]}
-    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
     return part | changes.get(part["type"], {})
 
 

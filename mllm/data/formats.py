@@ -243,14 +243,14 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer has no chat template: {CHOOSE} v1, llama_3 or chatml")
 
-    form = _cut(tokenizer)
-    rendered = form and _renderings(tokenizer, form.chat_template())
-    if form is None or own is None or rendered is None or own[:4] != rendered[:4]:
+    own_pieces = _cut(tokenizer)
+    rendered = None if own_pieces is None else _renderings(tokenizer, own_pieces.chat_template())
+    if own_pieces is None or own is None or rendered is None or own[:4] != rendered[:4]:
         raise UserError(
             "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token: "
             f"{CHOOSE} v1, llama_3 or chatml"
         )
-    return form if own == rendered else replace(form, system=None)
+    return own_pieces if own == rendered else replace(own_pieces, system=None)
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:

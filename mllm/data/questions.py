@@ -62,7 +62,7 @@ def read_questions(path: Path) -> list[Question]:
             raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")
-        texts = [line.get("text"), line.get("kind") or "", line.get("answer") or ""]
+        texts: list[Any] = [line.get("text"), line.get("kind") or "", line.get("answer") or ""]
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise UserError(f"{where}: text, kind and answer must be texts")
         questions.append(
