@@ -1,14 +1,19 @@
-"""A tiny LLaVA-style model in a folder, and it loaded for talks: fixtures that a test module imports by name."""
+"""A tiny LLaVA-style model in a folder, loaded for talks: fixtures that a test module imports by name; its answers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_mllm import pictures, write_llava, write_run
 
 from mllm.chat.model import ChatModel, Sampling
+from mllm.data.images import ImageStore
+from mllm.data.questions import Question, read_questions
+from mllm.evaluation.evaluate import generate_answers
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -39,3 +44,16 @@ def own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+
+
+def answers_of(
+    model: ChatModel, lines: list[dict[str, Any]], images: Path, path: Path
+) -> tuple[list[Question], list[str]]:
+    """The questions of `lines`, written to `path`, and their answers: equal in one batch and one by one."""
+    text = "".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines))
+    path.write_text(text, encoding="utf-8")
+    asked, store = read_questions(path), ImageStore(images)
+    batched = generate_answers(model.model, model.processor, asked, store, batch_size=len(lines), max_new_tokens=8)
+    alone = generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
+    assert batched == alone
+    return asked, batched

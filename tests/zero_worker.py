@@ -1,6 +1,8 @@
-"""Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
+"""Started under torchrun for two ranks: a tiny model in each ZeRO stage; rank 0 saves to OUT what was found.
 
-python zero_worker.py OUT OTHER KIND[:FROZEN_TOWER|:caption] …
+python zero_worker.py train OUT OTHER KIND[:FROZEN_TOWER|:caption] …  # how it trains (test_zero.py)
+python zero_worker.py leave_out OUT                                   # steps that are left out (test_leave_out.py)
+python zero_worker.py hold OUT                                        # bytes that each rank holds (test_memory.py)
 
 OTHER: an outcome to go on from in the middle of its kinds that no `:` follows, or "none".
 """
@@ -8,14 +10,16 @@ OTHER: an outcome to go on from in the middle of its kinds that no `:` follows, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from conftest import drawn_tokens, dropping, generative, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
-from clips.training.engine import Engine
+from clips.training.engine import Agreed, Engine
 from clips.training.task import Part, Task
 
 CPU = torch.device("cpu")
@@ -160,16 +164,103 @@ def from_the_middle(kind: str, zero: dict, parts: list[dict]) -> Engine:
     return engine
 
 
-def main(out: str, other: str, *kinds: str) -> None:
-    init_distributed(CPU)
+def outcomes(other: str, *kinds: str) -> dict[str, dict[str, dict]]:
     before = torch.load(other, weights_only=True) if other != "none" else {}
-    results = {
+    return {
         kind: {
             name: outcome(kind, name, None if ":" in kind else before.get(kind))
             for name in stages_of(kind, dist.get_world_size())
         }
         for kind in kinds
     }
+
+
+# ---------------------------------------------------------------------------------------------- steps that are left out
+
+ACCUMULATION = 2
+LEFT_OUT = {"adamw": ("zero0", "zero1", "zero3", "offload", "offload3"), "muon": FEW_STAGES}
+"""Optimizer → the stages in which it is tried; ZeRO-2 with AdamW is tried with its offload."""
+OFFLOAD_3 = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+
+
+def step(engine: Engine, seed: int, *, leave_out: bool = False) -> Agreed:
+    engine.set_lr(1e-2, 2e-2)
+    share = 8 // (engine.world_size * ACCUMULATION)
+    losses = []
+    for micro in range(ACCUMULATION):
+        begin = (micro * engine.world_size + dist.get_rank()) * share
+        loss, _ = engine({key: value[begin : begin + share] for key, value in tiny_batch(seed).items()})
+        losses.append(loss.detach())
+        engine.backward(loss)
+        if micro < ACCUMULATION - 1:
+            engine.step()
+    agreed = engine.agree(torch.stack(losses).mean(), stop=0)
+    engine.step(leave_out=leave_out)
+    return agreed
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def left_out(kind: str, name: str) -> dict[str, object]:
+    """What rank 0 finds; whole states are empty elsewhere."""
+    zero = STAGES.get(name, OFFLOAD_3)
+    engine = build(kind, zero, accumulation=ACCUMULATION)
+    step(engine, 0)
+    step(engine, 1)
+    before = whole_state(engine)
+    agreed = step(engine, 2, leave_out=True)
+    unchanged = same(whole_state(engine), before)
+    step(engine, 3)
+    skipped = whole_state(engine)
+
+    never_saw_it = build(kind, zero, accumulation=ACCUMULATION)
+    for seed in (0, 1, 3):
+        step(never_saw_it, seed)
+    as_if = same(skipped, whole_state(never_saw_it))
+    return {"unchanged": unchanged, "as if never seen": as_if, "agreed": tuple(agreed)}
+
+
+# ---------------------------------------------------------------------------------------------- what a rank holds
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def held(zero: dict) -> dict[str, int]:
+    """Between the backward pass and the step, after one whole step."""
+    engine = build("adamw", zero | {"reduce_bucket_size": 30_000})
+    for seed in range(2):
+        loss, _ = engine({key: value[:4] for key, value in tiny_batch(seed).items()})
+        engine.backward(loss)
+        engine.agree(loss, stop=0)
+        gradients = size(part for parts in engine.state.gradients() for part in parts)
+        engine.step()
+    inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
+    flats = [p for group in inner.param_groups for p in group["params"]]
+    state = [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v) and v.ndim]
+    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.model.parameters()]
+    copies = flats if engine.stage in (1, 2) else []  # elsewhere they are the weights themselves
+    return {"weights": size(weights), "optimizer": size([*state, *copies]), "gradients": gradients}
+
+
+def of_all_ranks(value: object) -> list[Any]:
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, value)
+    return ranks
+
+
+def main(what: str, out: str, *words: str) -> None:
+    init_distributed(CPU)
+    if what == "train":
+        results: Any = outcomes(*words)
+    elif what == "leave_out":
+        results = of_all_ranks({k: {name: left_out(k, name) for name in names} for k, names in LEFT_OUT.items()})
+    else:
+        results = {name: of_all_ranks(held(zero)) for name, zero in STAGES.items()}
     if dist.get_rank() == 0:
         torch.save(results, out)
     shutdown()

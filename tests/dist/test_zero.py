@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
     other: str | Path = "none"
     for ranks, frozen in ((2, "muon:vision"), (1, "adamw:vision")):
         out = folder / f"{ranks}.pt"
-        done = run_python(WORKER, out, other, "adamw", "muon", frozen, "muon:caption", ranks=ranks)
+        done = run_python(WORKER, "train", out, other, "adamw", "muon", frozen, "muon:caption", ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         found |= {(kind, ranks): stages for kind, stages in torch.load(out, weights_only=True).items()}
         other = out

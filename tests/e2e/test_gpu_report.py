@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run_python
 
-from clips.common.errors import CommandError
 from tools import gpu_report as report
 
 
@@ -41,40 +39,6 @@ def test_parts_that_go_wrong_are_named() -> None:
     seconds = list(report.LIMITS.values())
     assert sum(seconds[:4]) < 600  # the most valuable figures
     assert sum(seconds) < 3600
-
-
-def test_a_cut_leaves_the_first_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = list(report.LIMITS)[:4]
-
-    def taken(name: str, command: list[str], limit: float) -> dict:
-        if name not in first:
-            raise KeyboardInterrupt  # the machine goes back after ten minutes
-        return {"part": name, "seconds": limit, "problem": "", "lines": ["[]"]}
-
-    monkeypatch.setattr(report, "take", taken)
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--device", "cpu", "--output", str(tmp_path / "r.json")])
-    with pytest.raises(KeyboardInterrupt):
-        report.main()
-    assert [part["part"] for part in json.loads((tmp_path / "r.json").read_text())["parts"]] == first
-
-
-def test_a_failed_check_has_the_sentence_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises(device: torch.device) -> None:
-        raise OSError(f"no {device}\nlibrary")
-
-    monkeypatch.setattr(report, "CHECKS", {"a": (raises, "install a"), "b": (bool, "-"), "c": (lambda _: 0, "get c")})
-    assert [row["mend"] for row in report.checks(torch.device("cpu"))] == ["install a (OSError: no cpu)", "", "get c"]
-
-
-def test_the_batch_shrinks_until_it_fits() -> None:
-    def measured(samples: int) -> dict:
-        if samples > 100:
-            raise torch.OutOfMemoryError("full")
-        return {"batch": samples}
-
-    assert report.largest(measured, 8192) == {"batch": 64}
-    with pytest.raises(CommandError, match="not even one sample"):
-        report.largest(lambda samples: measured(101), 128)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

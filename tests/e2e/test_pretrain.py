@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from launched import (
     lines,
     pictures,
     python,
-    recap,
     run_all,
     trace,
     write_shard,
@@ -36,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Of the paper's four, which differ in sizes alone, the smallest."""
-    recipes = [name for name in RECIPES if name not in ("b16", "l14", "h14")]
+    recipes = ["demo", "clip_baseline", "caption_web", "s16"]
     flags = ("--debug", "--output", tmp_path, *shards, "--profile", "1")
     for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in recipes}).items():
         assert done.code == 0, done.text
@@ -86,20 +84,12 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
 
 def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    (tmp_path / "empty").mkdir()
-    write_shard(tmp_path / "short/0.tar", [(p, {"json": recap(w, t)["json"]}) for p, w, t in pictures(4)])
-    (tmp_path / "hollow").mkdir()
-    tarfile.open(tmp_path / "hollow/0.tar", "w").close()
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
     data = shards[1]
     cases: dict[str, tuple[list[str], list[str]]] = {
         "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
         "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
-        "empty folder": (["--data", f"{tmp_path}/empty"], ["no data at", "empty"]),
-        "empty shard": (["--data", f"{tmp_path}/hollow"], ["hold no samples"]),
         "missing test data": (["--data", data, "--test-data", f"{tmp_path}/gone.csv"], ["no data at", "gone.csv"]),
-        "wrong field": (["--data", data, "--fields", "web=json:alt"], ["json:alt", "json:org_caption", "txt"]),
-        "no long captions": (["--data", f"{tmp_path}/short"], ["long", "json:org_caption"]),
         "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
         "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "6 or 9"]),
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),

@@ -117,10 +117,3 @@ def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Pat
     commands = [f"python scripts/train_llava.py --stage {number}" for number in (1, 2)]
     for what in (*commands, "stage 1: align", "stage 2: instruct", "80 of 4 samples", "GB per rank"):
         assert what in done.stderr, what
-
-
-def test_one_data_file_for_both_stages_is_refused(place: Path) -> None:
-    done = command(place, "--data_path", "align.json", "--image_folder", "images")
-    assert done.returncode == 2
-    assert "--align.data_path" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -55,10 +55,9 @@ def run(answers: Path, url: str, *words: str) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"", b"[]", b"null", b'{"choices": []}', b'{"choices": [{"message": null}]}', b"[" * 100_000,
-     b'{"choices": [{"message": {"content": [1]}}]}', b"<html>", b"\xff\xfe"],
-    ids=range(9),
-)  # fmt: skip
+    [b"", b"[" * 100_000, b'{"choices": [{"message": {"content": [1]}}]}', b"\xff\xfe"],
+    ids=range(4),
+)
 def test_a_malformed_answer_is_told(answer: bytes, answers: Path) -> None:
     with serving(answer) as url, pytest.raises(UserError, match="answer"):
         run(answers, url)
@@ -78,7 +77,6 @@ def test_escape_codes_of_a_server_do_not_reach_the_terminal(answers: Path, capsy
         assert "\x1b" not in output.out + output.err
 
 
-@pytest.mark.parametrize("limit", ["0", "-1"])
-def test_a_limit_leaves_at_least_one_answer(limit: str, answers: Path) -> None:
+def test_a_limit_leaves_at_least_one_answer(answers: Path) -> None:
     with pytest.raises(UserError, match="--limit"):
-        run(answers, "http://127.0.0.1:9/v1", "--limit", limit)
+        run(answers, "http://127.0.0.1:9/v1", "--limit", "0")

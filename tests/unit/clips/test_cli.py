@@ -61,14 +61,9 @@ def test_several_test_sets_have_names_but_for_the_first() -> None:
     assert run.data.test == "coco=1.csv"  # a place may have an equals sign in it
     further = [(part.name, part.data) for part in run.data.further_tests]
     assert further == [("flickr", "f.csv"), ("unseen", "https://host/u?v=1.tar")]
-    for wrong in ("f.csv", "=f.csv", "f="):
-        with pytest.raises(UserError, match="every set behind the first is NAME=DATA"):
-            pretrain("--data", "a", "--test-data", "t.csv", wrong)
-    for wrong, message in (("a/b=f.csv", "'a/b' is no name"), ("test=f.csv", "'test' is no name")):
-        with pytest.raises(UserError, match=message):
-            pretrain("--data", "a", "--test-data", "t.csv", wrong)
-    with pytest.raises(UserError, match="names a set twice"):
-        pretrain("--data", "a", "--test-data", "t.csv", "a=1", "a=2")
+    for wrong, noun in ((["f.csv"], "NAME=DATA"), (["a/b=f.csv"], "a/b"), (["a=1", "a=2"], "twice")):
+        with pytest.raises(UserError, match=noun):
+            pretrain("--data", "a", "--test-data", "t.csv", *wrong)
 
 
 def test_a_mix_is_several_sets_with_shares() -> None:
@@ -78,11 +73,8 @@ def test_a_mix_is_several_sets_with_shares() -> None:
         ("recap", 3.0, "a/*.tar"),
         ("cc", 0.5, "https://host:80/b.parquet"),
     ]
-    for mix in ("a", "a=1", "a=1:", "=1:b", "a=x:b"):
-        with pytest.raises(UserError, match="must look like NAME=SHARE:DATA"):
-            pretrain("--mix", mix)
-    for mix, message in ((["a=0:b"], "share of a is 0"), (["a=inf:b"], "share of a"), (["a=1:b", "a=1:c"], "twice")):
-        with pytest.raises(UserError, match=message):
+    for mix, noun in ((["a=1"], "NAME=SHARE:DATA"), (["a=inf:b"], "share"), (["a=1:b", "a=1:c"], "twice")):
+        with pytest.raises(UserError, match=noun):
             pretrain("--mix", *mix)
     with pytest.raises(SystemExit, match="2"):
         pretrain("--mix", "a=1:b", "--data", "c")
@@ -101,21 +93,15 @@ def test_samples_and_batch_size_fit_together() -> None:
 
 def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
     """The paper's rates are per 256 samples; the demo's follow the square root; --set has the last word."""
-    from clips.training.prepare import phase_line
-
     run = pretrain("--recipe", "b16", "--data", "x.tar", "--batch-size", "256")
     assert [phase.lr for phase in run.phases] == pytest.approx([8e-6, 4e-7, 1e-7], rel=1e-12)
     assert [phase.warmup_samples for phase in run.phases] == [p.warmup_samples for p in recipe("b16").phases]
     own = recipe("demo").phases[0]
     phase = pretrain("--batch-size", "16").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
-    line = phase_line(pretrain("--batch-size", "16"), phase, samples=1, ranks=1)
-    assert "lr 0.00053, Muon lr 0.00705" in line
     assert pretrain("--batch-size", "64") == recipe("demo")
     phase = pretrain("--batch-size", "16", "--set", "phases.0.lr=0.5").phases[0]
     assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))
-    phase = pretrain("--batch-size", "16", "--set", "optim.lr_scaling=none").phases[0]
-    assert (phase.lr, phase.muon_lr) == (own.lr, own.muon_lr)
     phase = pretrain("--batch-size", "16", "--set", "optim.lr_scaling=linear").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
     phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
@@ -147,11 +133,6 @@ def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
     assert run.phases[0].warmup_samples == 5, "--set has the last word"
 
 
-def test_set_comes_last_and_may_be_repeated() -> None:
-    run = pretrain("--seed", "3", "--set", "train.seed=4", "optim.kind=adamw", "--set", "train.precision=fp32")
-    assert (run.train.seed, run.optim.kind, run.train.precision) == (4, "adamw", "fp32")
-
-
 def test_paper_recipes_ask_for_data_and_their_debug_twins_do_not() -> None:
     with pytest.raises(UserError, match="recipe l14 needs training data: --data"):
         pretrain("--recipe", "l14")
@@ -163,6 +144,6 @@ def test_fields() -> None:
     assert parse_fields([], Fields()) == Fields()
     assert parse_fields(["web=json:alt;json:title"], Fields()) == Fields(web="json:alt;json:title")
     assert parse_fields(["long=a=b"], Fields()).long == "a=b"
-    for wrong in ("text=alt", "web", "web=", "=alt", "web:alt"):
-        with pytest.raises(UserError, match="PART=FIELD with PART one of: image, web, long"):
+    for wrong in ("text=alt", "web="):
+        with pytest.raises(UserError, match="PART=FIELD"):
             parse_fields([wrong], Fields())

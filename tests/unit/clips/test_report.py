@@ -20,15 +20,14 @@ from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import encode_images
-from clips.evaluation.evaluate import evaluate, evaluate_from_flags, measure
-from clips.evaluation.examples import _half_misses, collect_examples
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags
+from clips.evaluation.examples import collect_examples
 from clips.evaluation.figures import MATTER, figures_table
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run
 from clips.weights.export import export_from_flags, write_native
-from clips.weights.load import load_model
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
 
@@ -73,22 +72,6 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
     assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
     assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
-
-
-def test_with_several_sizes_each_picture_is_measured_at_the_nearest_aspect(small, tmp_path):
-    _, run, tokenizer = small
-    folder = ensure_demo(tmp_path / "demo", sizes={"test": 30}, image_size=48, aspects=True)
-    model, sizes = random_model(run), ((48, 48), (64, 32), (32, 64))
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, test=str(folder / "test")))
-    several = dataclasses.replace(run, eval=dataclasses.replace(run.eval, sizes=sizes))
-    found = evaluate(model, tokenizer, several, "test", image_size=32, out=tmp_path / "several.json")
-    square = evaluate(model, tokenizer, run, "test", image_size=32, out=tmp_path / "square.json")
-    items, _ = open_test_set(run.data, "test")
-    images = encode_images(model, items, sizes=sizes, batch_size=7, limit=16)
-    assert found == measure(model, tokenizer, images, batch_size=7)
-    assert found != square
-    sizes_of = [json.loads((tmp_path / f"{name}.json").read_text())["image_size"] for name in ("several", "square")]
-    assert sizes_of == [list(map(list, sizes)), 32]
 
 
 def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path):
@@ -205,16 +188,6 @@ def test_report_of_a_run_without_examples_or_evaluation(tmp_path):
         write_report(tmp_path)
 
 
-def test_examples_are_half_misses_where_there_are_enough():
-    hits = [True] * 10 + [False] * 3
-    for n, wrong in ((4, 2), (8, 3), (13, 3)):
-        chosen = _half_misses(hits, n)
-        assert len(set(chosen)) == n
-        assert sum(not hits[i] for i in chosen) == wrong
-    assert len(_half_misses([False] * 5, 4)) == 4
-    assert _half_misses([True], 4) == [0]
-
-
 def test_commands_evaluate_and_export(small, tmp_path, capsys):
     model, run, tokenizer = small
     native = tmp_path / "native"
@@ -258,17 +231,3 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
         export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
     with pytest.raises(UserError, match="names no test data: give --data,"):  # it named a flag of another command
         figures(tmp_path / "bare")
-
-
-def test_load_model_finds_runs_and_exports(small, tmp_path):
-    model, run, tokenizer = small
-    with pytest.raises(UserError, match="no trained run"):
-        load_model(None, tmp_path / "runs")
-    write_native(model, run, tokenizer, tmp_path / "runs/first/export/native")
-    (tmp_path / "runs/empty").mkdir()
-    for path in (None, tmp_path / "runs/first", tmp_path / "runs/first/export", tmp_path / "runs/first/export/native"):
-        loaded = load_model(path, tmp_path / "runs")
-        assert loaded.run == run
-        assert not loaded.model.training
-    with pytest.raises(UserError, match="holds no trained model"):
-        load_model(tmp_path / "runs/empty")

@@ -157,13 +157,6 @@ def test_the_end_of_a_caption_is_one_token_where_the_vocabulary_has_it() -> None
     assert encoded.input_ids[-1] in encoder.stop_ids
 
 
-def test_a_tokenizer_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    write_sentencepiece(tmp_path, legacy=False)
-    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
-        read_tokenizer(tmp_path)
-
-
 # haotian-liu/LLaVA at c121f04, llava/conversation.py: `conv_templates` → system, roles, separators. `TWO` puts `sep`
 # after the system and each question, and `sep2` after each answer. `MPT` puts `sep` after every text, and no colon.
 ROLES = ("user", "assistant")
@@ -175,10 +168,8 @@ TWO = {"roles": ("USER: ", "ASSISTANT: "), "seps": (" ", "</s>")}
 MPT = {"roles": ("<|im_start|>user\n", "<|im_start|>assistant\n"), "seps": ("<|im_end|>", "<|im_end|>")}
 TEMPLATES = {
     "v1": TWO | {"system": CURIOUS.format("user") + " "},
-    "vicuna_v1": TWO | {"system": CURIOUS.format("user") + " "},
     "llava_v1": TWO | {"system": CURIOUS.format("human") + " "},
     "chatml_direct": MPT | {"system": "<|im_start|>system\nAnswer the questions.<|im_end|>"},
-    "mistral_direct": MPT | {"system": "<|im_start|>system\nAnswer the questions.<|im_end|>"},
 }
 
 

@@ -6,22 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from rich.console import Console
 from tiny_mllm import tiny_work
 from tiny_web import picture
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common import live
 from clips.common.errors import UserError
-from clips.common.live import say_next
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import exact_match_figures
 from mllm.evaluation.summary import NORMAL, print_summary
 from mllm.training.arguments import parse_train_arguments
-from mllm.training.finish import print_next
 from mllm.training.log import MetricsLog, write_curves
 
 FREEZE = {"vision_tower": "frozen", "projector": "full", "language_model": "lora"}
@@ -92,12 +88,6 @@ def test_a_blind_model_counts_if_it_answered_the_same_questions(tmp_path: Path, 
     assert ('<s style="left:30.0%">' in page) is (asked == "x")
 
 
-def test_a_run_that_was_not_measured_says_so(tmp_path: Path, store: ImageStore) -> None:
-    write_run(tmp_path / "runs" / "llava-clips", right=6)
-    (tmp_path / "runs/llava-clips/evaluation/figures.json").unlink()
-    assert "has not answered questions yet" in write_report(tmp_path / "runs" / "llava-clips", store).read_text()
-
-
 def test_own_questions_have_a_page_beside_their_figures(tmp_path: Path, store: ImageStore) -> None:
     write_run(tmp_path / "runs" / "llava-clips", right=6)
     evaluation = tmp_path / "runs/llava-clips/evaluation"
@@ -152,13 +142,6 @@ def test_a_slow_step_shows_progress_and_the_last_step_is_always_logged(
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
 
 
-def test_the_end_names_no_curves_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for there in (False, True):
-        print_next(2, tmp_path, Console(stderr=True, width=200))
-        assert (f"{tmp_path}/curves.png" in capsys.readouterr().err) is there
-        (tmp_path / "curves.png").touch()
-
-
 def answer(kind: str, prompt: str, text: str, expected: str) -> dict[str, object]:
     found = {"kind": kind, "prompt": prompt, "text": text, "expected": expected, "correct": text == expected}
     return found | {"image": f"unseen-{kind}.jpg"}
@@ -200,16 +183,3 @@ def test_three_pictures_and_each_figure_with_chance_and_normal_range(
     )
     assert rows["answers: overall"][:2] == ["60.0", "80.0"]
     assert "answers: count" not in rows
-
-
-def test_a_script_that_goes_on_names_one_next_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The quickstart said Next six times."""
-    say_next("alone")
-    monkeypatch.setenv("CLIPS_MLLM_GOES_ON", "1")
-    say_next("inside")
-    assert capsys.readouterr().err == "Next: alone\n"
-    quickstart = (ROOT / "scripts/quickstart.sh").read_text(encoding="utf-8")
-    assert quickstart.index("export CLIPS_MLLM_GOES_ON=1") < quickstart.index("build_demo_data.py")
-    assert quickstart.count("Next") == 1

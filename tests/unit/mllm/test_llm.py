@@ -11,9 +11,7 @@ from tiny_mllm import tiny_tokenizer, write_llm
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
-from transformers.utils import logging
 
-from clips.common import opening
 from clips.common.errors import UserError
 from clips.data.tokenizer import CaptionTokenizer
 from mllm import DEFAULT_LLM
@@ -91,6 +89,9 @@ def test_keeps_the_first_and_last_layers(tmp_path, kind):
             settings.pop(name, None)
         config = SmolLM3Config(**settings | {"no_rope_layers": [1, 0, 1, 1, 0], "pad_token_id": 2})
         SmolLM3ForCausalLM(config).save_pretrained(directory)
+    assert len(load_llm(str(directory), layers="8,2").model.model.layers) == 5
+    with pytest.raises(UserError, match="--llm_layers"):
+        load_llm(str(directory), layers="1,-1")
     llm = load_llm(str(directory), layers="2,1")
     assert llm.source.endswith(", its first 2 and last 1 of 5 layers")
     cut, whole = llm.model, load_llm(str(directory)).model
@@ -106,16 +107,6 @@ def test_keeps_the_first_and_last_layers(tmp_path, kind):
     cached, plain = (cut.generate(ids, max_new_tokens=8, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, plain)
     assert [layer.self_attn.layer_idx for layer in cut.model.layers] == [0, 1, 2]
-
-
-def test_a_model_without_more_layers_stays_whole(tmp_path):
-    directory = write_llm(tmp_path / "llm")
-    llm = load_llm(str(directory), layers="8,2")
-    assert len(llm.model.model.layers) == 2
-    assert llm.source == str(directory)
-    for layers in ("8", "0,0", "a,2", "1,-1"):
-        with pytest.raises(UserError, match="--llm_layers"):
-            load_llm(str(directory), layers=layers)
 
 
 def test_refusals(tmp_path):
@@ -178,20 +169,6 @@ def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, cap
     answer = llm.model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in llm.tokenizer.decode(answer)
     assert answer[-1] == llm.tokenizer.eos_token_id
-
-
-def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monkeypatch, capsys):
-    directory = write_llm(tmp_path / "llm")
-    logging.enable_progress_bar()  # a comparison in this process turns it off
-    capsys.readouterr()
-    load_llm(str(directory))
-    assert capsys.readouterr().err == ""
-    assert logging.is_progress_bar_enabled()
-    monkeypatch.setattr(opening, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
-    load_llm(str(directory))
-    assert "Loading weights" in capsys.readouterr().err
-    with opening.loading("model", "nowhere/yet"):  # may be a download
-        assert logging.is_progress_bar_enabled()
 
 
 def test_a_tokenizer_that_cannot_read_a_text_is_refused():

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
-from asked import answers_of
 from PIL import Image
 from serve_process import ask, client_of, post, served
-from tiny_chat import SHORT
+from tiny_chat import SHORT, answers_of
 from tiny_serve import CHAT, data_url, picture, png, user, with_picture
 from transformers import pipeline
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
@@ -36,7 +35,6 @@ from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line
 from mllm.model.tiles import placeholder_ids
 from mllm.training.trainer import Collator, TrainingModel
-from tools.check_server import check, parser
 
 model = tiny_chat.model  # a fixture
 TEXT, NAMES = "What is in the two pictures?", ("0.png", "3.png")
@@ -154,34 +152,6 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
     assert not with_tiles or "2 pictures have 8 squares" in costly.text
     with pytest.raises(ContextError, match=r"\(16( to 88)? for each picture"):
         ChatSession(model).ask(TEXT, [load_image(str(files[0]))] * 32)
-
-
-def test_the_answers_of_a_server_are_compared_with_the_evaluation_s(
-    model: ChatModel, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """tools/check_server.py, which docs/weights.md runs on vLLM."""
-    lines = [{"image": list(NAMES), "text": TEXT}, {"image": NAMES[0], "text": TEXT}, {"text": TEXT}]
-    asked, answers = answers_of(model, lines, place / "images", tmp_path / "questions.jsonl")
-    written = [answer_line(question, text, "") for question, text in zip(asked, answers, strict=True)]
-    file = tmp_path / "answers.jsonl"
-    with served(model, Limits()) as address:
-        words = [str(file), "--url", f"{address}/v1", "--image-folder", str(place / "images"), "--max-new-tokens", "8"]
-        file.write_text("".join(written))
-        check(parser().parse_args(words))
-        assert "all 3 answers of " in capsys.readouterr().out
-        file.write_text("".join([*written[:2], answer_line(asked[2], "Never.", "")]))
-        with pytest.raises(CommandError, match="differ in 1 of 3 answers"):
-            check(parser().parse_args(words))
-        assert f"question 2: {TEXT}\n  evaluation: Never.\n  server:     " in capsys.readouterr().out
-        file.write_text(answer_line(asked[0], "", ""))
-        with pytest.raises(UserError, match="the server answers 404"):
-            check(parser().parse_args([*words, "--model", "another"]))
-        with pytest.raises(UserError, match="models: the server answers 404"):
-            check(parser().parse_args([str(file), "--url", address]))
-    with pytest.raises(UserError, match="does not answer"):
-        check(parser().parse_args(words))
-    with pytest.raises(UserError, match="has no question_id, prompt and text"):
-        check(parser().parse_args([str(tmp_path / "questions.jsonl"), *words[1:]]))
 
 
 def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Path) -> None:

