@@ -39,9 +39,6 @@ ADDRESS = "CLIPS_TESTS_WARM"
 AS_PYTHON = "python"
 COLD = "CLIPS_TESTS_COLD"
 DRAWS = "CLIPS_TESTS_DRAW"
-LOG = "CLIPS_TESTS_LOG"
-"""A file for the processor seconds of each fork, with its test and its first words."""
-TEST = "PYTEST_CURRENT_TEST"
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "PYTHON")
 """Prefixes of variables that act while a process starts. A command that changes such a variable starts cold."""
 NOT_READ = ("PYTHONPATH", "PYTHON", "OMP_NUM_THREADS")
@@ -108,7 +105,7 @@ class Popen(subprocess.Popen):
             )  # fmt: skip
         request = {
             "words": words,
-            "env": wanted | {name: os.environ[name] for name in (ADDRESS, DRAWS, TEST) if name in os.environ},
+            "env": wanted | {name: os.environ[name] for name in (ADDRESS, DRAWS) if name in os.environ},
             "cwd": os.fspath(cwd or os.getcwd()),
             "session": bool(start_new_session),
             "group": os.getpgrp(),
@@ -237,7 +234,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(woken.fileno())
-    children: dict[int, tuple[socket.socket, str]] = {}
+    children: dict[int, socket.socket] = {}
     with selectors.DefaultSelector() as ready:
         for source in (listener, waking, sys.stdin):
             ready.register(source, selectors.EVENT_READ)
@@ -255,12 +252,12 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                     pid = os.fork()
                     if not pid:
                         signal.set_wakeup_fd(-1)
-                        for other in (waking, woken, listener, connection, *(it for it, _ in children.values())):
+                        for other in (waking, woken, listener, connection, *children.values()):
                             other.close()
                         return request | {"streams": streams}
                     for stream in streams:
                         os.close(stream)
-                    children[pid] = (connection, f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}")
+                    children[pid] = connection
                     if len(streams) == 3:  # else a lock was passed on to it, to hold when the process that asks is gone
                         ready.register(connection, selectors.EVENT_READ, pid)
                     with contextlib.suppress(OSError):  # the process that asked is gone already
@@ -270,14 +267,11 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                     os.kill(key.data, signal.SIGKILL)
 
 
-def report_ended(children: dict[int, tuple[socket.socket, str]], ready: selectors.BaseSelector) -> None:
+def report_ended(children: dict[int, socket.socket], ready: selectors.BaseSelector) -> None:
     for pid in list(children):
-        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            if LOG in os.environ:
-                with open(os.environ[LOG], "a", encoding="utf-8") as file:
-                    file.write(f"{usage.ru_utime + usage.ru_stime:.2f} {children[pid][1]}\n")
-            connection, _ = children.pop(pid)
+            connection = children.pop(pid)
             with contextlib.suppress(KeyError):
                 ready.unregister(connection)
             with contextlib.suppress(OSError):  # the process that asked is gone

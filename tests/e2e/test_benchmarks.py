@@ -15,8 +15,7 @@ import pytest
 from conftest import random_model, script_parser, tiny_run
 from PIL import Image
 from rich.console import Console
-from tiny_mllm import pictures
-from tiny_web import write_export, write_llava
+from tiny_mllm import pictures, write_export, write_llava_on
 
 from clips.common.errors import UserError
 from clips.data.tokenizer import build_tokenizer
@@ -181,7 +180,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
     write_export(tmp_path / "clips")
     cell = EncoderCell("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "cells" / "clips-seed0")
-    write_llava(cell.directory, tmp_path / "clips", initializer_range=0.1)
+    write_llava_on(cell.directory, tmp_path / "clips", initializer_range=0.1)
     for stage in ("align", "instruct"):
         (cell.directory / stage).mkdir()
         (cell.directory / stage / "done.json").write_text("{}")

@@ -17,7 +17,7 @@ import pyte
 import pytest
 import tiny_chat
 from conftest import ROOT
-from tiny_web import write_export, write_llava
+from tiny_mllm import write_export, write_llava_on
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_a_talk_in_a_terminal(terminal: Callable[..., Terminal], place: Path, tm
 
     # The history outlives the program. Ctrl-C stops the answer of a slow model, not the program.
     write_export(tmp_path / "runs" / "demo")
-    slow = write_llava(
+    slow = write_llava_on(
         tmp_path / "runs" / "llava", tmp_path / "runs" / "demo", num_hidden_layers=12, max_position_embeddings=2048
     )
     chat = terminal("--max-new-tokens", "250", "--model", str(slow))

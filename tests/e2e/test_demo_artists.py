@@ -17,8 +17,7 @@ from conftest import ROOT, run_python
 from small_demo import shrink
 from tiny_compare import collected, finish
 from tiny_llava import command
-from tiny_mllm import write_llm
-from tiny_web import write_llava
+from tiny_mllm import write_llava_on, write_llm
 
 from clips.common.rundir import UNSEEN
 from clips.data.demo import MISSING
@@ -77,7 +76,7 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     assert (MISSING in " ".join(said.split())) == (not several)
 
     # a model on it
-    write_llava(tmp_path / "runs" / "llava-clips", run)
+    write_llava_on(tmp_path / "runs" / "llava-clips", run)
     said = ran("evaluate_llava.py", "--max-new-tokens", "4")
     assert ("unseen artist" in said) == several
     found = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "figures.json")

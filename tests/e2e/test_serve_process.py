@@ -10,8 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from serve_process import Running, ask, assert_ends, started
-from tiny_serve import LONG, RED, data_url, models, picture, user
+from serve_process import LONG, RED, Running, ask, assert_ends, data_url, models, picture, started, user
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,7 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT, random_model, tiny_run
-from tiny_mllm import pictures
-from tiny_web import write_llava
+from tiny_mllm import pictures, write_llava_on
 
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
@@ -31,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "runs" / "demo").mkdir(parents=True)
     run.save(root / "runs" / "demo" / "config.json")
     export_all(random_model(run), run, tokenizer, root / "runs" / "demo" / "export", images, ["a cat"])
-    write_llava(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=1024)
+    write_llava_on(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=1024)
     folder = root / "data" / "llava_demo" / "images"
     for i, name in enumerate(pictures(folder, 5)):
         (folder / name).rename(folder / f"unseen-{i:06}.jpg")

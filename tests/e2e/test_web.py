@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import httpx2
 import pytest
 from conftest import ROOT
-from tiny_web import picture, write_export, write_llava
+from tiny_mllm import picture, write_export, write_llava_on
 
 from clips.common.runtime import unused_port
 
@@ -34,7 +34,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("web")
     write_export(root / "runs" / "demo")
-    write_llava(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=2048)
+    write_llava_on(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=2048)
     images = root / "data" / "llava_demo" / "images"
     images.mkdir(parents=True)
     for number in range(3):

@@ -13,9 +13,9 @@ import bomb
 import pytest
 import torch
 from safetensors.torch import load_file
+from serve_process import write_models
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
 from tiny_original import write_base, write_lora, write_tower
-from tiny_serve import write_models
 
 from clips.common.files import check_seal, seal
 from clips.common.tensors import only_data

@@ -14,8 +14,22 @@ import httpx2
 import openai
 import pytest
 from PIL import Image
-from serve_process import Running, ask, client_of, get, post, served, started
-from tiny_serve import BAD, CHAT, data_url, models, picture, png, user
+from serve_process import (
+    BAD,
+    CHAT,
+    Running,
+    ask,
+    client_of,
+    data_url,
+    get,
+    models,
+    picture,
+    png,
+    post,
+    served,
+    started,
+    user,
+)
 
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from launched import small_data
+from serve_process import write_models
 from tiny_llava import ALIGN, INSTRUCT, command, write_place
-from tiny_serve import write_models
 
 from clips.common.tensors import read_weights, write_weights
 

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from lab_runs import run_main
 from safetensors.torch import save_file
-from tiny_serve import write_models
+from serve_process import write_models
 from tokenizers import Tokenizer
 
 from clips.common import rundir, signals

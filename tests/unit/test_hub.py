@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import script_parser
 from huggingface_hub.utils import filter_repo_objects
-from tiny_web import picture, write_export
+from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common import hub as hub_module

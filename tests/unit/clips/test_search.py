@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run_python, script_parser
 from range_server import serving
-from tiny_web import picture, write_export
+from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError

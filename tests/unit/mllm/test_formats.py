@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 import pytest
 from PIL import Image
+from serve_process import RED, picture, user
 from tiny_mllm import write_run
-from tiny_serve import RED, picture, user
 from tiny_tokenizers import FORMATS, KINDS, make_tokenizer, write_sentencepiece
 from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_mllm import tiny_work
-from tiny_web import picture
+from tiny_mllm import picture, tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common import live

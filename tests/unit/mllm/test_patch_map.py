@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_web import picture, write_export
+from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError

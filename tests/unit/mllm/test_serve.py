@@ -13,8 +13,22 @@ import pytest
 from conftest import script_parser
 from openai import OpenAI
 from PIL import Image
-from serve_process import ask, client_of, get, post, served, wait_until
-from tiny_serve import BAD, BLUE, CHAT, LONG, RED, models, picture, user
+from serve_process import (
+    BAD,
+    BLUE,
+    CHAT,
+    LONG,
+    RED,
+    ask,
+    client_of,
+    get,
+    models,
+    picture,
+    post,
+    served,
+    user,
+    wait_until,
+)
 
 from clips.common.errors import UserError
 from clips.common.flags import from_flags

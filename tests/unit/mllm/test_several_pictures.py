@@ -16,9 +16,8 @@ import pytest
 import tiny_chat
 import torch
 from PIL import Image
-from serve_process import ask, client_of, post, served
+from serve_process import CHAT, ask, client_of, data_url, picture, png, post, served, user, with_picture
 from tiny_chat import SHORT, answers_of
-from tiny_serve import CHAT, data_url, picture, png, user, with_picture
 from transformers import pipeline
 
 from clips.common.errors import UserError

@@ -15,8 +15,8 @@ import pytest
 import tiny_chat
 from conftest import ROOT, script_parser
 from PIL import Image
+from serve_process import png, png_header
 from tiny_chat import SHORT
-from tiny_serve import png, png_header
 
 from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
