@@ -45,10 +45,6 @@ def test_finished_runs_are_never_run_again(
     again = json.loads((output / "claims.json").read_text())
     assert (again["variants"], again["seconds"]) == (result["variants"], result["seconds"])
 
-    assert run_main(monkeypatch, "compare_pretraining", *flags, "data.epoch=3") == 2
-    assert run_main(monkeypatch, "compare_pretraining", *flags[:5], "--samples", "128", *flags[7:]) == 2
-    assert "phases.0.samples: 64 → 128" in capsys.readouterr().err
-
 
 def test_a_run_of_several_sizes_is_measured_at_each_pictures_aspect(tmp_path: Path) -> None:
     made = ensure_demo(tmp_path / "data", sizes={"train": 200, "val": 20, "test": 40}, aspects=True)
