@@ -132,7 +132,7 @@ def test_a_dry_run_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys
     compare(tmp_path / "none", 3, 6_400, 2, dry_run=True)
     assert sorted(tmp_path.rglob("*")) == before
     printed = " ".join(capsys.readouterr().err.split())
-    for text in ("8 of 9 to run, 2 at a time", "17 of 17 to run", "about"):
+    for text in ("8 of 9 to run, 2 at a time", "17 of 17 to run"):
         assert text in printed
 
 
