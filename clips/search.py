@@ -6,7 +6,6 @@ take 205 MB with E = 512. A search reads these features once.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +43,10 @@ class Index:
     def __init__(
         self, paths: Sequence[str], features: Tensor, encode: Callable[[Any], Tensor], weights: str, skipped: int = 0
     ) -> None:
-        self.paths, self.features, self.encode, self.weights = list(paths), features.numpy(), encode, weights
+        self.paths = list(paths)
+        self.features = features.numpy()
+        self.encode = encode
+        self.weights = weights
         self.skipped = skipped
         """Pictures that could not be read."""
         self.listing = ""
@@ -57,20 +59,10 @@ class Index:
         return f"Index({len(self):,} pictures, {self.features.nbytes / 1e6:.1f} MB)"
 
     def search(self, query: Any, k: int = 10) -> list[Match]:
-        """The `k` pictures nearest to a text, or to a picture (a PIL image, a Path, an array), nearest first.
-
-        The search is exact, by FAISS if it is installed and else by numpy.
-        """
-        k = min(k, len(self))
-        query_E = self.encode(query).numpy()
-        if importlib.util.find_spec("faiss"):
-            import faiss
-
-            scores, rows = faiss.knn(query_E[None], self.features, k, metric=faiss.METRIC_INNER_PRODUCT)
-            return [Match(self.paths[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
-        cosines = self.features @ query_E
-        best: Any = np.argpartition(-cosines, k - 1)[:k] if k else []
-        return [Match(self.paths[row], float(cosines[row])) for row in sorted(best, key=lambda row: -cosines[row])]
+        """The `k` pictures nearest to a text, or to a picture (a PIL image, a Path, an array), nearest first."""
+        cosines = self.features @ self.encode(query).numpy()
+        rows = np.argsort(-cosines, kind="stable")[:k]
+        return [Match(self.paths[row], float(cosines[row])) for row in rows]
 
     def save(self, path: str | Path) -> None:
         """Write the index as one safetensors file; `CLIPS.load_index` opens it."""

