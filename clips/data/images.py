@@ -233,12 +233,9 @@ class Preprocess:
     def _box(self, width: int, height: int, rng: random.Random | None) -> Box:
         """The part of a picture of this size that is kept: a crop, or all of it."""
         config = self.augment
-        if config is None:
+        if config is None or config.min_crop_area == 1:
             return 0, 0, width, height
-        if rng is None:
-            raise ValueError("augmentation needs an rng")
-        if config.min_crop_area == 1:
-            return 0, 0, width, height
+        assert rng is not None, "augmentation needs an rng"
         return inception_crop(width, height, config.min_crop_area, rng)
 
     def _factor(self, box: Box) -> int:

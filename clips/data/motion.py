@@ -34,11 +34,12 @@ class Film:
         things = [scene.things[0] for scene in self.scenes]
         return [(thing.concept, thing.place, end) for thing, end in zip(things, self.ends, strict=True)]
 
-    def frames(self, hands: Sequence[str]) -> list[np.ndarray]:
-        """uint8 [S, S, 3] of each frame, each thing drawn by its artist."""
+    def frames(self, artists: Sequence[str], rng: random.Random) -> list[np.ndarray]:
+        """uint8 [S, S, 3] of each frame, each thing drawn by one of `artists`."""
         pictures: list[Image.Image] = []
+        hands = [draw_hands(scene, artists, rng)[0] for scene in self.scenes]
         for scene, end, artist in zip(self.scenes, self.ends, hands, strict=True):
-            [thing] = scene.things
+            thing = scene.things[0]
             way = [last - first for first, last in zip(PLACES[thing.place], PLACES[end], strict=True)]
             for step in range(STEPS):
                 x, y = (round(part * side * step / (STEPS - 1)) for part, side in zip(way, scene.canvas, strict=True))
@@ -70,8 +71,3 @@ def film_artists() -> Sequence[str]:
     """
     packages()
     return [OPENMOJI] if fetch_sets(sorted(HANDS["train"])) else HANDS["train"]
-
-
-def film_frames(film: Film, artists: Sequence[str], rng: random.Random) -> list[np.ndarray]:
-    """`Film.frames`, each thing drawn by one of `artists`."""
-    return film.frames([draw_hands(scene, artists, rng)[0] for scene in film.scenes])

@@ -52,7 +52,7 @@ KEPT = 0.9
 """Share of the limit that a removal of copies leaves, so that not every new copy needs a removal."""
 OF_DISK = 0.8
 """Largest share of the disk's room that copies may take."""
-VERSION = 4
+VERSION = 5
 """Part of every stamp: raise it when the written format of a derived file changes."""
 TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag")
 """Names that stores give the time or the tag of a file."""

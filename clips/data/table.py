@@ -15,7 +15,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
 """Characters of a row of a CSV file."""
-FIRST_PLACES = 10
-"""Lines of rows that are left out which the copy keeps."""
 csv.field_size_limit(LONGEST_ROW)
 
 
@@ -42,13 +40,8 @@ class LeftOut:
     """Rows of a CSV file that are no rows of its table: another number of cells, or a quote that is never closed."""
 
     count: int = 0
-    lines: list[int] = field(default_factory=list)
-    """The lines on which the first of them begin; the header is line 1."""
-
-    def add(self, line: int) -> None:
-        self.count += 1
-        if len(self.lines) < FIRST_PLACES:
-            self.lines.append(line)
+    first: int = 0
+    """The line on which the first of them begins; the header is line 1."""
 
 
 class Table:
@@ -74,7 +67,7 @@ class Table:
         if left_out.count:
             self.problem = (
                 f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows left out, the first is row "
-                f"{left_out.lines[0]} (other cells than the header, or an open quote)"
+                f"{left_out.first} (other cells than the header, or an open quote)"
             )
             say_once(self.problem)
         if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
@@ -147,8 +140,9 @@ def _write_arrow(url: str, target: Path) -> None:
                 batches = _csv(file, url, encoding, left_out)
             head = next(batches)
             names = head.schema.names
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise UserError(f"{name} has more than one column {', '.join(map(repr, twice))}: rename them")
+            twice = [column for column in set(names) if names.count(column) > 1]
+            if twice:
+                raise UserError(f"{name} has more than one column {twice[0]!r}: rename them")
 
             with pa.ipc.new_file(str(target), head.schema.with_metadata({"encoding": encoding})) as writer:
                 writer.write_batch(head)
@@ -250,7 +244,8 @@ def _rows(lines: _Lines, delimiter: str, cells: int | None, left_out: LeftOut) -
             row, *second = csv.reader([line.rstrip("\r\n") + "\n", "x"], delimiter=delimiter)
             is_open = not second
         if is_open or (row and cells not in (None, len(row))):
-            left_out.add(number)
+            left_out.count += 1
+            left_out.first = left_out.first or number
             lines.put_back(following)
         elif row:
             yield row

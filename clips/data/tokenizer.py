@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import gzip
 import html
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,8 +96,7 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """The text of one row of ids up to its eos, without special tokens."""
-        row = list(map(int, ids))
-        row = row[: row.index(self.eos_id)] if self.eos_id in row else row
+        row = list(itertools.takewhile(lambda token: token != self.eos_id, map(int, ids)))
         return self._tokenizer.decode(row, skip_special_tokens=True).strip()
 
     def __call__(self, texts: list[str], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
@@ -118,17 +117,14 @@ class CaptionTokenizer:
         Without `trim` L = context_length. With `trim` L is the longest `bos … eos`; with `cls` a padding slot, if there
         is room, and the CLS are added. Raises UserError if `cls` is asked of a tokenizer without CLS.
         """
-        if not cls:
-            kept = _kept(encoded, context_length)
-            width = int(kept.max(initial=0)) + 2 if trim else context_length
-            return torch.from_numpy(self._framed(encoded, kept, width))
-        if self.cls_id is None:
+        if cls and self.cls_id is None:
             raise UserError("this tokenizer has no CLS token: set model.text.pool=eos")
-        slots = context_length - 1
+        slots = context_length - cls
         kept = _kept(encoded, slots)
-        width = min(int(kept.max(initial=0)) + 3, slots) if trim else slots
-        rows = self._framed(encoded, kept, width + 1)
-        rows[:, -1] = self.cls_id
+        width = min(int(kept.max(initial=0)) + 2 + cls, slots) if trim else slots
+        rows = self._framed(encoded, kept, width + cls)
+        if cls:
+            rows[:, -1] = self.cls_id
         return torch.from_numpy(rows)
 
     def caption_ids(self, encoded: list[list[int]], length: int) -> torch.Tensor:
@@ -167,24 +163,25 @@ class CaptionTokenizer:
 
         Raises UserError naming the directory if a file is missing or unreadable.
         """
-        path, config_path = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
-        vocab_path = Path(directory) / "vocab.txt"
+        path = Path(directory) / "tokenizer.json"
+        vocabulary = Path(directory) / "vocab.txt"
         try:
-            if path.is_file() or not vocab_path.is_file():
+            if path.is_file() or not vocabulary.is_file():
                 tokenizer = Tokenizer.from_buffer(read_bytes(path))
                 tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout
                 tokenizer.no_padding()
             else:
-                tokenizer = _bert_tokenizer(vocab_path)
-            config = read_json(config_path)
-            declared = {role: _content(config[f"{role}_token"]) for role in _ROLES if config.get(f"{role}_token")}
+                tokenizer = _bert_tokenizer(vocabulary)
+            config = read_json(path.with_name("tokenizer_config.json"))
+            named = {role: config[f"{role}_token"] for role in _ROLES if config.get(f"{role}_token")}
+            # transformers writes a special token with or without settings
+            declared = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
             is_bert = [tokenizer.token_to_id(_BERT[role]) for role in _ROLES[:4]] == [0, 1, 2, 101]
             is_clip = _has_clip_s_words(tokenizer)
             special = _BERT | declared if is_bert else declared | {"pad": _CLIP["pad"]} if is_clip else declared
-            if undeclared := [role for role in _ROLES[:3] if role not in special]:
-                raise ValueError(f"no {', '.join(undeclared)} token is declared")
-            framed = "bos" in declared and "eos" in declared
-            return CaptionTokenizer(tokenizer, special) if framed else _finish(tokenizer, special)
+            if "bos" in declared and "eos" in declared:
+                return CaptionTokenizer(tokenizer, special)
+            return _finish(tokenizer, special)
         except BaseException as error:  # tokenizers raises bare Exception, or panics
             if not is_failure(error):
                 raise
@@ -203,11 +200,6 @@ def _id_of(tokenizer: Tokenizer, token: str) -> int:
 
 def _has_clip_s_words(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer.model, models.BPE) and tokenizer.model.end_of_word_suffix == _END_OF_WORD
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    """The text of a special token, which transformers writes with or without settings."""
-    return token if isinstance(token, str) else token["content"]
 
 
 def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from clips import Film, at_place, capital, draw_film, ensure_built, film_artists, film_frames
+from clips import Film, at_place, capital, draw_film, ensure_built, film_artists
 from clips.common.errors import UserError
 from mllm.data.demo import INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
 from mllm.data.video import MISSING
@@ -88,7 +88,7 @@ def _write_all(work: Path, sizes: dict[str, int], seed: int) -> dict[str, Any]:
         for number in tqdm(range(size), f"drawing {split} videos", unit="video", leave=False, disable=None):
             film = draw_film(split, number, seed, SIDE)
             rng, name = random.Random(f"{seed}/videos/{split}/{number}"), f"{split}-{number:06d}.mp4"
-            write_video(work / VIDEOS / name, film_frames(film, artists, rng), RATE)
+            write_video(work / VIDEOS / name, film.frames(artists, rng), RATE)
             if split == "train":
                 records.append(instruct_record(film, name, rng))
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from launched import pictures, recap, write_shard
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, UserError
-from clips.common.preflight import SHOWN, reason_class
+from clips.common.preflight import SHOWN
 from clips.config import DataConfig, Fields, RunConfig, parse_mix
 from clips.data.check import check_from_flags, check_pairs
 from clips.recipes import recipe
@@ -90,7 +89,7 @@ def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokenDataError, match="13 of 300") as raised:
         check_pairs(run_on(data, limit=0.01), tmp_path / "out")
     assert raised.value.exit_code == 4
-    assert re.search(r"first are\n  \S+\.tar#\d+: image: .*\n.*--set data\.max_broken_share", str(raised.value), re.S)
+    assert "--set data.max_broken_share" in str(raised.value)
     assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 13
     check_pairs(run_on(data, limit=0.05), tmp_path / "out")
 
@@ -135,11 +134,3 @@ def test_nothing_from_the_data_acts_on_the_page(tmp_path: Path) -> None:
     assert "<script" not in page
     assert not any(character in page for character in "\x1b\x08\u202e")
     assert len(page) < 500_000
-
-
-def test_reasons_lose_what_belongs_to_one_sample() -> None:
-    for one, other in (
-        ("[Errno 2] No such file or directory: '/a/b.png'", "[Errno 2] No such file or directory: '/c/it s.png'"),
-        ("9000 × 9000 pixels are above the limit of 64000000", "60000 × 60000 pixels are above the limit of 64000000"),
-    ):
-        assert reason_class(one) == reason_class(other)

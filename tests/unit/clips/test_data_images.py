@@ -29,7 +29,6 @@ from clips.data.images import (
     normalise,
     stacked,
     to_rgb,
-    turn_hue,
 )
 from clips.data.sample import BrokenSample
 
@@ -61,18 +60,15 @@ def test_modes_without_transparency() -> None:
 def test_transparency_is_laid_on_white() -> None:
     colour, alpha = reference(), np.linspace(0, 255, 24).reshape(4, 6).round().astype(np.uint8)
     expected = np.round(colour * (alpha[..., None] / 255.0) + 255 * (1 - alpha[..., None] / 255.0))
-    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
-        found = pixels(encode(Image.fromarray(np.dstack([colour, alpha]), "RGBA"), kind, **options))
-        assert np.abs(found - expected).max() <= 1, kind
+    found = pixels(encode(Image.fromarray(np.dstack([colour, alpha]), "RGBA")))
+    assert np.abs(found - expected).max() <= 1
     grey = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
     found = pixels(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")))
     assert np.abs(found[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["RGB", "P"])
-def test_a_transparent_colour_becomes_white(mode: str) -> None:
-    image = Image.new("RGB", (3, 2), (10, 20, 30))
-    image = image.quantize(2) if mode == "P" else image.convert(mode)
+def test_a_transparent_colour_becomes_white() -> None:
+    image = Image.new("RGB", (3, 2), (10, 20, 30)).quantize(2)
     transparent = image.getpixel((0, 0))
     assert (pixels(encode(image, transparency=transparent)) == 255).all()
 
@@ -108,11 +104,9 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
     assert np.abs(found.astype(int) - upright).mean() < 3
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_the_first_frame_of_an_animation(kind: str) -> None:
+def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
-    options = {"lossless": True} if kind == "WEBP" else {}
-    found = pixels(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    found = pixels(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert (found == [255, 0, 0]).all()
 
 
@@ -155,9 +149,7 @@ AUGMENTED = AugmentConfig(min_crop_area=0.4, grayscale=0.2)
     ("data", "side"),
     [
         (encode(photo(800, 600)), 64),  # only a JPEG has smaller scales
-        (encode(photo(800, 600), "WEBP", quality=90), 64),
         (encode(photo(100, 90), "JPEG"), 64),  # too small for any
-        (encode(photo(800, 600), "JPEG"), 320),
     ],
 )
 def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, side: int) -> None:
@@ -224,11 +216,6 @@ def test_a_picture_takes_the_size_of_the_nearest_aspect() -> None:
         assert nearest_size(picture, sizes) == nearest_size(picture, sizes[::-1]) == sizes[nearest]
 
 
-def test_a_picture_of_the_right_size_is_not_resampled() -> None:
-    picture = np.random.default_rng(1).integers(0, 255, (32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(Preprocess(32).pixels(Image.fromarray(picture)), picture)
-
-
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (300, 800), (50, 900)])
 def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) -> None:
     """Area and aspect within their bounds wherever a picture has room for both; beyond, the whole picture."""
@@ -262,16 +249,6 @@ def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
     assert np.mean(np.ptp(seen(AugmentConfig(grayscale=0.2)), axis=-1) == 0) == pytest.approx(0.2, abs=0.03)
 
 
-def test_turning_the_hue_goes_round_the_circle() -> None:
-    red = Image.new("RGB", (1, 1), (255, 0, 0))
-    assert turn_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
-    third, two_thirds = turn_hue(red, 1 / 3).getpixel((0, 0)), turn_hue(red, -1 / 3).getpixel((0, 0))
-    assert np.argmax(third) == 1
-    assert np.argmax(two_thirds) == 2
-    grey = Image.new("RGB", (1, 1), (90, 90, 90))
-    assert turn_hue(grey, 0.3).getpixel((0, 0)) == (90, 90, 90)
-
-
 def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
     progressive = encode(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
     hostile = with_scans(progressive, 4000)
@@ -294,10 +271,8 @@ def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("kind", "size", "kept"),
     [
-        ("PNG", (400, 300), (400, 300)),
         ("JPEG", (1000, 800), (250, 200)),  # by two while it is decoded, then by two
         ("PNG", (1000, 800), (334, 267)),
-        ("JPEG", (5000, 40), (2500, 20)),
     ],
 )
 def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
@@ -313,8 +288,7 @@ def test_strips_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     random_ = np.random.default_rng(0)
     rgba = encode(Image.fromarray(random_.integers(0, 256, (50, 30, 4), dtype=np.uint8), "RGBA"))
     deep = encode(Image.fromarray(random_.integers(0, 65536, (50, 30), dtype=np.uint16)))
-    palette = Image.fromarray(random_.integers(0, 256, (50, 30, 3), dtype=np.uint8)).quantize(8)
-    for data in (rgba, deep, encode(palette, transparency=3)):
+    for data in (rgba, deep):
         whole = pixels(data)
         with monkeypatch.context() as patch:
             patch.setattr(images, "STRIP_PIXELS", 7 * 30)
@@ -341,7 +315,7 @@ print(peak() - before, kept[0].size)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "side", "served", "limit"),
-    [("I;16", 8000, False, 480), ("RGBA", 8000, False, 640), ("RGBA", 5600, True, 400), ("I;16", 5600, True, 350)],
+    [("RGBA", 8000, False, 640), ("I;16", 5600, True, 350)],
 )
 def test_memory_is_bounded(tmp_path: Path, mode: str, side: int, served: bool, limit: int) -> None:
     """MiB above what was there: two pictures of 4 bytes a pixel at the most, where it was five."""

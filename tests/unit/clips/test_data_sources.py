@@ -183,24 +183,6 @@ def test_wrong_fields_list_what_is_there(tmp_path: Path) -> None:
     assert open_tar(tmp_path, Fields(long="json:long"), need_long=False).read(1).long is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"json": b'{"org_caption": '}, "JSON"),
-        ({"txt": b""}, "long caption"),
-        ({"png": b""}, "image"),
-    ],
-)
-def test_a_broken_sample_has_a_reason(tmp_path: Path, changes: dict[str, bytes], reason: str) -> None:
-    write_tar(tmp_path / "a.tar", sample(0) | sample(1, **changes) | sample(2))
-    source = open_tar(tmp_path)
-    with pytest.raises(BrokenSample, match=reason) as raised:
-        source.read(1)
-    assert raised.value.key.endswith("a.tar#s001")
-    assert source.read(2).web == "web 2"
-    assert len(list(source.captions())) in (4, 6)
-
-
 def headers(path: Path) -> dict[str, int]:
     with tarfile.open(path) as tar:
         return {member.name: member.offset for member in tar}
@@ -332,15 +314,6 @@ def test_bad_rows_break_themselves_only(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(BrokenSample, match="decode"):
         source.read(4)
     assert source.read(5).web == "ok"
-
-    lines = [json.dumps(ROWS[0]), '{"image": ', "[1, 2]", "", json.dumps(ROWS[1])]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    source = open_tar(tmp_path / "t.jsonl", TABLE_FIELDS)
-    assert len(source) == 4
-    assert source.read(3).web == "ünïcode"
-    for i in (1, 2):
-        with pytest.raises(BrokenSample, match=rf"t\.jsonl#{i}"):
-            source.read(i)
 
 
 def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
