@@ -113,7 +113,6 @@ ImagePool = Literal["mean", "cls"]
 TextPool = Literal["cls", "eos"]
 CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
-SentenceSplitter = Literal["smart", "reference"]
 TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
@@ -284,7 +283,6 @@ class CaptionsConfig:
 
     tokenizer: TokenizerKind = "bert"
     strategy: SubCaptionStrategy = "sentence"
-    splitter: SentenceSplitter = "smart"
     sub_caption_tokens: int = 32
     """Tokens that truncation, random_mask and block_mask keep."""
     sentence_share: float = 0.0
@@ -650,7 +648,7 @@ def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
             tree[place] = value
 
 
-RETIRED = {"contrastive_weight": 1.0, "keep_every": 0}
+RETIRED = {"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"}
 """Fields of configurations of earlier versions, which are read if they have this value: what is still done."""
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from clips.config import CaptionsConfig, SentenceSplitter
+from clips.config import CaptionsConfig
 
 Piece = TypeVar("Piece")
 
@@ -27,7 +27,6 @@ _INITIALS = re.compile(r"\d*(?:[^\W\d_]\.)+[^\W\d_]|[^\W\d_]")  # "U.S", "e.g", 
 _LIST_NUMBER = re.compile(r"(?<!\S)(\d{1,2})\.(?=\s)")
 _WORD_CHARACTER = re.compile(r"[^\W_]")
 _VOWEL = re.compile("[^\\W\\d_b-df-hj-np-tv-xz]")  # of the Latin letters; every letter of other scripts
-_REFERENCE_STOP = re.compile(r"[.!|]+")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -74,15 +73,11 @@ _STARTERS = _words(
 )
 
 
-def split_sentences(text: str, splitter: SentenceSplitter = "smart") -> list[str]:
-    """The sentences of `text` in order, stripped, none empty.
+def split_sentences(text: str) -> list[str]:
+    """The sentences of `text` in order, stripped, none empty; only white space is lost.
 
-    `reference` is the rule of the paper's code (OpenVision's `bert_ops.py`): runs of `.`, `!` or `|` separate and are
-    dropped; blank pieces are left out. `smart` keeps every character but white space. Line ends separate, and a piece
-    without a letter or digit joins its neighbour.
+    Line ends separate, and a piece without a letter or digit joins its neighbour.
     """
-    if splitter == "reference":
-        return [piece for part in _REFERENCE_STOP.split(text) if (piece := part.strip())]
     sentences: list[str] = []
     prefix = ""
     for piece in chain.from_iterable(map(_split_line, text.splitlines())):
@@ -184,7 +179,7 @@ def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.
         return web
     if config.strategy != "sentence":
         return long
-    sentences = split_sentences(long, config.splitter)
+    sentences = split_sentences(long)
     count = max(1, round(config.sentence_share * len(sentences)))
     return " ".join(_block(sentences, count, rng))
 

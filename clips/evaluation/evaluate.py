@@ -117,7 +117,7 @@ def evaluate(
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
-    sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
+    sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name) for name in names}
     sizes = run.eval.sizes or (None if image_size is None else [sides(image_size)])
     options: dict[str, Any] = {"sizes": sizes, "batch_size": run.eval.batch_size, "workers": run.data.workers}
 
@@ -257,7 +257,7 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     names = [name for name in (tests if flags.split == "test" else [flags.split]) if split_spec(run.data, name)]
     if not names:
         raise UserError(f"the model's run names no {flags.split} data: give --data, in any form that training takes")
-    return flags.split, {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
+    return flags.split, {name: open_test_set(run.data, name) for name in names}
 
 
 def _key(data: Path) -> str:
@@ -272,4 +272,4 @@ def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
     if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
         return FolderSet(Path(spec))
     fields = parse_fields(flags.fields, run.data.fields)
-    return SourceSet(open_source(spec, fields, image_root=flags.image_root, need_long=False), run.captions.splitter)
+    return SourceSet(open_source(spec, fields, image_root=flags.image_root, need_long=False))

@@ -40,7 +40,7 @@ def collect_examples(
     pool: int = 1000,
 ) -> list[Section]:
     """n examples of each kind from `pool` images of a split, half of them misses if there are enough."""
-    items, classes = open_test_set(run.data, split, run.captions.splitter)
+    items, classes = open_test_set(run.data, split)
     size = image_size or model.visual.image_size
     batch = run.eval.batch_size
     images = encode_images(model, items, sizes=[sides(size)], batch_size=batch, workers=run.data.workers, limit=pool)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside
-from clips.config import DataConfig, SentenceSplitter
+from clips.config import DataConfig
 from clips.data.demo import demo_split
 from clips.data.guess import say_once
 from clips.data.images import ENDINGS, MAX_BYTES
@@ -50,15 +50,15 @@ class TestSet(Protocol):
 class SourceSet:
     """Any training source (shards, tables, demo) as a test set; `label` or `cls` of its JSON member is the class."""
 
-    def __init__(self, source: Source, splitter: SentenceSplitter = "smart") -> None:
-        self.source, self.splitter = source, splitter
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> Item:
         sample = self.source.read(index)
-        sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "", self.splitter)
+        sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "")
         captions = {
             "sentence": _strings(sample.extra.get("captions")),
             "part": sentences[:SENTENCES_PER_IMAGE],
@@ -142,11 +142,9 @@ def _read_inside(root: Path, name: str) -> bytes:
         raise BrokenSample(name, f"cannot be read: {error.strerror}") from None
 
 
-def open_test_set(
-    data: DataConfig, split: str, splitter: SentenceSplitter = "smart"
-) -> tuple[SourceSet, Classes | None]:
+def open_test_set(data: DataConfig, split: str) -> tuple[SourceSet, Classes | None]:
     """A split of a run's data as a test set, and its classes if it names any (the demo does)."""
-    items = SourceSet(open_split(data, split, need_long=False), splitter)
+    items = SourceSet(open_split(data, split, need_long=False))
     demo = split_spec(data, split) == demo_split(data.demo_dir, split)
     return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
 

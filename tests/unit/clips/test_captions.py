@@ -110,20 +110,6 @@ def test_smart_loses_no_character(text):
         assert sentences == []
 
 
-@given(PROSE)
-@settings(max_examples=60, deadline=None)
-def test_reference_rule_is_the_slow_one(text):
-    pieces, piece = [], ""
-    for character in text + ".":  # a blank piece is left out here; the code may draw it
-        if character in ".!|":
-            if piece.strip():
-                pieces.append(piece.strip())
-            piece = ""
-        else:
-            piece += character
-    assert split_sentences(text, "reference") == pieces
-
-
 @pytest.mark.parametrize("piece", ["J. ", ".🐶 "])
 def test_hostile_text_is_split_in_linear_time(piece):
     """The ratio of the fastest tries is 8 where time is linear, 64 where it is quadratic."""

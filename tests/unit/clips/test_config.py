@@ -120,6 +120,7 @@ def test_unknown_and_missing_fields_are_named() -> None:
 def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) -> None:
     tree = tiny_run().to_dict()
     tree["train"] |= {"keep_every": 0}
+    tree["captions"] |= {"splitter": "smart"}
     tree["task"] |= {"contrastive_weight": 1.0}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert RunConfig.load(tmp_path / "config.json") == tiny_run()
