@@ -47,8 +47,8 @@ def shorter(data: type) -> None:
 
 
 def other_sources() -> None:
-    """The data of this machine, of which there are two then, has one sample less."""
-    real = prepare.open_split
+    """The data that this rank gets has one sample less."""
+    real = prepare.once_per_machine
 
     class Short:
         def __init__(self, source: Any) -> None:
@@ -60,8 +60,7 @@ def other_sources() -> None:
         def __len__(self) -> int:
             return len(self.source) - 1
 
-    prepare.once_per_machine = lambda make: Short(make())
-    prepare.open_split = real
+    prepare.once_per_machine = lambda make: Short(real(make))
 
 
 FULL = collections.namedtuple("FULL", "total used free")(10**12, 10**12, 0)
