@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -19,21 +19,6 @@ SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar
 """What `--set` is for every command that has it: fields of clips/config.py."""
 COMMAND: str | None = None
 """What help texts call the program, if that is not the script's name: scripts/__main__.py sets it."""
-SAME = (
-    ("samples", "num-train-epochs", "epochs", "max-steps", "steps", "num-epochs", "train-num-samples"),
-    ("learning-rate", "set", "lr", "warmup", "wd", "weight-decay", "optimizer", "precision", "grad-clip-norm"),
-    ("report-to", "wandb", "tensorboard", "trackio", "logger"),
-    ("output", "output-dir", "out", "save-dir", "logs", "name"),
-    ("batch-size", "batch", "bs", "per-device-train-batch-size"),
-    ("data", "data-path", "dataset", "train-data", "csv"),
-    ("model", "init-from", "model-name-or-path", "pretrained", "checkpoint", "weights", "model-path"),
-    ("vision-tower", "encoder", "vision", "encoders"),
-    ("image-root", "image-folder", "image", "images"),
-    ("fields", "csv-img-key", "csv-caption-key", "csv-separator"),
-    ("jobs", "dataloader-num-workers", "workers", "num-workers", "set"),
-)
-"""Names that commands here and elsewhere (open_clip, LLaVA, transformers) give to one thing; the first that a command
-has is offered for the others."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
     Words of a flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the
-    command with exit code 2, and with the flag of the same meaning or of the nearest name.
+    command with exit code 2 and the flag of the nearest name.
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
@@ -61,39 +46,31 @@ class Parser(argparse.ArgumentParser):
         return word
 
     def error(self, message: str) -> NoReturn:
-        known = dict(self._option_string_actions)
+        known = set(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                for study in action.choices.values():
-                    known |= study._option_string_actions
-        unknown = [word for word in re.findall(r"(?<!\S)--[\w.-]+", message) if word not in known]
-        hints = [
-            f"\n{word}: did you mean {near}? ({known[near].help})" for word in unknown for near in _near(word, known)
-        ]
-        super().error(message + "".join(hints))
-
-
-def _near(flag: str, known: Collection[str]) -> list[str]:
-    """The flag among `known` that means the same as `flag`, else the one whose name is most like it; or none."""
-    by_name = {other[2:].replace("_", "-"): other for other in known}
-    name = flag[2:].replace("_", "-")
-    same = [by_name[other] for names in SAME if name in names for other in names if other in by_name]
-    return same[:1] or difflib.get_close_matches(flag, known, n=1)
+                known.update(*(study._option_string_actions for study in action.choices.values()))
+        for word in re.findall(r"(?<!\S)--[\w.-]+", message):
+            nearest = difflib.get_close_matches(word, known, n=1)
+            if nearest and word not in known:
+                message += f"\n{word}: did you mean {nearest[0]}?"
+        super().error(message)
 
 
 class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
+        text = action.help or ""
+        default = action.default
         is_given = action.required or (not action.option_strings and default is None)
         if is_given or default is argparse.SUPPRESS or "(default:" in text:
             return text
         if action.nargs == 0:
-            shown = "no"
-        elif default is None or default == [] or default == () or default == "":
-            shown = "none"
+            words = "no"
+        elif isinstance(default, (list, tuple)):
+            words = " ".join(map(str, default)) or "none"
         else:
-            shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {shown.replace('%', '%%')})"
+            words = "none" if default is None or default == "" else str(default)
+        return f"{text} (default: {words.replace('%', '%%')})"
 
 
 def option(default: Any, text: str, *aliases: str, underscores: bool = False, **argument: Any) -> Any:
