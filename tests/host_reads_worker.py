@@ -22,8 +22,8 @@ from clips.common.errors import run_command
 from clips.common.runtime import init_distributed
 from clips.training import cli, loop
 from clips.training.engine import Engine
+from clips.training.grad_cache import optimizer_step
 from clips.training.meter import Meter
-from clips.training.step import optimizer_step
 
 aten = torch.ops.aten
 READS = {

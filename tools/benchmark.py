@@ -44,7 +44,7 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.training import cli
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
-from clips.training.step import optimizer_step
+from clips.training.grad_cache import optimizer_step
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 

@@ -33,9 +33,9 @@ from clips.model.clips import CLIPSModel
 from clips.model.flops import training_flops
 from clips.recipes import debug_twin, recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
+from clips.training.grad_cache import optimizer_step
 from clips.training.prepare import full_batch, fullest_shape
 from clips.training.rehearsal import rehearse
-from clips.training.step import optimizer_step
 from clips.training.task import Task
 from mllm.model.flops import LlavaShape
 from mllm.training import rehearsal

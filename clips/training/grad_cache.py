@@ -22,7 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from clips.data.loader import Batch, to_device
 from clips.model.clips import Outputs
-from clips.training.engine import Engine
+from clips.training.engine import Agreed, Engine
 from clips.training.losses import contrastive_loss, gather_features, world_size
 from clips.training.task import Part
 
@@ -43,6 +43,23 @@ def forward_passes(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[B
     for batch, state, part in zip(held, random_states, parts_of_whole(outputs, tokens), strict=True):
         state.replay()
         yield batch, *engine(to_device(batch, engine.device), part)
+
+
+def optimizer_step(engine: Engine, batches: Iterable[Batch]) -> Agreed:
+    """Take the loop's step (clips/training/loop.py) without log and verdict, for benchmarks and tests. Collective.
+
+    `batches` are this rank's micro-batches, run.train.accumulation of them.
+    """
+    losses = []
+    for _, loss, parts in forward_passes(engine, batches):
+        engine.backward(loss)
+        losses.append(parts["loss"])
+        if len(losses) < engine.accumulation:
+            engine.step()
+    agreed = engine.agree(torch.stack(losses).mean(), stop=0)
+    engine.step()
+    engine.limit_logit_scale()
+    return agreed
 
 
 class RandomState:

@@ -102,7 +102,8 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     run = replace(run, train=replace(run.train, precision=start.of_rank_0(run.train.precision)))
     ds_config = read_ds_config(options.ds_config)
     start.agree(facts_of_run(run, options, previous, ds_config))
-    if start.of_rank_0(_is_complete(run, options.run_dir, previous)):
+    is_trained = previous is not None and previous.state.samples == run.samples
+    if start.of_rank_0(is_trained and is_finished(options.run_dir) and has_report(options.run_dir)):
         if start.rank == 0:
             print_next(run, options.run_dir)
         start.close()
@@ -147,8 +148,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     start.at("the first step")
     start.all_have(True)  # every rank gets here, or all end with the reason of the one that does not
     start.close()
-    is_main = dist.get_rank() == 0
-    log = RunLog(run, options.run_dir, start_step=state.step, active=is_main, report_to=options.report_to)
+    log = RunLog(run, options.run_dir, start_step=state.step, active=start.rank == 0, report_to=options.report_to)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),
@@ -162,12 +162,6 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
         # The cores of this machine's other ranks are free now.
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
         finish_run(run, trained, tokenizer, options.run_dir)
-
-
-def _is_complete(run: RunConfig, run_dir: Path, previous: checkpoint.Checkpoint | None) -> bool:
-    """Whether the run is trained, exported and reported."""
-    is_trained = previous is not None and previous.state.samples == run.samples
-    return is_trained and is_finished(run_dir) and has_report(run_dir)
 
 
 def _record(
@@ -197,7 +191,10 @@ def _train(
     writer: Writer,
 ) -> None:
     """The loop: every optimizer step from `state` on, with its log lines, checkpoints and validations."""
-    stop, meter = StopSignal(), _meter(engine, state)
+    stop = StopSignal()
+    # In ZeRO-3 ranks wait for each other's weights inside the model.
+    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
+    meter = Meter(engine.device, state, own_time, peak_flops(engine.device))
     if _owes_validation(run, state, writer.run_dir):
         with meter.aside():
             _validate(run, engine, tokenizer, state, log)
@@ -252,12 +249,6 @@ def _train(
     if state.samples > meter.first:
         log.say(meter.summary(state))
     stop.restore()
-
-
-def _meter(engine: Engine, state: TrainState) -> Meter:
-    # In ZeRO-3 ranks wait for each other's weights inside the model.
-    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
-    return Meter(engine.device, state, own_time, peak_flops(engine.device))
 
 
 def _is_left_out(run: RunConfig, state: TrainState, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:

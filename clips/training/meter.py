@@ -98,7 +98,9 @@ class Meter:
             "flops": self.flops,
             "skipped": len(self.skipped),
         }
-        memory = self._memory()
+        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
+        if self.device.type == "cuda":
+            memory["memory_gb"] = torch.cuda.memory_allocated(self.device) / 1e9
         ranks = self._of_all_ranks(losses, own | memory)
 
         elapsed = max(ranks["elapsed"])  # the same on every rank, as all that they decide by must be
@@ -107,7 +109,11 @@ class Meter:
         means = {name: sum(ranks[name]) / len(ranks[name]) for name in losses}
         if "logit_scale" in means:
             state.logit_scale.append((state.samples, means["logit_scale"]))
-        skipped = self._skipped_of_all_ranks() if any(ranks["skipped"]) else []
+        skipped = self.skipped
+        if any(ranks["skipped"]):
+            parts: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, self.skipped)
+            skipped = [entry for part in parts for entry in part]
         state.skipped += len(skipped)
 
         log.skipped(skipped, state.step)
@@ -142,13 +148,6 @@ class Meter:
         columns = torch.stack(of_ranks, dim=1).tolist()
         return dict(zip([*losses, *own], columns, strict=True))
 
-    def _memory(self) -> dict[str, float]:
-        """This rank's memory in GB."""
-        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
-        if self.device.type == "cuda":
-            memory["memory_gb"] = torch.cuda.memory_allocated(self.device) / 1e9
-        return memory
-
     def _name_slow_ranks(self, log: RunLog, own_seconds: Sequence[float], step_seconds: float, step: int) -> None:
         """Warn of a rank when it becomes slow. Collective where one does, which all ranks know."""
         slow = set(slow_ranks(own_seconds, step_seconds))
@@ -171,8 +170,3 @@ class Meter:
             f"trained on {done:,} samples in {in_words(elapsed)}: {done / elapsed:,.0f} samples/s, "
             f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
         )
-
-    def _skipped_of_all_ranks(self) -> list[tuple[str, str]]:
-        parts: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, self.skipped)
-        return [entry for part in parts for entry in part]

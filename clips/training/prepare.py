@@ -207,18 +207,17 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
-    costs = [_flops(run, usual_shape(run, size)) for size in phase.training_sizes]
+    costs = []
+    for size in phase.training_sizes:
+        shape = usual_shape(run, size)
+        repeated = repeated_flops(
+            run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
+        )
+        if run.train.whole_step:
+            forward = forward_flops(run.model, shape)
+            repeated += forward["vision"] + forward["text"]
+        costs.append(sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated)
     return sum(costs) // len(costs)
-
-
-def _flops(run: RunConfig, shape: BatchShape) -> int:
-    repeated = repeated_flops(
-        run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
-    )
-    if run.train.whole_step:
-        forward = forward_flops(run.model, shape)
-        repeated += forward["vision"] + forward["text"]
-    return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
 def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:

@@ -21,7 +21,6 @@ from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
 from mllm.model.tiles import newline_of
-from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
@@ -31,14 +30,10 @@ OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-
 """Added to the demo's data on a model's card."""
 
 
-def write_results(
-    arguments: TrainArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
-) -> None:
-    """Write the projector, after stage 2 adapter and model, and at last done.json, which makes the stage count.
-
-    `cast` gives every part one precision, as a stock model has; under DeepSpeed every part has it already.
-    """
-    model, stage_dir = prepared.model, run_dir / summary["stage"]
+def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
+    """Write the projector, after stage 2 adapter and model, and at last done.json, which makes the stage count."""
+    arguments, model = prepared.arguments, prepared.model
+    run_dir, stage_dir = prepared.run_dir, prepared.stage_dir
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
     save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR, newline_of(llava))
     if arguments.stage == 2:
@@ -52,8 +47,10 @@ def write_results(
             llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
             dequantize(llava, dtype)
+        if not prepared.deepspeed:  # under which every part has one precision already, as a stock model has
+            llava = llava.to(dtype)
         save_model(
-            llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model",
+            llava, prepared.processor, run_dir / "model",
             vision=prepared.vision, card=card(run_dir, summary, prepared.vision),
             trained_on=trained_on(run_dir),
             base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
@@ -72,11 +69,12 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
             continue
         trains, facts = record["trains"], record["facts"]
         tower, weights = trains["vision_tower"].partition(":")[2], vision.facts["weights"]
-        places = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
-        rows["Vision encoder"] = _without(facts["vision encoder"], places)
-        rows["Language model"] = _without(facts["language model"], _name(trains["model_name_or_path"]))
-        of_demo = "" if trains["data_path"] else OF_DEMO
-        rows[f"Stage {stage}: data"] = _without(facts["data"], _name(trains["data_path"])) + of_demo
+        llm, data = trains["model_name_or_path"], trains["data_path"] or ""
+        places = {llm: Path(llm).name, data: Path(data).name, tower: weights, vision.source: weights}
+        names = {place: name for place, name in places.items() if not is_hub_id(place)}
+        rows["Vision encoder"] = _without(facts["vision encoder"], names)
+        rows["Language model"] = _without(facts["language model"], names)
+        rows[f"Stage {stage}: data"] = _without(facts["data"], names) + ("" if data else OF_DEMO)
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
         projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
@@ -93,10 +91,6 @@ def trained_on(run_dir: Path) -> dict[str, str]:
     names = [stage.name for stage in STAGES.values() if stage.name in config]
     paths = {name: config[name]["trains"]["data_path"] for name in names}
     return {stage: "demo" if not path or is_of_demo(path) else Path(path).name for stage, path in paths.items()}
-
-
-def _name(place: str | None) -> dict[str, str]:
-    return {place: Path(place).name} if place and not is_hub_id(place) else {}
 
 
 def _without(text: str, places: Mapping[str, str]) -> str:

@@ -8,13 +8,13 @@ import shlex
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 
 from clips.common.escape import for_rich
 from clips.common.page import table_of
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import count_parameters
-from mllm.training.stages import PARTS, Training
+from mllm.training.prepare import Prepared
+from mllm.training.stages import PARTS
 
 FEW = 20
 """Optimizer steps below which the plan says that a stage learns next to nothing."""
@@ -42,20 +42,12 @@ def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
     return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
-def print_plan(
-    arguments: TrainArguments,
-    model: nn.Module,
-    freeze: dict[str, Training],
-    rows: dict[str, str],
-    *,
-    samples: int,
-    zero: int,
-    world_size: int,
-    console: Console,
-) -> None:
-    """The freeze table with counts and rates, then what else matters; `rows` come first."""
+def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
+    """Print the freeze table with counts and rates, then what else matters."""
+    arguments, freeze = prepared.arguments, prepared.freeze
+    samples = len(prepared.dataset)
     stage = arguments.description
-    counts = count_parameters(model)
+    counts = count_parameters(prepared.model)
     table = []
     for part in PARTS:
         total, trained = counts[part]
@@ -64,11 +56,9 @@ def print_plan(
         table.append((part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate))
     head = ("part", "trains", "parameters", "trained", "learning rate")
     console.print(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
-    steps = steps_of(arguments, samples, world_size)
-    batch = " × ".join(
-        map(str, (world_size, arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size))
-    )
-    facts = dict(rows)
+    steps = steps_of(arguments, samples, ranks)
+    batch = f"{ranks} × {arguments.gradient_accumulation_steps} × {arguments.per_device_train_batch_size}"
+    facts = dict(prepared.facts)
     facts["steps"] = (
         f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
         f"{steps * arguments.batch_size:,} samples, {steps * arguments.batch_size / samples:.1f} epochs"
@@ -76,8 +66,10 @@ def print_plan(
     if steps < FEW:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"
-    facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (f"ZeRO {zero}" if zero else "no ZeRO")
+    facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
+        f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
+    )
     facts["writes to"] = str(Path(arguments.output_dir))
-    facts["command"] = command_line(arguments, world_size)
+    facts["command"] = command_line(arguments, ranks)
     for name, value in facts.items():
         console.print(f"  [bold]{name:<16}[/] {for_rich(value)}", highlight=False, soft_wrap=True)

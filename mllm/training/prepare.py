@@ -40,6 +40,7 @@ from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
 from mllm.training.trainer import Collator, no_images
+from mllm.training.zero import fitted, zero_stage
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
@@ -56,8 +57,12 @@ def start_bytes(width: int, images: int = START_IMAGES) -> int:
 
 @dataclass(kw_only=True)
 class Prepared:
-    """The result of `prepare`."""
+    """The result of `prepare`: a stage and its parts."""
 
+    arguments: TrainArguments
+    device: torch.device
+    deepspeed: dict[str, Any] | None
+    """The engine's settings; None without DeepSpeed."""
     model: Llava | PeftModel
     processor: LlavaProcessors
     vision: VisionEncoder
@@ -67,15 +72,30 @@ class Prepared:
     facts: dict[str, str]
     """For the plan and the model card."""
 
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.arguments.output_dir)
 
-def prepare(
-    arguments: TrainArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
-) -> Prepared:
+    @property
+    def stage_dir(self) -> Path:
+        return self.run_dir / self.arguments.description.name
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage; 0 without DeepSpeed."""
+        return zero_stage(self.deepspeed)
+
+
+def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any] | None) -> Prepared:
     """Load and assemble encoder, language model, data and the freeze plan; the result is the same on every rank.
 
     Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
     """
-    freeze = freeze_of(arguments)
+    freeze = freeze_table(
+        arguments.description, lora=arguments.lora_enable, bits=arguments.bits,
+        unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
+    )  # fmt: skip
     format_name(arguments.version)  # refuses an unknown one before anything is read
     data_path, image_folder = data_of(arguments)
     store = open_store(data_path, image_folder)
@@ -88,7 +108,7 @@ def prepare(
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     dataset = dataset_of(arguments, data_path, store, llm, Layout.of(llava.config))
-    started = load_start(llava, arguments, run_dir, len(dataset))
+    started = load_start(llava, arguments, len(dataset))
     model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if deepspeed else torch.float32)
     if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
@@ -101,17 +121,10 @@ def prepare(
         "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}{skipped}",
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
+    width = llava.config.get_text_config().hidden_size
     return Prepared(
-        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
-    )  # fmt: skip
-
-
-def freeze_of(arguments: TrainArguments) -> dict[str, Training]:
-    """Part → how it trains by the flags."""
-    return freeze_table(
-        arguments.description, lora=arguments.lora_enable, bits=arguments.bits,
-        unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
-        freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
+        arguments=arguments, device=device, deepspeed=fitted(deepspeed, width, device),
+        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
     )  # fmt: skip
 
 
@@ -174,9 +187,10 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
 
 
-def load_start(llava: Llava, arguments: TrainArguments, run_dir: Path, samples: int) -> str:
+def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
     """Load the projector's start if it is a file; returns the start in words."""
-    given, aligned = arguments.pretrain_mm_mlp_adapter, run_dir / "align" / PROJECTOR
+    given = arguments.pretrain_mm_mlp_adapter
+    aligned = Path(arguments.output_dir) / "align" / PROJECTOR
     if given is None and arguments.stage == 1:
         if arguments.mm_projector_init != "captions":
             return f"random, seed {arguments.seed}"
@@ -195,13 +209,15 @@ def load_start(llava: Llava, arguments: TrainArguments, run_dir: Path, samples: 
     return f"from {start}"
 
 
-def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, *, write: bool) -> None:
+def record_config(prepared: Prepared, *, write: bool) -> None:
     """Check config.json, and if `write` is set, write it with the list of skipped samples.
 
     Raises UserError if config.json has another run, if stage 1 trained its projector between another encoder and
     language model, or if another process trains the run.
     """
-    stage, path = arguments.description, run_dir / "config.json"
+    arguments, run_dir = prepared.arguments, prepared.run_dir
+    stage = arguments.description
+    path = run_dir / "config.json"
     made = {
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
@@ -232,12 +248,12 @@ def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, 
         )
     if not write:
         return
-    (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
+    prepared.stage_dir.mkdir(parents=True, exist_ok=True)
     rundir.hold(run_dir)
     write_json(path, config | {stage.name: record})
     if prepared.dataset.skipped:
         lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
-        write_atomically(run_dir / stage.name / "skipped.jsonl", lines)
+        write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
 
 
 def longest(dataset: LlavaDataset) -> int:
@@ -246,8 +262,9 @@ def longest(dataset: LlavaDataset) -> int:
     return min(length, dataset.encoder.max_length or length)
 
 
-def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
+def collator_of(prepared: Prepared) -> Collator:
     """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
+    arguments, device = prepared.arguments, prepared.device
     pad_id = prepared.processor.tokenizer.pad_token_id
     image_ids = placeholder_ids(llava_of(prepared.model).config)
     if prepared.store is None:
@@ -266,8 +283,9 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
-def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:
+def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
+    arguments, device = prepared.arguments, prepared.device
     single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]

@@ -46,49 +46,23 @@ from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
 from mllm.training.zero import fitted
 
-LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49_152,
-        "tie_word_embeddings": True,
-    },
-    "vicuna-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32_000,
-    },
-    "vicuna-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13_824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "vocab_size": 32_000,
-    },
-    "llama3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128_256,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152_064,
-    },
+FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    "vocab_size",
+)
+SIZES = {  # as published
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49_152),
+    "vicuna-7b": (4096, 11_008, 32, 32, 32, 32_000),
+    "vicuna-13b": (5120, 13_824, 40, 40, 40, 32_000),
+    "llama3-8b": (4096, 14_336, 32, 32, 8, 128_256),
+    "qwen2.5-7b": (3584, 18_944, 28, 28, 4, 152_064),
 }
-"""Sizes as published, fields of the config of `model_type`, which is llama if it is not given."""
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    name: dict(zip(FIELDS, sizes, strict=True)) for name, sizes in SIZES.items()
+}
+"""Fields of the config of `model_type`, which is llama if it is not given."""
+LANGUAGE_MODELS["smollm2-135m"]["tie_word_embeddings"] = True
+LANGUAGE_MODELS["qwen2.5-7b"]["model_type"] = "qwen2"
 SAMPLES = {1: 558_128, 2: 665_298}
 """Of LLaVA-1.5's two stages."""
 WORDS = {1: 30, 2: 250}

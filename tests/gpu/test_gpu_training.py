@@ -18,9 +18,9 @@ from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
 from clips.training.engine import Engine
+from clips.training.grad_cache import optimizer_step
 from clips.training.prepare import full_batch, fullest_shape
 from clips.training.rehearsal import rehearse
-from clips.training.step import optimizer_step
 from clips.training.task import Task
 
 pytestmark = pytest.mark.gpu

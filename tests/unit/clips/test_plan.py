@@ -14,7 +14,7 @@ from clips.common.peaks import CARDS, Machine, stated_peak
 from clips.config import DataConfig
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
-from clips.training.plan import engine_settings, print_memory, print_pretraining
+from clips.training.plan import print_memory, print_pretraining
 from clips.training.prepare import flops_per_sample, print_plan, usual_shape
 from clips.training.rehearsal import rehearse
 
@@ -29,12 +29,6 @@ def test_days_follow_from_flops_and_the_share_of_the_peak() -> None:
     for wrong in (("h9", 1, 0.2), ("h100", 0, 0.2), ("h100", 1, 2.0)):
         with pytest.raises(UserError, match="--"):
             Machine(*wrong)
-
-
-def test_engines_are_the_files_of_the_repository() -> None:
-    stages = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
-    assert {path.stem for path in (ROOT / "ds_configs").glob("zero*.json")} == set(stages)
-    assert {name: engine_settings(name)["stage"] for name in stages} == stages
 
 
 def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ from clips.model.clips import CLIPSModel
 from clips.recipes import recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.prepare import full_batch, fullest_shape
-from clips.training.step import optimizer_step
+from clips.training.grad_cache import optimizer_step
 from clips.training.task import Task
 CPU = torch.device("cpu")
 init_distributed(CPU)

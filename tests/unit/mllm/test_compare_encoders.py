@@ -100,7 +100,7 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
         seen = {}
         for cell in cells_of(comparison):
             arguments = train_arguments(comparison, cell, stage)
-            prepared = prepare(arguments, cell.directory, torch.device("cpu"), None)
+            prepared = prepare(arguments, torch.device("cpu"), None)
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
                 batch_size=arguments.per_device_train_batch_size,
