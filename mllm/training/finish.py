@@ -32,8 +32,10 @@ OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-
 
 def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
     """Write the projector, after stage 2 adapter and model, and at last done.json, which makes the stage count."""
-    arguments, model = prepared.arguments, prepared.model
-    run_dir, stage_dir = prepared.run_dir, prepared.stage_dir
+    arguments = prepared.arguments
+    model = prepared.model
+    run_dir = prepared.run_dir
+    stage_dir = prepared.stage_dir
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
     save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR, newline_of(llava))
     if arguments.stage == 2:
@@ -67,14 +69,16 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
     for stage in ("align", "instruct"):
         if (record := config.get(stage)) is None:
             continue
-        trains, facts = record["trains"], record["facts"]
-        tower, weights = trains["vision_tower"].partition(":")[2], vision.facts["weights"]
-        llm, data = trains["model_name_or_path"], trains["data_path"] or ""
-        places = {llm: Path(llm).name, data: Path(data).name, tower: weights, vision.source: weights}
-        names = {place: name for place, name in places.items() if not is_hub_id(place)}
-        rows["Vision encoder"] = _without(facts["vision encoder"], names)
-        rows["Language model"] = _without(facts["language model"], names)
-        rows[f"Stage {stage}: data"] = _without(facts["data"], names) + ("" if data else OF_DEMO)
+        trains = record["trains"]
+        facts = record["facts"]
+        tower = trains["vision_tower"].partition(":")[2]
+        weights = vision.facts["weights"]
+        llm = trains["model_name_or_path"]
+        data = trains["data_path"] or ""
+        towers = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
+        rows["Vision encoder"] = _without(facts["vision encoder"], towers)
+        rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name})
+        rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
         projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
@@ -94,9 +98,10 @@ def trained_on(run_dir: Path) -> dict[str, str]:
 
 
 def _without(text: str, places: Mapping[str, str]) -> str:
-    """`text` with every place in it replaced by its name."""
+    """`text` with every place in it replaced by its name; hub ids stay."""
     for place in sorted(places, key=len, reverse=True):
-        text = text.replace(place, places[place]) if place else text
+        if place and not is_hub_id(place):
+            text = text.replace(place, places[place])
     return text
 
 

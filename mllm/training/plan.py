@@ -44,7 +44,8 @@ def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
 
 def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
     """Print the freeze table with counts and rates, then what else matters."""
-    arguments, freeze = prepared.arguments, prepared.freeze
+    arguments = prepared.arguments
+    freeze = prepared.freeze
     samples = len(prepared.dataset)
     stage = arguments.description
     counts = count_parameters(prepared.model)

@@ -215,7 +215,8 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     Raises UserError if config.json has another run, if stage 1 trained its projector between another encoder and
     language model, or if another process trains the run.
     """
-    arguments, run_dir = prepared.arguments, prepared.run_dir
+    arguments = prepared.arguments
+    run_dir = prepared.run_dir
     stage = arguments.description
     path = run_dir / "config.json"
     made = {
@@ -264,7 +265,8 @@ def longest(dataset: LlavaDataset) -> int:
 
 def collator_of(prepared: Prepared) -> Collator:
     """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
-    arguments, device = prepared.arguments, prepared.device
+    arguments = prepared.arguments
+    device = prepared.device
     pad_id = prepared.processor.tokenizer.pad_token_id
     image_ids = placeholder_ids(llava_of(prepared.model).config)
     if prepared.store is None:
@@ -285,7 +287,8 @@ def collator_of(prepared: Prepared) -> Collator:
 
 def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
-    arguments, device = prepared.arguments, prepared.device
+    arguments = prepared.arguments
+    device = prepared.device
     single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]

@@ -115,7 +115,9 @@ def train(prepared: Prepared, start: Start, console: Console, begin: float) -> d
 
     `start` is closed once the engine is made. Raises Stopped after a signal, once a checkpoint is written.
     """
-    arguments, device, deepspeed = prepared.arguments, prepared.device, prepared.deepspeed
+    arguments = prepared.arguments
+    device = prepared.device
+    deepspeed = prepared.deepspeed
     if start.rank == 0:
         write_json(prepared.run_dir / "env.json", environment(device, start.ranks))
 
