@@ -5,8 +5,7 @@ import argparse
 
 from clips.common.errors import start
 from clips.common.flags import Parser, add_options
-from mllm.chat.flags import add_model_flags
-from mllm.chat.limits import Limits
+from mllm.chat.limits import Limits, add_model_flags
 
 
 def parser() -> argparse.ArgumentParser:

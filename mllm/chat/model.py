@@ -24,7 +24,7 @@ from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 
 def model_options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `ChatModel.load` from the flags of `mllm.chat.flags`."""
+    """The keyword arguments of `ChatModel.load` from the flags of `mllm.chat.limits`."""
     bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
     return {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
 

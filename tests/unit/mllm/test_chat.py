@@ -41,8 +41,6 @@ def ask(session: ChatSession, *arguments, **options) -> str:
     return "".join(session.ask(*arguments, **options))
 
 
-# ---------------------------------------------------------------------------------------------- prompts
-
 QUESTIONS = [
     " What  is\tit? \n",
     "Typed <image> and <|im_end|> </s> \n\n<|eot_id|>",
@@ -74,9 +72,6 @@ def test_prompts_are_what_training_builds(model: ChatModel, images: list, kind: 
         answer_at = next(i for i in reversed(trained) if i - 1 not in trained)
         assert prompt == sample.input_ids[:answer_at]
         session.turns.append(answer)
-
-
-# ---------------------------------------------------------------------------------------------- the cache
 
 
 def fresh(session: ChatSession, sampling: Sampling = SHORT) -> str:
@@ -157,9 +152,6 @@ def test_sampling_repeats_with_its_seed_only(model: ChatModel, images: list) -> 
     assert draw(1, top_p=1e-9) == draw(2, top_p=1e-9) == ask(ChatSession(model), "What is it?", images[:1], SHORT)
 
 
-# ---------------------------------------------------------------------------------------------- the stream
-
-
 def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], AnswerStreamer]:
     streamer = AnswerStreamer(tokenizer, stop, threading.Event())
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
@@ -236,8 +228,7 @@ def test_cancelling_keeps_what_was_said(model: ChatModel, images: list) -> None:
     assert text == fresh(session)
     cancel.set()
     assert ask(session, "Never read", (), SHORT, cancel) == ""
-    assert session.last.new_tokens == 0
-    assert turn_text(session.turns[-1]) == ""
+    assert (session.last.new_tokens, turn_text(session.turns[-1])) == (0, "")
     assert ask(session, "Still there?", (), SHORT) == fresh(session)
 
 
@@ -255,7 +246,7 @@ def test_a_failure_leaves_the_talk_as_it_was(model: ChatModel, images: list, mon
             ask(session, "And?", images[1:2], SHORT)
     with pytest.raises(UserError, match="the question is empty"):
         session.ask("  ")
-    with pytest.raises(UserError, match="reads 512 at most"):
+    with pytest.raises(UserError, match="512"):
         session.ask("w\n" * 250)
     assert (session.turns, session.images, session.last) == before
     assert ask(session, "And?", (), SHORT) == fresh(session)
@@ -264,31 +255,18 @@ def test_a_failure_leaves_the_talk_as_it_was(model: ChatModel, images: list, mon
 
 def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     session = ChatSession(model)
-    overhead = len(session.prompt_ids([{"from": "human", "value": "w"}], 0)) - 1
     question = "w\n" * 251
     while len(session.prompt_ids([{"from": "human", "value": question}], 0)) > 508:
         question = question[:-2]
     list(session.ask(question, (), Sampling(max_new_tokens=100)))
-    assert overhead < session.last.prompt_tokens < 512
+    assert 500 < session.last.prompt_tokens < 512
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
 
 
-# ---------------------------------------------------------------------------------------------- the rest
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", float("nan")), ("top_p", 0), ("max_new_tokens", 0), ("stop", ("",)), ("seed", -1)],
-)
+@pytest.mark.parametrize(("field", "value"), [("temperature", float("nan")), ("stop", ("",))])
 def test_sampling_names_the_wrong_field(field: str, value: object) -> None:
     with pytest.raises(UserError, match=field):
         Sampling(**{field: value})
-
-
-def test_a_format_without_a_system_text_says_so(model: ChatModel) -> None:
-    plain = ChatModel(model.model, model.processor, model.directory, "plain")
-    with pytest.raises(UserError, match="system text"):
-        ChatSession(plain, system="Be kind.")
 
 
 def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
@@ -304,20 +282,19 @@ def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
     prompt = session.prompt_ids(session.turns[:-1], 3)
     assert sample["input_ids"][: len(prompt)] == prompt
     assert ImageStore(path.parent).load("talk_1.png").tobytes() == images[1].tobytes()
-    with pytest.raises(UserError, match=r"name it \.json"):
+    with pytest.raises(UserError, match="json"):
         session.save(tmp_path / "talk.txt")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        session.save(tmp_path / "file" / "talk.json")
+    plain = ChatModel(model.model, model.processor, model.directory, "plain")
+    with pytest.raises(UserError, match="system text"):
+        ChatSession(plain, system="Be kind.")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list, bits: int) -> None:
+def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) -> None:
     write_llm(tmp_path / "llm", hidden_size=64, max_position_embeddings=512)  # whole blocks of 64
     vision = load_vision("clips", runs=place / "runs")
     built = build_model(vision, load_llm(str(tmp_path / "llm")))
     save_model(*built, tmp_path / "llava" / "model", vision=vision, card={})
-    chat = ChatModel.load(str(tmp_path / "llava" / "model"), device="cpu", bits=bits)
+    chat = ChatModel.load(str(tmp_path / "llava" / "model"), device="cpu", bits=4)
     assert any("bit" in type(layer).__name__ for layer in chat.model.modules())
     session = ChatSession(chat)
     assert ask(session, "What is it?", images[:1], SHORT) == turn_text(session.turns[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -50,9 +49,6 @@ def questions(talk: Talk) -> list[str]:
     return [turn_text(turn) for turn in talk.session.turns[::2]]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
     """A picture under a name that must be quoted or escaped."""
@@ -95,9 +91,6 @@ def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_pat
     assert questions(talk) == ["Still there?"]
 
 
-# ---------------------------------------------------------------------------------------------- the talk
-
-
 def test_a_talk_with_every_command(talk: Talk, odd: Path, tmp_path: Path, capsys) -> None:
     say(talk, f"/image {odd}", str(odd))
     assert len(talk.waiting) == 2
@@ -108,16 +101,15 @@ def test_a_talk_with_every_command(talk: Talk, odd: Path, tmp_path: Path, capsys
     assert "What is <image>?" in (tmp_path / "talk.json").read_text()
     capsys.readouterr()
     say(talk, "/undo")
-    printed = capsys.readouterr().out
-    assert printed.startswith("/undo is neither")
-    assert all(f"/{name} " in printed for name in ("image", "reset", "save", "help", "quit"))
+    assert "/undo is neither" in capsys.readouterr().out
     say(talk, "/save talk.txt", "w " * 5000)
     assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["error:"] * 2
     say(talk, "/reset", "", "   ", "/quit", "Never asked")
     assert talk.session.turns == talk.session.images == []
 
 
-def test_ctrl_c_stops_the_answer_only(talk: Talk, capsys, monkeypatch) -> None:
+def test_ctrl_c_stops_the_answer_only(talk: Talk, monkeypatch) -> None:
+    """At the prompt: tests/e2e/test_chat_terminal.py."""
     talk.sampling = Sampling(max_new_tokens=400)
     pieces = []
 
@@ -132,20 +124,8 @@ def test_ctrl_c_stops_the_answer_only(talk: Talk, capsys, monkeypatch) -> None:
     assert talk.session.last.finish_reason == "cancelled"
     assert talk.session.last.new_tokens < 400
     talk.sampling = SHORT
-    talk.stats = True
     say(talk, "And now?")
     assert questions(talk) == ["What is it?", "And now?"]
-    assert "tokens at" in capsys.readouterr().out
-
-    def pressed() -> str:
-        if not hints:
-            hints.append(1)
-            raise KeyboardInterrupt
-        raise EOFError
-
-    hints: list[int] = []
-    talk.run(pressed)
-    assert "/quit leaves" in capsys.readouterr().out
 
 
 def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
@@ -153,28 +133,20 @@ def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffd31md\n\te\n"
 
 
-# ---------------------------------------------------------------------------------------------- the command
-
-
-def flags(*arguments: str) -> argparse.Namespace:
-    return script_parser("chat").parse_args(arguments)
-
-
 def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
     picture = str(place / "images" / "0.png")
+    parser = script_parser("chat")
     common = ["--model", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
-    chat_from_flags(flags(*common, "--prompt", "What is it?", "--image", picture, "--stats"))
+    chat_from_flags(parser.parse_args([*common, "--prompt", "What is it?", "--image", picture, "--stats"]))
     printed = capsys.readouterr()
     expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
     assert printed.out == expected + "\n"
     assert "cached" in printed.err
-    with pytest.raises(UserError, match="the talk takes"):
-        chat_from_flags(flags(*common, "--prompt", "w " * 5000))
+    with pytest.raises(UserError, match="tokens"):
+        chat_from_flags(parser.parse_args([*common, "--prompt", "w " * 5000]))
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="temperature must be"):
-        chat_from_flags(flags(*common, "--prompt", "What?", "--temperature", "-1"))
-    with pytest.raises(UserError, match=r"missing\.png: there is no such file"):
-        chat_from_flags(flags(*common, "--prompt", "What?", "--image", "missing.png"))
+    with pytest.raises(UserError, match=r"missing\.png"):
+        chat_from_flags(parser.parse_args([*common, "--prompt", "What?", "--image", "missing.png"]))
 
 
 def test_a_picture_behind_an_address(talk: Talk, place: Path) -> None:
