@@ -190,23 +190,23 @@ def start() -> str:
     if ADDRESS in os.environ:
         return os.environ[ADDRESS]
     name = f"clips-tests-{os.getpid()}-{os.urandom(4).hex()}"
-    found = os.environ[ADDRESS] = f"{name}\n{json.dumps(acts_at_the_start(dict(os.environ)))}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "SPACE": " " * SPACE}
+    address = f"{name}\n{json.dumps(acts_at_the_start(dict(os.environ)))}"
+    env = os.environ | {ADDRESS: address, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "SPACE": " " * SPACE}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{name}")
         listener.listen(64)
+        os.environ[ADDRESS] = address  # not before: another thread would connect to nothing
         command = [sys.executable, __file__, str(listener.fileno()), " " * SPACE]
         cold = {"executable": sys.executable}  # named, so that `Popen` does not look for a process to fork it
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()], **cold)
     atexit.register(process.stdin.close)
-    return found
+    return address
 
 
 # ---------------------------------------------------------------------------------------------- who forks
 
 
 def import_everything() -> None:
-
     from clips.common.runtime import import_deepspeed
 
     import_deepspeed()
