@@ -151,7 +151,7 @@ RECORDS: Kinds = {
     "a turn that is none": ({"conversations": [3]}, "turn|object"),
     "more pictures than places": ({"image": "good.png", "conversations": _turns("a", "b")}, "<image>"),
     "a picture that is a number": (_asking(3), "path"),
-    "a picture that climbs": (_asking("../x.png"), "leaves"),
+    "a picture that climbs": (_asking("../x.png"), "leads out"),
     "a picture by a link": (_asking("link.png"), "leads out"),
     "a picture that is a pipe": (_asking("pipe"), "not in"),
     "a picture that is not there": (_asking("gone"), "not in"),

@@ -157,12 +157,6 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())})
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # The store would hold the dead ranks' addresses (pytorch issue 135712).
-        raise UserError(
-            "torchrun --max-restarts: ranks that are started again would hang. "
-            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
-        )
     end_with_launcher()
     # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))

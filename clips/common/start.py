@@ -22,6 +22,7 @@ from typing import Any
 from clips.common.errors import CommandError, UserError, first_line, in_one_line
 from clips.common.escape import printable
 from clips.common.files import differing
+from clips.common.signals import end_with_launcher
 
 TELL_EVERY = 60.0
 """Seconds between two lines that say for whom the start waits."""
@@ -39,8 +40,15 @@ _stores: list[Any] = []
 def find_ranks() -> tuple[int, int]:
     """(this process's rank, number of ranks); (0, 1) without a launcher.
 
-    Raises UserError if some of a launcher's variables are there and others are missing.
+    Raises UserError if some of a launcher's variables are there and others are missing, and if torchrun would start
+    ranks again that then hang.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        # The store would hold the dead ranks' addresses (pytorch issue 135712).
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would hang. "
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
+        )
     if not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
         if several := [f"{name}={count}" for name, count in tasks.items() if count != "1"]:
@@ -83,7 +91,8 @@ class Start:
         if self.ranks > 1:
             from torch.distributed import PrefixStore
 
-            name = f"start/{next(_starts)}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            end_with_launcher()
+            name = f"start/{next(_starts)}"
             server = self._connect()
             self.store = PrefixStore(name, server)
             _stores.append(server)
