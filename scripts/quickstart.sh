@@ -38,7 +38,7 @@ else # one core, or GPUs, of which the demo's model is worth one only
 fi
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
-NUM_GPUS=1 bash scripts/train_llava.sh --vision clips --seed "$SEED"
+NUM_GPUS=1 PYTHON="$venv/bin/python" bash scripts/train_llava.sh --vision clips --seed "$SEED"
 
 python -c "from mllm.evaluation.summary import print_summary; print_summary()"
 cat <<NEXT
