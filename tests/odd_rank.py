@@ -73,7 +73,6 @@ FACTS: dict[str, Callable[[], object]] = {
     "no done.json": lambda: without("done.json"),
     "finished": lambda: setattr(loop, "is_finished", lambda _: True),
     "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
-    "no checkpoint of a stage": lambda: setattr(run, "newest", lambda _: None),
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: shorter(LlavaDataset),

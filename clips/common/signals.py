@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import cache
 from types import FrameType
 
 import psutil
@@ -113,6 +114,7 @@ _takes_over = threading.Event()
 """A StopSignal looks after the launcher from then on."""
 
 
+@cache
 def end_with_launcher() -> None:
     """End this process once its launcher is gone, until a StopSignal takes over: before that nothing is to be saved.
 

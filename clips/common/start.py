@@ -116,6 +116,12 @@ class Start:
                 ) from error
         self.close()
 
+    def finish(self) -> None:
+        """Wait for the first step of every rank and close: all get here, or all end with one rank's reason."""
+        self.at("the first step")
+        self.all_have(True)
+        self.close()
+
     def close(self) -> None:
         """End the start: from here on ranks find each other in collectives."""
         self._closed.set()

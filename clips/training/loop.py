@@ -145,9 +145,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
             ) from None
     if start.rank == 0:
         _record(run, options, previous, beginning, engine)
-    start.at("the first step")
-    start.all_have(True)  # every rank gets here, or all end with the reason of the one that does not
-    start.close()
+    start.finish()
     log = RunLog(run, options.run_dir, start_step=state.step, active=start.rank == 0, report_to=options.report_to)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def run_stage(flags: TrainArguments) -> None:
             console.print(f"stage {arguments.stage} is finished already: {for_rich(str(prepared.stage_dir))}")
             start.close()
         else:
-            summary = train(prepared, start, console, begin)
+            checkpoint = newest(prepared.stage_dir)
+            start.agree({"the checkpoint to go on from": checkpoint.name if checkpoint else "none"})
+            summary = train(prepared, checkpoint, start, console, begin)
             with whole(prepared.model, prepared.zero):
                 if start.rank == 0:
                     with reporting(f"stage {arguments.stage} is trained, and its results cannot be written"):
@@ -102,18 +105,17 @@ def join(arguments: TrainArguments, device: torch.device, ranks: int) -> dict[st
 def facts_of(prepared: Prepared) -> dict[str, Any]:
     """What every rank must have found alike before they train together."""
     lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
-    checkpoint = newest(prepared.stage_dir)
     return {
         "the training data": f"{len(prepared.dataset):,} samples (lengths {lengths})",
         "the vision encoder": prepared.vision.fingerprint,
-        "the checkpoint to go on from": checkpoint.name if checkpoint else "none",
     }
 
 
-def train(prepared: Prepared, start: Start, console: Console, begin: float) -> dict[str, Any]:
-    """Take the stage's steps and return its summary (done.json); `begin` is the time when the preparation began.
+def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Console, begin: float) -> dict[str, Any]:
+    """Take the stage's steps after `checkpoint` and return its summary (done.json).
 
-    `start` is closed once the engine is made. Raises Stopped after a signal, once a checkpoint is written.
+    `begin` is the time when the preparation began. `start` is closed once the engine is made. Raises Stopped after a
+    signal, once a checkpoint is written.
     """
     arguments = prepared.arguments
     device = prepared.device
@@ -152,7 +154,6 @@ def train(prepared: Prepared, start: Start, console: Console, begin: float) -> d
         work=work,
         callbacks=[MetricsLog(prepared.run_dir, arguments, work, active=start.rank == 0), steps],
     )
-    checkpoint = newest(prepared.stage_dir)
     if checkpoint is not None:
         check_content(checkpoint, deepspeed=checkpoint_classes() if deepspeed else None, world_size=start.ranks)
         console.print(f"goes on from {for_rich(str(checkpoint))}")

@@ -159,9 +159,7 @@ class StepCallback(TrainerCallback):
         self.profiler: profile | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self.start.at("the first step")
-        self.start.all_have(True)  # every rank gets here, or all end with the reason of the one that does not
-        self.start.close()
+        self.start.finish()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.profiler is not None:
