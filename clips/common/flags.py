@@ -17,8 +17,6 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 T = TypeVar("T")
 SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
 """What `--set` is for every command that has it: fields of clips/config.py."""
-COMMAND: str | None = None
-"""What help texts call the program, if that is not the script's name: scripts/__main__.py sets it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        options = {"prog": COMMAND, "formatter_class": _Formatter, "allow_abbrev": False} | options
+        options = {"formatter_class": _Formatter, "allow_abbrev": False} | options
         super().__init__(description=description, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -8,11 +8,10 @@ import re
 from pathlib import Path, PurePosixPath
 
 CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
-_HOME = Path(__file__).resolve().parents[2]
-_IS_REPOSITORY = (_HOME / "pyproject.toml").is_file()
-SCRIPTS = _HOME / ("scripts" if _IS_REPOSITORY else "clips_commands")
-"""The scripts, which are started as processes; pyproject.toml says under which names they are installed."""
-DS_CONFIGS = (_HOME if _IS_REPOSITORY else SCRIPTS) / "ds_configs"
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "scripts"
+"""The scripts, which comparisons start as processes."""
+DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
 def cache_root() -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import runpy
 import shlex
 from itertools import product
 from pathlib import Path
@@ -22,8 +21,6 @@ OTHERS = {"source", "mkdir", "tar", "head", "sha256sum", "vllm", "ruff", "covera
 """First words of commands that are not this project's."""
 PARSERS = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 LAUNCHERS = {"python", "srun", "bash", "sbatch", *PARSERS}
-COMMAND_SCRIPTS = runpy.run_path(str(ROOT / "scripts" / "__main__.py"))["COMMANDS"]
-"""Command of `clips` → its script."""
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 script_module = functools.cache(load_script)
 
@@ -74,9 +71,6 @@ def check(command: str) -> None:
     """Raise unless `command` is one that its program accepts."""
     for part in re.split(r"\s+(?:&&|\|)\s+", command):
         words = shlex.split(part)
-        if words[0] == "clips":
-            script = COMMAND_SCRIPTS[words[1]]
-            words = ["bash" if script.endswith(".sh") else "python", f"scripts/{script}", *words[2:]]
         while re.match(r"[A-Z_]+=", words[0]):  # NUM_GPUS=2 bash …
             words = words[1:]
         launcher = words[0]

@@ -19,7 +19,7 @@ from conftest import ROOT, script_parser
 
 from mllm.training.arguments import parser as llava_parser
 
-PYTHON_SCRIPTS = sorted(set((ROOT / "scripts").glob("*.py")) - {ROOT / "scripts" / "__main__.py"})
+PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FLAGS = ROOT / "tests" / "data" / "flags.json"
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
 HELP = f"""
