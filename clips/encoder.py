@@ -35,7 +35,7 @@ from clips.common.runtime import choose_device
 from clips.common.tensors import hash_weights
 from clips.data.demo import PROMPTS
 from clips.data.images import ENDINGS, MAX_BYTES, decode_image, eval_transform, to_rgb
-from clips.data.remote import read_whole
+from clips.data.remote import read_range, remote_facts
 from clips.data.sample import BrokenSample
 from clips.evaluation.encode import encode_images, encode_texts, prompt_features
 from clips.evaluation.testsets import Classes, PictureSet, default_templates
@@ -288,8 +288,9 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
             f"{image} is a folder: give it alone, or the pictures in it, such as Path(folder).glob('*.jpg')"
         )
     try:
-        data = read_whole(str(image), MAX_BYTES) if is_remote(str(image)) else read_bytes(image, MAX_BYTES)
-        return decode_image(data)
+        if is_remote(str(image)):
+            return decode_image(read_range(str(image), 0, min(remote_facts(str(image))[0], MAX_BYTES + 1)))
+        return decode_image(read_bytes(image, MAX_BYTES))
     except (OSError, ImportError, ValueError, BrokenSample) as error:
         raise UserError(f"{image}: {error.reason if isinstance(error, BrokenSample) else reason(error)}") from None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 Fault = Callable[[str, str, int], str | int | None]
 """(method, file's name, how often that was asked for before) → a status, "cut", "slow", or None: answer.
 
-Or an attack: "endless", "packed", "drip" or "silent", or the URL of a redirect."""
+Or an attack: "endless", "packed", "drip" or "silent"."""
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -60,11 +60,6 @@ class _Handler(BaseHTTPRequestHandler):
             return time.sleep(3)
         if fault in ("endless", "packed", "drip") and body:
             return self._attack(fault)
-        if isinstance(fault, str) and "://" in fault:
-            self.send_response(302)
-            self.send_header("Location", fault)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
         path = server.root / name
         if isinstance(fault, int) or not path.is_file():
             self.send_response(fault if isinstance(fault, int) else 404)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import posixpath
 import re
 from pathlib import Path, PurePosixPath
 
@@ -63,18 +62,13 @@ def is_plain(name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> str:
-    """The path of `name` below `root` (a folder or an fsspec URL), without links. Raises ValueError if it leads out.
+    """The path of `name` below the folder `root`, without links. Raises ValueError if it leads out.
 
     An absolute `name` is allowed if it is below `root`.
     """
-    root = str(root)
-    if is_remote(root):
-        name = name.removeprefix(f"{root.rstrip('/')}/")
-        if is_plain(name) and not is_remote(name):
-            return posixpath.join(root, name)
-    elif "\0" not in name and not is_remote(name):
+    if "\0" not in name and not is_remote(name):
         real_root = os.path.realpath(root)
         path = os.path.realpath(os.path.join(real_root, name))
         if Path(path).is_relative_to(real_root):
             return path
-    raise ValueError(f"{name!r} leads out of {root!r}")
+    raise ValueError(f"{name!r} leads out of {str(root)!r}")

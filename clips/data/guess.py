@@ -12,14 +12,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
 
 from clips.common.errors import UserError
 from clips.common.files import read_regular
 from clips.common.paths import is_remote, without_secrets
 from clips.config import Fields
 from clips.data.images import ENDINGS
-from clips.data.remote import check_public
 
 log = logging.getLogger("clips.data")
 NAMES = {
@@ -76,20 +74,16 @@ def guess_delimiter(header: str, url: str) -> str:
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
     """The folder of the first image paths of a table: `root`, the table's folder, or what the user gave.
 
-    If it is not given, it may be the host of the first URL, or the current folder if only that one has a picture.
-    Raises UserError if none of the pictures is there.
+    If it is not given, it is the current folder if only that one has a picture. Raises UserError if none of the
+    pictures is there, or if they are URLs.
     """
-    if is_remote(root) or not paths:
+    if not paths:
         return root
-    if not is_given and paths[0].startswith(("http://", "https://")):
-        address = urlsplit(paths[0])
-        host = f"{address.scheme}://{address.netloc}"
-        check_public(host)
-        say_once(
-            f"{where}: pictures are looked for in {host}, the first picture's host (guessed; --image-root overrules)"
+    if is_remote(root) or is_remote(paths[0]):
+        raise UserError(
+            f"{where} names pictures by URL: fetch them with img2dataset first, and train on the tar shards that it "
+            "writes (docs/data.md)"
         )
-        return host
-
     if any(os.path.exists(os.path.join(root, path)) for path in paths):
         return root
     if not is_given and any(map(os.path.exists, paths)):

@@ -13,6 +13,7 @@ A batch is a dict of
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 import re
@@ -20,22 +21,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.paths import is_remote
 from clips.common.signals import start_worker
 from clips.config import CaptionerConfig, PhaseConfig, RunConfig, Size
-from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, decoded_size, normalise, stacked
-from clips.data.order import size_of_step
+from clips.data.order import MixedOrder, Order, SampleOrder, size_of_step
+from clips.data.remote import Copies, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
-from clips.data.sources import Source
+from clips.data.sources import MixedSource, Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
 
 Batch = dict[str, Any]
@@ -43,6 +46,10 @@ MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
 DEALT = 64
 """Places of a step whose pictures are dealt to the sizes at once (`phases.*.by_aspect`)."""
+SHARD_THREADS = 4
+"""Shards that a process fetches at once."""
+GROUPS = 3
+"""Groups of the order that have copies at once: this one, the next, and that of a process that is behind."""
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
 
 
@@ -107,6 +114,91 @@ def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase:
                 begin = first + number * config.batch_size + (part * world_size + rank) * micro[index]
                 yield index, size, range(begin, begin + micro[index])
         first += config.seen
+
+
+class ReadAhead:
+    """Fetches whole copies of the remote shards of the order's group, and of the next group, while training reads.
+
+    Call `at` with each batch's positions before its samples are read. For local data it does nothing. Other remote
+    data, as in an evaluation, is read by ranges.
+    """
+
+    def __init__(self, source: Source, order: Order, limit: int) -> None:
+        """`limit`: bytes of all copies on this machine together; 0: no copies."""
+        self.order = order
+        self._parts: dict[int, _Shards] = {}
+        sources = source.sources if isinstance(source, MixedSource) else [source]
+        orders = order.parts if isinstance(order, MixedOrder) else [order]
+        remote = [
+            (i, part)
+            for i, part in enumerate(sources)
+            if limit > 0 and isinstance(part, TarSource) and any(map(is_remote, part.shards))
+        ]
+        if remote:
+            copies = Copies(limit)
+            share = copies.limit // (GROUPS * len(remote))
+            self._parts = {i: _Shards(part, orders[i], copies, share) for i, part in remote}
+
+    def at(self, positions: Sequence[int]) -> None:
+        if not self._parts:
+            return
+        first: dict[int, int] = {}
+        for position in positions:
+            part, turn = self.order.draw(position) if isinstance(self.order, MixedOrder) else (0, position)
+            first[part] = min(turn, first.get(part, turn))
+        for part in first.keys() & self._parts.keys():
+            self._parts[part].at(first[part])
+
+
+class _Shards:
+    """Copies of the shards of one source, at most `share` bytes for a group of its order."""
+
+    def __init__(self, source: TarSource, order: SampleOrder, copies: Copies, share: int) -> None:
+        self.source, self.order, self.copies, self.share = source, order, copies, share
+        self._group: tuple[list[int], list[int]] | None = None
+        self._whole: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def at(self, turn: int) -> None:
+        group = self.order.shards(turn)
+        if group == self._group:
+            return
+        self._group = group
+        self._whole = [shard for shards in group for shard in self._fitting(shards)]
+        self.source.read_copies(self._open)
+        left = iter(self._whole)
+        for _ in range(SHARD_THREADS):
+            # Daemons: the process does not wait for them when it ends.
+            threading.Thread(target=self._fetch, args=(self._whole, left), daemon=True).start()
+
+    def _fitting(self, shards: list[int]) -> list[int]:
+        """The first shards that fit into the share; the others are read by ranges."""
+        unknown = [shard for shard in shards if shard not in self._sizes and is_remote(self.source.shards[shard])]
+        with ThreadPoolExecutor(SHARD_THREADS) as pool:
+            sizes = pool.map(lambda shard: remote_facts(self.source.shards[shard])[0], unknown)
+            self._sizes |= dict(zip(unknown, sizes, strict=True))
+        fitting = []
+        total = 0
+        for shard in shards:
+            total += self._sizes.get(shard, 0)
+            if shard in self._sizes and total <= self.share:
+                fitting.append(shard)
+        return fitting
+
+    def _fetch(self, whole: list[int], left: Iterator[int]) -> None:
+        for shard in left:
+            if whole is not self._whole:  # the next group has begun
+                return
+            # The reader of the file meets the same error and reports it; a file that another process fetches is fine.
+            with contextlib.suppress(CommandError, OSError):
+                copy = self._open(shard, wait=False)
+                if copy is not None:
+                    copy.close()
+
+    def _open(self, shard: int, *, wait: bool = True) -> BinaryIO | None:
+        if shard not in self._whole:
+            return None
+        return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
 
 
 class BatchDataset(Dataset):

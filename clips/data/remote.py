@@ -3,10 +3,6 @@
 An HTTP server's answer is bounded by what was asked for, in bytes and in time, and is never unpacked. A final error of
 the store (no such file, no permission) is an OSError at once. A passing error is retried, and is a CommandError that
 names the URL after the last retry.
-
-All processes of a machine share the copies. A copy is renamed into place when it is whole. A lock lets one process
-fetch it while others wait or go on. The least recently used copy is removed first. After a SIGKILL the next process
-removes what is left.
 """
 
 from __future__ import annotations
@@ -14,19 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import urljoin, urlsplit
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile
@@ -48,8 +41,6 @@ PASSING = (408, 425, 429)
 BLOCK = 1 << 24
 """Bytes of one request: what a broken connection loses."""
 PART = ".part"
-KEPT = 0.9
-"""Share of the limit that a removal of copies leaves, so that not every new copy needs a removal."""
 OF_DISK = 0.8
 """Largest share of the disk's room that copies may take."""
 VERSION = 5
@@ -68,15 +59,8 @@ async def _bounded_client(**options: Any) -> Any:
     """A session that never unpacks an answer, and whose answers are `_bounded_answer`s."""
     import aiohttp  # of the optional fsspec[http]
 
-    async def follow(session: Any, context: Any, redirect: Any) -> None:
-        url = str(redirect.url)
-        if _is_public(url):
-            check_public(urljoin(url, redirect.response.headers.get("Location", "")))
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(follow)
     headers = {"Accept-Encoding": "identity", **(options.pop("headers", None) or {})}
-    options |= {"auto_decompress": False, "response_class": _bounded_answer(), "trace_configs": [trace]}
+    options |= {"auto_decompress": False, "response_class": _bounded_answer()}
     return aiohttp.ClientSession(headers=headers, **options)
 
 
@@ -118,25 +102,6 @@ def _bounded_answer() -> Any:
     return BoundedAnswer
 
 
-def check_public(url: str) -> None:
-    """Raise UserError for an address of this machine or of its network, where data of strangers may not lead.
-
-    What a user types is not checked.
-    """
-    if not _is_public(url):
-        raise UserError(f"data lead to {without_secrets(url)}, a private address: if it is yours, give --image-root")
-
-
-def _is_public(url: str) -> bool:
-    """Whether no address of the host is private, loopback or link-local. A host that is not found is public."""
-    try:
-        found = socket.getaddrinfo(urlsplit(url).hostname or "-", None)
-    except (OSError, ValueError):
-        return True
-    addresses = (ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found)
-    return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
-
-
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
     """(size in bytes, text that changes with the file). Raises as `patiently`, and OSError without a size.
 
@@ -168,19 +133,6 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     data = patiently(url, ask)
     if len(data) > stop - start:
         raise UserError(f"{url}: its server answers with more than the range; use one that knows ranges")
-    return data
-
-
-def read_whole(url: str, most: int) -> bytes:
-    """A file of at most `most` bytes, in one request. Raises as `patiently`, and OSError for a longer file."""
-
-    def ask() -> bytes:
-        filesystem, path = store_of(url)
-        return filesystem.cat_file(path, start=0, end=most + 1)
-
-    data = patiently(url, ask)
-    if len(data) > most:
-        raise OSError(f"it has more than {most:,} bytes")
     return data
 
 
@@ -248,15 +200,12 @@ def stamp(url: str, *, fresh: bool = False) -> str:
     """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
     try:
         if is_remote(url):
-            return stamp_of(remote_facts(url, fresh=fresh)[1])
-        status = os.stat(url)
+            facts = remote_facts(url, fresh=fresh)[1]
+        else:
+            status = os.stat(url)
+            facts = f"{status.st_size} {status.st_mtime_ns}"
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
-    return stamp_of(f"{status.st_size} {status.st_mtime_ns}")
-
-
-def stamp_of(facts: str) -> str:
-    """The stamp of a file by its size with its time, or with a store's tag."""
     return hashlib.sha256(f"{VERSION}\n{facts}".encode()).hexdigest()[:12]
 
 
@@ -268,18 +217,20 @@ def check_state(url: str, state: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------- copies
 class Copies:
-    """The copies in `folder`, together at most `limit` bytes, partly written copies included."""
+    """Whole copies of remote files in `folder`, together at most `limit` bytes, shared by the processes of a machine.
+
+    A copy is renamed into place when it is whole. A lock lets one process fetch it while others wait or go on. The
+    least recently used copy is removed first. What a killed process leaves is removed by the next one.
+    """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         """Raises UserError if the folder cannot be made."""
         self.folder = folder or cache_root() / "remote"
-        self._count = self.folder / "total"
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            room = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._present())
-            self.limit = min(limit, int(OF_DISK * room))
             with lock(self.folder / "locks" / "total", wait=True):
-                self._count.write_text(str(self._shrunk(self.limit)), encoding="utf-8")
+                present = self._shrunk(limit)
+                self.limit = min(limit, int(OF_DISK * (shutil.disk_usage(self.folder).free + present)))
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -289,22 +240,21 @@ class Copies:
         Raises BlockingIOError if another process fetches it and `wait` is off, UserError for a changed file and an
         unwritable folder, and CommandError and OSError as `read_range`.
         """
-        path = self._path(url, state)
+        path = self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
         if (copy := _opened(path)) is not None:
             return copy
         with lock(self._lock_of(path), wait=wait):
             return _opened(path) or self._fetched(url, state, path)
 
-    def _path(self, url: str, state: str) -> Path:
-        return self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
-
     def _fetched(self, url: str, state: str, path: Path) -> BinaryIO | None:
         size, _ = remote_facts(url, fresh=True)
         part = path.with_name(path.name + PART)
         try:
-            file = self._begun(part, size)
-            if file is None:
-                return None
+            with lock(self.folder / "locks" / "total", wait=True):
+                if self._shrunk(self.limit - size) + size > self.limit:
+                    return None
+                file = cast(BinaryIO, open(part, "w+b"))  # noqa: SIM115 - closed by its reader
+                file.truncate(size)  # so that others count it
             try:
                 for start in range(0, size, BLOCK):
                     file.write(read_range(url, start, min(start + BLOCK, size)))
@@ -321,53 +271,34 @@ class Copies:
         file.seek(0)
         return file
 
-    def _begun(self, part: Path, size: int) -> BinaryIO | None:
-        """An empty file with `size` bytes reserved, after removing old copies; None if there is no room.
-
-        A file holds the total of all copies. A kill may leave it wrong; the next removal counts all copies again.
-        """
-        with lock(self.folder / "locks" / "total", wait=True):
-            text = self._count.read_text(encoding="utf-8")
-            total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty after a kill
-            if total + size > self.limit:
-                total = self._shrunk(int(KEPT * self.limit) - size)
-            file = None
-            if total + size <= self.limit:
-                file = cast(BinaryIO, open(part, "w+b"))  # noqa: SIM115 - closed by its reader
-                file.truncate(size)
-                total += size
-            self._count.write_text(str(total), encoding="utf-8")
-        return file
-
     def _shrunk(self, most: int) -> int:
         """Remove the least recently used copies until at most `most` bytes are left; returns the bytes left."""
-        total, removable = 0, []
-        for used, size, path in self._present():
-            if path.name.endswith(PART):
+        total = 0
+        copies = []
+        for entry in os.scandir(self.folder):
+            if not entry.is_file() or "-" not in entry.name:
+                continue
+            path = Path(entry.path)
+            if entry.name.endswith(PART):
                 try:
                     lock(self._lock_of(path), wait=False).close()
-                except BlockingIOError:
-                    total += size  # being written
+                    path.unlink()  # left by a process that was killed
                     continue
-                path.unlink(missing_ok=True)  # left by a process that was killed
-            else:
-                total += size
-                removable.append((used, size, path))
-        for _, size, path in sorted(removable):
+                except BlockingIOError:
+                    pass  # being written
+                except FileNotFoundError:
+                    continue
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                total += entry.stat().st_size
+                if not entry.name.endswith(PART):
+                    copies.append((entry.stat().st_mtime, entry.stat().st_size, path))
+
+        for _, size, path in sorted(copies):
             if total <= most:
                 break
             path.unlink(missing_ok=True)
             total -= size
         return total
-
-    def _present(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of every copy, whole or in part."""
-        found = []
-        for entry in os.scandir(self.folder):
-            with contextlib.suppress(FileNotFoundError):  # removed by another process in between
-                if entry.is_file() and "-" in entry.name:
-                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
-        return found
 
     def _lock_of(self, path: Path) -> Path:
         return self.folder / "locks" / path.name[:3]  # 4,096 at most; copies that share one wait for each other

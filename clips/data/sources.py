@@ -28,7 +28,7 @@ from clips.config import Fields
 from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
-from clips.data.remote import check_state, read_range, remote_facts, store_of
+from clips.data.remote import check_state, store_of
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
@@ -172,7 +172,7 @@ class Source:
         raise NotImplementedError
 
     def missing(self, index: int) -> str | None:
-        """Why the picture of a sample is not there, or None; opens no picture and asks no other machine."""
+        """Why the picture of a sample is not there, or None; opens no picture."""
         return None
 
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
@@ -404,8 +404,6 @@ class TableSource(Source):
 
         self.tables = [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
         self.need_long = need_long
-        self.copies: Callable[[str], BinaryIO | None] | None = None
-        """The picture at a URL is read from this file, if there is one."""
         fields = guess_fields(_names(files), fields, self.tables[0].columns)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
@@ -462,18 +460,9 @@ class TableSource(Source):
             place = self._place(file, key, value)
         except BrokenSample as broken:
             return broken.reason
-        if isinstance(place, bytes) or is_remote(place) or os.path.isfile(place):
+        if isinstance(place, bytes) or os.path.isfile(place):
             return None
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
-
-    def picture(self, index: int) -> str | None:
-        """The URL of a sample's picture; None if the picture is a local file or in the table. Raises as `read`."""
-        file, key, row = self._row(index)
-        place = self._place(file, key, self._value(row, "image"))
-        return place if isinstance(place, str) and is_remote(place) else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"copies": None}
 
     def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
         file, i = self._locate(index)
@@ -494,18 +483,12 @@ class TableSource(Source):
         if isinstance(place, bytes):
             return place
         try:
-            if not is_remote(place):
-                return read_regular(place, MAX_BYTES + 1)
-            copy = self.copies(place) if self.copies is not None else None
-            if copy is not None:
-                with copy:
-                    return copy.read(MAX_BYTES + 1)
-            return read_range(place, 0, min(remote_facts(place)[0], MAX_BYTES + 1))
+            return read_regular(place, MAX_BYTES + 1)
         except OSError as error:
             raise BrokenSample(key, f"image: {reason(error)}: {place}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
-        """The picture in the cell, or its path or URL."""
+        """The picture in the cell, or its path."""
         if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
