@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         decode_image,
         decoded_size,
     )
-    from clips.data.motion import Film, draw_film, film_artists
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sentences import split_sentences
     from clips.data.sources import Source, open_source

@@ -11,7 +11,6 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--output", default="data/demo", help="folder of the data")
     p.add_argument("--seed", type=int, default=0, help="seed of every scene and text")
-    p.add_argument("--videos", metavar="DIR", help="write short videos with questions to this folder instead")
     p.add_argument("--image-size", type=int, default=240, help="side of the pictures in pixels")
     p.add_argument("--aspects", action="store_true", help="canvases of three aspects; give it an --output of its own")
     return p
@@ -19,8 +18,6 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
-    if flags.videos:
-        return videos(flags.videos, flags.seed)
     from clips.common.live import say_next
     from clips.data.demo import ensure_demo
 
@@ -29,19 +26,6 @@ def main() -> None:
     )
     print(f"The demo data is in {directory}")
     say_next("deepspeed scripts/pretrain_clips.py")
-
-
-def videos(directory: str, seed: int) -> None:
-    from clips.common.live import say_next
-    from mllm.data.demo_videos import ensure_demo_videos
-
-    print(f"The demo's videos are in {ensure_demo_videos(directory, seed=seed)}")
-    say_next(
-        "bash scripts/train_llava.sh --vision clips --output_dir runs/llava-video --image_aspect_ratio anyres "
-        "--frames_upbound 8 --mm_vision_select_layer -1 --llm_layers 2,2 --instruct.learning_rate 1e-3 "
-        "--instruct.mm_projector_lr 1e-4 --instruct.batch_size 8 "
-        f"--instruct.data_path {directory}/instruct.json --instruct.image_folder {directory}/videos"
-    )
 
 
 if __name__ == "__main__":

@@ -470,17 +470,12 @@ def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list
 
 def render(scene: Scene, hands: Sequence[str]) -> bytes:
     """The scene as the bytes of a JPEG file, each thing drawn by its artist."""
-    buffer = io.BytesIO()
-    drawn(scene, hands).save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
-
-
-def drawn(scene: Scene, hands: Sequence[str]) -> Image.Image:
-    """The scene in RGB, each thing drawn by its artist."""
     canvas = _painted(scene.ground, scene.canvas)
     for thing, artist in zip(scene.things, hands, strict=True):
         _paste(canvas, thing, _drawings(artist)[thing.concept])
-    return canvas
+    buffer = io.BytesIO()
+    canvas.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
 
 
 def _painted(ground: Ground, canvas: Size) -> Image.Image:

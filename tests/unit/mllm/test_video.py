@@ -26,8 +26,6 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.data import motion
-from clips.data.demo import PLACES, at_place, capital
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.terminal import Talk as TerminalTalk
@@ -36,10 +34,7 @@ from mllm.chat.transcript import Video
 from mllm.chat.web import answers
 from mllm.data import video
 from mllm.data.dataset import ImageTokens, LlavaDataset
-from mllm.data.demo import INSTRUCT, QUESTIONS
-from mllm.data.demo_videos import SIDE, ensure_demo_videos
 from mllm.data.images import ImageStore, pixel_loader
-from mllm.data.questions import read_questions
 from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
 from mllm.encoders.registry import image_pixels, load_vision
@@ -434,40 +429,3 @@ def tiny_chat_place(made_once: Callable[[str, Callable[[Path], object]], Path]) 
 def test_the_page(model: ChatModel, place: Path, expected: str) -> None:
     message = {"text": TEXT, "files": [str(place / "images" / "a.mp4")]}
     assert html.unescape([*answers(model, message, [], {}, 0.0, 8)][-1]) == expected
-
-
-# ---------------------------------------------------------------------------------------------- the demo's videos
-
-
-def _said(place: str) -> str:
-    return capital(at_place(place))
-
-
-def test_the_demo_s_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers are what the frames show, the splits are apart, and the same seed gives the same files."""
-    monkeypatch.setattr(motion, "fetch_sets", lambda names: "no network")  # OpenMoji alone draws
-    made = [ensure_demo_videos(tmp_path / name, train=2, test=1) for name in "ab"]
-    files = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.is_file()} for root in made]
-    assert files[0] == files[1]
-    assert len(files[0]) == 2 + 1 + 3
-    films = [motion.draw_film(split, i, 0, SIDE) for split, i in (("train", 0), ("train", 1), ("test", 0))]
-    (name, *_, end), (second, begin, _) = films[2].moves
-    questions = {q.kind: q for q in read_questions(made[0] / QUESTIONS)}
-    assert questions["first"].answer == f"A {name}"
-    assert questions["second"].answer == f"A {second}"
-    assert {questions[kind].answer for kind in ("where_to", "where_from")} <= {*map(_said, PLACES)}
-    frames = decode_video((made[0] / "videos" / "test-000000.mp4").read_bytes(), 2 * motion.STEPS)
-    pixels = np.stack([np.asarray(frame) for frame in frames]).astype(float)
-    ground = np.median(pixels, axis=0)
-
-    def centre(frame: np.ndarray) -> tuple[float, float]:
-        rows, columns = np.nonzero(np.abs(frame - ground).sum(-1) > 60)
-        return float(columns.mean()) / SIDE, float(rows.mean()) / SIDE
-
-    for frame, place in ((pixels[motion.STEPS - 1], end), (pixels[motion.STEPS], begin)):
-        assert math.dist(centre(frame), PLACES[place]) < 0.25, place
-    taught = json.loads((made[0] / INSTRUCT).read_text())
-    assert [record["video"] for record in taught] == ["train-000000.mp4", "train-000001.mp4"]
-    for record, film in zip(taught, films, strict=False):
-        said = {turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"}
-        assert said <= {text for thing, *ends in film.moves for text in (f"A {thing}", *map(_said, ends))}
