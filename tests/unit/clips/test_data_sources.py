@@ -290,7 +290,7 @@ def test_many_rows_and_several_tables(tmp_path: Path) -> None:
     write_table(tmp_path / "b.parquet", rows[1100:])
     source = open_tar(tmp_path, TABLE_FIELDS)
     assert source.shard_sizes == [1100, 400]
-    assert [source.texts(i)[0] for i in range(1500)] == [row["alt"] for row in rows]
+    assert [source.texts(i).web[0] for i in range(1500)] == [row["alt"] for row in rows]
 
 
 def test_pictures_inside_parquet(tmp_path: Path) -> None:
@@ -411,4 +411,5 @@ def test_captions_have_a_length(tmp_path: Path) -> None:
     row = {"image": "a.png", "alt": "w " * MAX_CAPTION, "long": "x" * 2**20}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     (tmp_path / "a.png").write_bytes(picture())
-    assert list(map(len, open_tar(tmp_path / "t.jsonl", TABLE_FIELDS).texts(0))) == [MAX_CAPTION - 1, MAX_CAPTION]
+    texts = open_tar(tmp_path / "t.jsonl", TABLE_FIELDS).texts(0)
+    assert (len(texts.web[0]), len(texts.long[0])) == (MAX_CAPTION - 1, MAX_CAPTION)
