@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,6 @@ import pyarrow.parquet
 import pytest
 from bad_corpus import encode
 from PIL import Image
-from tars import write_tar
 
 from clips.common.errors import UserError
 from clips.config import OTHERS, Fields
@@ -31,11 +32,14 @@ FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
 
 def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     """A shard with a sample for each entry of `captions`."""
-    members = {}
-    for i, value in enumerate(captions):
-        members[f"{i:03}.jpg"] = encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0)))
-        members[f"{i:03}.json"] = json.dumps({key: value}).encode()
-    return write_tar(folder / "a.tar", members)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i, value in enumerate(captions):
+            picture = encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0)))
+            for name, data in ((f"{i:03}.png", picture), (f"{i:03}.json", json.dumps({key: value}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder / "a.tar"
 
 
 def opened(path: Path, *, need_long: bool = True, **fields: str) -> Source:
