@@ -444,6 +444,9 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/engine.py."""
     muon_momentum: float = 0.95
+    layer_decay: float = 1.0
+    """The rate of a tower's layer, as a share of the layer's above it; below 1 the lower layers of given weights stay
+    near to what they were. Projections, temperature and captioner have the whole rate, embeddings the lowest."""
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
         """The factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
@@ -451,6 +454,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim", self)
+        _require(0 < self.layer_decay <= 1, f"optim.layer_decay {self.layer_decay} is not in (0, 1]")
         # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
         _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
 
