@@ -13,10 +13,6 @@ from conftest import tiny_run
 from PIL import Image
 from tiny_tokenizers import CHATML, byte_level
 from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -137,40 +133,6 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
     save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
-
-
-def write_idefics(directory: Path) -> Path:
-    """A tiny Idefics3 (SmolVLM's kind) whose pictures take different numbers of tokens, with a processor of its own."""
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
-    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    marks += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    template = (
-        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}"
-    )
-    image_processor = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    processor = Idefics3Processor(image_processor, tokenizer, image_seq_len=4, chat_template=template)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in marks}
-    config = Idefics3Config(
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 32, "patch_size": 8,
-        },
-        text_config={
-            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        image_token_id=ids["<image>"], scale_factor=2, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Idefics3ForConditionalGeneration(config)
-    model.generation_config.eos_token_id = ids["<end_of_utterance>"]
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
 
 
 def tiny_work() -> Work:

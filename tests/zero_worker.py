@@ -35,10 +35,10 @@ FEW_STAGES = ("zero0", "zero2", "zero3")
 
 
 def stages_of(kind: str, ranks: int) -> tuple[str, ...]:
-    """One rank splits nothing, so that AdamW alone tries all stages there."""
+    """One rank splits nothing."""
     if ":" in kind:
         return FEW_STAGES if ranks == 2 else ("zero0", "zero3")
-    return tuple(STAGES) if ranks == 2 or kind == "adamw" else FEW_STAGES
+    return tuple(STAGES) if ranks == 2 else FEW_STAGES
 
 
 FRESH = (("adamw", "zero0"), ("muon", "zero2"))

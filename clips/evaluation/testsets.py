@@ -59,9 +59,8 @@ class SourceSet:
     def read(self, index: int) -> Item:
         sample = self.source.read(index)
         sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "")
-        several = list(sample.texts.web) if len(sample.texts.web) > 1 else _strings(sample.extra.get("captions"))
         captions = {
-            "sentence": several[:SENTENCES_PER_IMAGE],
+            "sentence": _strings(sample.extra.get("captions")),
             "part": sentences[:SENTENCES_PER_IMAGE],
             "web": [sample.web],
             "long": [sample.long] if sample.long else [],

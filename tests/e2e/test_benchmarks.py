@@ -17,12 +17,11 @@ from PIL import Image
 from rich.console import Console
 from tiny_mllm import pictures, write_export, write_llava_on
 
-from clips.common.errors import UserError
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.lab.run import Runner, failed_steps
 from clips.weights.open_clip import write_open_clip
-from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks
+from mllm.compare.benchmarks import benchmark_folder, benchmark_results
 from mllm.compare.cells import PLAN, EncoderCell
 from mllm.compare.commands import lab_cells
 from mllm.compare.comparison import Comparison
@@ -174,8 +173,8 @@ metric_list:
 PICTURES = "from PIL import Image\n\n\ndef of(doc):\n    return [Image.open(doc['path']).convert('RGB')]\n"
 
 
-def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """A task without its data fails and is named; run again once its data are there, it gives our own answers."""
+def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of one's own gives our own answers."""
     monkeypatch.setattr(sys, "executable", str(BENCH))
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
     write_export(tmp_path / "clips")
@@ -204,21 +203,12 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         train_flags=("--data_path", str(tmp_path / "mine.json")),
         benchmarks=("questions",), include_path=tmp_path / "tasks",
     )  # fmt: skip
-    more = dataclasses.replace(comparison, benchmarks=(*comparison.benchmarks, "gqa", "gqaa"))
-    with pytest.raises(UserError, match="cannot run here: it has no task gqaa"):  # and has the other two
-        check_benchmarks(more)
     (tmp_path / PLAN).write_text("{}")  # the cell notes which plan it was run under
     (tmp_path / "mine.json").write_text("[{}]")
-    (planned,) = lab_cells(comparison, [cell])
-    runner = Runner([planned], 1, Console(quiet=True))
-    runner.run([planned])
-    ((name, log),) = failed_steps([planned])
-    assert (name, log) == ("questions", benchmark_folder(cell.directory, "questions") / "log.txt")
-    assert "questions.jsonl" in log.read_text()
-
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "questions.jsonl").write_text(lines)
-    runner.run([planned])
+    (planned,) = lab_cells(comparison, [cell])
+    Runner([planned], 1, Console(quiet=True)).run([planned])
     assert failed_steps([planned]) == []
     assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
     assert json.loads((cell.directory / "cost.json").read_text())["questions"] > 0

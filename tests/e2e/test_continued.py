@@ -65,26 +65,6 @@ def test_what_a_run_keeps_and_says_of_its_weights(whole: Path) -> None:
     assert load_model(run_dir).checkpoint == load_model(run_dir / "export").checkpoint == newest
 
 
-def test_killed_and_stopped_between_checkpoint_and_validation(
-    whole: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
-    """With each step saved and validated, a kill hits one of the two; a stop saves, and leaves its validation owed."""
-    run_dir, log = tmp_path / "r", tmp_path / "log"
-    command = python(SCRIPT, *EVERY_STEP, *shards, "--output", tmp_path)
-    for number, after, code in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 6, 143)):
-        with started(command, log) as process:
-            wait_for(lambda s=after: lines(run_dir) and lines(run_dir)[-1]["step"] >= s, process, log)
-            os.killpg(process.pid, number)
-            assert process.wait(60) == code, log.read_text()
-    evaluated = [line["step"] for line in lines(run_dir) if line["kind"] == "eval"]
-    assert evaluated[-1] == steps(run_dir)[-1] - 1, "what was due when the signal came is not done before the end"
-    done = run(command)
-    assert done.code == 0, done.text
-    assert trace(run_dir) == trace(whole / "r")
-    assert steps(run_dir) == steps(whole / "r")
-    assert same_weights(run_dir, whole / "r", STEPS)
-
-
 def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
     run_dir = out / "r"

@@ -100,15 +100,6 @@ def test_the_face_is_complete_and_used() -> None:
         clips.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_module_s_first_line_says_its_one_idea(module: str) -> None:
-    doc = ast.get_docstring(TREES[module])
-    empty = not TREES[module].body and FILES[module].name == "__init__.py"
-    assert empty or doc, f"{FILES[module]} has no docstring"
-    if doc:
-        assert doc.splitlines()[0].strip().endswith((".", ":")), f"{module}: {doc.splitlines()[0]!r}"
-
-
 def test_no_name_with_an_underscore_crosses_modules() -> None:
     for module in FILES:
         for source, name in imported(module):

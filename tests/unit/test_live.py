@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clips.common import live
-from clips.common.live import LiveLine, in_words
+from clips.common.live import LiveLine
 from clips.recipes import recipe
 from clips.training.log import RunLog
 
@@ -83,8 +83,3 @@ def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(
     log.close()
     assert json.loads((tmp_path / "spikes.jsonl").read_text())["step"] == 214
     assert ("warning: spike at step 214" in capsys.readouterr().err) == told
-
-
-def test_a_time_has_one_form() -> None:
-    times = {59.4: "59 s", 59.7: "1.0 min", 599: "10 min", 9000: "2.5 h", 260_000: "3.0 days"}
-    assert [in_words(seconds) for seconds in times] == list(times.values())

@@ -81,12 +81,6 @@ def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path
             os.kill(worker, signal.SIGKILL)
 
 
-def test_finished_is_asked_without_torch_or_matplotlib() -> None:
-    code = "import sys, clips.common.rundir; print(sorted({'torch', 'matplotlib', 'numpy'} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
 def checkpoint(run_dir: Path, step: int, content: str) -> dict[str, object]:
     """As clips/weights/checkpoint.py leaves one, as far as it is looked at here."""
     directory = run_dir / "checkpoints" / f"step-{step:08d}"

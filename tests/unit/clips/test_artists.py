@@ -80,17 +80,6 @@ def test_every_thing_is_drawn_by_enough_hands(several_artists: None) -> None:
             assert all(np.abs(one - other).mean() > 1 for other in pixels[:i]), concept
 
 
-def test_the_licences_are_told(several_artists: None, tmp_path: Path) -> None:
-    folder = ensure_demo(tmp_path / "data", sizes=SIZES)
-    text = (folder / "ATTRIBUTION.md").read_text()
-    assert text.count("\n| ") == len(ARTISTS) + 1
-    for artist in ARTISTS.values():
-        assert artist.licence in text
-        assert artist.source in text
-        assert f"{artist.package} {artist.version}".strip() in text
-    assert "MISSING" not in (folder / "README.md").read_text()
-
-
 def test_what_npm_brings_counts_when_it_is_what_is_pinned(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

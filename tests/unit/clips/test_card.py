@@ -93,18 +93,3 @@ def test_a_card_holds_figures_of_these_weights_only(tmp_path: Path) -> None:
         assert results == {("test", 12.3), ("unseen", 7.8)}
     for card in export(tmp_path / "export", run, model, evaluations=others).values():
         assert not ModelCard(card).data.eval_results
-
-
-def test_samples_and_data_are_named_without_their_place(tmp_path: Path) -> None:
-    run = tokenizer_run()
-    card = export(tmp_path / "export", run, random_model(run), samples=48)["native"]
-    assert "these weights have seen 48" in card
-    assert "drawings" in card
-    spec = "/data/me/recap/{00000..00009}.tar;https://user:secret@host/private/more.tar?token=secret"
-    run = replace(run, data=replace(run.data, train=spec), phases=(replace(run.phases[0], sizes=((48, 16), (32, 32))),))
-    for card in export(tmp_path / "export", run, random_model(run)).values():
-        assert "{00000..00009}.tar; more.tar" in card
-        assert "64 at 48 × 16, 32 × 32 px" in card
-        assert "drawings" not in card
-        for hidden in ("secret", "/data", "private", "host"):
-            assert hidden not in card

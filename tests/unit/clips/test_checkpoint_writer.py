@@ -83,23 +83,6 @@ def test_a_failed_write_is_told_once_and_leaves_the_older_ones(
     assert checkpoint.latest(tmp_path).state.step == 1
 
 
-def test_a_rewind_puts_the_newer_ones_aside(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
-    old = checkpoint.load(tmp_path / "checkpoints/step-00000001")
-    aside = checkpoint.rewind(tmp_path, old)
-    assert steps(tmp_path) == [1]
-    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000002", "step-00000003"]
-    assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
-    assert checkpoint.latest(tmp_path).state.step == 1
-    assert checkpoint.rewind(tmp_path, old) is None
-    save(tmp_path, 2)
-    put_aside = checkpoint.load(aside / "step-00000003")
-    assert checkpoint.run_of(put_aside.path) == tmp_path
-    assert put_aside.state.step == 3
-    assert steps(tmp_path) == [1, 2]
-
-
 def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:
     assert newest_weights(tmp_path) is None
     _, second = save(tmp_path, 1, 2)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +23,6 @@ from clips.data.demo import (
     CONCEPTS,
     HANDS,
     IMAGE_SIZE,
-    MISSEEN_SHARE,
     NUMBERS,
     PLACES,
     WITH_ERRORS,
@@ -35,7 +31,6 @@ from clips.data.demo import (
     demo_split,
     ensure_demo,
     is_by_one,
-    misseen,
     render,
     split_of,
     split_scene,
@@ -148,19 +143,6 @@ def test_one_frame_builds_both_demos(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no test data"):
         ensure()
     assert (tmp_path / "d" / "data.txt").read_text() == "build 2"
-
-
-def test_of_two_builders_one_waits_and_uses_what_the_other_built(tmp_path: Path) -> None:
-    calls = []
-
-    def write(work: Path) -> dict[str, str]:
-        calls.append(work)
-        time.sleep(0.2)
-        return {}
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: ensure_built(tmp_path / "d", {"version": 1}, write, what="test data"), range(4)))
-    assert len(calls) == 1
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
@@ -330,22 +312,3 @@ def test_captions_tell_the_truth(training: list[tuple[Scene, Description]]) -> N
         assert description.web_is_wrong == (not named(description.web) & concepts)
         wrong += description.web_is_wrong
     assert wrong / 1500 == pytest.approx(0.2, abs=0.03)
-
-
-def test_a_misseen_scene_is_wrong_about_a_share_of_each_kind_of_fact(training: list[tuple[Scene, Description]]) -> None:
-    wrong: dict[str, list[bool]] = {kind: [] for kind in ("concept", "place", "size", "background", "number")}
-    rng = random.Random(0)
-    for scene, _ in training[:3_000]:
-        seen = misseen(scene, rng)
-        assert 1 <= len(seen.things) <= 5
-        for kind in ("concept", "place"):
-            assert len({getattr(thing, kind) for thing in seen.things}) == len(seen.things)
-        wrong["background"].append(seen.background != scene.background)
-        wrong["number"].append(len(seen.things) != len(scene.things))
-        if not wrong["number"][-1]:
-            for kind in ("concept", "place", "size"):
-                pairs = zip(seen.things, scene.things, strict=True)
-                wrong[kind] += [getattr(a, kind) != getattr(b, kind) for a, b in pairs]
-    for kind, found in wrong.items():
-        # Five standard errors of a share of 0.1.
-        assert abs(np.mean(found) - MISSEEN_SHARE) < 5 * 0.3 / len(found) ** 0.5, kind

@@ -13,7 +13,6 @@ from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
-from clips.common.runtime import choose_device
 from clips.data.images import eval_transform
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
@@ -46,16 +45,6 @@ def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path:
         torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
     torch.testing.assert_close(opened.encode_image(pixels[0]), expected[:1], atol=1e-6, rtol=0)
     assert opened.encode_image([]).shape == opened.encode_text([]).shape == (0, opened.embed_dim)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "I;16"])
-def test_a_picture_of_any_mode_is_what_its_file_is(opened: CLIPS, tmp_path: Path, mode: str) -> None:
-    image = picture().convert("L" if mode == "I;16" else "RGBA" if mode == "RGBA" else "RGB").convert(mode)
-    if mode == "RGBA":
-        image.putalpha(picture(seed=1).convert("L"))
-    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
-    image.save(path)
-    torch.testing.assert_close(opened.encode_image(image), opened.encode_image(path), atol=1e-6, rtol=0)
 
 
 def test_a_photo_is_upright_however_it_comes(opened: CLIPS, tmp_path: Path) -> None:
@@ -115,22 +104,3 @@ def test_mistakes_are_named(opened: CLIPS, tmp_path: Path) -> None:
         opened.caption(picture())
     with pytest.raises(UserError, match="holds no trained model"):
         CLIPS.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        (torch.zeros(2, 3, 24, 24), ValueError, "24, 24"),
-        (np.zeros((4, 4, 3)), ValueError, "float64"),
-        ([None], TypeError, "not a NoneType"),
-    ],
-)
-def test_what_is_no_picture_is_named(opened: CLIPS, given: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        opened.encode_image(given)
-
-
-def test_devices_by_name() -> None:
-    for name in ("cuda:x", "cuda:99"):
-        with pytest.raises(UserError, match="cuda"):
-            choose_device(name)

@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, script_parser, tiny_run
+from conftest import script_parser, tiny_run
 from PIL import Image
 from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.plots import pretty
 from clips.common.rundir import has_report, is_finished
-from clips.config import DataConfig, EvalConfig, NamedSet
+from clips.config import DataConfig, EvalConfig
 from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
@@ -72,27 +72,6 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
     assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
     assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
-
-
-def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path):
-    _, run, tokenizer = small
-    model = random_model(run)  # of an untrained one every figure is chance
-    sets = (NamedSet(name="unseen", data=run.data.val), NamedSet(name="more", data=run.data.train))
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, further_tests=sets))
-    run_dir = metrics(tmp_path / "several")
-    found = evaluate(model, tokenizer, run, "test", full=True, out=run_dir / "evaluation.json")
-    table = Console(width=120, file=io.StringIO())
-    table.print(figures_table(found, "test split"))
-    row = next(line for line in table.file.getvalue().splitlines() if f" {pretty('sentence_i2t_r1')} " in line)
-    values = [f"{found[f'{name}sentence_i2t_r1'].value:.1f}" for name in ("", "unseen/", "more/")]
-    assert re.findall(r"[\d.]+", row)[-5:-2] == values
-    run.save(run_dir / "config.json")
-    page = write_report(run_dir).read_text()
-    for name in (">test</th>", ">unseen</th>", ">more</th>"):
-        assert name in page
-    tiles = page[page.index('<div class="tiles">') : page.index("<details>")]
-    assert f"{found['unseen/sentence_i2t_r1'].value:.1f} %" in tiles
-    assert f"on test {found['sentence_i2t_r1'].value:.1f} %" in tiles
 
 
 def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):

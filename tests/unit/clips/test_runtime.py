@@ -33,52 +33,12 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> 
     assert int(kept[1]) < 0.2 * int(asked[1])
 
 
-BITS = """
-import hashlib, torch
-from dataclasses import replace
-from clips.common.runtime import init_distributed
-from clips.model.clips import CLIPSModel
-from clips.recipes import recipe
-from clips.training.engine import DEFAULT_DS_CONFIG, Engine
-from clips.training.prepare import full_batch, fullest_shape
-from clips.training.grad_cache import optimizer_step
-from clips.training.task import Task
-CPU = torch.device("cpu")
-init_distributed(CPU)
-run = recipe("demo").override(["train.precision=bf16"])
-torch.manual_seed(0)
-shape = fullest_shape(run, run.phases[0], 16, 1)
-batches = [full_batch(run, replace(shape, texts=(n, n)), CPU) for n in (20, 30, 20)]
-for batch in batches:
-    batch["images"].random_(0, 256)
-    for name in ("web", "sub", "caption"):
-        batch[name].random_(4, run.model.text.vocab_size)
-engine = Engine(Task(CLIPSModel(run.model, 0), run), run, CPU, DEFAULT_DS_CONFIG)
-engine.set_lr(1e-4, 1e-3)
-for batch in batches:
-    optimizer_step(engine, [batch])
-digest = hashlib.sha256()
-for _, weights in sorted(engine.state.gather_weights().items()):
-    digest.update(weights.numpy().tobytes())
-print(digest.hexdigest())
-"""
 AS_BEFORE = {
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024",
     "LRU_CACHE_CAPACITY": "1024",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
 }
-
-
-@pytest.mark.slow
-def test_memory_that_is_kept_and_kernels_that_are_not_change_no_bit(tmp_path: Path) -> None:
-    """Three steps of the demo's model: with the settings of a CPU's process, and with glibc's and oneDNN's own."""
-    (tmp_path / "bits.py").write_text(BITS)
-    found = [run_python(tmp_path / "bits.py", env=env) for env in ({"PYTHONPATH": AS_BEFORE["PYTHONPATH"]}, AS_BEFORE)]
-    assert all(done.returncode == 0 for done in found), found[0].stderr[-3000:] + found[1].stderr[-3000:]
-    kept, asked = (done.stdout.splitlines()[-1] for done in found)
-    assert len(kept) == 64
-    assert kept == asked
 
 
 KERNELS = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from clips.config import Fields
 from clips.data import shards
 from clips.data.shards import open_shards
 from clips.data.sources import index_data, open_source
-from clips.data.tar import load_index
 
 FIELDS = Fields(image="png", web="web", long="txt")
 
@@ -50,22 +48,6 @@ def test_an_overview_is_what_the_shards_say(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(again.counts, first.counts)
     assert again.layouts == [("png", "txt", "web"), ("png", "web")]
     assert again.counts.tolist() == [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [4, 2]]
-
-
-def test_threads_read_indexes_without_ast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads in `ast` at once are a SystemError now and then, before Python 3.13; numpy's headers are read so."""
-
-    def parse(*_: object, **__: object) -> None:
-        raise SystemError("AST constructor recursion depth mismatch")
-
-    urls = make(tmp_path / "data")
-    first = open_shards(urls)
-    with monkeypatch.context() as patch:
-        patch.setattr(ast, "parse", parse)
-        counts = open_shards(urls).counts
-        keys = [load_index(Path(index)).keys for index in first.indexes]
-    assert counts.tolist() == first.counts.tolist()
-    assert list(map(len, keys)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_changed_shard_is_seen(tmp_path: Path) -> None:

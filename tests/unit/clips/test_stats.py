@@ -19,13 +19,10 @@ from clips.lab.stats import (
     half_of_interval,
     independent_runs,
     interval,
-    labels,
     least_variance,
     over_groups,
     over_runs,
     shared_runs,
-    show_difference,
-    show_mean,
     spread,
     turned,
     verdict,
@@ -33,7 +30,6 @@ from clips.lab.stats import (
 )
 
 PICTURES, QUESTIONS, SEEDS = 120, 3, 3
-CLUSTERS = labels([picture for picture in range(PICTURES) for _ in range(QUESTIONS)])
 
 
 def answers(
@@ -262,14 +258,6 @@ def test_groups_of_runs_have_welch_s_interval_and_paired_runs_student_s() -> Non
     values = np.array([0.1, 0.09, 0.08])
     assert over_runs(values).ci95 == pytest.approx(stats.t.interval(0.95, 2, values.mean(), stats.sem(values)))
     assert over_runs(values[:1]).ci95 is None
-
-
-def test_a_difference_is_shown_one_way() -> None:
-    row = {"mean": -0.0512, "ci95": [-0.0701, 0.01]}
-    assert show_difference(row, scale=100) == "−5.1 [−7.0, +1.0]"
-    assert show_difference({"mean": 0.5, "ci95": None}, digits=2) == "+0.50"
-    assert show_mean([1.0, 2.0]) == "1.5 ± 0.7"
-    assert show_mean([1.0]) == "1.0"
 
 
 # ------------------------------------------------------------------------------------------- components of variance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -124,21 +123,4 @@ def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: 
     with pytest.raises(CommandError, match="record of step 3 cannot be written") as ended:
         log.record("train", {"step": 3, "samples": 30, "loss": 1.0})
     assert "No space left" in str(ended.value)
-    log.close()
-
-
-def test_a_message_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after Ctrl-C of `deepspeed --hostfile`, under which a rank may be slow."""
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True)
-    kept, (reader, writer) = os.dup(2), os.pipe()
-    os.dup2(writer, 2)
-    for end in (reader, writer):
-        os.close(end)
-    unread = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 - it stays open
-    monkeypatch.setattr("sys.stderr", unread)
-    try:
-        log.say("rank 1 is slow")
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
     log.close()

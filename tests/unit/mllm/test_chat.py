@@ -26,7 +26,6 @@ from mllm.data.images import ImageStore
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
-from mllm.model.load import model_name
 from mllm.model.tiles import Layout
 
 model, place = tiny_chat.model, tiny_chat.place  # fixtures
@@ -263,12 +262,6 @@ def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", float("nan")), ("stop", ("",))])
-def test_sampling_names_the_wrong_field(field: str, value: object) -> None:
-    with pytest.raises(UserError, match=field):
-        Sampling(**{field: value})
-
-
 def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
     session = ChatSession(model, system="Be kind.")
     ask(session, "What is <image>?", images[:2], SHORT)
@@ -299,15 +292,3 @@ def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) ->
     session = ChatSession(chat)
     assert ask(session, "What is it?", images[:1], SHORT) == turn_text(session.turns[-1])
     assert session.last.new_tokens > 0
-
-
-def test_newest_model_by_default(place: Path, monkeypatch) -> None:
-    monkeypatch.chdir(place)
-    chat = ChatModel.load()
-    assert (chat.name, chat.directory) == ("llava", "runs/llava/model")
-    assert (chat.layout, chat.context_length) == (Layout(16), 512)
-    assert ChatModel.load("runs/llava").directory == "runs/llava/model"  # a run stands for its model
-    monkeypatch.chdir(place / "images")
-    with pytest.raises(UserError, match="no trained model"):
-        ChatModel.load()
-    assert model_name(str(place / "runs" / "llava" / "model")) == "llava"

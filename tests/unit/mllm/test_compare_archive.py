@@ -29,7 +29,7 @@ from mllm.compare.comparison import Comparison
 from mllm.compare.plan import comparison_of as comparison_of_plan
 from mllm.compare.plan import fix_plan, plan_of
 from mllm.compare.report import page, sentence
-from mllm.compare.verify import MEMBER, pack, pack_from_flags, verified, verify
+from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 
 __all__ = ["made"]  # a fixture
 CELL = "cells/random-seed1"
@@ -118,13 +118,6 @@ def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable
 def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
     assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4
-
-
-@pytest.mark.parametrize(("name", "content"), [("report.json", '{"plan": {"format": 99}}'), (ANSWERS, "[1]\n" * 36)])
-def test_files_of_another_shape_are_refused(output: Path, name: str, content: str) -> None:
-    (output / name).write_text(content)
-    with pytest.raises(UserError):
-        verified(output, output)
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
@@ -230,16 +223,10 @@ def test_an_archive_with_anything_else_is_refused(tmp_path: Path, name: str) -> 
     assert not any(path.name in ("outside.json", "model.safetensors") for path in tmp_path.rglob("*"))
 
 
-def test_a_damaged_or_too_large_archive_is_refused(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = tmp_path / "good.tar.xz"
-    pack(output, good)
-    whole = good.read_bytes()
-    for content in (whole[:-100], lzma.compress(b"no tar" * 1000)):
-        (tmp_path / "sent").write_bytes(content)
-        with pytest.raises(UserError, match="damaged"):
-            unpack(tmp_path / "sent", tmp_path / "place", MEMBER)
+def test_a_damaged_or_too_large_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sent").write_bytes(lzma.compress(b"no tar" * 1000))
+    with pytest.raises(UserError, match="damaged"):
+        unpack(tmp_path / "sent", tmp_path / "place", MEMBER)
     monkeypatch.setattr(archive, "MOST_BYTES", 5_000_000)
     (tmp_path / "bomb").write_bytes(lzma.compress(bytes(30_000_000), preset=1))
     with pytest.raises(UserError, match="5,000,000 bytes"):

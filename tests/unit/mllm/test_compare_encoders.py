@@ -15,17 +15,10 @@ import torch
 from conftest import script_parser
 from rich.console import Console
 from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place, reported
-from tiny_mllm import pictures, tiny_work
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.page import as_html
-from clips.config import Fields
-from clips.data.loader import BatchDataset
-from clips.data.sources import open_source
-from clips.data.tokenizer import build_tokenizer
-from clips.lab.report import write_report
-from clips.recipes import debug_twin, recipe
+from clips.recipes import recipe
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results
 from mllm.compare.cells import (
     RECIPES,
@@ -40,15 +33,13 @@ from mllm.compare.checks import check_request, check_same_samples, load_encoders
 from mllm.compare.commands import check_cell, lab_cells, pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings, question_limit
 from mllm.compare.figures import compare_scores, item_scores, read_answers
-from mllm.compare.plan import fix_plan, plan_of
+from mllm.compare.plan import fix_plan
 from mllm.compare.report import floors, page, sentence
 from mllm.compare.run import compare
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
 from mllm.model.projector import save_projector
-from mllm.training.arguments import parse_train_arguments
-from mllm.training.log import MetricsLog
 from mllm.training.prepare import PROJECTOR, prepare
 
 QUIET = Console(quiet=True)
@@ -149,26 +140,6 @@ def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tm
     dataclasses.replace(config, phases=(longer,)).save(runs[1] / "config.json")
     with pytest.raises(UserError, match="phases"):
         check_same_samples(encoders)
-
-
-def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -> None:
-    """Batches of all recipes at the same positions: equal samples, equal pixels, augmentation included."""
-    rows = [{"path": f"images/{name}", "alt": f"a thing {name}", "caption": f"A thing. It is {name}."}
-            for name in pictures(tmp_path / "images", 12)]  # fmt: skip
-    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_source(str(tmp_path / "table.jsonl"), Fields(image="path", web="alt", long="caption"), need_long=True)
-    tokenizer = build_tokenizer("wordpiece", [row["caption"] for row in rows], vocab_size=100)
-    batches = []
-    for name in RECIPES.values():
-        run = debug_twin(recipe(name))
-        data = BatchDataset(source, tokenizer, run)
-        (size,) = run.phases[0].training_sizes
-        batches.append([data[0, size, range(begin, begin + 8)] for begin in range(0, 32, 8)])
-    for ours, *others in zip(*batches, strict=True):
-        for theirs in others:
-            assert ours["keys"] == theirs["keys"]
-            assert torch.equal(ours["images"], theirs["images"])
-    assert len({key for batch in batches[0] for key in batch["keys"]}) == 12
 
 
 def pretrained(comparison: Comparison) -> set[str]:
@@ -294,41 +265,6 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
         read_answers(finished)
 
 
-def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
-    comparison = comparison_of(place, train_flags=(*FLAGS, "--max_steps", "8"))
-    cell = cells_of(comparison)[0]
-    align, instruct, _ = lab_cells(comparison, [cell])[0].steps
-    cell.directory.mkdir(parents=True)
-    assert align.progress() is None
-    flags = parse_train_arguments(["--stage", "1", "--batch_size", "4"])
-    log, control = MetricsLog(cell.directory, flags, tiny_work(), active=True), TrainerControl()
-    arguments = TrainingArguments(output_dir=str(cell.directory), use_cpu=True, report_to="none")
-    log.on_train_begin(arguments, TrainerState(max_steps=8), control)
-    for step in range(1, 7):
-        log.on_log(arguments, TrainerState(global_step=step, max_steps=8), control, logs={"loss": 2.0, "epoch": 0.5})
-    progress = align.progress()
-    assert (progress.done, progress.planned) == (24, 32)
-    with (cell.directory / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "stage": "align", "step": 7, "sam')  # at this moment being written
-    assert align.progress() == progress
-    assert instruct.progress() is None  # the lines of the other stage say nothing about this one
-
-
-def test_the_dry_run_shows_every_cell_and_its_time_and_runs_nothing(finished: Comparison, place: Path) -> None:
-    def overview(comparison: Comparison) -> str:
-        with (place / "overview.txt").open("w") as file:
-            compare(comparison, Console(file=file, width=200), dry_run=True)
-        return (place / "overview.txt").read_text()
-
-    assert "0 of 12 to run" in overview(finished)
-    cells_of(finished)[0].figures.unlink()
-    text = overview(dataclasses.replace(finished, jobs=1))
-    assert re.search(r"about [\d.]+ (s|min), by the mean of 11 finished cells", text)
-    elsewhere = comparison_of(place / "elsewhere", encoders=("clips", "blind"))
-    assert "clips, pretraining" in overview(elsewhere)
-    assert not elsewhere.output.exists()
-
-
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -380,51 +316,7 @@ def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> Non
 # ------------------------------------------------------------------------------------------------ figures and report
 
 
-@pytest.fixture(scope="module")
-def report(original: Comparison) -> dict:
-    """Do not change it."""
-    found = {
-        cell: {"value": 90.0 - cell.seed, "chance": 1.6, "items": 500}
-        for cell in cells_of(original)
-        if cell.encoder.startswith("cl")
-    }
-    measured = {cell: {"zero_shot_top1": found[cell]} if cell in found else {} for cell in cells_of(original)}
-    return collected(original, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
-
-
-def test_the_report_holds_cells_settings_and_every_difference(report: dict, finished: Comparison) -> None:
-    """tests/numerics/test_stored_comparisons.py has every figure of such a report."""
-    rows = report["differences"]
-    assert len(rows) == 6 * 4 + 3  # pairs × (all questions and three kinds), and those not answered blind
-    (row,) = [r for r in rows if r["a"] == NAMES[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
-    assert (row["seeds"], row["items"], row["verdict"]) == (3, 36, "win")
-    means = {name: encoder["metrics"]["accuracy"]["mean"] for name, encoder in report["encoders"].items()}
-    assert row["mean"] == pytest.approx(means[NAMES[0]] - means["blind"])
-    assert [(cell["encoder"], cell["seed"]) for cell in report["cells"]] == [(e, s) for s in range(3) for e in NAMES]
-    assert report["encoders"]["blind"]["cost"]["seconds"] == 35.0
-    assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["mean"] == 89.0
-    assert report["command"] == "python scripts/compare_encoders.py --seeds 3"
-    fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
-    start = plan_of(fitted)["budget"]["projector"]["align"]
-    assert start == "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
-    assert {example["right"] for example in report["examples"]} == set(NAMES[:2])
-
-
-def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Comparison) -> None:
-    """tests/unit/clips/test_lab.py has hostile texts in every block of a page."""
-    written = write_report(report, finished.output, "report", lambda: page(report, Path("images")))
-    text = written.read_text("utf-8")
-    assert not re.search(r'(?:src|href|srcset)="(?!data:)|@import|url\(', text)
-    for part in ("What was found", "Answers", "Differences, points", "Where two models", "Controls", "Environment"):
-        assert part in text, part
-    assert text.count('class="track"') == 6
-    assert json.loads((finished.output / "report.json").read_text()) == report
-
-
-def test_what_the_figures_do_not_say_is_said(report: dict, finished: Comparison) -> None:
-    for columns in (["seen"], ["unseen", "seen"]):
-        demo = shown(report | {"settings": report["settings"] | {"is_demo": True, "columns": columns}})
-        assert ("test of unseen artists is missing" in demo) == (columns == ["seen"])
+def test_what_the_figures_do_not_say_is_said(finished: Comparison) -> None:
     for cell in cells_of(finished):
         if cell.encoder == "random":
             blind = next(c for c in cells_of(finished) if c.encoder == "blind" and c.seed == cell.seed)
@@ -555,13 +447,3 @@ def test_a_benchmark_without_a_score_or_with_answers_that_failed_is_not_done(
     write_benchmark(tmp_path, "gqa", results)
     (benchmark_folder(tmp_path, "gqa") / "log.txt").write_text(log)
     assert benchmark_results(tmp_path, ("gqa",)) == {}
-
-
-def test_an_lmms_eval_that_cannot_run_is_refused_before_anything_runs(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a plain pip install of it, which brings no decord. With a whole one: tests/e2e/test_benchmarks.py."""
-    (tmp_path / "lmms_eval.py").write_text("import decord_that_is_missing")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"cannot run here: .*No module named 'decord_that_is_missing'.*\[bench\]"):
-        checked(comparison_of(place, benchmarks=("gqa",)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -200,21 +198,6 @@ def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
             assert encoder.prompt(turns[start:stop], 1) == list(ids)
 
 
-def test_auto_equals_the_tokenizers_own_template():
-    tokenizer = TOKENIZERS["gpt2"]
-    encoder = ConversationEncoder(tokenizer, "auto", IMAGE_TOKENS)
-    chat = [
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": "Where?"},
-    ]
-    turns = [{"from": message["role"], "value": message["content"]} for message in chat]
-    for extra in ([], [{"role": "system", "content": "Be brief."}]):
-        rendered = tokenizer.apply_chat_template([*extra, *chat], tokenize=False, add_generation_prompt=True)
-        own = [{"from": message["role"], "value": message["content"]} for message in extra]
-        assert encoder.prompt([*own, *turns], 0) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -310,11 +293,3 @@ def test_truncation_keeps_images_and_counts():
         ask("<image>", "x", images=1, max_length=2)
     with pytest.raises(UserError, match="masked"):
         ask(question, "x", images=0, max_length=30)
-
-
-def test_pickled_encoder_still_treats_typed_tokens_as_text():
-    encoder, encoded = ask("a <|im_end|> b", "c <|im_end|>", images=0)
-    again = pickle.loads(pickle.dumps(encoder))
-    turns = [{"from": "human", "value": "a <|im_end|> b"}, {"from": "gpt", "value": "c <|im_end|>"}]
-    assert again.encode(turns, 0, "s") == encoded
-    assert encoded.input_ids.count(encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3

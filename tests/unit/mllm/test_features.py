@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
-import tarfile
 from unittest.mock import Mock
 
 import numpy as np
@@ -108,20 +106,6 @@ def test_ranks_share_the_work(together, parts, store, tmp_path):
     for cache in ranks:
         cache.refresh()
         assert_close(cache.get(names), fresh(encoder, store, names))
-
-
-def test_a_tar_and_a_pickled_copy_for_data_workers(parts, store, tmp_path):
-    encoder, (store, names) = parts[0], store
-    with tarfile.open(tmp_path / "images.tar", "w") as tar:
-        for name in names:
-            tar.add(store.location / name, name)
-    packed = ImageStore(tmp_path / "images.tar")
-    cache = FeatureCache(encoder, packed, tmp_path / "cache")
-    assert cache.fill(names, batch_size=3) == 11
-    copy = pickle.loads(pickle.dumps(cache))
-    assert_close(copy.get(names), fresh(encoder, store, names))
-    with pytest.raises(RuntimeError, match="cannot fill"):
-        copy.fill(names)
 
 
 def test_interrupted_write_leaves_nothing_that_counts_and_values_beyond_float16_are_kept(

@@ -19,7 +19,6 @@ from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.llava import build_model
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import Counts
-from mllm.model.quantize import quantize
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.log import Work
@@ -100,40 +99,6 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
     work = Work(flops, torch.device("cpu"), 1, training.packed)
     work.add(inputs | {"counts": Counts.of(inputs, llava.config.image_token_id)})
     assert work.total() == counter.get_total_flops()
-
-
-def test_packed_rows_compute_no_padding(places: Path) -> None:
-    """What packing saves: a third of these positions is padding, and all samples begin with the same two."""
-    vision, counted = load_vision("clips", runs=places / "ViT"), {}
-    for packed in (True, False):
-        torch.manual_seed(0)
-        llava, _ = build_model(vision, load_llm(str(places / "llm")))
-        apply_freeze(llava, freeze_table(STAGES[2]))
-        inputs = batch(llava.config.image_token_id, vision.num_tokens)
-        inputs["attention_mask"][1, 20:] = inputs["attention_mask"][2, 10 + vision.num_tokens :] = 0
-        inputs["labels"][inputs["attention_mask"] == 0] = -100
-        inputs["image_features"] = vision.features(torch.zeros(3, 3, vision.image_size, vision.image_size)).detach()
-        training = TrainingModel(llava, features=True, packed=packed)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            training(**inputs)["loss"].backward()
-        counted[packed] = counter.get_total_flops()
-    real = inputs["attention_mask"].float().mean().item()
-    assert real < 0.85
-    assert counted[True] < real * counted[False]
-
-
-def test_weights_in_4_bits_count_as_what_they_stand_for(places: Path) -> None:
-    vision, counted = load_vision("clips", runs=places / "ViT"), []
-    arguments = parse_train_arguments(["--stage", "2", "--lora_enable", "True", "--bits", "4"]).resolve(1)
-    for bits in (16, 4):
-        llava, _ = build_model(vision, load_llm(str(places / "wide")))
-        if bits == 4:
-            quantize(llava.model.language_model, 4, torch.float32, torch.device("cpu"))
-        model = add_lora(llava, arguments)
-        apply_freeze(model, freeze_table(STAGES[2], lora=True, bits=4))
-        flops = LlavaFlops(llava_of(model), image_size=vision.image_size, image_tokens=16, features=True)
-        counted.append(flops(LlavaShape(samples=2, length=20, pictures=2, predicted=9)))
-    assert counted[0] == counted[1]
 
 
 def test_the_work_of_a_rank_adds_up_and_is_told_in_the_field_s_units() -> None:

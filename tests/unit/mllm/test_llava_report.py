@@ -17,7 +17,7 @@ from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import exact_match_figures
 from mllm.evaluation.summary import NORMAL, print_summary
 from mllm.training.arguments import parse_train_arguments
-from mllm.training.log import MetricsLog, write_curves
+from mllm.training.log import MetricsLog
 
 FREEZE = {"vision_tower": "frozen", "projector": "full", "language_model": "lora"}
 
@@ -85,38 +85,6 @@ def test_a_blind_model_counts_if_it_answered_the_same_questions(tmp_path: Path, 
     page = write_report(tmp_path / "runs" / "llava-clips", store).read_text()
     assert ("A model without eyes has 30." in page) is (asked == "x")
     assert ('<s style="left:30.0%">' in page) is (asked == "x")
-
-
-def test_own_questions_have_a_page_beside_their_figures(tmp_path: Path, store: ImageStore) -> None:
-    write_run(tmp_path / "runs" / "llava-clips", right=6)
-    evaluation = tmp_path / "runs/llava-clips/evaluation"
-    own = evaluation / "mine-1234"
-    own.mkdir()
-    figures = json.loads((evaluation / "figures.json").read_text())
-    figures |= {"sets": {"mine": figures["sets"].pop("answers_unseen")}}
-    del figures["unseen"]
-    (own / "figures.json").write_text(json.dumps(figures))
-    (own / "mine.jsonl").write_bytes((evaluation / "answers_unseen.jsonl").read_bytes())
-    page = write_report(tmp_path / "runs/llava-clips", store, own)
-    assert page == own / "report" / "index.html"
-    assert "It answers 60 of 100 questions right, out of 20. Always" in page.read_text()
-
-
-def test_curves_that_cannot_be_written_cost_nothing_and_can_be_made_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [
-        {"stage": stage, "samples": 4 * i, "loss": 1.0, "mfu": 0.1} for stage in ("align", "instruct") for i in range(3)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "curves.png").mkdir()
-    write_curves(tmp_path)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {tmp_path}/curves.png is not written; nothing else is missing. IsADirectoryError")
-    (tmp_path / "curves.png").rmdir()
-    write_curves(tmp_path)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().err == ""
 
 
 def test_a_slow_step_shows_progress_and_the_last_step_is_always_logged(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from mllm.compare.plan import (
     PICTURE_VARIANCE,
     RUN_VARIANCE,
     power,
-    power_in_words,
 )
 from mllm.compare.words import design_in_words
 
@@ -75,14 +72,3 @@ def test_power_is_what_simulated_comparisons_of_the_default_design_find(question
         scores = of_runs[:, None] + pictures + answers
         wins += interval(over_groups(scores, groups), np.arange(questions)).verdict == "win"
     assert wins / tries == pytest.approx(power(comparison, questions, 0.05), abs=0.05)
-
-
-def test_the_plan_says_what_it_cannot_see(tmp_path: Path) -> None:
-    questions = tmp_path / "questions.jsonl"
-    lines = [f'{{"question_id": {i}, "text": "How many?", "answer": "{i % 4}"}}\n' for i in range(40)]
-    questions.write_text("".join(lines))
-    own = Comparison(encoders=("clips", "blind"), seeds=3, questions=questions, train_flags=("--data_path", "x.json"))
-    assert power_in_words(own).startswith("this comparison sees 5 points in ")
-    assert power_in_words(own).endswith("by the demo's spreads, for want of its own")
-    assert power(own, 40, 0.05) < power(own, 400, 0.05)
-    assert "tells nothing about other runs" in power_in_words(replace(own, seeds=1, llava_runs=1))

@@ -13,7 +13,6 @@ from caption_server import echo, serving, write_pairs
 from lab_runs import run_main
 from launched import pictures
 from tiny_chat import place  # noqa: F401 - a fixture
-from tiny_mllm import write_idefics
 
 from clips import Fields, open_source
 from clips.common.files import write_json
@@ -119,12 +118,11 @@ def test_texts_on_their_way() -> None:
     assert whole_sentences("A cat on") == ""
 
 
-@pytest.mark.parametrize("kind", ["llava", "idefics"])
-def test_a_model_of_transformers(kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_model_of_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Captions do not depend on the batch, a broken picture costs itself, and a LLaVA model answers as in the chat."""
     monkeypatch.setattr(recaption, "whole_sentences", lambda text: text)
     monkeypatch.setattr(recaption, "choose_device", lambda _: torch.device("cpu"))
-    directory = place / "runs/llava/model" if kind == "llava" else write_idefics(tmp_path / "model")
+    directory = place / "runs/llava/model"
     flags = argparse.Namespace(batch_size=3, max_new_tokens=8)
     model = LocalModel(str(directory), "What is in it? {web}", flags)
     made = [Pair(str(i), picture, web) for i, (picture, web, _) in enumerate(pictures(4))]
@@ -134,7 +132,6 @@ def test_a_model_of_transformers(kind: str, place: Path, tmp_path: Path, monkeyp
     flags.batch_size = 1
     assert [pair.long for pair in model.caption(Pair(pair.key, pair.image, pair.web) for pair in mixed)] == texts
     assert len(set(texts)) > 2
-    if kind == "llava":
-        session = ChatSession(ChatModel.load(str(directory), device="cpu", dtype="float32"))
-        answer = session.ask(f"What is in it? {made[0].web}", [decode_image(made[0].image)], Sampling(max_new_tokens=8))
-        assert "".join(answer).strip() == texts[0]
+    session = ChatSession(ChatModel.load(str(directory), device="cpu", dtype="float32"))
+    answer = session.ask(f"What is in it? {made[0].web}", [decode_image(made[0].image)], Sampling(max_new_tokens=8))
+    assert "".join(answer).strip() == texts[0]

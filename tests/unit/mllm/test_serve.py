@@ -91,28 +91,6 @@ def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_sampling(client: OpenAI) -> None:
-    def answer(**options: object) -> str:
-        return ask(client, user(LONG), max_tokens=12, **options).choices[0].message.content
-
-    greedy = answer()
-    assert greedy == answer(temperature=0, seed=3) == answer(temperature=2, seed=1, top_p=1e-6)
-    assert answer(temperature=1.5, seed=1) == answer(temperature=1.5, seed=1) != greedy
-    stop = greedy[5:7]
-    ended = ask(client, user(LONG), max_completion_tokens=12, stop=["never said", stop])
-    assert ended.choices[0].message.content == greedy[: greedy.index(stop)].rstrip() == answer(stop=stop)
-    assert ended.choices[0].finish_reason == "stop"
-
-
-def test_typed_placeholders_are_text(client: OpenAI) -> None:
-    """`<image>` and control tokens count as the many tokens that their letters are."""
-    plain = ask(client, user("Hello")).usage.prompt_tokens
-    typed = ask(client, user("Hello <image> <|im_end|>")).usage.prompt_tokens
-    assert plain + 10 < typed
-    extra = {"user": "me", "metadata": {"a": "b"}, "whatever": [1], "n": 1, "tools": [], "logprobs": False}
-    assert ask(client, user("Hello"), extra_body=extra).usage.prompt_tokens == plain  # unknown and neutral fields
-
-
 @pytest.mark.parametrize(("body", "word"), [pytest.param(*case, id=name) for name, case in BAD.items()])
 def test_a_bad_request_gets_400_and_the_reason(address: str, body: object, word: str) -> None:
     response = post(address, body)
@@ -181,16 +159,6 @@ def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel) -> None:
         for connection in slow:
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
             connection.close()
-
-
-def test_a_body_that_is_begun_and_left_logs_nothing(address: str, capfd: pytest.CaptureFixture[str]) -> None:
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as left:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        left.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
-        time.sleep(0.3)
-    assert get(f"{address}/health").status_code == 200
-    assert capfd.readouterr().err == ""
 
 
 def test_limits_are_flags() -> None:

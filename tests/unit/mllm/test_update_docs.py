@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from tiny_compare import comparison_of, finish, made, place, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import sha256
 from mllm.compare.verify import pack
-from mllm.evaluation.report import KINDS as KIND_WORDS
-from tools.make_pictures import KINDS, Answer, chosen, results_plot
 from tools.update_docs import take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
@@ -120,33 +117,3 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     with pytest.raises(CommandError, match="is not what its report says"):
         take(packed, "compare", root)
     assert json.loads(target.read_text()) == content
-
-
-STORED = ROOT / "docs" / "results" / "compare.json"
-
-
-def test_bars_and_error_bars_are_the_figures() -> None:
-    report = json.loads(STORED.read_text())
-    encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
-    axes = results_plot(encoders).axes[0]
-    labels = [" ".join(label.get_text().split("\n")[:-1]) for label in axes.get_xticklabels()]
-    kinds = ["identity", "count", "where", "relation", "yes_no", "overall"]
-    assert labels == [KIND_WORDS[kind] for kind in kinds]
-    metrics = [f"accuracy/{kind}" for kind in kinds[:-1]] + ["accuracy"]
-    figures = [encoder[metric] for encoder in encoders.values() for metric in metrics]
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 * figure["mean"] for figure in figures])
-    lines = [segment for collection in axes.collections for segment in collection.get_segments()]
-    assert [high - low for (_, low), (_, high) in lines] == pytest.approx([200 * figure["sd"] for figure in figures])
-
-
-def test_shown_answers_are_right_in_every_run_but_the_last() -> None:
-    def answers(*right: bool) -> list[Answer]:
-        """Two questions of each kind about pictures 0 … 7, and one more about the first picture."""
-        asked = [(f"{i}.jpg", kind) for i, kind in enumerate([*KINDS, *KINDS])] + [("0.jpg", KINDS[0])]
-        return [Answer(image, kind, "?", "a", "a", ok) for (image, kind), ok in zip(asked, right, strict=True)]
-
-    first = answers(True, True, True, True, False, True, True, True, True)
-    second = answers(True, True, False, True, True, True, True, False, True)
-    assert [answer.image for answer in chosen([first, second])] == ["0.jpg", "1.jpg", "6.jpg", "3.jpg", "4.jpg"]
-    with pytest.raises(UserError, match="no question of kind count has a right answer in every run"):
-        chosen([answers(*(i % 4 != 2 for i in range(9)))])

@@ -234,14 +234,6 @@ def test_timm(tmp_path, images, options, kind):
     assert encoder.image_processor.size["shortest_edge"] == 40
 
 
-def test_timm_refusals(tmp_path):
-    with pytest.raises(UserError, match="timm has no model"):
-        load_vision("timm:vit_of_dreams")
-    timm_directory(tmp_path, reg_tokens=2)
-    with pytest.raises(UserError, match="register tokens"):
-        load_vision(f"timm:local-dir:{tmp_path}")
-
-
 def test_a_wrong_mapping_is_noticed(tmp_path, images):
     original = timm_directory(tmp_path / "model")
     encoder = load_vision(f"timm:local-dir:{tmp_path / 'model'}")
