@@ -325,16 +325,22 @@ class TaskConfig:
         return self.objective != "clip"
 
 
+OTHERS = "others"
+"""`Fields.long` where the web captions that are not drawn are joined to the long one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fields:
     """The places of a sample's three parts; `;` separates alternatives.
 
-    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names.
+    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names. A caption's
+    field may hold a list: a step draws one web caption, and joins the long ones.
     """
 
     image: str = "jpg;jpeg;png;webp"
     web: str = "json:org_caption"
     long: str = "txt"
+    """`others`: the web captions that are not drawn, joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,11 +418,13 @@ class AugmentConfig:
     """Share of the samples whose colours are changed by `jitter` and `hue`."""
     grayscale: float = 0.0
     """Share of the samples that lose their colours."""
+    mirror: float = 0.0
+    """Share of the samples whose picture is turned left to right; captions keep their words."""
 
     def __post_init__(self) -> None:
         _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
         _require(self.jitter >= 0, f"augment.jitter {self.jitter} is negative")
-        for name in ("jitter_probability", "grayscale"):
+        for name in ("jitter_probability", "grayscale", "mirror"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name} {getattr(self, name)} is not in [0, 1]")
         _require(0 <= self.hue <= 0.5, f"augment.hue {self.hue} is not in [0, 0.5]")
 
@@ -436,6 +444,9 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/engine.py."""
     muon_momentum: float = 0.95
+    layer_decay: float = 1.0
+    """The rate of a tower's layer, as a share of the layer's above it; below 1 the lower layers of given weights stay
+    near to what they were. Projections, temperature and captioner have the whole rate, embeddings the lowest."""
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
         """The factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
@@ -443,6 +454,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check("optim", self)
+        _require(0 < self.layer_decay <= 1, f"optim.layer_decay {self.layer_decay} is not in (0, 1]")
         # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
         _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
 

@@ -16,7 +16,7 @@ from typing import Any
 from clips.common.errors import UserError
 from clips.common.files import read_regular
 from clips.common.paths import is_remote, without_secrets
-from clips.config import Fields
+from clips.config import OTHERS, Fields
 from clips.data.images import ENDINGS
 
 log = logging.getLogger("clips.data")
@@ -25,7 +25,7 @@ NAMES = {
         *("image", "file_name", "filepath", "path", "filename", "file", "image_path", "img", "picture", "photo"),
         *("url", "image_url"),
     ),
-    "web": ("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web"),
+    "web": ("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web", "captions"),
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
 """Part of a sample → usual names of its column, JSON key or member; the first one that is there counts."""
@@ -34,11 +34,12 @@ LONGEST_TEXT = 1 << 18
 """Bytes of a text file beside a picture."""
 
 
-def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
+def guess_fields(where: str, fields: Fields, found: Sequence[str], lists: Collection[str] = ()) -> Fields:
     """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
 
-    A long caption is guessed by its own names only. If the web caption is guessed, the default place of long captions
-    counts no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption.
+    `lists` are the fields that hold lists: without a long caption, the captions of a list serve for both parts. A long
+    caption is guessed by its own names only. If the web caption is guessed, the default place of long captions counts
+    no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption.
     """
     named = {name.removeprefix("json:").lower(): name for name in reversed(found)}
     default = Fields()
@@ -53,10 +54,14 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
     for part in guessed:
         taken = {fields.image, fields.web, *guessed.values()}
         guessed[part] = next((named[n] for n in NAMES[part] if n in named and named[n] not in taken), "")
+    if guessed.get("long") == "" and set((guessed.get("web") or fields.web).split(";")) & set(lists):
+        guessed["long"] = OTHERS
     if not any(guessed.values()):
         return fields
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
+    if fields.long == OTHERS:
+        long = "one drawn in each step, the others joined as the long caption"
     parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
     say_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields

@@ -255,6 +255,8 @@ class Preprocess:
             image = colour_jitter(image, config.jitter, config.hue, rng)
         if rng.random() < config.grayscale:
             image = image.convert("L").convert("RGB")
+        if config.mirror and rng.random() < config.mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:

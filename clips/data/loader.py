@@ -231,17 +231,17 @@ class BatchDataset(Dataset):
             keys.append(sample.key)
             pixels.append(image)
             if task.objective == "clip":
-                synthetic = sample.long if rng.random() < task.synthetic_share else None
-                texts["web"].append(synthetic or sample.web)
+                texts["web"].append(sample.texts.draw_one(rng, task.synthetic_share))
                 continue
+            web, long = sample.texts.draw(rng)
             if "web" in texts:
-                texts["web"].append(sample.web)
+                texts["web"].append(web)
             if "sub" in texts:
-                texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
+                texts["sub"].append(sub_caption(web, long, self.run.captions, rng))
                 draws.append(rng)
             if captioner is not None:
-                assert sample.long is not None, "open the source with need_long=True"
-                captions.append(sample.long if has_words(sample.long) else sample.web)
+                assert long is not None, "open the source with need_long=True"
+                captions.append(long if has_words(long) else web)
         batch: Batch = {"images": stacked(pixels)}
         for name, batch_texts in texts.items():
             encoded = self.tokenizer.encode(batch_texts)

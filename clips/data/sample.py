@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +18,73 @@ def mend_broken(share: float) -> str:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """The captions of one picture by field. A field that holds a list gives several."""
+
+    web: tuple[str, ...]
+    long: tuple[str, ...] = ()
+    others: bool = False
+    """The long caption is made of the web captions that are not drawn (`Fields.long` = "others")."""
+
+    def pair(self, number: int = 0) -> tuple[str, str | None]:
+        """Web caption `number` with its long caption. A list for the long one is joined, without the web caption."""
+        web = self.web[number]
+        if self.others or len(self.long) > 1:
+            return web, joined(self.web if self.others else self.long, without=web) or None
+        return web, next(iter(self.long), None)
+
+    def draw(self, rng: random.Random) -> tuple[str, str | None]:
+        """The pair of one step. Only several web captions take a number from `rng`."""
+        return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
+
+    def draw_one(self, rng: random.Random, synthetic_share: float) -> str:
+        """The only caption that CLIP reads in a step: one of all, if a field holds several.
+
+        Of one pair it is the long caption in `synthetic_share` of the steps (paper, section 4.1).
+        """
+        captions = self.web + self.long
+        if self.others or len(captions) > 2:
+            return captions[int(rng.random() * len(captions))]
+        use_long = rng.random() < synthetic_share
+        return self.long[0] if use_long and self.long else self.web[0]
+
+
+STOPS = (".", "!", "?", "。", "！", "？")
+
+
+def joined(captions: Iterable[str], without: str) -> str:
+    """The captions as sentences of one text: each ends with a stop, and none is said twice or is `without`."""
+    sentences = {_plain(caption): caption for caption in captions}
+    sentences.pop(_plain(without), None)
+    return " ".join(
+        text if text.endswith((".", "!", "?", "。", "！", "？")) else f"{text}." for text in sentences.values()
+    )
+
+
+def _plain(caption: str) -> str:
+    return " ".join(caption.casefold().split()).rstrip(" .!")
+
+
+@dataclass(frozen=True)
 class RawSample:
     """One image with its texts, nothing decoded yet."""
 
     key: str
     """The sample's name in messages: shard and key, or table and row with the picture's path."""
     image: bytes
-    web: str
-    long: str | None
+    texts: Texts
     extra: dict[str, Any] = field(default_factory=dict)
     """The rest of the sample's JSON member or table row (label, captions, …)."""
+
+    @property
+    def web(self) -> str:
+        """The first web caption."""
+        return self.texts.web[0]
+
+    @property
+    def long(self) -> str | None:
+        """The long caption beside the first web caption."""
+        return self.texts.pair()[1]
 
 
 class BrokenSample(Exception):

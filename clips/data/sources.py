@@ -24,12 +24,12 @@ from clips.common.errors import UserError, reason
 from clips.common.escape import clip, printable
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
-from clips.config import Fields
+from clips.config import OTHERS, Fields
 from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
-from clips.data.sample import BrokenSample, RawSample
+from clips.data.sample import BrokenSample, RawSample, Texts
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
@@ -167,8 +167,8 @@ class Source:
         """Raises BrokenSample for a missing, empty or badly encoded part, UserError for a path that climbs out."""
         raise NotImplementedError
 
-    def texts(self, index: int) -> tuple[str, str | None]:
-        """(web caption, long caption), without reading the image. Raises as `read`."""
+    def texts(self, index: int) -> Texts:
+        """The captions, without reading the image. Raises as `read`."""
         raise NotImplementedError
 
     def missing(self, index: int) -> str | None:
@@ -179,9 +179,10 @@ class Source:
         """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
         for index in range(len(self)) if indices is None else indices:
             try:
-                yield from filter(None, self.texts(index))
+                texts = self.texts(index)
             except BrokenSample:
                 continue
+            yield from texts.web + texts.long
 
 
 class MixedSource(Source):
@@ -208,7 +209,7 @@ class MixedSource(Source):
         source, index = self._part(index)
         return source.read(index)
 
-    def texts(self, index: int) -> tuple[str, str | None]:
+    def texts(self, index: int) -> Texts:
         source, index = self._part(index)
         return source.texts(index)
 
@@ -218,14 +219,16 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
-        self._needed = PARTS if need_long else PARTS[:2]
         self._set = open_shards(shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
 
-        names = self._field_names(fields)
-        fields = guess_fields(_names(shards), fields, names)
+        names, lists = self._field_names(fields)
+        fields = guess_fields(_names(shards), fields, names, lists)
+        self._need_long = need_long
+        self._others = fields.long == OTHERS
+        self._needed = PARTS if need_long and not self._others else PARTS[:2]
         self._fields = {part: _alternatives(getattr(fields, part)) for part in PARTS}
         for part in self._needed:
             if not any((e if key is None else f"{e}:{key}") in names for e, key in self._fields[part]):
@@ -250,8 +253,12 @@ class TarSource(Source):
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _field_names(self, fields: Fields) -> list[str]:
-        """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples."""
+    def _field_names(self, fields: Fields) -> tuple[list[str], set[str]]:
+        """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples.
+
+        Beside them those whose value is a list.
+        """
+        lists: set[str] = set()
         names = {extension for layout in self._set.layouts for extension in layout}
         shard = int(self._set.counts.any(axis=1).argmax())
         index = self._index(shard)
@@ -260,8 +267,10 @@ class TarSource(Source):
             opened = _OpenShard(self.shards[shard], index, file, range(min(PROBED_SAMPLES, len(index.keys))))
             for extension, row in itertools.product(extensions, opened.rows):
                 with contextlib.suppress(BrokenSample):  # counted when training reads it
-                    names |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
-        return sorted(names)
+                    values = _Members(opened, row).json(extension) or {}
+                    names |= {f"{extension}:{key}" for key in values}
+                    lists |= {f"{extension}:{key}" for key, value in values.items() if isinstance(value, list)}
+        return sorted(names), lists
 
     def _incomplete(self, shard: int) -> str:
         """How many samples of a shard are left out, and the first of them."""
@@ -279,16 +288,16 @@ class TarSource(Source):
         extra = members.json("json") or {}
         if (label := members.read("cls")) is not None:
             extra = {"cls": label.decode("utf-8", "replace").strip()} | extra
-        return RawSample(members.key, image, *self._captions(members), extra)
+        return RawSample(members.key, image, self._captions(members), extra)
 
-    def texts(self, index: int) -> tuple[str, str | None]:
+    def texts(self, index: int) -> Texts:
         return self._captions(self._members(index))
 
-    def _captions(self, members: _Members) -> tuple[str, str | None]:
+    def _captions(self, members: _Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
         )
-        return _checked(members.key, web, long, need_long="long" in self._needed)
+        return _checked(members.key, web, long, need_long=self._need_long, others=self._others)
 
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
@@ -404,11 +413,14 @@ class TableSource(Source):
 
         self.tables = [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
         self.need_long = need_long
-        fields = guess_fields(_names(files), fields, self.tables[0].columns)
+        fields = guess_fields(_names(files), fields, self.tables[0].columns, self._lists())
+        self.others = fields.long == OTHERS
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
+        if self.others:
+            self._fields["long"] = []
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
-            for name in PARTS if need_long else PARTS[:2]:
+            for name in PARTS if need_long and not self.others else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
                     raise _missing_field(table.name, name, getattr(fields, name), table.columns)
         self.files = files
@@ -425,6 +437,15 @@ class TableSource(Source):
                 self.roots[file] = guess_root(table.name, self.roots[file], paths, is_given=image_root is not None)
             # A folder lists pictures that are there.
             self._named.append(paths is not None and not isinstance(table, PictureFolder))
+
+    def _lists(self) -> set[str]:
+        """The columns of the first table whose cells hold lists."""
+        table = self.tables[0]
+        lists: set[str] = set()
+        for i in range(min(PROBED_SAMPLES, len(table))):
+            with contextlib.suppress(ValueError, RecursionError):  # reported when the row itself is read
+                lists |= {name for name, value in table.row(i, ()).items() if isinstance(value, list)}
+        return lists
 
     def _first_paths(self, file: int) -> list[str] | None:
         """The paths of a table's first pictures; None if it holds the pictures themselves."""
@@ -445,9 +466,9 @@ class TableSource(Source):
         image = self._image(key, self._place(file, key, value))
         if isinstance(value, str):
             key += f" ({clip(value, LONGEST_PATH)})"
-        return RawSample(key, image, *texts, {name: cell for name, cell in row.items() if name not in self._used})
+        return RawSample(key, image, texts, {name: cell for name, cell in row.items() if name not in self._used})
 
-    def texts(self, index: int) -> tuple[str, str | None]:
+    def texts(self, index: int) -> Texts:
         _, key, row = self._row(index, without=self._fields["image"])
         return self._captions(key, row)
 
@@ -476,8 +497,9 @@ class TableSource(Source):
     def _value(self, row: dict[str, Any], name: str) -> Any:
         return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
 
-    def _captions(self, key: str, row: dict[str, Any]) -> tuple[str, str | None]:
-        return _checked(key, self._value(row, "web"), self._value(row, "long"), self.need_long)
+    def _captions(self, key: str, row: dict[str, Any]) -> Texts:
+        web, long = self._value(row, "web"), self._value(row, "long")
+        return _checked(key, web, long, need_long=self.need_long, others=self.others)
 
     def _image(self, key: str, place: str | bytes) -> bytes:
         if isinstance(place, bytes):
@@ -509,13 +531,25 @@ def _alternatives(spec: str) -> list[tuple[str, str | None]]:
     return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
 
 
-def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str | None]:
-    for name, text, needed in (("web", web, True), ("long", long, need_long)):
+def _checked(key: str, web: Any, long: Any, *, need_long: bool, others: bool) -> Texts:
+    texts = Texts(_captions(key, "web", web), _captions(key, "long", long), others)
+    if not texts.web:
+        raise BrokenSample(key, "web caption is empty")
+    if need_long and not texts.pair()[1]:
+        only = ": the picture has one caption, and its other ones were to be the long one" if others else ""
+        raise BrokenSample(key, f"long caption is empty{only}")
+    return texts
+
+
+def _captions(key: str, name: str, value: Any) -> tuple[str, ...]:
+    """The captions in a field, a text or a list of texts; empty ones are left out."""
+    captions = []
+    for text in value if isinstance(value, list) else [value]:
         if text is not None and not isinstance(text, str):
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
-        if needed and not (text and text.strip()):
-            raise BrokenSample(key, f"{name} caption is empty")
-    return web[:MAX_CAPTION].strip(), long[:MAX_CAPTION].strip() if long else None
+        if text and text.strip():
+            captions.append(text[:MAX_CAPTION].strip())
+    return tuple(captions)
 
 
 def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:

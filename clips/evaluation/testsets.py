@@ -59,8 +59,9 @@ class SourceSet:
     def read(self, index: int) -> Item:
         sample = self.source.read(index)
         sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "")
+        several = list(sample.texts.web) if len(sample.texts.web) > 1 else _strings(sample.extra.get("captions"))
         captions = {
-            "sentence": _strings(sample.extra.get("captions")),
+            "sentence": several[:SENTENCES_PER_IMAGE],
             "part": sentences[:SENTENCES_PER_IMAGE],
             "web": [sample.web],
             "long": [sample.long] if sample.long else [],

@@ -33,7 +33,7 @@ from clips.common.errors import NotFiniteError, UserError
 from clips.common.files import from_json, read_bytes
 from clips.common.runtime import import_deepspeed
 from clips.common.signals import STOP_SIGNALS
-from clips.config import OptimConfig, RunConfig
+from clips.config import ModelConfig, OptimConfig, RunConfig
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel, Outputs
 from clips.training.task import Part, Task
 from clips.training.zero_state import ZeroState
@@ -41,13 +41,14 @@ from clips.training.zero_state import ZeroState
 DEFAULT_DS_CONFIG = {"zero_optimization": {"stage": 0}}
 
 
-def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
     """Who is optimised how: "muon" (the blocks' matrices), "decay" (other matrices), "no_decay" (the rest).
 
-    Every trainable parameter is in exactly one group; empty groups are left out. Each parameter is
-    tagged with `use_muon`, which DeepSpeed's ZeRO optimizers read.
+    Every trainable parameter is in exactly one group; empty groups are left out. A name has a group for each `scale`,
+    its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon`, which
+    DeepSpeed's ZeRO optimizers read.
     """
-    members: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    members: dict[str, dict[float, list[nn.Parameter]]] = {"muon": {}, "decay": {}, "no_decay": {}}
     parameter: Any  # nn.Parameter knows of no `use_muon`
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
@@ -57,13 +58,25 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
         # Positions, queries and the CLS token carry no decay in the reference either: they are no weights of a map.
         undecayed = ("pos_embed", "queries") + (() if optim.decay_embeddings else ("token_embed.weight",))
         decays = parameter.ndim >= 2 and not name.endswith(undecayed)
-        members["muon" if parameter.use_muon else "decay" if decays else "no_decay"].append(parameter)
+        kind = "muon" if parameter.use_muon else "decay" if decays else "no_decay"
+        scale = optim.layer_decay ** layers_above(name, task.model.config)
+        members[kind].setdefault(scale, []).append(parameter)
     groups = []
-    for name, parameters in members.items():
-        if parameters:
-            decay = 0.0 if name == "no_decay" else optim.weight_decay
-            groups.append({"name": name, "params": parameters, "lr": 0.0, "weight_decay": decay})
+    for name, by_scale in members.items():
+        decay = 0.0 if name == "no_decay" else optim.weight_decay
+        for scale, parameters in by_scale.items():
+            groups.append({"name": name, "params": parameters, "lr": 0.0, "scale": scale, "weight_decay": decay})
     return groups
+
+
+def layers_above(name: str, model: ModelConfig) -> int:
+    """How many layers of its tower lie above a parameter of a Task: 0 for the final norm, the projection and all that
+    is in no tower; all blocks and one more for embeddings and positions."""
+    _, part, *rest = name.split(".")
+    if part not in ("visual", "text") or rest[0] in ("norm", "proj"):
+        return 0
+    layers = model.vision.layers if part == "visual" else model.text.layers
+    return layers - int(rest[1]) if rest[0] == "blocks" else layers + 1
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -131,7 +144,9 @@ class Engine:
         groups = parameter_groups(task, run.optim)
         # Now: DeepSpeed puts its flat tensors in the place of the groups' parameters.
         muon = {id(p) for group in groups if group["name"] == "muon" for p in group["params"]}
-        sizes = {g["name"]: [p.numel() for p in g["params"]] for g in groups}
+        sizes: dict[str, list[int]] = {}
+        for group in groups:
+            sizes.setdefault(group["name"], []).extend(p.numel() for p in group["params"])
         zero = ds_config.get("zero_optimization", {})
         if run.optim.kind == "muon" and zero.get("stage") == 3:
             zero["reduce_scatter"] = False  # DeepSpeed refuses Muon with it: the full gradient is needed
@@ -179,7 +194,7 @@ class Engine:
 
     def set_lr(self, lr: float, muon_lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = muon_lr if group["name"] == "muon" else lr
+            group["lr"] = (muon_lr if group["name"] == "muon" else lr) * group["scale"]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the accumulation steps and reduces at the boundary."""

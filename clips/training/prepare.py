@@ -301,7 +301,8 @@ def print_plan(
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     is_slow = run.train.precision == "bf16" and not has_bf16(device)
     slow = f", which this {device.type} only emulates: train.precision=fp32 is many times faster" if is_slow else ""
-    rows.append(("optimizer", f"{run.optim.kind}, {run.train.precision}{slow}"))
+    decay = f", layer decay {run.optim.layer_decay:g}" if run.optim.layer_decay < 1 else ""
+    rows.append(("optimizer", f"{run.optim.kind}{decay}, {run.train.precision}{slow}"))
     rows.append(("on", f"{ranks} × {device.type}{threads}"))
     rows.append(("writes to", str(run_dir)))
     if previous is not None:

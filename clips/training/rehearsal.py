@@ -50,8 +50,8 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
         run = replace(run, train=replace(run.train, precision="bf16"))
     task = built(run, phase)
     groups = parameter_groups(task, run.optim)
-    counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    trained = sum(counts.values())
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
     batch = task.counted(full_batch(run, fullest_shape(run, phase, micro, ranks), META))
@@ -70,7 +70,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy
             torch.empty(min(trained, BUCKET), device=META)
 
-    state = FP32 * (2 * trained - counts.get("muon", 0))
+    state = FP32 * (2 * trained - by_muon)
     return Rehearsed(trained, weights, FP32 * trained, state, rehearsal.peak, rehearsal.flops)
 
 

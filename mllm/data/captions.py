@@ -37,14 +37,19 @@ class CaptionStore(ImageStore):
         return len(self._source)
 
     def records(self) -> Iterator[Any]:
-        """A record for each pair, of its long caption if it has one; a BrokenSample for a pair without a caption."""
+        """A record for each pair, of its long caption if it has one; a BrokenSample for a pair without a caption.
+
+        Several captions of one picture joined would repeat each other: the first one is told.
+        """
         for number in range(len(self._source)):
             try:
-                web, long = self._source.texts(number)
+                texts = self._source.texts(number)
             except BrokenSample as broken:
                 yield broken
                 continue
-            turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": long or web}]
+            web, long = texts.pair()
+            response = web if texts.others else long or web
+            turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": response}]
             yield {"id": str(number), "image": str(number), "conversations": turns}
 
     def problem(self, name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -23,6 +24,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.training.cli import config_from_flags, parser
+from clips.training.engine import Engine, build_optimizer, parameter_groups
 from clips.training.task import Task
 from clips.weights.convert import convert
 from clips.weights.export import write_native
@@ -117,6 +119,33 @@ def test_an_image_tower_alone_gets_the_recipe_s_text_tower(tmp_path: Path) -> No
     text = printed(beginning, run)
     for shown in ("SigLIP's pooling head: ", "more", "folded into the patch convolution"):
         assert shown in text
+
+
+def test_layer_decay_moves_each_layer_of_an_official_checkpoint_by_its_share_of_the_rate(tmp_path: Path) -> None:
+    """Adam's first step moves a weight by the rate, whatever its gradient."""
+    write_official(tmp_path / "official")
+    initial = read_initial(str(tmp_path / "official"))
+    flags = ("phases.*.image_size=32", "optim.kind=adamw", "optim.weight_decay=0.0", "optim.layer_decay=0.5")
+    run, model, _ = begun(initial, "--set", *flags)
+    assert run.model.vision.layers == run.model.text.layers == 3
+    task = Task(model, run)
+    optimizer = build_optimizer(parameter_groups(task, run.optim), run.optim)
+    Engine.set_lr(SimpleNamespace(optimizer=optimizer), 1e-3, 0.0)  # type: ignore[arg-type]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = initial.tokenizer.for_tower(TEXTS[:3], run.model.text)
+    caption = initial.tokenizer.caption_ids(initial.tokenizer.encode(TEXTS[:3]), 16)
+    task({"images": pixels(), "web": ids, "sub": ids, "caption": caption})[0].backward()
+    optimizer.step()
+
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    still = {name for name, most in moved.items() if not most}
+    assert all(name.startswith("captioner.") for name in still), "what begins at zero passes no gradient on"
+    shares = {"blocks.2": 0.5, "blocks.1": 0.25, "blocks.0": 0.125}
+    shares |= dict.fromkeys(("patch_embed", "cls_token", "token_embed", "pos_embed"), 0.0625)
+    for name in moved.keys() - still:
+        of_tower = name.startswith(("visual.", "text."))
+        share = next((share for part, share in shares.items() if of_tower and f".{part}" in name), 1.0)
+        assert moved[name] == pytest.approx(1e-3 * share, rel=0.02), name
 
 
 def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""Fields that hold a list: which caption a step draws, and what the long one is made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from bad_corpus import encode
+from PIL import Image
+
+from clips.common.errors import UserError
+from clips.config import OTHERS, Fields
+from clips.data.loader import make_loader
+from clips.data.sample import BrokenSample, Texts
+from clips.data.sentences import split_sentences
+from clips.data.sources import Source, open_source
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.testsets import SourceSet
+from clips.recipes import debug_twin, recipe
+from mllm.data.captions import CaptionStore
+
+FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
+
+
+def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
+    """A shard with a sample for each entry of `captions`."""
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i, value in enumerate(captions):
+            picture = encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0)))
+            for name, data in ((f"{i:03}.png", picture), (f"{i:03}.json", json.dumps({key: value}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder / "a.tar"
+
+
+def opened(path: Path, *, need_long: bool = True, **fields: str) -> Source:
+    return open_source(str(path), replace(Fields(), **fields), need_long=need_long)
+
+
+def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
+    texts = Texts(FIVE, others=True)
+    assert texts.pair(0) == ("A dog runs", "Two dogs! A brown dog . Grass.")
+    assert texts.pair(1) == ("Two dogs!", "a  DOG runs. A brown dog . Grass.")
+    assert len(split_sentences(texts.pair(1)[1] or "")) == 3
+    own = Texts(("one",), ("Long a", "one.", "Long b."))
+    assert own.pair() == ("one", "Long a. Long b.")
+    assert Texts(("one",), ("one",)).pair() == ("one", "one"), "a single long caption is the user's own word"
+
+
+def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
+    rng = random.Random(0)
+    drawn = Counter(Texts(FIVE, others=True).draw(rng)[0] for _ in range(5000))
+    assert all(abs(drawn[text] - 1000) < 150 for text in FIVE)
+    of_all = Counter(Texts(("w", "v"), ("l",)).draw_one(rng, 0.2) for _ in range(3000))
+    assert all(abs(of_all[text] - 1000) < 150 for text in "wvl")
+    before = rng.getstate()
+    assert Texts(("w",), ("l",)).draw(rng) == ("w", "l")
+    assert rng.getstate() == before
+    paper = Counter(Texts(("w",), ("l",)).draw_one(rng, 0.2) for _ in range(3000))
+    assert abs(paper["l"] - 600) < 120
+
+
+def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = opened(shard(tmp_path, [list(FIVE), ["only one"], ["x", 3], [None, " ", "a", "b"]]))
+    assert "the others joined" in caplog.text
+    assert source.texts(0) == Texts(tuple(FIVE), others=True)
+    assert source.read(3).web == "a"
+    for index, reason in ((1, "one caption"), (2, "int")):
+        with pytest.raises(BrokenSample, match=reason):
+            source.read(index)
+    assert len(list(source.captions())) == 7
+
+    table = pa.table({"image": ["a.png"], "caption": [list(FIVE)]})
+    pa.parquet.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8))))
+    assert opened(tmp_path / "t.parquet").texts(0) == source.texts(0)
+
+
+def test_fields_that_are_given(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "w": ["u", "v"], "l": ["L one", "v", "L two"]}]
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8))))
+    assert opened(tmp_path / "t.jsonl", web="w", long="l").texts(0).pair(1) == ("v", "L one. L two.")
+    assert opened(tmp_path / "t.jsonl", web="w", long=OTHERS).texts(0).pair() == ("u", "v.")
+    with pytest.raises(UserError, match="long"):
+        opened(tmp_path / "t.jsonl", web="w", long="absent")
+
+
+def test_batches_are_those_of_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    captions = [[f"picture {i} caption {k}" for k in range(5)] for i in range(16)]
+    source = opened(shard(tmp_path, captions))
+    tokenizer = build_tokenizer("wordpiece", source.captions(), vocab_size=300)
+    run = debug_twin(recipe("demo"))
+    run = run.override([f"model.text.vocab_size={tokenizer.vocab_size}", "phases.0.samples=64"])
+
+    whole = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
+    resumed = list(make_loader(source, tokenizer, run, rank=0, world_size=1, step=3))
+    halves = [list(make_loader(source, tokenizer, run, rank=rank, world_size=2)) for rank in (0, 1)]
+    for one, again in zip(whole[3:], resumed, strict=True):
+        assert all((one[name] == again[name]).all() for name in ("web", "sub", "caption"))
+    for one, *parts in zip(whole, *halves, strict=True):
+        assert one["keys"] == [key for part in parts for key in part["keys"]]
+
+    drawn: dict[str, set[tuple[int, ...]]] = {}
+    for batch in whole:
+        for key, web in zip(batch["keys"], batch["web"].tolist(), strict=True):
+            drawn.setdefault(key, set()).add(tuple(web))
+    assert max(map(len, drawn.values())) > 1, "epochs draw anew"
+
+
+def test_evaluation_and_alignment_take_each_caption_as_a_sentence(tmp_path: Path) -> None:
+    path = shard(tmp_path, [[f"c{i} {k}" for k in range(7)] for i in range(2)])
+    item = SourceSet(opened(path, need_long=False)).read(1)
+    assert item.captions["sentence"] == [f"c1 {k}" for k in range(5)]
+    assert item.captions["web"] == ["c1 0"]
+    record = next(CaptionStore(path).records())
+    assert record["conversations"][1]["value"] == "c0 0", "joined captions would repeat each other"
