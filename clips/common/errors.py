@@ -93,27 +93,12 @@ def in_one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def reporting(failed: str) -> Iterator[None]:
-    """Turn any failure inside into a CommandError of one line, for a report at the end of a command.
-
-    `failed` says what is missing and what is there.
-    """
-    try:
-        yield
-    except CommandError:
-        raise
-    except Exception as error:
-        raise CommandError(f"{failed}. {in_one_line(error)}; the same command writes it again") from error
-
-
-@contextmanager
 def never_in_the_way(failed: str) -> Iterator[None]:
     """Turn any failure inside into one line on stderr, for a report or plot that must not end the run."""
     try:
         yield
     except Exception as error:
-        message = f"warning: {failed}. {in_one_line(error)}; the same command writes it again"
-        print(printable(message), file=sys.stderr, flush=True)
+        print(printable(f"warning: {failed}. {in_one_line(error)}"), file=sys.stderr, flush=True)
 
 
 class _ForTerminal(logging.Formatter):

@@ -9,8 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from shutil import get_terminal_size
 from time import monotonic
 from typing import Any
@@ -19,7 +17,6 @@ from tqdm import tqdm
 
 from clips.common.errors import outlive_readers
 from clips.common.escape import clip, printable
-from clips.common.rundir import parse_line
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Name of the environment's value: seconds between two lines of a file, 30 without it."""
@@ -94,43 +91,3 @@ def in_words(seconds: float) -> str:
             decimals = 1 if unit > 1 and seconds < 9.95 * unit else 0
             return f"{seconds / unit:.{decimals}f} {name}"
     return f"{seconds / 86400:,.1f} days"
-
-
-# ------------------------------------------------------------------------------------------- of another process
-@dataclass(frozen=True)
-class Progress:
-    done: int
-    planned: int
-    """Both in the run's unit: samples or questions."""
-    seconds_left: float | None
-    """None until the speed is known."""
-    time: float
-    """Time of this state, in seconds since the epoch."""
-
-    def __str__(self) -> str:
-        left = "" if self.seconds_left is None else f", {in_words(self.seconds_left)} left"
-        return f"{100 * self.done // max(1, self.planned)} %{left}"
-
-
-def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
-    """The newest record of a .jsonl file with these `fields`; None if there is none.
-
-    Lines that are no record are skipped: a crash may have cut the last line, or it is half written.
-    """
-    if not path.is_file():
-        return None
-    for line in reversed(path.read_bytes().splitlines()):
-        record = parse_line(line)
-        if record is not None and all(record.get(name) == value for name, value in fields.items()):
-            return record
-    return None
-
-
-def training_progress(metrics: Path, planned: int, **fields: Any) -> Progress | None:
-    """Progress of a training of `planned` samples; `fields` as in `last_record`. None before its first record."""
-    record = last_record(metrics, kind="train", **fields)
-    if record is None:
-        return None
-    done = min(record["samples"], planned)  # the last batch may reach beyond the planned samples
-    left = (planned - done) / record["samples_per_s"] if record["samples_per_s"] > 0 else None
-    return Progress(done, planned, left, record["time"])

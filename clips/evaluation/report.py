@@ -106,7 +106,7 @@ def write_report(run_dir: Path, examples: Sequence[Section] = ()) -> Path:
 def _page(record: RunRecord, examples: Sequence[Section]) -> Page:
     config = record.config
     last = record.train[-1] if record.train else {}
-    facts = [str(config.get("recipe", "")), f"{int(last.get('samples', 0)):,} samples", _model_line(config)]
+    facts = [str(config.get("recipe", "")), f"{int(last.get('samples', 0)):,} samples"]
     if record.weights is not None:
         facts.append(f"weights of step {record.weights['step']:,}, SHA-256 {str(record.weights['sha256'])[:12]}")
 
@@ -123,7 +123,7 @@ def _page(record: RunRecord, examples: Sequence[Section]) -> Page:
         Section("Configuration", [Folded("config.json", [Code(json.dumps(config, indent=2, ensure_ascii=False))])]),
     ]
     sections = [section for section in sections if section.blocks]
-    return Page(record.name, " · ".join(filter(None, facts)), sections, sentence=_sentence(record))
+    return Page(record.name, " · ".join(filter(None, facts)), sections)
 
 
 def _bar(name: str, figure: Mapping[str, float]) -> Bar:
@@ -154,33 +154,3 @@ def _tiles(record: RunRecord) -> list[Tile]:
             note = f"{UNSEEN} artist; on {first} {record.figures[first][name]['value']:.1f} %, {note}"
         tiles.append(Tile(pretty(name), [(f"{figure['value']:.1f} %", "")], note))
     return tiles
-
-
-def _sentence(record: RunRecord) -> str:
-    """What the figure that matters first says, on the test set that decides."""
-    test_set = UNSEEN if UNSEEN in record.figures else next(reversed(record.figures), "")
-    figures = record.figures.get(test_set, {})
-    if not (names := headline(figures)):
-        return "This encoder has not been measured yet."
-    figure, drawn = figures[names[0]], " drawn by an artist whom no training shows" if test_set == UNSEEN else ""
-    what = {
-        "i2t": "finds the right text for a picture", "t2i": "finds the right picture for a text",
-        "zero": "names the right class", "linear": "names the right class, by a linear probe",
-        "caption": "predicts the right next token of a caption",
-    }  # fmt: skip
-    does = next((text for part, text in what.items() if part in names[0].split("_")), pretty(names[0]))
-    return (
-        f"The encoder {does} in {figure['value']:.0f} of 100 cases among {figure['items']:,}{drawn}; "
-        f"chance is {figure['chance']:.1f}."
-    )
-
-
-def _model_line(config: Mapping[str, Any]) -> str:
-    if not config:
-        return ""
-    model, vision, text = config["model"], config["model"]["vision"], config["model"]["text"]
-    has_text_tower = model.get("embed_dim") != 0 or (model.get("captioner") or {}).get("web", True)
-    return (
-        f"image tower {vision['width']}×{vision['layers']}, patch {vision['patch_size']} at {vision['image_size']} px, "
-        + (f"text tower {text['width']}×{text['layers']}" if has_text_tower else "no text tower")
-    )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import read_json, sha256, write_json
-from clips.common.live import Progress
 from clips.common.rundir import difference
 
 RECORD, COST = "cell.json", "cost.json"
@@ -26,8 +25,6 @@ class Step:
     command: tuple[str, ...]
     is_done: Callable[[], bool]
     """Whether the files that the command leaves are there. A step that is done is never run again."""
-    progress: Callable[[], Progress | None] | None = None
-    """How far the running command is; None before its first record."""
     folder: Path | None = None
     """A folder of the step's own, emptied before each attempt; the log lies in it. None: the cell's log."""
     may_fail: bool = False

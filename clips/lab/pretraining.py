@@ -10,9 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from clips.common.files import read_json
-from clips.common.live import training_progress
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import METRICS, UNSEEN, is_finished, read_metrics, refuse
+from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.lab.grid import Cell, Step
@@ -46,12 +45,7 @@ def pretraining_cell(
             mend = f"Give another --output, or remove {directory}"
             refuse(changes, f"{directory} holds a run with other settings", mend)
 
-    step = Step(
-        PRETRAINING,
-        (sys.executable, str(SCRIPT), *flags),
-        lambda: is_done(directory),
-        lambda: training_progress(directory / METRICS, config.samples),
-    )
+    step = Step(PRETRAINING, (sys.executable, str(SCRIPT), *flags), lambda: is_done(directory))
     about = f"{config.recipe}, {config.samples:,} samples"
     return Cell(variant, f"seed {seed}", directory, (step,), check, kind=f"{PRETRAINING} {variant}", about=about)
 

@@ -119,7 +119,6 @@ class State:
     """What a cell does now."""
 
     doing: str
-    step: Step | None = None
     since: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -180,13 +179,11 @@ class Runner:
             return f"[dim]{WAITS}[/]"
         if state.doing == DONE:
             return f"[green]{DONE}{for_rich(cell.result())}[/]"
-        found = state.step.progress() if state.step and state.step.progress else None
-        # An older record is of a process that was killed.
-        return f"[bold]{for_rich(state.doing)}[/] {found if found and found.time >= state.since else ''}"
+        return f"[bold]{for_rich(state.doing)}[/] for {in_words(time.time() - state.since)}"
 
-    def _say(self, cell: Cell, doing: str, step: Step | None = None) -> None:
+    def _say(self, cell: Cell, doing: str) -> None:
         """Called from several threads, each for its own cell."""
-        self.states[cell] = State(doing, step)
+        self.states[cell] = State(doing)
         if not self.console.is_terminal:
             text = f"{cell.name}: {doing}{cell.result() if doing == DONE else ''}"
             self.console.print(for_rich(text), highlight=False, soft_wrap=True)
@@ -196,7 +193,7 @@ class Runner:
         with locked(cell.directory, self.commands) as descriptor:
             for step in cell.steps:
                 if not step.is_done():  # nor by the process that held the lock
-                    self._say(cell, step.name, step)
+                    self._say(cell, step.name)
                     _note(cell, step)
                     with _timed(cell, step):
                         self._run(cell, step, descriptor)

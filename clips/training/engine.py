@@ -39,6 +39,11 @@ from clips.training.task import Part, Task
 from clips.training.zero_state import ZeroState
 
 DEFAULT_DS_CONFIG = {"zero_optimization": {"stage": 0}}
+OF_THE_RUN = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "bf16", "fp16"),
+)
+"""DeepSpeed's settings that the run configuration decides."""
 
 
 def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -99,19 +104,8 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
         config = from_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--ds-config {path} is not a readable JSON file: {error}") from None
-    ours = {
-        "train_batch_size": "phase batch_size",
-        "train_micro_batch_size_per_gpu": "phase batch_size",
-        "gradient_accumulation_steps": "train.accumulation",
-        "gradient_clipping": "optim.clip_grad",
-        "optimizer": "optim",
-        "scheduler": "the phases",
-        "bf16": "train.precision",
-        "fp16": "train.precision",
-    }
-    taken = [f"{key} (set by {ours[key]})" for key in config if key in ours]
-    if taken:
-        raise UserError(f"--ds-config {path} holds settings that belong to the run configuration: {', '.join(taken)}")
+    if taken := [key for key in config if key in OF_THE_RUN]:
+        raise UserError(f"--ds-config {path} holds {', '.join(taken)}, which the run configuration sets (--set)")
     return config
 
 

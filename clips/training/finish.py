@@ -65,18 +65,10 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
 
 
 def print_next(run: RunConfig, run_dir: Path) -> None:
-    shown = for_rich(str(run_dir))
-    report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
-    figures = f"{shown}/evaluation.json, " if (run_dir / "evaluation.json").is_file() else ""
+    report = f"{REPORT}, " if has_report(run_dir) else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
-    Console(emoji=False, stderr=True).print(
-        f"\n[bold]{shown}[/bold] holds the finished run:\n"
-        f"  report      {report}\n"
-        f"  figures     {figures}{shown}/metrics.jsonl\n"
-        f"  encoder     {shown}/export/  ({formats})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    text = f"{run_dir} holds the finished run: {report}evaluation.json, metrics.jsonl, export/ ({formats})"
+    Console(emoji=False, stderr=True).print(for_rich(text), highlight=False, soft_wrap=True)
     model = shlex.quote(str(run_dir))
     if run.data.train == "demo":
         say_next(f"bash scripts/train_llava.sh --vision clips:{model}")

@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clips.common.errors import CommandError
 from clips.common.live import LiveLine, progress_line
+from clips.common.plots import pretty
 from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
@@ -21,14 +22,8 @@ MACHINE = (
     "validation_seconds",
 )
 """What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""
-VALIDATED = {"sentence_i2t_r1": "a picture finds its sentence", "zero_shot_top1": "a thing its name"}
-"""Figure of a validation → words for it."""
-
-
-def validated(values: dict[str, Any]) -> str:
-    """A validation in one line."""
-    found = ", ".join(f"{words} in {values[name]:.1f} %" for name, words in VALIDATED.items() if name in values)
-    return f"validation after {values['samples']:,} samples: {found or 'see metrics.jsonl'}"
+VALIDATED = ("sentence_i2t_r1", "zero_shot_top1")
+"""Figures of a validation that the terminal shows."""
 
 
 class RunLog:
@@ -42,17 +37,15 @@ class RunLog:
             return
         self.run_dir = run_dir
         names = (METRICS, "skipped.jsonl", "spikes.jsonl")
-        self.metrics, self.skips, self.spikes = (self._reopen(run_dir / name, start_step) for name in names)
+        for name in names:
+            keep_lines(run_dir / name, start_step)  # of the checkpoint that is resumed: no step stands twice
+        self.metrics, self.skips, self.spikes = (
+            (run_dir / name).open("a", encoding="utf-8", buffering=1) for name in names
+        )
         self.trackers = Trackers(report_to, run_dir, run_dir.name, run.to_dict(), start_step)
         self.line, self.total = LiveLine(), run.samples
         self.first: tuple[int, float] | None = None
         """(samples, time) of the first line, from which the time left is told."""
-
-    @staticmethod
-    def _reopen(path: Path, step: int) -> TextIO:
-        """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
-        keep_lines(path, step)
-        return path.open("a", encoding="utf-8", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same scalars to the loggers, and the progress line.
@@ -62,11 +55,24 @@ class RunLog:
         if not self.active:
             return
         with self._writing(values["step"]):
-            self._record(kind, values)
-        if kind == "train":
-            self._show(values)
-        else:
-            self.say(validated(values))
+            self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+            scalars = {
+                f"{values.get('split', kind)}/{key}": value
+                for key, value in values.items()
+                if isinstance(value, (int, float)) and key not in ("step", "samples")
+            }
+            self.trackers.log(scalars, values["step"])
+        samples = values["samples"]
+        if kind != "train":
+            figures = [f"{pretty(name)} {values[name]:.1f} %" for name in VALIDATED if name in values]
+            self.say(f"validation after {samples:,} samples: {', '.join(figures) or 'see metrics.jsonl'}")
+            return
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (samples, now)
+        done = samples - self.first[0]
+        left = (now - self.first[1]) / done * (self.total - samples) if done > 0 else None
+        self.line.show(progress_line(values, self.total, left), final=samples >= self.total)
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -77,15 +83,6 @@ class RunLog:
                 f"the record of step {step} cannot be written to {self.run_dir}: {error}. Make room, then "
                 "the same command goes on from the last checkpoint"
             ) from None
-
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
-        scalars = {
-            f"{values.get('split', kind)}/{key}": value
-            for key, value in values.items()
-            if isinstance(value, (int, float)) and key not in ("step", "samples")
-        }
-        self.trackers.log(scalars, values["step"])
 
     def skipped(self, samples: list[tuple[str, str]], step: int) -> None:
         for key, reason in samples if self.active else []:
@@ -105,14 +102,6 @@ class RunLog:
                 f"warning: spike at step {figures['step']}: loss {figures['loss']:.4g} (usually "
                 f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples stand in spikes.jsonl"
             )
-
-    def _show(self, values: dict[str, Any]) -> None:
-        samples, now = values["samples"], time.monotonic()
-        if self.first is None:
-            self.first = (samples, now)
-        done = samples - self.first[0]
-        left = (now - self.first[1]) / done * (self.total - samples) if done > 0 else None
-        self.line.show(progress_line(values, self.total, left), final=samples >= self.total)
 
     def say(self, text: str) -> None:
         """A line for a person, beside the progress line."""

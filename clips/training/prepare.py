@@ -271,25 +271,14 @@ def print_plan(
     beginning: Beginning | None = None,
 ) -> None:
     """Say what is about to happen. Nothing here is measured or rehearsed: scripts/plan_run.py has memory and days."""
-    vision, captioner = run.model.vision, run.model.captioner
     parts = "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.parameter_counts().items())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    cls = "with" if vision.cls else "without"
     rows = [
         ("model", f"{parts} parameters, of which {trained / 1e6:.2f} M train (train.freeze={run.train.freeze})"),
-        ("image tower", f"{vision.transformers_class}: {cls} CLS, {vision.pos_embed} positions, {vision.pool} pooling"),
-        ("objective", f"{run.task.objective}, caption weight {run.task.caption_weight if captioner else 0}"),
+        ("objective", f"{run.task.objective}, caption weight {run.task.caption_weight if run.model.captioner else 0}"),
     ]
     if not run.task.contrasts:
         rows.append(("  no retrieval", NO_SHARED_SPACE))
-    if vision.patch_dropout:
-        rows.append(
-            ("  drops", f"{vision.patch_dropout:.0%} of the image tokens of the image tower, in training alone")
-        )
-    if captioner is not None and run.task.captions and captioner.image_token_keep < 1:
-        dropped = 1 - captioner.image_token_keep
-        rows.append(("  drops", f"{dropped:.0%} of the image tokens of the captioner, in training alone"))
-
     rows.append(("data", f"{split_spec(run.data, 'train')}: {samples:,} samples"))
     shares = sum(part.share for part in run.data.mix)
     rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]

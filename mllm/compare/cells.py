@@ -11,8 +11,7 @@ import numpy as np
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.common.live import last_record
-from clips.common.rundir import METRICS
+from clips.common.rundir import METRICS, read_metrics
 from clips.lab.stats import shared_runs
 from mllm.compare.comparison import Comparison
 from mllm.encoders.registry import parse_vision_name
@@ -173,7 +172,7 @@ def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
 
 def samples_seen(run: Path) -> dict[str, int]:
     """Samples and steps of a pretraining run's last logged step. Raises UserError if none was logged."""
-    last = last_record(run / METRICS, kind="train")
-    if last is None:
+    lines = read_metrics(run, "train")
+    if not lines:
         raise UserError(f"{run / METRICS} holds no training step: remove {run}, then it is pretrained again")
-    return {"samples": last["samples"], "steps": last["step"]}
+    return {"samples": lines[-1]["samples"], "steps": lines[-1]["step"]}

@@ -10,9 +10,8 @@ from functools import partial
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json
-from clips.common.live import training_progress
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import METRICS, UNSEEN, difference, refuse
+from clips.common.rundir import UNSEEN, difference, refuse
 from clips.common.runtime import unused_port
 from clips.lab.grid import RECORD, Cell, Step
 from clips.lab.pretraining import pretraining_cell
@@ -82,11 +81,10 @@ def dataset_size(arguments: TrainArguments) -> int:
 # ------------------------------------------------------------------------------------------- cells for the engine
 def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
     """Each cell with its steps: both stages, the answers, the benchmarks."""
-    samples = samples_of_cells(comparison, cells)
-    return [_lab_cell(comparison, cell, samples[cell.variant]) for cell in cells]
+    return [_lab_cell(comparison, cell) for cell in cells]
 
 
-def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]) -> Cell:
+def _lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
     launcher = [sys.executable]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
@@ -95,9 +93,8 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
     steps = []
     for number, stage in STAGES.items():
         command = [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, number)]
-        progress = partial(training_progress, cell.directory / METRICS, samples[stage.name], stage=stage.name)
         done = cell.directory / stage.name / "done.json"
-        steps.append(Step(stage.name, tuple(command), done.is_file, progress))
+        steps.append(Step(stage.name, tuple(command), done.is_file))
     if asks_questions(comparison):
         limit = question_limit(comparison)
         command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from clips.common.errors import reporting
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.live import in_words
@@ -80,8 +79,7 @@ def run_stage(flags: TrainArguments) -> None:
             summary = train(prepared, checkpoint, start, console, begin)
             with whole(prepared.model, prepared.zero):
                 if start.rank == 0:
-                    with reporting(f"stage {arguments.stage} is trained, and its results cannot be written"):
-                        write_results(prepared, summary)
+                    write_results(prepared, summary)
             if dist.is_initialized():
                 dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
             print_summary(summary, arguments.stage, console)

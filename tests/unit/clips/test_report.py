@@ -122,8 +122,8 @@ def test_report_is_one_offline_page(small, tmp_path):
     assert "http" not in page
     for text in (captions[0].texts[0][1], zero_shot[0].title, "chance", "my-run"):
         assert text in page
-    parts = ['class="first">The encoder ', "Retrieval: hits", "Zero-shot", "Curves", "All figures", "<details>"]
-    assert sorted(parts, key=page.index) == parts, "a sentence and pictures come first, tables last and folded"
+    parts = ["Retrieval: hits", "Zero-shot", "Curves", "All figures", "<details>"]
+    assert sorted(parts, key=page.index) == parts, "pictures come first, tables last and folded"
     names = {path.name for path in (run_dir / "report").iterdir()}
     assert names == {"index.html", "curves.png"}
     assert decode_image((run_dir / "report" / "curves.png").read_bytes()).width > 300
