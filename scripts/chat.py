@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--image",
         action="append",
-        metavar="PATH_OR_URL",
+        metavar="PATH",
         help="picture of the first question (or video, if the model takes videos); repeatable",
     )
     p.add_argument("--prompt", help="print the answer to this question and end")

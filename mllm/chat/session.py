@@ -1,17 +1,16 @@
 """One talk about pictures, behind terminal, web page and server: its turns and its next answer.
 
 Prompts come from `ConversationEncoder.prompt` alone, so chat sees the same tokens as training. `generate` of
-transformers makes the answer's tokens. `PrefixCache` knows the part of a prompt that the model has read already, and
-`AnswerStreamer` the text that may be shown.
+transformers makes the answer's tokens. `AnswerStreamer` knows the text that may be shown.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import wait
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -31,7 +29,7 @@ from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript
 from mllm.data.conversation import Images
-from mllm.evaluation.batches import COLDEST, pixel_inputs, seen
+from mllm.evaluation.batches import drawn_at, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
 
 
@@ -80,90 +78,12 @@ class AnswerStreamer(TextIteratorStreamer):
         return torch.tensor([self.is_stopped or self.cancel.is_set()], device=input_ids.device)
 
 
-Key = int | tuple[str, int]
-"""A position's state is reused if its key is equal: the token, and the image of an image token."""
-
-
-class PrefixCache:
-    """Keys and values of the tokens that a model has read of one talk.
-
-    A talk grows at its end, so the cache holds all but the last question. After undo, retry or a new system text the
-    common prefix with the next prompt is shorter. `image_ids` are the placeholder tokens of images and videos.
-    """
-
-    def __init__(self, image_ids: Collection[int]) -> None:
-        self.image_ids = image_ids
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the cache and free its memory."""
-        self._cache: DynamicCache | None = None
-        self._read: list[Key] = []
-        self._images: Sequence[Picture] = ()  # kept alive: the identity of an image is its key
-
-    def reuse(self, ids: Sequence[int], images: Sequence[Picture], tokens: Sequence[int]) -> tuple[int, int]:
-        """Cut the cache back to its longest common prefix with a prompt; returns the prefix's tokens and images.
-
-        `tokens` are those of each image. At least one token remains to be computed: its output is the first token of
-        the answer. An image is reused whole or not at all, because it is computed whole.
-        """
-        keys = self._keys(ids, images, tokens)
-        whole = [0, *itertools.accumulate(tokens)]
-        limit = min(len(keys) - 1, len(self._read))
-        shared = next((i for i in range(limit) if keys[i] != self._read[i]), limit)
-        while shared and isinstance(keys[shared], tuple) and _image_tokens(keys[:shared]) not in whole:
-            shared -= 1
-        if self._cache is not None and shared < len(self._read):
-            try:
-                self._cache.crop(shared - len(self._read))
-            except (RuntimeError, ValueError):  # layers with a sliding window have dropped states
-                shared = 0
-        if shared == 0:
-            self.forget()
-        return shared, whole.index(_image_tokens(keys[:shared]))
-
-    def take(self, config: PretrainedConfig) -> DynamicCache:
-        """The cache for `generate`, or a new cache for a model of `config`.
-
-        `keep` must return it: `generate` changes it in place, so after an error its tokens are unknown.
-        """
-        cache = DynamicCache(config=config) if self._cache is None else self._cache
-        self.forget()
-        return cache
-
-    def keep(
-        self,
-        cache: DynamicCache,
-        ids: Sequence[int],
-        answer: Sequence[int],
-        images: Sequence[Picture],
-        tokens: Sequence[int],
-    ) -> None:
-        """Store the `cache` of the prompt `ids` and its `answer`, whose last token was never read."""
-        self._cache, self._images = cache, images
-        self._read = [*self._keys(ids, images, tokens), *answer][: cache.get_seq_length()]
-
-    def _keys(self, ids: Sequence[int], images: Sequence[Picture], tokens: Sequence[int]) -> list[Key]:
-        keys: list[Key] = list(ids)
-        places = [i for i, token in enumerate(ids) if token in self.image_ids]
-        shown = [image for image, count in zip(images, tokens, strict=True) for _ in range(count)]
-        for place, image in zip(places, shown, strict=True):
-            keys[place] = ("image", id(image))
-        return keys
-
-
-def _image_tokens(keys: list[Key]) -> int:
-    return sum(isinstance(key, tuple) for key in keys)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A checked talk up to the next answer."""
 
     turns: list[Turn]
     images: list[Picture]
-    tokens: list[int]
-    """Of each image."""
     ids: list[int]
 
 
@@ -187,7 +107,9 @@ class ChatSession:
         self.images: list[Picture] = []
         self.system = system or None
         self.last: Stats | None = None
-        self._prefix = PrefixCache(model.encoder.placeholder_ids)
+        self._cache: DynamicCache | None = None
+        """Keys and values of `_read`. A talk grows at its end, so the next prompt begins with it."""
+        self._read = Prompt([], [], [])
 
     @classmethod
     def from_turns(
@@ -239,7 +161,7 @@ class ChatSession:
         """Check the prompt at once, then return the stream."""
         start = time.perf_counter()
         tokens = self.model.image_tokens(images)
-        prompt = Prompt(turns, images, tokens, self.prompt_ids(turns, tokens))
+        prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
         if context is not None and len(prompt.ids) >= context:
             raise ContextError(
@@ -291,7 +213,7 @@ class ChatSession:
         if streamer.cancel.is_set():
             return 0
         model: Any = self.model.model
-        shared, known = self._prefix.reuse(prompt.ids, prompt.images, prompt.tokens)
+        cache, shared, known = self._take_cache(prompt)
         read = torch.tensor([prompt.ids], device=model.device)
         inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if known < len(prompt.images):
@@ -302,14 +224,10 @@ class ChatSession:
                 pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
 
-        cache = self._prefix.take(model.config.get_text_config())
         # The random state is restored: the seed of one talk must not repeat the answers of another talk.
-        devices = [model.device] if model.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
-                if sampling.seed is not None:
-                    torch.manual_seed(sampling.seed)
-                output = model.generate(
+            with nullcontext() if sampling.seed is None else seeded(model.device, sampling.seed):
+                model.generate(
                     **inputs,  # sizes of pictures in tiles stay on the host, which reads them
                     **{CACHE: cache},
                     generation_config=self._settings(sampling, len(prompt.ids)),
@@ -318,8 +236,25 @@ class ChatSession:
                 )
         except torch.OutOfMemoryError:
             raise UserError(f"the device has too little memory for a prompt of {len(prompt.ids):,} tokens") from None
-        self._prefix.keep(cache, prompt.ids, output[0, len(prompt.ids) :].tolist(), prompt.images, prompt.tokens)
+        with suppress(RuntimeError, ValueError):  # a full sliding window cannot be cut
+            surplus = cache.get_seq_length() - len(prompt.ids)
+            if surplus:
+                cache.crop(-surplus)
+            self._cache = cache
+            self._read = prompt
         return shared
+
+    def _take_cache(self, prompt: Prompt) -> tuple[DynamicCache, int, int]:
+        """The cache for `generate`, and how many tokens and pictures of `prompt` are in it.
+
+        `generate` changes it in place, so it is the talk's again only after a whole answer.
+        """
+        cache, read = self._cache, self._read
+        self._cache = None
+        are_same = all(old is new for old, new in zip(read.images, prompt.images, strict=False))
+        if cache is None or not are_same or prompt.ids[: len(read.ids)] != read.ids or prompt.ids == read.ids:
+            return DynamicCache(config=self.model.model.config.get_text_config()), 0, 0
+        return cache, len(read.ids), len(read.images)
 
     def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
         """Set every field that the model's own generation config could set."""
@@ -327,14 +262,11 @@ class ChatSession:
         context = self.model.context_length
         room = sampling.max_new_tokens if context is None else context - prompt_tokens
         pad = self.model.processor.tokenizer.pad_token_id
-        is_greedy = sampling.temperature < COLDEST
-        drawn = {} if is_greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
-            do_sample=not is_greedy,
             max_new_tokens=min(sampling.max_new_tokens, room),
             repetition_penalty=1.0,
             num_beams=1,
             eos_token_id=encoder.stop_ids,
             pad_token_id=encoder.stop_ids[0] if pad is None else pad,
-            **drawn,
+            **drawn_at(sampling.temperature, sampling.top_p),
         )

@@ -7,24 +7,19 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
-from urllib.parse import urlsplit
-from urllib.request import Request, url2pathname, urlopen
 
 from PIL.Image import Image
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import NestedCompleter, PathCompleter
-from prompt_toolkit.history import FileHistory
 
 from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import printable
-from clips.common.paths import cache_root
 from mllm.chat.limits import Limits, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import Picture, Video
+from mllm.chat.transcript import Video
+from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import MAX_SECONDS, is_video
 
@@ -33,60 +28,37 @@ OWN_IMAGES = Limits(
 )
 """Limits of pictures and videos that the person at the keyboard names."""
 COMMANDS = """\
-  /image PATH_OR_URL  add {shown} to the next question (or drop its file here)
-  /reset              start anew
-  /save FILE.json     write the talk and its pictures
-  /help               this list
-  /quit               leave, as Ctrl-D does; Ctrl-C stops an answer, Tab completes paths"""
+  /image PATH       add a picture or a video to the next question (or drop its file here)
+  /reset            start anew
+  /save FILE.json   write the talk and its pictures
+  /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def load_image(place: str) -> Image | Video:
-    """The picture or video behind a path, a file:// or an http(s) address; its ending says which.
-
-    Raises UserError with the reason if it fails.
-    """
-    is_remote = place.startswith(("http://", "https://"))
-    shows_video = is_video(place.partition("?")[0] if is_remote else place)
-    most = OWN_IMAGES.video_bytes if shows_video else OWN_IMAGES.image_bytes
+def load_image(path: str) -> Image | Video:
+    """The picture or video in a file, whose ending says which. Raises UserError with the reason if it fails."""
+    shows_video = is_video(path)
     try:
-        if is_remote:
-            request = Request(place, headers={"User-Agent": "clips-mllm"})  # some sites refuse Python's own
-            with urlopen(request, timeout=10) as response:
-                data = response.read(most + 1)
-        else:
-            path = _local_path(place)
-            if not os.path.isfile(path):
-                raise UserError("there is no such file")
-            with open(path, "rb") as file:
-                data = file.read(most + 1)
+        if not os.path.isfile(os.path.expanduser(path)):
+            raise UserError("there is no such file")
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read((OWN_IMAGES.video_bytes if shows_video else OWN_IMAGES.image_bytes) + 1)
         if not shows_video:
             return read_image(data, OWN_IMAGES)
         read_video(data, 1, OWN_IMAGES)
         return Video(partial(read_video, data, limits=OWN_IMAGES), lambda: data)
-    except (UserError, OSError, ValueError) as error:  # ValueError: of an address that is none
-        raise UserError(f"{place}: {reason(error)}") from None
-
-
-def _local_path(word: str) -> str:
-    return url2pathname(urlsplit(word).path) if word.startswith("file://") else os.path.expanduser(word)
+    except (UserError, OSError) as error:
+        raise UserError(f"{path}: {reason(error)}") from None
 
 
 def dropped_files(line: str) -> list[str]:
-    """The files of `line` if it holds nothing else, else nothing.
-
-    Terminals write a dropped file plain, quoted, with escaped spaces, or as a file:// address.
-    """
-
-    def is_file(word: str) -> bool:
-        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(ENDINGS) or is_video(word)
-        return named and os.path.isfile(_local_path(word))
-
+    """The pictures and videos of `line` if it holds nothing else: terminals write a dropped file plain or quoted."""
     try:
         words = shlex.split(line)
     except ValueError:  # a text with a quotation mark
         words = []
     for paths in ([line.strip()], words):
-        if paths and all(map(is_file, paths)):
+        files = [path for path in paths if os.path.isfile(os.path.expanduser(path))]
+        if files == paths != [] and all(path.lower().endswith((*ENDINGS, *VIDEO_ENDINGS)) for path in paths):
             return paths
     return []
 
@@ -133,22 +105,20 @@ class Talk:
         elif command == "/save" and rest:
             print("written: " + ", ".join(map(str, self.session.save(os.path.expanduser(rest)))))
         elif command.startswith("/"):
-            if command != "/help":
-                print(f"{line} is neither a command nor a file")
-            print(COMMANDS.format(shown="a picture or a video" if self.session.model.takes_videos else "a picture"))
+            print(f"{line} is neither a command nor a file\n{COMMANDS}")
         elif line or self.waiting:
             self.show(self.session.ask(line, self.waiting, self.sampling))
         return True
 
-    def attach(self, places: Sequence[str]) -> None:
+    def attach(self, paths: Sequence[str]) -> None:
         """Add pictures to the next question. Raises UserError for a video if the model takes none."""
-        for place in places:
-            image = load_image(place)
+        for path in paths:
+            image = load_image(path)
             self.session.model.image_tokens([image])
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
             what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
-            print(f"picture {number}: {place} ({what}), goes with your next question")
+            print(f"picture {number}: {path} ({what}), goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """Print an answer while it is generated; Ctrl-C ends it."""
@@ -171,21 +141,6 @@ def stats_line(stats: Stats) -> str:
     )
 
 
-def line_reader(talk: Talk) -> Callable[[], str]:
-    """Reads lines with editing, completion and a lasting history; plain lines if the input is no terminal."""
-    if not sys.stdin.isatty():
-        return input
-    path = cache_root() / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    paths = PathCompleter(expanduser=True)
-    completer = NestedCompleter({"/image": paths, "/save": paths})
-    prompt: PromptSession[str] = PromptSession(
-        history=FileHistory(str(path)), completer=completer, complete_while_typing=False
-    )
-    return lambda: prompt.prompt(f"[{len(talk.waiting)} picture(s)] > " if talk.waiting else "> ")
-
-
 def chat_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/chat.py. Raises UserError for wrong flags."""
     names = ("temperature", "top_p", "max_new_tokens", "seed")
@@ -200,25 +155,24 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     if flags.prompt is None and sys.stdin is None:
         raise UserError("there is no input to read questions from: ask one by --prompt")
 
-    images = [load_image(place) for place in flags.image or ()]
+    images = [load_image(path) for path in flags.image or ()]
     session = ChatSession(ChatModel.load(flags.model, **model_options(flags)), system=flags.system)
     if flags.prompt is not None:
-        _answer_once(session, flags.prompt, images, sampling, stats=flags.stats)
+        _answer_once(session, session.ask(flags.prompt, images, sampling), stats=flags.stats)
         return
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
     print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}. "
-          "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
+          f"Drop a picture's file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
     talk = Talk(session, sampling, stats=flags.stats)
     talk.waiting = images
-    talk.run(line_reader(talk))
+    with suppress(ImportError):
+        import readline  # noqa: F401 - the lines of `input` can be edited and come back
+    talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
 
 
-def _answer_once(
-    session: ChatSession, prompt: str, images: Sequence[Picture], sampling: Sampling, *, stats: bool
-) -> None:
+def _answer_once(session: ChatSession, answer: Generator[str, None, None], *, stats: bool) -> None:
     """Print one answer to stdout, and nothing else."""
-    answer = session.ask(prompt, images, sampling)
     try:
         for piece in answer:
             print(printable(piece, None) if sys.stdout.isatty() else piece, end="", flush=True)

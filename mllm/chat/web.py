@@ -10,7 +10,6 @@ import html
 import os
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -23,12 +22,10 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
 
 from clips import CLIPS, CONCEPTS, is_of_demo, newest_export
-from clips.common.errors import UserError, in_one_line
-from clips.common.escape import LONGEST, for_markdown, printable
+from clips.common.errors import UserError
+from clips.common.escape import LONGEST, for_markdown
 from mllm.chat.limits import Limits, image_size, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.patch_map import overlay, patch_map, zero_shot
@@ -50,23 +47,6 @@ SHOWN_EVERY_S = 0.1
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = "button[aria-label='Share'] { display: none; }"  # it sends the talk to another site
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-
-
-class Page(gr.Blocks):
-    """Blocks that report a failed event, such as one of a wrong form, in one line of the terminal."""
-
-    async def process_api(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return await super().process_api(*arguments, **options)
-        except gr.Error:
-            raise
-        except Exception as error:
-            print(printable(f"error: an event of the page failed: {in_one_line(error)}"), file=sys.stderr)
-            raise gr.Error("The page met an error; its terminal says which.", print_exception=False) from None
-
-
-async def no_such_event(request: Request, error: Exception) -> PlainTextResponse:
-    return PlainTextResponse("there is no such event here\n", 400)
 
 
 class PicturePath(gr.Image):
@@ -145,12 +125,9 @@ def about(model: ChatModel) -> str:
 
 
 def demo_questions() -> list[Question]:
-    """One question of each kind about the demo's test scenes, if they are there."""
-    if not (DEMO / QUESTIONS).is_file():
-        return []
-    questions = [question for question in read_questions(DEMO / QUESTIONS) if len(question.images) == 1]
-    there = [question for question in questions if (DEMO / IMAGES / question.images[0]).is_file()]
-    return list({question.kind: question for question in reversed(there)}.values())[::-1]
+    """The first question of each kind about the demo's test scenes, if they are there."""
+    questions = read_questions(DEMO / QUESTIONS) if (DEMO / QUESTIONS).is_file() else []
+    return list({question.kind: question for question in reversed(questions)}.values())[::-1]
 
 
 def chat_tab(model: ChatModel, questions: Sequence[Question]) -> None:
@@ -254,7 +231,7 @@ def launch(
     uploads = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = uploads.name  # gradio has no other setting for the folder of uploads
 
-    with Page(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         with gr.Tab("Chat"):
             chat_tab(model, questions)
         if encoder is not None:
@@ -268,10 +245,7 @@ def launch(
             max_file_size=max(LIMITS.image_bytes, LIMITS.video_bytes),
             # data/ may be a link to another disk, of which gradio would hand out nothing
             allowed_paths=[str(named(DEMO / IMAGES)) for named in (Path.absolute, Path.resolve)],
-            app_kwargs={
-                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])],
-                "exception_handlers": {KeyError: no_such_event},
-            },
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])]},
         )  # fmt: skip
     except OSError:
         raise UserError(f"port {port} cannot be used: another program has it; choose one by --port") from None

@@ -97,11 +97,11 @@ def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: L
     return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
 
 
-def drawn_at(temperature: float) -> dict[str, Any]:
+def drawn_at(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
     """The fields of a GenerationConfig for answers drawn at `temperature`; below COLDEST the likeliest is taken."""
     if temperature < COLDEST:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": float(temperature), "top_p": 1.0, "top_k": 0}
+    return {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": 0}
 
 
 @contextmanager

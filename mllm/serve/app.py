@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import base64
 import os
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -72,7 +71,7 @@ class Question(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value or [])] = []
     stream: bool | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
@@ -100,8 +99,8 @@ def read_question(body: bytes, limits: Limits) -> Question:
 
 def read_picture(url: str, limits: Limits) -> LazyPicture:
     """The picture of a data URL, decoded when the model reads it. Raises UserError for every other address."""
-    head, _, encoded = url.partition(",")
-    if not (head[:5].lower() == "data:" and head.lower().endswith(";base64")):
+    head, _, encoded = url.partition(";base64,")
+    if head[:5].lower() != "data:" or not encoded:
         raise UserError("pictures: send data:image/png;base64,…; this server opens no address and no file")
     try:
         data = base64.b64decode(encoded, validate=True)
@@ -126,10 +125,8 @@ async def read_body(request: Request, most: int) -> bytes:
 def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threading.Event) -> Iterator[str | Stats]:
     """The pieces of the answer, then its statistics. Raises UserError for a question that the model cannot read."""
     tokens = question.max_tokens or limits.new_tokens
-    stop = [question.stop] if isinstance(question.stop, str) else question.stop or []
     settings = question.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
-    sampling = Sampling(max_new_tokens=tokens, stop=tuple(stop), **settings)
-
+    sampling = Sampling(max_new_tokens=tokens, stop=tuple(question.stop), **settings)
     pictures = [read_picture(url, limits) for message in question.messages for url in message.urls]
     chat.check_squares(pictures, limits.squares)
     session = ChatSession.from_turns(chat, [message.turn() for message in question.messages], pictures)
@@ -268,13 +265,8 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
 
 
 def serve_from_flags(flags: argparse.Namespace) -> None:
-    """The command scripts/serve.py. Raises UserError for an address that is taken and a model that cannot be loaded."""
+    """The command scripts/serve.py. Raises UserError for a limit and for a model that cannot be loaded."""
     limits = from_flags(Limits, flags, "max_")
-    family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
-    try:
-        socket.create_server((flags.host, flags.port), family=family).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot serve on {flags.host} port {flags.port}: {error}; give --host, --port") from None
     chat = ChatModel.load(flags.model, **model_options(flags))
     api_key = os.environ.get("CLIPS_API_KEY", "")
     app = create_app(chat, limits, api_key=api_key, allowed_hosts=[flags.host, *flags.allowed_hosts])

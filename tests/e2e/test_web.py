@@ -127,13 +127,6 @@ def test_the_encoder_shows_a_map_and_searches(page: Page) -> None:
     wait_until(lambda: heat.evaluate("image => image.naturalWidth") == 512)
 
 
-def test_events_of_a_wrong_form_are_one_line_each(address: str, place: Path) -> None:
-    """Each printed a traceback. Another site's page is not answered at all."""
-    events = httpx2.get(f"{address}/config", trust_env=False).json()["dependencies"]
-    ids = [event["id"] for event in events] + [9999]
-    for number in ids:
-        body = {"data": ["x"] * 9, "fn_index": number, "session_hash": "x", "event_data": {"index": "x"}}
-        response = httpx2.post(f"{address}/gradio_api/run/predict", json=body, trust_env=False, timeout=60)
-        assert response.status_code in (200, 400, 500)
-    assert "an event of the page failed" in (place / "log").read_text()
+def test_another_name_of_this_machine_is_not_answered(address: str) -> None:
+    """A browser may be led here by a name of another site's (DNS rebinding)."""
     assert httpx2.get(address, headers={"Host": "rebound.example"}, trust_env=False).status_code == 400

@@ -15,6 +15,7 @@ from tiny_chat import SHORT
 from tiny_mllm import write_llm
 from tiny_tokenizers import FORMATS, KINDS, TOKENIZERS
 from tokenizers import decoders
+from transformers import DynamicCache
 
 from clips.common.errors import UserError
 from mllm.chat.model import ChatModel, Sampling
@@ -108,31 +109,28 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     check(ask(session, "A red cat?", [images[1], images[2]], SHORT), 2)
     session.keep(2)
     assert session.images == [images[0]]
-    check(ask(session, "A red cat?", [images[1], images[2]], SHORT), 0)  # the same question again
-    assert session.last.prompt_tokens - session.last.cached_tokens == 1  # only the token that makes the next one
-    assert answers[-1] == answers[-2]
+    check(ask(session, "A red cat?", [images[2], images[1]], SHORT), 3)  # another prompt than the one that was read
     assert session.last.first_token_s > 0
     assert session.last.tokens_per_s > 0
-    session.keep(2)
-    check(ask(session, "A red cat?", [images[2], images[1]], SHORT), 2)  # other pictures at the same places
     session.system = "Be rude."
     check(ask(session, "What?", (), SHORT), 3)  # the system text stands before everything
     session.keep(0)
     check(ask(session, "What is in the picture?", [images[3]], SHORT), 1)
-    assert len(set(answers)) > 4  # otherwise equality would say nothing
+    assert len(set(answers)) > 3  # otherwise equality would say nothing
 
 
-def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list) -> None:
+def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list, monkeypatch) -> None:
     """Layers with a sliding window cannot be cut."""
+
+    def refuse(cache: DynamicCache, count: int) -> None:
+        raise RuntimeError("the window has moved")
+
+    monkeypatch.setattr(DynamicCache, "crop", refuse)
     session = ChatSession(model)
     ask(session, "What is it?", images[:1], SHORT)
 
-    def refuse(count: int) -> None:
-        raise RuntimeError("the window has moved")
-
-    session._prefix._cache.crop = refuse
-    session.keep(0)
-    again = ask(session, "What is it?", images[:1], Sampling(max_new_tokens=4))
+    assert session.last.cached_tokens == 0
+    again = ask(session, "And two dogs?", (), Sampling(max_new_tokens=4))
     assert session.last.cached_tokens == 0
     assert again == fresh(session, Sampling(max_new_tokens=4))
 

@@ -103,8 +103,7 @@ def test_chat_and_terminal(
     assert cached == "".join(ChatSession.from_turns(model, session.turns[:-1], images).answer(SHORT))
     session.keep(0)
     swapped = "".join(session.ask(TEXT, images[::-1], SHORT))
-    prompt = session.prompt_ids(session.turns[:1], model.image_tokens(images[::-1]))
-    assert session.last.cached_tokens == prompt.index(model.encoder.image_id)  # what stands before the first picture
+    assert session.last.cached_tokens == 0
     assert swapped == "".join(ChatSession.from_turns(model, session.turns[:-1], images[::-1]).answer(SHORT)) != expected
     talk = Talk(ChatSession(model), SHORT)
     lines = iter([f"/image {files[0]}", str(files[1]), TEXT])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,7 +60,8 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
     escaped = str(odd)
     for character in " '()":
         escaped = escaped.replace(character, "\\" + character)
-    for line in (str(odd), f'"{odd}"', escaped, odd.as_uri(), f"  {odd} ", odd.name, "~/" + odd.name, "./" + odd.name):
+    quoted_home = f'"~/{odd.name}"'
+    for line in (str(odd), f'"{odd}"', escaped, f"  {odd} ", odd.name, quoted_home, "./" + odd.name):
         (found,) = dropped_files(line)
         assert load_image(found).size == (8, 6), line
     Image.new("RGB", (2, 2)).save("b.png")
@@ -84,8 +82,8 @@ def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_pat
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {tmp_path / name}: ")
-    say(talk, "/image http://127.0.0.1:1/a.png", "/image http://[", f"{tmp_path / 'text.png'}")
-    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["error:"] * 3
+    say(talk, "/image http://127.0.0.1:1/a.png", f"{tmp_path / 'text.png'}")
+    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["error:"] * 2
     assert talk.waiting == []
     say(talk, "Still there?")
     assert questions(talk) == ["Still there?"]
@@ -109,7 +107,6 @@ def test_a_talk_with_every_command(talk: Talk, odd: Path, tmp_path: Path, capsys
 
 
 def test_ctrl_c_stops_the_answer_only(talk: Talk, monkeypatch) -> None:
-    """At the prompt: tests/e2e/test_chat_terminal.py."""
     talk.sampling = Sampling(max_new_tokens=400)
     pieces = []
 
@@ -147,17 +144,6 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"missing\.png"):
         chat_from_flags(parser.parse_args([*common, "--prompt", "What?", "--image", "missing.png"]))
-
-
-def test_a_picture_behind_an_address(talk: Talk, place: Path) -> None:
-    handler = partial(SimpleHTTPRequestHandler, directory=str(place / "images"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        say(talk, f"/image http://127.0.0.1:{server.server_port}/0.png")
-        server.shutdown()
-        thread.join()
-    assert talk.waiting[0].tobytes() == load_image(str(place / "images" / "0.png")).tobytes()
 
 
 def test_a_closed_input_and_a_reader_that_leaves(model: ChatModel) -> None:
