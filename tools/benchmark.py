@@ -50,27 +50,29 @@ from clips.weights.open_clip import open_clip_config
 
 SIZES = {"demo": ("demo", 128, 100), "s16": ("s16", 32, 20), "b16": ("b16", 16, 10)}
 """Size → recipe, samples of a step, steps of a program's turn: its first phase, at a batch that a CPU can bear."""
-KINDS = ("ours", "open_clip", "open_clip, at our length")
 TURN, WARM = 2, 0.2
 """Steps of a turn of `train`; share of a program's samples that are not timed."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
 THEIRS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")
 """Where a line of the log tells how many samples were seen."""
-Step = Callable[[Batch], object]
 
 
 def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
-    """Measure samples/s of each of KINDS on the same batches, and the ratio of ours to it."""
+    """Measure samples/s of both on the same batches, and the ratio of ours to each."""
     init_distributed(device)
     phase = replace(run.phases[0], samples=TURN * run.phases[0].batch_size, warmup_samples=0)
     vision = replace(run.model.vision, image_size=phase.image_size)
     run = replace(run, model=replace(run.model, vision=vision), phases=(phase,), data=replace(run.data, workers=0))
     source, tokenizer = open_data(run)
     batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
-    steps = {kind: step_of(kind, run, tokenizer, device) for kind in KINDS}
+    steps = {
+        "ours": our_step(run, tokenizer, device),
+        "open_clip": stock_step(run, tokenizer, device, full_context=True),
+        "open_clip, at our length": stock_step(run, tokenizer, device, full_context=False),
+    }
     parts = {kind: lambda step=step: [step(batch) for batch in batches] for kind, step in steps.items()}
     seconds = fastest(parts, repeats, device)
-    return [[kind, run.samples / seconds[kind], seconds[kind] / seconds["ours"]] for kind in KINDS]
+    return [[kind, run.samples / of_kind, of_kind / seconds["ours"]] for kind, of_kind in seconds.items()]
 
 
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
@@ -79,10 +81,8 @@ def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 
-def step_of(kind: str, run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
-    """The training step of one of KINDS; ours has its check for finite gradients."""
-    if kind.startswith("open_clip"):
-        return stock_step(run, tokenizer, device, full_context=kind == "open_clip")
+def our_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
+    """Our training step, with its check for finite gradients."""
     torch.manual_seed(0)
     engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
     engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
@@ -136,23 +136,19 @@ def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.
     return times
 
 
-def compare_programs(run: RunConfig, flags: Sequence[str], repeats: int, python: str, device: str) -> list[list[Any]]:
-    """Measure both programs in turns: samples/s, the ratio of ours to it, MB. Medians, and the extremes of the ratios.
-
-    Raises CommandError where a program ends before its turn does.
-    """
+def compare_programs(run: RunConfig, flags: Sequence[str], repeats: int, device: str) -> list[list[Any]]:
+    """Measure both programs in turns: samples/s, the ratio of ours to it. Medians, and the extremes of the ratios."""
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        stock = [python, "-m", "open_clip_train.main", *their_flags(run, Path(folder)), "--device", device]
+        stock = [sys.executable, "-m", "open_clip_train.main", *their_flags(run, Path(folder)), "--device", device]
         for turn in range(repeats):
             own = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), *flags, "--output", folder, "--name", f"{turn}"]
             ours.append(watch(own, OURS, run.phases[0].samples))
             theirs.append(watch([*stock, "--name", f"{turn}"], THEIRS, run.phases[0].samples))
 
-    ratios = [own / stock for (own, _), (stock, _) in zip(ours, theirs, strict=True)]
+    ratios = [own / stock for own, stock in zip(ours, theirs, strict=True)]
     text = f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
-    medians = [[*map(statistics.median, zip(*turns, strict=True))] for turns in (ours, theirs)]
-    return [["ours", medians[0][0], "1", medians[0][1]], ["open_clip", medians[1][0], text, medians[1][1]]]
+    return [["ours", statistics.median(ours), "1"], ["open_clip", statistics.median(theirs), text]]
 
 
 def our_flags(size: str, device: torch.device, train: Path) -> list[str]:
@@ -190,10 +186,12 @@ def their_flags(run: RunConfig, folder: Path) -> list[str]:
     ]
 
 
-def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> tuple[float, float]:
-    """Run `command` until its log, read by `progress`, says `samples`; return samples/s and its largest resident MB."""
+def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> float:
+    """Run `command` until its log, read by `progress`, says `samples`; return samples/s.
+
+    Raises CommandError if it ends before.
+    """
     seen: list[tuple[int, float]] = []
-    memory = 0.0
     last: deque[str] = deque(maxlen=15)
     env = os.environ | {LINE_SECONDS: "0"}  # every record is a line
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
@@ -203,7 +201,6 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> tu
                 match = progress.search(line)
                 if match is not None:
                     seen.append((int(match[1].replace(",", "")), time.perf_counter()))
-                    memory = max(memory, psutil.Process(process.pid).memory_info().rss / 1e6)
                     if seen[-1][0] >= samples:
                         break
         finally:
@@ -214,7 +211,7 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> tu
     timed = [line for line in seen if line[0] >= WARM * samples]
     if len(timed) < 2 or timed[-1][0] < samples:
         raise CommandError(f"{' '.join(command[:3])} … ended before its turn: {''.join(last)}")
-    return (timed[-1][0] - timed[0][0]) / (timed[-1][1] - timed[0][1]), memory
+    return (timed[-1][0] - timed[0][0]) / (timed[-1][1] - timed[0][1])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -225,7 +222,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default="data/demo", help="folder of the demo data")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
-    p.add_argument("--their-python", default=sys.executable, help="program: the Python with it (default: this)")
     return p
 
 
@@ -237,12 +233,11 @@ def main() -> None:
     if flags.what == "train":
         rows = compare_steps(run, device, flags.repeats)
     else:
-        rows = compare_programs(run, own, flags.repeats, flags.their_python, device.type)
+        rows = compare_programs(run, own, flags.repeats, device.type)
 
     cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    head = ("", "samples/s", "ours / this", "resident MB")
-    print_table(f"{flags.what}, {flags.size}: {where}", head[: len(rows[0])], cells)
+    print_table(f"{flags.what}, {flags.size}: {where}", ("", "samples/s", "ours / this"), cells)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Check a GPU machine, then test and measure this project on it: tests/gpu, speed and memory of both halves, chat.
+"""Test and measure this project on a GPU machine: tests/gpu, speed and memory of both halves, chat.
 
 Parts run in the order of their worth within an hour, so that a cut leaves the most valuable figures in the JSON file.
-The first four end within ten minutes. Each part is a process with a time limit: one that fails or hangs costs its own
+The first three end within ten minutes. Each part is a process with a time limit: one that fails or hangs costs its own
 figures only, and is named. The peak of memory stands beside that of a rehearsal.
 """
 
@@ -16,18 +16,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from clips.common.errors import CommandError, first_line, run_command
+from clips.common.errors import CommandError, run_command
 from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.peaks import peak_flops
-from clips.common.runtime import autocast, choose_device, environment, has_bf16, import_deepspeed, init_distributed
+from clips.common.runtime import autocast, choose_device, environment, has_bf16, init_distributed
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
 from clips.model.flops import training_flops
@@ -49,7 +47,7 @@ from tools.benchmark import fastest  # noqa: E402
 SIZES = {"B/16": "b16", "L/14": "l14", "S/16": "s16", "H/14": "h14"}
 """Preset → the recipe whose first phase is measured."""
 LIMITS = {
-    **{"checks": 60, "B/16": 120, "LLaVA": 240, "tests": 150},
+    **{"B/16": 120, "LLaVA": 240, "tests": 150},
     **{"open_clip": 300, "L/14": 600, "S/16": 300, "H/14": 900, "chat": 120},
 }
 """Seconds of each part, in the order of the run."""
@@ -77,32 +75,6 @@ def take(name: str, command: list[str], limit: float) -> Row:
     except subprocess.TimeoutExpired:
         problem = f"stopped after {limit:.0f} s"
     return {"part": name, "seconds": time.monotonic() - begin, "problem": problem, "lines": lines}
-
-
-def quantise(matrix: torch.Tensor) -> object:
-    return import_module("bitsandbytes.functional").quantize_4bit(matrix)
-
-
-CHECKS: dict[str, tuple[Callable[[torch.device], object], str]] = {
-    "driver": (lambda device: torch.zeros(1, device=device) + 1, "install NVIDIA driver 580 or newer"),
-    "bf16": (has_bf16, "this device only emulates bf16: give --set train.precision=fp32"),
-    "NCCL": (lambda device: dist.is_nccl_available(), "this torch has no NCCL: install a CUDA build of torch"),
-    "bitsandbytes": (lambda device: quantise(torch.zeros(64, 64, device=device)), "pip install -U bitsandbytes"),
-    "DeepSpeed": (lambda device: import_deepspeed(), "pip install 'deepspeed>=0.19.8,<0.20'"),
-}
-"""What is checked → (the check, which raises or returns something false, and the sentence that mends it)."""
-
-
-def checks(device: torch.device) -> list[Row]:
-    """A row for each of CHECKS; `mend` is empty where all is well."""
-    rows: list[Row] = []
-    for what, (check, mend) in CHECKS.items():
-        try:
-            problem = "" if check(device) else mend
-        except Exception as error:  # whatever a library raises is what this machine lacks
-            problem = f"{mend} ({type(error).__name__}: {first_line(error)})"
-        rows.append({"what": what, "mend": problem})
-    return rows
 
 
 def pretraining(name: str, device: torch.device, *, tiny: bool) -> list[Row]:
@@ -215,13 +187,8 @@ def main() -> None:
     device = choose_device(flags.device)
     tiny = device.type == "cpu"
     if flags.part is not None:
-        if flags.part == "checks":
-            rows = checks(device)
-        elif flags.part == "LLaVA":
-            rows = llava(device, tiny=tiny)
-        else:
-            rows = pretraining(flags.part, device, tiny=tiny)
-        print(json.dumps(rows))
+        is_llava = flags.part == "LLaVA"
+        print(json.dumps(llava(device, tiny=tiny) if is_llava else pretraining(flags.part, device, tiny=tiny)))
         return
     report: Row = {"machine": environment(device, 1), "tiny": tiny, "parts": []}
     for name, limit in LIMITS.items():

@@ -44,9 +44,8 @@ for step in range(0, 200, 2):
 def test_a_program_is_timed_by_its_log_and_ended_with_its_workers(tmp_path: Path) -> None:
     script = tmp_path / "steady.py"
     script.write_text(STEADY.replace('"worker", child.pid', f'child.pid, file=open("{tmp_path}/pid", "w")'))
-    rate, memory = benchmark.watch([sys.executable, str(script)], THEIRS, 400)
+    rate = benchmark.watch([sys.executable, str(script)], THEIRS, 400)
     assert 0 < rate < 20 / 0.02  # 20 samples in 0.02 s and more
-    assert memory > 1
     worker = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 20
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
