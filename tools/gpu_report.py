@@ -35,7 +35,6 @@ from clips.training.grad_cache import optimizer_step
 from clips.training.prepare import full_batch, fullest_shape
 from clips.training.rehearsal import rehearse
 from clips.training.task import Task
-from mllm.model.flops import LlavaShape
 from mllm.training import rehearsal
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import parameter_groups
@@ -155,9 +154,9 @@ def measured_llava(planned: rehearsal.Planned, arguments: TrainArguments, device
         optimizer.zero_grad()
 
     length, answers = planned.layout.most + rehearsal.WORDS[stage], samples * rehearsal.ANSWERS[stage]
-    shape = LlavaShape(samples=samples, length=length, pictures=samples, predicted=answers)
-    forward = planned.flops(planned.build())(shape)["language_model"]  # checkpointing computes it again
-    flops = sum(planned.flops(training.llava)(shape).values()) + forward
+    shape = {"samples": samples, "length": length, "pictures": samples, "predicted": answers}
+    forward = planned.flops(planned.build())(**shape)["language_model"]  # checkpointing computes it again
+    flops = sum(planned.flops(training.llava)(**shape).values()) + forward
     row = timed(step, samples, flops, device)
     with autocast(rehearsal.META, enabled=half):
         predicted = rehearsal.rehearse(twin, rehearsal.batch_of(twin, samples, stage=stage))

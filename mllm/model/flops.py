@@ -9,7 +9,6 @@ mixture of experts every expert is counted, although a token sees few of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,18 +18,6 @@ from mllm.model.tiles import Llava
 
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """The linear layers of a decoder layer that read what comes into it, by their names in transformers."""
-
-
-@dataclass(frozen=True)
-class LlavaShape:
-    """What the FLOPs of one forward pass of one rank depend on."""
-
-    samples: int
-    length: int
-    """Positions of each sample, padding included."""
-    pictures: int
-    predicted: int
-    """Labelled positions, over all samples."""
 
 
 class LlavaFlops:
@@ -62,12 +49,12 @@ class LlavaFlops:
         self.prediction = _product(model.lm_head, trains)
         """Per labelled position."""
 
-    def __call__(self, shape: LlavaShape) -> dict[str, int]:
-        """FLOPs of forward and backward pass by part: vision_tower, projector, language_model, head."""
-        samples, length = shape.samples, shape.length
-        return self.parts(
-            pictures=shape.pictures, positions=samples * length, pairs=samples * length**2, predicted=shape.predicted
-        )
+    def __call__(self, *, samples: int, length: int, pictures: int, predicted: int) -> dict[str, int]:
+        """FLOPs of forward and backward pass by part: vision_tower, projector, language_model, head.
+
+        `length` counts positions of each sample, padding included; `predicted` labelled positions of all samples.
+        """
+        return self.parts(pictures=pictures, positions=samples * length, pairs=samples * length**2, predicted=predicted)
 
     def parts(self, *, pictures: int, positions: int, pairs: int, predicted: int) -> dict[str, int]:
         """The same for any number of positions and of pairs of query and key that attention computes."""

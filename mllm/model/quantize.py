@@ -11,19 +11,10 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from clips.common.errors import UserError
 
 
-def quantize(
-    model: nn.Module,
-    bits: int,
-    compute_dtype: torch.dtype,
-    device: torch.device,
-    *,
-    quant_type: str = "nf4",
-    double_quant: bool = True,
-) -> nn.Module:
-    """Replace every linear layer in `model` by one of 4 bits (by default as QLoRA) or 8 bits, in place.
+def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Replace every linear layer in `model` by one of 4 bits (NF4 with quantised scales, as QLoRA) or 8, in place.
 
-    `quant_type` ("nf4" or "fp4") and `double_quant` (the scales are quantised too) are those of 4 bits. Raises
-    UserError if the weights of bitsandbytes are not close to the original ones.
+    Raises UserError if the weights of bitsandbytes are not close to the original ones.
     """
     import bitsandbytes as bnb
 
@@ -34,7 +25,7 @@ def quantize(
         weight = layer.weight.detach().clone()
         new: Any  # the two kinds of layers and of weights have no common type
         if bits == 4:
-            kind: dict[str, Any] = {"compress_statistics": double_quant, "quant_type": quant_type}
+            kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
             new = bnb.nn.Linear4bit(*size, bias, compute_dtype=compute_dtype, device="meta", **kind)
             new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
             # Else one forward in eval mode on a CPU repacks the weights in place, and gradients are wrong after it.

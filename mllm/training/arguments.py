@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,8 +87,6 @@ class TrainArguments:
     lora_alpha: int = usual("lora_alpha", "scale × rank")
     lora_dropout: float = usual("lora_dropout", "dropout before the adapters")
     bits: Literal[4, 8, 16] = flag(16, "4 or 8: quantised language model (bitsandbytes) with LoRA")
-    quant_type: Literal["nf4", "fp4"] | None = flag(None, "number format of --bits 4 (default: nf4)")
-    double_quant: bool | None = flag(None, "quantise the scales of --bits 4 too (default: True)")
 
     learning_rate: float = flag(None, "peak learning rate*")
     mm_projector_lr: float | None = flag(None, "peak learning rate of the projector (default: --learning_rate)")
@@ -155,25 +153,14 @@ class TrainArguments:
         if values["dataloader_num_workers"] is None:
             values["dataloader_num_workers"] = 4 if on_gpu and not self.caches_features else 0
 
-        self._check(values)
+        tiles = values["image_aspect_ratio"] == "anyres"
+        if self.mm_patch_merge_type not in (None, "spatial_unpad" if tiles else "flat"):
+            raise UserError("--mm_patch_merge_type: anyres is spatial_unpad, the other --image_aspect_ratio are flat")
+        if self.image_grid_pinpoints is not None and not tiles:
+            raise UserError("--image_grid_pinpoints are the canvases of --image_aspect_ratio anyres: give that too")
         values["mm_patch_merge_type"] = None  # it follows from the aspect
         values.update(self._batches(world_size, values["batch_size"], values["per_device_train_batch_size"]))
         return TrainArguments(**values)
-
-    def _check(self, values: dict[str, Any]) -> None:
-        """Raise UserError for `values` of flags that do not fit each other."""
-        tiles = values["image_aspect_ratio"] == "anyres"
-        if self.bits != 4 and (self.quant_type is not None or self.double_quant is not None):
-            raise UserError("--quant_type and --double_quant say how --bits 4 quantises: give that, or leave them out")
-        if self.mm_patch_merge_type not in (None, "spatial_unpad" if tiles else "flat"):
-            raise UserError(
-                f"--mm_patch_merge_type {self.mm_patch_merge_type} does not go with --image_aspect_ratio "
-                f"{values['image_aspect_ratio']}: anyres is spatial_unpad, square and pad are flat"
-            )
-        if self.image_grid_pinpoints is not None and not tiles:
-            raise UserError("--image_grid_pinpoints are the canvases of --image_aspect_ratio anyres: give that too")
-        if self.bits < 16 and not values["lora_enable"] and self.stage == 2:
-            raise UserError(f"--bits {self.bits} cannot train the language model's own weights: add --lora_enable")
 
     def _batches(self, world_size: int, total: int, micro: int | None) -> dict[str, int]:
         """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`.
@@ -220,9 +207,8 @@ NOT_RESULT = {
     *("on_bad_sample", "run_name"),  # a run that began with either value goes on with the other
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
-WITHOUT_EFFECT = ("mpt_attn_impl", "tf32", "per_device_eval_batch_size", "model_type")
-"""Flags of LLaVA's scripts that any value may have here."""
-ONE_VALUE = {
+ACCEPTED: dict[str, str | None] = {
+    **dict.fromkeys(("mpt_attn_impl", "tf32", "per_device_eval_batch_size", "model_type")),
     "mm_use_im_start_end": "False",
     "mm_use_im_patch_token": "False",
     "remove_unused_columns": "False",
@@ -235,8 +221,11 @@ ONE_VALUE = {
     "optim": "adamw_torch",
     "lora_bias": "none",
     "lora_weight_path": "",
+    "quant_type": "nf4",
+    "double_quant": "True",
 }
-"""Flags of LLaVA's scripts → the one value that they have here; another one would train something else unseen."""
+"""Flags of LLaVA's scripts → the value that they always have here: another one would train something else unseen. None:
+any value, without effect."""
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
     2: ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "freeze_mm_mlp_adapter", "mm_vision_tower_lr"),
@@ -251,8 +240,8 @@ def parser() -> argparse.ArgumentParser:
     add_options(p, TrainArguments)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     p.add_argument("--both_stages", action="store_true", help=argparse.SUPPRESS)  # train_llava.sh adds it
-    for name, value in {**dict.fromkeys(WITHOUT_EFFECT, "without effect"), **ONE_VALUE}.items():
-        p.add_argument(f"--{name}", help=f"accepted as LLaVA's scripts give it (default: {value or 'empty'})")
+    for name in ACCEPTED:
+        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return p
 
 
@@ -266,13 +255,10 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     stage = _stage_of(argv)
     flags = parser().parse_args(flags_of_stage(argv, stage.name))
-    for name, only in ONE_VALUE.items():
+    for name, only in ACCEPTED.items():
         given = getattr(flags, name)
-        if given is not None and given.lower() != only.lower():
+        if given is not None and only is not None and given.lower() != only.lower():
             raise UserError(f"--{name} {given} is not supported; here it is always {only or 'empty'}")
-    idle = [f"--{name}" for name in WITHOUT_EFFECT if getattr(flags, name) is not None]
-    if idle and os.environ.get("RANK", "0") == "0":
-        print(f"note: without effect here: {', '.join(idle)}", file=sys.stderr)
     own = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
     other = 3 - stage.number
     for name in STAGE_FLAGS[other]:
@@ -294,15 +280,13 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
 def _stage_of(argv: list[str]) -> Stage:
     if {"-h", "--help"} & set(argv):
         parser().parse_args(["--help"])
-    given = [argv[i + 1 : i + 2] for i, word in enumerate(argv) if word == "--stage"]
-    number = "".join(given[-1]) if given else ""
-    if number not in ("1", "2"):
-        what = f"--stage {number} is not known" if given else "--stage is missing"
+    given = [number for word, number in itertools.pairwise(argv) if word == "--stage"]
+    if given[-1:] not in (["1"], ["2"]):
         raise UserError(
-            f"{what}: give --stage 1 (align: captions, trains the projector) or --stage 2 (instruct: conversations); "
+            "give --stage 1 (align: captions, trains the projector) or --stage 2 (instruct: conversations); "
             "scripts/train_llava.sh runs both"
         )
-    return STAGES[int(number)]
+    return STAGES[int(given[-1])]
 
 
 def flags_of_stage(argv: list[str], stage: str) -> list[str]:

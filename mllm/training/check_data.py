@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
-from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, bad_sample
@@ -31,25 +28,14 @@ FRAMES = 8
 """Frames of each video that are decoded."""
 
 
-def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
-    """The tokenizer of language model `name` with `<image>` added, without loading the model's weights."""
-    tokenizer = read_tokenizer(find_llm(name)[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
-    return tokenizer
-
-
 class ConversationReader:
     """Checks raw records by index; each process has one."""
 
     def __init__(
         self, raws: Sequence[Any], encoder: ConversationEncoder, store: ImageStore | None, shown: frozenset[int]
     ) -> None:
-        if encoder.max_length is None or encoder.num_image_tokens is None:
-            raise ValueError("the encoder needs a max_length to check lengths against, and the tokens of an image")
         self.raws, self.encoder, self.store, self.shown = raws, encoder, store, shown
-        self.context = encoder.max_length
-        self.whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, encoder.num_image_tokens)
-        self.records = RecordReader(encoder, store, ImageTokens(encoder.num_image_tokens, frames=FRAMES))
+        self.records = RecordReader(encoder, store, ImageTokens(encoder.num_image_tokens or 0, frames=FRAMES))
 
     def __call__(self, indices: Sequence[int]) -> Findings:
         found = Findings(checked=len(indices))
@@ -57,7 +43,9 @@ class ConversationReader:
             raw = self.raws[index]
             try:
                 record = self.records.read(raw, index)
-                found.cut["conversation"] += self._is_cut(record)
+                tokens = self.records.tokens.at_most(record.images)
+                with bad_sample("conversation", raw, index):
+                    found.cut["conversation"] += self.encoder.encode(record.turns, tokens, record.name).truncated
                 self._check_pictures(record)
             except BadSample as bad:
                 found.add_broken(Sample(f"sample {index}", reason=bad.problem.message), bad.problem.kind)
@@ -71,19 +59,9 @@ class ConversationReader:
                 found.good.append(sample)
         return found
 
-    def _is_cut(self, record: Record) -> bool:
-        """Whether the context holds only a part. Raises BadSample if that part has no answer."""
-        tokens = self.records.tokens.at_most(record.images)
-        with bad_sample("conversation", self.raws[record.index], record.index):
-            length = len(self.whole.encode(record.turns, tokens, record.name).input_ids)
-            self.encoder.encode(record.turns, tokens, record.name)
-        return length > self.context
-
     def _check_pictures(self, record: Record) -> None:
-        if self.store is None:
-            return  # RecordReader refuses pictures then
         try:
-            for name in record.images:
+            for name in record.images if self.store is not None else ():  # RecordReader refuses pictures without one
                 self.store.shown(name, FRAMES)
         except (BrokenSample, OSError) as error:
             message = f"{record.name}: {error}"
@@ -110,7 +88,8 @@ def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:
 def check_from_flags(flags: argparse.Namespace) -> None:
     """scripts/check_data.py with --conversations. Raises as `check_data`."""
     store = open_store(flags.conversations, flags.image_folder)
-    tokenizer = load_tokenizer(flags.language_model)
+    tokenizer = read_tokenizer(find_llm(flags.language_model)[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     drawn = {"samples": flags.limit, "workers": flags.jobs, "seed": flags.seed}

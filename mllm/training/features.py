@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clips import BrokenSample
-from clips.common.errors import UserError
 from clips.common.files import from_json, placing, read_bytes, write_atomically
 from mllm.data.images import ImageStore, broken_picture, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
@@ -98,10 +96,9 @@ class FeatureCache:
         """Encode the pictures of `names` that are not cached yet; returns their number.
 
         Each of several ranks encodes its share; then a barrier and `refresh` give every rank all features.
-        Raises UserError for a broken picture, and for a disk with too little room before anything is computed.
+        Raises UserError for a broken picture. What is written before a disk is full counts.
         """
-        if self.encoder is None:
-            raise RuntimeError("a copy of the cache in another process cannot fill it")
+        assert self.encoder is not None, "a copy of the cache in another process cannot fill it"
         self.refresh()
         missing: dict[str, str] = {}  # key → name
         for name in names:
@@ -114,12 +111,6 @@ class FeatureCache:
         squares = max(1 + self.encoder.most_tiles, self.encoder.frames)  # at most; a batch must not grow with them
         batch_size = max(1, batch_size // squares)
         bytes_each = 2 * self.shape[0] * self.shape[1] * squares
-        needed, free = bytes_each * len(missing), shutil.disk_usage(self.directory).free
-        if needed > 0.95 * free:
-            raise UserError(
-                f"caching the features of {len(missing):,} images takes {needed / 1e9:.1f} GB, {self.directory} has "
-                f"{free / 1e9:.1f} GB free: choose another cache folder or --feature_cache False"
-            )
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)

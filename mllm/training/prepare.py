@@ -28,7 +28,7 @@ from mllm.data.video import is_video
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
-from mllm.model.llm import LanguageModel, load_llm
+from mllm.model.llm import load_llm
 from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
 from mllm.model.projector_start import start_from_captions
@@ -39,7 +39,7 @@ from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
-from mllm.training.trainer import Collator, no_images
+from mllm.training.trainer import Collator
 from mllm.training.zero import fitted, zero_stage
 
 PROJECTOR = "mm_projector.bin"
@@ -107,10 +107,15 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         layers=arguments.llm_layers, videos=bool(vision.frames),
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
-    dataset = dataset_of(arguments, data_path, store, llm, Layout.of(llava.config))
+    layout = Layout.of(llava.config)
+    max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
+    encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
+    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
     started = load_start(llava, arguments, len(dataset))
     model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if deepspeed else torch.float32)
-    if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # if it trains padded
+    longest = min(max_length, int(1.4 * max(abs(n) for n in dataset.modality_lengths)))  # tokens, 1.4 for a word
+    if device.type == "cpu" and arguments.bf16 and longest <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
 
     skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
@@ -128,21 +133,6 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     )  # fmt: skip
 
 
-def dataset_of(
-    arguments: TrainArguments, data_path: Path | str, store: ImageStore | None, llm: LanguageModel, layout: Layout
-) -> LlavaDataset:
-    """The checked samples. Raises UserError if one picture alone fills the context, or for bad samples."""
-    max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
-    if layout.square >= max_length:
-        raise UserError(
-            f"one image takes {layout.square} tokens ({arguments.vision_tower}), but --model_max_length is "
-            f"{max_length}: raise it, or choose an encoder with a smaller image or larger patches"
-        )
-    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
-    encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
-    return LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
-
-
 def trainable(
     llava: Llava, arguments: TrainArguments, freeze: dict[str, Training], device: torch.device, *, dtype: torch.dtype
 ) -> Llava | PeftModel:
@@ -153,10 +143,7 @@ def trainable(
     if newline is not None:
         newline.data = newline.data.to(dtype)
     if arguments.bits < 16:
-        quantize(
-            language_model, arguments.bits, torch.bfloat16 if arguments.bf16 else torch.float32, device,
-            quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
-        )  # fmt: skip
+        quantize(language_model, arguments.bits, torch.bfloat16 if arguments.bf16 else torch.float32, device)
     if arguments.gradient_checkpointing:
         language_model.activation_checkpointing_enable({"use_reentrant": False})
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
@@ -257,12 +244,6 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
 
 
-def longest(dataset: LlavaDataset) -> int:
-    """The estimated length of the longest sample in tokens, at 1.4 tokens per word."""
-    length = int(1.4 * max(abs(n) for n in dataset.modality_lengths))
-    return min(length, dataset.encoder.max_length or length)
-
-
 def collator_of(prepared: Prepared) -> Collator:
     """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
     arguments = prepared.arguments
@@ -270,7 +251,7 @@ def collator_of(prepared: Prepared) -> Collator:
     pad_id = prepared.processor.tokenizer.pad_token_id
     image_ids = placeholder_ids(llava_of(prepared.model).config)
     if prepared.store is None:
-        return Collator(pad_id, image_ids, no_images)
+        return Collator(pad_id, image_ids, None)
     if not arguments.caches_features:
         preprocess = partial(image_pixels, prepared.processor.image_processor)
         return Collator(pad_id, image_ids, pixel_loader(prepared.store, preprocess, prepared.vision.frames))
@@ -294,6 +275,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
     if not chosen:
         raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
+    assert collator.load_images is not None  # there are pictures
     captions, parts, encoder = [], [], prepared.vision
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)

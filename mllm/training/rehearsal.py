@@ -33,7 +33,7 @@ from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
 from mllm.data.video import MOST_DRAWN
 from mllm.encoders.encoder import select_features
-from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.flops import LlavaFlops
 from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
@@ -233,9 +233,10 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
                 "more --gpus, a --kind with more memory, or a smaller --language-model"
             )
 
-        shape = LlavaShape(1, planned.layout.most + WORDS[number], planned.layout.most_squares, ANSWERS[number])
-        again = planned.flops(planned.build())(shape)["language_model"]  # gradient checkpointing runs its layers twice
-        flops = sum(planned.flops(training.llava)(shape).values()) + again
+        layout = planned.layout
+        shape = {"length": layout.most + WORDS[number], "pictures": layout.most_squares, "predicted": ANSWERS[number]}
+        twice = planned.flops(planned.build())(samples=1, **shape)["language_model"]  # by gradient checkpointing
+        flops = sum(planned.flops(training.llava)(samples=1, **shape).values()) + twice
         days_of_stage = machine.days(SAMPLES[number] * flops)
         days += days_of_stage
         total = sum(count for count, _ in count_parameters(training.model).values())

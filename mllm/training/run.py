@@ -37,10 +37,10 @@ from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.log import MetricsLog, Work, write_curves
-from mllm.training.plan import print_plan, steps_of
+from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.trainer import LlavaTrainer, StepCallback, TrainingModel, training_arguments
-from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, whole
+from mllm.training.zero import checkpoint_classes, deepspeed_config, whole
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -58,10 +58,9 @@ def run_stage(flags: TrainArguments) -> None:
 
         start.at("the parts of the model")
         prepared = prepare(arguments, device, deepspeed)
-        if prepared.deepspeed:
-            made = training_arguments(arguments, prepared.stage_dir, device, prepared.deepspeed)
-            check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), start.ranks))
-        start.agree(facts_of(prepared))
+        lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
+        data = f"{len(prepared.dataset):,} samples (lengths {lengths})"
+        start.agree({"the training data": data, "the vision encoder": prepared.vision.fingerprint})
         print_plan(prepared, start.ranks, console)
         if arguments.dry_run:
             start.close()
@@ -98,15 +97,6 @@ def join(arguments: TrainArguments, device: torch.device, ranks: int) -> dict[st
     if ranks > 1 or deepspeed:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     return deepspeed
-
-
-def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """What every rank must have found alike before they train together."""
-    lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
-    return {
-        "the training data": f"{len(prepared.dataset):,} samples (lengths {lengths})",
-        "the vision encoder": prepared.vision.fingerprint,
-    }
 
 
 def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Console, begin: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from clips.common.errors import CommandError, NotFiniteError, UserError, first_l
 from clips.common.files import seal
 from clips.common.signals import StopSignal, start_worker
 from clips.common.start import Start
-from clips.common.tensors import only_data, read_torch, read_weights, write_weights
+from clips.common.tensors import only_data, read_weights, write_weights
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.sampler import EpochSampler
@@ -32,7 +32,7 @@ from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
 from mllm.model.tiles import Llava, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
-from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
+from mllm.training.checkpoints import SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
 from mllm.training.log import Work
 from mllm.training.zero import checkpoint_classes
@@ -119,8 +119,8 @@ class Collator:
     pad_id: int
     image_ids: tuple[int, ...]
     """The placeholders' ids, of images and of videos."""
-    load_images: Callable[[list[str]], Tensor]
-    """Names of pictures → their pixels or features."""
+    load_images: Callable[[list[str]], Tensor] | None
+    """Names of pictures → their pixels or features; None of a set without pictures."""
     image_key: str = "pixel_values"
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,17 +133,12 @@ class Collator:
         }
         batch["counts"] = Counts.of(batch, *self.image_ids)
         names = [name for sample in samples for name in sample["images"]]
-        if names:
+        if names and self.load_images is not None:
             batch[self.image_key] = self.load_images(names)
         sizes = [size for sample in samples for size in sample.get("image_sizes", ())]
         if sizes:
             batch["image_sizes"] = sizes
         return batch
-
-
-def no_images(names: list[str]) -> Tensor:
-    """The `load_images` of a set without pictures."""
-    return torch.empty(0)
 
 
 class StepCallback(TrainerCallback):
@@ -306,37 +301,16 @@ class LlavaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer would look for a whole model, under file names of its own.
         with restoring(Path(resume_from_checkpoint)):
-            saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
-            if saved.keys() != own.keys():
+            saved = read_weights(Path(resume_from_checkpoint) / TRAINED)
+            own = self.model.trained()
+            if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in own.items()}:
                 raise UserError(f"{TRAINED} holds other parameters than those that train")
             for name, parameter in own.items():
-                found, needed = tuple(saved[name].shape), tuple(parameter.shape)
-                if found != needed:
-                    raise UserError(f"{TRAINED}: {name} has shape {found}, this model needs {needed}")
                 parameter.copy_(saved[name])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        # torch loads any content without a check, and a later step fails or goes wrong.
-        found, own = read_torch(Path(checkpoint) / SCHEDULER), self.lr_scheduler.state_dict()
-        if not isinstance(found, dict) or _types(found) != _types(own):
-            raise UserError(f"{SCHEDULER} holds no state of this scheduler")
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.is_deepspeed_enabled or self.optimizer is None:
-            return
-        assert self.optimizer is not None  # super has just filled it
-        states = self.optimizer.state.items()
-        if not states or any(s[name].shape != p.shape for p, s in states for name in ("exp_avg", "exp_avg_sq")):
-            raise UserError(f"{OPTIMIZER} holds the state of other parameters")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with restoring(Path(checkpoint or "")):
             super()._load_rng_state(checkpoint)
-
-
-def _types(state: dict[str, Any]) -> dict[str, type]:
-    return {name: type(value) for name, value in state.items()}
 
 
 def training_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes
@@ -73,16 +71,6 @@ def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device
     # On a CPU an offloaded optimizer stays in place, and DeepSpeed's CPU optimizer would have to be compiled.
     force = {} if device.type == "cuda" else {"zero_force_ds_cpu_optimizer": False}
     return force | config | {"zero_optimization": filled}
-
-
-def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
-    """Raises UserError for DeepSpeed settings in `made` that contradict the flags or that DeepSpeed does not know."""
-    settings = copy.deepcopy(made.hf_deepspeed_config)
-    try:
-        settings.trainer_config_finalize(made, None, steps)
-        import_deepspeed().DeepSpeedConfig(settings.config)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
-        raise UserError(f"--deepspeed {path or 'settings'}: {error}") from None
 
 
 def checkpoint_classes() -> list[type]:

@@ -9,7 +9,7 @@ import torch
 from tiny_mllm import write_llm, write_run
 
 from mllm.encoders.registry import load_vision
-from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.flops import LlavaFlops
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.quantize import quantize
@@ -75,4 +75,4 @@ def test_adapters_learn_on_quantised_weights(places: Path, bits: int) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     flops = LlavaFlops(llava_of(model), image_size=32, image_tokens=vision.num_tokens, features=False)
-    assert flops(LlavaShape(samples=2, length=30, pictures=2, predicted=20))["language_model"] > 0
+    assert flops(samples=2, length=30, pictures=2, predicted=20)["language_model"] > 0

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from clips.common.rehearsal import META, Rehearsal
 from mllm.evaluation.batches import pixel_inputs
-from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.flops import LlavaFlops
 from mllm.model.load import CACHE
 from mllm.model.packing import pairs_of
 from mllm.model.quantize import quantize
@@ -170,6 +170,6 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
     assert first.logits.shape == second.logits.shape == (1, 1, text.vocab_size)
     assert cache.get_seq_length() == ids.shape[1] + 1
     flops = LlavaFlops(llava.requires_grad_(False), image_size=side, image_tokens=layout.square, features=False)
-    shape = LlavaShape(samples=1, length=ids.shape[1], pictures=layout.most_squares, predicted=1)
+    shape = dict(samples=1, length=ids.shape[1], pictures=layout.most_squares, predicted=1)
     adapters = sum(2 * p.numel() * ids.shape[1] for name, p in llava.named_parameters() if ".lora_" in name)
-    assert sum(flops(shape).values()) - adapters == pytest.approx(reading, rel=0.01)
+    assert sum(flops(**shape).values()) - adapters == pytest.approx(reading, rel=0.01)

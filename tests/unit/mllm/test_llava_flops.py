@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import load_vision
-from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.flops import LlavaFlops
 from mllm.model.llava import build_model
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import Counts
@@ -85,14 +85,14 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
         inputs["pixel_values"] = pixels
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training(**inputs)["loss"].backward()
-    shape_of = LlavaShape(samples=3, length=30, pictures=3, predicted=int((inputs["labels"][:, 1:] != -100).sum()))
+    shape_of = dict(samples=3, length=30, pictures=3, predicted=int((inputs["labels"][:, 1:] != -100).sum()))
     flops = LlavaFlops(
         llava_of(model),
         image_size=vision.image_size,
         image_tokens=vision.num_tokens,
         features=arguments.caches_features,
     )
-    parts = flops(shape_of)
+    parts = flops(**shape_of)
     assert parts.keys() == {"vision_tower", "projector", "language_model", "head"}
     if not packed:
         assert sum(parts.values()) == counter.get_total_flops()
@@ -108,8 +108,8 @@ def test_the_work_of_a_rank_adds_up_and_is_told_in_the_field_s_units() -> None:
     work.add(inputs)
     work.add({name: value for name, value in inputs.items() if name != "image_features"})
     predicted = int((inputs["labels"][:, 1:] != -100).sum())
-    shapes = [LlavaShape(samples=3, length=30, pictures=pictures, predicted=predicted) for pictures in (3, 0)]
-    assert work.total() == sum(sum(work.flops(shape).values()) for shape in shapes)
+    shapes = [dict(samples=3, length=30, pictures=pictures, predicted=predicted) for pictures in (3, 0)]
+    assert work.total() == sum(sum(work.flops(**shape).values()) for shape in shapes)
     assert work.tokens == 2 * int(inputs["attention_mask"].sum())
     assert work.over_all_ranks() == (work.total(), work.tokens)
     assert "mfu" not in work.rates(samples=80, flops=5e12, seconds=10), "nobody states the peak of a CPU"
