@@ -26,8 +26,6 @@ LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_LAYERS = 1024
 """Each layer that is built takes memory, even without weights."""
-BAR_FROM = 2 * 2**30
-"""Bytes of weights from which a progress bar is shown."""
 NO_CODE = {"trust_remote_code": False}
 """For every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it asks
 at the terminal and runs the model's code on a "y"."""
@@ -109,33 +107,17 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
-    """Do as `opening`, without transformers' own reports, and without its progress bars if the weights are small."""
+    """Do as `opening`, without transformers' own reports and progress bars."""
     from transformers.utils import logging as reports
 
-    place = Path(directory)
-    size = sum(path.stat().st_size for path in weight_files(place)) if place.exists() else BAR_FROM  # a download
+    reports.disable_progress_bar()
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # `check_complete` decides what matters
     try:
-        with progress_bars(size), opening(what, directory):
+        with opening(what, directory):
             yield
     finally:
         reports.set_verbosity(verbosity)
-
-
-@contextmanager
-def progress_bars(size: int) -> Iterator[None]:
-    """Hide transformers' progress bars if `size` bytes of weights are below BAR_FROM."""
-    from transformers.utils import logging as reports
-
-    hidden = size < BAR_FROM and reports.is_progress_bar_enabled()
-    if hidden:
-        reports.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hidden:
-            reports.enable_progress_bar()
 
 
 def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import logging
 import platform
 import time
 import traceback
@@ -23,8 +21,6 @@ OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
 PATIENCE = timedelta(days=30)
 """For work that takes as long as the data is large: a collective's own timeout is for ranks that hang."""
 T = TypeVar("T")
-log = logging.getLogger("clips.ranks")
-_waits = itertools.count()
 
 
 def my_share(items: Sequence[T], *, sharded: bool) -> Sequence[T]:
@@ -44,7 +40,7 @@ def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
 def once_per_machine(make: Callable[[], T]) -> T:
     """The result of `make` on the first rank of each machine, handed to its other ranks.
 
-    They wait however long it takes, and so do faster machines. Collective; the result is pickled.
+    They wait however long it takes. Collective; the result is pickled.
     """
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")
@@ -60,26 +56,7 @@ def once_per_machine(make: Callable[[], T]) -> T:
     result: list[Any] = [make() if dist.get_rank() == first else None]
     dist.broadcast_object_list(result, src=first, group=groups[host])
     dist.destroy_process_group(groups[host])
-    wait_for_all_ranks("the data to be opened on every machine")
     return result[0]
-
-
-def wait_for_all_ranks(what: str, tell_every: float = 60) -> None:
-    """A barrier without a time limit; rank 0 says every so many seconds how many ranks it waits for."""
-    # Through the store: every collective has a timeout, and NCCL's watchdog one of its own.
-    store = dist.distributed_c10d._get_default_store()
-    ranks = dist.get_world_size()
-    key = f"waits/{next(_waits)}"
-    arrived = store.add(key, 1)
-    pause = 0.01
-    told = time.monotonic()
-    while arrived < ranks:
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
-        arrived = store.add(key, 0)
-        if dist.get_rank() == 0 and time.monotonic() - told > tell_every:
-            log.warning("waiting for %d of %d ranks: %s", ranks - arrived, ranks, what)
-            told = time.monotonic()
 
 
 @contextlib.contextmanager

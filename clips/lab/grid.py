@@ -21,7 +21,7 @@ class Step:
     """A command of a cell, run as a process."""
 
     name: str
-    """Shown in the live table; the key of the step's seconds in cost.json."""
+    """Printed when it begins; the key of the step's seconds in cost.json."""
     command: tuple[str, ...]
     is_done: Callable[[], bool]
     """Whether the files that the command leaves are there. A step that is done is never run again."""

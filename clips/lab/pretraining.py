@@ -101,8 +101,7 @@ def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
 def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
     """Train the runs that are not finished, and return the directory of each run."""
     runner = Runner([run.cell(output) for run in runs], jobs, console)
-    with runner.live():
-        runner.run(runner.cells)
+    runner.run(runner.cells)
     return {run: output / run.name for run in runs}
 
 

@@ -1,4 +1,4 @@
-"""Runs the cells of a study: locks, jobs, resume of finished cells, one live table, and the estimated time.
+"""Runs the cells of a study: locks, jobs, resume of finished cells, a line for each change, and the estimated time.
 
 A finished step is never run again, and a cell that was cut goes on from its files. A cell is locked while a process
 works on it, also by a child process that outlives a killed study.
@@ -15,15 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from types import FrameType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from clips.common.errors import CommandError, Stopped
@@ -114,38 +112,22 @@ class Commands:
         raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
 
 
-@dataclass
-class State:
-    """What a cell does now."""
-
-    doing: str
-    since: float = field(default_factory=time.time)
-    """Seconds since the epoch."""
-
-
 class Runner:
-    """The cells of a study on their way, and the table of their states."""
+    """The cells of a study on their way; as a table of those that are done."""
 
     def __init__(self, cells: Sequence[Cell], jobs: int, console: Console, threads: int | None = None) -> None:
         """`cells`: rows and columns of the table. `threads` of each command; by default its share of the cores."""
         self.cells, self.jobs, self.console = cells, jobs, console
         self.commands = Commands(jobs, threads)
-        self.states = {cell: State(DONE if cell.is_done() else WAITS) for cell in cells}
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run what is missing of `cells`, some of the runner's own, `jobs` at a time.
+        """Run what is missing of `cells`, some of the runner's own, `jobs` at a time, with a line for each change.
 
         Raises UserError if a directory holds other settings, CommandError with the log's end if a command fails.
         """
         for cell in cells:
             cell.check()
         self.commands.map(self._work, [cell for cell in cells if not cell.is_done()])
-
-    def live(self) -> AbstractContextManager[Any]:
-        """The table on a terminal; elsewhere `run` prints one line for each change."""
-        if not self.console.is_terminal:
-            return nullcontext()
-        return Live(get_renderable=self.__rich__, console=self.console)
 
     def print_plan(self, title: str, facts: Mapping[str, str] | None = None) -> None:
         """Print which cells are missing, how long they take, and further `facts`, a line each."""
@@ -168,25 +150,14 @@ class Runner:
         table = Table("", *map(for_rich, columns), title_justify="left")
         rows: dict[str, dict[str, str]] = {}
         for cell in self.cells:
-            rows.setdefault(cell.variant, {})[cell.seed] = self._text(cell)
+            text = f"[green]{DONE}{for_rich(cell.result())}[/]" if cell.is_done() else f"[dim]{WAITS}[/]"
+            rows.setdefault(cell.variant, {})[cell.seed] = text
         for variant, texts in rows.items():
             table.add_row(for_rich(variant), *(texts.get(column, "") for column in columns))
         return table
 
-    def _text(self, cell: Cell) -> str:
-        state = self.states[cell]
-        if state.doing == WAITS:
-            return f"[dim]{WAITS}[/]"
-        if state.doing == DONE:
-            return f"[green]{DONE}{for_rich(cell.result())}[/]"
-        return f"[bold]{for_rich(state.doing)}[/] for {in_words(time.time() - state.since)}"
-
     def _say(self, cell: Cell, doing: str) -> None:
-        """Called from several threads, each for its own cell."""
-        self.states[cell] = State(doing)
-        if not self.console.is_terminal:
-            text = f"{cell.name}: {doing}{cell.result() if doing == DONE else ''}"
-            self.console.print(for_rich(text), highlight=False, soft_wrap=True)
+        self.console.print(for_rich(f"{cell.name}: {doing}"), highlight=False, soft_wrap=True)
 
     def _work(self, cell: Cell) -> None:
         self._say(cell, LOCK)
@@ -197,7 +168,7 @@ class Runner:
                     _note(cell, step)
                     with _timed(cell, step):
                         self._run(cell, step, descriptor)
-        self._say(cell, DONE)
+        self._say(cell, DONE + cell.result())
 
     def _run(self, cell: Cell, step: Step, descriptor: int) -> None:
         if step.folder:

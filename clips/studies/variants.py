@@ -127,8 +127,7 @@ class Study:
         output.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
         was_finished = all(cell.is_done() for cell in runner.cells)
-        with runner.live():
-            runner.run(runner.cells)
+        runner.run(runner.cells)
         took = read_json(output / f"{self.name}.json").get("seconds") if was_finished else None
         result = self.result(output)
         result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
-from functools import partial
-from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure as Plot
-
 from clips.common.live import in_words
-from clips.common.page import Block, Chart, Page, Paragraph, Section, Table, Tile
-from clips.common.plots import INK, SERIES, plain_axes
+from clips.common.page import Block, Page, Paragraph, Section, Table, Tile
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import COLOURS, described, forest
 from clips.lab.report import verdict_class as css_class
-from clips.lab.stats import Verdict, half_width, show_difference, show_mean
+from clips.lab.stats import Verdict, show_difference, show_mean
 from clips.studies.variants import SECONDS
 
 NAMES = {
@@ -30,7 +24,6 @@ NAMES = {
 WAYS = {"i2t": "image → text", "t2i": "text → image"}
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Figures that stand beside the deciding figure, after its value on the seen artists."""
-DRAWN = ("sentence_r1", "long_r1", "zero_shot_top1", "linear_probe_top1")
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
 BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart"}
@@ -103,8 +96,6 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
     compared = {name: variants[name] for name in labels}
     blocks += [
         Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."),
-        Chart(partial(draw, compared, metric), question["title"], "plot"),
-        Paragraph("Bars: means over seeds. Whiskers: their 95 % t intervals, whose overlap decides nothing."),
     ]
     if question.get("caution"):
         blocks.append(Paragraph(question["caution"], "With care"))
@@ -139,30 +130,3 @@ def _how(result: Mapping[str, Any]) -> list[Block]:
         Paragraph(described(result["environment"]), "Environment"),
         Paragraph("The JSON file beside this page holds each run's configuration, seed and command."),
     ]
-
-
-def draw(variants: Mapping[str, Any], deciding: str) -> Plot:
-    """Bars of the variants' figures, on the test set that decides; whiskers are 95 % t intervals over seeds."""
-    plot = Plot(figsize=(4.0, 3.5), dpi=200, layout="constrained")
-    axes = plain_axes(plot, grid="y")
-    runs = [[run["figures"] for run in variant["runs"]] for variant in variants.values()]
-    test_set, _, plain = deciding.rpartition("/")
-    shown = list(dict.fromkeys((plain, *DRAWN)))[: len(DRAWN)]
-    width = 0.8 / len(shown)
-    for number, (figure, colour) in enumerate(zip(shown, SERIES, strict=False)):
-        name = deciding_name(figure, runs[0][0])
-        if all(name in figures for of_variant in runs for figures in of_variant):
-            values = [[figures[name] for figures in of_variant] for of_variant in runs]
-            places = [i + width * (number - 1.5) for i in range(len(values))]
-            heights, whiskers = [mean(v) for v in values], [half_width(v) for v in values]
-            axes.bar(places, heights, width * 0.92, color=colour, label=NAMES[figure])
-            axes.errorbar(places, heights, whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
-    labels = [textwrap.fill(variant["label"], 13) for variant in variants.values()]
-    axes.set_xticks(range(len(labels)), labels)
-    top = axes.get_ylim()[1]
-    axes.set_ylim(0, top if top < 50 else max(100, top))
-    if test_set == UNSEEN:
-        axes.set_title(f"{UNSEEN} artist", color=INK, fontsize=9)
-    axes.set_ylabel("%", color=INK, rotation=0, labelpad=8)
-    plot.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False, labelcolor=INK)
-    return plot

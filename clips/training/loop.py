@@ -112,7 +112,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
 
     start.at("the data and the tokenizer")
     initial = read_given_weights(run, options) if previous is None else None
-    source, tokenizer = prepare_data(run, options, initial, has_begun=has_begun)
+    source, tokenizer = prepare_data(run, options, initial, start, has_begun=has_begun)
     start.agree(facts_of_data(source, tokenizer, initial))
 
     start.at("the model")

@@ -19,8 +19,9 @@ from rich.table import Table
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
-from clips.common.ranks import once_per_machine, wait_for_all_ranks
+from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
+from clips.common.start import Start
 from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
 from clips.data.loader import Batch
 from clips.data.sources import Source
@@ -78,27 +79,9 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
     if options.resume in ("auto", "never"):
         return checkpoint.latest(options.run_dir)
     found = checkpoint.load(Path(options.resume))
-    if other := _other_run(options):
-        if rundir.checkpoints(options.run_dir):
-            raise UserError(
-                f"--resume {options.resume} is of another run, and {options.run_dir} has checkpoints of its own: leave "
-                "--resume out to go on from these, or give another --name"
-            )
-        if not options.allow_config_change:
-            rundir.refuse(
-                difference(RunConfig.load(other / "config.json"), run),
-                f"--resume {options.resume} is of a run with another configuration",
-                "Go on with the changes by --allow-config-change",
-            )
+    if checkpoint.run_of(found.path) != options.run_dir.resolve():
+        raise UserError(f"--resume {options.resume} is of another run: for a branch copy that run under another --name")
     return found
-
-
-def _other_run(options: Options) -> Path | None:
-    """The run that `--resume` names a checkpoint of, where that is not this one: this one then begins as its branch."""
-    if options.resume in ("auto", "never"):
-        return None
-    run_dir = checkpoint.run_of(Path(options.resume))
-    return None if run_dir == options.run_dir.resolve() else run_dir
 
 
 def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
@@ -120,12 +103,11 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
 
 
 def prepare_data(
-    run: RunConfig, options: Options, initial: InitialWeights | None, *, has_begun: bool
+    run: RunConfig, options: Options, initial: InitialWeights | None, start: Start, *, has_begun: bool
 ) -> tuple[Source, CaptionTokenizer]:
     """Open the data, once on each machine, and the tokenizer, which rank 0 makes where it is missing. Collective.
 
-    A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of. The
-    others wait as long as that takes.
+    A text tower among the `initial` weights brings its own. The others wait as long as that takes.
     """
     need_long = run.task.captions
 
@@ -138,12 +120,10 @@ def prepare_data(
         return train
 
     source = once_per_machine(opened)
+    start.all_have(True)  # machines are not equally fast, and a collective has a time limit
     directory = options.run_dir / "tokenizer"
-    other = _other_run(options)
 
     def make() -> CaptionTokenizer:
-        if other is not None:
-            return CaptionTokenizer.load(other / "tokenizer")
         if initial is not None and initial.tokenizer is not None:
             return initial.tokenizer
         texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
@@ -152,7 +132,7 @@ def prepare_data(
     # Without config.json a tokenizer is of a run that never began.
     if dist.get_rank() == 0 and not has_begun and not options.dry_run:
         make().save(directory)
-    wait_for_all_ranks("the tokenizer to be trained")
+    start.all_have(True)
     is_there = has_begun or not options.dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_there else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:

@@ -108,10 +108,10 @@ def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
     """
     import transformers
 
-    from clips.common.opening import progress_bars
+    from clips.common.opening import loading
 
     (name,) = read_json(directory / "config.json")["architectures"]
-    with progress_bars(0):  # "Loading weights" would break the training line
+    with loading("export hf_vit", directory):
         model, info = getattr(transformers, name).from_pretrained(directory, output_loading_info=True)
     if left := {kind: names for kind, names in info.items() if names}:
         raise UserError(f"{directory}: transformers did not take the weights one to one: {left}")

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
 from clips.common.errors import CommandError
 from clips.common.escape import for_rich
@@ -67,17 +66,15 @@ def compare(
         return None
     (comparison.output / "cells").mkdir(parents=True, exist_ok=True)
     load_encoders(comparison, encoders, cells)
-    disable_progress_bar()  # of encoders that are loaded again for their figures: the table is the view
     image_folder = question_files(comparison)[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
     digest = sha256(fixed)
     console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {digest}", highlight=False, soft_wrap=True)
     planned = [replace(cell, record={**(cell.record or {}), "plan": digest}) for cell in planned]
     runner = Runner([*pretraining, *planned], comparison.jobs, console)
-    with runner.live():
-        runner.run(pretraining)
-        check_same_samples(encoders)
-        runner.run(planned)
+    runner.run(pretraining)
+    check_same_samples(encoders)
+    runner.run(planned)
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))

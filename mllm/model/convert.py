@@ -28,7 +28,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
 from clips.common.model_card import write_card
-from clips.common.opening import loading, opening, progress_bars
+from clips.common.opening import loading, opening
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import SAVED, backend_with_bos, get_format
@@ -410,8 +410,7 @@ def write_original(
     changed after moving the directory.
     """
     with replacing(directory) as partial:
-        with progress_bars(sum(tensor.nbytes for tensor in original.tensors.values())):
-            save_torch_state_dict(dict(original.tensors), partial)
+        save_torch_state_dict(dict(original.tensors), partial)
         for name, content in original.files.items():
             (partial / name).write_bytes(content)
         config = dict(original.config)

@@ -30,7 +30,6 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import replacing, write_json
-from clips.common.opening import progress_bars
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.card import write_model_card
@@ -173,8 +172,7 @@ def save_model(
     """
     directory = Path(directory)
     with replacing(directory) as partial:
-        with progress_bars(model.get_memory_footprint()):
-            model.save_pretrained(partial)
+        model.save_pretrained(partial)
         processor.save_pretrained(partial)
         # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
         processor.image_processor.save_pretrained(partial)

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening, progress_bars
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening
 from clips.common.paths import cache_root
 from mllm import DEFAULT_LLM
 from mllm.data.formats import (
@@ -208,8 +208,7 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     tokenizer.model_max_length = config.max_position_embeddings
-    with progress_bars(model.get_memory_footprint()):
-        model.save_pretrained(directory)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -17,7 +17,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
-from clips.common.ranks import wait_for_all_ranks
+from clips.common.start import Start
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import ImageTokens, LlavaDataset
@@ -244,7 +244,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
 
 
-def collator_of(prepared: Prepared) -> Collator:
+def collator_of(prepared: Prepared, start: Start) -> Collator:
     """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
     arguments = prepared.arguments
     device = prepared.device
@@ -257,11 +257,10 @@ def collator_of(prepared: Prepared) -> Collator:
         return Collator(pad_id, image_ids, pixel_loader(prepared.store, preprocess, prepared.vision.frames))
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
     cache = FeatureCache(prepared.vision, prepared.store, root)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names = list(dict.fromkeys(name for record in prepared.dataset.records for name in record.images))
-    cache.fill(names, device=device, rank=rank, world_size=world_size)
-    if world_size > 1:
-        wait_for_all_ranks("the image features")
+    cache.fill(names, device=device, rank=start.rank, world_size=start.ranks)
+    if start.ranks > 1:
+        start.all_have(True)
         cache.fill(names, device=device)  # what this rank lacks still: its cache may be a folder of its own
     return Collator(pad_id, image_ids, cache.get, "image_features")
 

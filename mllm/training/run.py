@@ -112,7 +112,7 @@ def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Co
         write_json(prepared.run_dir / "env.json", environment(device, start.ranks))
 
     start.at("the image features")
-    collator = collator_of(prepared)  # encodes the images that the feature cache lacks
+    collator = collator_of(prepared, start)  # encodes the images that the feature cache lacks
 
     start.at("the projector's start and the engine")
     assert_freeze(prepared.model, prepared.freeze)

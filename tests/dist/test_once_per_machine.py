@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from clips.common import ranks
-from clips.common.ranks import once_per_machine, wait_for_all_ranks
+from clips.common.ranks import once_per_machine
 from clips.common.runtime import unused_port
 from clips.config import Fields
 from clips.data.sources import Source, open_source
@@ -86,22 +86,6 @@ def test_one_rank_works_and_the_others_wait_beyond_the_timeout(tmp_path: Path, m
     assert (tmp_path / "calls").read_text().count("called") == times
     assert of_first == first
     assert of_second == (first if times == 1 else second)
-
-
-def late(rank: int) -> str:
-    told = io.StringIO()
-    logging.getLogger("clips.ranks").addHandler(logging.StreamHandler(told))
-    if rank == 1:
-        time.sleep(2 * TIMEOUT)
-    wait_for_all_ranks("rank 1 to come", tell_every=TIMEOUT)
-    dist.barrier()
-    return told.getvalue()
-
-
-def test_waiting_tells_of_whom_and_outlasts_the_timeout() -> None:
-    by_first, by_second = in_ranks(late)
-    assert "waiting for 1 of 2 ranks: rank 1 to come" in by_first
-    assert by_second == ""
 
 
 def read_by(rank: int, spec: str, fields: Fields) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Runs that go on: after their end, from an older checkpoint, in a branch, after a kill beside a write; and the end."""
+"""Runs that go on: after their end, from an older checkpoint, after a kill beside a write; and the end."""
 
 from __future__ import annotations
 
@@ -78,20 +78,12 @@ def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, 
     assert same_weights(run_dir, whole / "r", STEPS)
 
 
-def test_a_branch_of_another_run(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = [word if word != "r" else "branch" for word in EVERY_STEP]
+def test_a_checkpoint_of_another_run_is_refused(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = [word if word != "r" else "other" for word in EVERY_STEP]
     command = python(SCRIPT, *flags, *shards, "--output", tmp_path, "--resume", whole / "r/checkpoints/step-00000008")
-    done = run([*command, "--seed", "3"])
-    assert done.code == 2, done.text
-    assert "is of a run with another configuration:\n  train.seed: 0 → 3" in done.text
-    done = run(command)
-    assert done.code == 0, done.text
-    tokenizers = [run_dir / "tokenizer/tokenizer.json" for run_dir in (tmp_path / "branch", whole / "r")]
-    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
-    assert same_weights(tmp_path / "branch", whole / "r", STEPS)
     done = run(command)
     assert done.code == 2, done.text
-    assert "has checkpoints of its own" in done.text
+    assert "is of another run" in done.text
 
 
 def test_a_run_that_went_on_after_its_end_is_finished_anew(
