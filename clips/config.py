@@ -120,6 +120,7 @@ Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
 OnSpike = Literal["continue", "skip"]
+Choose = Literal["last", "best"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
 
@@ -378,6 +379,9 @@ class DataConfig:
     mix: tuple[MixPart, ...] = ()
     """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
+    held_out: float = 0.0
+    """Without `val`: the share of `train` that validates and does not train, at most 1,000 samples. Neither the demo
+    nor a mix holds samples out."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
     """Measured beside `test`; their figures are called NAME/FIGURE. A set named `unseen` decides in the studies."""
@@ -393,6 +397,7 @@ class DataConfig:
     max_broken_share: float = 0.01
 
     def __post_init__(self) -> None:
+        _require(0 <= self.held_out < 1, f"data.held_out {self.held_out} is not in [0, 1)")
         mixed = self.train == "mix"
         _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
         _require(self.cache_gb >= 0, f"data.cache_gb {self.cache_gb} is negative; 0 makes no copies of remote data")
@@ -543,6 +548,9 @@ class TrainConfig:
     """Samples between two checkpoints; 0: only at the end and when stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    choose: Choose = "last"
+    """The checkpoint that is measured and exported: the last one, or the best one on the validation split by the sum of
+    R@1, R@5 and R@10 both ways. The best one stays, however old it is."""
 
     @property
     def whole_step(self) -> bool:

@@ -92,14 +92,60 @@ def clip_baseline() -> RunConfig:
 
     Data without synthetic captions give web captions alone.
 
-    Its learning rates are the best ones for it, half of the demo's.
-
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
+    return _as_clip(demo(), "clip_baseline")
+
+
+def small() -> RunConfig:
+    """CLIPS on photographs of one's own, some thousands to a few hundred thousand of them: an hour on a laptop.
+
+    docs/photographs.md has the curves by which its sizes and rates were chosen.
+
+    python scripts/pretrain_clips.py --name mine --data 'shards/*.tar'
+    """
     run = demo()
+    vision = replace(run.model.vision, image_size=80, patch_dropout=0.25)
     return replace(
         run,
-        recipe="clip_baseline",
+        recipe="small",
+        model=replace(
+            run.model,
+            vision=vision,
+            text=replace(run.model.text, vocab_size=4096),
+            captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
+        ),
+        data=DataConfig(train="", workers=1, held_out=0.05),
+        phases=(
+            PhaseConfig(
+                name="80px",
+                samples=128_000,
+                batch_size=128,
+                lr=1.5e-3,
+                muon_lr=2e-2,
+                image_size=80,
+                warmup_samples=2_560,
+                schedule="linear",
+                augment=AugmentConfig(min_crop_area=0.5, mirror=0.5),
+            ),
+        ),
+        train=TrainConfig(eval_every=16_000, checkpoint_every=16_000, choose="best"),
+    )
+
+
+def small_clip() -> RunConfig:
+    """The CLIP baseline of `small`: one caption of each picture a step, no captioner, its own rates.
+
+    python scripts/pretrain_clips.py --recipe small_clip --data 'shards/*.tar'
+    """
+    return _as_clip(small(), "small_clip")
+
+
+def _as_clip(run: RunConfig, name: str) -> RunConfig:
+    """The CLIP baseline of a recipe. Its best rates are half of the recipe's."""
+    return replace(
+        run,
+        recipe=name,
         model=replace(run.model, captioner=None),
         task=TaskConfig(objective="clip"),
         phases=tuple(replace(p, lr=p.lr / 2, muon_lr=p.muon_lr / 2) for p in run.phases),
@@ -181,6 +227,8 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "clip_baseline": clip_baseline,
+    "small": small,
+    "small_clip": small_clip,
     "caption": caption,
     "caption_web": caption_web,
     "s16": partial(_paper, "s16", "S/16", 112, 384),

@@ -26,7 +26,7 @@ def parser() -> Parser:
     pairs = p.add_argument_group("pairs, as pretrain_clips.py takes them")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
-    pairs.add_argument("--recipe", default="b16", help="its tokenizer and lengths are held against the captions")
+    pairs.add_argument("--recipe", default="small", help="its tokenizer and lengths are held against the captions")
     llava = p.add_argument_group("LLaVA data")
     llava.add_argument("--image-folder", help="folder or uncompressed tar of the pictures")
     llava.add_argument("--conv-mode", default="auto", help="conversation format: train_llava.sh calls it --version")

@@ -143,7 +143,7 @@ def small_data(folder: Path) -> tuple[str, ...]:
 def splits(folder: Path) -> tuple[str, ...]:
     """Flags that name the data of `small_data` in `folder`."""
     held_out = str(folder / "test.tar")
-    return ("--data", f"{folder}/train", "--val-data", held_out, "--test-data", held_out)
+    return ("--recipe", "demo", "--data", f"{folder}/train", "--val-data", held_out, "--test-data", held_out)
 
 
 def endless(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:

@@ -77,46 +77,60 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
     return weights
 
 
-def newest_weights(run_dir: Path) -> dict[str, Any] | None:
-    """`weights_of` the newest checkpoint; None if there is none."""
-    return next(map(weights_of, checkpoints(run_dir)), None)
+def chosen_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that a run stands for; None if there is none.
+
+    It is the newest one. Where the run chooses (`train.choose`), it is the best of those that were validated.
+    """
+    present = checkpoints(run_dir)
+    if not present or not (run_dir / METRICS).is_file():
+        return next(iter(present), None)
+    values = {line["step"]: line["choosing"] for line in read_metrics(run_dir, "eval") if "choosing" in line}
+    validated = [path for path in present if int(path.name[5:]) in values]
+    return max(validated, key=lambda path: values[int(path.name[5:])], default=present[0])
+
+
+def chosen_weights(run_dir: Path) -> dict[str, Any] | None:
+    """`weights_of` the chosen checkpoint; None if there is none."""
+    chosen = chosen_checkpoint(run_dir)
+    return None if chosen is None else weights_of(chosen)
 
 
 def is_current(directory: Path) -> bool:
-    """Whether export/ or report/ of a run is of its newest checkpoint; True if the run has no checkpoint any more."""
-    newest = newest_weights(directory.parent)
-    return newest is None or read_json(directory / MADE_OF).get("sha256") == newest["sha256"]
+    """Whether export/ or report/ of a run is of its chosen checkpoint; True if the run has no checkpoint any more."""
+    chosen = chosen_weights(directory.parent)
+    return chosen is None or read_json(directory / MADE_OF).get("sha256") == chosen["sha256"]
 
 
 def check_current(export: Path) -> Path:
     """`export`, the export/ of a run. Raises UserError if the run has trained on since."""
     if not is_current(export):
         command = f"python scripts/export_clips.py --model {shlex.quote(str(export.parent))}"
-        raise UserError(f"{export} is older than the newest checkpoint of the run: `{command}` exports it")
+        raise UserError(f"{export} is not of the run's chosen checkpoint: `{command}` exports it")
     return export
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the newest weights of a pretraining run are exported, and measured if the run has test data."""
+    """Whether the chosen weights of a pretraining run are exported, and measured if the run has test data."""
     export = run_dir / "export"
     evaluation = read_json(run_dir / "evaluation.json")
-    is_measured = not evaluation or _is_of(evaluation, newest_weights(run_dir))
+    is_measured = not evaluation or _is_of(evaluation, chosen_weights(run_dir))
     return export.is_dir() and is_current(export) and is_measured
 
 
-def _is_of(evaluation: Mapping[str, Any], newest: Mapping[str, Any] | None) -> bool:
-    """Whether an evaluation is of the weights `newest`; True if the run has no checkpoint any more."""
-    return newest is None or (evaluation.get("checkpoint") or {}).get("sha256") == newest["sha256"]
+def _is_of(evaluation: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> bool:
+    """Whether an evaluation is of the weights `chosen`; True if the run has no checkpoint any more."""
+    return chosen is None or (evaluation.get("checkpoint") or {}).get("sha256") == chosen["sha256"]
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     """Stem of evaluation*.json ("evaluation" for the run's own test set) → its content.
 
-    Evaluations of other weights than the run's newest are left out.
+    Evaluations of other weights than the run's chosen ones are left out.
     """
-    newest = newest_weights(directory)
+    chosen = chosen_weights(directory)
     evaluations = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
-    return {name: evaluation for name, evaluation in evaluations.items() if _is_of(evaluation, newest)}
+    return {name: evaluation for name, evaluation in evaluations.items() if _is_of(evaluation, chosen)}
 
 
 def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
@@ -134,7 +148,7 @@ def deciding_name(figure: str, figures: Iterable[str]) -> str:
 
 
 def has_report(run_dir: Path) -> bool:
-    """Whether there is a report of the newest weights."""
+    """Whether there is a report of the chosen weights."""
     return (run_dir / REPORT).is_file() and is_current((run_dir / REPORT).parent)
 
 

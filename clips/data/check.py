@@ -76,7 +76,8 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     fields = parse_fields(flags.fields or [], run.data.fields)
     run = replace(run, data=replace(run.data, **train, fields=fields, image_root=flags.image_root))
     check_pairs(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed)
-    words = ["--recipe", flags.recipe, *(["--mix", *flags.mix] if flags.mix else ["--data", flags.data])]
+    words = [] if flags.recipe == "small" else ["--recipe", flags.recipe]
+    words += ["--mix", *flags.mix] if flags.mix else ["--data", flags.data]
     words += ["--fields", *flags.fields] if flags.fields else []
     words += ["--image-root", flags.image_root] if flags.image_root else []
     say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")

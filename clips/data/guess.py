@@ -11,10 +11,11 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.files import read_regular
+from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import ENDINGS
@@ -178,3 +179,46 @@ class PictureFolder:
                     path = os.path.relpath(os.path.join(place, name), folder)
                     found[stem not in texts].append(path)
         return found
+
+
+class KarpathyFile:
+    """COCO, Flickr8k or Flickr30K in A. Karpathy's JSON, as a table of pictures and lists of captions.
+
+    The spec is `dataset_coco.json#train+restval`: the file and its splits, those that it lacks left out.
+    """
+
+    columns = ("image", "captions")
+    left_out = 0
+
+    def __init__(self, spec: str) -> None:
+        """Raises UserError for another file, and if it has none of the splits."""
+        path, _, splits = spec.partition("#")
+        self.url = self.name = spec
+        self.root = str(Path(path).parent)
+        try:
+            images = from_json(read_bytes(Path(path)))["images"]
+            self._rows = [
+                {
+                    "image": str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),
+                    "captions": [sentence["raw"] for sentence in entry["sentences"]],
+                }
+                for entry in images
+                if entry["split"] in splits.split("+")
+            ]
+            present = sorted({entry["split"] for entry in images})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
+        if not self._rows:
+            raise UserError(f"{path} has no images of the split {splits!r}; splits there: {', '.join(present)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
+        """As `Table.row`."""
+        return self._rows[i]
+
+
+def is_karpathy(spec: str) -> bool:
+    """Whether `spec` names splits of a JSON file."""
+    return ".json#" in spec

@@ -12,6 +12,7 @@ import glob
 import itertools
 import logging
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from clips.common.escape import clip, printable
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
+from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
@@ -41,6 +42,8 @@ OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys."""
+HELD_OUT_BLOCK, MOST_HELD_OUT = 10, 1_000
+"""Samples are held out in blocks of neighbours: rows of one picture stand together."""
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
@@ -49,7 +52,7 @@ LONGEST_PATH = 200
 """Characters of a picture's path that a sample's name shows."""
 PARTS = ("image", "web", "long")
 CHOICES = (
-    "\n  One caption is enough for CLIP: pretrain_clips.py --recipe clip_baseline, best with --init-from WEIGHTS"
+    "\n  One caption is enough for CLIP: pretrain_clips.py --recipe small_clip, best with --init-from WEIGHTS"
     "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner hf:MODEL (docs/recaption.md)"
 )
 """Printed if long captions are missing."""
@@ -104,12 +107,14 @@ def expand(spec: str) -> list[str]:
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
     for file in files:
-        if not (file.endswith((".tar", *TABLES)) or os.path.isdir(file)):
+        if not (file.endswith((".tar", *TABLES)) or os.path.isdir(file) or is_karpathy(file)):
             raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(TABLES)}")
     return files
 
 
 def _match(pattern: str) -> list[str]:
+    if is_karpathy(pattern):
+        return [pattern]
     if is_remote(pattern):
         if not glob.has_magic(pattern):
             return [pattern]
@@ -212,6 +217,37 @@ class MixedSource(Source):
     def texts(self, index: int) -> Texts:
         source, index = self._part(index)
         return source.texts(index)
+
+
+class PartSource(Source):
+    """The samples of a source that are held out for validation, or all others.
+
+    The choice depends on `share` and the number of samples alone: every seed validates on the same ones.
+    """
+
+    def __init__(self, source: Source, share: float, *, held_out: bool) -> None:
+        self.source = source
+        self.files = source.files
+        self.left_out = source.left_out
+        self.unreadable = source.unreadable
+        self.problems = source.problems
+
+        total = len(source)
+        blocks = -(-total // HELD_OUT_BLOCK)
+        count = min(max(1, round(share * blocks)), MOST_HELD_OUT // HELD_OUT_BLOCK)
+        chosen = np.isin(np.arange(total) // HELD_OUT_BLOCK, random.Random(0).sample(range(blocks), count))
+        self._indices = np.flatnonzero(chosen == held_out)
+        ends = np.cumsum(source.shard_sizes)
+        self._set_sizes(np.diff(np.searchsorted(self._indices, ends), prepend=0).tolist())
+
+    def read(self, index: int) -> RawSample:
+        return self.source.read(int(self._indices[index]))
+
+    def texts(self, index: int) -> Texts:
+        return self.source.texts(int(self._indices[index]))
+
+    def missing(self, index: int) -> str | None:
+        return self.source.missing(int(self._indices[index]))
 
 
 class TarSource(Source):
@@ -411,7 +447,10 @@ class TableSource(Source):
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
 
-        self.tables = [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
+        self.tables = [
+            PictureFolder(file) if os.path.isdir(file) else KarpathyFile(file) if is_karpathy(file) else Table(file)
+            for file in files
+        ]
         self.need_long = need_long
         fields = guess_fields(_names(files), fields, self.tables[0].columns, self._lists())
         self.others = fields.long == OTHERS

@@ -9,7 +9,7 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
-from clips.data.sources import MixedSource, Source, open_source
+from clips.data.sources import MixedSource, PartSource, Source, open_source
 
 OWN = ("train", "val", "test")
 """Every run's splits; `held_out_sets` names further ones."""
@@ -46,7 +46,14 @@ def split_spec(data: DataConfig, split: str) -> str | None:
         return further[split]
     if is_demo(data, split) and split in (*OWN, UNSEEN):
         return demo_split(data.demo_dir, split)
+    if split == "val" and holds_out(data):
+        return data.train
     return getattr(data, split) if split in OWN else None
+
+
+def holds_out(data: DataConfig) -> bool:
+    """Whether a share of the training data validates."""
+    return data.held_out > 0 and not data.val and data.train not in ("demo", "mix")
 
 
 def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
@@ -61,7 +68,10 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
         return _open_mix(data, need_long)
     if data.train == "demo":
         ensure_demo(data.demo_dir, aspects=data.demo_aspects)
-    return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
+    source = open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
+    if holds_out(data) and split in ("train", "val"):
+        return PartSource(source, data.held_out, held_out=split == "val")
+    return source
 
 
 def check_readable(source: Source, most: float) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
-from clips.config import RunConfig, check_image_size, parse_sizes, sides
+from clips.config import Fields, RunConfig, check_image_size, parse_sizes, sides
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -29,7 +29,6 @@ from clips.evaluation.testsets import (
     PROTOCOLS,
     Classes,
     FolderSet,
-    KarpathySet,
     SourceSet,
     TestSet,
     classes_of,
@@ -244,7 +243,7 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     """The name of the measurement, and the sets to measure on by name; figures of the first have plain names."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
-        items = KarpathySet(path, Path(flags.image_root or path.parent), flags.split)
+        items = SourceSet(open_source(f"{path}#{flags.split}", Fields(), image_root=flags.image_root, need_long=False))
         name = f"{path.stem}-{flags.split}-{_key(path)}"
         return name, {name: (items, None)}
     if flags.data is not None:

@@ -28,7 +28,7 @@ from clips.common.page import (
     save_plot,
 )
 from clips.common.plots import Panel, curves_plot, pretty
-from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, newest_weights, read_evaluations, read_metrics
+from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, chosen_weights, read_evaluations, read_metrics
 
 
 @dataclass
@@ -62,7 +62,7 @@ def read_run(run_dir: Path) -> RunRecord:
             for test_set, figures in by_test_set(found["figures"], found["test_set"]).items()
         },
         missing=read_evaluations(run_dir).get("evaluation", {}).get("missing", ""),
-        weights=newest_weights(run_dir),
+        weights=chosen_weights(run_dir),
     )
 
 

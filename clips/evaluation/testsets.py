@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from clips.common.errors import UserError
@@ -21,7 +21,7 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 
 PROTOCOLS = {
-    "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
+    "sentence": "the set's own sentences, at most five: several captions of a picture, or `captions` of its JSON",
     "part": "sentences of the long caption (at most five), which may fit other images too: `sentences`, or split here",
     "web": "the web caption",
     "long": "the whole long caption, as far as the text tower reads",
@@ -62,7 +62,7 @@ class SourceSet:
         several = list(sample.texts.web) if len(sample.texts.web) > 1 else _strings(sample.extra.get("captions"))
         captions = {
             "sentence": several[:SENTENCES_PER_IMAGE],
-            "part": sentences[:SENTENCES_PER_IMAGE],
+            "part": [] if sample.texts.others else sentences[:SENTENCES_PER_IMAGE],
             "web": [sample.web],
             "long": [sample.long] if sample.long else [],
         }
@@ -72,37 +72,6 @@ class SourceSet:
 
 def _strings(value: Any) -> list[str]:
     return [text for text in value if isinstance(text, str) and text] if isinstance(value, list) else []
-
-
-class KarpathySet:
-    """COCO or Flickr30K as in A. Karpathy's split files: the first five captions of each image of one split."""
-
-    def __init__(self, path: Path, image_root: Path, split: str = "test") -> None:
-        try:
-            images = from_json(read_bytes(path))["images"]
-            splits = sorted({entry["split"] for entry in images})
-            self.entries = [
-                (
-                    str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),
-                    [sentence["raw"] for sentence in entry["sentences"]][:SENTENCES_PER_IMAGE],
-                )
-                for entry in images
-                if entry["split"] == split
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
-        if not self.entries:
-            raise UserError(f"{path} has no images of the split {split!r}; splits there: {', '.join(splits)}")
-        self.root = Path(image_root).resolve()
-        if not (self.root / self.entries[0][0]).is_file():
-            raise UserError(f"no image {self.entries[0][0]} under --image-root {image_root}: give the folder it is in")
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, index: int) -> Item:
-        name, captions = self.entries[index]
-        return Item(image=_read_inside(self.root, name), captions={"sentence": captions}, key=name)
 
 
 class PictureSet:

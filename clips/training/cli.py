@@ -25,7 +25,9 @@ def parser() -> Parser:
         "Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
         "triples with --data."
     )
-    p.add_argument("--recipe", default="demo", help=f"what to train: {', '.join(RECIPES)}")
+    p.add_argument(
+        "--recipe", help=f"what to train: {', '.join(RECIPES)} (default: demo, or small for data of your own)"
+    )
     p.add_argument(
         "--tower",
         default="clips",
@@ -49,7 +51,15 @@ def parser() -> Parser:
         metavar="NAME=SHARE:DATA",
         help="several sets in place of --data, each seen as often as its share says",
     )
-    p.add_argument("--val-data", help="validation data, evaluated during training (default: the demo's, or none)")
+    data.add_argument(
+        "--karpathy",
+        metavar="FILE",
+        help="COCO, Flickr8k or Flickr30K by A. Karpathy's JSON: train and restval train, val chooses, test measures",
+    )
+    p.add_argument(
+        "--val-data",
+        help="validation data, evaluated during training (default: the demo's, a share that small holds out, or none)",
+    )
     p.add_argument(
         "--test-data",
         nargs="+",
@@ -147,8 +157,15 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
     pretrain(run, options, start)
 
 
+def recipe_name(flags: argparse.Namespace) -> str:
+    """--recipe; by default `small` for data of one's own, else `demo`."""
+    own = flags.data not in (None, "demo") or flags.mix or flags.karpathy
+    return flags.recipe or ("small" if own else "demo")
+
+
 def _run_dir(flags: argparse.Namespace) -> Path:
-    return Path(flags.output) / (flags.name or (f"{flags.recipe}{rundir.DEBUG}" if flags.debug else flags.recipe))
+    name = recipe_name(flags)
+    return Path(flags.output) / (flags.name or (f"{name}{rundir.DEBUG}" if flags.debug else name))
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
@@ -162,11 +179,14 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
 
     `given`: that architecture, path in the configuration → value; by default as the run recorded it, if it has begun.
     """
-    run = with_tower(recipe(flags.recipe), flags.tower)
+    run = with_tower(recipe(recipe_name(flags)), flags.tower)
     if flags.debug:
         run = debug_twin(run)
     named = {"train": flags.data, "val": flags.val_data, "image_root": flags.image_root}
     data = replace(run.data, **{key: value for key, value in named.items() if value is not None})
+    if flags.karpathy:
+        file = flags.karpathy
+        data = replace(data, train=f"{file}#train+restval", val=data.val or f"{file}#val", test=f"{file}#test")
     if flags.test_data:
         test, further = parse_test_data(flags.test_data)
         data = replace(data, test=test, further_tests=further)

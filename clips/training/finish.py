@@ -10,7 +10,8 @@ from rich.console import Console
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.live import say_next
-from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluations
+from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
+from clips.common.tensors import assign_weights
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -19,6 +20,7 @@ from clips.evaluation.examples import collect_examples
 from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
+from clips.weights import checkpoint
 from clips.weights.export import FORMATS, export_all, sample_inputs
 from clips.weights.open_clip import open_clip_lacks
 
@@ -26,11 +28,17 @@ from clips.weights.open_clip import open_clip_lacks
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
     """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again.
 
-    `model` holds the weights of the newest checkpoint, which each part names: only with those does it count. One
-    process does this, without a process group: on a large test set it takes longer than ranks would wait.
+    `model` holds the weights of the newest checkpoint, and takes those of the chosen one. Each part names them: only
+    with those does it count. One process does this, without a process group: on a large test set it takes longer than
+    ranks would wait.
     """
-    weights = newest_weights(run_dir)
     console = Console(emoji=False, stderr=True)
+    chosen = chosen_checkpoint(run_dir)
+    weights = None if chosen is None else weights_of(chosen)
+    if chosen is not None and chosen != checkpoints(run_dir)[0]:
+        best = checkpoint.load(chosen, "checkpoint")
+        assign_weights(model, best.weights(), chosen)
+        console.print(f"the best checkpoint on the validation split, of {best.state.samples:,} samples, is exported")
     size = run.phases[-1].image_size
     held_out = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)

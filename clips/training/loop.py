@@ -36,6 +36,7 @@ from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
+from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
 from clips.training import watchdog
 from clips.training.engine import Agreed, Engine, read_ds_config
@@ -371,6 +372,9 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
     size = run.phases[state.phase].image_size
     measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size, sharded=True)
     figures = {name: figure.value for name, figure in measured.items()}
+    choosing = choosing_figure(figures) if run.train.choose == "best" else None
+    if choosing is not None:
+        figures["choosing"] = round(choosing, 3)
     log.record("eval", {
         "step": state.step, "samples": state.samples, "split": "val",
         "validation_seconds": round(time.perf_counter() - begin, 3), **figures,

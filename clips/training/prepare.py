@@ -25,7 +25,7 @@ from clips.common.start import Start
 from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
 from clips.data.loader import Batch
 from clips.data.sources import Source
-from clips.data.splits import check_readable, held_out_sets, open_split, split_spec
+from clips.data.splits import check_readable, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
@@ -264,6 +264,8 @@ def print_plan(
     rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]
     for name in dict.fromkeys(("val", "test", *held_out_sets(run.data))):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
+        if name == "val" and holds_out(run.data):
+            spec = f"{run.data.held_out:.0%} of it are held out, at most 1,000 samples (--val-data names others)"
         rows.append((f"  {name}", spec))
     rows += [(f"phase {phase.name}", phase_line(run, phase, samples, ranks)) for phase in run.phases]
 

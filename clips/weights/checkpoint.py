@@ -24,7 +24,7 @@ from torch import Tensor
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
 from clips.common.escape import printable
 from clips.common.files import check_seal, first_usable, from_json, fsync, read_bytes, replacing, seal, write_atomically
-from clips.common.rundir import METRICS, checkpoints
+from clips.common.rundir import METRICS, checkpoints, chosen_checkpoint
 from clips.common.tensors import read_weights
 
 
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState, keep: int) -> Path:
-    """Write a checkpoint, make it the latest, and delete all but the newest `keep`. Rank 0 only.
+    """Write a checkpoint, make it the latest, and delete all but the newest `keep` and the chosen one. Rank 0 only.
 
     Raises OSError (for example: disk full) with the older checkpoints and LATEST untouched.
     """
@@ -84,8 +84,10 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
         raise OSError(str(error)) from error
     fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
+    chosen = chosen_checkpoint(run_dir)
     for old in checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != chosen:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -11,7 +11,16 @@ from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.opening import check_directory, opening
-from clips.common.rundir import DEBUG, MADE_OF, check_current, is_current, take_newest, weights_of
+from clips.common.rundir import (
+    DEBUG,
+    MADE_OF,
+    check_current,
+    checkpoints,
+    chosen_checkpoint,
+    is_current,
+    take_newest,
+    weights_of,
+)
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -95,6 +104,9 @@ def _load(path: Path) -> Loaded:
                 break
             return *load_native(directory), read_json(directory.parent / MADE_OF) or None
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
+        chosen = chosen_checkpoint(path)
+        if chosen is not None and chosen != checkpoints(path)[0]:
+            found = checkpoint.load(chosen, "checkpoint")
         return _load_checkpoint(found, path)
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "

@@ -15,7 +15,7 @@ import pytest
 from launched import SCRIPT, deepspeed, lines, python, run, started, wait_for
 
 from clips.common.errors import UserError
-from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
+from clips.common.rundir import MADE_OF, checkpoints, chosen_weights, has_report, is_finished
 from clips.training.log import MACHINE
 from clips.weights.load import load_model
 from mllm.encoders.registry import load_vision
@@ -56,7 +56,7 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_what_a_run_keeps_and_says_of_its_weights(whole: Path) -> None:
     run_dir = whole / "r"
     assert steps(run_dir) == [8, 9, 10]
-    newest = newest_weights(run_dir)
+    newest = chosen_weights(run_dir)
     assert (newest["step"], newest["samples"]) == (STEPS, 8 * STEPS)
     for name in ("export", "report"):
         assert json.loads((run_dir / name / MADE_OF).read_text()) == newest
@@ -106,11 +106,11 @@ def test_a_run_that_went_on_after_its_end_is_finished_anew(
     for name in (f"clips:{run_dir}", "clips"):
         with pytest.raises(UserError, match="older than the newest checkpoint"):
             load_vision(name, runs=out)
-    assert load_model(run_dir).checkpoint == newest_weights(run_dir), "of the run itself, the newest weights"
+    assert load_model(run_dir).checkpoint == chosen_weights(run_dir), "of the run itself, the newest weights"
 
     done = run(command)
     assert done.code == 0, done.text
-    newest = newest_weights(run_dir)
+    newest = chosen_weights(run_dir)
     assert newest["step"] == STEPS + 5
     for made_of in (
         json.loads((run_dir / "export" / MADE_OF).read_text()),

@@ -14,10 +14,13 @@ from launched import (
     ENV,
     SCRIPT,
     assert_finished,
+    assert_said,
+    checkpoints,
     deepspeed,
     lines,
     pictures,
     python,
+    run,
     run_all,
     trace,
     write_shard,
@@ -162,3 +165,24 @@ def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
         figures = json.loads((tmp_path / f"{kind}.json").read_text())["figures"]
         assert figures["web_t2i_r1"]["items"] == 49
         assert 0 <= figures["web_t2i_r1"]["value"] <= 100
+
+
+def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_flag(tmp_path: Path) -> None:
+    """As someone with photographs and several captions each would begin; only the length is a test's."""
+    samples = [
+        (picture, {"json": json.dumps({"captions": [web, f"{i}: {web}", long]}).encode()})
+        for i, (picture, web, long) in enumerate(pictures(60, "JPEG"))
+    ]
+    write_shard(tmp_path / "mine.tar", samples, "jpg")
+    every = ("train.eval_every=16", "train.checkpoint_every=16", "train.keep_checkpoints=1")
+    size = ("--samples", "96", "--batch-size", "16", "--set", *every)
+    done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", "--name", "mine", "--output", tmp_path, *size))
+    assert_said(done, 0, "recipe small", "captions", "50 samples", "held out")
+    assert_finished(tmp_path / "mine")
+    values = {line["step"]: line["choosing"] for line in trace(tmp_path / "mine", "eval")}
+    assert len(values) == 6
+    best = max(values, key=lambda step: (values[step], step))
+    evaluation = json.loads((tmp_path / "mine" / "evaluation.json").read_text())
+    assert evaluation["checkpoint"]["step"] == best
+    assert evaluation["figures"]["sentence_i2t_r1"]["items"] == 10
+    assert set(checkpoints(tmp_path / "mine")) == {f"step-{best:08d}", "step-00000006"}

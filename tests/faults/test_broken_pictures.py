@@ -22,7 +22,7 @@ def good(count: int) -> Samples:
 
 
 def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
-    fixed = ("--set", "train.precision=fp32", "train.log_every=1")
+    fixed = ("--recipe", "demo", "--set", "train.precision=fp32", "train.log_every=1")
     return python(SCRIPT, "--debug", "--data", data, "--output", out, "--name", name, *flags, *fixed)
 
 

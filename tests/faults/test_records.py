@@ -16,7 +16,7 @@ PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(300)]
 
 
 def train(out: Path, name: str, data: Path | str, *flags: str) -> list[str]:
-    return python(SCRIPT, "--debug", "--data", data, "--output", out, "--name", name, *flags)
+    return python(SCRIPT, "--debug", "--recipe", "demo", "--data", data, "--output", out, "--name", name, *flags)
 
 
 def append(shard: Path, name: str, data: bytes = b"", **fields: object) -> None:

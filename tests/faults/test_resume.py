@@ -44,7 +44,7 @@ THREE_PHASES = (
 
 def recording(out: Path, shards: tuple[str, ...]) -> tuple[str | Path, ...]:
     """The command of the run in `out`, which writes down the keys of each batch."""
-    return ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output", out)
+    return ("tests/faulty_run.py", "record", "all", *shards, *THREE_PHASES, "--output", out)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def times(run_dir: Path) -> dict[Path, int]:
 
 def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -> None:
     before = times(whole / "r")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", whole))
+    done = run(python(SCRIPT, *shards, *THREE_PHASES, "--output", whole))
     assert done.code == 0, done.text
     assert "Next:" in done.text
     assert "phase" not in done.text
@@ -98,7 +98,7 @@ def test_row_06_never_from_zero_when_no_checkpoint_is_good(
     for name in checkpoints(out / "r"):
         flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
     before = (out / "r/metrics.jsonl").read_bytes()
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
+    done = run(python(SCRIPT, *shards, *THREE_PHASES, "--output", out))
     assert_said(done, 5, "no usable checkpoint", "another --name")
     assert (out / "r/metrics.jsonl").read_bytes() == before
 
@@ -107,7 +107,7 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
     killed: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = shutil.copytree(killed, tmp_path / "out")
-    flags = (SCRIPT, *THREE_PHASES, *shards, "--output", str(out))
+    flags = (SCRIPT, *shards, *THREE_PHASES, "--output", str(out))
     pickle = tmp_path / "model.pt"
     pickle.write_bytes(b"\x80\x04.")
     commands = {
@@ -169,7 +169,7 @@ def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     out = shutil.copytree(killed, tmp_path / "out")
     before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
     next_save = state(out / "r")["step"] + 5
-    done = run(torchrun("tests/faulty_run.py", "full", "all", *THREE_PHASES, *shards, "--output", out))
+    done = run(torchrun("tests/faulty_run.py", "full", "all", *shards, *THREE_PHASES, "--output", out))
     assert done.code == 1, done.text
     assert done.text.count(f"error: the checkpoint of step {next_save} cannot be written") == 2
     assert "make room" in done.text
@@ -185,7 +185,7 @@ def killed_in_a_save(killed: Path, shards: tuple[str, ...], tmp_path_factory: py
     out = shutil.copytree(killed, tmp_path_factory.mktemp("save") / "out")
     for _ in range(5):  # a save takes some hundredths of a second: the kill may come too late
         before = state(out / "r")["step"]
-        with started(python(SCRIPT, *THREE_PHASES, *shards, "--output", out), out / "log") as process:
+        with started(python(SCRIPT, *shards, *THREE_PHASES, "--output", out), out / "log") as process:
             wait_for(lambda now=before: state(out / "r")["step"] > now and half_written(out), process, out / "log")
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -203,7 +203,7 @@ def half_written(out: Path) -> list[Path]:
 def resumed(killed_in_a_save: Path, shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, resumed once more, to the end."""
     out = shutil.copytree(killed_in_a_save, tmp_path_factory.mktemp("resumed") / "out")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
+    done = run(python(SCRIPT, *shards, *THREE_PHASES, "--output", out))
     assert done.code == 0, done.text
     return out
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clips.common.rundir import checkpoints, newest_weights
+from clips.common.rundir import checkpoints, chosen_weights
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState, Writer
 
@@ -84,13 +84,27 @@ def test_a_failed_write_is_told_once_and_leaves_the_older_ones(
 
 
 def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:
-    assert newest_weights(tmp_path) is None
+    assert chosen_weights(tmp_path) is None
     _, second = save(tmp_path, 1, 2)
-    found = newest_weights(tmp_path)
+    found = chosen_weights(tmp_path)
     assert found == {
         "step": 2, "samples": 16, "sha256": json.loads((second / "MANIFEST.json").read_text())["model.safetensors"]
     }  # fmt: skip
     (second / "MANIFEST.json").write_text("{")
-    assert newest_weights(tmp_path)["sha256"] is None
+    assert chosen_weights(tmp_path)["sha256"] is None
     shutil.rmtree(second)
-    assert newest_weights(tmp_path)["step"] == 1
+    assert chosen_weights(tmp_path)["step"] == 1
+
+
+def test_the_best_validated_checkpoint_is_chosen_and_stays(tmp_path: Path) -> None:
+    values = {1: 20.0, 2: 30.0, 3: 25.0}
+    for step, value in values.items():
+        save(tmp_path, step)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "eval", "step": step, "choosing": value}) + "\n")
+    assert chosen_weights(tmp_path)["step"] == 2
+    checkpoint.save(tmp_path, WEIGHTS, WEIGHTS, state(4), 1)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["4", "2"]
+    assert chosen_weights(tmp_path)["step"] == 2, "the newest one was never validated"
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 2}\n')
+    assert chosen_weights(tmp_path)["step"] == 4, "a run that does not choose stands for its newest checkpoint"

@@ -43,13 +43,13 @@ def test_flags_go_where_they_say() -> None:
         *("--fields", "image=file", "web=alt", "--fields", "long=recaption", "--seed", "3"),
         *("--on-spike", "skip"),
     )
-    assert difference(recipe("demo"), run) == [
+    assert difference(recipe("small"), run) == [
         'data.fields.image: "jpg;jpeg;png;webp" → "file"',
         'data.fields.long: "txt" → "recaption"',
         'data.fields.web: "json:org_caption" → "alt"',
         'data.image_root: null → "pics"',
         'data.test: null → "t.csv"',
-        'data.train: "demo" → "a/*.tar"',
+        'data.train: "" → "a/*.tar"',
         'data.val: null → "v.csv"',
         'train.on_spike: "continue" → "skip"',
         "train.seed: 0 → 3",

@@ -1,7 +1,6 @@
 """Metrics against slow references, ties at chance level, test sets and class lists with their errors."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -11,9 +10,8 @@ from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import NotFiniteError, UserError
-from clips.data.sample import BrokenSample
 from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
-from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, classes_of, load_classes
+from clips.evaluation.testsets import Classes, FolderSet, classes_of, load_classes
 
 
 def slow_recall(images, texts, text_to_image, strings, k):
@@ -121,41 +119,6 @@ def test_linear_probe_separates_what_is_separable():
 
 
 PICTURE = encode(Image.new("RGB", (12, 8), "red"))
-
-
-def karpathy_file(folder, entries):
-    path = folder / "dataset.json"
-    path.write_text(json.dumps({"images": entries}))
-    return path
-
-
-def test_karpathy_takes_the_split_and_five_captions(tmp_path):
-    (tmp_path / "val2014").mkdir()
-    (tmp_path / "val2014/a.png").write_bytes(PICTURE)
-    sentences = [{"raw": f"caption {i}"} for i in range(7)]
-    path = karpathy_file(
-        tmp_path,
-        [
-            {"filepath": "val2014", "filename": "a.png", "split": "test", "sentences": sentences},
-            {"filepath": "val2014", "filename": "b.png", "split": "restval", "sentences": sentences},
-        ],
-    )
-    items = KarpathySet(path, tmp_path)
-    assert len(items) == 1
-    assert items.read(0).captions == {"sentence": [f"caption {i}" for i in range(5)]}
-    with pytest.raises(UserError, match="restval, test"):
-        KarpathySet(path, tmp_path, split="validation")
-    with pytest.raises(UserError, match="--image-root"):
-        KarpathySet(path, tmp_path / "val2014")
-
-    (tmp_path / "secret.png").write_bytes(PICTURE)
-    entry = {"filename": "../secret.png", "split": "test", "sentences": [{"raw": "x"}]}
-    items = KarpathySet(karpathy_file(tmp_path, [entry]), tmp_path / "val2014")
-    with pytest.raises(BrokenSample, match="out of the image folder"):
-        items.read(0)
-    path.write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="Karpathy"):
-        KarpathySet(path, tmp_path)
 
 
 def test_folder_per_class(tmp_path):

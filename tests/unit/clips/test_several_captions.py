@@ -17,14 +17,16 @@ from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import UserError
-from clips.config import OTHERS, Fields
+from clips.config import OTHERS, DataConfig, Fields
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
+from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.testsets import SourceSet
 from clips.recipes import debug_twin, recipe
+from clips.training.cli import config_from_flags, parser
 from mllm.data.captions import CaptionStore
 
 FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
@@ -42,7 +44,7 @@ def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     return folder / "a.tar"
 
 
-def opened(path: Path, *, need_long: bool = True, **fields: str) -> Source:
+def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Source:
     return open_source(str(path), replace(Fields(), **fields), need_long=need_long)
 
 
@@ -115,6 +117,64 @@ def test_batches_are_those_of_any_ranks_and_after_a_resume(tmp_path: Path) -> No
         for key, web in zip(batch["keys"], batch["web"].tolist(), strict=True):
             drawn.setdefault(key, set()).add(tuple(web))
     assert max(map(len, drawn.values())) > 1, "epochs draw anew"
+
+
+def karpathy(folder: Path, entries: list[dict[str, object]]) -> Path:
+    (folder / "dataset.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
+    return folder / "dataset.json"
+
+
+def test_karpathys_file_trains_chooses_and_measures(tmp_path: Path) -> None:
+    sentences = [{"raw": f"caption {i}", "tokens": []} for i in range(7)]
+    (tmp_path / "val2014").mkdir()
+    names = {"a.png": "test", "b.png": "restval", "c.png": "train", "d.png": "val"}
+    for name in names:
+        (tmp_path / "val2014" / name).write_bytes(encode(Image.new("RGB", (8, 8))))
+    entries = [
+        {"filepath": "val2014", "filename": name, "split": split, "sentences": sentences}
+        for name, split in names.items()
+    ]
+    path = karpathy(tmp_path, entries)
+
+    run = config_from_flags(parser().parse_args(["--karpathy", str(path), "--image-root", str(tmp_path)]))
+    assert run.recipe == "small"
+    keys = {split: [item.read(i).key for i in range(len(item))] for split, item in opened_splits(run.data).items()}
+    assert {split: [key.split("/")[-1][:5] for key in of_split] for split, of_split in keys.items()} == {
+        "train": ["b.png", "c.png"], "val": ["d.png"], "test": ["a.png"],
+    }  # fmt: skip
+    item = SourceSet(open_split(run.data, "test", need_long=False)).read(0)
+    assert item.captions["sentence"] == [f"caption {i}" for i in range(5)]
+    assert not item.captions["part"]
+
+    with pytest.raises(UserError, match="restval, test, train, val"):
+        opened(f"{path}#validation")
+    with pytest.raises(UserError, match="--image-root"):
+        opened(path.rename(tmp_path / "val2014" / "moved.json").with_name("moved.json#test"))
+    with pytest.raises(UserError, match="pictures is there"):
+        opened(f"{karpathy(tmp_path, [entries[0] | {'filepath': '..'}])}#test")
+    path.write_text('{"annotations": []}')
+    with pytest.raises(UserError, match="Karpathy"):
+        opened(f"{path}#test")
+
+
+def opened_splits(data: DataConfig) -> dict[str, Source]:
+    return {split: open_split(data, split, need_long=split == "train") for split in ("train", "val", "test")}
+
+
+def test_a_share_is_held_out_in_blocks_for_every_seed_alike(tmp_path: Path) -> None:
+    path = shard(tmp_path, [[f"c{i} {k}" for k in range(2)] for i in range(95)])
+    data = DataConfig(train=str(path), held_out=0.2)
+    train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
+    numbers = {split: [int(part.read(i).key[-3:]) for i in range(len(part))] for split, part in
+               (("train", train), ("val", val))}  # fmt: skip
+    assert sorted(numbers["train"] + numbers["val"]) == list(range(95))
+    assert len({i // 10 for i in numbers["val"]}) == 2
+    assert numbers["val"] == sorted(numbers["val"])
+    assert (sum(train.shard_sizes), train.files) == (len(train), [str(path)])
+    named = replace(data, val=str(path))
+    assert (len(open_split(named, "train", need_long=True)), len(open_split(named, "val", need_long=False))) == (95, 95)
+    order = train.order(0)
+    assert sorted(order.sample(position) for position in range(len(train))) == list(range(len(train)))
 
 
 def test_evaluation_and_alignment_take_each_caption_as_a_sentence(tmp_path: Path) -> None:
