@@ -26,7 +26,10 @@ NAMES = {
         *("image", "file_name", "filepath", "path", "filename", "file", "image_path", "img", "picture", "photo"),
         *("url", "image_url"),
     ),
-    "web": ("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web", "captions"),
+    "web": (
+        *("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web", "captions"),
+        "productdisplayname",
+    ),
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
 """Part of a sample → usual names of its column, JSON key or member; the first one that is there counts."""

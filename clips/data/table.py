@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import posixpath
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pyarrow import parquet
 from clips.common.errors import UserError
 from clips.common.files import from_json
 from clips.common.paths import without_secrets
-from clips.data.guess import guess_delimiter, say_once
+from clips.data.guess import NAMES, guess_delimiter, say_once
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
@@ -58,7 +58,10 @@ class Table:
         self._starts = [0]
         for i in range(reader.num_record_batches):
             self._starts.append(self._starts[-1] + reader.get_batch(i).num_rows)
-        self.columns = self._json_columns() if self.is_json else reader.schema.names
+        self._numbered: dict[str, list[str]] = {}
+        columns = self._json_columns() if self.is_json else reader.schema.names
+        self._numbered = _numbered(columns)
+        self.columns = [*columns, *self._numbered]
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
         left_out = LeftOut(**json.loads(last[b"left_out"]))
         self.left_out = left_out.count
@@ -91,7 +94,7 @@ class Table:
             row = from_json(batch.column(0)[place].as_py())
             if not isinstance(row, dict):
                 raise ValueError("the line is not a JSON object")
-            return row
+            return row | self._lists(row)
 
         is_text = not self.url.endswith(".parquet")
         row = {}
@@ -104,7 +107,11 @@ class Table:
             except Exception as error:  # dates beyond Python's, time zones that nobody knows, another encoding, …
                 if name in needed:
                     raise ValueError(f"column {name}: {error}") from None
-        return row
+        return row | self._lists(row)
+
+    def _lists(self, row: dict[str, Any]) -> dict[str, list[Any]]:
+        """The lists that numbered columns make together."""
+        return {name: [row[column] for column in parts if column in row] for name, parts in self._numbered.items()}
 
     def _open(self) -> pa.ipc.RecordBatchFileReader:
         if self._reader is None:
@@ -119,6 +126,16 @@ class Table:
             except (ValueError, RecursionError):
                 continue  # reported when the row itself is read
         return list(columns)
+
+
+def _numbered(columns: Sequence[str]) -> dict[str, list[str]]:
+    """A caption's name → the columns of that name and a number (caption_0 … caption_4 of the hub's Flickr8k)."""
+    parts: dict[str, list[str]] = {}
+    for column in columns:
+        name, _, number = column.rpartition("_")
+        if number.isdecimal() and name.lower() in NAMES["web"] + NAMES["long"] and name not in columns:
+            parts.setdefault(name, []).append(column)
+    return parts
 
 
 def _write_arrow(url: str, target: Path) -> None:

@@ -1,0 +1,181 @@
+"""Public sets of photographs in the layouts in which they are published, opened by the commands of docs/photographs.md.
+
+Names of files, columns and members are the publishers'; the pictures are drawn here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from bad_corpus import encode
+from PIL import Image
+
+from clips.common.errors import UserError
+from clips.config import RunConfig
+from clips.data.loader import make_loader
+from clips.data.sample import Texts
+from clips.data.sources import Source
+from clips.data.splits import open_split
+from clips.data.tokenizer import build_tokenizer
+from clips.training.cli import config_from_flags, parser
+
+CLIP = ("--set", "task.objective=clip", "task.caption_weight=0", "model.captioner=null")
+FIVE = [f"A dog runs on the grass {i} ." for i in range(5)]
+
+
+def jpeg(value: int) -> bytes:
+    return encode(Image.new("RGB", (24, 16), (60 * value, 90, 10)), "JPEG", quality=90)
+
+
+def in_cell(value: int, name: str | None = None) -> dict[str, Any]:
+    """A picture as the `datasets` library writes it."""
+    return {"bytes": jpeg(value), "path": name}
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def run_of(*flags: str | Path) -> RunConfig:
+    return config_from_flags(parser().parse_args(list(map(str, flags))), {})
+
+
+def opened(run: RunConfig, split: str = "train") -> Source:
+    return open_split(run.data, split, need_long=run.task.captions and split == "train")
+
+
+def texts(source: Source) -> list[Texts]:
+    """The captions of a source, whose pictures are those that were written."""
+    assert [source.read(i).image for i in range(len(source))] == [jpeg(i) for i in range(len(source))]
+    return [source.read(i).texts for i in range(len(source))]
+
+
+def train_one_batch(run: RunConfig, source: Source) -> dict[str, Any]:
+    small = run.override([f"phases.*.samples={len(source)}", f"phases.*.batch_size={len(source)}", "data.workers=0"])
+    tokenizer = build_tokenizer("wordpiece", [*source.captions()] * 3, vocab_size=64)
+    return next(iter(make_loader(source, tokenizer, small, rank=0, world_size=1)))
+
+
+def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
+    """undefined443/coco-karpathy-wds."""
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        members = {}
+        for i in range(count):
+            members[f"{i:09}.jpg"] = jpeg(i)
+            members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
+        write_tar(tmp_path / f"{split}/{split}-00000.tar", members)
+    held_out = ("--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
+    run = run_of("--data", tmp_path, *held_out)
+    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
+    assert [len(opened(run, split)) for split in ("val", "test")] == [2, 1]
+
+
+def write_splits(folder: Path, row: dict[str, Any], **counts: int) -> None:
+    """The hub's Parquet files of each split, whose rows are `row` and a picture."""
+    for split, count in counts.items():
+        rows = [{"image": in_cell(i, f"{1000092795 + i}.jpg")} | row for i in range(count)]
+        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", rows)
+
+
+def test_flickr30k_as_parquet_of_the_hub(tmp_path: Path) -> None:
+    """lmms-lab/flickr30k, whose only split is called test, and AnyModal/flickr30k with Karpathy's splits."""
+    ids = {"sentids": ["0", "1", "2", "3", "4"], "img_id": "0", "filename": "1000092795.jpg"}
+    write_splits(tmp_path / "lmms", {"caption": FIVE} | ids, test=3)
+    own = {"alt_text": FIVE, "split": "train", "original_alt_text": FIVE}
+    write_splits(tmp_path / "any", ids | own, train=3, validation=2, test=1)
+    assert texts(opened(run_of("--data", tmp_path / "lmms"))) == [Texts(tuple(FIVE), others=True)] * 3
+    run = run_of("--data", tmp_path / "any", "--val-data", tmp_path / "any/data/validation-*.parquet")
+    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
+    assert len(opened(run, "val")) == 2
+
+
+def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path) -> None:
+    """jxie/flickr8k: a column for each of the five captions."""
+    write_splits(tmp_path, {f"caption_{n}": text for n, text in enumerate(FIVE)}, train=3, validation=2, test=1)
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
+    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
+    assert texts(opened(run, "val")) == [Texts(tuple(FIVE), others=True)] * 2
+    batch = train_one_batch(run, opened(run))
+    assert (len(batch["web"]), len(batch["caption"])) == (3, 3)
+
+
+def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
+    """pixparse/cc3m-wds, all in one folder, and what img2dataset writes: one caption a picture, which is enough for
+    CLIP."""
+    caption = "a river has burst it 's banks and has spread out onto arable farmland alongside"
+    hub, fetched = {}, {}
+    for i in range(3):
+        key = f"{i:09}"
+        hub |= {f"{key}.jpg": jpeg(i), f"{key}.txt": caption.encode()}
+        account = json.dumps(img2dataset_json(key, caption=caption)).encode()
+        fetched |= {f"{key}.jpg": jpeg(i), f"{key}.json": account, f"{key}.txt": caption.encode()}
+    write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub)
+    write_tar(tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"})
+    write_tar(tmp_path / "cc3m/00000.tar", fetched)
+    write_parquet(tmp_path / "cc3m/00000.parquet", [img2dataset_json("000000000", caption=caption)])
+    (tmp_path / "cc3m/00000_stats.json").write_text("{}")
+    for data in (tmp_path / "cc3m-wds/cc3m-train-*.tar", tmp_path / "cc3m"):
+        held_out = ("--val-data", tmp_path / "cc3m-wds/cc3m-validation-*.tar")
+        run = run_of("--recipe", "s16", "--data", data, *held_out, *CLIP)
+        assert texts(opened(run)) == [Texts((caption,))] * 3
+        assert len(opened(run, "val")) == 1
+        with pytest.raises(UserError, match="no long captions"):
+            opened(run_of("--recipe", "s16", "--data", data))
+
+
+def img2dataset_json(key: str, **columns: str) -> dict[str, Any]:
+    """A JSON member of img2dataset: the table's columns, then its own account."""
+    account = {"url": f"http://images.example/{key}.jpg", "key": key, "status": "success", "error_message": None}
+    sizes = {"width": 24, "height": 16, "original_width": 240, "original_height": 160}
+    return columns | account | sizes | {"exif": "{}", "sha256": "0" * 64}
+
+
+def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) -> None:
+    """UCSC-VLAA/Recap-DataComp-1B."""
+    row = {"url": "http://images.example/a.jpg", "re_caption": "A dog runs. It is brown.", "org_caption": "dog.jpg"}
+    row |= {"sha256": "0" * 64, "key": "0", "re_clip_score": 0.3, "org_clip_score": 0.2}
+    row |= {"re_length": 6, "org_length": 1, "re_gpt4v_score": 5, "org_gpt4v_score": 2}
+    write_parquet(tmp_path / "hub/data/train_data/train-00000-of-00001.parquet", [row])
+    with pytest.raises(UserError, match="img2dataset"):
+        opened(run_of("--recipe", "b16", "--data", tmp_path / "hub/data/train_data"))
+
+    members = {}
+    for i in range(3):
+        key = f"{i:09}"
+        columns = {"caption": row["re_caption"], "org_caption": row["org_caption"]}
+        members[f"{key}.jpg"] = jpeg(i)
+        members[f"{key}.json"] = json.dumps(img2dataset_json(key, **columns)).encode()
+        members[f"{key}.txt"] = row["re_caption"].encode()
+    write_tar(tmp_path / "recap/00000.tar", members)
+    run = run_of("--recipe", "b16", "--data", tmp_path / "recap")
+    assert texts(opened(run)) == [Texts(("dog.jpg",), ("A dog runs. It is brown.",))] * 3
+
+
+def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:
+    """ashraq/fashion-product-images-small: the shop's name is the web caption, and there is no long one."""
+    rows = []
+    for i in range(3):
+        row = {"id": 15970 + i, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
+        row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
+        rows.append(row | {"productDisplayName": f"Turtle Check Men Navy Blue Shirt {i}", "image": in_cell(i)})
+    write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", rows)
+    source = opened(run_of("--recipe", "clip_baseline", "--data", tmp_path))
+    assert texts(source) == [Texts((f"Turtle Check Men Navy Blue Shirt {i}",)) for i in range(3)]
+    assert source.read(0).extra["baseColour"] == "Navy Blue"
