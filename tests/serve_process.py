@@ -9,17 +9,16 @@ import json
 import os
 import re
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import bad_corpus
 import httpx2
 import openai
 import pytest
@@ -176,17 +175,6 @@ def user(*parts: str | dict) -> dict:
     return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and ends after a few bytes of pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 100)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
 RED, BLUE = data_url(png("red")), data_url(png("blue"))
 CHAT = {"model": "llava", "messages": [user("Hello")], "max_tokens": 4}
 
@@ -201,7 +189,7 @@ def turns(*roles: str) -> dict:
 
 BAD = {
     "no picture": (with_picture(data_url(b"dear picture")), "cannot identify"),
-    "a bomb": (with_picture(data_url(png_header(50_000, 50_000))), "pixels"),
+    "a bomb": (with_picture(data_url(bad_corpus.png(50_000, 50_000))), "pixels"),
     "broken base64": (with_picture("data:image/png;base64,!!!"), "base64"),
     "a file": (with_picture("file:///etc/hostname"), "no address"),
     "a path that climbs out": (with_picture("../../etc/passwd"), "no address"),

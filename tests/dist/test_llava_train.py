@@ -15,12 +15,11 @@ from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, re
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from clips.common.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
-from clips.common.files import MANIFEST, seal
+from clips.common.errors import NotFiniteError, Stopped, UserError
+from clips.common.files import MANIFEST
 from clips.common.tensors import read_weights
 from mllm.model.quantize import dequantize, quantize
 from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.checkpoints import newest, prune
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
 from mllm.training.trainer import LlavaTrainer, TrainingModel
@@ -113,28 +112,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(
     with pytest.raises(NotFiniteError, match=r"step 1;.* loss of: sample \d+ \(id \d+\.png\), sample"):
         run(place, monkeypatch, *ALIGN, "--output_dir", "runs/nan")
     assert not list((place / "runs/nan/align").glob("checkpoint-*"))
-
-
-def test_unsealed_and_damaged_checkpoints_do_not_count_and_are_never_silently_forgotten(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
-    places = {step: tmp_path / f"checkpoint-{step}" for step in (2, 4, 10)}
-    for step, directory in places.items():
-        directory.mkdir()
-        (directory / "weights").write_bytes(bytes(range(step)))
-        if step < 10:  # 10 is still being written
-            seal(directory)
-    prune(tmp_path, 3)
-    assert all(directory.is_dir() for directory in places.values())
-    assert newest(tmp_path) == places[4]
-    (places[4] / "weights").write_bytes(bytes(9))
-    assert newest(tmp_path) == places[2]
-    prune(tmp_path, 1)
-    assert sorted(tmp_path.iterdir()) == [places[10], places[4]]
-    with pytest.raises(NoCheckpointError, match="no usable checkpoint"):
-        newest(tmp_path)
-    seal(places[10])
-    prune(tmp_path, 1)
-    assert list(tmp_path.iterdir()) == [places[10]]
 
 
 def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

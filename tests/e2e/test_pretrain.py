@@ -88,11 +88,9 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
 def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
-    data = shards[1]
     cases: dict[str, tuple[list[str], list[str]]] = {
         "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
         "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
-        "missing test data": (["--data", data, "--test-data", f"{tmp_path}/gone.csv"], ["no data at", "gone.csv"]),
         "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
         "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "multiple of 3"]),
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),
@@ -101,16 +99,13 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
         name: python(SCRIPT, "--debug", "--output", tmp_path / "out", "--name", name.replace(" ", "-"), *flags)
         for name, (flags, _) in cases.items()
     }
-    commands["ranks"] = deepspeed(SCRIPT, "--debug", "--output", tmp_path / "out", *shards, "--batch-size", "7")
-    cases["ranks"] = ([], ["batch_size 7 is not divisible by 2 ranks", "multiple of 2"])
     if torch.cuda.is_available():
         del commands["no GPU"]
     for name, done in run_all(commands).items():
         words = cases[name][1]
         assert done.code == 2, (name, done.text)
         assert "error:" in done.text, name
-        if name != "ranks":  # the launcher may add its own
-            assert "Traceback" not in done.text, (name, done.text)
+        assert "Traceback" not in done.text, (name, done.text)
         for word in words:
             assert word in done.text, (name, done.text)
         assert not (tmp_path / "out" / name.replace(" ", "-") / "config.json").exists(), (

@@ -52,13 +52,6 @@ def kinds(notebook: nbformat.NotebookNode) -> dict[str, set[str]]:
     return {cell.id: {kind for out in cell.outputs for kind in out.get("data", {"text": ""})} for cell in code}
 
 
-def test_the_notebook_is_stored_with_small_outputs() -> None:
-    stored = nbformat.read(TOUR, as_version=4)
-    assert TOUR.stat().st_size < 300_000
-    assert sum("image/png" in found for found in kinds(stored).values()) >= 3
-    assert [cell.execution_count for cell in stored.cells if cell.cell_type == "code"] == [1, 2, 3, 4, 5, 6, 7]
-
-
 @pytest.mark.slow
 def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a fresh kernel in docs/, where Jupyter starts it."""

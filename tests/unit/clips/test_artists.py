@@ -19,7 +19,7 @@ from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
-from clips.data.demo import CONCEPTS, HANDS, MISSING, TRAINING, demo_split, ensure_demo
+from clips.data.demo import MISSING, demo_split, ensure_demo
 from clips.data.sources import open_source
 from clips.data.splits import deciding_set, held_out_sets
 
@@ -63,21 +63,6 @@ def npm_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None
 def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artists.shutil, "which", lambda name: None)
     monkeypatch.setattr(artists.util, "find_spec", lambda name: None)
-
-
-def test_every_thing_is_drawn_by_enough_hands(several_artists: None) -> None:
-    """By four of training at least, by the one of validation and by the unseen one; and they do not draw alike."""
-    has = {name: drawings(name, CONCEPTS) for name in ARTISTS}
-    assert {artist for hands in HANDS.values() for artist in hands} == ARTISTS.keys()
-    for concept in CONCEPTS:
-        assert sum(concept in has[name] for name in TRAINING) >= 4, concept
-        assert all(concept in has[name] for split in ("val", UNSEEN) for name in HANDS[split]), concept
-        assert concept in has[OPENMOJI]  # which draws all of them where nothing can be fetched
-        pixels = [np.asarray(has[name][concept], float) for name in ARTISTS if concept in has[name]]
-        assert all(image.shape == (SIDE, SIDE, 4) for image in pixels)
-        for i, one in enumerate(pixels):
-            assert (one[..., 3] > 0).mean() > 0.04, concept
-            assert all(np.abs(one - other).mean() > 1 for other in pixels[:i]), concept
 
 
 def test_what_npm_brings_counts_when_it_is_what_is_pinned(

@@ -66,23 +66,6 @@ def test_whoever_leaves_waits_for_the_write(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
-def test_a_failed_write_is_told_once_and_leaves_the_older_ones(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save(tmp_path, 1)
-    blocked = tmp_path / "checkpoints/step-00000002.partial"
-    blocked.write_text("no directory can be made here")
-    with Writer(tmp_path, keep=1) as writer:
-        writer.begin(WEIGHTS, WEIGHTS, state(2))
-        assert "the checkpoint of step 2 cannot be written" in writer.wait()
-        assert writer.wait() is None
-        assert not writer.has_failed()
-        blocked.write_text("")
-        writer.begin(WEIGHTS, WEIGHTS, state(2))
-    assert "warning: the checkpoint of step 2 cannot be written" in capsys.readouterr().err
-    assert checkpoint.latest(tmp_path).state.step == 1
-
-
 def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:
     assert chosen_weights(tmp_path) is None
     _, second = save(tmp_path, 1, 2)

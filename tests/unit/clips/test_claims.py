@@ -27,7 +27,6 @@ from clips.studies.claims import (
     judge_llava,
     reproduce,
 )
-from clips.studies.equal_time import compare
 from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
@@ -116,18 +115,6 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
     with pytest.raises(UserError, match=message):
         reproduce(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dry_run_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = variant_run("web", 0, samples=6_400)
-    with_figures(tmp_path / done.name, done, {})
-    before = sorted(tmp_path.rglob("*"))
-    reproduce(tmp_path, ["b"], samples=6_400, dry_run=True)
-    compare(tmp_path / "none", 3, 6_400, 2, dry_run=True)
-    assert sorted(tmp_path.rglob("*")) == before
-    printed = " ".join(capsys.readouterr().err.split())
-    for text in ("8 of 9 to run, 2 at a time", "17 of 17 to run"):
-        assert text in printed
 
 
 # --- the verdicts

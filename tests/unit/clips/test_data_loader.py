@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from launched import recap, write_shard
 from PIL import Image
 
-from clips.common.errors import BrokenDataError, UserError
 from clips.config import AugmentConfig, DataConfig, Fields, MixPart, RunConfig, TaskConfig
 from clips.data.images import eval_transform
-from clips.data.loader import MAX_ATTEMPTS, make_loader, to_device
-from clips.data.sample import BrokenSample, RawSample
+from clips.data.loader import make_loader, to_device
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
@@ -125,18 +123,6 @@ def in_phases(run: RunConfig) -> RunConfig:
     first = replace(run.phases[0], samples=3 * 8)
     second = replace(first, name="b", samples=2 * 16, batch_size=16, image_size=48, augment=AugmentConfig())
     return replace(run, phases=(first, second, replace(first, name="c", samples=2 * 4, batch_size=4)))
-
-
-def test_a_run_goes_on_exactly_in_any_phase(source: Source, tokenizer: CaptionTokenizer) -> None:
-    run = in_phases(a_run(accumulation=2))
-    whole = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
-    assert [i for batch in whole for i in batch["positions"]] == list(range(24 + 32 + 8))
-    assert [batch["images"].shape[-1] for batch in whole] == [32] * 6 + [48] * 4 + [32] * 4
-    run = replace(run, data=replace(run.data, workers=2))
-    for phase, step, skipped in ((0, 2, 4), (1, 1, 8)):
-        tail = list(make_loader(source, tokenizer, run, rank=0, world_size=1, phase=phase, step=step))
-        for a, b in zip(whole[skipped:], tail, strict=True):
-            assert_same(a, b)
 
 
 def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, tokenizer: CaptionTokenizer) -> None:
@@ -322,48 +308,3 @@ def test_broken_samples_are_replaced_and_listed(tmp_path: Path, source, tokenize
             assert (i == j) == (i not in BROKEN)
             if i == j:
                 assert torch.equal(a["images"][row], b["images"][row]), "a breakage must not move its neighbours"
-
-
-def test_a_set_without_a_whole_sample_is_broken(tmp_path: Path, tokenizer) -> None:
-    damaged = write_set(tmp_path / "a.tar", set(range(COUNT)))
-    with pytest.raises(BrokenDataError, match=rf"{MAX_ATTEMPTS} samples[^$]*a\.tar#\d+: image") as raised:
-        batches(damaged, tokenizer, a_run(workers=1))
-    assert raised.value.exit_code == 4
-
-
-class Wrapped(Source):
-    """A source that does something at its sample 7."""
-
-    def __init__(self, source: Source, act: object) -> None:
-        self.source, self.act, self.shard_sizes = source, act, source.shard_sizes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int) -> RawSample:
-        if index == 7:
-            self.act()
-        return self.source.read(index)
-
-
-def refuse() -> None:
-    raise UserError("row 7 leads out")
-
-
-def fail() -> None:
-    raise ZeroDivisionError("a defect")
-
-
-def broken() -> None:
-    raise BrokenSample("k#7", "no")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_keep_their_type(source, tokenizer, workers: int) -> None:
-    with pytest.raises(UserError, match=r"^row 7 leads out$"):
-        batches(Wrapped(source, refuse), tokenizer, a_run(workers=workers))
-    with pytest.raises(ZeroDivisionError, match="a defect") as raised:
-        batches(Wrapped(source, fail), tokenizer, a_run(workers=workers))
-    assert not workers or "in fail" in str(raised.value), "the worker's traceback must be there"
-    found = batches(Wrapped(source, broken), tokenizer, a_run(workers=workers))
-    assert ("k#7", "no") in [entry for batch in found for entry in batch["skipped"]]

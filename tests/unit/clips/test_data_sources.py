@@ -98,13 +98,6 @@ def test_every_way_to_name_shards(tmp_path: Path) -> None:
     assert expand(f"{tmp_path}/{{00001..00002}}.tar") == [str(file) for file in files[1:3]]
 
 
-def test_the_first_sample_that_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It was the first one of a set, which puts 8 before 1."""
-    samples = [sample(i, txt=None) if i in (1, 8) else sample(i) for i in range(20)]
-    assert len(open_tar(write_tar(tmp_path / "a.tar", {k: v for found in samples for k, v in found.items()}))) == 18
-    assert "2 samples are left out for want of a member, the first is s001, without long" in caplog.text
-
-
 def test_the_index_follows_its_shard(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", 0, 2)
     assert len(open_tar(path)) == 2

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +15,7 @@ import pytest
 from hostile import HOSTILE
 from rich.console import Console
 
-from clips.common.errors import CommandError, Stopped, UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.escape import printable
 from clips.common.files import sha256
 from clips.common.page import (
@@ -63,25 +61,6 @@ def cell(
         for part in parts
     ]
     return Cell("a", directory.name, directory, tuple(steps), record={"of": 1} if record else None)
-
-
-def test_a_finished_step_is_never_run_again_and_what_ran_is_noted(tmp_path: Path) -> None:
-    done, cut = cell(tmp_path / "done", "one"), cell(tmp_path / "cut", "one", "two")
-    for found in (done, cut):
-        found.directory.mkdir()
-        (found.directory / "one").write_text("as it was")
-    (cut.directory / "cell.json").write_text(json.dumps({"plan": "by which it began"}))
-    runner = Runner([done, cut], 2, QUIET)
-    runner.run(runner.cells)
-    assert (cut.directory / "two").is_file()
-    assert (cut.directory / "one").read_text() == "as it was"
-    record = json.loads((cut.directory / "cell.json").read_text())
-    assert (record["of"], record["plan"], [*record["commands"]]) == (1, "by which it began", ["two"])
-    assert [*json.loads((cut.directory / "cost.json").read_text())] == ["two"]
-    assert not (done.directory / "cell.json").exists()
-    before = cut.log.stat().st_mtime_ns
-    runner.run(runner.cells)
-    assert cut.log.stat().st_mtime_ns == before
 
 
 def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Path) -> None:
@@ -159,23 +138,6 @@ def test_after_a_failure_beside_a_longer_cell_nothing_more_begins() -> None:
     with pytest.raises(CommandError, match="all is lost"):
         Commands(2).map(work, list(range(8)))
     assert set(begun) <= {0, 1, 2}
-
-
-def test_after_a_signal_nothing_more_begins() -> None:
-    begun: list[int] = []
-    commands = Commands(2)
-
-    def work(item: int) -> None:
-        begun.append(item)
-        if len(begun) == 2:
-            time.sleep(0.2)  # until all are submitted
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert commands.stopping.wait(60)
-        time.sleep(0.2)
-
-    with pytest.raises(Stopped):
-        commands.map(work, list(range(8)))
-    assert set(begun) == {0, 1}
 
 
 def test_a_plan_stays_from_the_first_cell_on(tmp_path: Path) -> None:

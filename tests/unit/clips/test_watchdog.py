@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clips.common.errors import CommandError, DivergedError
+from clips.common.errors import CommandError
 from clips.recipes import recipe
 from clips.training import watchdog
 from clips.training.engine import Agreed
@@ -82,20 +82,6 @@ def test_the_memory_goes_through_a_checkpoint_bit_for_bit() -> None:
     again = TrainState(**json.loads(json.dumps(asdict(state))))
     assert again.recent_losses == losses[-watchdog.WINDOW :]
     assert watchdog.limit(again.recent_norms) == watchdog.limit(state.recent_norms)
-
-
-def test_steps_left_out_one_after_another_end_the_run() -> None:
-    state = TrainState(seed=0)
-    for state.step in range(100, 105):
-        watchdog.leave_out(state, since=state.step - 9)
-    watchdog.leave_out(state, since=100)  # the same once more is not another
-    assert state.left_out == list(range(100, 105))
-    state.step = 200
-    watchdog.leave_out(state, since=191)
-    state.step = 105
-    with pytest.raises(DivergedError, match=r"step 106 is spike number 6 within 6 steps.*--on-spike continue") as ended:
-        watchdog.leave_out(state, since=100)
-    assert ended.value.exit_code == 3
 
 
 def test_a_slow_rank_is_one_that_the_others_wait_for() -> None:

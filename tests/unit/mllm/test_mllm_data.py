@@ -73,22 +73,6 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
     assert dataset.truncated == 0
 
 
-@pytest.mark.parametrize(
-    ("bad", "noun"),
-    [
-        ("text", "'conversations'"),
-        (record("../secret.png"), "leads out of"),
-        (record("sub/9.png"), "'sub/9.png'"),
-        (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "placeholder"),
-    ],
-)
-def test_a_bad_record_names_index_and_id(bad, noun, tmp_path, folder, encoder):
-    path = write(tmp_path / "data.json", [record(None), bad])
-    sample = bad["id"] if isinstance(bad, dict) else r"\?"
-    with pytest.raises(UserError, match=rf"sample 1 \(id {sample}\).*{noun}"):
-        LlavaDataset(path, encoder, ImageStore(folder))
-
-
 def test_unreadable_files_and_images_without_a_folder(tmp_path, encoder):
     for name, text, noun in (("data.json", "[]", "empty"), ("data.jsonl", '{"id": 1}\n{', "line 2")):
         (tmp_path / name).write_text(text)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import bad_corpus
 import pytest
 import tiny_chat
 from conftest import ROOT, script_parser
 from PIL import Image
-from serve_process import png, png_header
+from serve_process import png
 from tiny_chat import SHORT
 
 from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
-from mllm.chat.model import ChatModel, Sampling
+from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.chat.terminal import Talk, chat_from_flags, dropped_files, load_image
 from mllm.chat.transcript import turn_text
@@ -73,7 +73,7 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
 
 
 def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_path: Path, capsys) -> None:
-    files = {"text.png": b"hello", "empty.png": b"", "cut.png": png()[:45], "huge.png": png_header(50_000, 50_000)}
+    files = {"text.png": b"hello", "empty.png": b"", "cut.png": png()[:45], "huge.png": bad_corpus.png(50_000, 50_000)}
     files["big.png"] = b"x" * (MAX_BYTES + 1)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -87,42 +87,6 @@ def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_pat
     assert talk.waiting == []
     say(talk, "Still there?")
     assert questions(talk) == ["Still there?"]
-
-
-def test_a_talk_with_every_command(talk: Talk, odd: Path, tmp_path: Path, capsys) -> None:
-    say(talk, f"/image {odd}", str(odd))
-    assert len(talk.waiting) == 2
-    assert "picture 2: " in capsys.readouterr().out
-    say(talk, "What is <image>?", shlex.quote(str(odd)), "And this?", f"/save {tmp_path / 'talk.json'}")
-    assert questions(talk) == ["What is <image>?", "And this?"]
-    assert len(talk.session.images) == 3
-    assert "What is <image>?" in (tmp_path / "talk.json").read_text()
-    capsys.readouterr()
-    say(talk, "/undo")
-    assert "/undo is neither" in capsys.readouterr().out
-    say(talk, "/save talk.txt", "w " * 5000)
-    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["error:"] * 2
-    say(talk, "/reset", "", "   ", "/quit", "Never asked")
-    assert talk.session.turns == talk.session.images == []
-
-
-def test_ctrl_c_stops_the_answer_only(talk: Talk, monkeypatch) -> None:
-    talk.sampling = Sampling(max_new_tokens=400)
-    pieces = []
-
-    def interrupted_print(text: str = "", **options) -> None:
-        pieces.append(text)
-        if len(pieces) == 2:
-            raise KeyboardInterrupt  # where Ctrl-C strikes most of the time
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.print", interrupted_print)
-        say(talk, "What is it?")
-    assert talk.session.last.finish_reason == "cancelled"
-    assert talk.session.last.new_tokens < 400
-    talk.sampling = SHORT
-    say(talk, "And now?")
-    assert questions(talk) == ["What is it?", "And now?"]
 
 
 def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
@@ -146,15 +110,10 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
         chat_from_flags(parser.parse_args([*common, "--prompt", "What?", "--image", "missing.png"]))
 
 
-def test_a_closed_input_and_a_reader_that_leaves(model: ChatModel) -> None:
-    """They were an AttributeError and a BrokenPipeError."""
+def test_a_closed_input_is_named(model: ChatModel) -> None:
+    """It was an AttributeError."""
     command = f"{sys.executable} {ROOT / 'scripts' / 'chat.py'} --device cpu --model {model.directory}"
     bash = {"shell": True, "executable": "/bin/bash", "capture_output": True, "errors": "replace", "timeout": 300}
     closed = subprocess.run(f"{command} <&-", **bash)
     assert closed.returncode == 2
     assert "--prompt" in closed.stderr
-    left = subprocess.run(
-        f"{command} --prompt 'What is it?' --max-new-tokens 200 | head -c 1; exit ${{PIPESTATUS[0]}}", **bash
-    )
-    assert left.returncode == 0
-    assert "BrokenPipe" not in left.stderr
