@@ -28,18 +28,16 @@ from clips.training.cli import config_from_flags, parser
 
 CLIP = ("--set", "task.objective=clip", "task.caption_weight=0", "model.captioner=null")
 FIVE = [f"A dog runs on the grass {i} ." for i in range(5)]
+ALL = Texts(tuple(FIVE), others=True)
 
 
 def jpeg(value: int) -> bytes:
     return encode(Image.new("RGB", (24, 16), (60 * value, 90, 10)), "JPEG", quality=90)
 
 
-def in_cell(value: int, name: str | None = None) -> dict[str, Any]:
-    """A picture as the `datasets` library writes it."""
-    return {"bytes": jpeg(value), "path": name}
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
+    """`count` rows with pictures as the `datasets` library writes them, unless the row has a `url`."""
+    rows = [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
     path.parent.mkdir(parents=True, exist_ok=True)
     pa.parquet.write_table(pa.Table.from_pylist(rows), path)
 
@@ -67,12 +65,6 @@ def texts(source: Source) -> list[Texts]:
     return [source.read(i).texts for i in range(len(source))]
 
 
-def train_one_batch(run: RunConfig, source: Source) -> dict[str, Any]:
-    small = run.override([f"phases.*.samples={len(source)}", f"phases.*.batch_size={len(source)}", "data.workers=0"])
-    tokenizer = build_tokenizer("wordpiece", [*source.captions()] * 3, vocab_size=64)
-    return next(iter(make_loader(source, tokenizer, small, rank=0, world_size=1)))
-
-
 def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
     """undefined443/coco-karpathy-wds."""
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
@@ -83,36 +75,55 @@ def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{split}/{split}-00000.tar", members)
     held_out = ("--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
     run = run_of("--data", tmp_path, *held_out)
-    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
-    assert [len(opened(run, split)) for split in ("val", "test")] == [2, 1]
+    assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr8k", "flickr30k"])
+def test_karpathys_files(name: str, tmp_path: Path) -> None:
+    """caption_datasets.zip: COCO's pictures lie in two folders, and restval is training data."""
+    images: list[dict[str, Any]] = []
+    third = "restval" if name == "coco" else "train"
+    for split, numbers in (("train", (0, 1)), (third, (2,)), ("val", (0, 1)), ("test", (0,))):
+        for i in numbers:
+            number = len(images)
+            raws = [{"tokens": text.lower().split()[:-1], "raw": text, "imgid": number} for text in FIVE]
+            sentences = [raw | {"sentid": 5 * number + n} for n, raw in enumerate(raws)]
+            folder = "train2014" if split == "train" else "val2014"
+            coco = {"filepath": folder, "cocoid": number, "filename": f"COCO_{folder}_{number:012}.jpg"}
+            own = coco if name == "coco" else {"filename": f"{1000092795 + number}.jpg"}
+            ids = {"sentids": [raw["sentid"] for raw in sentences], "imgid": number}
+            images.append(ids | {"sentences": sentences, "split": split} | own)
+            path = tmp_path / "pictures" / images[-1].get("filepath", "") / images[-1]["filename"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(i))
+    file = tmp_path / f"dataset_{name}.json"
+    file.write_text(json.dumps({"images": images, "dataset": name}))
+    run = run_of("--karpathy", file, "--image-root", tmp_path / "pictures")
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        assert texts(opened(run, split)) == [ALL] * count
 
 
 def write_splits(folder: Path, row: dict[str, Any], **counts: int) -> None:
-    """The hub's Parquet files of each split, whose rows are `row` and a picture."""
     for split, count in counts.items():
-        rows = [{"image": in_cell(i, f"{1000092795 + i}.jpg")} | row for i in range(count)]
-        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", rows)
+        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", count, row)
 
 
 def test_flickr30k_as_parquet_of_the_hub(tmp_path: Path) -> None:
-    """lmms-lab/flickr30k, whose only split is called test, and AnyModal/flickr30k with Karpathy's splits."""
-    ids = {"sentids": ["0", "1", "2", "3", "4"], "img_id": "0", "filename": "1000092795.jpg"}
-    write_splits(tmp_path / "lmms", {"caption": FIVE} | ids, test=3)
-    own = {"alt_text": FIVE, "split": "train", "original_alt_text": FIVE}
-    write_splits(tmp_path / "any", ids | own, train=3, validation=2, test=1)
-    assert texts(opened(run_of("--data", tmp_path / "lmms"))) == [Texts(tuple(FIVE), others=True)] * 3
-    run = run_of("--data", tmp_path / "any", "--val-data", tmp_path / "any/data/validation-*.parquet")
-    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
-    assert len(opened(run, "val")) == 2
+    """AnyModal/flickr30k, with Karpathy's splits."""
+    row = {"alt_text": FIVE, "sentids": ["0", "1"], "split": "train", "img_id": "0", "filename": "1000092795.jpg"}
+    write_splits(tmp_path, row | {"original_alt_text": FIVE}, train=3, validation=2, test=1)
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
+    assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
 
 
 def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path) -> None:
     """jxie/flickr8k: a column for each of the five captions."""
     write_splits(tmp_path, {f"caption_{n}": text for n, text in enumerate(FIVE)}, train=3, validation=2, test=1)
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
-    assert texts(opened(run)) == [Texts(tuple(FIVE), others=True)] * 3
-    assert texts(opened(run, "val")) == [Texts(tuple(FIVE), others=True)] * 2
-    batch = train_one_batch(run, opened(run))
+    assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
+    tokenizer = build_tokenizer("wordpiece", FIVE * 3, vocab_size=64)
+    small = run.override(["phases.*.samples=3", "phases.*.batch_size=3", "data.workers=0"])
+    batch = next(iter(make_loader(opened(run), tokenizer, small, rank=0, world_size=1)))
     assert (len(batch["web"]), len(batch["caption"])) == (3, 3)
 
 
@@ -129,7 +140,7 @@ def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub)
     write_tar(tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"})
     write_tar(tmp_path / "cc3m/00000.tar", fetched)
-    write_parquet(tmp_path / "cc3m/00000.parquet", [img2dataset_json("000000000", caption=caption)])
+    write_parquet(tmp_path / "cc3m/00000.parquet", 3, img2dataset_json("000000000", caption=caption))
     (tmp_path / "cc3m/00000_stats.json").write_text("{}")
     for data in (tmp_path / "cc3m-wds/cc3m-train-*.tar", tmp_path / "cc3m"):
         held_out = ("--val-data", tmp_path / "cc3m-wds/cc3m-validation-*.tar")
@@ -152,7 +163,7 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
     row = {"url": "http://images.example/a.jpg", "re_caption": "A dog runs. It is brown.", "org_caption": "dog.jpg"}
     row |= {"sha256": "0" * 64, "key": "0", "re_clip_score": 0.3, "org_clip_score": 0.2}
     row |= {"re_length": 6, "org_length": 1, "re_gpt4v_score": 5, "org_gpt4v_score": 2}
-    write_parquet(tmp_path / "hub/data/train_data/train-00000-of-00001.parquet", [row])
+    write_parquet(tmp_path / "hub/data/train_data/train-00000-of-00001.parquet", 1, row)
     with pytest.raises(UserError, match="img2dataset"):
         opened(run_of("--recipe", "b16", "--data", tmp_path / "hub/data/train_data"))
 
@@ -170,12 +181,11 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
 
 def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:
     """ashraq/fashion-product-images-small: the shop's name is the web caption, and there is no long one."""
-    rows = []
-    for i in range(3):
-        row = {"id": 15970 + i, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
-        row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
-        rows.append(row | {"productDisplayName": f"Turtle Check Men Navy Blue Shirt {i}", "image": in_cell(i)})
-    write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", rows)
-    source = opened(run_of("--recipe", "clip_baseline", "--data", tmp_path))
-    assert texts(source) == [Texts((f"Turtle Check Men Navy Blue Shirt {i}",)) for i in range(3)]
-    assert source.read(0).extra["baseColour"] == "Navy Blue"
+    row = {"id": 15970, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
+    row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
+    row |= {"productDisplayName": "Turtle Check Men Navy Blue Shirt"}
+    write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", 40, row)
+    run = run_of("--recipe", "small_clip", "--data", tmp_path)
+    assert [len(opened(run, split)) for split in ("train", "val")] == [30, 10]
+    assert opened(run).texts(0) == Texts(("Turtle Check Men Navy Blue Shirt",))
+    assert opened(run).read(0).extra["baseColour"] == "Navy Blue"

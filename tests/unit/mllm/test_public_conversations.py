@@ -25,19 +25,14 @@ def record(name: str | None, *values: str, **more: Any) -> dict[str, Any]:
 
 
 PRETRAIN = [  # liuhaotian/LLaVA-Pretrain: the picture stands before or behind the words
-    record(
-        "00453/004539375.jpg", "Render a clear and concise summary of the photo.\n<image>", "select luxury mattress"
-    ),
+    record("00453/004539375.jpg", "Render a clear and concise summary of the photo.\n<image>", "a mattress"),
     record("00211/002112457.jpg", "<image>\nWrite a terse but informative summary of the picture.", "a dog"),
 ]
-SHORT = "Answer the question using a single word or phrase."
+FOLDERS = ("gqa/images/2354786", "ocr_vqa/images/140031996X", "textvqa/train_images/011e7e629fb9ae7b")
+SHORT = "<image>\nWhat is it?\nAnswer the question using a single word or phrase."
 MIX = [  # liuhaotian/LLaVA-Instruct-150K, llava_v1_5_mix665k.json: five folders of pictures, and texts of ShareGPT
     record("coco/train2017/000000033471.jpg", "<image>\nWhat is it?", "A bus.", "Is it driving?", "Yes."),
-    record("gqa/images/2354786.jpg", f"<image>\nIs it red?\n{SHORT}", "No"),
-    record("ocr_vqa/images/140031996X.jpg", f"<image>\nWho is the author of this book?\n{SHORT}", "H. Jackson Brown"),
-    record("textvqa/train_images/011e7e629fb9ae7b.jpg", f"<image>\nWhat does it say?\n{SHORT}", "Stop"),
-    record("vg/VG_100K/4.jpg", f"<image>\nName it.\n{SHORT}", "Tree"),
-    record("vg/VG_100K_2/51.jpg", f"<image>\nName it.\n{SHORT}", "House"),
+    *(record(f"{name}.jpg", SHORT, "Tree") for name in (*FOLDERS, "vg/VG_100K/4", "vg/VG_100K_2/51")),
     record(None, "How to tell if a customer segment is well segmented?", "1. Homogeneity", model=""),
 ]
 
@@ -59,11 +54,9 @@ def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[
 
     part = ("align", "instruct")[stage - 1]
     words = [f"--{part}.data_path", str(tmp_path / file), f"--{part}.image_folder", str(tmp_path / folder)]
-    given = parse_train_arguments(["--stage", str(stage), "--both_stages", *words])
-    data_path, image_folder = data_of(given)
-    assert image_folder is not None
+    data_path, image_folder = data_of(parse_train_arguments(["--stage", str(stage), "--both_stages", *words]))
     encoder = ConversationEncoder(make_tokenizer("gpt2"), "plain" if stage == 1 else "chatml", 4, 2048)
-    store = ImageStore(image_folder)
+    store = ImageStore(str(image_folder))
     dataset = LlavaDataset(data_path, encoder, store)
     assert [sample["images"] for sample in dataset] == [[e["image"]] if "image" in e else [] for e in records]
     found = check_data(data_path, encoder, store, tmp_path / "report")
