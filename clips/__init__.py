@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
     from clips.data.built import built_as, ensure_built
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
+    from clips.data.guess import NAMES
     from clips.data.images import (
         ENDINGS,
         IMAGENET_MEAN,
@@ -28,8 +29,9 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     )
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sentences import split_sentences
-    from clips.data.sources import Source, open_source
+    from clips.data.sources import Source, expand, open_source
     from clips.data.splits import held_out_sets
+    from clips.data.table import Table
     from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.encode import ImageSet

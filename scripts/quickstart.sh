@@ -1,19 +1,46 @@
 #!/usr/bin/env bash
-# From nothing to a chatting model on the demo data: pretrained encoder, LLaVA-style model, both measured. Run again, it
-# goes on where it stopped.
+# From nothing to a chatting model: pretrained encoder, LLaVA-style model, both measured. Run again, it goes on where it
+# stopped.
 #
-#   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh           # on the demo's drawn scenes
+#   bash scripts/quickstart.sh photos    # on photographs of 44,072 products, 270 MB from the Hugging Face hub
 #
 # Needs Python ≥ 3.10 and a network that pip can use. VENV, PYTHON, TORCH_INDEX: see scripts/install.sh. OMP_NUM_THREADS:
 # threads of all training processes together (default: the physical cores). SEED: of both trainings (default: 0).
+# PHOTOS: a folder with the hub's tables, or with fashion-train.tar and fashion-test.tar, whose JSON members have their
+# columns, but `name` for productDisplayName (default: the tables are downloaded to data/fashion).
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
+what="${1:-demo}"
+case "$what" in demo | photos) ;; *) fail "$what is not known: bash scripts/quickstart.sh [photos]" ;; esac
 for place in . data runs; do
   [ ! -e "$place" ] || [ -w "$place" ] ||
     fail "you cannot write to $PWD/$place, which another user owns perhaps: clone the repository into a folder of yours"
 done
+
+# Photographs of a shop and their true attributes → captions for pretraining, questions for the language model.
+photos() {
+  local folder="${PHOTOS:-data/fashion}" rows name
+  if [ -z "${PHOTOS:-}" ] && [ ! -e data/fashion/whole ]; then
+    echo "downloading 270 MB to data/fashion"
+    python "$venv/bin/hf" download --quiet ashraq/fashion-product-images-small --repo-type dataset --local-dir data/fashion \
+      --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>/dev/null ||
+      fail "the Hugging Face hub cannot be reached: give PHOTOS=DIR, or take the drawn one: bash scripts/quickstart.sh"
+    touch data/fashion/whole
+  fi
+  rows=(--data "$folder" --held-out 0.03) name=productDisplayName
+  if [ -e "$folder/fashion-train.tar" ]; then
+    rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar") name=name
+  fi
+  python scripts/build_questions.py "${rows[@]}" --output data/photos --pack --caption "$name" \
+    --long "A photo of {baseColour} {articleType} for {gender}, {usage}, {season} {year}." \
+    --columns articleType baseColour gender usage \
+    --ask articleType="What kind of product is this?" baseColour="What colour is this product?" \
+    gender="Who is this product for?" usage="What is this product for?"
+}
+
 echo "== 1. install"
 install demo chat
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
@@ -22,11 +49,22 @@ SEED="${SEED:-0}"
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
 
 export CLIPS_MLLM_GOES_ON=1 # its steps name no next step: the next one is the quickstart's
-echo "== 2. demo data"
-python scripts/build_demo_data.py
+echo "== 2. data"
+pretrain=(scripts/pretrain_clips.py --set "train.seed=$SEED")
+llava=(--vision clips --seed "$SEED")
+chat=(python scripts/chat.py --web)
+if [ "$what" = demo ]; then
+  python scripts/build_demo_data.py
+else
+  photos
+  pretrain+=(--name photos --recipe demo --data data/photos/train.tar --test-data data/photos/test.tar)
+  llava=(--vision clips:runs/photos --seed "$SEED" --output_dir runs/llava-photos --small)
+  llava+=(--image_folder data/photos/train.tar)
+  llava+=(--align.data_path data/photos/align.json --instruct.data_path data/photos/instruct.json)
+  chat+=(--model runs/llava-photos/model)
+fi
 
 echo "== 3. pretrain, evaluate, export and report"
-pretrain=(scripts/pretrain_clips.py --set "train.seed=$SEED")
 if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
   # Two ranks of half of the cores each: the demo's matrices are too small for threads (docs/speed.md).
   # A free port, for another training on this machine may have deepspeed's own.
@@ -38,10 +76,16 @@ else # one core, or GPUs, of which the demo's model is worth one only
 fi
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
-NUM_GPUS=1 PYTHON="$venv/bin/python" bash scripts/train_llava.sh --vision clips --seed "$SEED"
+NUM_GPUS=1 PYTHON="$venv/bin/python" bash scripts/train_llava.sh "${llava[@]}"
 
-python -c "from mllm.evaluation.summary import print_summary; print_summary()"
+if [ "$what" = demo ]; then
+  python -c "from mllm.evaluation.summary import print_summary; print_summary()"
+else
+  python scripts/evaluate_llava.py --model runs/llava-photos/model --questions data/photos/question.jsonl \
+    --image-folder data/photos/test.tar
+  grep "^test, " data/photos/summary.txt
+fi
 cat <<NEXT
 
-Next: talk to the model: cd $(printf %q "$PWD") && source $(printf %q "$venv/bin/activate") && python scripts/chat.py --web
+Next: talk to the model: cd $(printf %q "$PWD") && source $(printf %q "$venv/bin/activate") && ${chat[*]}
 NEXT

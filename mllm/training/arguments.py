@@ -50,6 +50,7 @@ class TrainArguments:
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL, or captions as in pretraining (default: the demo data)")
     image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")
+    small: bool = flag(False, "the demo's rates, batches, steps and layers for other data: minutes on a CPU")
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or leave them out and list them in skipped.jsonl"
     )
@@ -128,7 +129,7 @@ class TrainArguments:
         adapters = self.lora_enable or self.bits < 16
         values = dict(vars(self))
         defaults = self.description.defaults(
-            lora=adapters, demo=self.data_path is None,
+            lora=adapters, demo=self.data_path is None or self.small,
             whole=not adapters and self.model_name_or_path == DEFAULT_LLM,
         )  # fmt: skip
         if self.num_train_epochs is not None:
@@ -204,7 +205,7 @@ class TrainArguments:
 NOT_RESULT = {
     *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "dataloader_num_workers"),
     *("logging_steps", "save_steps", "save_total_limit", "report_to", "profile", "gradient_checkpointing"),
-    *("on_bad_sample", "run_name"),  # a run that began with either value goes on with the other
+    *("on_bad_sample", "run_name", "small"),  # a run that began with either value goes on with the other
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
 ACCEPTED: dict[str, str | None] = {

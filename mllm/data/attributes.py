@@ -1,0 +1,300 @@
+"""Attributes become questions: tables or tar shards with attribute columns → LLaVA's training files and a test.
+
+instruct.json   a conversation for each picture: each column is asked once, openly or for yes or no
+question.jsonl  held-out questions with `kind` and `answer`: a kind for each column, and yes_no
+align.json      with --caption: pictures and captions, for stage 1
+train.tar …     with --pack: pictures, attributes and the captions `web` and `long`, for pretraining
+summary.txt     what was left out, and what the most frequent answer of each kind would get
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clips import ENDINGS, NAMES, Table, ensure_built, expand, read_members
+from clips.common.errors import UserError
+from clips.common.escape import printable
+from clips.common.files import from_json
+from clips.common.paths import can_encode
+from mllm.data.captions import QUESTION
+from mllm.data.demo import ALIGN, INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
+from mllm.data.images import ImageStore
+
+SUMMARY = "summary.txt"
+SHORT = "Answer the question using a single word or phrase."
+"""LLaVA-1.5's prompt for short answers. It ends the first question of a conversation, and each question of the test."""
+LONGEST_CAPTION = 20_000
+YES_NO_SHARE = 0.25
+"""Share of the training questions that are put for yes or no."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture by its name in `store`, or in the packed tar, and its attributes."""
+
+    image: str
+    cells: dict[str, Any]
+    store: ImageStore
+    data: bytes | None = None
+    """The picture, if the table holds it."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """An attribute that is asked about."""
+
+    words: str
+    question: str
+    answers: dict[str, dict[int, str]]
+    """Split → number of a row → its answer."""
+
+
+def build_from_flags(flags: argparse.Namespace) -> None:
+    """scripts/build_questions.py: write the files above to `--output`, unless equal ones are there."""
+    splits = {"train": expand(flags.data)}
+    if flags.test_data:
+        splits["test"] = expand(flags.test_data)
+    states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
+    # A higher version builds older folders anew.
+    wanted = json.loads(json.dumps(vars(flags) | {"version": 1, "states": states}))
+    ensure_built(Path(flags.output), wanted, partial(_write, flags=flags, splits=splits), what="questions")
+    print(printable(Path(flags.output, SUMMARY).read_text(encoding="utf-8"), None))
+
+
+def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) -> dict[str, Any]:
+    """Write every file named at the top into `work`."""
+    lines: list[str] = []
+    rows = {name: _read_split(name, splits, work, flags, lines) for name in ("train", "test")}
+    columns = choose_columns(rows, flags, lines)
+    records = conversations(rows["train"], columns, flags.seed)
+    (work / INSTRUCT).write_text(json.dumps(records, indent=1))
+    questions = held_out_questions(rows["test"], columns, flags.seed, flags.per_kind)
+    (work / QUESTIONS).write_text("".join(json.dumps(question) + "\n" for question in questions))
+    if flags.caption:
+        captions = [(row, value_of(row.cells.get(flags.caption), LONGEST_CAPTION)) for row in rows["train"]]
+        records = [_record(row, [(QUESTION, caption)]) for row, caption in captions if caption]
+        (work / ALIGN).write_text(json.dumps(records, indent=1))
+        lines.append(f"captions: {len(records):,}; left out: {len(captions) - len(records):,} rows without one")
+
+    for kind, group in itertools.groupby(questions, lambda question: question["kind"]):
+        answers = Counter(question["answer"] for question in group)
+        ((answer, count),) = answers.most_common(1)
+        share = count / answers.total()
+        lines.append(f"test, {kind}: {answers.total():,} questions; {answer!r} would always get {share:.1%}")
+    (work / SUMMARY).write_text("\n".join(lines), encoding="utf-8")
+    return {}
+
+
+def _read_split(
+    name: str, splits: dict[str, list[str]], work: Path, flags: argparse.Namespace, lines: list[str]
+) -> list[Row]:
+    """The rows of a split that have a picture; with --pack their pictures are copied to a tar.
+
+    Raises UserError if there are none, and for pictures that LLaVA's files cannot name.
+    """
+    missing: list[str] = []
+    reading = read_rows(name, splits, flags, missing)
+    rows = _pack(reading, work / f"{name}.tar", flags) if flags.pack else list(reading)
+    if not rows:
+        raise UserError(f"no row for {name}; missing pictures: {len(missing):,}, {missing[:1]} (--image-root)")
+    folders = {f"{flags.output}/{name}.tar" if flags.pack else str(row.store.location) for row in rows}
+    if len(folders) > 1 or any(row.data for row in rows):
+        raise UserError(f"the pictures of {name} are in a table or in several files: --pack copies them to one tar")
+    lines.append(f"{name}: {len(rows):,} pictures in {''.join(folders)}; left out {len(missing):,} that are missing")
+    return rows
+
+
+def read_rows(name: str, splits: dict[str, list[str]], flags: argparse.Namespace, missing: list[str]) -> Iterator[Row]:
+    """The rows of a split, one by one; a picture that is not there is named in `missing`."""
+    for file in splits.get(name, splits["train"]):
+        for row in _of_tar(file) if file.endswith(".tar") else _of_table(file, flags):
+            key = str(row.cells.get(flags.key, row.image)).encode("utf-8", "surrogatepass")
+            is_held_out = int(hashlib.sha256(key).hexdigest()[:8], 16) < flags.held_out * 2**32
+            if row.data is None and row.store.problem(row.image):
+                missing.append(row.image)
+            elif "test" in splits or is_held_out == (name == "test"):
+                yield row
+
+
+def _of_tar(file: str) -> Iterator[Row]:
+    store = ImageStore(file)
+    names, _ = read_members(file)
+    pictures = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(ENDINGS)}
+    for stem, ending in map(os.path.splitext, names):
+        if ending == ".json":
+            cells = None
+            with suppress(ValueError):
+                cells = from_json(store.read(stem + ending))
+            yield Row(pictures.get(stem, stem), cells if isinstance(cells, dict) else {}, store)
+
+
+def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
+    table = Table(file)
+    columns = {name.lower(): name for name in table.columns}
+    column = flags.image or next((columns[name] for name in NAMES["image"] if name in columns), None)
+    if column not in table.columns:
+        raise UserError(f"{file}: name the column of the pictures, --image COLUMN; found: {', '.join(table.columns)}")
+    store = ImageStore(flags.image_root or table.root)
+    for number in range(len(table)):
+        cells: dict[str, Any] = {}
+        with suppress(ValueError, RecursionError):
+            cells = table.row(number, ())
+        image = cells.pop(column, None)
+        if isinstance(image, dict):  # the datasets library: {"bytes": …, "path": …}
+            yield Row(str(image.get("path") or cells.get("id", number)), cells, store, image.get("bytes"))
+        else:
+            yield Row(str(image), cells, store)
+
+
+def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
+    """The same rows, with their pictures, attributes and captions in a tar, under numbers."""
+    packed = []
+    with tarfile.open(target, "w") as archive:
+        for number, row in enumerate(rows):
+            data = row.store.read(row.image) if row.data is None else row.data
+            image = f"{number:08}.png" if data.startswith(b"\x89PNG") else f"{number:08}.jpg"
+            texts = {"web": value_of(row.cells.get(flags.caption), LONGEST_CAPTION)} if flags.caption else {}
+            if flags.long:
+                texts["long"] = describe(flags.long, row.cells)
+            attributes = json.dumps(row.cells | texts, default=str).encode()
+            for name, content in ((image, data), (f"{number:08}.json", attributes)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            packed.append(replace(row, image=image, data=None))
+    return packed
+
+
+def value_of(cell: Any, longest: int = 60) -> str:
+    """A cell as an answer; empty if it has no value, or none that is a text of at most `longest` characters."""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    text = "" if cell is None or isinstance(cell, (bytes, dict, list)) else " ".join(str(cell).split())
+    is_mark = "<image>" in text or "<video>" in text or "\0" in text or not can_encode(text)
+    is_empty = text.lower() in ("nan", "null", "na", "n/a")
+    return "" if is_mark or is_empty or len(text) > longest else text
+
+
+def describe(template: str, cells: Mapping[str, Any]) -> str:
+    """A caption such as "A {colour} {kind} for {whom}, {use}."; a value that lacks is left out."""
+    text = re.sub(r"\{(.+?)\}", lambda found: value_of(cells.get(found[1])), template)
+    return re.sub(r"[ ,]+(?=[,.])", "", " ".join(text.split()))
+
+
+def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines: list[str]) -> list[Column]:
+    """The columns of --columns, else those with two frequent values or more, which half of the training rows have.
+
+    A value is frequent if --min-count training rows have it; other values are left out. Raises UserError for a column
+    that is not there, and if none can be asked about.
+    """
+    ask = dict(word.partition("=")[::2] for word in flags.ask)
+    found = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
+    unknown = {*(flags.columns or ()), *ask}.difference(found)
+    if unknown:
+        raise UserError(f"no column {', '.join(sorted(unknown))} to ask about; found: {', '.join(found)}")
+    lines.append(f"a value is rare if fewer than {flags.min_count} training rows have it")
+    columns = []
+    for name in flags.columns or found:
+        values = {split: [value_of(row.cells.get(name)) for row in rows[split]] for split in ("train", "test")}
+        counts = Counter(filter(None, values["train"]))
+        frequent = {value for value, count in counts.items() if count >= flags.min_count}
+        answers = {}
+        for split, of_split in values.items():
+            answers[split] = {number: value for number, value in enumerate(of_split) if value in frequent}
+        used = [len(of_split) for of_split in answers.values()]
+        empty = sum(of_split.count("") for of_split in values.values())
+        rare = sum(map(len, values.values())) - sum(used) - empty
+        rows_of = f"in {used[0]:,} train and {used[1]:,} test rows"
+        left_out = f"left out {rare:,} rows with a rare value, {empty:,} without a short text"
+        lines.append(f"column {name}: {len(frequent)} of {len(counts):,} values {rows_of}; {left_out}")
+        if len(frequent) < 2 or not (flags.columns or 2 * used[0] >= len(rows["train"])):
+            lines[-1] += "; nothing is asked about it"
+            continue
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).lower().strip()
+        columns.append(Column(words, ask.get(name, f"What is the {words}?"), answers))
+    if not columns:
+        raise UserError(f"no column to ask about, lower --min-count: {'; '.join(lines)}")
+    return columns
+
+
+def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple[int, int]]:
+    """Pairs of rows with different answers; a row is in one pair at most.
+
+    Both are asked about the first one's answer: each value is named as often where yes is right as where no is. What is
+    left of an answer that most rows have is in no pair.
+    """
+    pairs = []
+    left = sorted(answers)
+    while len({answers[row] for row in left}) > 1:
+        rng.shuffle(left)
+        rest = left[2 * (len(left) // 2) :]
+        for first, second in zip(left[::2], left[1::2], strict=False):
+            if answers[first] == answers[second]:
+                rest += [first, second]
+            else:
+                pairs.append((first, second))
+        left = rest
+    return pairs
+
+
+def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dict[str, Any]]:
+    """A record for each row with an answer. Its questions stand in random order, so that each is the first at times."""
+    turns: list[list[QuestionAnswer]] = [[] for _ in rows]
+    for column in columns:
+        rng = random.Random(f"{seed}/train/{column.words}")
+        answers = column.answers["train"]
+        asked = {row: (column.question, answer) for row, answer in answers.items()}
+        drawn = {row: answer for row, answer in answers.items() if rng.random() < YES_NO_SHARE}
+        for first, second in balanced_pairs(drawn, rng):
+            question = f"Is the {column.words} {answers[first]}?"
+            asked[first] = (question, "Yes")
+            asked[second] = (question, "No")
+        for row, turn in asked.items():
+            turns[row].append(turn)
+
+    records = []
+    for number, row in enumerate(rows):
+        if turns[number]:
+            random.Random(f"{seed}/order/{number}").shuffle(turns[number])
+            (question, answer), *others = turns[number]
+            records.append(_record(row, [(f"<image>\n{question}\n{SHORT}", answer), *others]))
+    return records
+
+
+def _record(row: Row, turns: list[QuestionAnswer]) -> dict[str, Any]:
+    return {"id": row.image, "image": row.image, "conversations": turns_of(turns)}
+
+
+def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_kind: int) -> list[dict[str, Any]]:
+    """`per_kind` questions about each column, whose answers are as frequent as among `rows`, and as many yes_no."""
+    asked: list[tuple[str, int, str, str]] = []  # kind, row, question, answer
+    yes_no = []
+    for column in columns:
+        rng = random.Random(f"{seed}/test/{column.words}")
+        answers = column.answers["test"]
+        drawn = rng.sample(sorted(answers), min(per_kind, len(answers)))
+        asked += [(column.words.replace(" ", "_"), row, column.question, answers[row]) for row in drawn]
+        pairs = balanced_pairs(answers, rng)
+        yes_no.append([(pair, f"Is the {column.words} {answers[pair[0]]}?") for pair in pairs])
+    in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*yes_no)))
+    for (first, second), question in itertools.islice(in_turn, per_kind // 2):
+        asked += [("yes_no", first, question, "Yes"), ("yes_no", second, question, "No")]
+    return [
+        {"question_id": i, "image": rows[row].image, "text": f"{text}\n{SHORT}", "kind": kind, "answer": answer}
+        for i, (kind, row, text, answer) in enumerate(asked)
+    ]

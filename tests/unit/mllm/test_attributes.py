@@ -1,0 +1,213 @@
+"""Attributes become questions: balance, counts, held-out rows, what is left out, hostile values, all layouts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import script_parser
+from tiny_shop import picture, products, write_hub, write_tar
+
+from clips import Fields, open_source
+from clips.common.errors import UserError
+from mllm.data.attributes import SHORT, balanced_pairs, build_from_flags, describe, value_of
+from mllm.data.images import ImageStore
+from mllm.data.questions import read_questions
+
+FEW = ("--min-count", "2", "--per-kind", "40")
+
+
+def build(out: Path, *words: str | Path) -> Path:
+    build_from_flags(script_parser("build_questions").parse_args([*FEW, *map(str, words), "--output", str(out)]))
+    return out
+
+
+def turns(out: Path) -> list[tuple[str, str]]:
+    """Every question of the training with its answer."""
+    pairs = []
+    for record in json.loads((out / "instruct.json").read_text()):
+        values = [turn["value"] for turn in record["conversations"]]
+        pairs += list(zip(values[::2], values[1::2], strict=True))
+    return pairs
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "shop.tar", products(200))
+
+
+def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures(shop: Path, tmp_path: Path) -> None:
+    out = build(tmp_path / "out", "--data", shop, "--caption", "name", "--ask", "articleType=What is sold?")
+    records = json.loads((out / "instruct.json").read_text())
+    questions = read_questions(out / "question.jsonl")
+    assert {path.name for path in out.iterdir()} == {
+        *("align.json", "instruct.json", "question.jsonl", "summary.txt", "manifest.json")
+    }
+    tested = {question.image for question in questions}
+    trained = {record["image"] for record in records}
+    assert not tested & trained
+    store = ImageStore(shop)
+    assert not any(store.problem(name) for name in tested | trained)
+
+    first = [record["conversations"][0]["value"] for record in records]
+    assert all(text.startswith("<image>\n") and text.endswith(SHORT) for text in first)
+    assert len({text.split("\n")[1].split(" ")[-1] for text in first}) > 3, "another column begins at times"
+    open_texts = {text.split("\n")[-2 if SHORT in text else 0] for text, answer in turns(out) if answer == "Casual"}
+    assert open_texts == {"What is the usage?"}
+    assert {q.text for q in questions if q.kind == "article_type"} == {f"What is sold?\n{SHORT}"}
+    assert {q.kind for q in questions} == {"gender", "sub_category", "article_type", "base_colour", "usage", "yes_no"}
+    align = json.loads((out / "align.json").read_text())
+    assert len(align) == len(records)
+    assert align[0]["conversations"][1]["value"].startswith("Acme ")
+
+
+def test_yes_and_no_say_nothing_without_the_picture(shop: Path, tmp_path: Path) -> None:
+    """Each value is asked about as often with yes as with no, also of a column that mostly has one value."""
+    out = build(tmp_path / "out", "--data", shop)
+    for pairs in (turns(out), [(q.text, q.answer) for q in read_questions(out / "question.jsonl")]):
+        counts = Counter((text.split("?")[0].split("\n")[-1], answer) for text, answer in pairs)
+        asked = {text for text, answer in counts if answer in ("Yes", "No")}
+        assert {"Is the usage Casual", "Is the base colour Navy Blue"} <= asked
+        assert all(counts[text, "Yes"] == counts[text, "No"] > 0 for text in asked)
+    rare = {number: "a" if number < 97 else "b" for number in range(100)}
+    pairs = balanced_pairs(rare, random.Random(0))
+    assert len(pairs) == 3
+    assert all({rare[first], rare[second]} == {"a", "b"} for first, second in pairs)
+    assert balanced_pairs(dict.fromkeys(range(5), "a"), random.Random(0)) == []
+
+
+def test_the_test_keeps_the_share_of_each_answer(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = build(tmp_path / "out", "--data", shop, "--test-data", shop, "--columns", "usage", "--per-kind", "150")
+    answers = Counter(q.answer for q in read_questions(out / "question.jsonl") if q.kind == "usage")
+    assert answers.total() == 150
+    assert answers["Casual"] > 2 * answers["Formal"] > 0
+    assert f"'Casual' would always get {answers['Casual'] / 150:.1%}" in capsys.readouterr().out
+
+
+def test_held_out_rows_are_chosen_by_their_keys(tmp_path: Path) -> None:
+    """Neither the seed nor the order of the rows moves a row; rows with one key stay together."""
+    rows = products(120)
+    for number, row in enumerate(rows):
+        row["model"] = f"m{number // 4}"
+
+    def tested(name: str, rows: list[dict[str, Any]], *words: str) -> set[str]:
+        data = write_tar(tmp_path / f"{name}.tar", rows)
+        out = build(tmp_path / name, "--data", data, "--held-out", "0.3", "--columns", "usage", *words)
+        trained = {record["image"] for record in json.loads((out / "instruct.json").read_text())}
+        return {f"{row['id']}.jpg" for row in rows} - trained
+
+    by_picture = tested("a", rows)
+    assert 0.15 < len(by_picture) / 120 < 0.45
+    assert tested("b", rows[::-1], "--seed", "5") == by_picture
+    models = Counter(rows[int(name[:-4]) - 15000]["model"] for name in tested("c", rows, "--key", "model"))
+    assert models
+    assert set(models.values()) == {4}
+
+
+def test_the_same_flags_give_the_same_bytes_and_another_seed_others(shop: Path, tmp_path: Path) -> None:
+    def files(name: str, *words: str) -> list[bytes]:
+        out = build(tmp_path / name, "--data", shop, *words)
+        return [(out / file).read_bytes() for file in ("instruct.json", "question.jsonl")]
+
+    first = files("a")
+    assert files("b") == first
+    assert all(a != b for a, b in zip(files("c", "--seed", "1"), first, strict=True))
+    before = (tmp_path / "a" / "instruct.json").stat().st_ino
+    files("a")
+    assert (tmp_path / "a" / "instruct.json").stat().st_ino == before, "it is there already"
+
+
+HOSTILE = ["", "nan", "NaN", "n/a", "x" * 61, "<image>", "a <video>", "a\0b", "\ud800", float("nan"), None, ["a"], {}]
+
+
+def test_a_value_is_a_short_text_in_one_line() -> None:
+    assert [value_of(value) for value in HOSTILE] == [""] * len(HOSTILE)
+    usual = {
+        2012.0: "2012",
+        0.5: "0.5",
+        3: "3",
+        ' say "hi",\n  you ': 'say "hi", you',
+        "نیم\u200cفاصله": "نیم\u200cفاصله",
+    }
+    assert [value_of(value) for value in usual] == list(usual.values())
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = products(60)
+    for number, value in enumerate(HOSTILE):
+        rows[number]["baseColour"] = value
+    rows[20]["baseColour"] = "Taupe"
+    rows[21]["baseColour"] = 'a "big"\n\tdot, so'
+    rows[22]["baseColour"] = 'a "big" dot, so'
+    data = write_tar(tmp_path / "a.tar", rows)
+    out = build(tmp_path / "out", "--data", data, "--test-data", data, "--columns", "baseColour", "gender")
+    usual = 60 - len(HOSTILE) - 1
+    counts = f"{usual} train and {usual} test rows; left out 2 rows with a rare value, {2 * len(HOSTILE)} without"
+    assert f"column baseColour: 4 of 5 values in {counts}" in capsys.readouterr().out
+    answers = {answer for _, answer in turns(out)}
+    assert {'a "big" dot, so', "Men"} <= answers
+    assert not answers & {"Taupe", "", "nan"}
+
+
+def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = products(80)
+    (tmp_path / "my pictures").mkdir()
+    for row in rows:
+        row["path"] = f"{row['id']}.png"
+        if row["id"] != 15003:
+            (tmp_path / "my pictures" / row["path"]).write_bytes(picture(row, "PNG"))
+    table = write_csv(tmp_path / "shop.csv", rows)
+    out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my pictures")
+    text = capsys.readouterr().out
+    assert "left out 1 that are missing" in text
+    assert "column productDisplayName:" in text
+    assert "column id: 0 of" in text, "a value of its own in each row is no answer"
+    assert "15003.png" not in (out / "instruct.json").read_text()
+    with pytest.raises(UserError, match="image-root"):
+        build(tmp_path / "none", "--data", table, "--image-root", tmp_path)
+    with pytest.raises(UserError, match="shade"):
+        build(tmp_path / "none", "--data", table, "--image-root", tmp_path / "my pictures", "--columns", "shade")
+    with pytest.raises(UserError, match="--image COLUMN"):
+        build(tmp_path / "none", "--data", write_csv(tmp_path / "b.csv", products(4)))
+
+
+def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
+    """Pictures inside of two tables → one tar a split, which pretraining reads and LLaVA's files name."""
+    hub = write_hub(tmp_path / "fashion", products(150))
+    with pytest.raises(UserError, match="--pack"):
+        build(tmp_path / "no", "--data", hub)
+    long = "A {baseColour} {articleType} for {gender}, {usage}, {season} {year}."
+    out = build(tmp_path / "out", "--data", hub, "--pack", "--caption", "productDisplayName", "--long", long)
+    for split, file in (("train", "instruct.json"), ("test", "question.jsonl")):
+        store = ImageStore(out / f"{split}.tar")
+        source = open_source(str(out / f"{split}.tar"), Fields(), need_long=True)
+        sample = source.read(0)
+        assert sample.web.startswith("Acme ")
+        assert sample.long == describe(long, sample.extra)
+        assert sample.long.endswith("Summer 2012.")
+        text = (out / file).read_text()
+        records = json.loads(text) if split == "train" else [json.loads(line) for line in text.splitlines()]
+        assert all(store.load(record["image"]).size == (24, 32) for record in records)
+    sizes = [len(open_source(str(out / f"{split}.tar"), Fields(), need_long=True)) for split in ("train", "test")]
+    assert sum(sizes) == 150
+
+
+def test_a_description_leaves_out_what_lacks() -> None:
+    long = "A {colour} {kind} for {whom}, {use}, {year}."
+    cells = {"colour": "blue", "kind": "shirt", "whom": "men", "use": "casual", "year": 2012.0}
+    assert describe(long, cells) == "A blue shirt for men, casual, 2012."
+    assert describe(long, cells | {"use": None}) == "A blue shirt for men, 2012."
+    assert describe(long, cells | {"colour": "", "year": float("nan")}) == "A shirt for men, casual."
