@@ -34,16 +34,19 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.common.peaks import Machine
     from clips.recipes import recipe
-    from clips.training.plan import image_tower, print_pretraining
+    from clips.training.plan import print_pretraining
 
     run = recipe(flags.recipe).override(flags.set)
     machine = Machine(flags.kind, flags.gpus, flags.mfu)
     if flags.what == "pretrain":
         print_pretraining(run, machine, flags.engine)
         return
+    from clips.weights.hf_vit import stock_fields
     from mllm.training.rehearsal import Planned, print_stages
 
-    planned = Planned(flags.language_model, image_tower(run), flags.tiles, flags.frames)
+    vision = run.model.vision
+    tower = {**stock_fields(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
+    planned = Planned(flags.language_model, tower, flags.tiles, flags.frames)
     print_stages(planned, machine, lora=flags.lora)
 
 

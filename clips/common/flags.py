@@ -28,8 +28,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        options = {"formatter_class": _Formatter, "allow_abbrev": False} | options
-        super().__init__(description=description, **options)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

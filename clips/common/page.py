@@ -65,12 +65,11 @@ class Table:
 
 @dataclass
 class Chart:
-    """A plot beside others, or with `css` "plot" in the middle of the page."""
+    """A plot beside others."""
 
     draw: Callable[[], Plot]
     words: str
     """What it shows."""
-    css: str = ""
 
     @property
     def png(self) -> bytes:

@@ -61,8 +61,6 @@ class Findings:
     """Part of a sample → samples in which it is that of an earlier sample."""
     broken: list[Sample] = field(default_factory=list)
     good: list[Sample] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    """Messages of samples that would stop a training at once, such as a path that climbs out."""
     hashes: dict[str, list[int]] = field(default_factory=dict)
     """Part of a sample → 64-bit hashes of a chunk."""
 
@@ -118,7 +116,6 @@ def _add(total: Findings, chunk: Findings, seen: dict[str, set[int]]) -> None:
     total.cut.update(chunk.cut)
     total.good += chunk.good
     total.broken += chunk.broken[: LISTED - len(total.broken)]
-    total.refused += chunk.refused[: PRINTED - len(total.refused)]
     for part, digests in chunk.hashes.items():
         known = seen.setdefault(part, set())
         for digest in digests:

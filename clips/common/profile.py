@@ -1,12 +1,12 @@
-"""A look into a few training steps: torch's profiler as a trace, the busiest operators, and a GPU's memory.
+"""A look into a few training steps: torch's profiler as a trace, and the busiest operators.
 
     with profiled(run_dir / "profile", steps, device) as profiler:
         for batch in batches:
             ...                # one optimizer step
             profiler.step()
 
-writes for each rank `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing), `operators-rankN.txt` and, on
-a GPU, `memory-rankN.pickle` (for https://docs.pytorch.org/memory_viz), and prints the operators of rank 0 at the end.
+writes for each rank `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing) and `operators-rankN.txt`, and
+prints the operators of rank 0 at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ SKIPPED = 2
 """Steps before those that count: the first allocates and compiles, in the next the profiler itself warms up."""
 SHOWN = 20
 """Operators in the table."""
-MEMORY_EVENTS = 100_000
-"""Allocations and frees that are remembered, the newest ones."""
 
 
 @contextmanager
@@ -50,24 +48,14 @@ def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[prof
         key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=SHOWN, max_name_column_width=45)
         operators.write_text(f"{table.strip()}\n", encoding="utf-8")
-        if on_gpu:
-            torch.cuda.memory._dump_snapshot(str(directory / f"memory-rank{rank}.pickle"))
 
-    if on_gpu:  # from the first step on: what stays in memory is allocated there
-        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     plan = schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
-    try:
-        with profile(
-            activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True, profile_memory=True
-        ) as profiler:
-            yield profiler
-    finally:
-        if on_gpu:
-            torch.cuda.memory._record_memory_history(enabled=None)
+    with profile(
+        activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True, profile_memory=True
+    ) as profiler:
+        yield profiler
 
     recorded = min(steps, profiler.step_num - SKIPPED)
     if rank == 0 and recorded > 0:
         print(f"\n{operators.read_text(encoding='utf-8')}profile of {recorded} steps: {directory}", file=sys.stderr)
-    elif rank == 0:
-        print(f"no profile: it begins after {SKIPPED} steps, there were {profiler.step_num}", file=sys.stderr)

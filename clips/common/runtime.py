@@ -49,12 +49,9 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", int(index or rank))
     if index and rank:
         raise UserError(f"--device {name} is one GPU, and there are several ranks: say cuda")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on")
-    return device
+    return torch.device("cuda", int(index or rank))
 
 
 _bf16: dict[str, bool] = {}

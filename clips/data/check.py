@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clips.common.errors import BrokenDataError, UserError
-from clips.common.escape import clip
+from clips.common.errors import BrokenDataError
 from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.paths import without_secrets
-from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, reason_class, scan, shown
+from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample, mend_broken
@@ -51,10 +50,6 @@ class PairReader:
             except BrokenSample as error:
                 found.add_broken(replace(sample, key=error.key, reason=error.reason))
                 continue
-            except UserError as error:
-                found.reasons["refused: " + reason_class(str(error).partition(": ")[2])] += 1
-                found.refused.append(clip(str(error)))
-                continue
 
             found.add_part("picture", raw.image)
             for name, text in sample.texts.items():
@@ -88,8 +83,9 @@ def check_pairs(
 ) -> dict[str, Any]:
     """Check `run.data.train` as `run` would read it, publish the report in `output`, and return its summary.
 
-    `samples` limits the check to so many samples, drawn with `seed`. At the end raises UserError (exit 2) if a sample
-    would stop a training at once, and BrokenDataError (exit 4) if more than `data.max_broken_share` are broken.
+    `samples` limits the check to so many samples, drawn with `seed`. Raises UserError (exit 2) at the first sample that
+    would stop a training at once, and at the end BrokenDataError (exit 4) if more than `data.max_broken_share` are
+    broken.
     """
     source = open_split(run.data, "train", need_long=run.task.captions)
     indices: Sequence[int] = range(len(source))
@@ -107,17 +103,12 @@ def check_pairs(
         left_out=source.unreadable,
         problems=list(map(without_secrets, source.problems)),
     )
-    if found.refused:
-        raise UserError("a training would stop at the first of these samples:\n  " + "\n  ".join(found.refused))
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
         named = [f"{sample.key}: {sample.reason}" for sample in found.broken[:NAMED]] or summary["problems"][:NAMED]
         first = "\n  ".join(named)
-        what = f"{found.reasons.total():,} of {found.checked:,} samples are broken"
-        if source.unreadable:
-            what += f" and {source.unreadable:,} of {len(source) + source.unreadable:,} rows left out"
         raise BrokenDataError(
-            f"{what}, {share:.1%}: above "
+            f"{summary['broken']:,} of {found.checked + source.unreadable:,} samples are broken, {share:.1%}: above "
             f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'summary.json'} lists them, and "
             f"the first are\n  {first}\n{mend_broken(share)}"
         )

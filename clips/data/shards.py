@@ -18,7 +18,6 @@ THREADS = 16
 
 @dataclass(frozen=True)
 class ShardSet:
-    urls: list[str]
     indexes: list[str]
     """Path of each shard's index."""
     layouts: list[tuple[str, ...]]
@@ -34,7 +33,6 @@ def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
 
     Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
-    urls = list(urls)
     # Spawned: a forked child may inherit a lock of this process's threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else ThreadPoolExecutor(THREADS)
     with pool:
@@ -44,4 +42,4 @@ def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
     layouts = sorted({layout for summary in summaries for layout in summary.layouts})
     counts = np.array([[summary.layouts.get(layout, 0) for layout in layouts] for summary in summaries], dtype=np.int64)
     problems = [f"{url}: {line}" for url, summary in zip(urls, summaries, strict=True) for line in summary.problems]
-    return ShardSet(urls, [str(summary.index) for summary in summaries], layouts, counts, problems)
+    return ShardSet([str(summary.index) for summary in summaries], layouts, counts, problems)

@@ -22,10 +22,6 @@ FOUND = 5
 """Pictures, and classes, that an example shows."""
 RETRIEVAL_NOTE = "A caption of the test set, its own image, and the images found for it, best first; green is its own."
 ZERO_SHOT_NOTE = "Probabilities over all classes, mean of the prompts; green is the true class."
-QUERIES_NOTE = (
-    " With learned queries, the paper's way, each position names its likeliest word alone: no fluent text. "
-    "--set model.captioner.inputs=tokens trains a captioner that writes."
-)
 
 
 @torch.no_grad()
@@ -99,7 +95,8 @@ def collect_examples(
             cards.append(Card(tokenizer.decode(generated), [picture], [(*text, None) for text in texts.items()]))
         config = model.captioner.config
         note = f"The captioner reads the image{' and the web caption' * config.web}; it learned the long caption."
-        note += QUERIES_NOTE if config.inputs == "queries" else ""
+        if config.inputs == "queries":
+            note += " With learned queries each position names its likeliest word alone: no fluent text."
         sections.append(Section("Captions", [Cards(cards)], note))
     return [section for section in sections if section.blocks != [Cards([])]]
 

@@ -47,8 +47,6 @@ class Cell:
     steps: tuple[Step, ...]
     check: Callable[[], None] = lambda: None
     """Raises UserError if the directory holds a cell with other settings."""
-    kind: str = ""
-    """Cells of one kind take about equally long."""
     about: str = ""
     """Recipe and settings in words, for the plan."""
     record: Mapping[str, Any] | None = None

@@ -47,7 +47,7 @@ def pretraining_cell(
 
     step = Step(PRETRAINING, (sys.executable, str(SCRIPT), *flags), lambda: is_done(directory))
     about = f"{config.recipe}, {config.samples:,} samples"
-    return Cell(variant, f"seed {seed}", directory, (step,), check, kind=f"{PRETRAINING} {variant}", about=about)
+    return Cell(variant, f"seed {seed}", directory, (step,), check, about=about)
 
 
 @dataclass(frozen=True)

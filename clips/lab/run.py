@@ -1,4 +1,4 @@
-"""Runs the cells of a study: locks, jobs, resume of finished cells, a line for each change, and the estimated time.
+"""Runs the cells of a study: locks, jobs, resume of finished cells, and a line for each change.
 
 A finished step is never run again, and a cell that was cut goes on from its files. A cell is locked while a process
 works on it, also by a child process that outlives a killed study.
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -27,7 +26,6 @@ from rich.table import Table
 from clips.common.errors import CommandError, Stopped
 from clips.common.escape import for_rich
 from clips.common.files import lock, read_json, write_json
-from clips.common.live import in_words
 from clips.lab.grid import COST, RECORD, Cell, Step
 
 T = TypeVar("T")
@@ -56,10 +54,9 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
 class Commands:
     """Parallel commands, each with its own threads and its output in a file."""
 
-    def __init__(self, jobs: int, threads: int | None = None) -> None:
-        """`threads` of each command; default: its share of the cores."""
+    def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
@@ -115,10 +112,10 @@ class Commands:
 class Runner:
     """The cells of a study on their way; as a table of those that are done."""
 
-    def __init__(self, cells: Sequence[Cell], jobs: int, console: Console, threads: int | None = None) -> None:
-        """`cells`: rows and columns of the table. `threads` of each command; by default its share of the cores."""
+    def __init__(self, cells: Sequence[Cell], jobs: int, console: Console) -> None:
+        """`cells`: rows and columns of the table."""
         self.cells, self.jobs, self.console = cells, jobs, console
-        self.commands = Commands(jobs, threads)
+        self.commands = Commands(jobs)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run what is missing of `cells`, some of the runner's own, `jobs` at a time, with a line for each change.
@@ -130,7 +127,7 @@ class Runner:
         self.commands.map(self._work, [cell for cell in cells if not cell.is_done()])
 
     def print_plan(self, title: str, facts: Mapping[str, str] | None = None) -> None:
-        """Print which cells are missing, how long they take, and further `facts`, a line each."""
+        """Print which cells are missing, and further `facts`, a line each."""
         self.console.print(f"[bold]{for_rich(title)}[/]", highlight=False, soft_wrap=True)
         self.console.print(self)
         todo = sum(not cell.is_done() for cell in self.cells)
@@ -138,11 +135,8 @@ class Runner:
             **{cell.variant: cell.about for cell in self.cells if cell.about},
             "cells": f"{todo} of {len(self.cells)} to run, {self.jobs} at a time",
             **(facts or {}),
-            "time": estimate(self.cells, self.jobs),
         }
         for name, value in lines.items():
-            if not value:
-                continue
             self.console.print(f"  [bold]{for_rich(name):<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Table:
@@ -179,21 +173,6 @@ class Runner:
         except CommandError:
             if not step.may_fail or self.commands.stopping.is_set():
                 raise
-
-
-def estimate(cells: Sequence[Cell], jobs: int) -> str:
-    """How long the missing cells take by the mean of the finished cells of their kind, in words; empty if none is."""
-    measured: dict[str, list[float]] = {}
-    for cell in cells:
-        costs = read_json(cell.directory / COST) if cell.record is not None and cell.is_done() else {}
-        if costs:
-            measured.setdefault(cell.kind, []).append(sum(costs.values()))
-
-    todo = [cell.kind for cell in cells if not cell.is_done()]
-    if not measured or not measured.keys() >= set(todo):
-        return ""
-    seconds = sum(mean(measured[kind]) for kind in todo) / min(jobs, os.cpu_count() or 1)
-    return f"about {in_words(seconds)}, by the mean of {sum(map(len, measured.values()))} finished cells"
 
 
 def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:

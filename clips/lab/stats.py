@@ -102,11 +102,6 @@ def over_runs(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(found.low), float(found.high))
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % t interval of the mean of independent runs."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
-
-
 # ------------------------------------------------------------------------------------------- one way to show
 def signed(value: float, digits: int = 1, scale: float = 1) -> str:
     """`+1.2`, with a true minus."""

@@ -26,19 +26,6 @@ def engine_settings(name: str) -> dict[str, Any]:
     return json.loads(files[name].read_text(encoding="utf-8"))["zero_optimization"]
 
 
-def image_tower(run: RunConfig) -> dict[str, int]:
-    """Its sizes by the names of transformers' configs, at the resolution of its export."""
-    vision = run.model.vision
-    return {
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": int(vision.width * vision.mlp_ratio),
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-
-
 def print_memory(run: RunConfig, ranks: int, zero: Mapping[str, Any]) -> None:
     """Print what the fullest phase of a run takes of a GPU."""
     steps = [rehearse(run, phase, ranks, stage=zero.get("stage", 0)) for phase in run.phases]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +13,7 @@ from clips.common.model_card import result, write_card
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
-from clips.config import ModelConfig, RunConfig
+from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
 
 LIBRARIES = {"native": "clips-mllm", "open_clip": "open_clip", "hf": "transformers", "hf_vit": "transformers"}
@@ -23,7 +22,7 @@ ABOUT = {
     "open_clip": "Both towers of a vision–language encoder in open_clip's format (`open_clip_torch` ≥ 3.3).",
     "official": "A vision–language encoder in the format of the authors of CLIPS, for their fork of open_clip.",
     "hf": "Both towers of a vision–language encoder as transformers' `CLIPModel`.",
-    "hf_vit": "The image tower of a vision–language encoder, for transformers.",
+    "hf_vit": "The image tower of a vision–language encoder for transformers, and its projection.",
 }
 _NATIVE = """\
 from clips import CLIPS
@@ -58,23 +57,6 @@ from transformers import AutoModel
 source = "."
 model = AutoModel.from_pretrained(source)""",
 }
-FEATURE = """\
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoImageProcessor, {cls}
-from transformers.utils import cached_file
-
-source = "."
-processor = AutoImageProcessor.from_pretrained(source)
-model = {cls}.from_pretrained(source).eval()
-inputs = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
-with torch.no_grad():
-    tokens = model(**inputs, output_hidden_states=True).hidden_states[-1]  # before the last norm
-    patches = tokens[:, -((model.config.image_size // model.config.patch_size) ** 2) :]
-    pooled = {norm}({pooled}){projected}
-    feature = torch.nn.functional.normalize(pooled, dim=-1)  # as the encoder's own image feature"""
-PROJECTED = ' @ load_file(cached_file(source, "embedding.safetensors"))["proj.weight"].T'
 DRAWINGS = (
     "The demo's scenes are drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0) with generated "
     "captions. A model of them shows that the path works and knows nothing of photographs."
@@ -111,8 +93,6 @@ def write_cards(
         if not (directory / kind).is_dir():
             continue
         code = CODE["captions" if kind == "native" and not run.model.embed_dim else kind]
-        if kind == "hf_vit":
-            code = _feature_code(directory / kind, run.model)
         write_card(
             directory / kind,
             _header(kind, model_name=name, eval_results=results, has_texts=run.model.embed_dim > 0),
@@ -166,14 +146,3 @@ def _facts(run: RunConfig, samples: int | None, weights: str) -> dict[str, str]:
         facts["Seed"] = str(run.train.seed)
     facts["SHA-256 of the trained weights"] = weights
     return facts
-
-
-def _feature_code(directory: Path, model: ModelConfig) -> str:
-    """The code that computes the encoder's own image feature with stock transformers."""
-    (cls,) = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
-    return FEATURE.format(
-        cls=cls,
-        norm="model.layernorm" if cls == "ViTModel" else 'getattr(model, "vision_model", model).post_layernorm',
-        pooled="tokens[:, 0]" if model.vision.pool == "cls" else "patches.mean(dim=1)",
-        projected=PROJECTED if model.embed_dim else "",
-    )

@@ -19,8 +19,8 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, clean
 from clips.model.clips import CLIPSModel
 from clips.weights.foreign import plain_vit
-from clips.weights.hf_vit import transformers_vit
-from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT
+from clips.weights.hf_vit import stock_fields, transformers_vit
+from clips.weights.layouts import CLIP_TEXT
 from clips.weights.open_clip import logit_scale_parameter
 
 OLD_EOS = 2
@@ -56,12 +56,7 @@ def write_hf_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Pat
     tensors |= {"visual_projection.weight": state["visual.proj.weight"], "text_projection.weight": own["proj.weight"]}
     tensors["logit_scale"] = logit_scale_parameter(model)
     settings: dict[str, Any] = {
-        "hidden_size": text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "intermediate_size": int(text.width * text.mlp_ratio),
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == text.activation),
-        "layer_norm_eps": text.norm_eps,
+        **stock_fields(text),
         "max_position_embeddings": text.context_length,
         "vocab_size": text.vocab_size,
         "pad_token_id": tokenizer.pad_id,

@@ -17,11 +17,23 @@ from torch import Tensor, nn
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.tensors import write_weights
-from clips.config import ImagePool
+from clips.config import ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.model.vision import VisionTower
 from clips.weights.foreign import EMBEDDING, PlainViT, plain_vit, positions_with_bias, read_embedding
 from clips.weights.layouts import ACTIVATIONS, VISION_LAYOUTS
+
+
+def stock_fields(tower: VisionConfig | TextConfig) -> dict[str, Any]:
+    """A tower's blocks under the names of transformers' configurations."""
+    return {
+        "hidden_size": tower.width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "intermediate_size": int(tower.width * tower.mlp_ratio),
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == tower.activation),
+        "layer_norm_eps": tower.norm_eps,
+    }
 
 
 def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
@@ -33,16 +45,7 @@ def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
 
     vision, tensors = plain.config, dict(plain.tensors)
     name, width = vision.transformers_class, vision.width
-    common: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": int(width * vision.mlp_ratio),
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == vision.activation),
-        "layer_norm_eps": vision.norm_eps,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
+    common = {**stock_fields(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
     tensors = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)} | tensors
     config: Any
     if name == "CLIPVisionModel":

@@ -113,8 +113,7 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
         return f", {overall['accuracy']:.1%} right" if overall else ""
 
     check = partial(check_cell, comparison, cell)
-    kind = f"cell {cell.variant}"
-    return Cell(cell.encoder, cell.run, cell.directory, tuple(steps), check, kind, record=record, result=result)
+    return Cell(cell.encoder, cell.run, cell.directory, tuple(steps), check, record=record, result=result)
 
 
 def check_cell(comparison: Comparison, cell: EncoderCell) -> None:

@@ -94,14 +94,12 @@ def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
     assert (few["checked"], few["broken_share"]) == (4, 3000 / 3012)
 
 
-def test_what_would_stop_a_training_is_listed(tmp_path: Path) -> None:
+def test_what_would_stop_a_training_ends_the_check(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    names = ["a.png", "../b.png", "a.png", "/etc/passwd"]
-    lines = [json.dumps({"image": name, "web": "w", "long": "l"}) for name in names]
+    lines = [json.dumps({"image": name, "web": "w", "long": "l"}) for name in ("a.png", "../b.png")]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"(?s)t\.jsonl#1: .*\.\./b\.png.*t\.jsonl#3: .*/etc/passwd"):
+    with pytest.raises(UserError, match=r"t.jsonl#1: .*\.\./b.png"):
         check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), tmp_path / "out")
-    assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 2
 
 
 def test_a_mix_and_a_damaged_shard(data: Path, tmp_path: Path) -> None:
