@@ -90,12 +90,6 @@ class CLIPS:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         return f"CLIPS({str(self.path)!r}: {', '.join(parts)}, {size / 1e6:.1f} M parameters, on {self.device})"
 
-    def to(self, device: str | torch.device) -> CLIPS:
-        """Move the model to `device`, as `from_pretrained` names it; returns the model itself."""
-        self.device = choose_device(str(device))
-        self.model.to(self.device)
-        return self
-
     @property
     def image_size(self) -> int:
         """Side in pixels of the square that the image tower reads."""

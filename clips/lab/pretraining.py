@@ -80,12 +80,6 @@ class PretrainingRun:
         row = variant or self.name.removesuffix(f"-seed{self.seed}")
         return pretraining_cell(output / self.name, flags, row, self.seed, is_done=_is_measured)
 
-    def is_finished(self, output: Path) -> bool:
-        """Whether `output` holds the run, evaluated. Raises UserError if another run has its name."""
-        cell = self.cell(output)
-        cell.check()
-        return cell.is_done()
-
 
 def _is_measured(run: Path) -> bool:
     return (run / "evaluation.json").exists() and is_finished(run)

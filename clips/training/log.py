@@ -16,12 +16,6 @@ from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
 
-MACHINE = (
-    *("time", "samples_per_s", "step_seconds", "rank_seconds", "data_wait_share", "peak_memory_gb"),
-    *("memory_gb", "samples_per_s_per_gpu", "tflops", "mfu", "step_cpu_seconds"),
-    "validation_seconds",
-)
-"""What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""
 VALIDATED = ("sentence_i2t_r1", "zero_shot_top1")
 """Figures of a validation that the terminal shows."""
 

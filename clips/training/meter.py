@@ -39,7 +39,6 @@ class Meter:
     def reset(self, state: TrainState) -> None:
         """Begin anew with what comes after `state`."""
         self.since = time.perf_counter()
-        self.cpu_since = time.process_time()
         self.waiting = 0.0
         self.samples = state.samples
         self.step = state.step
@@ -67,12 +66,10 @@ class Meter:
     def aside(self) -> Iterator[None]:
         """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
         begin = time.perf_counter()
-        cpu_begin = time.process_time()
         yield
         spent = time.perf_counter() - begin
         self.since += spent
         self.started += spent
-        self.cpu_since += time.process_time() - cpu_begin
 
     def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0) -> None:
         """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Task.flops`)."""
@@ -92,7 +89,6 @@ class Meter:
         own_seconds = self.own_time.seconds() if self.own_time is not None else 0.0
         own = {
             "elapsed": time.perf_counter() - self.since,
-            "cpu": time.process_time() - self.cpu_since,
             "waiting": self.waiting,
             "own": (self.waiting + own_seconds) / steps,
             "flops": self.flops,
@@ -129,7 +125,6 @@ class Meter:
             "tflops": flops / 1e12,
             **({"mfu": flops / self.peak} if self.peak else {}),
             "step_seconds": elapsed / steps,
-            "step_cpu_seconds": max(ranks["cpu"]) / steps,
             "rank_seconds": [round(seconds, 6) for seconds in ranks["own"]],
             "data_wait_share": max(ranks["waiting"]) / elapsed,
             **{name: max(ranks[name]) for name in memory},

@@ -12,11 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, python, run, started, wait_for
+from launched import MACHINE, SCRIPT, deepspeed, lines, python, run, started, wait_for
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, chosen_weights, has_report, is_finished
-from clips.training.log import MACHINE
 from clips.weights.load import load_model
 from mllm.encoders.registry import load_vision
 

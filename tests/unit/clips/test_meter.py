@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from clips.training import meter
 from clips.training.meter import Meter
 from clips.weights.checkpoint import TrainState
-
-
-def test_what_happens_aside_costs_no_processor_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(meter.time, "process_time", lambda: clock[0])
-    measuring = Meter(torch.device("cpu"), TrainState(seed=0))
-    clock[0] += 3
-    with measuring.aside():
-        clock[0] += 40
-    clock[0] += 2
-    assert clock[0] - measuring.cpu_since == 5
 
 
 def test_broken_samples_are_pairs_however_they_were_pinned() -> None:
