@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import multiprocessing
 import os
 import sys
-import tarfile
 import time
 from datetime import timedelta
 from functools import partial
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from PIL import Image
+from launched import pictures, recap, write_shard
 
 from clips.common import ranks
 from clips.common.ranks import once_per_machine
@@ -30,16 +27,9 @@ TIMEOUT = 1.0
 
 def write_small_shards(folder: Path, count: int) -> None:
     """`count` tars of img2dataset's layout, of one and of two samples in turns."""
-    folder.mkdir(parents=True)
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 8), "teal").save(picture, "PNG")
-    parts = {"png": picture.getvalue(), "json": b'{"org_caption": "a tile"}', "txt": b"A tile. It is teal."}
+    samples = [(picture, recap(web, long)) for picture, web, long in pictures(2)]
     for i in range(count):
-        with tarfile.open(folder / f"{i:06d}.tar", "w") as tar:
-            for name, data in ((f"{n}.{ext}", data) for n in range(1 + i % 2) for ext, data in parts.items()):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        write_shard(folder / f"{i:06d}.tar", samples[: 1 + i % 2])
 
 
 def in_ranks(work, *arguments) -> list:

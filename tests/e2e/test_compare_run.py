@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from lab_runs import run_main
+from launched import wait_for
 from small_demo import LLAVA_SIZES, shrink
 from tiny_mllm import pictures, write_llm, write_run
 
@@ -57,14 +56,6 @@ FLAGS = (
 )
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert process.poll() is None, "the comparison ended early"
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
 def test_a_killed_comparison_goes_on_without_running_anything_twice(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,13 +70,13 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
 
     log = place / "printed.log"
     first = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log.open("w"))
-    wait_for(lambda: len(finished()) >= 1, first)
+    wait_for(lambda: len(finished()) >= 1, first, log, 300)
     first.kill()
     first.wait()
     before = finished()
 
     second = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log.open("w"))
-    wait_for(lambda: "seed0: instruct" in log.read_text(), second)
+    wait_for(lambda: "seed0: instruct" in log.read_text(), second, log, 300)
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=300) == 143
     before |= finished()

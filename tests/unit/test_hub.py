@@ -14,7 +14,6 @@ from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common import hub as hub_module
-from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
@@ -58,13 +57,6 @@ def test_what_is_fetched(
     monkeypatch.setattr(hub_module, "snapshot_download", download)
     directory = resolve(f"owner/{model}", "a model", getattr(hub_module, weights))
     assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*.*")) == sorted(expected)
-
-
-def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("owner/name", "./name"):
-        with pytest.raises(UserError, match=f"model: .*{name}"):
-            resolve(name, "model")
 
 
 def cache_model(cache: Path, hub_id: str, directory: Path) -> None:

@@ -152,12 +152,6 @@ def test_a_sentence_is_drawn_as_text_and_other_strategies_leave_the_text_whole(l
         assert sub_caption("web", long, CaptionsConfig(strategy=strategy), random.Random(seed)) == long
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("long", [None, "..."])
-def test_web_caption_takes_the_place_of_an_empty_one(strategy, long):
-    assert sub_caption("web", long, CaptionsConfig(strategy=strategy), random.Random(0)) == "web"
-
-
 def test_draws_are_uniform_and_take_a_numpy_generator():
     rng = np.random.default_rng(0)
     sentence = CaptionsConfig(strategy="sentence")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import script_parser
 from launched import pictures, recap, write_shard
 from PIL import Image
 
@@ -64,14 +63,6 @@ def test_processes_find_what_one_finds(data: Path, tmp_path: Path) -> None:
     assert check_pairs(run_on(data), tmp_path / "b", samples=200, workers=2) == alone
     assert (tmp_path / "a/samples.html").read_text() == (tmp_path / "b/samples.html").read_text()
     assert check_pairs(run_on(data), tmp_path / "a", samples=200, seed=1) != alone
-
-
-def test_the_data_may_stand_without_their_flag_and_once() -> None:
-    parse = script_parser("check_data").parse_args
-    assert parse(["--jobs", "2", "t.csv"]) == parse(["--data", "t.csv", "--jobs", "2"])
-    for words in ([], ["a.csv", "--data", "b.csv"], ["a", "--conversations", "b"]):
-        with pytest.raises(SystemExit, match="2"):
-            parse(words)
 
 
 def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import random
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bad_corpus import encode
-from conftest import run_python
 from PIL import ExifTags, Image
 
 from clips.config import AugmentConfig
@@ -209,37 +207,3 @@ def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int]
     assert found.size == kept
     expected = np.asarray(picture.resize(kept, Image.Resampling.BOX)).astype(int)
     assert np.abs(np.asarray(found).astype(int) - expected).max() <= 4
-
-
-# In a process of its own: what was the most memory before and after.
-PEAK = """
-import resource, sys
-from pathlib import Path
-from clips.data.images import decode_image
-from mllm.chat.limits import Limits, read_image
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-path, served = Path(sys.argv[1]).read_bytes(), sys.argv[2] == "served"
-before = peak()
-kept = [read_image(path, Limits()) for _ in range(4)] if served else [decode_image(path)]
-print(peak() - before, kept[0].size)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "side", "served", "limit"),
-    [("RGBA", 8000, False, 640), ("I;16", 5600, True, 350)],
-)
-def test_memory_is_bounded(tmp_path: Path, mode: str, side: int, served: bool, limit: int) -> None:
-    """MiB above what was there: two pictures of 4 bytes a pixel at the most, where it was five."""
-    path = tmp_path / "picture.png"
-    path.write_bytes(encode(Image.new(mode, (side, side)), compress_level=1))
-    assert path.stat().st_size < 2**21
-    done = run_python("-c", PEAK, path, "served" if served else "decoded")
-    assert done.returncode == 0, done.stderr
-    grown, _, size = done.stdout.partition(" ")
-    assert float(grown) < limit
-    assert size.strip() == (f"({side}, {side})" if not served else "(1867, 1867)")

@@ -297,13 +297,6 @@ def test_rows_that_are_left_out_are_counted_by_every_command(
             check_readable(source, 0.01)
 
 
-def test_odd_csv_files_are_read(tmp_path: Path) -> None:
-    assert len(open_tar(csv_of(tmp_path / "cr.csv", ["a.png,w,l"] * 3, end="\r"), TABLE_FIELDS)) == 3
-    wide = csv_of(tmp_path / "wide.csv", ["a.png,w,l,x"] * 3)
-    wide.write_text(wide.read_text().replace("long\n", "long," + "x" * 200_000 + "\n"))
-    assert open_tar(wide, TABLE_FIELDS).read(2).web == "w"
-
-
 def test_names_that_are_not_utf8_stay_apart(tmp_path: Path) -> None:
     """Both were read as caf?, and one's picture was paired with the other's text."""
     members = {name.replace("s000", key): data for key in ("café", "cafè") for name, data in sample(0).items()}

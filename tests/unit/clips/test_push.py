@@ -12,10 +12,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from conftest import random_model, tiny_run
-from huggingface_hub import constants
-from lab_runs import run_main
 from local_hub import REPO, hub, run_card, uploaded
-from range_server import serving
 
 from clips.common.errors import UserError
 from clips.config import DataConfig, Fields, MixPart, NamedSet, RunConfig, from_dict, published
@@ -134,21 +131,3 @@ def test_a_dry_run_needs_no_token_and_what_is_no_model_is_refused(
         push(run_dir, REPO)
     with pytest.raises(UserError, match="OWNER/NAME"):
         push(copy, "tiny")
-
-
-def test_a_hub_that_refuses_or_is_not_there_ends_the_command_in_words(
-    copy: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with serving(copy) as server:
-        server.fault = lambda method, name, before: 403
-        for place, code, message in [
-            (server.url, 2, "the hub refuses"),
-            (f"http://127.0.0.1:{unused_port}", 1, "cannot be reached"),
-        ]:
-            monkeypatch.setattr(constants, "ENDPOINT", place)
-            assert run_main(monkeypatch, "push_to_hub", copy, REPO) == code
-            output = capsys.readouterr()
-            assert message in output.err
-            assert "hf_not_a_real_one" not in output.err + output.out

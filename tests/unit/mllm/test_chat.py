@@ -135,20 +135,6 @@ def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list, monk
     assert again == fresh(session, Sampling(max_new_tokens=4))
 
 
-def test_sampling_repeats_with_its_seed_only(model: ChatModel, images: list) -> None:
-    def draw(seed: int | None, top_p: float = 1.0) -> str:
-        sampling = Sampling(temperature=1.5, top_p=top_p, seed=seed, max_new_tokens=8)
-        return ask(ChatSession(model), "What is it?", images[:1], sampling)
-
-    before = torch.random.get_rng_state()
-    drawn = [draw(seed) for seed in (1, 2, 3, 1, 2, 3)]
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert drawn[:3] == drawn[3:]
-    assert len(set(drawn)) == 3
-    assert len({draw(None) for _ in range(3)}) == 3
-    assert draw(1, top_p=1e-9) == draw(2, top_p=1e-9) == ask(ChatSession(model), "What is it?", images[:1], SHORT)
-
-
 def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], AnswerStreamer]:
     streamer = AnswerStreamer(tokenizer, stop, threading.Event())
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt

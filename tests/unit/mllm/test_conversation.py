@@ -7,7 +7,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_tokenizers import CHATML, CONTROL, FORMATS, KINDS, TOKENIZERS, make_tokenizer
-from tokenizers import Tokenizer, models
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from clips.common.errors import UserError
@@ -211,15 +210,6 @@ def test_auto_refuses_templates_that_it_cannot_cut(template):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="every turn alike"):
         ConversationEncoder(tokenizer, "auto", IMAGE_TOKENS)
-
-
-def test_format_needs_its_control_tokens():
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=["<image>"])
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
-    cases = ((plain, "llama_3", r"<\|eot_id\|>"), (TOKENIZERS["gpt2"], "v2", "plain, v1"), (bare, "v1", "<image>"))
-    for tokenizer, version, noun in cases:
-        with pytest.raises(UserError, match=noun):
-            ConversationEncoder(tokenizer, version, 1)
 
 
 def ask(*values: str, images: int, max_length: int | None = None, version: str = "chatml"):

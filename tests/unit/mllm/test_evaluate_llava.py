@@ -103,14 +103,9 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
     ]:
         with pytest.raises(UserError, match=message):
             generate_answers(*loaded, [Question(id=7, **fields)], place_of_images)
-    for line, named in [
-        ({"text": "What?"}, "question_id"),
-        ({"question_id": 1, "text": "What?", "references": "one"}, "references"),
-    ]:
-        path = tmp_path / "question.jsonl"
-        path.write_text(json.dumps({"question_id": 0, "text": "Fine?"}) + "\n" + json.dumps(line) + "\n")
-        with pytest.raises(UserError, match=f"record 1 .*{named}"):
-            read_questions(path)
+    (tmp_path / "question.jsonl").write_text('{"question_id": 0, "text": "Fine?"}\n{"text": "What?"}\n')
+    with pytest.raises(UserError, match="question_id"):
+        read_questions(tmp_path / "question.jsonl")
 
 
 def parsed(*flags: str) -> argparse.Namespace:

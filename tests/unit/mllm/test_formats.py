@@ -16,12 +16,11 @@ from tiny_tokenizers import FORMATS, KINDS, make_tokenizer, write_sentencepiece
 from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.data.conversation import IGNORE, ConversationEncoder, answering_encoder
-from mllm.data.formats import SAVED, get_format, saved_format
+from mllm.data.formats import get_format, saved_format
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
 from mllm.encoders.registry import load_vision
@@ -199,24 +198,6 @@ def test_a_template_with_v1_s_turns_is_v1_whatever_control_tokens_there_are(kind
     assert "turns of format v1 but differs" in capsys.readouterr().err
     answering_encoder(tokenizer, "vicuna_v1", 1)
     assert capsys.readouterr().err == ""
-
-
-def test_nothing_is_guessed() -> None:
-    tokenizer = make_tokenizer("gpt2")
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="--conv-mode"):
-        answering_encoder(tokenizer, "auto", 1)
-
-
-@pytest.mark.parametrize("change", [{"first": 3}, {"system": ["a"]}, {"other": ""}])
-def test_a_broken_saved_format_is_named(change: dict) -> None:
-    tokenizer = make_tokenizer("gpt2")
-    good = {"name": "v1", "first": "", "system": None, "middle": "", "end": "</s>", "next": ""}
-    tokenizer.init_kwargs[SAVED] = good
-    assert saved_format(tokenizer).end == "</s>"
-    tokenizer.init_kwargs[SAVED] = good | change
-    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
-        get_format("auto", tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,6 @@ walk them: the one that sees a picture in a square, and the one that sees it in 
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,6 @@ from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.terminal import Talk, load_image
 from mllm.chat.transcript import turn_text
-from mllm.chat.web import answers
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions
@@ -111,17 +109,6 @@ def test_chat_and_terminal(
         talk.run(lambda: next(lines))
     assert turn_text(talk.session.turns[-1]) == expected
     assert "picture 2: " in capsys.readouterr().out
-
-
-def test_the_page(model: ChatModel, files: list[Path], expected: str) -> None:
-    message = {"text": TEXT, "files": list(map(str, files))}
-    talk: dict = {}
-    *_, shown = answers(model, message, [], talk, 0.0, 8)
-    assert html.unescape(shown) == expected
-    history = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": shown}]
-    list(answers(model, message, history, talk, 0.0, 8))
-    assert len(talk["session"].images) == 4
-    assert [*answers(model, message, [], talk, 0.0, 8)][-1] == shown  # a new talk, or Retry
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:

@@ -35,7 +35,6 @@ from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
 from mllm.model.convert import convert_llava
 from mllm.model.tiles import Layout, placeholder_ids
-from mllm.training.arguments import parse_train_arguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
 from mllm.training.trainer import Collator, TrainingModel
@@ -227,20 +226,6 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
     text = {name: batch[name][2:] for name in ("input_ids", "labels", "attention_mask")}
     _, without = gradients(chat.model, text, features=True)
     assert torch.equal(without["image_newline"], torch.zeros_like(without["image_newline"]))
-
-
-def test_flags() -> None:
-    common = ["--stage", "2", "--data_path", "x.json", "--device", "cpu"]
-
-    def resolved(*flags: str) -> Any:
-        return parse_train_arguments([*common, *flags]).resolve(1)
-
-    tiles = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "(1x1),...,(2x2)"]
-    assert resolved(*tiles, "--mm_patch_merge_type", "spatial_unpad") == resolved(*tiles)
-    assert resolved("--mm_patch_merge_type", "flat") == resolved()
-    for flags in [(*tiles, "--mm_patch_merge_type", "flat"), tiles[2:]]:
-        with pytest.raises(UserError, match="anyres"):
-            resolved(*flags)
 
 
 # ---------------------------------------------------------------------------------------------- the saved model

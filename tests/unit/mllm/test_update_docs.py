@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_compare import comparison_of, finish, made, place, reported
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError
 from clips.common.files import sha256
 from mllm.compare.verify import pack
 from tools.update_docs import take, update_pages
@@ -79,20 +79,6 @@ def test_a_block_is_filled_and_the_rest_of_the_page_stays(tmp_path: Path) -> Non
     assert text.partition("-->")[0] == PAGE.partition("-->")[0]
     assert text.endswith("The rest {stays: as it is}.\n")
     assert update_pages(check=True, root=root) == []
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
-        ("{blind: accuracy}", "{bland: accuracy}", r"page\.md: .*bland"),
-        ("<!-- /figures -->", "", "blocks"),
-    ],
-)
-def test_a_figure_that_is_not_there_is_named(tmp_path: Path, before: str, after: str, said: str) -> None:
-    root = root_with(tmp_path, PAGE.replace(before, after))
-    write_results(root)
-    with pytest.raises(UserError, match=said):
-        update_pages(check=False, root=root)
 
 
 def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, tmp_path: Path) -> None:
