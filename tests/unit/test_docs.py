@@ -18,6 +18,7 @@ from mllm.training.arguments import parse_train_arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"source", "mkdir", "tar", "head", "sha256sum", "vllm", "ruff", "coverage", "pre-commit", "pip", "tensorboard"}
+OTHERS |= {"hf", "img2dataset", "unzip", "wget"}
 """First words of commands that are not this project's."""
 PARSERS = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 LAUNCHERS = {"python", "srun", "bash", "sbatch", *PARSERS}
