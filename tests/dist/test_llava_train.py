@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from llava_worker import stop_in_step
 from peft import get_peft_model
 from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run, write_place
@@ -203,14 +202,6 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
             torch.testing.assert_close(second[key], tensor, atol=2e-3, rtol=2e-3, msg=key)
 
 
-def test_a_dry_run_refuses_the_engine_s_settings_that_the_run_would(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = llava_zero(place / "wrong.json", "zero2", train_micro_batch_size_per_gpu=3)
-    with pytest.raises(UserError, match="train_micro_batch_size_per_gpu"):
-        run(place, monkeypatch, *ALIGN, "--deepspeed", path, "--output_dir", "runs/wrong-engine", "--dry-run")
-
-
 # ---------------------------------------------------------------------------------------------- adapters and bits
 
 
@@ -306,13 +297,3 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
         quantize(layer, 4, torch.float32, CPU)
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
-
-
-def test_mistakes_are_named_before_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zero3 = ["--bits", "4", "--lora_enable", "--deepspeed", str(ROOT / "ds_configs/llava_zero3.json")]
-    wrong = {"stage 1": [], "max_length": [*START, "--model_max_length", "16"], "ZeRO-3": [*START, *zero3]}
-    for noun, flags in wrong.items():
-        with pytest.raises(UserError, match=noun):
-            run(place, monkeypatch, *INSTRUCT, "--output_dir", "runs/wrong", *flags)
-    assert not (place / "runs/wrong").exists()

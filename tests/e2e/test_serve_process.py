@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
-from serve_process import LONG, RED, Running, ask, assert_ends, data_url, models, picture, started, user
+from serve_process import RED, Running, ask, assert_ends, data_url, models, picture, started, user
 
 pytestmark = pytest.mark.slow
 
@@ -39,20 +37,6 @@ def test_the_official_client(server: Running) -> None:
         with pytest.raises(openai.APIStatusError, match="1,000,000 bytes") as refused:
             ask(client, user(picture(body)))
         assert refused.value.status_code == 413
-
-
-def test_a_full_queue(server: Running) -> None:
-    client, answers = server.client(), []
-    running = ask(client, user(LONG), max_tokens=30_000, stream=True)
-    next(running)
-    waiting = threading.Thread(target=lambda: answers.append(ask(client, user("Hello"))), daemon=True)
-    waiting.start()
-    time.sleep(1)  # it takes the one place to wait
-    with pytest.raises(openai.RateLimitError, match="try again"):
-        ask(client, user("Hello"))
-    running.close()
-    waiting.join(60)
-    assert answers[0].choices[0].message.content
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

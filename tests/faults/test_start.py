@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,20 +26,22 @@ pytestmark = pytest.mark.slow
 
 SECONDS = 60
 WORKER = str(ROOT / "tests" / "odd_rank.py")
+FIRST = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 def two_ranks(
-    cwd: Path, facts: tuple[str, str], *words: str, env: tuple[dict[str, str], dict[str, str]] = ({}, {})
-) -> list[tuple[int, str]]:
-    """(exit code, output) of each of two ranks of one run, which `SECONDS` are enough for."""
+    cwd: Path, facts: tuple[str, str], *words: str, env: tuple[dict[str, str], dict[str, str]] = ({}, {}),
+    own: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+) -> list[tuple[int, str]]:  # fmt: skip
+    """(exit code, output) of each of two ranks of one run, which `SECONDS` are enough for. `own`: words of each."""
     meeting = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
     ranks = []
     try:
         for rank in range(2):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **env[rank]}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **env[rank]}
             ranks.append(subprocess.Popen(
-                [sys.executable, WORKER, facts[rank], *words], cwd=cwd, env=ENV | meeting | own, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                [sys.executable, WORKER, facts[rank], *words, *own[rank]], cwd=cwd, env=ENV | meeting | place,
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             ))  # fmt: skip
         outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
     except subprocess.TimeoutExpired:
@@ -50,6 +53,15 @@ def two_ranks(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return [(process.returncode, output) for process, output in zip(ranks, outputs, strict=True)]
+
+
+def alone(env: dict[str, str], *words: str) -> tuple[int, str]:
+    """(exit code, output) of one rank with these variables, and no other."""
+    command = [sys.executable, WORKER, "nothing", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    return done.returncode, done.stderr
 
 
 def assert_ended(ranks: list[tuple[int, str]], *words: str) -> None:
@@ -142,45 +154,29 @@ def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[st
 
 def test_row_32_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Rank 1 never comes, as where RANK and WORLD_SIZE are left over in the environment of a single process."""
-    env = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(unused_port()),
-    }
-    words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards, "--timeout-minutes", "0.1")]
-    done = subprocess.run(words, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 1
-    assert "waiting for rank 1 of 2 to begin" in done.stderr
-    assert "unset RANK" in done.stderr
-    assert "error: rank 1 of 2 has not begun" in done.stderr
+    env = FIRST | {"MASTER_PORT": str(unused_port())}
+    code, said = alone(env, *pretraining(tmp_path, shards, "--timeout-minutes", "0.1"))
+    assert code == 1
+    assert "waiting for rank 1 of 2 to begin" in said
+    assert "unset RANK" in said
+    assert "error: rank 1 of 2 has not begun" in said
 
 
 @pytest.mark.parametrize(("left_over", "word"), [({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
 def test_variables_of_a_launcher_that_is_gone_are_named(
     left_over: dict[str, str], word: str, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards)]
-    done = subprocess.run(
-        words, cwd=ROOT, env=ENV | left_over, capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert done.returncode == 2
-    assert f"no {word}" in done.stderr or f", {word}" in done.stderr
+    code, said = alone(left_over, *pretraining(tmp_path, shards))
+    assert code == 2
+    assert f"no {word}" in said or f", {word}" in said
 
 
 def test_a_port_that_is_taken_is_one_sentence(shards: tuple[str, ...], tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = {"MASTER_PORT": str(taken.getsockname()[1])}
-        words = [sys.executable, WORKER, "nothing", *pretraining(tmp_path, shards)]
-        env = ENV | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"} | port
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 2
-    assert "--master_port" in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = FIRST | {"MASTER_PORT": str(taken.getsockname()[1])}
+        code, said = alone(env, *pretraining(tmp_path, shards))
+    assert code == 2
+    assert "--master_port" in said
 
 
 # ------------------------------------------------------------------------------------------------------- LLaVA stages
@@ -226,18 +222,8 @@ def test_a_fact_of_a_stage_that_must_be_equal_is_named(
 def test_flags_of_one_rank_are_named(stage: int, place: Path) -> None:
     """Its --seed, which the others do not have."""
     flags = ("--output_dir", f"runs/{stage}-flags")
-    port = str(unused_port())
-    meeting = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, "nothing", *STAGES[stage], *flags, "--seed", str(rank)], cwd=place, text=True,
-            env=ENV | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    ranks = [(0, process.communicate(timeout=SECONDS)[0]) for process in processes]
-    ranks = [(process.returncode, output) for process, (_, output) in zip(processes, ranks, strict=True)]
+    seeds = (("--seed", "0"), ("--seed", "1"))
+    ranks = two_ranks(place, ("nothing", "nothing"), *STAGES[stage], *flags, own=seeds)
     assert_ended(ranks, "flags.seed", "rank 0: 0", "rank 1: 1")
 
 

@@ -108,17 +108,6 @@ def test_npm_that_cannot_fetch_says_why(
         drawings("mine", {"dog": "dog_face"})
 
 
-def test_names_and_aliases_of_the_sets() -> None:
-    bodies = {"dogface": {"body": "<a/>"}, "woman-s-boot": {"body": "<b/>", "width": 4}}
-    bodies["large"] = {"body": "x" * (artists.MAX_BODY + 1)}
-    aliases = {"cat-face": {"parent": "dogface"}, "nothing": {"parent": "gone"}}
-    icons = {"left": 1, "width": 8, "height": 9, "icons": bodies, "aliases": aliases}
-    for called in ("dog_face", "cat_face"):
-        found = artists._iconify_svg(icons, called)
-        assert 'viewBox="1 0 8 9"><a/>' in found
-    assert [artists._iconify_svg(icons, called) for called in ("woman’s_boot", "nothing", "large")] == [None] * 3
-
-
 def test_without_npm_one_artist_draws_and_it_is_said(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,19 +127,6 @@ def test_linear_and_constant_against_points_worked_out_by_hand() -> None:
     assert factors[19:] == [1.0] * 101
 
 
-@pytest.mark.parametrize("schedule", get_args(Schedule))
-def test_short_and_odd_phases(schedule: str) -> None:
-    for p in (
-        phase(10, 0, schedule),  # one step
-        phase(10, 1000, schedule),  # a warm-up longer than the phase
-        phase(30, 15, schedule),  # a warm-up of one step and a half
-        phase(35, 30, schedule),  # all warm-up
-    ):
-        factors = [lr_factor(p, step) for step in range(p.steps)]
-        assert all(0 < factor <= 1 for factor in factors)
-    assert lr_factor(phase(10, 1000, schedule), 0) == pytest.approx(0.01)
-
-
 def test_steps_of_the_optimizer_count_from_where_it_began_anew() -> None:
     p = phase(100, 0, "cosine")  # 10 steps
     run = replace(tiny_run(), phases=(p, p, replace(p, fresh_optimizer=True), p))

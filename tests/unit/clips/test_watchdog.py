@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,17 +89,6 @@ def test_a_slow_rank_is_one_that_the_others_wait_for() -> None:
     assert watchdog.slow_ranks([1.0, 1.0, 0.9, 3.0, 1.1, 2.0], 4.0) == [3, 5]
     assert watchdog.slow_ranks([0.01, 0.02], 1.0) == [], "of no matter in a step of a second"
     assert watchdog.slow_ranks([0.5], 1.0) == []
-
-
-def test_own_time_is_that_of_the_forward_passes_since_it_was_asked_last() -> None:
-    model = torch.nn.Linear(2, 2)
-    own = watchdog.OwnTime(model, torch.device("cpu"))
-    assert own.seconds() == 0
-    model(torch.ones(1, 2))
-    model(torch.ones(1, 2))
-    assert len(own.marks) == 4
-    assert own.seconds() > 0
-    assert own.seconds() == 0
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:

@@ -338,31 +338,6 @@ def test_a_floor_that_was_not_beaten_is_named() -> None:
     ]
 
 
-def test_questions_that_blind_models_answer_are_marked_and_left_out(finished: Comparison) -> None:
-    """Blind models say yes to everything; half of the questions about a place are made to ask for a no."""
-    for cell in cells_of(finished):
-        path = cell.evaluation / "question.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for i, line in enumerate(lines):
-            line["expected"] = "no" if line["kind"] == "where" and i % 2 else "yes"
-            wanted = line["expected"] if line["correct"] else "a fox"
-            line["text"] = "Yes." if cell.encoder == "blind" else wanted + ", I think" * (cell.encoder == "clip")
-            line["correct"] = line["expected"] == "yes" if cell.encoder == "blind" else line["correct"]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = collected(finished, {cell: {} for cell in cells_of(finished)}, [])
-    marked = report["blind_questions"]["kinds"]
-    assert {kind: (found["solved"], found["questions"]) for kind, found in marked.items()} == {
-        "identity": (12, 12), "where": (6, 12), "yes_no": (12, 12)
-    }  # fmt: skip
-    assert marked["where"]["answers"] == {"yes": 6}
-    metrics = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
-    assert "needs_picture" not in metrics["blind"]
-    assert metrics["clips"]["needs_picture"]["items"] == 6
-    loose = report["loose_answers"]
-    assert loose["blind"] == {"answers": 108, "normalised": {"count": 90}, "prefix": {"count": 0}}
-    assert loose["clip"]["prefix"]["count"] > 0
-
-
 def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: Comparison) -> None:
     """The demo's files of answers: what is asked about unseen artists has the plain names of the metrics."""
     answers = read_answers(finished)

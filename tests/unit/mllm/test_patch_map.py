@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from PIL import Image
 from tiny_mllm import picture, write_export
 
 from clips import CLIPS
-from clips.common.errors import UserError
 from clips.data.images import eval_transform
 from mllm.chat.patch_map import overlay, patch_map, zero_shot
 
@@ -66,12 +63,6 @@ def test_rows_of_the_map_go_down_and_columns_to_the_right(encoder: CLIPS) -> Non
         scaled = (token - token.mean()) / (mean.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
         expected = encoder.model.visual.proj(scaled) @ text_features(encoder, ["a cat is a cat"])[0] / length
     assert patch_map(encoder, image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_a_tower_read_at_its_cls_token_has_no_map(tmp_path: Path) -> None:
-    write_export(tmp_path / "run", pool="cls")
-    with pytest.raises(UserError, match="CLS token"):
-        patch_map(CLIPS.from_pretrained(tmp_path / "run", device="cpu"), picture(), "a cat")
 
 
 def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:

@@ -19,11 +19,8 @@ from PIL import Image
 from tiny_mllm import write_siglip
 from torch import Tensor
 from transformers import (
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
-    ViTImageProcessor,
 )
 
 from clips.common.errors import UserError
@@ -137,14 +134,8 @@ def test_canvases_are_read_as_llava_s_and_bounded() -> None:
 
 
 def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: Path) -> None:
-    refused = "anyres needs a square of 32 px"
-    with pytest.raises(UserError, match=refused):
+    with pytest.raises(UserError, match="square"):
         load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", select_feature="full")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).save_pretrained(tmp_path / "dino")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dino")
-    with pytest.raises(UserError, match=refused):
-        load_vision(f"hf:{tmp_path / 'dino'}", image_aspect_ratio="anyres")
     siglip = load_vision(write_siglip(tmp_path / "siglip"), image_aspect_ratio="anyres")  # has no CLS token
     assert siglip.facts["tiles"] == siglip.most_tiles == 4
     assert "32 px, whole and up to 4 tiles, 16 tokens × 32" in siglip.describe()
