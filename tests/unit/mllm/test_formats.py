@@ -20,7 +20,7 @@ from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.data.conversation import IGNORE, ConversationEncoder, answering_encoder
-from mllm.data.formats import get_format, saved_format
+from mllm.data.formats import get_format
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
 from mllm.encoders.registry import load_vision
@@ -167,17 +167,6 @@ def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, ver
     assert found.format.system == training.format.system
     assert found.stop_ids == training.stop_ids
     assert capsys.readouterr().err == "", "it is exactly this format"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_format_survives_where_another_would_fit(kind: str, tmp_path: Path) -> None:
-    """A v1 model on a tokenizer with ChatML's control tokens; other formats can still be asked for, with one bos."""
-    llm = language_model(tmp_path / "llm", kind, "v1")
-    llm.tokenizer.save_pretrained(tmp_path / "saved")
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert saved_format(loaded) == get_format("v1", llm.tokenizer) == get_format("vicuna_v1", make_tokenizer(kind))
-    for version in ("chatml", "llama_3", "plain"):
-        assert get_format(version, loaded) == get_format(version, make_tokenizer(kind))
 
 
 LLAVA_HF = (  # llava-hf/llava-1.5-7b-hf
