@@ -73,8 +73,7 @@ def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
             members[f"{i:09}.jpg"] = jpeg(i)
             members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
         write_tar(tmp_path / f"{split}/{split}-00000.tar", members)
-    held_out = ("--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
-    run = run_of("--data", tmp_path, *held_out)
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
     assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
 
 
@@ -86,19 +85,18 @@ def test_karpathys_files(name: str, tmp_path: Path) -> None:
     for split, numbers in (("train", (0, 1)), (third, (2,)), ("val", (0, 1)), ("test", (0,))):
         for i in numbers:
             number = len(images)
-            raws = [{"tokens": text.lower().split()[:-1], "raw": text, "imgid": number} for text in FIVE]
-            sentences = [raw | {"sentid": 5 * number + n} for n, raw in enumerate(raws)]
+            ids = range(5 * number, 5 * number + 5)
+            words = [{"tokens": text.lower().split()[:-1], "raw": text, "imgid": number} for text in FIVE]
+            sentences = [own | {"sentid": ids[n]} for n, own in enumerate(words)]
             folder = "train2014" if split == "train" else "val2014"
             coco = {"filepath": folder, "cocoid": number, "filename": f"COCO_{folder}_{number:012}.jpg"}
-            own = coco if name == "coco" else {"filename": f"{1000092795 + number}.jpg"}
-            ids = {"sentids": [raw["sentid"] for raw in sentences], "imgid": number}
-            images.append(ids | {"sentences": sentences, "split": split} | own)
+            images.append(coco if name == "coco" else {"filename": f"{1000092795 + number}.jpg"})
             path = tmp_path / "pictures" / images[-1].get("filepath", "") / images[-1]["filename"]
+            images[-1] |= {"sentids": [*ids], "imgid": number, "sentences": sentences, "split": split}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(i))
-    file = tmp_path / f"dataset_{name}.json"
-    file.write_text(json.dumps({"images": images, "dataset": name}))
-    run = run_of("--karpathy", file, "--image-root", tmp_path / "pictures")
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images, "dataset": name}))
+    run = run_of("--karpathy", tmp_path / "dataset.json", "--image-root", tmp_path / "pictures")
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         assert texts(opened(run, split)) == [ALL] * count
 
@@ -128,8 +126,7 @@ def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
-    """pixparse/cc3m-wds, all in one folder, and what img2dataset writes: one caption a picture, which is enough for
-    CLIP."""
+    """pixparse/cc3m-wds, all in one folder, and what img2dataset writes: one caption is enough for CLIP."""
     caption = "a river has burst it 's banks and has spread out onto arable farmland alongside"
     hub, fetched = {}, {}
     for i in range(3):
@@ -183,7 +180,7 @@ def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:
     """ashraq/fashion-product-images-small: the shop's name is the web caption, and there is no long one."""
     row = {"id": 15970, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
     row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
-    row |= {"productDisplayName": "Turtle Check Men Navy Blue Shirt"}
+    row["productDisplayName"] = "Turtle Check Men Navy Blue Shirt"
     write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", 40, row)
     run = run_of("--recipe", "small_clip", "--data", tmp_path)
     assert [len(opened(run, split)) for split in ("train", "val")] == [30, 10]

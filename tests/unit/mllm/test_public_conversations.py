@@ -20,8 +20,8 @@ from mllm.training.prepare import data_of
 
 def record(name: str | None, *values: str, **more: Any) -> dict[str, Any]:
     turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    image = {} if name is None else {"image": name}
-    return {"id": "i6IyJda_0" if name is None else Path(name).stem} | image | more | {"conversations": turns}
+    own = {"id": "i6IyJda_0"} if name is None else {"id": Path(name).stem, "image": name}
+    return own | more | {"conversations": turns}
 
 
 PRETRAIN = [  # liuhaotian/LLaVA-Pretrain: the picture stands before or behind the words
@@ -45,8 +45,7 @@ MIX = [  # liuhaotian/LLaVA-Instruct-150K, llava_v1_5_mix665k.json: five folders
     ],
 )
 def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[str, Any]], tmp_path: Path) -> None:
-    pictures = [entry["image"] for entry in records if "image" in entry]
-    for name in pictures:
+    for name in (entry["image"] for entry in records if "image" in entry):
         path = tmp_path / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 8), "green").save(path)
@@ -57,7 +56,7 @@ def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[
     data_path, image_folder = data_of(parse_train_arguments(["--stage", str(stage), "--both_stages", *words]))
     encoder = ConversationEncoder(make_tokenizer("gpt2"), "plain" if stage == 1 else "chatml", 4, 2048)
     store = ImageStore(str(image_folder))
-    dataset = LlavaDataset(data_path, encoder, store)
-    assert [sample["images"] for sample in dataset] == [[e["image"]] if "image" in e else [] for e in records]
+    samples = list(LlavaDataset(data_path, encoder, store))
+    assert [sample["images"] for sample in samples] == [[e["image"]] if "image" in e else [] for e in records]
     found = check_data(data_path, encoder, store, tmp_path / "report")
     assert (found.checked, found.reasons.total()) == (len(records), 0)
