@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launched import SCRIPT, deepspeed, latest, lines, python, run, run_all, state
+from launched import SCRIPT, deepspeed, latest, lines, run, state
 
 from clips.common.tensors import read_weights
 from clips.config import RunConfig
@@ -59,23 +59,3 @@ def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_i
     again = read_weights(latest(run_dir) / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     assert state(run_dir)["began_with"] == initial.sha256
-
-
-def test_an_official_checkpoint_is_evaluated_exported_and_converted(shards: tuple[str, ...], tmp_path: Path) -> None:
-    official = tmp_path / "official"
-    write_official(official)
-    held_out = shards[shards.index("--test-data") + 1]
-    evaluate = ("scripts/evaluate_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "f.json")
-    export = ("scripts/export_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "export")
-    commands = {
-        "evaluate": python(*evaluate),
-        "export": python(*export),
-        "convert": python("scripts/convert.py", official, tmp_path / "native"),
-        "check": python("scripts/convert.py", official, tmp_path / "none", "--to", "official", "--check"),
-    }
-    for name, done in run_all(commands).items():
-        assert done.code == 0, (name, done.text)
-    assert json.loads((tmp_path / "f.json").read_text())["figures"]
-    assert {path.name for path in (tmp_path / "export").iterdir()} == {"native", "open_clip", "hf_vit"}
-    assert (tmp_path / "native" / "model.safetensors").is_file()
-    assert not (tmp_path / "none").exists()

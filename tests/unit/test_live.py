@@ -15,11 +15,6 @@ from clips.common.live import LiveLine
 from clips.recipes import recipe
 from clips.training.log import RunLog
 
-TRAIN = {
-    **{"step": 10, "samples": 640, "contrastive_loss": 4.185, "caption_loss": 6.576, "loss": 17.3},
-    **{"samples_per_s": 189.8, "data_wait_share": 0.036, "mfu": 0.38, "peak_memory_gb": 0.78},
-}
-
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -53,22 +48,6 @@ def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: py
     line.show("done", final=True)
     line.close()
     assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"
-
-
-def test_words_and_no_figure_of_another_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line had `con 2.5  mfu 0.07`, and the score of a validation long ago."""
-    told = on(io.StringIO(), monkeypatch)
-    monkeypatch.setenv(live.LINE_SECONDS, "0")
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True, report_to=())
-    log.record("train", TRAIN)
-    log.record("eval", {"step": 10, "samples": 640, "split": "val", "sentence_i2t_r1": 71.2, "zero_shot_top1": 30.0})
-    log.record("train", TRAIN | {"samples": 1280})
-    log.close()
-    first, validation, second = told.getvalue().splitlines()
-    assert first.startswith("640 of 96,000 samples (0 %), image-text loss 4.18, caption loss 6.58, 190 samples/s")
-    assert "71.2 %" in validation
-    assert " left, image-text loss" in second
-    assert "71.2" not in second
 
 
 @pytest.mark.parametrize(("jumps", "told"), [(False, False), (True, True)])

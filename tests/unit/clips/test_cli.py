@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from clips.common.errors import UserError
-from clips.config import Fields, difference, parse_fields
+from clips.config import difference
 from clips.recipes import RECIPES, debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
 
@@ -125,12 +125,3 @@ def test_paper_recipes_ask_for_data_and_their_debug_twins_do_not() -> None:
         pretrain("--recipe", "l14")
     assert pretrain("--recipe", "l14", "--debug").data.train == "demo"
     assert pretrain("--recipe", "l14", "--debug", "--data", "my.csv").data.train == "my.csv"
-
-
-def test_fields() -> None:
-    assert parse_fields([], Fields()) == Fields()
-    assert parse_fields(["web=json:alt;json:title"], Fields()) == Fields(web="json:alt;json:title")
-    assert parse_fields(["long=a=b"], Fields()).long == "a=b"
-    for wrong in ("text=alt", "web="):
-        with pytest.raises(UserError, match="PART=FIELD"):
-            parse_fields([wrong], Fields())

@@ -35,10 +35,10 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     run = recipe("demo")
     print_pretraining(run, Machine("h100", 8, 0.2), "zero0")
     assert "parameters train" in capsys.readouterr().out
-    run = run.override(["phases.*.batch_size=32768"])
+    run = run.override(["phases.*.batch_size=8192"])
     with pytest.raises(UserError, match="does not fit"):
         print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero1")
-    assert "32,768" in capsys.readouterr().out
+    assert "8,192" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,25 +89,6 @@ def test_cache_is_shared_and_a_changed_picture_encoder_or_padding_is_encoded_aga
         assert_close(cache.get(names), fresh(other, store, names))
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_ranks_share_the_work(together, parts, store, tmp_path):
-    """Also if one rank begins when the other rank is done and finds its files."""
-    encoder, (store, names) = parts[0], store
-    ranks = [FeatureCache(encoder, store, tmp_path / "cache") for _ in range(2)]
-    counts = [ranks[0].fill(names, rank=0, world_size=2)]
-    if together:
-        shutil.move(ranks[0].directory, tmp_path / "hidden")
-        ranks[1].directory.mkdir()
-    counts.append(ranks[1].fill(names, rank=1, world_size=2))
-    if together:
-        shutil.copytree(tmp_path / "hidden", ranks[1].directory, dirs_exist_ok=True)
-    assert sum(counts) == 11
-    assert min(counts) > 0
-    for cache in ranks:
-        cache.refresh()
-        assert_close(cache.get(names), fresh(encoder, store, names))
-
-
 def test_interrupted_write_leaves_nothing_that_counts_and_values_beyond_float16_are_kept(
     parts, store, tmp_path, monkeypatch
 ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.data.images import eval_transform
-from mllm.chat.patch_map import overlay, patch_map, zero_shot
+from mllm.chat.patch_map import patch_map, zero_shot
 
 LABELS = ("a cat", "dog", "act", "god")
 
@@ -76,16 +75,3 @@ def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:
     scale = encoder.model.logit_scale.detach().exp().clamp(max=100)
     expected = (scale * names @ image_feature(encoder, image)).softmax(0)
     assert [odds[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_overlay_tints_the_best_patch_only() -> None:
-    image = Image.new("RGB", (80, 40), (0, 0, 200))
-    patches = np.full((4, 4), -1.0)
-    patches[0, 3] = 0.5
-    shown = np.asarray(overlay(image, patches)).astype(int)
-    assert shown.shape == (256, 512, 3)
-    best, others = shown[:64, 384:], shown[64:]
-    assert best[10, 10, 0] > best[10, 10, 1]  # orange over blue
-    assert np.ptp(others[100, 100]) == 0  # grey
-    assert (others == others[0, 0]).all()
-    assert np.ptp(np.asarray(overlay(image, np.zeros((4, 4))))) == 0
