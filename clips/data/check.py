@@ -87,7 +87,8 @@ def check_pairs(
     would stop a training at once, and at the end BrokenDataError (exit 4) if more than `data.max_broken_share` are
     broken.
     """
-    source = open_split(run.data, "train", need_long=run.task.captions)
+    everything = replace(run.data, held_out=0.0)  # those that will validate too
+    source = open_split(everything, "train", need_long=run.task.captions)
     indices: Sequence[int] = range(len(source))
     if samples is not None and samples < len(source):
         indices = sorted(random.Random(seed).sample(indices, samples))

@@ -45,7 +45,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_everything_is_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = check_pairs(run_on(data), tmp_path / "out")
+    found = check_pairs(run_on(data, held_out=0.05), tmp_path / "out")
     assert (found["samples"], found["checked"], found["broken"]) == (300, 300, 13)
     assert found["reasons"] == {"image: image file is truncated": 10, "web caption is empty": 3}
     assert found["cut"] == {"web caption": 0, "long caption": 1}
