@@ -19,6 +19,7 @@ def parser() -> Parser:
         "--ask", nargs="+", default=[], metavar="COLUMN=TEXT", help="questions, such as colour='What colour is it?'"
     )
     p.add_argument("--min-count", type=int, default=20, help="values that fewer training rows have are left out")
+    p.add_argument("--limit", type=int, help="pictures of the training, drawn by seed (default: all)")
     p.add_argument("--per-kind", type=int, default=300, help="test questions of each kind")
     p.add_argument("--caption", help="column of captions, which stage 1 learns (default: none)")
     p.add_argument("--pack", action="store_true", help="copy pictures and captions to train.tar and test.tar")

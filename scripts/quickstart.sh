@@ -34,7 +34,7 @@ photos() {
   if [ -e "$folder/fashion-train.tar" ]; then
     rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar") name=name
   fi
-  python scripts/build_questions.py "${rows[@]}" --output data/photos --pack --caption "$name" \
+  python scripts/build_questions.py "${rows[@]}" --output data/photos --limit 8000 --pack --caption "$name" \
     --long "A photo of {baseColour} {articleType} for {gender}, {usage}, {season} {year}." \
     --columns articleType baseColour gender usage \
     --ask articleType="What kind of product is this?" baseColour="What colour is this product?" \

@@ -80,6 +80,9 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
     """Write every file named at the top into `work`."""
     lines: list[str] = []
     rows = {name: _read_split(name, splits, work, flags, lines) for name in ("train", "test")}
+    if flags.limit and flags.limit < len(rows["train"]):
+        rows["train"] = random.Random(f"{flags.seed}/limit").sample(rows["train"], flags.limit)
+        lines.append(f"train: {flags.limit:,} of these pictures are asked about (--limit)")
     columns = choose_columns(rows, flags, lines)
     records = conversations(rows["train"], columns, flags.seed)
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))
