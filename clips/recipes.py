@@ -105,21 +105,22 @@ def small() -> RunConfig:
     python scripts/pretrain_clips.py --name mine --data 'shards/*.tar'
     """
     run = demo()
-    vision = replace(run.model.vision, image_size=80, patch_dropout=0.25)
+    vision = replace(run.model.vision, image_size=80, patch_dropout=0.5)
     return replace(
         run,
         recipe="small",
         model=replace(
             run.model,
             vision=vision,
-            text=replace(run.model.text, vocab_size=4096),
+            text=replace(run.model.text, vocab_size=2048),
             captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
         ),
         data=DataConfig(train="", workers=1, held_out=0.05),
+        optim=replace(run.optim, weight_decay=0.1),
         phases=(
             PhaseConfig(
                 name="80px",
-                samples=128_000,
+                samples=144_000,
                 batch_size=128,
                 lr=1.5e-3,
                 muon_lr=2e-2,
