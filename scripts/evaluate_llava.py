@@ -13,15 +13,13 @@ def parser() -> Parser:
     p.add_argument(
         "--output",
         help="folder for answers and figures, or with --questions the answers' .jsonl file (default: evaluation/ "
-        "beside the model; your questions, --limit and chunks have folders of their own in it)",
+        "beside the model; your questions and --limit have folders of their own in it)",
     )
     p.add_argument("--batch-size", type=int, default=32, help="questions answered together")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     p.add_argument("--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
     p.add_argument("--seed", type=int, default=0, help="seed of drawn answers")
-    p.add_argument("--num-chunks", type=int, default=1, help="parts of the questions, for several processes at once")
-    p.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     p.add_argument(
         "--limit", type=int, help="so many questions of each file, drawn evenly over kinds and answers (default: all)"
     )

@@ -275,7 +275,7 @@ def through_llava_data(spec: str, wanted: dict[str, str]) -> Reasons:
 
     encoder, store = _llava(spec)
     dataset = LlavaDataset(spec, encoder, store, "skip")
-    reasons = {str(problem.index): problem.message for problem in dataset.skipped}
+    reasons = {str(problem["index"]): problem["message"] for problem in dataset.skipped}
     for row, record in enumerate(dataset.records):
         sample = dataset[row]
         assert len(sample["input_ids"]) == len(sample["labels"]) <= 120

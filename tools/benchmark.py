@@ -2,9 +2,9 @@
 """Measure training beside open_clip: `train` steps of equal towers, `program` whole programs on the same files.
 
 Both compare plain CLIP on the demo's .txt: equal towers, batch, precision, threads, crops and fused AdamW. `train`
-takes steps on ready batches in one process. open_clip pads each text to the context; "at our length" cuts its texts
-like ours. `program` runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them. Its samples/s are
-those between the first line of the log behind the warm-up and the last line. What is compared takes turns.
+takes steps on ready batches in one process. open_clip pads each text to the context. `program` runs
+scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them. Its samples/s are those between the first
+line of the log behind the warm-up and the last line. What is compared takes turns.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
     steps = {
         "ours": our_step(run, tokenizer, device),
-        "open_clip": stock_step(run, tokenizer, device, full_context=True),
-        "open_clip, at our length": stock_step(run, tokenizer, device, full_context=False),
+        "open_clip": stock_step(run, tokenizer, device),
     }
     parts = {kind: lambda step=step: [step(batch) for batch in batches] for kind, step in steps.items()}
     seconds = fastest(parts, repeats, device)
@@ -89,9 +88,7 @@ def our_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) 
     return lambda batch: optimizer_step(engine, [batch])
 
 
-def stock_step(
-    run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, full_context: bool
-) -> Callable[[Batch], object]:
+def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
     """The step of open_clip's trainer: autocast, backward, optimizer, clamp of the temperature."""
     import open_clip
 
@@ -103,8 +100,7 @@ def stock_step(
 
     def text_loss(image: Tensor, ids: Tensor) -> Tensor:
         ids = ids[:, :-1]  # open_clip appends CLS itself
-        if full_context:
-            ids = F.pad(ids, (0, config["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
+        ids = F.pad(ids, (0, config["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
         return contrastive(image, model.encode_text(ids, normalize=True), model.logit_scale.exp())
 
     def step(batch: Batch) -> Tensor:

@@ -27,8 +27,6 @@ class Limits:
     image_bytes: int = option(10 * 2**20, "bytes of one encoded picture")
     image_pixels: int = option(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
     images: int = option(20, "pictures of one request")
-    video_bytes: int = option(20 * 2**20, "bytes of one encoded video")
-    video_seconds: float = option(10.0, "processor seconds that decoding one video may take")
     squares: int = option(100, "squares that the encoder reads for one request: tiles of pictures, frames of videos")
     prompt_chars: int = option(100_000, "characters of all texts of one request")
     new_tokens: int = option(1024, "tokens of one answer")
@@ -69,15 +67,13 @@ def _read(reader: Callable[..., T], data: bytes, limits: Limits) -> T:
         raise UserError(f"the picture cannot be read: {reason}") from None
 
 
-def read_video(data: bytes, frames: int, limits: Limits) -> list[Image.Image]:
+def read_video(data: bytes, frames: int) -> list[Image.Image]:
     """`frames` frames of the video in `data`. Raises UserError for bad or too large data."""
     from clips import BrokenSample
     from mllm.data.video import decode_video
 
-    if len(data) > limits.video_bytes:
-        raise UserError(f"the video has {len(data):,} bytes, the limit is {limits.video_bytes:,}")
     try:
-        return decode_video(data, frames, seconds=limits.video_seconds)
+        return decode_video(data, frames)
     except BrokenSample as broken:
         raise UserError(f"the video cannot be read: {broken.reason.removeprefix('video: ')}") from None
 

@@ -16,7 +16,7 @@ from clips.common.errors import UserError
 from clips.common.opening import opening
 from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, Video, size_of
-from mllm.data.conversation import answering_encoder
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.video import Size
 from mllm.model.load import find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
@@ -80,7 +80,7 @@ class ChatModel:
     the model must run in it too.
 
     Args:
-        conv_mode: a name of `mllm.data.formats.FORMATS`, or "auto" (`mllm.data.conversation.answering_encoder`).
+        conv_mode: a name of `mllm.data.formats.FORMATS`; "auto" is the model's trained format.
     """
 
     def __init__(self, model: Llava, processor: LlavaProcessors, directory: str, conv_mode: str = "auto") -> None:
@@ -90,7 +90,7 @@ class ChatModel:
         self.name = model_name(directory)
         self.layout = Layout.of(model.config)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = answering_encoder(processor.tokenizer, conv_mode, self.layout.of_every)
+        self.encoder = ConversationEncoder(processor.tokenizer, conv_mode, self.layout.of_every)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @property

@@ -21,12 +21,10 @@ from mllm.chat.session import ChatSession
 from mllm.chat.transcript import Video
 from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
-from mllm.data.video import MAX_SECONDS, is_video
+from mllm.data.video import is_video
 
-OWN_IMAGES = Limits(
-    image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS, video_bytes=MAX_VIDEO_BYTES, video_seconds=MAX_SECONDS
-)
-"""Limits of pictures and videos that the person at the keyboard names."""
+OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
+"""Limits of pictures that the person at the keyboard names."""
 COMMANDS = """\
   /image PATH       add a picture or a video to the next question (or drop its file here)
   /reset            start anew
@@ -41,11 +39,11 @@ def load_image(path: str) -> Image | Video:
         if not os.path.isfile(os.path.expanduser(path)):
             raise UserError("there is no such file")
         with open(os.path.expanduser(path), "rb") as file:
-            data = file.read((OWN_IMAGES.video_bytes if shows_video else OWN_IMAGES.image_bytes) + 1)
+            data = file.read((MAX_VIDEO_BYTES if shows_video else MAX_BYTES) + 1)
         if not shows_video:
             return read_image(data, OWN_IMAGES)
-        read_video(data, 1, OWN_IMAGES)
-        return Video(partial(read_video, data, limits=OWN_IMAGES), lambda: data)
+        read_video(data, 1)
+        return Video(partial(read_video, data), lambda: data)
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 

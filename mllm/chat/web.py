@@ -28,7 +28,7 @@ from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
 from mllm.chat.limits import Limits, image_size, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling
-from mllm.chat.patch_map import overlay, patch_map, zero_shot
+from mllm.chat.patch_map import overlay, patch_map
 from mllm.chat.session import ChatSession
 from mllm.chat.transcript import LazyPicture, Picture, Video
 from mllm.data.demo import IMAGES, QUESTIONS
@@ -39,7 +39,7 @@ from mllm.model.load import data_of
 RUNS, DEMO, UNSEEN_PICTURES = Path("runs"), Path("data/llava_demo"), "unseen-*"
 LIMITS = Limits()
 LABELS = ("a person", "an animal", "a plant", "food", "a vehicle", "a building", "a landscape", "a drawing", "a text")
-"""Labels at the start for an encoder of other data than the demo's; the visitor writes better ones."""
+"""What a word is compared with, for an encoder of other data than the demo's."""
 FOUND = 12
 """Pictures that a search shows."""
 SHOWN_EVERY_S = 0.1
@@ -75,8 +75,8 @@ def open_upload(path: str) -> Picture:
     """
     data = Path(path).read_bytes()
     if is_video(path):
-        read_video(data, 1, LIMITS)
-        return Video(partial(read_video, data, limits=LIMITS), lambda: data)
+        read_video(data, 1)
+        return Video(partial(read_video, data), lambda: data)
     read_image(data, LIMITS)
     return LazyPicture(partial(read_image, data, LIMITS), partial(image_size, data, LIMITS))
 
@@ -160,7 +160,7 @@ def chat_tab(model: ChatModel, questions: Sequence[Question]) -> None:
 
 # ---------------------------------------------------------------------------------------------- the encoder
 def encoder_tab(encoder: CLIPS, scenes: Sequence[Question], folder: Path | None, pattern: str) -> None:
-    """The patch map of a word, the likeliest of some labels, and the pictures of `folder` nearest to the word."""
+    """The patch map of a word, and the pictures of `folder` nearest to the word."""
     labels = list(CONCEPTS) if is_of_demo(encoder.data) else LABELS
     scene = next((scene for scene in scenes if scene.kind == "identity" and is_of_demo(encoder.data)), None)
     with gr.Row():
@@ -169,28 +169,24 @@ def encoder_tab(encoder: CLIPS, scenes: Sequence[Question], folder: Path | None,
             picture = PicturePath(path, sources=["upload", "clipboard"], label="Picture", height=280)
             thing = re.sub("^An? |[.]$", "", str(scene.answer)) if scene else ""
             word = gr.Textbox(thing, label="Look for", placeholder="a word or a sentence", submit_btn=True)
-            names = gr.Textbox(", ".join(labels), label="Labels to choose from", lines=3, max_lines=6)
         with gr.Column(min_width=300):
             heat = gr.Image(label="Patches that match", format="png", interactive=False, buttons=[], height=280)
             remark = gr.Textbox(label="What the map says", interactive=False)
-            bars = gr.Label(label="Which label?", num_top_classes=8, show_heading=False)
     nearest = gr.Gallery(label="Nearest pictures", columns=6, height="auto", interactive=False, visible=bool(folder))
 
-    def see(path: str | None, word: str, names: str) -> tuple[Any, str, Any]:
-        if path is None:
-            return None, "Add a picture.", None
+    def see(path: str | None, word: str) -> tuple[Any, str]:
+        text = word[: LIMITS.prompt_chars].strip()
+        if path is None or not text:
+            return None, "Add a picture and a word."
         with shown_errors():
             image = read_image(Path(path).read_bytes(), LIMITS)
-            choice = names[: LIMITS.prompt_chars].replace("\n", ",").split(",")
-            odds = zero_shot(encoder, image, choice)
-            text = word[: LIMITS.prompt_chars].strip() or next(iter(odds))
-            match = patch_map(encoder, image, text, choice)
+            match = patch_map(encoder, image, text, labels)
         said = (
             f"“{text}”: similarity {match.similarity:.2f}, that of an average label {match.usual:.2f}. The map says "
             f"where the difference comes from: the strongest of {match.patches.size} patches adds "
             f"{match.patches.max():.2f}."
         )
-        return overlay(image, match.patches), said, odds
+        return overlay(image, match.patches), said
 
     def search(path: str | None, word: str) -> Any:
         """The nearest pictures to the word, or to the picture where there is no word."""
@@ -202,17 +198,9 @@ def encoder_tab(encoder: CLIPS, scenes: Sequence[Question], folder: Path | None,
             matches = index.search(query, FOUND)
             return [(read_image(Path(m.path).read_bytes(), LIMITS), f"{m.score:.2f}") for m in matches]
 
-    changes = [word.submit, names.submit, picture.change]
-    gr.on(changes, see, [picture, word, names], [heat, remark, bars], trigger_mode="always_last", **HIDDEN)
-    gr.on([word.submit, picture.change], search, [picture, word], nearest, trigger_mode="always_last", **HIDDEN)
-
-
-def newest_encoder(device: str) -> CLIPS | None:
-    """The newest CLIPS export, else the newest CLIP export, if there is one."""
-    for objective in ("clips", "clip"):
-        with suppress(UserError):
-            return CLIPS.from_pretrained(newest_export(RUNS, objective), device=device)
-    return None
+    changes = [word.submit, picture.change]
+    gr.on(changes, see, [picture, word], [heat, remark], trigger_mode="always_last", **HIDDEN)
+    gr.on(changes, search, [picture, word], nearest, trigger_mode="always_last", **HIDDEN)
 
 
 def launch(
@@ -224,7 +212,10 @@ def launch(
     `ChatModel.load`. Raises UserError if the model cannot be opened or the port is taken.
     """
     model = ChatModel.load(name, **options)
-    encoder = newest_encoder(options.get("device", "auto"))
+    encoder = None
+    for objective in ("clip", "clips"):  # a CLIPS export is preferred
+        with suppress(UserError):
+            encoder = CLIPS.from_pretrained(newest_export(RUNS, objective), device=options.get("device", "auto"))
     questions = demo_questions() if "demo" in data_of(model.directory) else []
     unseen = DEMO / IMAGES if any((DEMO / IMAGES).glob(UNSEEN_PICTURES)) else None
     folder, pattern = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES)
@@ -242,7 +233,7 @@ def launch(
         page.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], theme=THEME, css=CSS,
-            max_file_size=max(LIMITS.image_bytes, LIMITS.video_bytes),
+            max_file_size=2 * LIMITS.image_bytes,  # a video may be larger
             # data/ may be a link to another disk, of which gradio would hand out nothing
             allowed_paths=[str(named(DEMO / IMAGES)) for named in (Path.absolute, Path.resolve)],
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])]},

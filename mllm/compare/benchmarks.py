@@ -1,4 +1,4 @@
-"""lmms-eval on a cell's model: whether it can run, its command for a task, and its scores.
+"""lmms-eval on a cell's model: its command for a task, and its scores.
 
 lmms-eval exits with 0 whatever happens, and a task that fails ends the other tasks of the same call. So each task is a
 call with a folder of its own, `CELL/benchmarks/TASK/`, and is done once its scores are there:
@@ -9,12 +9,10 @@ call with a folder of its own, `CELL/benchmarks/TASK/`, and is done once its sco
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.lab.grid import Step
 from mllm.compare.comparison import Comparison
@@ -23,30 +21,6 @@ MODEL = "llava_hf"
 """What lmms-eval calls a stock LLaVA model of transformers."""
 NO_ANSWER = " in generating"
 """What lmms-eval logs if `generate` raised. It scores an empty answer then."""
-PROBE = f"""
-import sys
-from lmms_eval.models import get_model
-from lmms_eval.tasks import TaskManager
-_, folder, *tasks = sys.argv
-get_model({MODEL!r})
-manager = TaskManager("ERROR", include_path=folder or None, model_name={MODEL!r})
-unknown = [task for task in tasks if not manager.match_tasks([task])]
-if unknown:
-    sys.exit("it has no task " + ", ".join(unknown))
-"""
-"""Everything that lmms-eval needs before the model and the data are there; the last line says what is wrong."""
-
-
-def check_benchmarks(comparison: Comparison) -> None:
-    """Raise UserError if lmms-eval cannot be imported with all that its model needs, or does not know a task."""
-    probe = [sys.executable, "-c", PROBE, str(comparison.include_path or ""), *comparison.benchmarks]
-    found = subprocess.run(probe, capture_output=True, text=True)
-    if found.returncode != 0:
-        *_, reason = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
-        raise UserError(
-            f"--benchmarks: lmms-eval cannot run here: {reason}. It needs `pip install -e '.[bench]'` in this Python; "
-            "`python -m lmms_eval --tasks list` lists its tasks, --include-path adds a folder of your own"
-        )
 
 
 def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:

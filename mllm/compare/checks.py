@@ -11,8 +11,6 @@ from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.flags import given
 from clips.common.rundir import difference, refuse
-from clips.lab.grid import Cell
-from mllm.compare.benchmarks import check_benchmarks
 from mllm.compare.cells import RECIPES, EncoderCell, PretrainedEncoder, arms_of, samples_seen
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import Comparison, is_demo, question_limit
@@ -61,8 +59,8 @@ def check_request(comparison: Comparison) -> None:
         )
 
 
-def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[Cell]) -> None:
-    """Raise UserError for what would end the comparison hours later: encoders, questions, benchmarks."""
+def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:
+    """Raise UserError for what would end the comparison hours later: encoders and questions."""
     for encoder in encoders:
         objective = pretrain_config(comparison, encoder).task.objective
         if objective != encoder.kind:
@@ -72,8 +70,6 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder], 
         if not any(question.answer is not None or question.references for question in questions):
             raise UserError(f"{comparison.questions} has neither answers nor references: there is nothing to compare")
         deciding(comparison, questions)
-    if any(step.may_fail and not step.is_done() for cell in cells for step in cell.steps):
-        check_benchmarks(comparison)
 
 
 def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[EncoderCell]) -> None:

@@ -21,7 +21,6 @@ from clips import (
     open_test_set,
     probe_images,
 )
-from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
 from mllm.compare.cells import EncoderCell, cells_of
@@ -61,21 +60,15 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
             path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
-                probes = _probe(encoder_of(train_arguments(comparison, cell, 2)), train, tests, device)
+                encoder = encoder_of(train_arguments(comparison, cell, 2))
+                probed = probe_images(_image_set(encoder, train, device))
+                of_tests = {name: probed(_image_set(encoder, items, device)) for name, items in tests.items()}
+                probes = {name: asdict(figure) for name, figure in of_tests.items() if figure}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, probes)
             figures |= {name: probes[name] for name in tests}
         measured[cell] = figures
     return measured
-
-
-def _probe(encoder: VisionEncoder, train: Labelled, tests: dict[str, Labelled], device: torch.device) -> dict[str, Any]:
-    """Name of the test set's figure → the figure of one encoder."""
-    probed = probe_images(_image_set(encoder, train, device))
-    figures = {name: probed(_image_set(encoder, labelled, device)) for name, labelled in tests.items()}
-    if None in figures.values():
-        raise UserError("the readable scenes of the demo are of fewer than two classes: build the demo data again")
-    return {name: asdict(figure) for name, figure in figures.items() if figure}
 
 
 def _labelled(split: str, limit: int | None) -> Labelled:

@@ -34,8 +34,6 @@ INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "
     "Retrieval and zero-shot need a text tower."
 )
-VARIANCE_NOTE = "Standard errors in points, and the percentage of the variance that each source gives."
-BLIND_NOTE = "Blind models answer these right in more than half of their runs; “not answered blind” leaves them out."
 EXAMPLES_NOTE = "Seed 0, drawn at random, as many of each way as there are: how the models differ, not how often."
 BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
 Report = Mapping[str, Any]
@@ -49,18 +47,12 @@ def page(report: Report, image_folder: Path | None) -> Page:
     note += f" · {report['time']}" + (" · quick budget" if settings["quick"] else "")
 
     overall = [row for row in report["differences"] if row["metric"] == "accuracy"]
-    tables = [
-        ("Where the uncertainty comes from", VARIANCE_NOTE, _variance_table(report, overall)),
-        ("Questions that need no picture", BLIND_NOTE, _blind_table(report)),
-    ]
-    evidence = [Section(title, [Folded("Numbers", [table])], note) for title, note, table in tables if table.rows]
     examples = _examples(report, image_folder)
     configuration = json.dumps({"settings": settings, "cells": report["cells"]}, indent=2)
     how: list[Block] = [Code(report["command"], wraps=True), Folded("Settings and every cell", [Code(configuration)])]
 
     sections = [
         *_decided(report, overall),
-        *evidence,
         *_benchmarks(report),
         *_encoders(report),
         *([Section("Where two models differ", [Cards(examples)], EXAMPLES_NOTE)] if examples else []),
@@ -133,34 +125,6 @@ def floors(report: Report) -> list[str]:
             if decided != "win":
                 below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
     return below
-
-
-# ------------------------------------------------------------------------------------------- how far to trust it
-def _variance_table(report: Report, overall: list[Row]) -> Table:
-    """Of every encoder's right answers in the deciding column, and of every difference over all questions."""
-    figures = [
-        (f"{name}: {metric_name(metric)}", figure["variance"])
-        for name, encoder in report["encoders"].items()
-        for metric, figure in encoder["metrics"].items()
-        if "@" not in metric and not metric.startswith("cider_d")
-    ]
-    figures += [(_pair(row), row["variance"]) for row in overall]
-    sources = list(dict.fromkeys(name for _, variance in figures for name in variance))
-    rows = []
-    for name, variance in figures:
-        total = sum(variance.values())
-        if total > 0:
-            shares = [f"{100 * variance[source] / total:.0f}" if source in variance else "–" for source in sources]
-            rows.append([name, f"{100 * total**0.5:.2f}", *shares])
-    return Table(["", "standard error", *sources], rows)
-
-
-def _blind_table(report: Report) -> Table:
-    rows = []
-    for kind, solved in report.get("blind_questions", {}).get("kinds", {}).items():
-        answers = [f"{answer} ({times})" for answer, times in list(solved["answers"].items())[:5]]
-        rows.append([kind, f"{solved['solved']:,} of {solved['questions']:,}", ", ".join(answers) or "–"])
-    return Table(["kind", "answered blind", "most frequent answers"], rows)
 
 
 # ------------------------------------------------------------------------------------------- benchmarks, the encoders

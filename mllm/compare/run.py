@@ -51,7 +51,7 @@ def compare(
     for cell in pretraining:
         cell.check()
     planned = lab_cells(comparison, cells)
-    check_inputs(comparison, encoders, planned)
+    check_inputs(comparison, encoders)
     share = f" ({budget_share(comparison):.0%} of the stages' own)" if budget_share(comparison) < 1 else ""
     plan_runner = Runner([*pretraining, *planned], comparison.jobs, console)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1

@@ -20,10 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from clips.common.errors import CommandError, UserError, in_one_line
-from clips.common.escape import for_rich
+from clips.common.escape import printable
 from clips.common.files import read_json, sha256
 from clips.common.page import print_table
 from clips.lab import archive
@@ -172,11 +170,11 @@ def verify_from_flags(place: str) -> None:
         result = verified(output, path)
     print_table("mean ± standard deviation over seeds", *headline(result.report))
     cells = len(result.report["cells"])
-    _say(f"verified: {cells} cells, {result.answers:,} answers scored anew, every figure as in {REPORT}")
-    _say(result.kept)
-    _say("taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell")
+    print(f"verified: {cells} cells, {result.answers:,} answers scored anew, every figure as in {REPORT}")
+    print(printable(result.kept))
+    print("taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell")
     if path.is_file():
-        _say(f"SHA-256 of {place}: {sha256(path)}")
+        print(f"SHA-256 of {place}: {sha256(path)}")
 
 
 def pack(output: Path, packed: Path) -> str:
@@ -191,8 +189,4 @@ def pack_from_flags(directory: str) -> None:
     packed = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)
     digest = pack(output, packed)
-    _say(f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {digest}")
-
-
-def _say(line: str) -> None:
-    Console(emoji=False).print(for_rich(line), highlight=False, soft_wrap=True)
+    print(f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {digest}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from clips.common.opening import naming
 from mllm.data.formats import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
-    closest_format,
     control_pattern,
     control_tokens,
     get_format,
@@ -254,26 +252,6 @@ class ConversationEncoder:
             pieces += [literal[position : match.start()], self._control[match[match.lastindex]]]
             position = match.end()
         return [piece for piece in [*pieces, literal[position:]] if piece != ""]
-
-
-def answering_encoder(
-    tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int | None
-) -> ConversationEncoder:
-    """The encoder of a finished model's prompts, for evaluation, chat and server alike.
-
-    `conv_mode` "auto" is the model's trained format, see `mllm.data.formats`. If the model does not name it and no
-    format renders as its chat template, the format with the same headers of turns is used, with a note on stderr.
-    Raises UserError if there is none.
-    """
-    try:
-        return ConversationEncoder(tokenizer, conv_mode, num_image_tokens)
-    except UserError:
-        close = closest_format(tokenizer) if conv_mode == "auto" else None
-        if close is None:
-            raise
-    note = f"the model's chat template has the turns of format {close.name} but differs from it"
-    print(f"note: {note}; {close.name} is used (choose with --conv-mode)", file=sys.stderr)
-    return ConversationEncoder(tokenizer, close.name, num_image_tokens)
 
 
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:

@@ -30,23 +30,13 @@ NAMED = 10
 """Bad samples that an error names; scripts/check_data.py lists all."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class BadSample(UserError):
     """A sample that cannot be trained on."""
 
-    index: int
-    id: str
-    kind: str
-    """record · conversation · missing image · broken image (found by scripts/check_data.py, or where sizes count)"""
-    message: str
-
-
-class BadSample(UserError):
-    """Carries the `Problem` of a sample."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
+    def __init__(self, index: int, sample_id: str, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.problem: dict[str, Any] = {"index": index, "id": sample_id, "kind": kind, "message": message}
+        """Its kind is record, conversation, missing image, or broken image (decoded, or where sizes count)."""
 
 
 @contextmanager
@@ -55,7 +45,7 @@ def bad_sample(kind: str, raw: Any, index: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
+        raise BadSample(index, sample_id_of(raw, index), kind, str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -195,7 +185,8 @@ class LlavaDataset(Dataset):
         self.store = store
         self.tokens = reader.tokens
         self.records: list[Record] = []
-        self.skipped: list[Problem] = []
+        self.skipped: list[dict[str, Any]] = []
+        """`BadSample.problem` of each sample that is left out."""
         for index, raw in enumerate(raw_records(data_path, store)):
             try:
                 self.records.append(reader.read(raw, index))
@@ -203,7 +194,7 @@ class LlavaDataset(Dataset):
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
             mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
-            first = [f"\n  {one_line(problem.message)}" for problem in self.skipped[:NAMED]]
+            first = [f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED]]
             raise UserError(
                 f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{''.join(first)}"
             )

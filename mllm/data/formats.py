@@ -237,9 +237,11 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     Formats that render alike have the same ids, so the first of them will do. Raises UserError if there is none.
     """
     own = _renderings(tokenizer, tokenizer.chat_template)
-    for form in _expressible(tokenizer):
-        if own == _renderings(tokenizer, form.chat_template()):
-            return form
+    for name in ("v1", "llama_3", "chatml"):
+        with contextlib.suppress(UserError):  # the tokenizer may lack control tokens
+            form = get_format(name, tokenizer)
+            if own == _renderings(tokenizer, form.chat_template()):
+                return form
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer has no chat template: {CHOOSE} v1, llama_3 or chatml")
 
@@ -283,28 +285,6 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:
     )
 
 
-def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The only named format with the headers of turns of the tokenizer's chat template, or None.
-
-    White space, the end token and the text before the first question are not compared: LLaVA-1.5's template on the hub
-    has v1's headers, but neither its system text nor its end of an answer.
-    """
-    own = _headers(tokenizer, tokenizer.chat_template)
-    if own is None:
-        return None
-    alike = [form for form in _expressible(tokenizer) if own == _headers(tokenizer, form.chat_template())]
-    return alike[0] if len(alike) == 1 else None
-
-
-def _expressible(tokenizer: PreTrainedTokenizerBase) -> list[Format]:
-    """The named formats whose control tokens the tokenizer has."""
-    formats = []
-    for name in ("v1", "llama_3", "chatml"):
-        with contextlib.suppress(UserError):
-            formats.append(get_format(name, tokenizer))
-    return formats
-
-
 def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str | None] | None:
     """Prompts and talks without the bos: four without a system text, four with one (None if it is refused)."""
     bos = _leading_bos(tokenizer)
@@ -313,32 +293,19 @@ def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> lis
     return None if texts[0] is None else [text and text.removeprefix(bos) for text in texts]
 
 
-def _headers(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str] | None:
-    """The texts after the first question, the first answer and the second question, without eos and white space."""
-    text = _render(tokenizer, template, _TALK[1:4], generate=True)
-    if text is None:
-        return None
-    pieces = re.split(_CONTENTS, text)[1:]
-    return ["".join(piece.replace(tokenizer.eos_token or "", "").split()) for piece in pieces]
-
-
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, talk: list[dict[str, str]], generate: bool
 ) -> str | None:
-    """The rendered `talk` with all its texts in order, or None; some templates take only lists of parts."""
+    """The rendered `talk` with all its texts in order, or None."""
     if not template:
         return None
-    listed: list[Any] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
-    for turns in (talk, listed):
-        try:
-            text: Any = tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=generate
-            )
-        except (TemplateError, TypeError, ValueError):
-            continue
-        if re.findall(_CONTENTS, text) == [turn["content"] for turn in talk]:
-            return text
-    return None
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            talk, chat_template=template, tokenize=False, add_generation_prompt=generate
+        )
+    except (TemplateError, TypeError, ValueError):
+        return None
+    return text if re.findall(_CONTENTS, text) == [turn["content"] for turn in talk] else None
 
 
 # ---------------------------------------------------------------------------------------------- kept with a model
@@ -348,18 +315,12 @@ def save_format(tokenizer: PreTrainedTokenizerBase, chosen: Format) -> None:
 
 
 def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The format of `save_format`, or None. Raises UserError if tokenizer_config.json holds something else."""
+    """The format of `save_format`, or None."""
     saved = tokenizer.init_kwargs.get(SAVED)
     if saved is None:
         return None
-    try:
-        form = Format(**saved)
-        before, after = form.system or ("", "")
-        "".join([form.first, before, after, form.middle, form.end, form.next, form.tail, form.lead, form.bos])
-    except (TypeError, ValueError):
-        where = f"{tokenizer.name_or_path}/tokenizer_config.json"
-        raise UserError(f"{where}: {SAVED} is not a conversation format; remove the field") from None
-    return replace(form, system=form.system and (before, after))
+    form = Format(**saved)
+    return replace(form, system=form.system and (form.system[0], form.system[1]))  # JSON has lists
 
 
 def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:

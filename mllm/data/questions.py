@@ -5,7 +5,6 @@ A question may have several pictures: `image` is then a list, as in LLaVA-Interl
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,20 +96,6 @@ def open_questions(
             if problem:
                 raise UserError(f"{path}: question {question.id}: {problem}")
     return questions, store
-
-
-def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> list[Question]:
-    """The part `chunk_idx` of `num_chunks`, split as LLaVA's get_chunk: all chunks but the last have one size.
-
-    Raises UserError for a chunk that does not exist or is empty.
-    """
-    chunk = []
-    if 0 <= chunk_idx < num_chunks:
-        size = math.ceil(len(questions) / num_chunks)
-        chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
-    if not chunk:
-        raise UserError(f"--chunk-idx {chunk_idx} of {num_chunks} is empty: there are {len(questions)} questions")
-    return chunk
 
 
 def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:

@@ -203,15 +203,12 @@ def check_tokens(encoder: VisionEncoder) -> None:
     pixels = trial_squares(encoder.image_processor)
     with loading("vision encoder", encoder.name):
         shape = tuple(encoder.features(pixels).shape)
-    if shape[1:] != (encoder.num_tokens, encoder.width):
-        expected = (encoder.num_tokens, encoder.width)
-        raise UserError(
-            f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA model takes {expected}"
-        )
+    expected = (encoder.num_tokens, encoder.width)
+    if shape[1:] != expected:
+        raise UserError(f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA takes {expected}")
     cells = (encoder.image_size // encoder.patch_size) ** 2
     if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
         raise UserError(
-            f"vision encoder {encoder.name}: --image_aspect_ratio anyres needs a square of {encoder.config.image_size} "
-            f"px with a token for each patch and no other: give --mm_vision_select_feature patch, choose an encoder "
-            "without registers, or --image_aspect_ratio pad"
+            f"vision encoder {encoder.name}: anyres needs a square of {encoder.config.image_size} px with a token for "
+            "each patch and no other: give --mm_vision_select_feature patch, or --image_aspect_ratio pad"
         )

@@ -107,9 +107,8 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
     is_list = isinstance(canvases, (list, tuple)) and 0 < len(canvases) <= MOST_CANVASES
     if not is_list or not all(map(fits, canvases)):
         raise UserError(
-            f"--image_grid_pinpoints {text!r} must be 1 to {MOST_CANVASES} pairs (width, height) of pixels, such as "
-            f"[({side}, {2 * side}), ({2 * side}, {2 * side})], or a range of squares, such as (1x1),...,(2x2). Each "
-            f"side is a multiple of {side}, the encoder's; a canvas has {MOST_TILES} squares at most"
+            f"--image_grid_pinpoints {text!r} must be pairs (width, height) of multiples of {side} pixels, such as "
+            f"[({side}, {2 * side})], or a range of squares, such as (1x1),...,(2x2), of at most {MOST_TILES} squares"
         )
     return [[height, width] for width, height in canvases]
 
@@ -142,10 +141,7 @@ def load_vision(
 
     key, argument = parse_vision_name(name)
     if frames and (image_aspect_ratio != "anyres" or not 0 < frames <= MOST_DRAWN):
-        raise UserError(
-            f"--frames_upbound {frames} must be 0 to {MOST_DRAWN}, and needs --image_aspect_ratio anyres: the stock "
-            "class with videos, LlavaOnevisionForConditionalGeneration, sees pictures in tiles"
-        )
+        raise UserError(f"--frames_upbound {frames} must be 0 to {MOST_DRAWN}, with --image_aspect_ratio anyres")
     with opening("vision encoder", argument or key):
         model, processor, source = LOADERS[key](argument, Path(runs), seed)
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}

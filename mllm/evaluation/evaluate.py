@@ -30,21 +30,17 @@ from clips.common.live import in_words, say_next
 from clips.common.page import table_of
 from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
-from mllm.data.conversation import answering_encoder
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
+from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
-from mllm.model.card import add_evaluation
 from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
-
-DEMO_QUESTIONS = "the demo's held-out questions"
-"""How a model's card calls them."""
 
 
 @torch.inference_mode()
@@ -62,8 +58,8 @@ def generate_answers(
 ) -> list[str]:
     """Answers in the order of `questions`, each asked alone.
 
-    `conv_mode` is that of `mllm.data.conversation.answering_encoder`. Temperature 0 is greedy, more draws; the same
-    seed and batch size draw the same.
+    `conv_mode` "auto" is the model's trained format. Temperature 0 is greedy, more draws; the same seed and batch size
+    draw the same.
     Batches are padded on the left (see batches.py), so an answer does not depend on its neighbours up to the
     arithmetic's rounding.
     Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
@@ -72,7 +68,7 @@ def generate_answers(
         raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
     layout = Layout.of(model.config)
-    encoder = answering_encoder(tokenizer, conv_mode, layout.of_every)
+    encoder = ConversationEncoder(tokenizer, conv_mode, layout.of_every)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
@@ -140,29 +136,20 @@ def _naming(question: Question) -> Iterator[None]:
         raise UserError(f"question {question.id}: {error}") from None
 
 
-def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
-    tables = []
-    if "exact_match" in figures:
-        rows = [
-            (kind, f"{row['accuracy']:.1%}", f"{row['low']:.1%} … {row['high']:.1%}", f"{row['n']:,}")
-            for kind, row in figures["exact_match"].items()
-        ]
-        tables.append(table_of(title, ("kind", "right", "95 % interval", "questions"), rows))
-    others = {f"yes/no: {name}": f"{value:.1%}" for name, value in figures.get("yes_no", {}).items() if name != "n"}
+def figures_table(figures: dict[str, Any], title: str) -> Table:
+    rows = [
+        (kind, f"{row['accuracy']:.1%}", f"{row['low']:.1%} … {row['high']:.1%}", f"{row['n']:,}")
+        for kind, row in figures.get("exact_match", {}).items()
+    ]
+    rows += [(f"yes/no: {name}", f"{v:.1%}", "", "") for name, v in figures.get("yes_no", {}).items() if name != "n"]
     if "cider" in figures:
-        others["CIDEr-D of descriptions"] = f"{figures['cider']['cider_d']:.2f}"
-    if others:
-        tables.append(table_of("", ("figure", "value"), list(others.items())))
-    return tables
+        rows.append(("CIDEr-D of descriptions", f"{figures['cider']['cider_d']:.2f}", "", f"{figures['cider']['n']:,}"))
+    return table_of(title, ("kind", "right", "95 % interval", "questions"), rows)
 
 
 # ---------------------------------------------------------------------------------------------- the command
 def answer_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; `auto` is bfloat16 if the device computes in bfloat16.
-
-    Chat keeps float32 on a CPU, though bfloat16 halves its time to the first token (0.14 s → 0.07 s for the demo's
-    model on two cores, equal tokens/s): a turn answered from the kept cache must read as one computed afresh.
-    """
+    """The dtype called `name`; `auto` is bfloat16 if the device computes in bfloat16."""
     if name == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32
     return getattr(torch, name)
@@ -171,7 +158,7 @@ def answer_dtype(name: str, device: torch.device) -> torch.dtype:
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures.
 
-    Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself and onto the model's card.
+    Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself.
     """
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit} must be at least 1")
@@ -186,11 +173,16 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     elif flags.image_folder or answers_file:
         raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
     else:
-        _check_knows_the_demo(directory)
+        data = data_of(directory)
+        if data and "demo" not in data:
+            raise UserError(
+                f"{directory} was trained on {', '.join(data)}, so the demo's questions say nothing about it. Give "
+                "your own: --questions question.jsonl --image-folder PICTURES. A line has question_id, image, text and "
+                "answer"
+            )
         demo = ensure_any_llava_demo(DEMO_DIR)
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
-    sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     wanted = {
         key: {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
         for key, questions in sets.items()
@@ -215,9 +207,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
         console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
-    for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
-        for table in figures_tables(found, f"{title}: exact match"):
-            console.print(table)
+    for title, part in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN))):
+        if part:
+            console.print(figures_table(part, title))
     if figures:
         # What the figures are of, so that they can be checked.
         figures = {
@@ -232,31 +224,14 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         } | figures
         write_json(out / "figures.json", figures)
         run_dir, is_whole = Path(directory).parent, _part(vars(flags)) == ""
-        is_own = flags.questions and not (answers_file or flags.limit or flags.num_chunks > 1)
+        is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
                 report = write_report(run_dir, store, out if is_own else None)
                 console.print(f"report → {for_rich(str(report))}")
-        if is_whole and Path(directory).is_dir():
-            with never_in_the_way(f"the figures are not on the card of {directory}"):
-                add_evaluation(Path(directory), DEMO_QUESTIONS, figures)
-                if UNSEEN in figures:
-                    of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
-                    add_evaluation(Path(directory), f"{DEMO_QUESTIONS}, unseen artist", of_these)
         console.print(for_rich(f"figures → {out / 'figures.json'}"))
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
     return figures
-
-
-def _check_knows_the_demo(directory: str) -> None:
-    """Raises UserError for a model that was trained here, and on other data: the demo's drawings measure nothing."""
-    data = data_of(directory)
-    if data and "demo" not in data:
-        raise UserError(
-            f"{directory} was trained on {', '.join(data)}, so that the demo's questions say nothing about it. Give "
-            "your own: --questions question.jsonl --image-folder PICTURES. A line has question_id, image and text, and "
-            "answer if it can be scored"
-        )
 
 
 def _part(flags: Mapping[str, Any]) -> str:
@@ -267,8 +242,7 @@ def _part(flags: Mapping[str, Any]) -> str:
     own = Path(flags["questions"]) if flags.get("questions") else None
     parts = [f"{own.stem}-{sha256(own)[:8]}"] if own else []
     parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
-    chunk = f"{flags['num_chunks']}_{flags['chunk_idx']}" if flags.get("num_chunks", 1) > 1 else ""
-    return str(Path("-".join(parts), chunk)) if parts or chunk else ""
+    return "-".join(parts)
 
 
 def _output(flags: argparse.Namespace, directory: Path, wanted: Mapping[str, Any]) -> Path:
@@ -282,10 +256,7 @@ def _output(flags: argparse.Namespace, directory: Path, wanted: Mapping[str, Any
         out = (directory.parent if directory.name == "model" else Path()) / "evaluation" / part
     else:
         out = Path(flags.output)
-        if out.suffix == ".jsonl":
-            out = out.with_suffix("")
-        elif flags.num_chunks > 1:  # several run at once
-            out = out / Path(part).name
+        out = out.with_suffix("") if out.suffix == ".jsonl" else out
     there = {key: of_set.get("questions") for key, of_set in read_json(out / "figures.json").get("sets", {}).items()}
     if there not in ({}, wanted) and (part or flags.output):
         held = ", ".join(f"{of['asked']} of {of['file']}" for of in there.values())

@@ -1,40 +1,33 @@
-"""The page of a LLaVA run: questions with pictures, answers by kind against chance and a blind model, losses, cost."""
+"""The page of a LLaVA run: questions with pictures, and right answers by kind against chance."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clips import BrokenSample
 from clips.common.files import read_json, read_json_records, replacing
-from clips.common.live import in_words
 from clips.common.page import (
     Bar,
     Bars,
     Card,
     Cards,
-    Chart,
     Code,
     Folded,
     Page,
     Picture,
     Section,
-    Tile,
-    Tiles,
     as_html,
     thumbnail,
 )
-from clips.common.plots import Panel, curves_plot
-from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
+from clips.common.rundir import REPORT, UNSEEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import UNSEEN_ANSWERS, images_of
 from mllm.evaluation.scores import normalise
 
-STAGES, BLIND = ("align", "instruct"), "llava-blind"
 EXAMPLES, SIDE = 4, 200
 """Questions of each kind on the page, half of them wrong if there are enough; longest side of a picture, pixels."""
 KINDS = {
@@ -55,25 +48,14 @@ def write_report(run_dir: Path, store: ImageStore, own: Path | None = None) -> P
     """
     evaluation = own or run_dir / "evaluation"
     figures = read_json(evaluation / "figures.json")
-    answers = _answers(evaluation / f"{_deciding(figures)}.jsonl")
-    others = run_dir.parent / BLIND / "evaluation" / (evaluation.name if own else "")
-    measured = _measured(figures, read_json(others / "figures.json"), answers)
+    decides = UNSEEN_ANSWERS if UNSEEN in figures else next(iter(figures.get("sets", {})), "answers")
+    path = evaluation / f"{decides}.jsonl"
+    answers = [line for line in read_json_records(path) if line.get("expected") is not None] if path.is_file() else []
     page_of = own or run_dir
     with replacing(page_of / Path(REPORT).parent) as directory:
-        html = as_html(_page(run_dir, store, figures, answers, measured))
+        html = as_html(_page(run_dir, store, figures, answers))
         (directory / Path(REPORT).name).write_text(html, encoding="utf-8")
     return page_of / REPORT
-
-
-def _deciding(figures: dict[str, Any]) -> str:
-    """The name of the set of answers that the page shows: the unseen artist's, or the only one."""
-    return UNSEEN_ANSWERS if UNSEEN in figures else next(iter(figures.get("sets", {})), "answers")
-
-
-def _answers(path: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation's answers that have a truth."""
-    lines = read_json_records(path) if path.is_file() else []
-    return [line for line in lines if line.get("expected") is not None]
 
 
 def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -85,87 +67,50 @@ def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
     return right | {"overall": sum(right.values())}
 
 
-def _measured(
-    figures: dict[str, Any], others: dict[str, Any], answers: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Kind → value, chance and blind in percent, and items, on the questions that decide.
-
-    Chance is the commonest answer of the kind. Blind is None unless `others`, of a model on the encoder blind, are of
-    the same questions.
-    """
-    key, decides = _deciding(figures), UNSEEN if UNSEEN in figures else ""
-    asked = [found.get("sets", {}).get(key, {}).get("questions") for found in (figures, others)]
-    found, blind = (one.get(decides, {}) if decides else one for one in (figures, others))
-    blind = blind if asked[0] == asked[1] else {}
+def _measured(figures: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Kind → value and chance (its commonest answer) in percent, and items, of the questions that decide."""
     commonest = right_by_one_answer(answers)
     return {
         kind: {
             "value": 100 * of_kind["accuracy"],
             "chance": 100 * commonest[kind] / of_kind["n"],
-            "blind": 100 * blind["exact_match"][kind]["accuracy"] if "exact_match" in blind else None,
             "items": of_kind["n"],
         }
-        for kind, of_kind in found.get("exact_match", {}).items()
+        for kind, of_kind in figures.get(UNSEEN, figures).get("exact_match", {}).items()
         if kind in commonest
     }
 
 
-def _page(
-    run_dir: Path,
-    store: ImageStore,
-    figures: dict[str, Any],
-    answers: Sequence[dict[str, Any]],
-    measured: dict[str, dict[str, Any]],
-) -> Page:
+def _page(run_dir: Path, store: ImageStore, figures: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Page:
+    measured = _measured(figures, answers)
     config = read_json(run_dir / "config.json")
-    done = {stage: found for stage in STAGES if (found := read_json(run_dir / stage / "done.json"))}
-    facts = config[next(reversed(done))]["facts"] if done else {}
+    facts = config.get("instruct", {}).get("facts", {})
     note = " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts)
 
     sections = []
     for kind, figure in measured.items():
         if kind != "overall":
             of_kind = [line for line in answers if line["kind"] == kind]
-            about = f"{figure['value']:.0f} % right, chance {figure['chance']:.0f} %"
-            about += "." if figure["blind"] is None else f", without eyes {figure['blind']:.0f} %."
+            about = f"{figure['value']:.0f} % right, chance {figure['chance']:.0f} %."
             title = KINDS.get(kind, kind).capitalize()
             sections.append(Section(title, [Cards(_examples(of_kind, store))], about))
 
     if measured:
-        has_blind = any(figure["blind"] is not None for figure in measured.values())
-        blind = "The dashed line is a model on the encoder blind."
-        if not has_blind:
-            blind = "A model without eyes is not here: bash scripts/train_llava.sh --vision blind trains one."
         bars = [
             Bar(
                 KINDS.get(kind, kind), figure["value"],
                 (f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}"),
-                figure["chance"], figure["blind"],
+                figure["chance"],
             )
             for kind, figure in measured.items()
         ]  # fmt: skip
-        about = f"Percent. The line on a bar is chance, the commonest answer of the kind. {blind}"
+        about = "Percent. The line on a bar is chance, the commonest answer of the kind."
         sections.append(Section("Right answers by kind", [Bars(bars, ("", "%", "chance", "items"))], about))
 
-    if done:
-        sections.append(_training(run_dir, done))
     command = [Code(figures["command"], wraps=True)] if figures.get("command") else []
     settings = Code(json.dumps(config, indent=2, ensure_ascii=False))
     sections.append(Section("Command and configuration", [Folded("How it was run", [*command, settings])]))
     return Page(run_dir.resolve().name, note, sections, sentence=_sentence(figures, measured))
-
-
-def _training(run_dir: Path, done: dict[str, dict[str, Any]]) -> Section:
-    """Losses, times and memory of the stages."""
-    lines = read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
-    charts, tiles = [], []
-    for stage, summary in done.items():
-        panel = Panel(f"{stage}: loss, nats per token", [line for line in lines if line["stage"] == stage], ["loss"])
-        charts.append(Chart(partial(curves_plot, [panel]), panel.title))
-        note = f"{summary['samples']:,} samples, {summary['samples_per_s']:.1f} a second"
-        note += f", {summary['peak_memory_gb']:.1f} GB"
-        tiles.append(Tile(f"stage {stage}", [(in_words(summary["train_seconds"]), "")], note))
-    return Section("Losses", [*charts, Tiles(tiles)], "Each stage for itself.")
 
 
 def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
@@ -173,10 +118,9 @@ def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> s
         return "This model has not answered questions yet: python scripts/evaluate_llava.py"
     overall = measured["overall"]
     drawn = " about drawings by an artist whom no training shows" if UNSEEN in figures else ""
-    blind = "" if overall["blind"] is None else f" A model without eyes has {overall['blind']:.0f}."
     return (
         f"It answers {overall['value']:.0f} of 100 questions right, out of {overall['items']:,}{drawn}. Always giving "
-        f"the commonest answer of a kind would have {overall['chance']:.0f}.{blind}"
+        f"the commonest answer of a kind would have {overall['chance']:.0f}."
     )
 
 

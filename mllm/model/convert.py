@@ -30,7 +30,7 @@ from clips.common.hub import HUB_ID, resolve
 from clips.common.model_card import write_card
 from clips.common.opening import loading, opening
 from clips.common.tensors import write_weights
-from mllm.data.conversation import answering_encoder
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.formats import SAVED, backend_with_bos, get_format
 from mllm.encoders.encoder import ImageProcessor, VisionEncoder
 from mllm.encoders.registry import load_vision
@@ -171,7 +171,7 @@ def logit_difference(
     On random pixels and a real question; `tower` is the original's vision tower. UserError if it is more than
     rounding.
     """
-    encoder = answering_encoder(processor.tokenizer, "auto", model.config.image_seq_length)
+    encoder = ConversationEncoder(processor.tokenizer, "auto", model.config.image_seq_length)
     ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)
     start, count = ids.index(encoder.image_id), ids.count(encoder.image_id)
     side = processor.image_processor.crop_size["height"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import (
     AutoModel,
@@ -30,13 +31,25 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import replacing, write_json
+from clips.common.model_card import write_card
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from mllm.encoders.encoder import VisionEncoder
-from mllm.model.card import write_model_card
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
 from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of
+
+CODE = """\
+from transformers import pipeline
+
+source = "."
+chat = pipeline("image-text-to-text", model=source)
+content = [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
+answer = chat(text=[{"role": "user", "content": content}], max_new_tokens=64, return_full_text=False)
+print(answer[0]["generated_text"])"""
+VIDEOS = """\
+A video is `{"type": "video", "path": "clip.mp4"}` in `content`, which torchcodec decodes, or
+`{"type": "video", "video": frames}`, an array uint8 of frames × height × width × 3. The model sees FRAMES of them."""
 
 
 def build_model(
@@ -50,10 +63,7 @@ def build_model(
     causal = llm.model
     context = llm.context_length
     if context is not None and vision.num_tokens >= context:
-        raise UserError(
-            f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
-            "choose a smaller image size, a larger patch size or another language model"
-        )
+        raise UserError(f"one image takes {vision.num_tokens} tokens ({vision.name}), the context is {context}")
     kind: dict[str, Any] = {"image_seq_length": vision.num_tokens}
     config_class: Any = LlavaConfig
     model_class: Any = LlavaForConditionalGeneration
@@ -182,4 +192,21 @@ def save_model(
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        write_model_card(partial, model, model_name(str(directory)), card, base_model)
+        config: Any = model.config
+        layout = Layout.of(config)
+        tokens = f"up to {layout.most}" if layout.pinpoints else layout.square
+        name = model_name(str(directory))
+        write_card(
+            partial,
+            ModelCardData(
+                library_name="transformers", pipeline_tag="image-text-to-text", base_model=base_model,
+                tags=["llava", "clips-mllm"], model_name=name,
+            ),
+            name=name,
+            about=f"A LLaVA-style model: {config.vision_config.model_type} vision encoder, "
+            f"{config.text_config.model_type} language model, {tokens} tokens per image. CLIPS-MLLM wrote it; "
+            "transformers and vLLM load it.",
+            facts=card,
+            code=CODE,
+            note=VIDEOS.replace("FRAMES", str(layout.frames)) if layout.frames else "",
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,11 +90,13 @@ def load_llm(
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
-    are. The format is kept with the tokenizer. `layers`: see `layer_counts`. With `videos` the tokenizer gets `<video>`
-    too. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for remote code.
+    are. The format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. With `videos` the
+    tokenizer gets `<video>` too. Raises UserError for what cannot be found or loaded, for pickled code, and for models
+    that ask for remote code.
     """
     version = format_name(version)  # before gigabytes are read
-    counts = layer_counts(layers) if layers is not None else None
+    if re.fullmatch(r"\d+,\d+", layers or "1,0") is None or layers == "0,0":
+        raise UserError(f"--llm_layers {layers!r} must be the numbers of first and last layers that are kept: 8,2")
     directory, source = find_llm(name)
     tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
@@ -103,8 +106,10 @@ def load_llm(
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
-    if counts is not None and (total := keep_layers(model, *counts)) > sum(counts):
-        source += f", its first {counts[0]} and last {counts[1]} of {total} layers"
+    if layers is not None:
+        first, last = map(int, layers.split(","))
+        total = keep_layers(model, first, last)
+        source += f", its first {first} and last {last} of {total} layers" if total > first + last else ""
     with opening("language model", directory):  # ids and lengths of the tokenizer and of the generation
         return ready_for_images(model, tokenizer, source, version, videos=videos)
 
@@ -134,14 +139,6 @@ def ready_for_images(
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
-
-
-def layer_counts(layers: str) -> tuple[int, int]:
-    """ "8,2" → (8, 2): a language model's first 8 and last 2 layers are kept. UserError for anything else."""
-    numbers = layers.split(",")
-    if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers) or not any(map(int, numbers)):
-        raise UserError(f"--llm_layers {layers!r} must be the numbers of first and last layers that are kept: 8,2")
-    return int(numbers[0]), int(numbers[1])
 
 
 def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:

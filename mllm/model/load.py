@@ -90,14 +90,6 @@ def _check_picture(model: Llava, image_processor: BaseImageProcessor, place: Pat
         raise UserError(f"model: {place} gives {tokens.shape[1]} tokens for a square, and its config.json {expected}")
 
 
-def vision_facts(directory: Path) -> dict[str, Any] | None:
-    """`VisionEncoder.facts` as `save_model` wrote them; None for a model made elsewhere or before there were any.
-
-    Raises UserError, KeyError or TypeError for a file that is damaged.
-    """
-    return read_json(directory / FACTS)["vision_encoder"] if (directory / FACTS).is_file() else None
-
-
 def data_of(directory: str | Path) -> list[str]:
     """The data that a model trained here learned: "demo", or names of files; empty if the model has no record."""
     learned = read_json(Path(find_model(str(directory))) / FACTS).get("trained_on") or {}

@@ -19,7 +19,7 @@ from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Findings, Sample, publish, scan, shown
 from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, bad_sample
+from mllm.data.dataset import BadSample, ImageTokens, Record, RecordReader, bad_sample
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
@@ -46,9 +46,14 @@ class ConversationReader:
                 tokens = self.records.tokens.at_most(record.images)
                 with bad_sample("conversation", raw, index):
                     found.cut["conversation"] += self.encoder.encode(record.turns, tokens, record.name).truncated
-                self._check_pictures(record)
+                for name in record.images:
+                    assert self.store is not None  # else RecordReader refuses pictures
+                    try:
+                        self.store.shown(name, FRAMES)
+                    except (BrokenSample, OSError) as error:
+                        raise BadSample(index, record.id, "broken image", f"{record.name}: {error}") from None
             except BadSample as bad:
-                found.add_broken(Sample(f"sample {index}", reason=bad.problem.message), bad.problem.kind)
+                found.add_broken(Sample(f"sample {index}", reason=str(bad)), bad.problem["kind"])
                 continue
 
             found.add_part("sample", json.dumps([record.images, record.turns]).encode())
@@ -58,14 +63,6 @@ class ConversationReader:
                     sample.picture = thumbnail(self.store.load(record.images[0]), THUMBNAIL)
                 found.good.append(sample)
         return found
-
-    def _check_pictures(self, record: Record) -> None:
-        try:
-            for name in record.images if self.store is not None else ():  # RecordReader refuses pictures without one
-                self.store.shown(name, FRAMES)
-        except (BrokenSample, OSError) as error:
-            message = f"{record.name}: {error}"
-            raise BadSample(Problem(record.index, record.id, "broken image", message)) from None
 
 
 def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:

@@ -106,12 +106,10 @@ def _without(text: str, places: Mapping[str, str]) -> str:
 
 
 def print_next(stage: int, run_dir: Path, console: Console) -> None:
-    shown = for_rich(str(run_dir))
+    """Say what the stage has left, and the next command."""
     if stage == 1:
-        told, command = f"{shown}/align/{PROJECTOR} holds the projector.", "the same command with --stage 2"
+        console.print(for_rich(f"{run_dir}/align/{PROJECTOR} holds the projector."), highlight=False, soft_wrap=True)
+        say_next("the same command with --stage 2")
     else:
-        losses = f", {shown}/curves.png its losses" if (run_dir / "curves.png").is_file() else ""
-        told = f"{shown}/model is the finished model{losses}."
-        command = f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}"
-    console.print(told, highlight=False, soft_wrap=True)
-    say_next(command)
+        console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
+        say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")

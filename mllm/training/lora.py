@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from clips.common.errors import UserError
 from mllm.model.quantize import dequantize
 from mllm.model.tiles import Llava
 from mllm.training.arguments import TrainArguments
@@ -43,16 +42,8 @@ def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def merge_lora(model: Llava | PeftModel) -> Llava:
-    """The plain model with the adapters added to its weights; a model without adapters is returned unchanged.
-
-    Raises UserError for a base in 4 or 8 bits: quantised weights would round the adapter away.
-    """
-    if not isinstance(model, PeftModel):
-        return model
-    base = model.get_base_model()
-    if getattr(base, "is_quantized", False):
-        raise UserError("LoRA cannot be merged into a quantised base: load the base in bf16 or fp32, then merge")
-    return model.merge_and_unload(safe_merge=True)
+    """The plain model with the adapters added to its weights; a model without adapters is returned unchanged."""
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
 def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> Llava:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     rundir.hold(run_dir)
     write_json(path, config | {stage.name: record})
     if prepared.dataset.skipped:
-        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
+        lines = "".join(json.dumps(problem) + "\n" for problem in prepared.dataset.skipped)
         write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
 
 

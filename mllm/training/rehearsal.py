@@ -31,7 +31,6 @@ from clips.common.page import print_table
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
-from mllm.data.video import MOST_DRAWN
 from mllm.encoders.encoder import select_features
 from mllm.model.flops import LlavaFlops
 from mllm.model.packing import Counts
@@ -89,11 +88,9 @@ class Planned:
             raise UserError(f"--language-model {self.language_model!r} is not known; choose one of: {known}")
         if re.fullmatch(r"[1-6]x[1-6]", self.tiles or "1x1") is None:
             raise UserError(f"--tiles {self.tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
-        too_many = not 0 <= self.frames <= MOST_DRAWN or math.prod(self.canvas) > MOST_TILES_WITH_VIDEO
-        if self.frames and (too_many or self.tiles is None):
+        if self.frames and (self.tiles is None or math.prod(self.canvas) > MOST_TILES_WITH_VIDEO):
             raise UserError(
-                f"--frames {self.frames} must be 0 to {MOST_DRAWN}, and needs --tiles of {MOST_TILES_WITH_VIDEO} at "
-                "most: the stock class with videos sees pictures in tiles"
+                f"--frames needs --tiles of {MOST_TILES_WITH_VIDEO} at most, as the stock class with videos"
             )
 
     @property

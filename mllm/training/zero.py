@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,15 +41,10 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
 
 def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
     """Drop `optimizer` and `scheduler` if all their values are "auto"; UserError for other values: flags decide."""
-    for section, whose in {"optimizer": "AdamW", "scheduler": "--lr_scheduler_type"}.items():
-        found = config.pop(section, None)
-        if found is None:
-            continue
-        values = found.get("params", {}).values()
-        if (section == "optimizer" and found.get("type") != "AdamW") or any(value != "auto" for value in values):
-            raise UserError(f"--deepspeed {path}: {section} is decided by the flags ({whose}): remove that section")
-        if os.environ.get("RANK", "0") == "0":
-            print(f"note: {section} of {path} is passed over; the flags decide ({whose})", file=sys.stderr)
+    for section, kind in {"optimizer": "AdamW", "scheduler": None}.items():
+        given = config.pop(section, {"type": kind})
+        if kind not in (None, given.get("type")) or any(v != "auto" for v in given.get("params", {}).values()):
+            raise UserError(f"--deepspeed {path}: {section} is decided by the flags: remove that section")
 
 
 def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device) -> dict[str, Any] | None:

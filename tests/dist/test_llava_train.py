@@ -182,8 +182,6 @@ def two_ranks(place: Path) -> Path:
     words = itertools.chain.from_iterable([*run_words, "+"] for run_words in runs)
     done = launch(place, WORKER, "each", "0", *list(words)[:-1])
     assert done.returncode == 0, done.stderr[-3000:]
-    (noted,) = {line for line in done.stderr.splitlines() if "scheduler of" in line}
-    assert "zero3_offload.json is passed over" in noted
     return place
 
 
@@ -295,3 +293,5 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     monkeypatch.setattr("mllm.model.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
     with pytest.raises(UserError, match=r"4 bits: .*layer 0 .*24 × 48"):
         quantize(layer, 4, torch.float32, CPU)
+
+

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -11,14 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from launched import pictures, recap, write_shard
 
 from clips.common import ranks
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import unused_port
+from clips.config import Fields
+from clips.data.sources import Source, open_source
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 1.0
 """Seconds of a collective, which the tests' work exceeds."""
+
+
+def write_small_shards(folder: Path, count: int) -> None:
+    """`count` tars of img2dataset's layout, of one and of two samples in turns."""
+    samples = [(picture, recap(web, long)) for picture, web, long in pictures(2)]
+    for i in range(count):
+        write_shard(folder / f"{i:06d}.tar", samples[: 1 + i % 2])
 
 
 def in_ranks(work, *arguments) -> list:
@@ -65,3 +76,39 @@ def test_one_rank_works_and_the_others_wait_beyond_the_timeout(tmp_path: Path, m
     assert (tmp_path / "calls").read_text().count("called") == times
     assert of_first == first
     assert of_second == (first if times == 1 else second)
+
+
+def read_by(rank: int, spec: str, fields: Fields) -> tuple[list[str], list[str]]:
+    """Keys of the source that a rank gets, and below `spec` what it opened, listed or looked at to get it."""
+    touched: list[str] = []
+    stat, listening = os.stat, True
+
+    def noting(path, *rest, **named):
+        touched.append(str(path))
+        return stat(path, *rest, **named)
+
+    def heard(event: str, arguments: tuple) -> None:
+        if listening and event in ("open", "os.listdir", "os.scandir"):
+            touched.append(str(arguments[0]))
+
+    os.stat = noting  # of which there is no audit event
+    sys.addaudithook(heard)
+    source: Source = once_per_machine(partial(open_source, spec, fields, need_long=True))
+    listening, before_reading = False, [path for path in touched if path.startswith(spec)]
+    return [source.read(i).key for i in range(len(source))], before_reading
+
+
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_the_others_read_alike_and_look_at_no_file_before(tmp_path: Path, kind: str) -> None:
+    spec, fields, samples = tmp_path / "data", Fields(), 9 + 4
+    if kind == "shards":
+        write_small_shards(spec, 9)
+    else:
+        spec, fields, samples = tmp_path / "data.jsonl", Fields(image="image", web="web", long="long"), 5
+        (tmp_path / "picture.png").write_bytes(b"bytes")
+        spec.write_text('{"image": "picture.png", "web": "a tile", "long": "It is teal."}\n' * samples)
+    (first, looked_at), (others, nothing) = in_ranks(read_by, str(spec), fields)
+    assert first == others
+    assert len(first) == samples
+    assert looked_at
+    assert nothing == []

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_python
 
 from tools import gpu_report as report
@@ -35,3 +36,11 @@ def test_parts_that_go_wrong_are_named() -> None:
     seconds = list(report.LIMITS.values())
     assert sum(seconds[:3]) < 600  # the most valuable figures
     assert sum(seconds) < 3600
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_is_refused() -> None:
+    assert "torch sees no GPU" in run_python(ROOT / "tools" / "gpu_report.py").stderr
+    done = run_python("-m", "pytest", "-q", ROOT / "tests" / "gpu")
+    assert done.returncode == 5  # nothing collected, which is no success
+    assert "files NOT RUN, torch sees no GPU here" in done.stdout

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DynamicCache
 
 from clips.common.rehearsal import META, Rehearsal
@@ -18,7 +20,7 @@ from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
-from mllm.training.rehearsal import WORDS, Planned, batch_of, rehearse, rehearse_features, staged
+from mllm.training.rehearsal import LANGUAGE_MODELS, WORDS, Planned, batch_of, rehearse, rehearse_features, staged
 from mllm.training.trainer import TrainingModel
 
 pytestmark = pytest.mark.slow
@@ -80,6 +82,39 @@ def test_masks_of_attention_and_repeated_keys_take_what_they_took(
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: padded)
     training = made("smollm2-135m", stage, checkpointing=False, padded=padded)
     assert rehearse(training, batch_of(training, samples)).peak / 1e9 == pytest.approx(gb, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("bits", "stage", "checkpointing", "gb"),
+    [(4, 2, True, 4.757), (4, 2, False, 8.456), (8, 2, True, 6.055), (8, 1, True, 5.842)],
+)
+def test_a_step_in_few_bits_takes_what_it_took(
+    bits: int, stage: int, checkpointing: bool, gb: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes knows the shapes of its kernels on "meta". Two of them hide what they need on a GPU, so they are
+    written out here as its CUDA backend has them; nor does it quantise on "meta" of itself.
+    """
+    bnb = pytest.importorskip("bitsandbytes")
+    ops = torch.ops.bitsandbytes
+
+    def gemm_4bit(
+        x: Tensor, w: Tensor, shape: list[int], scales: Tensor, *how: Any, bias: Any, **double: Any
+    ) -> Tensor:
+        scales = torch.empty_like(double["absmax_8bit"], dtype=torch.float32)
+        return F.linear(x, ops.dequantize_4bit(w, scales, *how, shape, x.dtype), bias)
+
+    def int8_scaled_mm(x: Tensor, w: Tensor, rows: Tensor, columns: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
+        return ops.int8_mm_dequant(ops.int8_linear_matmul(x, w), rows, columns, torch.float16, bias).to(dtype)
+
+    monkeypatch.setattr(ops.gemm_4bit, "default", gemm_4bit)
+    monkeypatch.setattr(ops.int8_scaled_mm, "default", int8_scaled_mm)
+    for kind in (bnb.nn.Params4bit, bnb.nn.Int8Params):
+        monkeypatch.setattr(kind, "to", lambda w, *_, **__: w if w.itemsize == 1 else w._quantize(META))
+    monkeypatch.setattr("mllm.model.quantize._check", lambda *_: None)
+    monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # what it keeps of "meta" goes with this test
+    monkeypatch.setitem(LANGUAGE_MODELS["qwen2.5-7b"], "num_hidden_layers", 4)  # full width, for all layers are alike
+    training = made("qwen2.5-7b", stage, lora=stage == 2, checkpointing=checkpointing, bits=bits)
+    assert rehearse(training, batch_of(training, 4)).peak / 1e9 == pytest.approx(gb, rel=0.03)
 
 
 @pytest.mark.parametrize(("frames", "features", "gb"), [(0, True, 1.832), (32, True, 2.509), (32, False, 6.133)])

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import script_parser
+from huggingface_hub.utils import filter_repo_objects
 from tiny_mllm import picture, write_export
 
 from clips import CLIPS
+from clips.common import hub as hub_module
+from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
 from clips.weights.load import load_model
@@ -20,6 +23,40 @@ from mllm.encoders.registry import load_vision
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["a dog", "a cat at a dog"]
+LAYOUTS = {
+    "both": [
+        "config.json", "model.safetensors", "pytorch_model.bin", "open_clip_config.json", "open_clip_model.safetensors",
+        "open_clip_pytorch_model.bin", "preprocessor_config.json", "vocab.txt",
+    ],
+    "native": ["config.json", "model.safetensors", "tokenizer/tokenizer.json", "tokenizer/special.json"],
+    "transformers": [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.bin",
+        "tokenizer.model", "chat_template.jinja", "onnx/model.safetensors", "original/weights.bin",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "expected"),
+    [
+        ("both", "ANY_WEIGHTS", [LAYOUTS["both"][i] for i in (0, 3, 4, 6, 7)]),
+        ("both", "WEIGHT_FILES", [LAYOUTS["both"][i] for i in (0, 1, 3, 4, 6, 7)]),
+        ("native", "ANY_WEIGHTS", LAYOUTS["native"]),
+        ("transformers", "WEIGHT_FILES", [LAYOUTS["transformers"][i] for i in (0, 1, 2, 4, 5)]),
+    ],
+)  # fmt: skip
+def test_what_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
+) -> None:
+    def download(name: str, **patterns: list[str]) -> str:
+        for file in filter_repo_objects(LAYOUTS[name.removeprefix("owner/")], **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub_module, "snapshot_download", download)
+    directory = resolve(f"owner/{model}", "a model", getattr(hub_module, weights))
+    assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*.*")) == sorted(expected)
 
 
 def cache_model(cache: Path, hub_id: str, directory: Path) -> None:

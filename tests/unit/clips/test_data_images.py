@@ -50,6 +50,29 @@ def test_transparency_is_laid_on_white() -> None:
     assert np.abs(found[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
 
 
+@pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", turn) for turn in range(1, 9)), ("TIFF", 6)])
+def test_exif_rotation(kind: str, orientation: int) -> None:
+    upright = np.kron(reference(), np.ones((16, 16, 1), np.uint8))
+    # What a camera stores so that a viewer obeying `orientation` shows `upright` (EXIF 2.3, tag 0x0112).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+    found = pixels(data)
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 3
+
+
 def test_eval_transform_squashes_and_normalises() -> None:
     picture = np.random.default_rng(1).integers(0, 255, (40, 90, 3), np.uint8)
     out = eval_transform(32)(Image.fromarray(picture))

@@ -4,6 +4,7 @@ over single pictures."""
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -99,6 +100,19 @@ def test_each_picture_is_read_decoded_and_encoded_once(
     assert set(opened.values()) == {1}
     assert sum(encoded) == sum(SIZES.values()) - len(SIZES)
     assert len(encoded) == sum(-(-size // run.eval.batch_size) for size in SIZES.values())
+
+
+def test_tokens_of_images_are_gone_with_their_batch(run: RunConfig, tokenizer: CaptionTokenizer) -> None:
+    """A set of 50,000 images has 30 GB of them, at B/16 and 224 px in fp32."""
+    model = random_model(run)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    model.visual.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+    model.visual.register_forward_hook(lambda _, __, out: seen.append(weakref.ref(out[1])))
+    images = encode_images(model, open_test_set(run.data, "test")[0], batch_size=4, tokenizer=tokenizer)
+    assert images.caption_tokens is not None
+    assert alive == [0] * 7
+    assert not any(ref() is not None for ref in seen)
 
 
 @torch.no_grad()

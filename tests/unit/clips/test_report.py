@@ -23,7 +23,7 @@ from clips.evaluation.encode import encode_images
 from clips.evaluation.evaluate import evaluate, evaluate_from_flags
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.figures import MATTER, figures_table
-from clips.evaluation.report import write_report
+from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run
@@ -147,6 +147,16 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path
     finish_run(run, model, tokenizer, run_dir)
     assert has_report(run_dir)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_report_of_a_run_without_examples_or_evaluation(tmp_path):
+    run_dir = metrics(tmp_path / "bare")
+    page = write_report(run_dir).read_text()
+    assert "Zero-shot predictions" not in page
+    assert "Curves" in page
+    assert len(read_run(run_dir).train) == 9
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)
 
 
 def test_commands_evaluate_and_export(small, tmp_path, capsys):

@@ -113,8 +113,8 @@ def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
     dataset = LlavaDataset(data / "more.json", encoder, store, "skip")
     summary = json.loads((data / "out/summary.json").read_text())
     reasons = [sample["reason"] for sample in summary["broken_samples"]]
-    assert [problem.message for problem in dataset.skipped] == [reason for reason in reasons if "s5" not in reason]
-    assert {problem.index for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
+    assert [problem["message"] for problem in dataset.skipped] == [reason for reason in reasons if "s5" not in reason]
+    assert {problem["index"] for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
     assert "surrogate" in reasons[6]
     assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
     with pytest.raises(

@@ -19,8 +19,8 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCaus
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.data.conversation import IGNORE, ConversationEncoder, answering_encoder
-from mllm.data.formats import get_format
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.formats import get_format, saved_format
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
 from mllm.encoders.registry import load_vision
@@ -160,7 +160,7 @@ def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, ver
     tokenizer = make_tokenizer(kind)
     training = ConversationEncoder(tokenizer, version, 4)
     tokenizer.chat_template = training.format.chat_template()
-    found = answering_encoder(tokenizer, "auto", 4)
+    found = ConversationEncoder(tokenizer, "auto", 4)
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate([FIRST, ANSWER, SECOND])]
     for asked in (turns[:1], turns):
         assert found.prompt(asked, 0) == training.prompt(asked, 0)
@@ -169,24 +169,15 @@ def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, ver
     assert capsys.readouterr().err == "", "it is exactly this format"
 
 
-LLAVA_HF = (  # llava-hf/llava-1.5-7b-hf
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', "
-    "'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | "
-    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}"
-    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_template_with_v1_s_turns_is_v1_whatever_control_tokens_there_are(kind: str, capsys) -> None:
-    tokenizer = make_tokenizer(kind)
-    tokenizer.chat_template = LLAVA_HF
-    assert answering_encoder(tokenizer, "auto", 1).format == get_format("v1", tokenizer)
-    assert "turns of format v1 but differs" in capsys.readouterr().err
-    answering_encoder(tokenizer, "vicuna_v1", 1)
-    assert capsys.readouterr().err == ""
+def test_a_trained_format_survives_where_another_would_fit(kind: str, tmp_path: Path) -> None:
+    """A v1 model on a tokenizer with ChatML's control tokens; other formats can still be asked for, with one bos."""
+    llm = language_model(tmp_path / "llm", kind, "v1")
+    llm.tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved_format(loaded) == get_format("v1", llm.tokenizer) == get_format("vicuna_v1", make_tokenizer(kind))
+    for version in ("chatml", "llama_3", "plain"):
+        assert get_format(version, loaded) == get_format(version, make_tokenizer(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,6 +73,17 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
     assert dataset.truncated == 0
 
 
+def test_unreadable_files_and_images_without_a_folder(tmp_path, encoder):
+    for name, text, noun in (("data.json", "[]", "empty"), ("data.jsonl", '{"id": 1}\n{', "line 2")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=noun):
+            LlavaDataset(tmp_path / name, encoder, None)
+    with pytest.raises(UserError, match="--image_folder"):
+        ImageStore(tmp_path / "none")
+    with pytest.raises(UserError, match="--image_folder"):
+        LlavaDataset(write(tmp_path / "data.json", [record("a.png")]), encoder, None)
+
+
 def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, arcname=".")
@@ -277,7 +288,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     with pytest.raises(UserError, match=r"sample 3 \(id 3\)(.|\n)*sample 4"):
         LlavaDataset(table, encoder, store)
     dataset = LlavaDataset(table, encoder, store, "skip")
-    assert [problem.kind for problem in dataset.skipped] == ["missing image", "record"]
+    assert [problem["kind"] for problem in dataset.skipped] == ["missing image", "record"]
     assert [dataset[i]["images"] for i in range(3)] == [["0"], ["1"], ["2"]]
     assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2"]
     for number in range(3):

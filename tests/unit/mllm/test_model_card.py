@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
-from hostile import HOSTILE
 from huggingface_hub import ModelCard
-from local_hub import hub
+from local_hub import REPO, hub, run_card, uploaded
 from tiny_mllm import write_run
 
-from clips.common.hub import model_digest
+from clips.weights.push import push
 from mllm.encoders.registry import load_vision
-from mllm.model.card import add_evaluation
 from mllm.training.finish import card, trained_on
 
 __all__ = ["hub"]
@@ -65,50 +63,11 @@ def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: 
     assert trained_on(tmp_path) == {"align": "demo"}
 
 
-FIGURES = {
-    "dtype": "float32",
-    "exact_match": {"yes/no": {"accuracy": 0.775, "low": 0.7, "high": 0.83, "n": 1200}},
-    "cider": {"cider_d": 1.184, "n": 200},
-}
-
-
-def saved(place: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(place / "runs" / "llava" / "model", tmp_path / "model")
-
-
-def results_of(model: Path) -> dict[tuple[str, str], tuple[float, dict]]:
-    """(test set, figure) → value and what belongs to it."""
-    results = ModelCard.load(model / "README.md").data.eval_results or []
-    return {(one.dataset_name, one.metric_name): (one.metric_value, one.metric_args) for one in results}
-
-
-def test_figures_come_onto_the_card_of_exactly_their_weights(place: Path, tmp_path: Path) -> None:
-    """Several test sets stand beside each other; one that is measured again replaces its figures."""
-    model = saved(place, tmp_path)
-    before = ModelCard.load(model / "README.md").text
-    assert results_of(model) == {}
-    weights = {"weights": model_digest(model)}
-    assert add_evaluation(model, "old.jsonl", FIGURES | weights)
-    assert add_evaluation(model, HOSTILE["markup"], FIGURES | weights)
-    assert add_evaluation(model, "old.jsonl", FIGURES | weights | {"dtype": "bfloat16"})
-    results = results_of(model)
-    assert {test_set for test_set, _ in results} == {"old.jsonl", HOSTILE["markup"]}
-    value, args = results["old.jsonl", "yes/no, right in %"]
-    assert (value, args) == (77.5, {"low": 70.0, "high": 83.0, "questions": 1200, "dtype": "bfloat16"} | weights)
-    assert results["old.jsonl", "CIDEr-D of descriptions"][0] == 1.18
-    assert ModelCard.load(model / "README.md").text == before
-
-
-def test_figures_of_other_weights_are_not_shown(place: Path, tmp_path: Path) -> None:
-    """Neither added to a model that was trained on since, nor kept where its weights are replaced."""
-    model = saved(place, tmp_path)
-    assert not add_evaluation(model, "mine", FIGURES | {"weights": "0" * 64})
-    assert add_evaluation(model, "mine", FIGURES | {"weights": model_digest(model)})
-    path = model / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert add_evaluation(model, "yours", FIGURES | {"weights": model_digest(model)})
-    assert {test_set for test_set, _ in results_of(model)} == {"yours"}
-    (model / "README.md").write_text("# Mine\n")  # by somebody else
-    assert not add_evaluation(model, "mine", FIGURES | {"weights": model_digest(model)})
-    assert (model / "README.md").read_text() == "# Mine\n"
+@pytest.mark.slow
+def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:
+    directory = place / "runs" / "llava" / "model"
+    push(directory, REPO)
+    assert {path.name for path in uploaded(hub).iterdir()} == {path.name for path in directory.iterdir()}
+    for path in uploaded(hub).glob("*.json"):
+        assert str(place) not in path.read_text(encoding="utf-8")
+    run_card(hub)

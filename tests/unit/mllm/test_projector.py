@@ -17,7 +17,9 @@ from mllm.model.projector import (
     init_projector,
     load_projector,
     projector_activation,
+    projector_kind,
     save_projector,
+    trainable_layers,
 )
 from mllm.model.projector_start import (
     FEWEST,
@@ -58,6 +60,23 @@ def test_files_of_llava_both_ways(tmp_path, kind, file):
     again = make(kind, seed=1)
     load_projector(again, tmp_path / "out")  # the directory stands for the file in it
     assert torch.equal(again(x), projector(x))
+
+
+def test_other_names_are_read(tmp_path):
+    """LLaVA's other prefixes, and transformers' names among other weights."""
+    projector, path = make(), tmp_path / "p.bin"
+    for seed, prefix in enumerate(("", "base_model.model.model.mm_projector.")):
+        original = llava_projector("mlp2x_gelu", seed, (24, 64)).float()
+        torch.save({prefix + name: tensor for name, tensor in original.state_dict().items()}, path)
+        load_projector(projector, path)
+        assert torch.equal(projector.linear_2.weight, original[2].weight)
+    source = make("linear", seed=3)
+    tensors = {f"model.multi_modal_projector.{name}": tensor for name, tensor in source.state_dict().items()}
+    torch.save(tensors | {"lm_head.weight": torch.zeros(3)}, path)
+    target = make("linear")
+    load_projector(target, path)
+    assert torch.equal(source.linear_1.weight, target.linear_1.weight)
+    assert (projector_kind(target), list(trainable_layers(target))) == ("linear", ["linear_1"])
 
 
 def ridge_reference(x, y, ridge):
