@@ -149,7 +149,7 @@ def _of_tar(file: str) -> Iterator[Row]:
 def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
     table = Table(file)
     columns = {name.lower(): name for name in table.columns}
-    column = flags.image or next((columns[name] for name in NAMES["image"] if name in columns), None)
+    column: str = flags.image or next((columns[name] for name in NAMES["image"] if name in columns), "")
     if column not in table.columns:
         raise UserError(f"{file}: name the column of the pictures, --image COLUMN; found: {', '.join(table.columns)}")
     store = ImageStore(flags.image_root or table.root)
@@ -222,9 +222,8 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
         used = [len(of_split) for of_split in answers.values()]
         empty = sum(of_split.count("") for of_split in values.values())
         rare = sum(map(len, values.values())) - sum(used) - empty
-        rows_of = f"in {used[0]:,} train and {used[1]:,} test rows"
-        left_out = f"left out {rare:,} rows with a rare value, {empty:,} without a short text"
-        lines.append(f"column {name}: {len(frequent)} of {len(counts):,} values {rows_of}; {left_out}")
+        of_values = f"{len(frequent)} of {len(counts):,} values in {used[0]:,} train and {used[1]:,} test rows"
+        lines.append(f"column {name}: {of_values}; left out {rare:,} rare ones, {empty:,} without a short text")
         if len(frequent) < 2 or not (flags.columns or 2 * used[0] >= len(rows["train"])):
             lines[-1] += "; nothing is asked about it"
             continue
@@ -261,14 +260,14 @@ def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dic
     for column in columns:
         rng = random.Random(f"{seed}/train/{column.words}")
         answers = column.answers["train"]
-        asked = {row: (column.question, answer) for row, answer in answers.items()}
-        drawn = {row: answer for row, answer in answers.items() if rng.random() < YES_NO_SHARE}
+        asked = {number: (column.question, answer) for number, answer in answers.items()}
+        drawn = {number: answer for number, answer in answers.items() if rng.random() < YES_NO_SHARE}
         for first, second in balanced_pairs(drawn, rng):
             question = f"Is the {column.words} {answers[first]}?"
             asked[first] = (question, "Yes")
             asked[second] = (question, "No")
-        for row, turn in asked.items():
-            turns[row].append(turn)
+        for number, turn in asked.items():
+            turns[number].append(turn)
 
     records = []
     for number, row in enumerate(rows):

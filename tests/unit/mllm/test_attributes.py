@@ -138,7 +138,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     data = write_tar(tmp_path / "a.tar", rows)
     out = build(tmp_path / "out", "--data", data, "--test-data", data, "--columns", "baseColour", "gender")
     usual = 60 - len(HOSTILE) - 1
-    counts = f"{usual} train and {usual} test rows; left out 2 rows with a rare value, {2 * len(HOSTILE)} without"
+    counts = f"{usual} train and {usual} test rows; left out 2 rare ones, {2 * len(HOSTILE)} without"
     assert f"column baseColour: 4 of 5 values in {counts}" in capsys.readouterr().out
     answers = {answer for _, answer in turns(out)}
     assert {'a "big" dot, so', "Men"} <= answers
