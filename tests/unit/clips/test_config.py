@@ -12,7 +12,7 @@ from conftest import random_model, tiny_run
 
 from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
-from clips.config import OptimConfig, RunConfig, difference, from_dict
+from clips.config import RunConfig, difference, from_dict
 from clips.recipes import recipe
 from clips.training.prepare import with_precision
 from clips.training.task import Task
@@ -49,12 +49,6 @@ def test_wrong_values_are_named(assignment: str, noun: str) -> None:
         tiny_run().override([assignment])
 
 
-def test_muon_with_clipping_is_refused() -> None:
-    assert OptimConfig(kind="adamw", clip_grad=1.0).clip_grad == 1.0
-    with pytest.raises(UserError, match="clip_grad"):
-        tiny_run().override(["optim.kind=muon", "optim.clip_grad=1"])
-
-
 @pytest.mark.parametrize(
     ("name", "assignment", "noun"),
     [
@@ -62,6 +56,7 @@ def test_muon_with_clipping_is_refused() -> None:
         ("caption", "model.captioner=null", "captioner"),
         ("caption", "train.contrastive=global", "contrastive"),
         ("demo", "model.vision.patch_dropout=1", "patch_dropout"),
+        ("demo", "optim.clip_grad=1", "clip_grad"),
     ],
 )
 def test_a_model_and_its_objective_must_fit(name: str, assignment: str, noun: str) -> None:

@@ -302,19 +302,3 @@ def test_names_that_are_not_utf8_stay_apart(tmp_path: Path) -> None:
     members = {name.replace("s000", key): data for key in ("café", "cafè") for name, data in sample(0).items()}
     path = write_tar(tmp_path / "a.tar", members, format=tarfile.GNU_FORMAT, encoding="latin-1")
     assert [open_tar(path).read(i).key.partition("#")[2] for i in range(2)] == ["caf\\udce9", "caf\\udce8"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.csv", "image,alt,long\na.png,w,l\n".encode("utf-16"), "UTF-16"),
-        ("t.csv", b"image,alt,long,alt\na.png,w,l,v\n", "column"),
-        ("t.csv", b"", "no rows"),
-        ("t.parquet", b"PAR1", "readable"),
-    ],
-)
-def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as refused:
-        open_tar(tmp_path / name, TABLE_FIELDS)
-    assert name in str(refused.value)

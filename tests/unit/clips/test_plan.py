@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, random_model, run_python, tiny_run
+from conftest import ROOT, run_python
 
 from clips.common.errors import UserError
 from clips.common.peaks import CARDS, Machine, stated_peak
-from clips.config import DataConfig
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
 from clips.training.plan import print_memory, print_pretraining
-from clips.training.prepare import flops_per_sample, print_plan, usual_shape
+from clips.training.prepare import flops_per_sample, usual_shape
 from clips.training.rehearsal import rehearse
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
@@ -61,13 +58,6 @@ def test_the_mean_over_the_sizes_decides_the_time() -> None:
     runs = {name: recipe("b16").override([f"phases.0.sizes={size}"]) for name, size in sizes.items()}
     costs = {name: flops_per_sample(run, run.phases[0]) for name, run in runs.items()}
     assert costs["both"] == (costs["square"] + costs["wide"]) // 2 > costs["square"]
-
-
-def test_the_plan_of_a_run_names_its_phases(capsys: pytest.CaptureFixture[str]) -> None:
-    run = replace(tiny_run(), data=DataConfig(train="mine"))  # of the demo, which has a test set, the plan builds it
-    print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None)
-    printed = capsys.readouterr().err
-    assert all(f"phase {phase.name}" in printed for phase in run.phases)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import script_parser
 from openai import OpenAI
 from PIL import Image
 from serve_process import (
@@ -29,12 +28,9 @@ from serve_process import (
     wait_until,
 )
 
-from clips.common.errors import UserError
-from clips.common.flags import from_flags
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import serve_from_flags
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +142,3 @@ def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel) -> None:
         for connection in slow:
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
             connection.close()
-
-
-def test_limits_are_flags() -> None:
-    flags = script_parser("serve").parse_args(["--max-image-bytes", "7", "--max-waiting", "0"])
-    assert from_flags(Limits, flags, "max_") == Limits(image_bytes=7, waiting=0)
-    for wrong in (["--max-images", "0"], ["--max-seconds", "nan"], ["--model", "runs/nothing"]):
-        with pytest.raises(UserError, match=wrong[0] if "max" in wrong[0] else wrong[1]):
-            serve_from_flags(script_parser("serve").parse_args(["--device", "cpu", "--port", "0", *wrong]))
