@@ -167,6 +167,7 @@ def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
 def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
     """The same rows, with their pictures, attributes and captions in a tar, under numbers."""
     packed = []
+    taken = {*NAMES["web"], *NAMES["long"]} if flags.caption else set()  # pretraining would guess these before `web`
     with tarfile.open(target, "w") as archive:
         for number, row in enumerate(rows):
             data = row.store.read(row.image) if row.data is None else row.data
@@ -174,8 +175,9 @@ def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[
             texts = {"web": value_of(row.cells.get(flags.caption), LONGEST_CAPTION)} if flags.caption else {}
             if flags.long:
                 texts["long"] = describe(flags.long, row.cells)
-            attributes = json.dumps(row.cells | texts, default=str).encode()
-            for name, content in ((image, data), (f"{number:08}.json", attributes)):
+            attributes = {name: cell for name, cell in row.cells.items() if name.lower() not in taken}
+            member = json.dumps(attributes | texts, default=str).encode()
+            for name, content in ((image, data), (f"{number:08}.json", member)):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))

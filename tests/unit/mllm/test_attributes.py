@@ -192,6 +192,12 @@ def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
     assert sum(sizes) == 150
 
 
+def test_the_caption_that_was_named_is_the_one_that_pretraining_guesses(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "a.tar", [row | {"title": "no name"} for row in products(40)])
+    out = build(tmp_path / "out", "--data", data, "--pack", "--caption", "productDisplayName")
+    assert open_source(str(out / "train.tar"), Fields(), need_long=False).read(0).web.startswith("Acme ")
+
+
 def test_a_description_leaves_out_what_lacks() -> None:
     cells = {"colour": "blue", "kind": "shirt", "whom": "men", "use": None, "year": 2012.0}
     assert describe("A {colour} {kind} for {whom}, {use}, {year}.", cells) == "A blue shirt for men, 2012."
