@@ -17,7 +17,6 @@ from rich.console import Console
 
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import printable
-from clips.common.files import sha256
 from clips.common.page import (
     Bar,
     Bars,
@@ -34,7 +33,7 @@ from clips.common.page import (
     Tiles,
     as_html,
 )
-from clips.lab.grid import Cell, Step, fix, what_was_fixed
+from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class, write_report
 from clips.lab.run import Commands, Runner, failed_steps, locked
@@ -134,20 +133,6 @@ def test_after_a_failure_beside_a_longer_cell_nothing_more_begins() -> None:
     with pytest.raises(CommandError, match="all is lost"):
         Commands(2).map(work, list(range(8)))
     assert set(begun) <= {0, 1, 2}
-
-
-def test_a_plan_stays_from_the_first_cell_on(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    fix(path, {"decides": "a"}, begun=0)
-    fix(path, {"decides": "b"}, begun=0)  # nothing has begun: a mind may be changed
-    fix(path, {"decides": "c"}, begun=1)
-    assert what_was_fixed(path, {"decides": "b"}) == {"sha256": sha256(path), "kept": True, "differs": []}
-    assert what_was_fixed(path, {"decides": "c"})["differs"] == ['decides: "b" → "c"']
-    path.unlink()
-    fix(path, {"decides": "c"}, begun=2)
-    assert what_was_fixed(path, {"decides": "c"})["differs"] == [
-        "plan.json was written when 2 cell(s) had begun already"
-    ]
 
 
 def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from clips.common.signals import STOP_SIGNALS, StopSignal, launchers, stopped_by
+from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -37,14 +37,6 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
     finally:
         stop.restore()
         signal.signal(signal.SIGHUP, before)
-
-
-def test_without_a_launcher_no_parent_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert launchers() == []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launchers() == [os.getppid()]
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
