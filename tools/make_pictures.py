@@ -1,25 +1,40 @@
 #!/usr/bin/env python
-"""Draw the picture of the docs: the results of a comparison of encoders."""
+"""Draw a picture of the docs: `answers` of models about the unseen artist's pictures, or `results` of a comparison.
+
+`answers` shows for each kind of question the first picture that every model answers right (one model per seed), one
+picture that the first model answers wrong, and the patches that match a word for the first model's encoder. The
+pictures are chosen for that, and the command prints their names.
+"""
 
 from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
+from PIL import Image
 
-from clips.common.errors import run_command
-from clips.common.files import check_target, read_json
+from clips import CLIPS, CONCEPTS, decode_image
+from clips.common.errors import UserError, run_command
+from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, plain_axes
+from mllm.chat.patch_map import overlay, patch_map
+from mllm.data.demo import DEMO_DIR, IMAGES
+from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.evaluation.report import KINDS as KIND_WORDS
 
+WRONG = "#b3261e"
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
 ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "caption": "captions alone", "random": "untrained"}
+KINDS = ("identity", "where", "count", "relation")
+"""Kinds of the right answers that are shown, from left to right."""
 
 
 def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
@@ -48,19 +63,96 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
     return plot
 
 
+class Answer(NamedTuple):
+    """One model's answer to one held-out question; `image` is the picture's name."""
+
+    image: str
+    kind: str
+    prompt: str
+    text: str
+    expected: str
+    correct: bool
+
+
+def read_answers(run: Path) -> list[Answer]:
+    """The answers of the model in `run` about the unseen artist."""
+    rows = read_json_records(run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl")
+    return [Answer(**{field: row[field] for field in Answer._fields}) for row in rows]
+
+
+def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
+    """For each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
+
+    No picture is shown twice. Raises UserError unless the runs answered the same questions, and if a kind has none.
+    """
+    if len({tuple((answer.image, answer.prompt) for answer in run) for run in runs}) != 1:
+        raise UserError("--model: the models answered different questions")
+    rows, shown = list(zip(*runs, strict=True)), list[Answer]()
+    for kind, right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
+        taken = {answer.image for answer in shown}
+        fits = (
+            row[0]
+            for row in rows
+            if row[0].kind == kind and {a.correct for a in (row if right else row[:1])} == {right}
+        )
+        found = next((answer for answer in fits if answer.image not in taken), None)
+        if found is None:
+            raise UserError(f"no question of kind {kind} has a {'right' if right else 'wrong'} answer in every run")
+        shown.append(found)
+    return shown
+
+
+def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: Sequence[str]) -> Plot:
+    """The answers below their pictures, and the patch map of the name in the first answer."""
+    rows = -(-(len(shown) + 1) // 3)  # three in a row can be read on a phone
+    plot = Plot(figsize=(6.3, 3.0 * rows), dpi=84, layout="constrained")
+    axes = plot.subplots(rows, 3).ravel()
+    for axis, answer in zip(axes, shown, strict=False):
+        picture = decode_image((images / answer.image).read_bytes())
+        verdict = "" if answer.correct else f"\nwrong: {answer.expected}"
+        _panel(axis, picture, textwrap.fill(answer.prompt, 26), f"{answer.text}{verdict}", answer.correct)
+    word = shown[0].expected.removeprefix("A ")
+    picture = decode_image((images / shown[0].image).read_bytes())
+    patches = patch_map(encoder, picture, word, labels).patches
+    _panel(
+        axes[-1], overlay(picture, patches), textwrap.fill("the encoder's patches that match a word", 26), word, True
+    )
+    return plot
+
+
+def _panel(axis: Axes, picture: Image.Image, above: str, below: str, right: bool) -> None:
+    axis.imshow(picture)
+    axis.set_axis_off()
+    axis.set_title(above, fontsize=9, color=INK)
+    colour = INK if right else WRONG
+    axis.text(0.5, -0.06, below, transform=axis.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
+
+
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json of a comparison")
-    p.add_argument("--output", type=Path, default=Path("runs/results.png"), help="the PNG or SVG to write")
+    p.add_argument("what", choices=("answers", "results"), help="the picture to draw")
+    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json of `results`")
+    p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs of `answers`")
+    p.add_argument("--encoder", type=Path, default=Path("runs/demo"), help="the encoder of the patch map")
+    p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    check_target(flags.output.parent)
-    encoders = read_json(flags.report)["encoders"]
-    save_plot(results_plot({name: encoder["metrics"] for name, encoder in encoders.items()}), flags.output)
-    print(f"written to {flags.output}")
+    out = flags.output or Path("runs", f"{flags.what}.png")
+    check_target(out.parent)
+    if out.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {out}: name it .png or .svg")
+    if flags.what == "answers":
+        shown = chosen([read_answers(model) for model in flags.model])
+        for answer in shown:
+            print(f"{answer.image}  {answer.prompt}  {answer.text}")
+        plot = answers_plot(shown, DEMO_DIR / IMAGES, CLIPS.from_pretrained(str(flags.encoder)), list(CONCEPTS))
+    else:
+        plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
+    save_plot(plot, out)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from tqdm import tqdm
 
-from clips.data.tar import ShardSummary, shard_summary
+from clips.data.tar import shard_summary
 
 THREADS = 16
 """Shards that are read at once; for remote shards this is waiting for the network."""
@@ -28,15 +27,13 @@ class ShardSet:
     """What could not be used, each with its shard's name."""
 
 
-def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
-    """The set of `urls`. Missing indexes are made, with a progress bar, in threads or in `workers` processes.
+def open_shards(urls: Sequence[str]) -> ShardSet:
+    """The set of `urls`. Missing indexes are made, with a progress bar, in threads.
 
     Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
-    # Spawned: a forked child may inherit a lock of this process's threads.
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else ThreadPoolExecutor(THREADS)
-    with pool:
-        done: Iterable[ShardSummary] = pool.map(shard_summary, urls, chunksize=8)
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(shard_summary, urls)
         summaries = list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
 
     layouts = sorted({layout for summary in summaries for layout in summary.layouts})

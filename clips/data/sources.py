@@ -22,7 +22,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from clips.common.errors import UserError, reason
-from clips.common.escape import clip, printable
+from clips.common.escape import clip
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
@@ -76,21 +76,6 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     if tables:
         return TableSource(files, fields, image_root, need_long)
     return TarSource(files, fields, need_long)
-
-
-def index_data(spec: str, workers: int) -> None:
-    """scripts/index_data.py: make the indexes of `spec` in `workers` processes and print what the data holds."""
-    files = expand(spec)
-    if not files[0].endswith(".tar"):
-        source = open_source(spec, Fields(), need_long=False)
-        print(f"{len(files):,} tables, {len(source):,} rows")
-        return
-    shards = open_shards(files, workers)
-    print(f"{len(files):,} shards, {shards.counts.sum():,} samples")
-    for layout, count in zip(shards.layouts, shards.counts.sum(axis=0), strict=True):
-        print(printable(f"{count:>15,}  {', '.join(layout)}"))
-    for line in _first_of(shards.problems):
-        print(printable(without_secrets(line)))
 
 
 def expand(spec: str) -> list[str]:

@@ -10,7 +10,7 @@ from launched import write_shard
 
 from clips.config import Fields
 from clips.data.shards import open_shards
-from clips.data.sources import index_data, open_source
+from clips.data.sources import open_source
 
 FIELDS = Fields(image="png", web="web", long="txt")
 
@@ -56,10 +56,3 @@ def test_an_index_that_is_gone_is_made_again(tmp_path: Path) -> None:
         index.unlink()
     source = pickle.loads(pickle.dumps(source))
     assert [source.read(i).key for i in range(len(source))] == keys
-
-
-def test_the_command_makes_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path / "data")
-    index_data(str(tmp_path / "data"), 2)
-    assert "6 shards, 21 samples" in capsys.readouterr().out
-    assert len(list((tmp_path / "data").glob(".*.idx.safetensors"))) == 6
