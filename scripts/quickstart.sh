@@ -25,14 +25,16 @@ photos() {
   local folder="${PHOTOS:-data/fashion}" rows name
   if [ -z "${PHOTOS:-}" ] && [ ! -e data/fashion/whole ]; then
     echo "downloading 270 MB to data/fashion"
-    python "$venv/bin/hf" download --quiet ashraq/fashion-product-images-small --repo-type dataset --local-dir data/fashion \
-      --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>/dev/null ||
+    python "$venv/bin/hf" download --quiet --repo-type dataset --local-dir data/fashion \
+      ashraq/fashion-product-images-small --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>/dev/null ||
       fail "the Hugging Face hub cannot be reached: give PHOTOS=DIR, or take the drawn one: bash scripts/quickstart.sh"
     touch data/fashion/whole
   fi
-  rows=(--data "$folder" --held-out 0.03) name=productDisplayName
+  rows=(--data "$folder" --held-out 0.03)
+  name=productDisplayName
   if [ -e "$folder/fashion-train.tar" ]; then
-    rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar") name=name
+    rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar")
+    name=name
   fi
   python scripts/build_questions.py "${rows[@]}" --output data/photos --limit 8000 --pack --caption "$name" \
     --long "A photo of {baseColour} {articleType} for {gender}, {usage}, {season} {year}." \
