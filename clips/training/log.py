@@ -16,7 +16,7 @@ from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
 
-VALIDATED = ("sentence_i2t_r1", "zero_shot_top1")
+VALIDATED = ("sentence_i2t_r1", "web_i2t_r1", "zero_shot_top1")
 """Figures of a validation that the terminal shows."""
 
 
