@@ -51,6 +51,9 @@ def page(report: Report, image_folder: Path | None) -> Page:
     configuration = json.dumps({"settings": settings, "cells": report["cells"]}, indent=2)
     how: list[Block] = [Code(report["command"], wraps=True), Folded("Settings and every cell", [Code(configuration)])]
 
+    cost = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
+    parts = list(dict.fromkeys(part for of_encoder in cost.values() for part in of_encoder))
+    costs = [[name, *(f"{of[part]:,.1f}" if part in of else "–" for part in parts)] for name, of in cost.items()]
     sections = [
         *_decided(report, overall),
         *_benchmarks(report),
@@ -58,7 +61,7 @@ def page(report: Report, image_folder: Path | None) -> Page:
         *([Section("Where two models differ", [Cards(examples)], EXAMPLES_NOTE)] if examples else []),
         Section("Controls", [Bullets(controls(report))]),
         Section("What is not shown", [Bullets(not_shown(report))]),
-        Section("Cost", [_cost_table(report)], "Seconds, mean over cells, on the cores that each shared."),
+        Section("Cost", [Table(["encoder", *map(pretty, parts)], costs)], "Seconds, mean over cells, on shared cores."),
         Section("Environment", how, described(report["environment"])),
     ]
     return Page("What the encoder is worth", note, sections)
@@ -230,10 +233,3 @@ def not_shown(report: Report) -> list[str]:
         " of the stages' samples. Models trained to the end may differ otherwise.": True,
     }
     return [text for text, holds in points.items() if holds]
-
-
-def _cost_table(report: Report) -> Table:
-    costs = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
-    parts = list(dict.fromkeys(part for cost in costs.values() for part in cost))
-    rows = [[name, *(f"{cost[part]:,.1f}" if part in cost else "–" for part in parts)] for name, cost in costs.items()]
-    return Table(["encoder", *map(pretty, parts)], rows)
