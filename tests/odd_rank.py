@@ -6,7 +6,6 @@ above the ranks, which would end the others if one fails.
 
 from __future__ import annotations
 
-import collections
 import errno
 import sys
 from collections.abc import Callable
@@ -63,7 +62,6 @@ def other_sources() -> None:
     prepare.once_per_machine = lambda make: Short(real(make))
 
 
-FULL = collections.namedtuple("FULL", "total used free")(10**12, 10**12, 0)
 FACTS: dict[str, Callable[[], object]] = {
     # What is measured or claimed
     "bf16 here": lambda: setattr(runtime, "claims_bf16", lambda _: True),
@@ -76,7 +74,6 @@ FACTS: dict[str, Callable[[], object]] = {
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: shorter(LlavaDataset),
-    "a full disk": lambda: setattr(features.shutil, "disk_usage", lambda _: FULL),
     # An error of one rank, in each part of the start
     "fails at the device": lambda: setattr(runtime, "choose_device", failing),
     "fails at the group": lambda: setattr(loop, "init_distributed", failing),

@@ -37,16 +37,16 @@ pytestmark = pytest.mark.slow
 
 def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Of the paper's four, which differ in sizes alone, the smallest."""
-    recipes = ["demo", "clip_baseline", "caption_web", "s16"]
+    recipes = ["demo", "small_clip", "caption_web", "s16"]
     flags = ("--debug", "--output", tmp_path, *shards, "--profile", "1")
-    for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in recipes}).items():
+    for name, done in run_all({name: python(SCRIPT, *flags, "--recipe", name) for name in recipes}).items():
         assert done.code == 0, done.text
         run_dir = tmp_path / f"{name}-debug"
         both = RECIPES[name]().task.contrasts
         assert_finished(run_dir, formats=("native", "open_clip", "hf_vit") if both else ("native", "hf_vit"))
         assert [line["step"] for line in trace(run_dir)] == [1, 2, 3]
         assert [line["step"] for line in trace(run_dir, "eval")] == [3]
-        assert ("caption_loss" in trace(run_dir)[0]) == (name != "clip_baseline")
+        assert ("caption_loss" in trace(run_dir)[0]) == (name != "small_clip")
         assert all(line["tflops"] > 0 and "mfu" not in line for line in lines(run_dir) if line["kind"] == "train")
         for shown in (f"recipe {name}", "parameters", "writes to", "% of the time spent waiting for data", "Next:"):
             assert shown in done.text

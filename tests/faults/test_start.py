@@ -208,7 +208,6 @@ def test_an_error_of_one_rank_ends_a_stage_of_both(stage: int, part: str, place:
     [
         ("fewer conversations", ("the training data", "rank 1: 7 samples")),
         ("a version", ("ranks do not agree on", "rank 1: 9.9")),
-        ("a full disk", ("free",)),
     ],
 )
 def test_a_fact_of_a_stage_that_must_be_equal_is_named(

@@ -84,7 +84,7 @@ def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", rows, "cp1252", ";")
     with pytest.raises(UserError, match="no long captions") as refused:
         opened(table, need_long=True)
-    assert "--recipe clip_baseline" in str(refused.value)
+    assert "--recipe small_clip" in str(refused.value)
     assert "recaption.py" in str(refused.value)
     run = debug_twin(recipe("clip_baseline")).override(["data.workers=0"])
     tokenizer = build_tokenizer("wordpiece", [text for _, text in rows] * 3, vocab_size=64)
