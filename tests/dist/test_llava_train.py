@@ -155,7 +155,7 @@ def llava_zero(path: Path, name: str, **changes: object) -> str:
             "steps_per_print": 1e5,
             "wall_clock_breakdown": False,
         }
-    path.write_text(json.dumps(config | changes))
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
     return str(path)
 
 

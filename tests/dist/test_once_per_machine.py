@@ -50,7 +50,7 @@ def _in_group(work, arguments: tuple, port: int, rank: int):
 
 def slowly(calls: Path) -> int:
     time.sleep(2 * TIMEOUT)
-    with calls.open("a") as file:
+    with calls.open("a", encoding="utf-8") as file:
         file.write("called\n")
     return os.getpid()
 
