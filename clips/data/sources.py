@@ -47,7 +47,7 @@ HELD_OUT_BLOCK, MOST_HELD_OUT = 10, 1_000
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
-"""Characters of a caption that are kept, ten times a long caption."""
+"""Characters of a field's captions that are kept, ten times a long caption."""
 LONGEST_PATH = 200
 """Characters of a picture's path that a sample's name shows."""
 PARTS = ("image", "web", "long")
@@ -432,10 +432,14 @@ class TableSource(Source):
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
 
-        self.tables = [
-            PictureFolder(file) if os.path.isdir(file) else KarpathyFile(file) if is_karpathy(file) else Table(file)
-            for file in files
-        ]
+        self.tables: list[Table | PictureFolder | KarpathyFile] = []
+        for file in files:
+            if os.path.isdir(file):
+                self.tables.append(PictureFolder(file))
+            elif is_karpathy(file):
+                self.tables.append(KarpathyFile(file))
+            else:
+                self.tables.append(Table(file))
         self.need_long = need_long
         fields = guess_fields(_names(files), fields, self.tables[0].columns, self._lists())
         self.others = fields.long == OTHERS
@@ -556,7 +560,7 @@ def _alternatives(spec: str) -> list[tuple[str, str | None]]:
 
 
 def _checked(key: str, web: Any, long: Any, *, need_long: bool, others: bool) -> Texts:
-    texts = Texts(_captions(key, "web", web), _captions(key, "long", long), others)
+    texts = Texts(_texts_in(key, "web", web), _texts_in(key, "long", long), others)
     if not texts.web:
         raise BrokenSample(key, "web caption is empty")
     if need_long and not texts.pair()[1]:
@@ -565,14 +569,16 @@ def _checked(key: str, web: Any, long: Any, *, need_long: bool, others: bool) ->
     return texts
 
 
-def _captions(key: str, name: str, value: Any) -> tuple[str, ...]:
-    """The captions in a field, a text or a list of texts; empty ones are left out."""
+def _texts_in(key: str, name: str, value: Any) -> tuple[str, ...]:
+    """The captions in a field, a text or a list of texts; empty ones, and those behind MAX_CAPTION, are left out."""
     captions = []
+    room = MAX_CAPTION
     for text in value if isinstance(value, list) else [value]:
         if text is not None and not isinstance(text, str):
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
-        if text and text.strip():
-            captions.append(text[:MAX_CAPTION].strip())
+        if text and text.strip() and room > 0:
+            captions.append(text[:room].strip())
+            room -= len(text)
     return tuple(captions)
 
 

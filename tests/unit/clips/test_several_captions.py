@@ -21,7 +21,7 @@ from clips.config import OTHERS, DataConfig, Fields
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
-from clips.data.sources import Source, open_source
+from clips.data.sources import MAX_CAPTION, Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.testsets import SourceSet
@@ -56,6 +56,11 @@ def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
     own = Texts(("one",), ("Long a", "one.", "Long b."))
     assert own.pair() == ("one", "Long a. Long b.")
     assert Texts(("one",), ("one",)).pair() == ("one", "one"), "a single long caption is the user's own word"
+
+
+def test_a_list_has_the_length_of_a_caption(tmp_path: Path) -> None:
+    texts = opened(shard(tmp_path, [["w" * 100] * 100_000]), need_long=False).texts(0)
+    assert sum(map(len, texts.web)) == MAX_CAPTION
 
 
 def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
