@@ -459,10 +459,10 @@ class TableSource(Source):
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
         """By table, whether it names pictures that may be missing."""
-        for file, table in enumerate(self.tables):
-            paths = self._first_paths(file)
+        for number, table in enumerate(self.tables):
+            paths = self._first_paths(number)
             if paths is not None:
-                self.roots[file] = guess_root(table.name, self.roots[file], paths, is_given=image_root is not None)
+                self.roots[number] = guess_root(table.name, self.roots[number], paths, is_given=image_root is not None)
             # A folder lists pictures that are there.
             self._named.append(paths is not None and not isinstance(table, PictureFolder))
 
