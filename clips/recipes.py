@@ -118,15 +118,14 @@ def small() -> RunConfig:
         data=DataConfig(train="", workers=1, held_out=0.05),
         optim=replace(run.optim, weight_decay=0.1),
         phases=(
-            PhaseConfig(
+            replace(
+                run.phases[0],
                 name="80px",
                 samples=144_000,
                 batch_size=128,
                 lr=1.5e-3,
                 muon_lr=2e-2,
                 image_size=80,
-                warmup_samples=2_560,
-                schedule="linear",
                 augment=AugmentConfig(min_crop_area=0.5, mirror=0.5),
             ),
         ),

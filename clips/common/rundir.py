@@ -219,7 +219,10 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
-    lines = filter(None, map(parse_line, path.read_bytes().splitlines()))
+    texts = path.read_bytes().splitlines()
+    if kind is not None:  # most lines are of training steps: those of another kind are not parsed
+        texts = [text for text in texts if f'"{kind}"'.encode() in text]
+    lines = filter(None, map(parse_line, texts))
     return [line for line in lines if kind is None or line.get("kind") == kind]
 
 

@@ -38,7 +38,7 @@ from clips.data.order import MixedOrder, Order, SampleOrder, size_of_step
 from clips.data.remote import Copies, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
-from clips.data.sources import MixedSource, Source, TarSource
+from clips.data.sources import MixedSource, PartSource, Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
 
 Batch = dict[str, Any]
@@ -127,7 +127,8 @@ class ReadAhead:
         """`limit`: bytes of all copies on this machine together; 0: no copies."""
         self.order = order
         self._parts: dict[int, _Shards] = {}
-        sources = source.sources if isinstance(source, MixedSource) else [source]
+        whole = source.source if isinstance(source, PartSource) else source  # its shards have the same numbers
+        sources = whole.sources if isinstance(whole, MixedSource) else [whole]
         orders = order.parts if isinstance(order, MixedOrder) else [order]
         remote = [
             (i, part)

@@ -103,10 +103,10 @@ def _load(path: Path) -> Loaded:
             if directory == path / "export" / "native" and not is_current(path / "export"):
                 break
             return *load_native(directory), read_json(directory.parent / MADE_OF) or None
-    if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
-        chosen = chosen_checkpoint(path)
-        if chosen is not None and chosen != checkpoints(path)[0]:
-            found = checkpoint.load(chosen, "checkpoint")
+    chosen = chosen_checkpoint(path)
+    if chosen is not None and chosen != checkpoints(path)[0]:
+        return _load_checkpoint(checkpoint.load(chosen, "checkpoint"), path)
+    if (found := checkpoint.latest(path)) is not None:
         return _load_checkpoint(found, path)
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "

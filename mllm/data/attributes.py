@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clips import ENDINGS, NAMES, Table, ensure_built, expand, read_members
+from clips import ENDINGS, MAX_CAPTION, NAMES, Table, ensure_built, expand, read_members
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.files import from_json
@@ -38,7 +38,6 @@ from mllm.data.images import ImageStore
 SUMMARY = "summary.txt"
 SHORT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's prompt for short answers. It ends the first question of a conversation, and each question of the test."""
-LONGEST_CAPTION = 20_000
 YES_NO_SHARE = 0.25
 """Share of the training questions that are put for yes or no."""
 
@@ -89,7 +88,7 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
     questions = held_out_questions(rows["test"], columns, flags.seed, flags.per_kind)
     (work / QUESTIONS).write_text("".join(json.dumps(question) + "\n" for question in questions))
     if flags.caption:
-        captions = [(row, value_of(row.cells.get(flags.caption), LONGEST_CAPTION)) for row in rows["train"]]
+        captions = [(row, value_of(row.cells.get(flags.caption), MAX_CAPTION)) for row in rows["train"]]
         records = [_record(row, [(QUESTION, caption)]) for row, caption in captions if caption]
         (work / ALIGN).write_text(json.dumps(records, indent=1))
         lines.append(f"captions: {len(records):,}; left out: {len(captions) - len(records):,} rows without one")
@@ -172,7 +171,7 @@ def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[
         for number, row in enumerate(rows):
             data = row.store.read(row.image) if row.data is None else row.data
             image = f"{number:08}.png" if data.startswith(b"\x89PNG") else f"{number:08}.jpg"
-            texts = {"web": value_of(row.cells.get(flags.caption), LONGEST_CAPTION)} if flags.caption else {}
+            texts = {"web": value_of(row.cells.get(flags.caption), MAX_CAPTION)} if flags.caption else {}
             if flags.long:
                 texts["long"] = describe(flags.long, row.cells)
             attributes = {name: cell for name, cell in row.cells.items() if name.lower() not in taken}

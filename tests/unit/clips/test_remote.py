@@ -28,7 +28,7 @@ from clips.data.loader import ReadAhead, make_loader
 from clips.data.order import SampleOrder
 from clips.data.remote import Copies, stamp
 from clips.data.sample import BrokenSample
-from clips.data.sources import open_source
+from clips.data.sources import PartSource, open_source
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import tiny_run
 
@@ -219,6 +219,16 @@ def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_
             seen.append(taken(tmp_path / "cache"))
         assert 0 < max(seen) <= most * size * 1.05
     assert_equal(batches(spec(server), tokenizer, a_run(cache_gb=0)), batches(str(folder), tokenizer, a_run()))
+
+
+def test_shards_are_fetched_whole_if_a_share_is_held_out(folder, server, small_groups, tokenizer, tmp_path) -> None:
+    seen = []
+    for place in (spec(server), str(folder)):
+        source = PartSource(open_source(place, Fields(), need_long=True), 0.1, held_out=False)
+        loader = make_loader(source, tokenizer, a_run(cache_gb=1), rank=0, world_size=1)
+        seen.append([batch["images"] for batch in loader])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*seen, strict=True))
+    assert taken(tmp_path / "cache") > 0
 
 
 def test_the_least_recently_used_copy_goes_first(folder, server, tmp_path: Path) -> None:
