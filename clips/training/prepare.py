@@ -34,8 +34,8 @@ from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_
 
 FEWEST = 5_000
 MEASURED = (
-    "5,700 photographs with five captions found the sentence of one in 1,000 pictures first in 6 % of cases,\n"
-    "and among the first ten in 28 % (chance 0.1 % and 1 %)"
+    "with recipe small 5,700 photographs of five captions found the sentence of one in 1,000 pictures first in 6 %,\n"
+    "and among the first ten in 28 % of cases (chance 0.1 % and 1 %)"
 )
 """Of the recipe `small`: the pictures that it needs, and a figure to hold one's own against."""
 
