@@ -707,12 +707,6 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def published(run: RunConfig) -> RunConfig:
-    """`run` as it may leave this machine: the model, how it was trained, and no place of its data or its weights."""
-    data = DataConfig(train="demo" if run.data.train == "demo" else "not published")
-    return replace(run, data=data, train=replace(run.train, init_from=None))
-
-
 def difference(there: RunConfig, here: RunConfig) -> list[str]:
     """The fields in which two runs differ, as `path: there → here`; precision "auto" accepts what is there."""
     if here.train.precision == "auto":

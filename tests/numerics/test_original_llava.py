@@ -31,7 +31,6 @@ from tiny_tokenizers import TOKENIZERS
 from transformers import AutoProcessor, AutoTokenizer, CLIPVisionModel
 
 from clips.common.errors import UserError
-from clips.weights.push import push
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.data.formats import backend_with_bos, get_format, leave_bos_to_template, save_format, saved_format
@@ -116,8 +115,7 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     name = {"mistral": "llava-mistral-back", "qwen": "llava-qwen-back"}.get(variant, "llava-back")
     back = tmp_path / name
     assert convert_llava(str(converted), back, "llava")[1] == mode
-    for directory in (converted, back):  # a conversion has a card
-        push(directory, "owner/name", dry_run=True)
+    assert (converted / "README.md").is_file()  # a conversion has a card
     assert f"--model-path {name} " in (back / "README.md").read_text(encoding="utf-8")  # "." is no name with a "llava"
     assert "(haotian-liu/LLaVA)" in (back / "README.md").read_text(encoding="utf-8")
     again, written = config_of(back), read_all(back)

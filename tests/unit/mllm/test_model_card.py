@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 import tiny_chat
 from huggingface_hub import ModelCard
-from local_hub import REPO, hub, run_card, uploaded
 from tiny_mllm import write_run
 
-from clips.weights.push import push
 from mllm.encoders.registry import load_vision
 from mllm.training.finish import card, trained_on
-
-__all__ = ["hub"]
-
 
 place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
 
@@ -61,13 +56,3 @@ def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: 
     assert trained_on(tmp_path) == {"align": "mix.json", "instruct": "mix.json"}
     (tmp_path / "config.json").write_text(json.dumps({"align": {"trains": trains | {"data_path": None}}}))
     assert trained_on(tmp_path) == {"align": "demo"}
-
-
-@pytest.mark.slow
-def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:
-    directory = place / "runs" / "llava" / "model"
-    push(directory, REPO)
-    assert {path.name for path in uploaded(hub).iterdir()} == {path.name for path in directory.iterdir()}
-    for path in uploaded(hub).glob("*.json"):
-        assert str(place) not in path.read_text(encoding="utf-8")
-    run_card(hub)
