@@ -11,6 +11,7 @@ import pytest
 from tiny_mllm import pictures, write_llava, write_run
 
 from mllm.chat.model import ChatModel, Sampling
+from mllm.chat.transcript import Turn
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
 from mllm.evaluation.evaluate import generate_answers
@@ -44,6 +45,11 @@ def own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+
+
+def turn_text(turn: Turn) -> str:
+    """The text of a turn, without its pictures."""
+    return "".join(part["text"] for part in turn["value"] if part["type"] == "text").strip()
 
 
 def answers_of(

@@ -98,8 +98,7 @@ def chosen_weights(run_dir: Path) -> dict[str, Any] | None:
 
 def is_current(directory: Path) -> bool:
     """Whether export/ or report/ of a run is of its chosen checkpoint; True if the run has no checkpoint any more."""
-    chosen = chosen_weights(directory.parent)
-    return chosen is None or read_json(directory / MADE_OF).get("sha256") == chosen["sha256"]
+    return _is_of({"checkpoint": read_json(directory / MADE_OF)}, chosen_weights(directory.parent))
 
 
 def check_current(export: Path) -> Path:
@@ -113,13 +112,14 @@ def check_current(export: Path) -> Path:
 def is_finished(run_dir: Path) -> bool:
     """Whether the chosen weights of a pretraining run are exported, and measured if the run has test data."""
     export = run_dir / "export"
+    chosen = chosen_weights(run_dir)
     evaluation = read_json(run_dir / "evaluation.json")
-    is_measured = not evaluation or _is_of(evaluation, chosen_weights(run_dir))
-    return export.is_dir() and is_current(export) and is_measured
+    is_measured = not evaluation or _is_of(evaluation, chosen)
+    return export.is_dir() and _is_of({"checkpoint": read_json(export / MADE_OF)}, chosen) and is_measured
 
 
 def _is_of(evaluation: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> bool:
-    """Whether an evaluation is of the weights `chosen`; True if the run has no checkpoint any more."""
+    """Whether what names its `checkpoint` is of the weights `chosen`; True if the run has no checkpoint any more."""
     return chosen is None or (evaluation.get("checkpoint") or {}).get("sha256") == chosen["sha256"]
 
 

@@ -145,6 +145,7 @@ class PictureFolder:
     """A folder of pictures, below it too, each beside a text of its name (a.jpg, a.txt), as a table of two columns."""
 
     columns = ("image", "txt")
+    lists = ()
 
     def __init__(self, folder: str) -> None:
         self.url = self.name = self.root = folder
@@ -191,6 +192,7 @@ class KarpathyFile:
     """
 
     columns = ("image", "captions")
+    lists = ("captions",)
     left_out = 0
 
     def __init__(self, spec: str) -> None:

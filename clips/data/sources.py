@@ -14,7 +14,7 @@ import logging
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,6 +149,25 @@ class Source:
     def _locate(self, index: int) -> tuple[int, int]:
         return _place(self._starts, index)
 
+    def _guess(
+        self, where: str, fields: Fields, need_long: bool, names: Sequence[str], lists: Collection[str]
+    ) -> Fields:
+        """Return the fields as `guess_fields` and note which parts a sample needs."""
+        fields = guess_fields(where, fields, names, lists)
+        self._need_long = need_long
+        self._others = fields.long == OTHERS
+        self._needed = PARTS if need_long and not self._others else PARTS[:2]
+        return fields
+
+    def _checked(self, key: str, web: Any, long: Any) -> Texts:
+        texts = Texts(_texts_in(key, "web", web), _texts_in(key, "long", long), self._others)
+        if not texts.web:
+            raise BrokenSample(key, "web caption is empty")
+        if self._need_long and not texts.pair()[1]:
+            only = ": the picture has one caption, and its other ones were to be the long one" if self._others else ""
+            raise BrokenSample(key, f"long caption is empty{only}")
+        return texts
+
     def order(self, seed: int) -> Order:
         """The order in which training sees the samples."""
         return SampleOrder(self.shard_sizes, seed)
@@ -246,10 +265,7 @@ class TarSource(Source):
         self._copies: Callable[[int], BinaryIO | None] | None = None
 
         names, lists = self._field_names(fields)
-        fields = guess_fields(_names(shards), fields, names, lists)
-        self._need_long = need_long
-        self._others = fields.long == OTHERS
-        self._needed = PARTS if need_long and not self._others else PARTS[:2]
+        fields = self._guess(_names(shards), fields, need_long, names, lists)
         self._fields = {part: _alternatives(getattr(fields, part)) for part in PARTS}
         for part in self._needed:
             if not any((e if key is None else f"{e}:{key}") in names for e, key in self._fields[part]):
@@ -318,7 +334,7 @@ class TarSource(Source):
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
         )
-        return _checked(members.key, web, long, need_long=self._need_long, others=self._others)
+        return self._checked(members.key, web, long)
 
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
@@ -440,15 +456,13 @@ class TableSource(Source):
                 self.tables.append(KarpathyFile(file))
             else:
                 self.tables.append(Table(file))
-        self.need_long = need_long
-        fields = guess_fields(_names(files), fields, self.tables[0].columns, self._lists())
-        self.others = fields.long == OTHERS
+        fields = self._guess(_names(files), fields, need_long, self.tables[0].columns, self.tables[0].lists)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
-        if self.others:
+        if self._others:
             self._fields["long"] = []
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
-            for name in PARTS if need_long and not self.others else PARTS[:2]:
+            for name in self._needed:
                 if not set(self._fields[name]) & set(table.columns):
                     raise _missing_field(table.name, name, getattr(fields, name), table.columns)
         self.files = files
@@ -465,15 +479,6 @@ class TableSource(Source):
                 self.roots[number] = guess_root(table.name, self.roots[number], paths, is_given=image_root is not None)
             # A folder lists pictures that are there.
             self._named.append(paths is not None and not isinstance(table, PictureFolder))
-
-    def _lists(self) -> set[str]:
-        """The columns of the first table whose cells hold lists."""
-        table = self.tables[0]
-        lists: set[str] = set()
-        for i in range(min(PROBED_SAMPLES, len(table))):
-            with contextlib.suppress(ValueError, RecursionError):  # reported when the row itself is read
-                lists |= {name for name, value in table.row(i, ()).items() if isinstance(value, list)}
-        return lists
 
     def _first_paths(self, file: int) -> list[str] | None:
         """The paths of a table's first pictures; None if it holds the pictures themselves."""
@@ -526,8 +531,7 @@ class TableSource(Source):
         return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
 
     def _captions(self, key: str, row: dict[str, Any]) -> Texts:
-        web, long = self._value(row, "web"), self._value(row, "long")
-        return _checked(key, web, long, need_long=self.need_long, others=self.others)
+        return self._checked(key, self._value(row, "web"), self._value(row, "long"))
 
     def _image(self, key: str, place: str | bytes) -> bytes:
         if isinstance(place, bytes):
@@ -557,16 +561,6 @@ def _alternatives(spec: str) -> list[tuple[str, str | None]]:
     """`ext;ext:key` → [(ext, None), (ext, key)]."""
     parts = [part.partition(":") for part in spec.split(";") if part]
     return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
-
-
-def _checked(key: str, web: Any, long: Any, *, need_long: bool, others: bool) -> Texts:
-    texts = Texts(_texts_in(key, "web", web), _texts_in(key, "long", long), others)
-    if not texts.web:
-        raise BrokenSample(key, "web caption is empty")
-    if need_long and not texts.pair()[1]:
-        only = ": the picture has one caption, and its other ones were to be the long one" if others else ""
-        raise BrokenSample(key, f"long caption is empty{only}")
-    return texts
 
 
 def _texts_in(key: str, name: str, value: Any) -> tuple[str, ...]:

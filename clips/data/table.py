@@ -15,6 +15,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class LeftOut:
 
 
 class Table:
-    """One table file. `columns` are the names found."""
+    """One table file. `columns` are the names found, `lists` those of columns whose cells hold lists."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -59,9 +60,12 @@ class Table:
         for i in range(reader.num_record_batches):
             self._starts.append(self._starts[-1] + reader.get_batch(i).num_rows)
         self._numbered: dict[str, list[str]] = {}
-        columns = self._json_columns() if self.is_json else reader.schema.names
+        schema = reader.schema
+        lists = {field.name for field in schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)}
+        columns, lists = self._json_columns() if self.is_json else (schema.names, lists)
         self._numbered = _numbered(columns)
         self.columns = [*columns, *self._numbered]
+        self.lists = {*lists, *self._numbered}
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
         left_out = LeftOut(**json.loads(last[b"left_out"]))
         self.left_out = left_out.count
@@ -73,7 +77,7 @@ class Table:
                 f"{left_out.first} (other cells than the header, or an open quote)"
             )
             say_once(self.problem)
-        if (reader.schema.metadata or {}).get(b"encoding") == b"cp1252":
+        if (schema.metadata or {}).get(b"encoding") == b"cp1252":
             say_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")
 
     def __len__(self) -> int:
@@ -118,14 +122,15 @@ class Table:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
         return self._reader
 
-    def _json_columns(self) -> list[str]:
+    def _json_columns(self) -> tuple[list[str], set[str]]:
         columns: dict[str, None] = {}
+        lists: set[str] = set()
         for i in range(min(100, len(self))):
-            try:
-                columns |= dict.fromkeys(self.row(i, ()))
-            except (ValueError, RecursionError):
-                continue  # reported when the row itself is read
-        return list(columns)
+            with suppress(ValueError, RecursionError):  # reported when the row itself is read
+                row = self.row(i, ())
+                columns |= dict.fromkeys(row)
+                lists |= {name for name, value in row.items() if isinstance(value, list)}
+        return list(columns), lists
 
 
 def _numbered(columns: Sequence[str]) -> dict[str, list[str]]:

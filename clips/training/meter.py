@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
-from collections.abc import Iterator, Sequence
-from statistics import median_low
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
 from clips.training.log import RunLog
-from clips.training.watchdog import OwnTime, slow_ranks
+from clips.training.watchdog import OwnTime
 from clips.weights.checkpoint import TrainState
 
 
@@ -32,8 +30,6 @@ class Meter:
         self.started = time.perf_counter()
         self.first = state.samples
         self.waiting_total = 0.0
-        self.named: set[int] = set()
-        """Ranks that were slow in the last line, and have been named."""
         self.reset(state)
 
     def reset(self, state: TrainState) -> None:
@@ -130,7 +126,6 @@ class Meter:
             **{name: max(ranks[name]) for name in memory},
             "skipped": state.skipped,
         })  # fmt: skip
-        self._name_slow_ranks(log, ranks["own"], elapsed / steps, state.step)
         self.reset(state)
         return skipped
 
@@ -142,20 +137,6 @@ class Meter:
         dist.all_gather(of_ranks, figures)
         columns = torch.stack(of_ranks, dim=1).tolist()
         return dict(zip([*losses, *own], columns, strict=True))
-
-    def _name_slow_ranks(self, log: RunLog, own_seconds: Sequence[float], step_seconds: float, step: int) -> None:
-        """Warn of a rank when it becomes slow. Collective where one does, which all ranks know."""
-        slow = set(slow_ranks(own_seconds, step_seconds))
-        if slow - self.named:
-            hosts = [""] * len(own_seconds)
-            dist.all_gather_object(hosts, socket.gethostname())
-            usual = median_low(own_seconds)
-            for rank in sorted(slow - self.named):
-                log.say(
-                    f"warning: rank {rank} ({hosts[rank]}) is slow at step {step}, and all wait for it: "
-                    f"{own_seconds[rank]:.3g} s a step for its data and forward pass, where the median is {usual:.3g} s"
-                )
-        self.named = slow
 
     def summary(self, state: TrainState) -> str:
         """What the training took, in one line."""

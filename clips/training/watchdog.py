@@ -1,4 +1,4 @@
-"""What a run of days is watched for besides values that are not finite: spikes, and ranks that hold up the others.
+"""What a run of days is watched for besides values that are not finite: spikes, and each rank's own time.
 
 A spike is a loss or a gradient norm many times those of the last steps. Both are positive and vary in proportion to
 their size, so logarithms are compared: with the median of the last ones, by deviations that are told from the median
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median, median_low
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,11 +36,6 @@ SMALLEST_DEVIATION = 0.05
 """Values that hardly vary would make a spike of everything: it is at least exp(8 · 0.05) = 1.5 times the usual."""
 PATIENCE = 5
 """Steps left out of twice as many before the run ends: then it is no matter of a batch."""
-
-SLOW = 1.5
-"""Times the median of the ranks' own time: that rank is named …"""
-MATTERS = 0.1
-"""… if the others wait for it for this share of a step."""
 
 
 def limit(recent: Sequence[float]) -> float:
@@ -86,14 +81,6 @@ def leave_out(state: TrainState, since: int) -> None:
             "(--set 'phases.*.lr=…'), or take the spikes (--on-spike continue), with --allow-config-change; the run "
             "goes on from its last checkpoint"
         )
-
-
-def slow_ranks(own_seconds: Sequence[float], step_seconds: float) -> list[int]:
-    """Ranks whose own time in a step is far above the median of all, by enough to matter for a step's time."""
-    middle = median_low(own_seconds)  # of two ranks, the faster one
-    return [
-        rank for rank, own in enumerate(own_seconds) if own > SLOW * middle and own - middle > MATTERS * step_seconds
-    ]
 
 
 class OwnTime:

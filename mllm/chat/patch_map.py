@@ -1,4 +1,4 @@
-"""An encoder's view of an image: zero-shot labels, and a map of the patches that match a word.
+"""An encoder's view of an image: a map of the patches that match a word.
 
 The similarity s of an image and a text is a mean over patches, and the map shows its terms. The tower averages its
 patch tokens x_i to m, normalises and projects: f = P(γ (m − mean(m)) / σ(m) + β), and s = f·t / |f|. With σ(m) and |f|
@@ -28,8 +28,6 @@ from PIL import Image
 from clips import CLIPS
 from clips.common.errors import UserError
 
-MAX_LABELS = 200
-"""Labels of one request; each label is encoded in several prompts."""
 COLOUR = (255, 122, 0)
 """Tint of patches that match."""
 SIDE = 512
@@ -48,19 +46,6 @@ class PatchMap:
     """Cosine of the image with the average of the labels."""
 
 
-def zero_shot(encoder: CLIPS, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:
-    """Probability of each label, largest first: softmax over cosines times the trained scale.
-
-    Raises UserError for fewer than two labels or more than MAX_LABELS.
-    """
-    names = _unique(labels)
-    if not 2 <= len(names) <= MAX_LABELS:
-        raise UserError(f"labels: {len(names)} different ones are given, between 2 and {MAX_LABELS} can be compared")
-    cosines = encoder.encode_image(image) @ encoder.encode_labels(names).T
-    odds = (encoder.logit_scale * cosines).softmax(dim=-1)[0]
-    return {names[i]: float(odds[i]) for i in odds.argsort(descending=True).tolist()}
-
-
 def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[str] = ()) -> PatchMap:
     """The match of each patch of `image` with `text`, a name or a sentence (see the top of this file).
 
@@ -70,16 +55,11 @@ def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[st
     if not text:
         raise UserError("type a word or a sentence to look for")
     t_E = encoder.encode_query(text)
-    names = _unique(labels)[:MAX_LABELS]
-    usual_E = encoder.encode_labels(names).mean(dim=0) if names else torch.zeros_like(t_E)
+    usual_E = encoder.encode_labels(tuple(labels)).mean(dim=0) if labels else torch.zeros_like(t_E)
     terms_NE, feature_E = encoder.patch_terms(image)
     side = math.isqrt(len(terms_NE))
     patches = (terms_NE @ (t_E - usual_E)).view(side, side).numpy()
     return PatchMap(patches, float(feature_E @ t_E), float(feature_E @ usual_E))
-
-
-def _unique(labels: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for label in labels if (name := " ".join(label.split()))))
 
 
 def overlay(image: Image.Image, patches: np.ndarray) -> Image.Image:

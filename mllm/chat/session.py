@@ -12,7 +12,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from transformers import (
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
-from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript
+from mllm.chat.transcript import Picture, Turn, count_images, decoded
 from mllm.data.conversation import Images
 from mllm.evaluation.batches import drawn_at, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
@@ -150,10 +149,6 @@ class ChatSession:
         """Cut the talk after its first `answers` answers; 0 starts anew."""
         self.turns = self.turns[: 2 * answers]
         self.images = self.images[: sum(map(count_images, self.turns))]
-
-    def save(self, path: Path | str) -> list[Path]:
-        """Write the talk to `path` (.json) and its pictures beside it, see `save_transcript`."""
-        return save_transcript(path, self.turns, self.images, system=self.system, model=self.model.name)
 
     def _answer(
         self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None

@@ -28,7 +28,6 @@ OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
 COMMANDS = """\
   /image PATH       add a picture or a video to the next question (or drop its file here)
   /reset            start anew
-  /save FILE.json   write the talk and its pictures
   /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
@@ -43,7 +42,7 @@ def load_image(path: str) -> Image | Video:
         if not shows_video:
             return read_image(data, OWN_IMAGES)
         read_video(data, 1)
-        return Video(partial(read_video, data), lambda: data)
+        return Video(partial(read_video, data))
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 
@@ -100,8 +99,6 @@ class Talk:
             self.session.keep(0)
             self.waiting = []
             print("a new talk")
-        elif command == "/save" and rest:
-            print("written: " + ", ".join(map(str, self.session.save(os.path.expanduser(rest)))))
         elif command.startswith("/"):
             print(f"{line} is neither a command nor a file\n{COMMANDS}")
         elif line or self.waiting:

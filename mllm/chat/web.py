@@ -76,7 +76,7 @@ def open_upload(path: str) -> Picture:
     data = Path(path).read_bytes()
     if is_video(path):
         read_video(data, 1)
-        return Video(partial(read_video, data), lambda: data)
+        return Video(partial(read_video, data))
     read_image(data, LIMITS)
     return LazyPicture(partial(read_image, data, LIMITS), partial(image_size, data, LIMITS))
 

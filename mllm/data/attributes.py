@@ -156,11 +156,10 @@ def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
         cells: dict[str, Any] = {}
         with suppress(ValueError, RecursionError):
             cells = table.row(number, ())
-        image = cells.pop(column, None)
-        if isinstance(image, dict):  # the datasets library: {"bytes": …, "path": …}
-            yield Row(str(image.get("path") or cells.get("id", number)), cells, store, image.get("bytes"))
-        else:
-            yield Row(str(image), cells, store)
+        cell = cells.pop(column, None)
+        if not isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
+            cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
+        yield Row(str(cell.get("path") or cells.get("id", number)), cells, store, cell.get("bytes"))
 
 
 def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[Row]:

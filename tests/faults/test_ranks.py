@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,12 +203,10 @@ def test_spikes_without_an_end_end_the_run(shards: tuple[str, ...], tmp_path: Pa
     assert (tmp_path / "r" / "LATEST").read_text().strip() == "step-00000034"
 
 
-def test_a_slow_rank_is_named_once(shards: tuple[str, ...], tmp_path: Path) -> None:
+def test_each_rank_s_own_time_tells_the_slow_one(shards: tuple[str, ...], tmp_path: Path) -> None:
     flags = ("--samples", "48", "--set", "train.log_every=3")
     done = run(torchrun(*faulty("slow", "1", tmp_path, shards), *flags))
     assert done.code == 0, done.text
-    assert done.text.count("is slow at step") == 1, done.text
-    assert f"warning: rank 1 ({socket.gethostname()}) is slow at step 3, and all wait for it" in done.text
     records = [line for line in lines(tmp_path / "r") if line["kind"] == "train"]
     for line in records:
         fast, slow = line["rank_seconds"]

@@ -72,14 +72,6 @@ def test_the_limit_is_never_below_what_is_usual_and_follows_the_scale(recent: li
     assert watchdog.limit([scale * r for r in recent]) == pytest.approx(scale * bound, rel=1e-6)
 
 
-def test_a_slow_rank_is_one_that_the_others_wait_for() -> None:
-    assert watchdog.slow_ranks([1.0, 1.6], 2.0) == [1]
-    assert watchdog.slow_ranks([1.0, 1.4], 2.0) == []
-    assert watchdog.slow_ranks([1.0, 1.0, 0.9, 3.0, 1.1, 2.0], 4.0) == [3, 5]
-    assert watchdog.slow_ranks([0.01, 0.02], 1.0) == [], "of no matter in a step of a second"
-    assert watchdog.slow_ranks([0.5], 1.0) == []
-
-
 def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True)
     log.metrics = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by the log

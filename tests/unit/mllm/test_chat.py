@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import tiny_chat
 import torch
 from PIL import Image
-from tiny_chat import SHORT
+from tiny_chat import SHORT, turn_text
 from tiny_mllm import write_llm
 from tiny_tokenizers import FORMATS, KINDS, TOKENIZERS
 from tokenizers import decoders
@@ -20,10 +19,7 @@ from transformers import DynamicCache
 from clips.common.errors import UserError
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import AnswerStreamer, ChatSession
-from mllm.chat.transcript import turn_text
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import LlavaDataset
-from mllm.data.images import ImageStore
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
@@ -246,21 +242,7 @@ def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
 
 
-def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
-    session = ChatSession(model, system="Be kind.")
-    ask(session, "What is <image>?", images[:2], SHORT)
-    ask(session, "And?", images[2:3], SHORT)
-    path, *beside = session.save(tmp_path / "new" / "talk.json")
-    assert [file.name for file in beside] == ["talk_0.png", "talk_1.png", "talk_2.png"]
-    (record,) = json.loads(path.read_text())
-    assert record["conversations"][0] == {"from": "system", "value": "Be kind."}
-    assert record["conversations"][3]["value"] == "<image>\nAnd?"
-    (sample,) = LlavaDataset(path, model.encoder, ImageStore(path.parent))  # it is training data
-    prompt = session.prompt_ids(session.turns[:-1], 3)
-    assert sample["input_ids"][: len(prompt)] == prompt
-    assert ImageStore(path.parent).load("talk_1.png").tobytes() == images[1].tobytes()
-    with pytest.raises(UserError, match="json"):
-        session.save(tmp_path / "talk.txt")
+def test_a_format_without_a_place_for_a_system_text_refuses_one(model: ChatModel) -> None:
     plain = ChatModel(model.model, model.processor, model.directory, "plain")
     with pytest.raises(UserError, match="system text"):
         ChatSession(plain, system="Be kind.")

@@ -1,16 +1,15 @@
-"""Zero-shot labels and the patch map of a tiny CLIPS export."""
+"""The patch map of a tiny CLIPS export."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.data.images import eval_transform
-from mllm.chat.patch_map import patch_map, zero_shot
+from mllm.chat.patch_map import patch_map
 
 LABELS = ("a cat", "dog", "act", "god")
 
@@ -62,16 +61,3 @@ def test_rows_of_the_map_go_down_and_columns_to_the_right(encoder: CLIPS) -> Non
         scaled = (token - token.mean()) / (mean.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
         expected = encoder.model.visual.proj(scaled) @ text_features(encoder, ["a cat is a cat"])[0] / length
     assert patch_map(encoder, image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:
-    image = picture(seed=1)
-    odds = zero_shot(encoder, image, LABELS)
-    assert set(odds) == set(LABELS)
-    assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
-    assert list(odds.values()) == sorted(odds.values(), reverse=True)
-    prompts = [[template.format(label) for template in encoder.templates] for label in LABELS]
-    names = F.normalize(torch.stack([text_features(encoder, texts).mean(0) for texts in prompts]), dim=1)
-    scale = encoder.model.logit_scale.detach().exp().clamp(max=100)
-    expected = (scale * names @ image_feature(encoder, image)).softmax(0)
-    assert [odds[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-4)

@@ -16,7 +16,7 @@ import tiny_chat
 import torch
 from PIL import Image
 from serve_process import CHAT, ask, client_of, data_url, picture, png, post, served, user, with_picture
-from tiny_chat import SHORT, answers_of
+from tiny_chat import SHORT, answers_of, turn_text
 from transformers import pipeline
 
 from clips.common.errors import UserError
@@ -24,7 +24,6 @@ from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.terminal import Talk, load_image
-from mllm.chat.transcript import turn_text
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions

@@ -12,14 +12,13 @@ import tiny_chat
 from conftest import ROOT, script_parser
 from PIL import Image
 from serve_process import png
-from tiny_chat import SHORT
+from tiny_chat import SHORT, turn_text
 
 from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.chat.terminal import Talk, chat_from_flags, dropped_files, load_image
-from mllm.chat.transcript import turn_text
 
 model, place = tiny_chat.model, tiny_chat.place  # fixtures
 

@@ -342,7 +342,7 @@ def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(
 
 
 def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
-    """A second question reads nothing again, and the saved talk is data for training."""
+    """A second question reads nothing again."""
     clip = place / "images" / "a.mp4"
     assert dropped_files(str(clip)) == [str(clip)]
     shown, session = load_image(str(clip)), ChatSession(model)
@@ -351,13 +351,6 @@ def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> N
     later = "".join(session.ask("And now?", [load_image(str(place / "images" / "0.png"))], SHORT))
     assert session.last.cached_tokens > 17
     assert later == "".join(ChatSession.from_turns(model, session.turns[:-1], session.images).answer(SHORT))
-    saved = session.save(tmp_path / "talk.json")
-    assert saved[1].read_bytes() == clip.read_bytes()
-    layout = model.layout
-    tokens = ImageTokens(layout.most, layout.tokens, layout.frames)
-    [sample] = LlavaDataset(saved[0], model.encoder, ImageStore(tmp_path), tokens=tokens)
-    prompt = session.prompt_ids(session.turns[:1], model.image_tokens([shown]))
-    assert sample["input_ids"][: len(prompt)] == prompt
     (tmp_path / "no.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="mp4"):
         load_image(str(tmp_path / "no.mp4"))
