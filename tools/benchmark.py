@@ -65,11 +65,14 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     run = replace(run, model=replace(run.model, vision=vision), phases=(phase,), data=replace(run.data, workers=0))
     source, tokenizer = open_data(run)
     batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
-    steps = {
-        "ours": our_step(run, tokenizer, device),
-        "open_clip": stock_step(run, tokenizer, device),
+    torch.manual_seed(0)
+    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
+    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+    theirs = stock_step(run, tokenizer, device)
+    parts = {
+        "ours": lambda: [optimizer_step(engine, [batch]) for batch in batches],
+        "open_clip": lambda: [theirs(batch) for batch in batches],
     }
-    parts = {kind: lambda step=step: [step(batch) for batch in batches] for kind, step in steps.items()}
     seconds = fastest(parts, repeats, device)
     return [[kind, run.samples / of_kind, of_kind / seconds["ours"]] for kind, of_kind in seconds.items()]
 
@@ -78,14 +81,6 @@ def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     source = open_split(run.data, "train", need_long=False)
     texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
-
-
-def our_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
-    """Our training step, with its check for finite gradients."""
-    torch.manual_seed(0)
-    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
-    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
-    return lambda batch: optimizer_step(engine, [batch])
 
 
 def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
@@ -217,7 +212,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
     p.add_argument("--data", default="data/demo", help="folder of the demo data")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
     return p
 
 

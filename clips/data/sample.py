@@ -56,9 +56,7 @@ def joined(captions: Iterable[str], without: str) -> str:
     """The captions as sentences of one text: each ends with a stop, and none is said twice or is `without`."""
     sentences = {_plain(caption): caption for caption in captions}
     sentences.pop(_plain(without), None)
-    return " ".join(
-        text if text.endswith((".", "!", "?", "。", "！", "？")) else f"{text}." for text in sentences.values()
-    )
+    return " ".join(text if text.endswith(STOPS) else f"{text}." for text in sentences.values())
 
 
 def _plain(caption: str) -> str:
