@@ -14,7 +14,7 @@ from conftest import generative, random_model, tiny_run
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from clips.config import RunConfig
+from clips.config import DataConfig, RunConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.figures import write_figures
 from clips.evaluation.metrics import Figure
@@ -35,7 +35,8 @@ def tokenizer_run(*, pre_norm: bool = False) -> RunConfig:
     run = tiny_run(pad_mask=True)
     vision = replace(run.model.vision, pre_norm=pre_norm)
     text = replace(run.model.text, vocab_size=TOKENIZER.vocab_size)
-    return replace(run, model=replace(run.model, vision=vision, text=text))
+    data = DataConfig(train="https://me:secret@host/recap/{00000..9}.tar", image_root="/secret")
+    return replace(run, data=data, model=replace(run.model, vision=vision, text=text))
 
 
 @pytest.mark.parametrize("tower", ["ViT", "pre_norm", "caption"])
@@ -49,6 +50,8 @@ def test_the_code_of_a_card_runs_beside_it(
     place = tmp_path / "mine" / "export"
     cards = export(place, run if has_texts else generative(run, tower), model)
     assert sorted(cards) == (["hf_vit", "native", "open_clip"] if has_texts else ["hf_vit", "native"])
+    files = [path for path in place.rglob("*") if path.is_file() and path != place / "native" / "config.json"]
+    assert not [path for path in files if b"secret" in path.read_bytes() or str(place).encode() in path.read_bytes()]
     for kind, card in cards.items():
         data = ModelCard(card).data
         assert data.library_name == LIBRARIES[kind]
