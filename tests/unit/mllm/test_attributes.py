@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from conftest import script_parser
+from pyarrow import parquet
 from tiny_shop import picture, products, write_hub, write_tar
 
 from clips import Fields, open_source
@@ -166,6 +168,15 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
         build(tmp_path / "none", "--data", table, "--image-root", tmp_path / "my pictures", "--columns", "shade")
     with pytest.raises(UserError, match="--image COLUMN"):
         build(tmp_path / "none", "--data", write_csv(tmp_path / "b.csv", products(4)))
+
+
+def test_a_cell_that_is_a_picture_is_packed(tmp_path: Path) -> None:
+    """As bytes alone, without the path that the datasets library puts beside them."""
+    rows = [row | {"image": picture()} for row in products(60)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "shop.parquet")
+    out = build(tmp_path / "out", "--data", tmp_path / "shop.parquet", "--pack")
+    records = json.loads((out / "instruct.json").read_text())
+    assert not any(ImageStore(out / "train.tar").problem(record["image"]) for record in records)
 
 
 def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
