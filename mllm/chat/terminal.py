@@ -174,8 +174,5 @@ def _answer_once(session: ChatSession, answer: Generator[str, None, None], *, st
         print(flush=True)
     except KeyboardInterrupt:
         raise Stopped("stopped", exit_code=130) from None
-    except BrokenPipeError:  # the reader, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        return
     if stats and session.last:
         print(stats_line(session.last), file=sys.stderr)
