@@ -1,6 +1,6 @@
 """Measuring an encoder on test sets: retrieval, zero-shot classification, captions, a linear probe, and the command.
 
-Every figure is a percentage and comes with the number of items it was measured on and its chance level.
+Every figure is a percentage, or in nats, and comes with the number of items it was measured on and its chance level.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
-from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.clips import MAX_LOGIT_SCALE, NO_SHARED_SPACE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
@@ -60,6 +60,7 @@ def measure(
     figures: dict[str, Figure] = {}
     here = not sharded or dist.get_rank() == 0
     shared_space = model.config.embed_dim > 0
+    scale = float(model.logit_scale.detach().exp().clamp(max=MAX_LOGIT_SCALE))
     for protocol in PROTOCOLS if shared_space else ():
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
@@ -67,7 +68,7 @@ def measure(
         texts = [text for row in rows for text in images.captions[row][protocol]]
         owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
-        found = retrieval_metrics(images.features[rows], features, owners, texts) if here else {}
+        found = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
     labelled = labelled_rows(images) if shared_space else {}
     if labelled and (classes := classes or classes_of(labelled.values())):

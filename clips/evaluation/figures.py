@@ -45,7 +45,7 @@ def write_figures(
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
+    """JSON with each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
 
     `weights` is their hash by names and values; `checkpoint` which one of the run they are
     (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
@@ -58,7 +58,7 @@ def write_figures(
         "checkpoint": checkpoint,
         "image_size": image_size or model.visual.image_size,
         "limit": limit,
-        "unit": "percent",
+        "unit": "percent; log ranks and losses: nats",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),
         "skipped": list(skipped[:20]),

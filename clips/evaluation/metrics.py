@@ -8,6 +8,7 @@ Shapes: I images · T texts · C classes · P prompts per class · E embedding w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, in percent."""
+    """One measured number, in percent; log ranks and losses (`in_nats`) in nats, where lower is better."""
 
     value: float
     chance: float
@@ -45,23 +46,41 @@ def expected_hits(better: Tensor, tied: Tensor, positives: Tensor, k: int) -> Te
     return 1 - miss
 
 
-def _hits(scores: Tensor, positive: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Expected hits of each row at every k and their chance level, both [len(ks), N], in [0, 1].
+def expected_log_rank(better: Tensor, tied: Tensor, positives: Tensor) -> Tensor:
+    """Mean natural logarithm of the first positive's rank (from 1), over all orders of what scores the same.
+
+    Arguments as of `expected_hits`; float64 [N].
+    """
+    counts, row_of = torch.stack([better, tied, positives]).unique(dim=1, return_inverse=True)
+    means = []
+    for above, negatives, right in counts.T.tolist():
+        step = np.arange(negatives)
+        later = np.cumprod((negatives - step) / (negatives + right - step))  # chance of a rank beyond above + 1 + step
+        means.append(math.log(above + 1) + float(later @ np.log1p(1 / (above + 1 + step))))
+    return torch.tensor(means, dtype=torch.float64)[row_of]
+
+
+def _ranks(scores: Tensor, positive: Tensor) -> Tensor:
+    """What `expected_hits` counts in each row: better, tied, positives; as measured and of equal scores, [2, 3, N].
 
     `scores` [N, M] of N queries against M candidates, `positive` [N, M] marks the right ones (≥ 1 in each row).
     """
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
     above = scores > best + TIE
     near = (scores >= best - TIE) & ~above
-    better, near_right = above.sum(1), (near & positive).sum(1)
-    tied, right = near.sum(1) - near_right, positive.sum(1)
-    counts = (better.cpu(), tied.cpu(), near_right.cpu())
-    chance = (torch.zeros(len(scores)), (scores.shape[1] - right).cpu(), right.cpu())
-    return (torch.stack([expected_hits(*counts, k) for k in ks]), torch.stack([expected_hits(*chance, k) for k in ks]))
+    near_right, right = (near & positive).sum(1), positive.sum(1)
+    measured = torch.stack([above.sum(1), near.sum(1) - near_right, near_right])
+    chance = torch.stack([torch.zeros_like(right), scores.shape[1] - right, right])
+    return torch.stack([measured, chance]).cpu()
 
 
-def _figures(names: Sequence[str], hits: list[tuple[Tensor, Tensor]]) -> dict[str, Figure]:
-    values, chances = (torch.cat([part[i] for part in hits], dim=1) for i in (0, 1))
+def _hits(ranks: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Expected hits of each row at every k and their chance level, both [len(ks), N], in [0, 1]."""
+    values, chances = (torch.stack([expected_hits(counts[0], counts[1], counts[2], k) for k in ks]) for counts in ranks)
+    return values, chances
+
+
+def _figures(names: Sequence[str], values: Tensor, chances: Tensor) -> dict[str, Figure]:
     return {
         name: Figure(round(100 * value.mean().item(), 4), round(100 * chance.mean().item(), 4), values.shape[1])
         for name, value, chance in zip(names, values, chances, strict=True)
@@ -70,14 +89,22 @@ def _figures(names: Sequence[str], hits: list[tuple[Tensor, Tensor]]) -> dict[st
 
 @torch.no_grad()
 def retrieval_metrics(
-    image_features: Tensor, text_features: Tensor, text_to_image: Sequence[int], texts: Sequence[str], chunk: int = 512
+    image_features: Tensor,
+    text_features: Tensor,
+    text_to_image: Sequence[int],
+    texts: Sequence[str],
+    logit_scale: float | None = None,
+    chunk: int = 512,
 ) -> dict[str, Figure]:
-    """Recall at 1, 5, 10 both ways: `i2t_r1` … `t2i_r10`. Features [I, E] and [T, E] are L2-normalised.
+    """Recall at 1, 5, 10 both ways, `i2t_r1` … `t2i_r10`, and the mean logarithm of the rank of the right item,
+    `i2t_log_rank` and `t2i_log_rank`; of several right ones the best counts. Features [I, E] and [T, E] are
+    L2-normalised.
 
     Text t belongs to image `text_to_image[t]`; every image needs at least one. Equal strings count as the same caption:
     image → text is a hit if any of the image's captions, or an equal string, is among the first k; text → image if the
     image is the caption's own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …, as
-    clip_benchmark counts: only the image's own text is right.
+    clip_benchmark counts: only the image's own text is right. `contrastive_loss`, if `logit_scale` is given, is the
+    symmetric InfoNCE of all images, each with its first text. It grows with the set (chance is the logarithm of I).
     """
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():
@@ -92,6 +119,9 @@ def retrieval_metrics(
     if len(set(zip(owner, string_of, strict=True))) > len(set(string_of)):
         strict = _recall(image_features, text_features, owner, np.arange(T), chunk)
         figures |= {f"{name}_strict": figure for name, figure in strict.items()}
+    if logit_scale is not None:
+        first = np.unique(owner, return_index=True)[1]
+        figures["contrastive_loss"] = _contrastive_loss(image_features, text_features[first], logit_scale, chunk)
     return figures
 
 
@@ -108,15 +138,32 @@ def _recall(
     for start in range(0, len(image_features), chunk):
         rows = slice(start, start + chunk)
         positive = torch.from_numpy(owns[rows].toarray()[:, caption_of]).to(device)
-        i2t.append(_hits(image_features[rows] @ text_features.T, positive, RECALL_AT))
+        i2t.append(_ranks(image_features[rows] @ text_features.T, positive))
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
         positive = torch.from_numpy(owned_by[caption_of[rows]].toarray()).to(device)
-        t2i.append(_hits(text_features[rows] @ image_features.T, positive, RECALL_AT))
-    return _figures([f"i2t_r{k}" for k in RECALL_AT], i2t) | _figures([f"t2i_r{k}" for k in RECALL_AT], t2i)
+        t2i.append(_ranks(text_features[rows] @ image_features.T, positive))
+    figures: dict[str, Figure] = {}
+    for way, parts in (("i2t", i2t), ("t2i", t2i)):
+        ranks = torch.cat(parts, dim=2)
+        figures |= _figures([f"{way}_r{k}" for k in RECALL_AT], *_hits(ranks, RECALL_AT))
+        value, chance = (round(expected_log_rank(*counts).mean().item(), 4) for counts in ranks)
+        figures[f"{way}_log_rank"] = Figure(value, chance, ranks.shape[2])
+    return figures
 
 
-@torch.no_grad()
+def _contrastive_loss(image: Tensor, text: Tensor, logit_scale: float, chunk: int) -> Figure:
+    total = 0.0
+    for truth in torch.arange(len(image), device=image.device).split(chunk):
+        for rows, columns in ((image, text), (text, image)):
+            total += F.cross_entropy(logit_scale * rows[truth] @ columns.T, truth, reduction="sum").item()
+    return Figure(round(total / (2 * len(image)), 4), round(math.log(len(image)), 4), len(image))
+
+
+def in_nats(name: str) -> bool:
+    return "log_rank" in name or "contrastive_loss" in name
+
+
 def choosing_figure(figures: Mapping[str, float]) -> float | None:
     """The figure by which a checkpoint is chosen, larger is better: the sum of R@1, R@5 and R@10 both ways (rsum).
 
@@ -140,11 +187,11 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     ks = (1, min(5, C))
     right = F.one_hot(torch.as_tensor(labels), C).bool().to(image_features.device)
     classes = F.normalize(prompt_features.float().mean(dim=1), dim=-1)
-    ensemble = _hits(image_features.float() @ classes.T, right, ks)
-    single = [_hits(image_features.float() @ prompt_features[:, p].float().T, right, ks) for p in range(P)]
+    ensemble = _hits(_ranks(image_features.float() @ classes.T, right), ks)
+    single = [_hits(_ranks(image_features.float() @ prompt_features[:, p].float().T, right), ks) for p in range(P)]
     hits, chances = (torch.stack([found[i] for found in single]).mean(dim=0) for i in (0, 1))
-    alone = _figures(["single_prompt_top1", "single_prompt_top5"], [(hits, chances)])
-    return _figures(["top1", "top5"], [ensemble]) | alone
+    alone = _figures(["single_prompt_top1", "single_prompt_top5"], hits, chances)
+    return _figures(["top1", "top5"], *ensemble) | alone
 
 
 def token_accuracy(predicted: Tensor, truth: Tensor) -> Figure:

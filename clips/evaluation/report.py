@@ -29,6 +29,7 @@ from clips.common.page import (
 )
 from clips.common.plots import Panel, curves_plot, pretty
 from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, chosen_weights, read_evaluations, read_metrics
+from clips.evaluation.metrics import in_nats
 
 
 @dataclass
@@ -112,7 +113,7 @@ def _page(record: RunRecord, examples: Sequence[Section]) -> Page:
 
     curves = [Chart(partial(curves_plot, [panel]), panel.title) for panel in panels(record) if record.train]
     figures = [
-        Bars([_bar(pretty(key), figure) for key, figure in of_set.items()], (name, "%", "chance", "items"))
+        Bars([_bar(key, figure) for key, figure in of_set.items()], (name, "", "chance", "items"))
         for name, of_set in record.figures.items()
     ]
     sections = [
@@ -127,12 +128,14 @@ def _page(record: RunRecord, examples: Sequence[Section]) -> Page:
 
 
 def _bar(name: str, figure: Mapping[str, float]) -> Bar:
-    texts = (f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}")
-    return Bar(name, figure["value"], texts, chance=figure["chance"])
+    digits, scale = (2, 100 / max(figure["value"], figure["chance"], 1e-9)) if in_nats(name) else (1, 1)
+    texts = (f"{figure['value']:.{digits}f}", f"{figure['chance']:.2f}", f"{figure['items']:,}")
+    return Bar(pretty(name), scale * figure["value"], texts, chance=scale * figure["chance"])
 
 
 def _figures_note(record: RunRecord) -> str:
-    note = "Percent. The mark on each bar is chance. Equal captions count as hits; ties are broken at random."
+    note = "Percent; log ranks and losses: nats, lower is better. The mark on each bar is chance. "
+    note += "Equal captions count as hits; ties are broken at random."
     if record.config.get("data", {}).get("train") == "demo":
         note += " The demo proves the path and that the measurement works; it is no evidence about natural images."
         if UNSEEN in record.figures:

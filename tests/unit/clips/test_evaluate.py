@@ -1,6 +1,7 @@
 """Metrics against slow references, ties at chance level, test sets and class lists with their errors."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -10,7 +11,14 @@ from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import NotFiniteError, UserError
-from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
+from clips.evaluation.metrics import (
+    expected_hits,
+    expected_log_rank,
+    linear_probe,
+    retrieval_metrics,
+    token_accuracy,
+    zero_shot_metrics,
+)
 from clips.evaluation.testsets import Classes, FolderSet, classes_of, load_classes
 
 
@@ -25,6 +33,21 @@ def slow_recall(images, texts, text_to_image, strings, k):
         order = sorted(range(len(images)), key=lambda i: -float(texts[text] @ images[i]))[:k]
         t2i += any(strings[text] in captions[image] for image in order)
     return 100 * i2t / len(images), 100 * t2i / len(texts)
+
+
+def slow_log_ranks(images, texts, text_to_image, strings):
+    """Plain loops, no ties: (image → text, text → image) mean logarithm of the best right item's rank."""
+    captions = [{s for s, i in zip(strings, text_to_image, strict=True) if i == image} for image in range(len(images))]
+    scores = (images @ texts.T).tolist()
+    i2t = t2i = 0.0
+    for image, row in enumerate(scores):
+        best = max(score for score, string in zip(row, strings, strict=True) if string in captions[image])
+        i2t += math.log(1 + sum(score > best for score in row))
+    for text, string in enumerate(strings):
+        column = [row[text] for row in scores]
+        best = max(score for score, of_image in zip(column, captions, strict=True) if string in of_image)
+        t2i += math.log(1 + sum(score > best for score in column))
+    return i2t / len(images), t2i / len(texts)
 
 
 @pytest.fixture
@@ -49,6 +72,10 @@ def test_retrieval_equals_plain_loops(random_set):
         i2t, t2i = slow_recall(*random_set[:3], [str(i) for i in range(90)], k)  # of equal strings one is right
         assert found[f"i2t_r{k}_strict"].value == pytest.approx(i2t, abs=1e-3)
         assert found[f"t2i_r{k}_strict"].value == pytest.approx(t2i, abs=1e-3)
+    for suffix, strings in (("", random_set[3]), ("_strict", [str(i) for i in range(90)])):
+        i2t, t2i = slow_log_ranks(*random_set[:3], strings)
+        assert found[f"i2t_log_rank{suffix}"].value == pytest.approx(i2t, abs=1e-4)
+        assert found[f"t2i_log_rank{suffix}"].value == pytest.approx(t2i, abs=1e-4)
     assert found["t2i_r1_strict"].value < found["t2i_r1"].value
     assert 5 < found["i2t_r1"].value < 100
     assert (found["i2t_r1"].items, found["t2i_r1"].items) == (30, 90)
@@ -61,6 +88,25 @@ def test_expected_hits_is_the_mean_over_all_orders_of_the_ties(better, tied, pos
         mean = sum(any(order[: max(0, k - better)]) for order in orders) / len(orders)
         found = expected_hits(torch.tensor([better]), torch.tensor([tied]), torch.tensor([positives]), k)
         assert found.item() == pytest.approx(mean)
+    mean = sum(math.log(better + 1 + order.index(True)) for order in orders) / len(orders)
+    counts = torch.tensor([[better, tied, positives], [9, 0, 1], [0, 5, 1]]).T
+    found = expected_log_rank(*counts)
+    assert found.tolist() == pytest.approx([mean, math.log(10), math.log(math.factorial(6)) / 6])
+
+
+def test_contrastive_loss_is_that_of_the_whole_matrix_with_each_image_s_first_text(random_set):
+    images, texts, text_to_image, _ = random_set
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(1)).tolist()
+    owners = [text_to_image[t] for t in order]
+    strings = [str(t) for t in order]
+    found = retrieval_metrics(images, texts[order], owners, strings, 20.0, chunk=7)["contrastive_loss"]
+    loss = 0.0
+    logits = [[20 * float(image @ texts[order[owners.index(i)]]) for i in range(30)] for image in images]
+    for own in range(30):
+        for line in (logits[own], [row[own] for row in logits]):
+            loss += math.log(sum(map(math.exp, line))) - line[own]
+    assert found.value == pytest.approx(loss / 60, abs=1e-4)
+    assert (found.chance, found.items) == (pytest.approx(math.log(30), abs=1e-4), 30)
 
 
 def test_tokens_are_counted_against_always_naming_the_commonest():

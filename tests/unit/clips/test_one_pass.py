@@ -192,7 +192,8 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
             rows = [row for row in test.with_label(False) if test.items[row].captions[protocol]]
             pairs = [(i, text) for i, row in enumerate(rows) for text in test.items[row].captions[protocol]]
             owners, texts = map(list, zip(*pairs, strict=True))
-            of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts)
+            scale = float(model.logit_scale.exp())
+            of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts, scale)
             found |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
         classes = classes_of(test.labels())
         assert classes is not None
