@@ -23,6 +23,7 @@ def parser() -> Parser:
     p.add_argument(
         "--limit", type=int, help="so many questions of each file, drawn evenly over kinds and answers (default: all)"
     )
+    p.add_argument("--likelihood", action="store_true", help="also measure how likely the right answers are")
     dtypes = ("auto", "float32", "bfloat16")
     p.add_argument("--dtype", choices=dtypes, default="auto", help="auto is bfloat16 if the device computes in it")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -59,7 +59,7 @@ def answers_of(
     text = "".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines))
     path.write_text(text, encoding="utf-8")
     asked, store = read_questions(path), ImageStore(images)
-    batched = generate_answers(model.model, model.processor, asked, store, batch_size=len(lines), max_new_tokens=8)
-    alone = generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
+    batched, _ = generate_answers(model.model, model.processor, asked, store, batch_size=len(lines), max_new_tokens=8)
+    alone, _ = generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
     assert batched == alone
     return asked, batched

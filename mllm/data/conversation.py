@@ -142,6 +142,11 @@ class ConversationEncoder:
         labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
         return Encoded(ids, labels, truncated)
 
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer and its end token. They do not depend on the question."""
+        turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n?"}, {"from": "gpt", "value": text}]
+        return [label for label in self.encode(turns, [1], f"answer {text!r}").labels if label != IGNORE]
+
     def check(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> None:
         """Raise the errors of `encode` about turns and placeholders, without tokenising; any tokens will do."""
         if not any(trained for _, trained in self._segments(turns, images, sample)):

@@ -5,10 +5,12 @@ A question may have several pictures: `image` is then a list, as in LLaVA-Interl
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 UNSEEN_ANSWERS = "answers_unseen"
 """The name of the answers to the demo's questions about the unseen artist."""
+
+LIKELIHOODS = ("log_likelihood", "share")
+"""Fields of a line of answers: of the right answer, its nats per token and its share among the answers of its kind."""
+CANDIDATES = 64
+"""Answers of a kind, at most, among which the right one has its share of probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,25 @@ def read_questions(path: Path) -> list[Question]:
 def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     """The figures of the set of answers `name` as in figures.json: the unseen artist's are a part of their own."""
     return {UNSEEN: figures} if name == UNSEEN_ANSWERS else figures
+
+
+def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:
+    """Of each question its answer, and the others of its kind among `every`, at most CANDIDATES, drawn by a hash."""
+    pairs = {(question.kind, question.answer) for question in every if question.answer}
+    drawn = sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).digest())
+    rivals = [[answer for kind, answer in drawn if kind == q.kind and answer != q.answer] for q in questions]
+    return [[q.answer, *others][:CANDIDATES] if q.answer else [] for q, others in zip(questions, rivals, strict=True)]
+
+
+def kind_means(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`likelihood`: kind, and "overall", → means over the lines of answers that were measured; empty without any."""
+    scored = [line for line in lines if "share" in line]
+    figures: dict[str, Any] = {}
+    for kind in dict.fromkeys([*(line["kind"] for line in scored), "overall"]) if scored else ():
+        of_kind = [line for line in scored if kind in (line["kind"], "overall")]
+        figures[kind] = {name: fmean(line[name] for line in of_kind) for name in LIKELIHOODS}
+        figures[kind]["n"] = len(of_kind)
+    return {"likelihood": figures} if figures else {}
 
 
 def open_questions(

@@ -6,15 +6,18 @@ the last picture is read once for each distinct choice of pictures, and its keys
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, PreTrainedTokenizerBase
 
+from mllm.data.conversation import IGNORE
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
 from mllm.data.video import VIDEO, Size
@@ -66,6 +69,41 @@ def generate_inputs(
         for first, filled, value in ((begin, rows, pad_id), (torch.ones_like(begin), [[1] * len(r) for r in rows], 0))
     )
     return inputs | {"input_ids": ids, "attention_mask": mask}
+
+
+def likelihoods(
+    model: Llava, cache: DynamicCache, inputs: dict[str, Any], answers: Sequence[Sequence[list[int]]], size: int
+) -> list[dict[str, float]]:
+    """How likely the first of each row's `answers` (token ids with the end) is, read `size` at a time; nothing if none.
+
+    `log_likelihood` is in nats per token. `share` is the probability of just this answer over that of all of the row.
+    `generate` has filled `cache` by `inputs`; it is cut to the prompts here.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # a prompt's last token is read again, before an answer
+    pairs = [(row, answer) for row, of_row in enumerate(answers) for answer in of_row]
+    nats: list[float] = []
+    for start in range(0, len(pairs), size):
+        rows = torch.tensor([row for row, _ in pairs[start : start + size]], device=model.device)
+        labels = pad_rows([answer for _, answer in pairs[start : start + size]], IGNORE).to(model.device)
+        places = mask[rows].sum(1, keepdim=True) - 1 + torch.arange(labels.shape[1], device=model.device)
+        later = copy.deepcopy(cache)
+        later.batch_select_indices(rows)
+        logits = model(
+            input_ids=torch.cat([ids[rows, -1:], labels[:, :-1].clamp(min=0)], 1),
+            attention_mask=torch.cat([mask[rows], torch.ones_like(labels[:, 1:])], 1),
+            position_ids=places,
+            **{CACHE: later},
+        ).logits
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        nats += (-losses.sum(1)).tolist()
+
+    measured: list[dict[str, float]] = []
+    for of_row in answers:
+        own, nats = nats[: len(of_row)], nats[len(of_row) :]
+        share = torch.tensor(own).softmax(0)[:1].tolist()
+        measured.append({"log_likelihood": own[0] / len(of_row[0]), "share": share[0]} if own else {})
+    return measured
 
 
 Seen = tuple[Tensor, Size]

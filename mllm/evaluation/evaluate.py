@@ -6,6 +6,7 @@ Also answers a user's own questions in LLaVA's `question.jsonl` format and write
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
@@ -34,12 +35,12 @@ from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, of_set, open_questions, read_questions
 from mllm.data.video import is_video
-from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
+from mllm.evaluation.batches import drawn_at, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
-from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
+from mllm.model.load import CACHE, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 
@@ -55,8 +56,12 @@ def generate_answers(
     conv_mode: str = "auto",
     temperature: float = 0.0,
     seed: int = 0,
-) -> list[str]:
-    """Answers in the order of `questions`, each asked alone.
+    candidates: Sequence[Sequence[str]] = (),
+) -> tuple[list[str], list[dict[str, float]]]:
+    """Answers in the order of `questions`, each asked alone, and how likely the first of its `candidates` is.
+
+    `candidates` are the possible answers to each question; without any, nothing of this is measured. They follow on a
+    batch's prompts, which are read once, in passes of `batch_size` candidates (`batches.likelihoods`).
 
     `conv_mode` "auto" is the model's trained format. Temperature 0 is greedy, more draws; the same seed and batch size
     draw the same.
@@ -94,6 +99,7 @@ def generate_answers(
         **drawn_at(temperature),
     )
     answers = [""] * len(questions)
+    measured: list[dict[str, float]] = [{} for _ in questions]
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
@@ -106,13 +112,18 @@ def generate_answers(
             numbers = {name: number for number, name in enumerate(asking)}
             shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
+            cache = inputs.setdefault(CACHE, DynamicCache(config=model.config.get_text_config()))
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
             for i, (text, _, _) in zip(chosen, found, strict=True):
                 answers[i] = text
+            if candidates:
+                rivals = [[encoder.answer(text) for text in candidates[i]] for i in chosen]
+                for i, likelihood in zip(chosen, likelihoods(model, cache, inputs, rivals, batch_size), strict=True):
+                    measured[i] = likelihood
             bar.update(len(chosen))
-    return answers
+    return answers, measured
 
 
 def _turn(question: Question) -> dict[str, Any]:
@@ -142,6 +153,9 @@ def figures_table(figures: dict[str, Any], title: str) -> Table:
         for kind, row in figures.get("exact_match", {}).items()
     ]
     rows += [(f"yes/no: {name}", f"{v:.1%}", "", "") for name, v in figures.get("yes_no", {}).items() if name != "n"]
+    for kind, row in figures.get("likelihood", {}).items():
+        nats = f"{row['log_likelihood']:.2f} a token"
+        rows.append((f"probability of the right answer: {kind}", f"{row['share']:.1%}", nats, f"{row['n']:,}"))
     if "cider" in figures:
         rows.append(("CIDEr-D of descriptions", f"{figures['cider']['cider_d']:.2f}", "", f"{figures['cider']['n']:,}"))
     return table_of(title, ("kind", "right", "95 % interval", "questions"), rows)
@@ -195,15 +209,16 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     answered: dict[str, dict[str, Any]] = {}
     for key, questions in sets.items():
         begin = time.perf_counter()
-        answers = generate_answers(
+        candidates = candidates_of(questions, read_questions(files[key])) if flags.likelihood else ()
+        answers, measured = generate_answers(
             model, processor, questions, store,
             batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
-            temperature=flags.temperature, seed=flags.seed,
+            temperature=flags.temperature, seed=flags.seed, candidates=candidates,
         )  # fmt: skip
-        figures |= of_set(key, score(questions, answers))
+        lines = [json.loads(answer_line(q, a, name)) | m for q, a, m in zip(questions, answers, measured, strict=True)]
+        figures |= of_set(key, score(questions, answers) | kind_means(lines))
         path = answers_file or out / f"{key}.jsonl"
-        lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
-        path.write_text("".join(lines), encoding="utf-8")
+        path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
         console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")

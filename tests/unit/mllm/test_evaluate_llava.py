@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from clips.common.files import sha256
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, draw_evenly, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, read_questions
 from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
@@ -63,8 +64,8 @@ def questions() -> list[Question]:
 def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
     model, processor = loaded
     asked, store = questions(), ImageStore(place / "images")
-    batched = generate_answers(model, processor, asked, store, batch_size=4, max_new_tokens=8)
-    single = generate_answers(model, processor, asked, store, batch_size=1, max_new_tokens=8)
+    batched, _ = generate_answers(model, processor, asked, store, batch_size=4, max_new_tokens=8)
+    single, _ = generate_answers(model, processor, asked, store, batch_size=1, max_new_tokens=8)
     assert batched == single
     assert len(set(batched)) > 3  # otherwise equality would say nothing
     for question, answer in zip(asked, batched, strict=True):
@@ -76,6 +77,65 @@ def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(plac
         output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         stock = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer == stock.strip()
+
+
+def slow_nats(model: LlavaForConditionalGeneration, processor: LlavaProcessor, messages: list, images: list) -> list:
+    """Log likelihoods of the answer's tokens and its end, of one conversation alone."""
+    whole, prompt = (
+        processor(images=images or None, text=text, return_tensors="pt")
+        for text in (
+            processor.apply_chat_template(messages),
+            processor.apply_chat_template(messages[:1], add_generation_prompt=True),
+        )
+    )
+    ids, start = whole["input_ids"][0], prompt["input_ids"].shape[1]
+    assert torch.equal(ids[:start], prompt["input_ids"][0])
+    with torch.inference_mode():
+        likely = model(**whole).logits[0].log_softmax(-1)
+    end = start + ids[start:].tolist().index(processor.tokenizer.eos_token_id)
+    return [likely[place - 1, ids[place]].item() for place in range(start, end + 1)]
+
+
+def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Loaded) -> None:
+    model, processor = loaded
+    truths = {"name": ["A red cat", "dog", "two dogs in the picture"], "yes_no": ["Yes", "No"], "open": [None]}
+    asked = []
+    for i, (question, kind) in enumerate(zip(questions(), cycle(truths), strict=False)):
+        asked.append(replace(question, kind=kind, answer=truths[kind][i // 3 % len(truths[kind])]))
+    store = ImageStore(place / "images")
+    candidates = candidates_of(asked, asked)
+    answers, measured = generate_answers(model, processor, asked, store, batch_size=4, candidates=candidates)
+    assert answers == generate_answers(model, processor, asked, store, batch_size=4)[0]
+    lines = []
+    for question, of_question, found in zip(asked, candidates, measured, strict=True):
+        assert sorted(of_question) == sorted(filter(None, truths[question.kind]))
+        if question.answer is None:
+            assert found == {}
+            continue
+        content = [*[{"type": "image"} for _ in question.images], {"type": "text", "text": question.text}]
+        images = [store.load(name) for name in question.images]
+        nats = {}
+        for answer in of_question:
+            said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            nats[answer] = slow_nats(model, processor, [{"role": "user", "content": content}, said], images)
+        own = nats[question.answer]
+        share = math.exp(sum(own)) / sum(math.exp(sum(of_answer)) for of_answer in nats.values())
+        expected = {"log_likelihood": sum(own) / len(own), "share": share}
+        assert found == pytest.approx(expected, rel=1e-3)
+        lines.append({"kind": question.kind, **expected})
+    assert len({round(line["share"], 4) for line in lines}) > 5  # otherwise equality would say nothing
+    figures = kind_means([*lines, {"text": "of an open question"}])["likelihood"]
+    shares = [line["share"] for line in lines if line["kind"] == "yes_no"]
+    assert figures["yes_no"]["share"] == pytest.approx(sum(shares) / len(shares))
+    assert figures["overall"]["n"] == len(lines)
+
+
+def test_rivals_of_an_answer_are_drawn_by_a_hash() -> None:
+    every = [Question(id=i, text="?", kind="name", answer=f"name {i % 90}") for i in range(180)]
+    one, other = candidates_of(every, every)[:2]
+    assert (one[0], other[0], len(one), len(set(other))) == ("name 0", "name 1", 64, 64)
+    assert candidates_of(every[:1], every[::-1]) == [one]
+    assert len(set(one) & set(other)) >= 62  # the draw is one for all questions of a kind
 
 
 def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
