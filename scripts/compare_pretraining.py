@@ -18,6 +18,7 @@ def parser() -> Parser:
         study.add_argument("--seeds", type=int, default=3, help="runs of each variant")
         study.add_argument("--samples", type=int, default=samples, help="samples that each run sees")
         study.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
+        study.add_argument("--decides", default="sentence_r1", help="the figure that decides, or sentence_nearness")
         study.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
         return study
 
@@ -36,7 +37,7 @@ def parser() -> Parser:
 def main() -> None:
     flags = parser().parse_args()
     output = Path(flags.output)
-    common = {name: getattr(flags, name) for name in ("seeds", "samples", "jobs", "dry_run")}
+    common = {name: getattr(flags, name) for name in ("seeds", "samples", "jobs", "decides", "dry_run")}
     if flags.study == "equal-time":
         from clips.studies.equal_time import compare
 

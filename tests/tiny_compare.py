@@ -17,7 +17,7 @@ from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, evaluation_settings
 from mllm.compare.figures import REPORT, collect, keep_encoders
 from mllm.compare.plan import asked_questions, fix_plan, stored_questions
-from mllm.data.questions import of_set
+from mllm.data.questions import kind_means, of_set
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
@@ -116,9 +116,12 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
         questions = asked_questions(comparison, path)
         said = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
         answers = cell.evaluation / f"{name}.jsonl"
-        answers.write_text("".join(answer_line(q, text, cell.name) for q, text in zip(questions, said, strict=True)))
+        lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, said, strict=True)]
+        for line in lines if "likelihood" in evaluation_settings(comparison) else ():
+            line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
+        answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
-        figures |= of_set(name, score(questions, said))
+        figures |= of_set(name, score(questions, said) | kind_means(lines))
     write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | figures)
 
 

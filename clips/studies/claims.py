@@ -15,7 +15,7 @@ from clips.common.page import Page
 from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
 from clips.lab.stats import verdict
-from clips.studies.variants import Question, Study, Variant, check_counts, check_settings, seeded_runs
+from clips.studies.variants import DECIDING, Question, Study, Variant, check_counts, check_settings, seeded_runs
 from clips.studies.variants_page import Words, page
 
 CONTEXT = "model.text.context_length=80"
@@ -113,6 +113,7 @@ def reproduce(
     jobs: int = 2,
     llava_report: Path = Path("runs/compare/report.json"),
     settings: Sequence[str] = (),
+    decides: str = DECIDING,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """Train what is missing for `claims` (letters), and write claims.json and claims.html into `output`.
@@ -126,7 +127,7 @@ def reproduce(
     check_counts(seeds, jobs)
     questions = {key: claim for key, claim in CLAIMS.items() if key in claims}
     names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
-    about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions}
+    about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions, "decides": decides}
     study = variant_study(names, seeds, samples, settings, **about)
     check_settings(study.everything())
     judged = {LLAVA: judge_llava(llava_report)} if LLAVA in claims else {}

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +18,7 @@ from clips.common.page import Page
 from clips.common.rundir import read_metrics
 from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
 from clips.lab.run import Runner
-from clips.studies.variants import SECONDS, Question, Study, Variant, check_counts, terminal
+from clips.studies.variants import DECIDING, SECONDS, Question, Study, Variant, check_counts, terminal
 from clips.studies.variants_page import page
 
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
@@ -32,7 +33,9 @@ QUESTION = Question(
 LIMITS = "The drawings have generated captions, and the models are tiny. They are no evidence about natural images."
 
 
-def compare(output: Path, seeds: int, samples: int, jobs: int, *, dry_run: bool = False) -> dict[str, Any] | None:
+def compare(
+    output: Path, seeds: int, samples: int, jobs: int, *, decides: str = DECIDING, dry_run: bool = False
+) -> dict[str, Any] | None:
     """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
     check_counts(seeds, jobs)
     console, search = terminal(), search_runs(samples)
@@ -53,7 +56,8 @@ def compare(output: Path, seeds: int, samples: int, jobs: int, *, dry_run: bool 
     }
     longer = int(samples * seconds["demo"] / seconds["clip_baseline"])
     more = {"multipliers": best, "equal_time_samples": longer}
-    return equal_time_study(best, seeds, samples, longer).carry_out(output, jobs, equal_time_page, more=more)
+    study = replace(equal_time_study(best, seeds, samples, longer), decides=decides)
+    return study.carry_out(output, jobs, equal_time_page, more=more)
 
 
 def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:

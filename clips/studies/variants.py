@@ -38,10 +38,13 @@ DECIDING = "sentence_r1"
 """The figure that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
 test set `unseen`, as on the demo, its figure decides (`clips.common.rundir.deciding_name`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
-"""R@1 of a protocol as the mean of both directions."""
+MEANS |= {f"{protocol}_nearness": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS}
+"""Means of both directions: R@1 of a protocol, and −100 times its log rank. A point of nearness is 1 % of a rank."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 SECONDS = "train_seconds"
 """The one value of a run's figures that is not a figure of the test split."""
+Rows = Mapping[str, Sequence[Mapping[str, float]]]
+"""Variant → the figures of its runs."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Study:
     runs: Mapping[str, Sequence[PretrainingRun]]
     """Name of a variant → its runs, one for each seed."""
     questions: Mapping[str, Question]
+    decides: str = DECIDING
+    """The figure that decides, one of MEANS or FIGURES."""
 
     def everything(self) -> list[PretrainingRun]:
         return [run for runs in self.runs.values() for run in runs]
@@ -121,7 +126,7 @@ class Study:
         runner = Runner(self.cells(output), jobs, terminal())
         for cell in runner.cells:
             cell.check()
-        runner.print_plan(f"{self.title}: runs in {output}")
+        runner.print_plan(f"{self.title}: runs in {output}", {"decides": self.decides})
         if dry_run:
             return None
         output.mkdir(parents=True, exist_ok=True)
@@ -149,9 +154,9 @@ class Study:
             "command": shlex.join(["python", *sys.argv]),
             "samples": runs[0].config().samples if runs else 0,
             "seeds": max((len(of_variant) for of_variant in self.runs.values()), default=0),
-            "deciding_figure": decides(list(next(iter(rows.values()))[0])) if rows else DECIDING,
+            "deciding_figure": decides(list(next(iter(rows.values()))[0]), self.decides) if rows else self.decides,
             "environment": environment(output / runs[0].name) if runs else {},
-            "questions": {key: judge(question, rows) for key, question in self.questions.items()},
+            "questions": {key: judge(question, rows, self.decides) for key, question in self.questions.items()},
             "variants": variants,
         }
 
@@ -218,7 +223,9 @@ def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     figures = read_figures(run, names)
     # Rounded: what floating point leaves over must not pass for a spread over seeds.
     means = {
-        f"{test_set}/{name}" if test_set else name: round(mean(of_set[way] for way in both), 6)
+        f"{test_set}/{name}" if test_set else name: round(
+            mean(of_set[way] for way in both) * (-100 if name.endswith("_nearness") else 1), 6
+        )
         for test_set, of_set in by_test_set(figures, "").items()
         for name, both in MEANS.items()
         if set(both) <= set(of_set)
@@ -226,21 +233,23 @@ def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     return figures | means
 
 
-def decides(figures: Sequence[str]) -> str:
-    """The figure that decides: `DECIDING`, else the first that was measured; on artists never trained on, if any."""
-    return deciding_name(next(name for name in (DECIDING, *MEANS, *FIGURES) if name in figures), figures)
+def decides(figures: Sequence[str], asked: str = DECIDING) -> str:
+    """The figure that decides, on artists never trained on, if any; without `DECIDING` the first that was measured."""
+    if asked not in (DECIDING, *figures):
+        raise UserError(f"--decides {asked}: the runs give {', '.join(figures)}")
+    return deciding_name(next(name for name in (asked, *MEANS, *FIGURES) if name in figures), figures)
 
 
-def judge(question: Question, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """A question with its contrasts and verdict; `rows`: variant → the figures of its runs."""
-    contrasts = [compared(a, b, rows) for a, b in question.contrasts]
+def judge(question: Question, rows: Rows, asked: str = DECIDING) -> dict[str, Any]:
+    """A question with its contrasts and verdict."""
+    contrasts = [compared(a, b, rows, asked) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 
 
-def compared(a: str, b: str, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+def compared(a: str, b: str, rows: Rows, asked: str = DECIDING) -> dict[str, Any]:
     """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
     figures = [name for name in rows[a][0] if name != SECONDS]
-    deciding = decides(figures)
+    deciding = decides(figures, asked)
     differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
     return {
         **{"a": a, "b": b, "metric": deciding, **differences[deciding]},

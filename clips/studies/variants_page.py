@@ -15,6 +15,7 @@ from clips.studies.variants import SECONDS
 
 NAMES = {
     "sentence_r1": "retrieval R@1, test sentences",
+    "sentence_nearness": "nearness of test sentences, −100 × mean log rank",
     "long_r1": "retrieval R@1, full long captions",
     "part_r1": "retrieval R@1, parts of the long caption",
     "web_r1": "retrieval R@1, web captions",
@@ -79,7 +80,8 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
     pairs = {f"{labels.get(c['a'], c['a'])} − {labels.get(c['b'], c['b'])}": c for c in contrasts}
     metric = contrasts[0]["metric"]
     figures = contrasts[0].get("figures", {})
-    candidates = dict.fromkeys(["sentence_r1", *(deciding_name(name, figures) for name in BESIDE)])
+    decide = [deciding_name(name, figures) for name in ("sentence_r1", *BESIDE)]
+    candidates = dict.fromkeys([decide[0], "sentence_r1", *decide])
     beside = [name for name in candidates if name in figures and name != metric]
     rows = [
         (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["figures"][name]) for name in beside))

@@ -102,6 +102,7 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
         command += ["--questions", str(comparison.questions)] if comparison.questions else []
         command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
         command += ["--limit", str(limit)] if limit else []
+        command += ["--likelihood"] * ("likelihood" in evaluation_settings(comparison))
         steps.append(Step("evaluation", tuple(command), cell.figures.is_file))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}

@@ -16,6 +16,7 @@ from typing import Any
 
 from clips.common.files import sha256
 from clips.common.flags import Parser, add_options, from_flags, option
+from mllm.data.questions import LIKELIHOODS
 from mllm.training.stages import STAGES
 
 ENCODERS = ("clips", "clip", "random", "blind")
@@ -101,7 +102,8 @@ class Comparison:
     include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
     decides: str | None = option(
         None,
-        "the figure that decides, fixed before the first cell: accuracy/KIND, cider_d (default: accuracy)",
+        "the figure that decides, fixed before the first cell: accuracy, log_likelihood or share (probability), of a "
+        "kind of question as accuracy/KIND, or cider_d (default: accuracy)",
         metavar="FIGURE",
     )
 
@@ -180,4 +182,5 @@ def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         **({"sha256": sha256(questions)} if questions else {}),
         **({"drawn": DRAWN} if limit is not None else {}),
+        **({"likelihood": True} if (comparison.decides or "").startswith(LIKELIHOODS) else {}),
     }

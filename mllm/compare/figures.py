@@ -31,7 +31,7 @@ from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import COLUMNS, columns_of, stored_questions
-from mllm.data.questions import images_of, read_questions
+from mllm.data.questions import LIKELIHOODS, images_of, read_questions
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
@@ -44,6 +44,7 @@ LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
 POINTS = (0.01, 0.02, 0.05)
 """The report says how many seeds and pictures these differences need."""
 NEEDS_PICTURE = "needs_picture"
+NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
 ENCODERS = "encoders.json"
 """Cell → the figures of its encoder alone, and what its pretraining saw."""
@@ -237,7 +238,8 @@ def read_answers(comparison: Comparison) -> Lines:
 
 
 def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
-    """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` of questions with references.
+    """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` of questions with references. Likewise
+    `log_likelihood` and `share` if the cells measured them.
 
     The name of a metric of another column than the deciding one ends with @COLUMN. `needs_picture` is the accuracy over
     the deciding column without the questions that blind models answer, for all other encoders.
@@ -264,12 +266,15 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
     items = [i for i, line in enumerate(first) if COLUMNS.get(line["file"], line["file"]) == column]
     scored = [i for i in items if "correct" in first[i]]
     metrics: dict[str, ItemScores] = {}
-    if scored:
-        correct = {cell: [float(lines[i]["correct"]) for i in scored] for cell, lines in answers.items()}
-        overall = metrics["accuracy"] = _item_scores(first, scored, correct, column)
-        kinds = np.array([first[i]["kind"] for i in scored])
+    kinds = np.array([first[i]["kind"] for i in scored])
+    for field in ("correct", *LIKELIHOODS) if scored else ():
+        if field not in first[scored[0]]:
+            continue
+        name = "accuracy" if field == "correct" else field
+        values = {cell: [float(lines[i][field]) for i in scored] for cell, lines in answers.items()}
+        overall = metrics[name] = _item_scores(first, scored, values, column)
         for kind in dict.fromkeys(kinds.tolist()) if len(set(kinds)) > 1 else ():
-            metrics[f"accuracy/{kind}"] = overall.only(kinds == kind, kind)
+            metrics[f"{name}/{kind}"] = overall.only(kinds == kind, kind)
 
     references = {
         (file, question.id): question.references
@@ -324,7 +329,7 @@ def compare_scores(
                 "variance": split.shares() if split else {},
                 "items_needed": split.items_needed(abs(estimate.mean)) if split else None,
             }
-            if not name.startswith("cider_d"):
+            if not name.startswith(NOT_IN_PERCENT):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
             differences.append(row)
     return summary, differences

@@ -2,7 +2,8 @@
 
     format       1
     comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, nor how fast)
-    decides      the figure that the comparison is made for, as `accuracy` or `accuracy/KIND`, of the deciding column
+    decides      the figure that the comparison is made for, of the deciding column: `accuracy`, `log_likelihood` or
+                 `share`, or one of them as FIGURE/KIND, or `cider_d`
     is_demo      whether the cells train on the demo's data
     budget       the share of each stage's samples, the samples (of variants too), and how each stage's projector starts
     questions    name → file, column (what sort of pictures), SHA-256, questions, how many are asked, of which kinds
@@ -32,7 +33,7 @@ from clips.lab.grid import RECORD, fix
 from clips.lab.stats import Spread, independent_runs
 from mllm.compare.cells import PLAN, cells_of, encoder_groups, encoder_names, llava_runs
 from mllm.compare.comparison import Comparison, budget_share, is_demo, question_files, question_limit
-from mllm.data.questions import UNSEEN_ANSWERS, Question, draw_evenly, read_questions
+from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
 from mllm.evaluation.scores import scorer_version
 from mllm.training.stages import STAGES
 
@@ -190,7 +191,8 @@ def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | Non
     """The figure that decides; None if nothing is asked. UserError for a figure that the questions do not give."""
     questions = list(questions)
     kinds = list(kinds_of(questions))
-    figures = ["accuracy"] * bool(kinds) + [f"accuracy/{kind}" for kind in kinds if len(kinds) > 1]
+    suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]
+    figures = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
     figures += ["cider_d"] * any(question.references for question in questions)
     if comparison.decides is not None and comparison.decides not in figures:
         raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no figure'}")

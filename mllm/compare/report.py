@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from clips.lab.stats import show_difference, turned
 from mllm.compare.probe import PROBE
 from mllm.compare.words import design_in_words, difference_text, headline, interval_text, metric_name, percent_text
 from mllm.data.images import ImageStore
+from mllm.data.questions import LIKELIHOODS
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
 INTRINSIC = (*(f"{UNSEEN}/{name}" for name in OWN), *OWN)
@@ -101,16 +103,19 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
 
 
 def sentence(row: Row) -> str:
-    """A difference in right answers, of all questions or of a kind, or in CIDEr-D, in words."""
+    """A difference in words: in right answers or their likelihood, of all questions or of a kind, or in CIDEr-D."""
     a, b = row["a"], row["b"]
     size = difference_text(row | {"mean": abs(row["mean"]), "ci95": None}).removeprefix("+")
-    is_accuracy = not row["metric"].startswith("cider_d")
-    points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
+    figure = re.split("[/@]", row["metric"])[0]
+    unit = {"cider_d": "CIDEr-D", "log_likelihood": "nats per token"}.get(figure, "points")
+    points = f"{size} {unit} {interval_text(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
         enough = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
         return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {enough}."
-    if not is_accuracy:
+    if figure in LIKELIHOODS:
+        return f"{a} is {points} {'above' if row['verdict'] == 'win' else 'below'} {b}: {metric_name(row['metric'])}."
+    if figure == "cider_d":
         return f"{a} describes {points} {'better' if row['verdict'] == 'win' else 'worse'} than {b}."
     kind = "questions" if row["metric"] == "accuracy" else f"{metric_name(row['metric'])} questions"
     return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} {kind} right than {b}."

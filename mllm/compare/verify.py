@@ -6,7 +6,8 @@
 
 An output directory or an archive of these files verifies on any machine, without model, pictures, network or torch.
 Every answer is scored anew; each cell's figures, all means, intervals and differences are computed again. Taken as
-recorded: the encoders' own figures (probe, retrieval, zero-shot), the scores of lmms-eval, times and memory.
+recorded: each right answer's likelihood, the encoders' own figures (probe, retrieval, zero-shot), the scores of
+lmms-eval, times and memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mllm.compare.comparison import Comparison
 from mllm.compare.figures import REPORT, computed, stored_files
 from mllm.compare.plan import asked_questions, comparison_of, stored_questions
 from mllm.compare.words import headline
-from mllm.data.questions import Question, of_set
+from mllm.data.questions import Question, kind_means, of_set
 from mllm.evaluation.scores import is_right, score, scorer_version
 
 _NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
@@ -127,7 +128,7 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
                 about |= {"kind": question.kind, "expected": question.answer, "correct": right}
             place = f"answer to {name}, question {question.id}"
             yield from differences({key: line.get(key) for key in about}, about, place)
-        figures |= of_set(name, score(of_file, [str(line["text"]) for line in lines]))
+        figures |= of_set(name, score(of_file, [str(line["text"]) for line in lines]) | kind_means(lines))
     recorded = cell.read("evaluation/figures.json") if questions else figures
     yield from differences({name: recorded.get(name) for name in figures}, figures, "figures.json")
 

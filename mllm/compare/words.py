@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from clips.lab.stats import show_difference, show_interval
-from mllm.compare.figures import NEEDS_PICTURE
+from mllm.compare.figures import NEEDS_PICTURE, NOT_IN_PERCENT
 
 METRICS = {"accuracy": "all questions", NEEDS_PICTURE: "not answered blind", "cider_d": "CIDEr-D"}
 
 
 def metric_name(metric: str) -> str:
     figure, at, column = metric.partition("@")
-    name = METRICS.get(figure) or figure.partition("/")[2]
+    name = METRICS.get(figure) or figure.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
     return f"{name}, {column}" if at else name
 
 
 def _digits_and_scale(metric: str) -> tuple[int, int]:
-    """Right answers are shown in percent, CIDEr-D as it is."""
-    return (2, 1) if metric.startswith("cider_d") else (1, 100)
+    """Right answers and shares are shown in percent, CIDEr-D and nats as they are."""
+    return (2, 1) if metric.startswith(NOT_IN_PERCENT) else (1, 100)
 
 
 def difference_text(row: dict[str, Any]) -> str:

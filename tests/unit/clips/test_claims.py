@@ -175,3 +175,21 @@ def test_the_unseen_artist_decides_if_there_is_one(tmp_path: Path) -> None:
     assert stored["variants"]["half"]["runs"][2]["config"]["train"]["seed"] == 2
     again = reproduce(tmp_path, ["a"], samples=6_400)
     assert again == result, "the seconds that the runs took are kept"
+
+
+def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
+    """Lower ranks are better: one percent of a rank is a point."""
+    for name, log_rank in (("sentence", 1.2), ("half", 1.5), ("full", 1.5)):
+        for seed in range(3):
+            run = variant_run(name, seed, samples=6_400)
+            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in FIGURES}
+            with_figures(tmp_path / run.name, run, figures)
+    result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_nearness")
+    contrast = result["questions"]["a"]["contrasts"][0]
+    assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
+    assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
+    assert contrast["figures"]["sentence_r1"]["mean"] == 0
+    page = (tmp_path / "claims.html").read_text()
+    assert page.index("nearness of test sentences") < page.index("retrieval R@1, test sentences")
+    with pytest.raises(UserError, match="--decides sentence_speed"):
+        reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")

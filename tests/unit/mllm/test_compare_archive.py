@@ -7,17 +7,19 @@ import html
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from tiny_compare import comparison_of, finish, made, reported
+from tiny_compare import comparison_of, finish, made, place, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import read_json, sha256
@@ -25,13 +27,14 @@ from clips.common.page import as_html
 from clips.lab import archive
 from clips.lab.archive import unpack
 from mllm.compare.cells import PLAN, cells_of
+from mllm.compare.commands import lab_cells
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import comparison_of as comparison_of_plan
 from mllm.compare.plan import fix_plan, plan_of
 from mllm.compare.report import page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 
-__all__ = ["made"]  # a fixture
+__all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
 ANSWERS, FIGURES = f"{CELL}/evaluation/question.jsonl", f"{CELL}/evaluation/figures.json"
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "matplotlib", "PIL", "mllm.model", "mllm.training.run")
@@ -75,6 +78,33 @@ def test_an_untouched_comparison_verifies(output: Path) -> None:
     assert found.differs == []
     assert found.answers == 4 * 36
     assert "kept" in found.kept
+
+
+def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
+    comparison = finish(comparison_of(place, decides="log_likelihood/where"))
+    cells = {cell.name: cell for cell in cells_of(comparison)}
+    assert all("--likelihood" in lab.steps[-1].command for lab in lab_cells(comparison, [*cells.values()]))
+    report = reported(comparison)
+    means = {}
+    for name, cell in cells.items():
+        lines = [json.loads(line) for line in (cell.evaluation / "question.jsonl").open()]
+        means[name] = fmean(line["log_likelihood"] for line in lines if line["kind"] == "where")
+    differences = [means[f"clips-clips-run-seed{seed}"] - means[f"clip-clip-run-seed{seed}"] for seed in range(3)]
+    rows = {row["metric"]: row for row in report["differences"] if (row["a"], row["b"]) == ("clips", "clip")}
+    row = rows["log_likelihood/where"]
+    assert row["mean"] == pytest.approx(fmean(differences))
+    assert "needed" in rows["share"]
+    assert "needed" not in row
+    words = r"clips is \d\.\d\d nats per token \[.*\] above clip: log likelihood, where\."
+    assert re.fullmatch(words, sentence(row))
+    assert verify(comparison.output).differs == []
+    changed = cells["random-seed1"].evaluation / "question.jsonl"
+    lines = [json.loads(line) for line in changed.open()]
+    lines[0]["share"] = 1.0
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("figures.json.likelihood.identity.share" in line for line in verify(comparison.output).differs)
+    with pytest.raises(UserError, match="share/where"):
+        plan_of(comparison_of(place, decides="share/colour"))
 
 
 def answer_better_and_hide_it(output: Path) -> None:
