@@ -215,9 +215,10 @@ def test_command_writes_llava_s_answers_and_figures(
     assert {path: path.read_bytes() for path in whole} == whole
 
     elsewhere = ["--output", str(tmp_path / "kept" / "answers.jsonl")]
-    evaluate_from_flags(parsed(*common, *own, *elsewhere))
-    assert len((tmp_path / "kept" / "answers.jsonl").read_text().splitlines()) == 3
-    assert (tmp_path / "kept" / "answers" / "figures.json").is_file()
+    evaluate_from_flags(parsed(*common, *own, *elsewhere, "--likelihood"))
+    shares = [json.loads(line).get("share") for line in (tmp_path / "kept" / "answers.jsonl").read_text().splitlines()]
+    assert shares == [None, 1, None]  # there is one answer, and it has no rival
+    assert json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["likelihood"]["overall"]["n"] == 1
     with pytest.raises(UserError, match="--questions"):
         evaluate_from_flags(parsed(*common, *elsewhere))
 
