@@ -14,8 +14,8 @@ A block of a page is a comment that holds its text with places for figures, and 
 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py, or the result of
 scripts/compare_pretraining.py, without what is long in it. `{WHO: FIGURE}` is a mean
-with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if that leaves zero
-out. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND
+with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if it is a win or a
+loss. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND
 stands for one line of each kind of question.
 """
 
@@ -32,12 +32,11 @@ from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import read_json, sha256, write_atomically, write_json
 from clips.common.flags import Parser
 from clips.lab.stats import show_difference, show_mean
-from clips.lab.stats import verdict as verdict_of
 from mllm.compare.verify import opened, verified
 from mllm.compare.words import difference_text, mean_and_sd, percent_text
 
 ROOT = Path(__file__).resolve().parents[1]
-VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced"}
+VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced", "undecided": "undecided"}
 """A verdict on a claim, as a page shows it."""
 LONG = ("cells", "examples", "files")
 """Parts of report.json that stay in the archive."""
@@ -123,7 +122,7 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
 def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:
     if other:
         row = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}[first, other, name]
-        return _decided(row, difference_text(row))
+        return _decided(row["verdict"], difference_text(row))
     encoder = report["encoders"][first]
     is_own = name not in encoder["metrics"]
     return percent_text(encoder["intrinsic"].get(name)) if is_own else mean_and_sd(name, encoder["metrics"][name])
@@ -138,11 +137,11 @@ def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) 
     if name == "verdict":
         return VERDICTS[contrast[name]]
     row = contrast.get("figures", {contrast["metric"]: contrast})[name]
-    return _decided(row, show_difference(row))
+    return _decided(contrast["verdict"] if name == contrast["metric"] else "", show_difference(row))
 
 
-def _decided(row: Mapping[str, Any], text: str) -> str:
-    return text if verdict_of(row["ci95"]) == "tie" else f"**{text}**"
+def _decided(verdict: str, text: str) -> str:
+    return f"**{text}**" if verdict in ("win", "loss") else text
 
 
 def parser() -> Parser:

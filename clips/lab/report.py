@@ -12,10 +12,10 @@ from typing import Any
 
 from clips.common.files import write_atomically
 from clips.common.page import Forest, Interval, Page, as_html
-from clips.lab.stats import Verdict, show_difference, verdict
+from clips.lab.stats import Verdict, show_difference
 
-SIGNS: dict[Verdict, str] = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
-COLOURS = {"win": "good", "loss": "bad", "tie": "open"}
+SIGNS: dict[Verdict, str] = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss", "undecided": "? undecided"}
+COLOURS = {"win": "good", "loss": "bad", "tie": "open", "undecided": "open"}
 """Verdict → CSS class."""
 
 
@@ -31,13 +31,13 @@ def write_report(result: Mapping[str, Any], output: Path, name: str, page: Calla
 
 
 def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> Forest:
-    """Differences against zero: names, and rows with `mean` and `ci95`. `scale`: 100 shows fractions as points."""
+    """Differences against zero: names, and rows with `mean`, `ci95`, `verdict`. `scale`: 100 shows points."""
     rows = list(rows)
     reach = max(abs(end) for _, row in rows for end in row["ci95"]) * 1.05 or 1.0
     intervals = []
     for name, row in rows:
         low, mean, high = (50 + 50 * value / reach for value in (row["ci95"][0], row["mean"], row["ci95"][1]))
-        decided = verdict(row["ci95"])
+        decided = row["verdict"]
         intervals.append(
             Interval(name, low, mean, high, decided, f"{show_difference(row, scale=scale)} {SIGNS[decided]}")
         )

@@ -5,7 +5,7 @@ One interval for each design:
 - `welch`: two groups of runs, where only seeds differ.
 - `over_runs`: differences that are paired by run.
 
-One verdict: win or loss if the 95 % interval leaves zero out, else tie.
+One verdict (`verdict`), by the interval and by the seeds of each variant.
 
 Shapes: S independent seeds, R runs, I items (questions), C clusters (pictures; questions may share one), A levels of
 runs, B levels of items. Scores are [S, I] or [R, I]: 0 or 1 for right answers, any number otherwise. Groups are numbers
@@ -35,7 +35,13 @@ TWO_SEEDS = 0.01
 TOGETHER = " together"
 ANSWERS = "single answers"
 """What a seed does to one picture or question: every effect of a level of runs together with a level of items."""
-Verdict = Literal["win", "tie", "loss"]
+Verdict = Literal["win", "tie", "loss", "undecided"]
+FEWEST_SEEDS = 5
+"""Seeds of each variant that a verdict needs. Of fewer seeds too often all stand on one side of a jump."""
+UNLIKE = 2.0
+"""If one variant spreads more than so many times as much over seeds, a verdict gives its spread to both."""
+UNDECIDED = "fewer than five seeds, a plan that was not kept, or seeds that differ in when they learn"
+"""Why there is neither win, tie nor loss."""
 Level = tuple[str, np.ndarray]
 """Name and groups."""
 
@@ -49,26 +55,43 @@ class Estimate:
     high: float | None
 
     @property
-    def verdict(self) -> Verdict:
-        """ "win" or "loss" if the interval leaves zero out."""
-        return verdict(self.ci95)
-
-    @property
     def ci95(self) -> list[float] | None:
         return None if self.low is None or self.high is None else [self.low, self.high]
 
 
-def verdict(ci95: Sequence[float] | None) -> Verdict:
-    """The only verdict rule: win if the interval is above zero, loss if it is below, else tie."""
-    if ci95 is None:
+def verdict(
+    ci95: Sequence[float] | None, ours: Sequence[float], theirs: Sequence[float], *, kept: bool = True
+) -> Verdict:
+    """The only verdict rule on a − b: by its interval, and by a figure of each independent seed of a and of b.
+
+    Tie: the interval covers zero. Win or loss: it does not, and the difference stands against unlike spreads, too
+    (`half_of_unlike`). Otherwise seeds differ in when they learn, and nothing is decided. Seeds that were added after a
+    look are chosen by their figures: `kept` says that the plan with the number of seeds was kept.
+    """
+    if not kept or min(len(ours), len(theirs)) < FEWEST_SEEDS:
+        return "undecided"
+    if ci95 is None or not (ci95[0] > 0 or ci95[1] < 0):
         return "tie"
-    return "win" if ci95[0] > 0 else "loss" if ci95[1] < 0 else "tie"
+    least = half_of_unlike(np.var(ours, ddof=1), np.var(theirs, ddof=1), len(ours), len(theirs))
+    if abs(np.mean(ours) - np.mean(theirs)) <= least:
+        return "undecided"
+    return "win" if ci95[0] > 0 else "loss"
+
+
+def half_of_unlike(a: Any, b: Any, ours: int, theirs: int) -> np.ndarray:
+    """Half of Student's interval, if all seeds vary as those of the less steady variant; 0 where both vary alike.
+
+    `a`, `b`: variances over seeds of two variants, which may be arrays; `ours`, `theirs`: their numbers of seeds.
+    """
+    larger = np.maximum(a, b)
+    half = stdtrit(ours + theirs - 2, (1 + LEVEL) / 2) * np.sqrt(larger * (1 / ours + 1 / theirs))
+    return np.where(larger > UNLIKE**2 * np.minimum(a, b), half, 0.0)
 
 
 def turned(said: Verdict) -> Verdict:
     """The verdict on b − a, given the verdict on a − b."""
-    swapped: dict[Verdict, Verdict] = {"win": "loss", "loss": "win", "tie": "tie"}
-    return swapped[said]
+    swapped: dict[Verdict, Verdict] = {"win": "loss", "loss": "win"}
+    return swapped.get(said, said)
 
 
 # ------------------------------------------------------------------------------------------- only seeds differ
@@ -194,8 +217,7 @@ def half_of_interval(
     `runs` is estimated from `seeds`, `pictures` from `clusters`. The quantile lies between Student's t of both. Its
     place goes by the share of `runs` to the power `BEND`. Two seeds tell so little of their spread that it goes by
     `TWO_SEEDS`. Simulated with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is zero and all
-    effects are normal, and 2 to 7 % wherever both models vary alike. Where only one of them learns in a jump, up to
-    37 % do (docs/comparison.md).
+    effects are normal. Where only one of two models learns in a jump, more do, which `verdict` allows for.
 
     The half is at least one standard error of single answers, by their variance `luck` (`least_variance`). Seeds that
     agree by chance would otherwise leave an interval without width.
@@ -250,19 +272,25 @@ class Spread:
         return float(sum(half_of_interval(runs, pictures, 0.0, seeds, self.item_counts[1], level) for level in levels))
 
     def power(self, difference: float, tries: int = 100_000) -> float:
-        """Share of comparisons of this size whose interval leaves zero out if the true difference is `difference`.
+        """Share of comparisons of this size that see a true difference of `difference`: neither tie nor undecided.
 
-        Simulated: the mean is normal, and each variance that the interval estimates is drawn anew for every comparison.
+        Simulated: seeds of both models vary alike, and the other variances that the interval estimates are drawn anew
+        for every comparison. That a verdict needs `FEWEST_SEEDS` is not asked here.
         """
         runs, pictures, luck, seeds = self._of_interval()
         rng, last = np.random.default_rng(0), self.item_counts[1] - 1
-        means = rng.normal(difference, (runs + pictures) ** 0.5, tries)
-        freedoms = (max(1.0, seeds - 1), last, max(1.0, (seeds - 1) * last))
-        drawn = [v * rng.chisquare(n, tries) / n for v, n in zip((runs, pictures + luck, luck), freedoms, strict=True)]
-        shared = np.maximum(0.0, drawn[1] - drawn[2])
-        least = least_variance(drawn[2], seeds)
-        halves = half_of_interval(drawn[0], shared, least, seeds, self.item_counts[1])
-        return float((np.abs(means) > halves).mean())
+        count = max(2, round(seeds))
+        of_seeds = rng.normal(0.0, (runs * seeds / 2) ** 0.5, (2, tries, count))
+        between = of_seeds[0] - of_seeds[1]
+        means = rng.normal(difference, pictures**0.5, tries) + between.mean(1)
+        freedoms = (last, max(1.0, (seeds - 1) * last))
+        drawn = [v * rng.chisquare(n, tries) / n for v, n in zip((pictures + luck, luck), freedoms, strict=True)]
+        shared = np.maximum(0.0, drawn[0] - drawn[1])
+        least = least_variance(drawn[1], seeds)
+        halves = half_of_interval(between.var(1, ddof=1) / seeds, shared, least, seeds, self.item_counts[1])
+        ours, theirs = of_seeds.var(2, ddof=1)
+        unlike = half_of_unlike(ours, theirs, count, count)
+        return float((np.abs(means) > np.maximum(halves, unlike)).mean())
 
     def _of_interval(self) -> tuple[float, float, float, float]:
         """Parts of the variance of the mean as `interval` sees them: runs, pictures, luck; and the number of seeds."""
@@ -277,13 +305,13 @@ class Spread:
         """
         found: dict[str, int | None] = {}
         if self.runs:
-            found[self.runs[0]] = self._least(difference, 2, lambda n: self._sized(seeds=n))
+            found[self.runs[0]] = self._least(difference, FEWEST_SEEDS, lambda n: self._sized(seeds=n))
         if len(self.runs) == 2:
             found[self.runs[1]] = self._least(difference, 1, lambda n: self._sized(within=n))
         found[self.items[0]] = self._least(difference, 2, lambda n: self._sized(pictures=n))
         if self.runs:
             growth = self.item_counts[1] / self.run_counts[1]
-            seeds = self._least(difference, 2, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
+            seeds = self._least(difference, FEWEST_SEEDS, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
             found[self.runs[0] + TOGETHER] = seeds
             found[self.items[0] + TOGETHER] = None if seeds is None else max(2, math.ceil(seeds * growth))
         return found

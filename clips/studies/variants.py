@@ -5,6 +5,7 @@ A `Study` says which differences decide, before anything trains. The result of e
 
     variants    name → label, recipe, settings, and `runs` with their figures in percent
     questions   key → title, variants, caution, verdict, and `contrasts`: a − b with a 95 % interval and a verdict
+    looks       seeds and deciding figure of every result that was written; after more than one it has no verdicts
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from clips.lab.grid import Cell
 from clips.lab.pretraining import PretrainingRun, read_figures
 from clips.lab.report import write_report
 from clips.lab.run import Runner
-from clips.lab.stats import Verdict, difference, show_difference, verdict
+from clips.lab.stats import FEWEST_SEEDS, Verdict, difference, show_difference, verdict
 
 DECIDING = "sentence_r1"
 """The figure that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
@@ -147,16 +148,25 @@ class Study:
         """Figures, differences and verdicts of the finished runs in `output`."""
         runs = self.everything()
         names = measured([output / run.name for run in runs]) if runs else []
+        seeds = max((len(of_variant) for of_variant in self.runs.values()), default=0)
+        before = output / f"{self.name}.json"
+        written = read_json(before) if before.is_file() else {}
+        looks = {f"{seeds} seeds by {self.decides}"} if runs else set()
+        looks.update(written.get("looks", ["an older result"] if written else []))
         variants = {name: self._record(name, output, names) for name in self.runs}
         rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
         return {
             "study": self.name,
             "command": shlex.join(["python", *sys.argv]),
             "samples": runs[0].config().samples if runs else 0,
-            "seeds": max((len(of_variant) for of_variant in self.runs.values()), default=0),
+            "seeds": seeds,
+            "looks": sorted(looks),
             "deciding_figure": decides(list(next(iter(rows.values()))[0]), self.decides) if rows else self.decides,
             "environment": environment(output / runs[0].name) if runs else {},
-            "questions": {key: judge(question, rows, self.decides) for key, question in self.questions.items()},
+            "questions": {
+                key: judge(question, rows, self.decides, kept=len(looks) == 1)
+                for key, question in self.questions.items()
+            },
             "variants": variants,
         }
 
@@ -192,7 +202,7 @@ def terminal() -> Console:
 def check_counts(seeds: int, jobs: int) -> None:
     """UserError for counts that a study cannot have."""
     if seeds < 2:
-        raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
+        raise UserError(f"--seeds {seeds}: an interval needs at least 2, a verdict {FEWEST_SEEDS}")
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
 
@@ -240,20 +250,21 @@ def decides(figures: Sequence[str], asked: str = DECIDING) -> str:
     return deciding_name(next(name for name in (asked, *MEANS, *FIGURES) if name in figures), figures)
 
 
-def judge(question: Question, rows: Rows, asked: str = DECIDING) -> dict[str, Any]:
+def judge(question: Question, rows: Rows, asked: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """A question with its contrasts and verdict."""
-    contrasts = [compared(a, b, rows, asked) for a, b in question.contrasts]
+    contrasts = [compared(a, b, rows, asked, kept=kept) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 
 
-def compared(a: str, b: str, rows: Rows, asked: str = DECIDING) -> dict[str, Any]:
+def compared(a: str, b: str, rows: Rows, asked: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
     figures = [name for name in rows[a][0] if name != SECONDS]
     deciding = decides(figures, asked)
     differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
+    by_seed = [[row[deciding] for row in rows[name]] for name in (a, b)]
     return {
         **{"a": a, "b": b, "metric": deciding, **differences[deciding]},
-        "verdict": verdict(differences[deciding]["ci95"]),
+        "verdict": verdict(differences[deciding]["ci95"], *by_seed, kept=kept),
         "seeds": len(rows[a]),
         "figures": differences,
     }
@@ -261,7 +272,7 @@ def compared(a: str, b: str, rows: Rows, asked: str = DECIDING) -> dict[str, Any
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """One line for several comparisons: "win", or "1 of 3 win, 2 of 3 tie"."""
-    counts = {kind: verdicts.count(kind) for kind in ("win", "loss", "tie") if kind in verdicts}
+    counts = {kind: verdicts.count(kind) for kind in ("win", "loss", "tie", "undecided") if kind in verdicts}
     if len(counts) == 1:
         return verdicts[0]
     return ", ".join(f"{count} of {len(verdicts)} {kind}" for kind, count in counts.items())

@@ -10,7 +10,7 @@ from clips.common.page import Block, Page, Paragraph, Section, Table, Tile
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import COLOURS, described, forest
 from clips.lab.report import verdict_class as css_class
-from clips.lab.stats import Verdict, show_difference, show_mean
+from clips.lab.stats import UNDECIDED, Verdict, show_difference, show_mean
 from clips.studies.variants import SECONDS
 
 NAMES = {
@@ -27,7 +27,7 @@ BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Figures that stand beside the deciding figure, after its value on the seen artists."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
-BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart"}
+BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "undecided": "undecided"}
 
 
 def called(figure: str) -> str:
@@ -49,9 +49,10 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
     decides = (
         f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
-        f"“{words['tie']}”: it covers 0, and nothing is shown. Intervals are Welch's over seeds. They speak of other "
-        f"seeds, not of other test pictures, and are not corrected for the number of comparisons ({count}). Verdicts "
-        "are wrong more often where only one variant learns in a jump (docs/comparison.md)."
+        f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/comparison.md). "
+        f"Results were written of {' and of '.join(result['looks']) or 'no runs'}. Intervals are Welch's over seeds. "
+        "They speak of other seeds, not of other test pictures, and are not corrected for the number of comparisons "
+        f"({count})."
     )
     parts = [
         Section("What decides", [Paragraph(decides), Paragraph(limits, "Limits")]),

@@ -26,7 +26,17 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import METRICS
 from clips.lab.grid import COST, RECORD, what_was_fixed
-from clips.lab.stats import Estimate, Spread, independent_runs, interval, labels, over_groups, over_runs, spread
+from clips.lab.stats import (
+    Estimate,
+    Spread,
+    independent_runs,
+    interval,
+    labels,
+    over_groups,
+    over_runs,
+    spread,
+    verdict,
+)
 from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
@@ -95,7 +105,8 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     cells = cells_of(comparison)
     answers = read_answers(comparison) if plan["questions"] else {}
     scores = item_scores(comparison, answers) if answers else {}
-    metrics, differences = compare_scores(comparison, scores)
+    fixed = what_was_fixed(comparison.output / PLAN, plan)
+    metrics, differences = compare_scores(comparison, scores, kept=fixed["kept"])
     benchmarks, benchmark_differences = compare_benchmarks(comparison)
 
     on_answers: dict[str, Any] = {"loose_answers": loose_answers(comparison, answers)} if answers else {}
@@ -103,7 +114,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
         on_answers["blind_questions"] = blind_questions(comparison, answers, scores["accuracy"])
     return {
         "plan": plan,
-        "fixed": what_was_fixed(comparison.output / PLAN, plan),
+        "fixed": fixed,
         "scorer": scorer_version(),
         "settings": _settings(comparison, plan) | {"columns": columns_of(stored_questions(comparison.output))},
         "encoders": {
@@ -301,9 +312,9 @@ def _item_scores(
 
 
 def compare_scores(
-    comparison: Comparison, scored: dict[str, ItemScores]
+    comparison: Comparison, scored: dict[str, ItemScores], *, kept: bool = True
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(encoder → metric → figure, differences of every pair in every metric)."""
+    """(encoder → metric → figure, differences of every pair in every metric); `kept`: to the plan, as verdicts need."""
     names = encoder_names(comparison)
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
@@ -321,10 +332,12 @@ def compare_scores(
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
             groups, estimate, split = _estimated(comparison, between, clusters, a, b)
+            by_seed = [over_groups(metric.by_encoder[encoder], groups).mean(1).tolist() for encoder in (a, b)]
             row: dict[str, Any] = {
                 **{"a": a, "b": b, "metric": name},
                 **about,
-                **{"mean": estimate.mean, "ci95": estimate.ci95, "verdict": estimate.verdict},
+                **{"mean": estimate.mean, "ci95": estimate.ci95},
+                "verdict": verdict(estimate.ci95, *by_seed, kept=kept),
                 **{"seeds": int(groups.max()) + 1, "runs": len(groups)},
                 "variance": split.shares() if split else {},
                 "items_needed": split.items_needed(abs(estimate.mean)) if split else None,

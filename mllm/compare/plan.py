@@ -30,8 +30,8 @@ from clips.common.errors import UserError
 from clips.common.files import replacing, sha256
 from clips.common.rundir import UNSEEN
 from clips.lab.grid import RECORD, fix
-from clips.lab.stats import Spread, independent_runs
-from mllm.compare.cells import PLAN, cells_of, encoder_groups, encoder_names, llava_runs
+from clips.lab.stats import FEWEST_SEEDS, Spread, independent_runs
+from mllm.compare.cells import PLAN, cells_of, encoder_groups, encoder_names
 from mllm.compare.comparison import Comparison, budget_share, is_demo, question_files, question_limit
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
 from mllm.evaluation.scores import scorer_version
@@ -148,8 +148,9 @@ def power(comparison: Comparison, questions: int, difference: float) -> float:
 
 def power_in_words(comparison: Comparison) -> str:
     """What the comparison can see, said before anything is trained."""
-    if llava_runs(comparison) < 2:
-        return "one run of each encoder tells nothing about other runs (--seeds, --llava-runs)"
+    seeds = int(independent_runs(encoder_groups(comparison, *encoder_names(comparison))).max()) + 1
+    if seeds < FEWEST_SEEDS:
+        return f"{seeds} independent seed(s) are a look, without verdicts; --seeds {FEWEST_SEEDS} gives verdicts"
     asked = {name: asked_questions(comparison, path) for name, path in question_files(comparison)[0].items()}
     questions = len(_of_deciding_column(asked))
     five, two = (100 * power(comparison, questions, points) for points in (0.05, 0.02))

@@ -13,7 +13,7 @@ from clips.common.page import Block, Bullets, Card, Cards, Code, Folded, Page, P
 from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
-from clips.lab.stats import show_difference, turned
+from clips.lab.stats import FEWEST_SEEDS, UNDECIDED, show_difference, turned
 from mllm.compare.probe import PROBE
 from mllm.compare.words import design_in_words, difference_text, headline, interval_text, metric_name, percent_text
 from mllm.data.images import ImageStore
@@ -28,9 +28,9 @@ FLOORS = {
     "random": "random is the untrained architecture of the CLIPS encoder, another encoder for each seed.",
 }
 STATISTICS = (
-    "Brackets are 95 % intervals over other questions and other trainings, not corrected for their number. They are "
-    "wrong more often where one encoder learns in a jump and the other does not (docs/comparison.md). “Needed” is the "
-    "number of questions that show a difference of the size seen in four of five comparisons; – if no number does."
+    "Brackets are 95 % intervals over other questions and other trainings, not corrected for their number. "
+    f"“Undecided”: {UNDECIDED} (docs/comparison.md). “Needed” is the number of questions that show a difference of "
+    "the size seen in four of five comparisons; – if no number does."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "
@@ -109,6 +109,8 @@ def sentence(row: Row) -> str:
     figure = re.split("[/@]", row["metric"])[0]
     unit = {"cider_d": "CIDEr-D", "log_likelihood": "nats per token"}.get(figure, "points")
     points = f"{size} {unit} {interval_text(row)}"
+    if row["verdict"] == "undecided":
+        return f"{a} − {b} is undecided: {difference_text(row)}."
     if row["verdict"] == "tie":
         needed = row["items_needed"]
         enough = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
@@ -130,7 +132,7 @@ def floors(report: Report) -> list[str]:
             other, floor, decided = row["a"], row["b"], row["verdict"]
             if other in blind:
                 other, floor, decided = floor, other, turned(decided)
-            if decided != "win":
+            if decided in ("tie", "loss"):
                 below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
     return below
 
@@ -233,7 +235,7 @@ def not_shown(report: Report) -> list[str]:
         "encoders apart.": settings["is_demo"] and UNSEEN not in settings["columns"],
         f"All runs of {', '.join(alone)} stand on one encoder each: intervals hold for these encoders, not for the "
         "methods that made them (--seeds, or {seed} in a path).": alone,
-        f"{seeds} independent seed(s) tell their spread badly: intervals miss differences.": seeds < 4,
+        f"{seeds} independent seed(s) are a look, without verdicts.": seeds < FEWEST_SEEDS,
         f"One language model, one projector, the same rates for all frozen encoders, and {settings['budget_share']:.0%}"
         " of the stages' samples. Models trained to the end may differ otherwise.": True,
     }

@@ -142,7 +142,7 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
             Bullets([text]),
             Code(text),
             Table([text, ""], [[text, "reproduced"]], verdict_class({"reproduced": "good"})),
-            forest([(text, {"mean": -0.02, "ci95": [-0.03, -0.01]})], scale=100),
+            forest([(text, {"mean": -0.02, "ci95": [-0.03, -0.01], "verdict": "loss"})], scale=100),
             Bars([Bar(text, 33.3, [text])], [text, text]),
             Cards([Card(text, texts=[(text, text, True), (text, text, None)], badge=(text, True), note=text)]),
             Tiles([Tile(text, [(text, "good")], text)]),

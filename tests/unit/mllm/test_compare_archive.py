@@ -95,7 +95,8 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     assert row["mean"] == pytest.approx(fmean(differences))
     assert "needed" in rows["share"].keys() - row.keys()
     words = r"clips is \d\.\d\d nats per token \[.*\] above clip: log likelihood, where\."
-    assert re.fullmatch(words, sentence(row))
+    assert row["verdict"] == "undecided"  # of three seeds
+    assert re.fullmatch(words, sentence(row | {"verdict": "win"}))
     assert verify(comparison.output).differs == []
     changed = cells["random-seed1"].evaluation / "question.jsonl"
     lines = [json.loads(line) for line in changed.open()]

@@ -332,7 +332,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
         for i in range(12)
     ]
     (place / "described.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=1, questions=place / "described.jsonl")
+    comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=5, questions=place / "described.jsonl")
     fix_plan(comparison)
     answers = {
         cell: [
@@ -340,7 +340,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
             | {"text": f"a red cat number {i} on grass" if good else "nothing"}
             for i in range(12)
         ]
-        for cell, good in zip(cells_of(comparison), (True, False), strict=True)
+        for cell, good in zip(cells_of(comparison), (True, False) * 5, strict=True)
     }
     found = item_scores(comparison, answers)
     assert list(found) == ["cider_d"]
@@ -351,6 +351,8 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
         assert (row["metric"], row["verdict"]) == (name, "win")
         assert re.fullmatch(r"clips describes \d+\.\d\d CIDEr-D \[.*\] better than clip\.", sentence(row))
         assert summary[NAMES[1]][name]["mean"] == 0
+        _, (row,) = compare_scores(comparison, metrics, kept=False)
+        assert re.fullmatch(r"clips − clip is undecided: .* \[.*\]\.", sentence(row))
 
 
 def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:

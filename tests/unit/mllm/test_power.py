@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from clips.common.files import read_json
-from clips.lab.stats import interval, over_groups
+from clips.lab.stats import interval, over_groups, verdict
 from mllm.compare.cells import llava_runs
 from mllm.compare.comparison import LIMIT, Comparison
 from mllm.compare.plan import (
@@ -43,10 +43,10 @@ def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None
 @pytest.mark.parametrize(
     ("seeds", "runs", "design", "cases"),
     [
-        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", (16, 18, 20)),
-        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", (24, 26, 27)),
-        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", (33, 39, 45)),
-        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", (35, 41, 47)),
+        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", (31, 36, 43)),
+        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", (33, 38, 45)),
+        (8, 8, "8 encoders of each kind, 1 LLaVA run on each", (56, 64, 74)),
+        (8, 24, "8 encoders of each kind, 3 LLaVA runs on each", (80, 85, 89)),
     ],
 )
 def test_designs_in_words_and_what_they_see(seeds: int, runs: int | None, design: str, cases: tuple[int, ...]) -> None:
@@ -65,10 +65,14 @@ def test_power_is_what_simulated_comparisons_of_the_default_design_find(question
     runs, wins, tries = llava_runs(comparison), 0, 600
     groups = np.arange(runs) % comparison.seeds
     for _ in range(tries):
-        encoders = rng.normal(0, ENCODER_VARIANCE**0.5, comparison.seeds)[groups]
-        of_runs = 0.05 + encoders + rng.normal(0, RUN_VARIANCE**0.5, runs)
-        pictures = rng.normal(0, (PICTURE_VARIANCE * OF_QUESTIONS) ** 0.5, questions)
-        answers = rng.normal(0, (ANSWER_VARIANCE * OF_QUESTIONS) ** 0.5, (runs, questions))
-        scores = of_runs[:, None] + pictures + answers
-        wins += interval(over_groups(scores, groups), np.arange(questions)).verdict == "win"
+        ours, theirs = (
+            rng.normal(0, (ENCODER_VARIANCE / 2) ** 0.5, comparison.seeds)[groups, None]
+            + rng.normal(0, (RUN_VARIANCE / 2) ** 0.5, (runs, 1))
+            + rng.normal(0, (PICTURE_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, questions)
+            + rng.normal(0, (ANSWER_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, (runs, questions))
+            for _ in range(2)
+        )
+        ci95 = interval(over_groups(0.05 + ours - theirs, groups), np.arange(questions)).ci95
+        by_seed = [over_groups(scores, groups).mean(1).tolist() for scores in (0.05 + ours, theirs)]
+        wins += verdict(ci95, *by_seed) == "win"
     assert wins / tries == pytest.approx(power(comparison, questions, 0.05), abs=0.05)
