@@ -12,7 +12,7 @@ A block of a page is a comment that holds its text with places for figures, and 
     …
     <!-- /figures -->
 
-`compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py, or the result of
+`compare` is docs/results/compare.json: report.json of scripts/compare_encoders.py, or the result of
 scripts/compare_pretraining.py, without what is long in it. `{WHO: FIGURE}` is a mean
 with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if it is a win or a
 loss. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND

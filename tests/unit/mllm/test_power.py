@@ -22,7 +22,7 @@ from mllm.compare.plan import (
 )
 from mllm.compare.words import design_in_words
 
-STORED = read_json(ROOT / "docs" / "results" / "compare.json")["encoders"]
+STORED = read_json(ROOT / "tests" / "data" / "lab" / "real" / "encoders.json")["encoders"]
 BY_SEED = [
     [np.array(STORED[name]["metrics"][metric]["by_seed"]) for name in ("clips", "clip", "caption")]
     for metric in ("accuracy", "accuracy@seen")
