@@ -17,22 +17,22 @@ def metric_name(metric: str) -> str:
     return f"{name}, {column}" if at else name
 
 
-def _digits_and_scale(metric: str) -> tuple[int, int]:
+def digits_and_scale(metric: str) -> tuple[int, int]:
     """Right answers and shares are shown in percent, CIDEr-D and nats as they are."""
     return (2, 1) if metric.startswith(NOT_IN_PERCENT) else (1, 100)
 
 
 def difference_text(row: dict[str, Any]) -> str:
-    return show_difference(row, *_digits_and_scale(row["metric"]))
+    return show_difference(row, *digits_and_scale(row["metric"]))
 
 
 def interval_text(row: dict[str, Any]) -> str:
-    return show_interval(row["ci95"], *_digits_and_scale(row["metric"]))
+    return show_interval(row["ci95"], *digits_and_scale(row["metric"]))
 
 
 def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
     """A figure of right answers or CIDEr-D; – if an encoder has none."""
-    digits, scale = _digits_and_scale(metric)
+    digits, scale = digits_and_scale(metric)
     if figure is None:
         return "–"
     spread = f" ± {scale * figure['sd']:.{digits}f}" if figure["sd"] is not None else ""
