@@ -288,9 +288,12 @@ class CaptionsConfig:
     """Tokens that truncation, random_mask and block_mask keep."""
     sentence_share: float = 0.0
     """Share of the long caption's sentences that the strategy sentence keeps, in a row; at least one sentence."""
+    token_dropout: float = 0.0
+    """Share of a text's tokens that the text tower does not read in training, drawn anew at each step."""
 
     def __post_init__(self) -> None:
         _check("captions", self)
+        _require(0 <= self.token_dropout < 1, f"captions.token_dropout {self.token_dropout} is not in [0, 1)")
         _require(0 <= self.sentence_share <= 1, f"captions.sentence_share {self.sentence_share} is not in [0, 1]")
 
 

@@ -248,6 +248,8 @@ class BatchDataset(Dataset):
             encoded = self.tokenizer.encode(batch_texts)
             if name == "sub":
                 encoded = [kept_tokens(e, self.run.captions, rng) for e, rng in zip(encoded, draws, strict=True)]
+            if self.run.captions.token_dropout:
+                encoded = [self._dropped(e, position, name) for e, position in zip(encoded, dealt, strict=True)]
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
@@ -319,6 +321,11 @@ class BatchDataset(Dataset):
             name: torch.tensor([sorted(rng.sample(range(total), kept)) for rng in rngs])
             for name, (total, kept) in counts.items()
         }
+
+    def _dropped(self, tokens: list[int], position: int, name: str) -> list[int]:
+        """What `captions.token_dropout` leaves of a text, by a generator of its own; at least one token."""
+        rng = self._rng(position, f"{name} tokens")
+        return [token for token in tokens if rng.random() >= self.run.captions.token_dropout] or tokens[:1]
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
         return random.Random(f"{self.run.train.seed}/{self.order.epoch(position)}/{position}/{purpose}")
