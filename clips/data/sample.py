@@ -34,11 +34,11 @@ class Texts:
         return web, next(iter(self.long), None)
 
     def draw(self, rng: random.Random) -> tuple[str, str | None]:
-        """The pair of one step. Only several web captions take a number from `rng`."""
-        if not self.others or len(self.web) == 1:
-            return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
-        web, *others = rng.sample(self.web, len(self.web))
-        return web, joined(others, without=web) or None
+        """The pair of one step; the others stand in random order. Only several web captions take numbers from `rng`."""
+        if self.others:
+            web, *others = rng.sample(self.web, len(self.web))
+            return web, joined(others, without=web) or None
+        return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
 
     def draw_one(self, rng: random.Random, synthetic_share: float) -> str:
         """The only caption that CLIP reads in a step: one of all, if a field holds several.

@@ -208,6 +208,26 @@ def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: Capti
     assert counts.min() > 0.8 * counts.max(), "every patch has its turn"
 
 
+def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Source, tokenizer: CaptionTokenizer) -> None:
+    def dropped(share: float) -> list[dict]:
+        run = a_run()
+        return batches(source, tokenizer, replace(run, captions=replace(run.captions, token_dropout=share)))
+
+    whole, half, last = dropped(0.0), dropped(0.5), dropped(0.999)
+    for name in ("web", "sub"):
+        counts = []
+        for batch, less, least in zip(whole, half, last, strict=True):
+            assert_same(*({k: v for k, v in b.items() if k not in ("web", "sub")} for b in (batch, less)))
+            for row, shorter, shortest in zip(*(b[name].tolist() for b in (batch, less, least)), strict=True):
+                rest = iter(filter(None, row))
+                assert all(token in rest for token in filter(None, shorter)), "in order, ends and CLS among them"
+                counts.append([sum(map(bool, tokens)) for tokens in (row, shorter, shortest)])
+        all_words, half_of_words, no_words = np.array(counts).T
+        ends = no_words.min() - 1
+        assert (half_of_words - ends).sum() == pytest.approx(0.5 * (all_words - ends).sum(), rel=0.1)
+        assert (no_words == ends + 1).mean() > 0.9, "one word is left of each text"
+
+
 def test_a_step_has_one_size_and_the_sizes_change_nothing_else(source: Source, tokenizer: CaptionTokenizer) -> None:
     def in_sizes(*sizes: tuple[int, int], **place: int) -> list[dict]:
         run = dropping(a_run(accumulation=2))
