@@ -105,7 +105,7 @@ def small() -> RunConfig:
     python scripts/pretrain_clips.py --name mine --data 'shards/*.tar'
     """
     run = demo()
-    vision = replace(run.model.vision, image_size=80, patch_dropout=0.5)
+    vision = replace(run.model.vision, layers=6, image_size=80, patch_dropout=0.5)
     return replace(
         run,
         recipe="small",
@@ -115,13 +115,14 @@ def small() -> RunConfig:
             text=replace(run.model.text, vocab_size=2048),
             captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
         ),
+        captions=replace(run.captions, token_dropout=0.2),
         data=DataConfig(train="", workers=1, held_out=0.05),
         optim=replace(run.optim, weight_decay=0.1),
         phases=(
             replace(
                 run.phases[0],
                 name="80px",
-                samples=144_000,
+                samples=160_000,
                 batch_size=128,
                 lr=1.5e-3,
                 muon_lr=2e-2,

@@ -34,10 +34,13 @@ class Texts:
         return web, next(iter(self.long), None)
 
     def draw(self, rng: random.Random) -> tuple[str, str | None]:
-        """The pair of one step; the others stand in random order. Only several web captions take numbers from `rng`."""
+        """The pair of one step. Only several web captions take numbers from `rng`.
+
+        Others are drawn too, `DRAWN` of them: all of them joined would tell the same things again.
+        """
         if self.others:
             web, *others = rng.sample(self.web, len(self.web))
-            return web, joined(others, without=web) or None
+            return web, joined(others, without=web, most=DRAWN) or None
         return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
 
     def draw_one(self, rng: random.Random, synthetic_share: float) -> str:
@@ -52,14 +55,17 @@ class Texts:
         return self.long[0] if use_long and self.long else self.web[0]
 
 
+DRAWN = 2
+"""So many of the other captions are the long one of a step."""
 STOPS = (".", "!", "?", "。", "！", "？")
 
 
-def joined(captions: Iterable[str], without: str) -> str:
-    """The captions as sentences of one text: each ends with a stop, and none is said twice or is `without`."""
+def joined(captions: Iterable[str], without: str, most: int | None = None) -> str:
+    """The captions as sentences of one text, at most `most`: each ends with a stop, none is said twice or is `without`."""
     sentences = {_plain(caption): caption for caption in captions}
     sentences.pop(_plain(without), None)
-    return " ".join(text if text.endswith(STOPS) else f"{text}." for text in sentences.values())
+    texts = list(sentences.values())[:most]
+    return " ".join(text if text.endswith(STOPS) else f"{text}." for text in texts)
 
 
 def _plain(caption: str) -> str:

@@ -68,10 +68,11 @@ def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
     rng = random.Random(0)
     drawn = Counter(Texts(FIVE, others=True).draw(rng)[0] for _ in range(5000))
     assert all(abs(drawn[text] - 1000) < 150 for text in FIVE)
-    long = Counter(Texts(("a", "b", "c"), others=True).draw(rng) for _ in range(6000))
-    pairs = {(web, f"{first}. {second}.") for web, first, second in permutations("abc")}
-    assert set(long) == pairs, "the others are joined in any order, so that a short captioner reads them all in time"
+    long = Counter(Texts(("a", "b", "c", "d"), others=True).draw(rng) for _ in range(24_000))
+    pairs = {(web, f"{first}. {second}.") for web, first, second in permutations("abcd", 3)}
+    assert set(long) == pairs, "two of the others, in any order"
     assert all(abs(count - 1000) < 150 for count in long.values())
+    assert Texts(("a", "A", "a.", "b"), others=True).draw(rng)[1] in ("b.", "a."), "never the web caption"
     of_all = Counter(Texts(("w", "v"), ("l",)).draw_one(rng, 0.2) for _ in range(3000))
     assert all(abs(of_all[text] - 1000) < 150 for text in "wvl")
     before = rng.getstate()
