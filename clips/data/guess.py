@@ -65,7 +65,7 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str], lists: Collec
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     if fields.long == OTHERS:
-        long = "one drawn in each step, the others joined as the long caption"
+        long = "one drawn in each step, two of the others joined as the long caption"
     parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
     say_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields

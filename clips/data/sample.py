@@ -61,7 +61,7 @@ STOPS = (".", "!", "?", "。", "！", "？")
 
 
 def joined(captions: Iterable[str], without: str, most: int | None = None) -> str:
-    """The captions as sentences of one text, at most `most`: each ends with a stop, none is said twice or is `without`."""
+    """At most `most` captions as sentences of one text: each ends with a stop, none is said twice or is `without`."""
     sentences = {_plain(caption): caption for caption in captions}
     sentences.pop(_plain(without), None)
     texts = list(sentences.values())[:most]

@@ -84,7 +84,7 @@ def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
 
 def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = opened(shard(tmp_path, [list(FIVE), ["only one"], ["x", 3], [None, " ", "a", "b"]]))
-    assert "the others joined" in caplog.text
+    assert "two of the others joined" in caplog.text
     assert source.texts(0) == Texts(tuple(FIVE), others=True)
     assert source.read(3).web == "a"
     for index, reason in ((1, "one caption"), (2, "int")):
