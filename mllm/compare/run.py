@@ -54,17 +54,20 @@ def learning_curve(
 ) -> float | None:
     """Compare the first two encoders with two seeds at shares of the budget; returns the smallest budget that suffices.
 
-    It suffices if the larger standard deviation over seeds is at most a third of `see`, in the shown unit of the
-    deciding figure. Each budget is a comparison in OUTPUT/curve-BUDGET, on the encoders of OUTPUT.
+    It suffices if, there and at every larger budget, the larger standard deviation over seeds is at most a third of
+    `see`, in the shown unit of the deciding figure. Seeds also agree before a jump, so the larger budgets count. Each
+    budget is a comparison in OUTPUT/curve-BUDGET, on the encoders of OUTPUT.
     """
     if not asks_questions(comparison):
         raise UserError("--curve compares answers: give --questions")
+    told = "three comparisons of two seeds, one for each budget; encoders are pretrained once, also for the table"
+    console.print(f"learning curve: {told}", highlight=False, soft_wrap=True)
     rows: list[list[str]] = []
     enough: list[float] = []
     for share in CURVE:
         budget = share * budget_share(comparison)
         output = comparison.output / f"curve-{budget:g}"
-        short = replace(comparison, encoders=comparison.encoders[:2], variants=(), seeds=2, llava_runs=2)
+        short = replace(comparison, encoders=comparison.encoders[:2], variants=(), seeds=2, llava_runs=2, benchmarks=())
         short = replace(short, budget=budget, output=output)
         for name in () if dry_run else ("encoders", "probes"):
             (comparison.output / name).mkdir(parents=True, exist_ok=True)
@@ -80,11 +83,12 @@ def learning_curve(
         figures = [encoder["metrics"][metric] for encoder in report["encoders"].values()]
         difference = next(row for row in report["differences"] if row["metric"] == metric)
         rows.append([f"{budget:g}", *(mean_and_sd(metric, figure) for figure in figures), difference_text(difference)])
-        if digits_and_scale(metric)[1] * max(figure["sd"] for figure in figures) <= see / 3:
-            enough.append(budget)
+        agree = digits_and_scale(metric)[1] * max(figure["sd"] for figure in figures) <= see / 3
+        enough = [*enough, budget] if agree else []
     if rows:
         print_table(f"{metric_name(metric)}, two seeds", ["--budget", *report["encoders"], "difference"], rows)
-        print(f"to see {see:g}: " + (f"--budget {enough[0]:g}" if enough else "more than this budget, or more seeds"))
+        proposal = f"--budget {enough[0]:g}" if enough else "a larger budget, or more seeds"
+        print(f"to see a difference of {see:g}: {proposal}")
     return next(iter(enough), None)
 
 

@@ -173,7 +173,7 @@ def verify_from_flags(place: str) -> None:
     cells = len(result.report["cells"])
     print(f"verified: {cells} cells, {result.answers:,} answers scored anew, every figure as in {REPORT}")
     print(printable(result.kept))
-    print("taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell")
+    print("taken as recorded: likelihoods, encoders' own figures, lmms-eval's scores, times and memory of each cell")
     if path.is_file():
         print(f"SHA-256 of {place}: {sha256(path)}")
 

@@ -334,6 +334,8 @@ def test_the_curve_proposes_the_smallest_budget_whose_seeds_agree(
     assert budgets == list(spreads)
     assert "--budget 0.25" in capsys.readouterr().out
     assert learning_curve(comparison, QUIET, [], see=2.0) is None
+    spreads |= {0.125: 0.001, 0.25: 0.05}  # before the jump, in it
+    assert learning_curve(comparison, QUIET, [], see=5.0) == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ figures and report
