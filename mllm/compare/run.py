@@ -69,14 +69,16 @@ def learning_curve(
         output = comparison.output / f"curve-{budget:g}"
         short = replace(comparison, encoders=comparison.encoders[:2], variants=(), seeds=2, llava_runs=2, benchmarks=())
         short = replace(short, budget=budget, output=output)
-        for name in () if dry_run else ("encoders", "probes"):
-            (comparison.output / name).mkdir(parents=True, exist_ok=True)
-            output.mkdir(exist_ok=True)
+        if dry_run:
+            compare(short, console, command, dry_run=True)
+            continue
+
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("encoders", "probes"):
+            (comparison.output / name).mkdir(exist_ok=True)
             if not (output / name).exists():
                 (output / name).symlink_to(f"../{name}")
-        compare(short, console, command, dry_run=dry_run)
-        if dry_run:
-            continue
+        compare(short, console, command)
 
         report = read_json(output / REPORT)
         metric = report["plan"]["decides"]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
         **drawn_at(temperature),
     )
+    answer_ids = {text: encoder.answer(text) for text in dict.fromkeys(chain.from_iterable(candidates))}
     answers = [""] * len(questions)
     measured: list[dict[str, float]] = [{} for _ in questions]
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
@@ -119,7 +121,7 @@ def generate_answers(
             for i, (text, _, _) in zip(chosen, found, strict=True):
                 answers[i] = text
             if candidates:
-                rivals = [[encoder.answer(text) for text in candidates[i]] for i in chosen]
+                rivals = [[answer_ids[text] for text in candidates[i]] for i in chosen]
                 for i, likelihood in zip(chosen, likelihoods(model, cache, inputs, rivals, batch_size), strict=True):
                     measured[i] = likelihood
             bar.update(len(chosen))
