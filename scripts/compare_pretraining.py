@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare ways to pretrain on the demo, over several seeds."""
+"""Compare ways to pretrain, on the demo or on photographs, over several seeds."""
 
 import sys
 from pathlib import Path
@@ -30,6 +30,9 @@ def parser() -> Parser:
         help="a length of the text, b ablation, c sub-caption strategies, d share of synthetic captions, e LLaVA",
     )
     claims.add_argument("--llava-report", default="runs/compare/report.json", help="report of compare_encoders.py")
+    words = "small: on photographs of your own, --set data.train=… data.test=…"
+    claims.add_argument("--first-seed", type=int, default=0, help="of --seeds that follow each other")
+    claims.add_argument("--recipe", default="demo", choices=("demo", "small"), help=words)
     claims.add_argument("--set", help="fields of clips/config.py for every run", **SET)
     return p
 
@@ -46,7 +49,8 @@ def main() -> None:
         from clips.studies.claims import reproduce
 
         letters = flags.claims.replace(" ", "").split(",")
-        reproduce(output, letters, llava_report=Path(flags.llava_report), settings=flags.set, **common)
+        common |= {"settings": flags.set, "recipe": flags.recipe, "first_seed": flags.first_seed}
+        reproduce(output, letters, llava_report=Path(flags.llava_report), **common)
 
 
 if __name__ == "__main__":

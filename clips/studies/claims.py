@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def _masked(strategy: str) -> tuple[str, ...]:
     return (*NO_CAPTIONER, f"captions.strategy={strategy}", f"captions.sub_caption_tokens={BLOCK_TOKENS}")
 
 
+PHOTOGRAPHS = {"demo": "small", "clip_baseline": "small_clip"}
+"""The recipes of the variants → those that take their places with `--recipe small`."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", ("task.synthetic_share=0",)),
     "synthetic20": Variant("20 % synthetic", "clip_baseline", ("task.synthetic_share=0.2",)),
@@ -96,17 +99,29 @@ WORDS: Words = {
     "tie": "not reproduced here",
     "undecided": "undecided",
 }
+DRAWN = "The scenes are drawings with generated captions. "
 LIMITS = (
-    "The scenes are drawings with generated captions, and the models are tiny: a claim that fails here may hold at the "
-    "paper's scale, and the other way round. All runs see equal samples, not equal time. Learning rates are those of "
-    "the recipes, not searched for each variant."
+    "The models are tiny: a claim that fails here may hold at the paper's scale, and the other way round. All runs see "
+    "equal samples, not equal time. Learning rates are those of the recipes, not searched for each variant."
 )
 
 
-def variant_study(runs_of: Sequence[str], seeds: int, samples: int, settings: Sequence[str], **study: Any) -> Study:
+def variant_study(
+    runs_of: Sequence[str],
+    seeds: Sequence[int],
+    samples: int,
+    settings: Sequence[str],
+    recipe: str = "demo",
+    **study: Any,
+) -> Study:
     """A study of some of VARIANTS. `settings`: `--set` of all runs; a variant's own settings come last."""
-    runs = seeded_runs({name: VARIANTS[name] for name in runs_of}, seeds, samples, (CAPTIONS, *settings, CONTEXT))
-    return Study(variants=VARIANTS, runs=runs, **study)
+    variants = VARIANTS
+    captions = [CAPTIONS]
+    if recipe == "small":
+        variants = {name: replace(v, recipe=PHOTOGRAPHS[v.recipe]) for name, v in VARIANTS.items()}
+        captions = []
+    runs = seeded_runs({name: variants[name] for name in runs_of}, seeds, samples, (*captions, *settings, CONTEXT))
+    return Study(variants=variants, runs=runs, **study)
 
 
 def reproduce(
@@ -119,6 +134,8 @@ def reproduce(
     llava_report: Path = Path("runs/compare/report.json"),
     settings: Sequence[str] = (),
     decides: str = DECIDING,
+    recipe: str = "demo",
+    first_seed: int = 0,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """Train what is missing for `claims` (letters), and write claims.json and claims.html into `output`.
@@ -132,16 +149,20 @@ def reproduce(
     check_counts(seeds, jobs)
     questions = {key: claim for key, claim in CLAIMS.items() if key in claims}
     names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
+    if recipe == "small":  # the cautions are about the demo's captions
+        questions = {key: replace(claim, caution="") for key, claim in questions.items()}
     about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions, "decides": decides}
-    study = variant_study(names, seeds, samples, settings, **about)
+    study = variant_study(names, range(first_seed, first_seed + seeds), samples, settings, recipe, **about)
     check_settings(study.everything())
     judged = {LLAVA: judge_llava(llava_report)} if LLAVA in claims else {}
     return study.carry_out(output, jobs, claims_page, dry_run=dry_run, judged=judged)
 
 
 def claims_page(result: Mapping[str, Any]) -> Page:
-    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds" if result["variants"] else ""
-    return page(result, "The claims of CLIPS, in small", note, LIMITS, WORDS)
+    variants = result["variants"].values()
+    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds" if variants else ""
+    is_drawn = not any(variant["recipe"] in PHOTOGRAPHS.values() for variant in variants)
+    return page(result, "The claims of CLIPS, in small", note, (DRAWN if is_drawn else "") + LIMITS, WORDS)
 
 
 def judge_llava(report: Path) -> dict[str, Any]:

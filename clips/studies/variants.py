@@ -61,10 +61,10 @@ class Variant:
 
 
 def seeded_runs(
-    variants: Mapping[str, Variant], seeds: int, samples: int, settings: Sequence[str] = ()
+    variants: Mapping[str, Variant], seeds: Sequence[int], samples: int, settings: Sequence[str] = ()
 ) -> dict[str, list[PretrainingRun]]:
-    """Variant → its runs with the seeds from 0, all of the same number of samples."""
-    return {name: [v.run(name, seed, samples, settings) for seed in range(seeds)] for name, v in variants.items()}
+    """Variant → its runs with `seeds`, all of the same number of samples."""
+    return {name: [v.run(name, seed, samples, settings) for seed in seeds] for name, v in variants.items()}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_claims(tmp_path: Path) -> None:
     kept = stored("claims")
     old, asked = kept["report"], kept["asked"]
     study = variant_study(
-        list(old["variants"]), asked["seeds"], asked["samples"], (), name="claims", title="", questions=CLAIMS
+        list(old["variants"]), range(asked["seeds"]), asked["samples"], (), name="claims", title="", questions=CLAIMS
     )
     write_runs(tmp_path, study.everything(), kept["runs"])
     before = old["claims"]["e"]["contrasts"][0]

@@ -26,10 +26,14 @@ from clips.studies.claims import (
     VARIANTS,
     judge_llava,
     reproduce,
+    variant_study,
 )
 from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
+
+
+ABOUT = {"name": "claims", "title": "The claims", "questions": {}}
 
 
 def variant_run(name: str, seed: int, settings: tuple[str, ...] = (), samples: int = 48_000) -> PretrainingRun:
@@ -86,6 +90,18 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     assert config.optim.weight_decay == 0.3
     assert config.data.fields.long == f"json:{WITH_ERRORS};txt"
     assert variant_run("sentence", 0, ("data.fields.long=json:other",)).config().data.fields.long == "json:other"
+
+
+def test_the_claims_on_photographs_take_their_recipes() -> None:
+    settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
+    study = variant_study(["web", "half", "captioner"], range(5, 10), 6_400, settings, "small", **ABOUT)
+    assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
+    for name, expected in (("web", "small_clip"), ("half", "small"), ("captioner", "small")):
+        config = study.runs[name][0].config()
+        assert (config.recipe, study.variants[name].recipe) == (expected, expected)
+        assert config.data.fields == Fields(web="json:captions", long="json:captions;txt")
+        phase = recipe(expected).phases[0]
+        assert (config.phases[0].batch_size, config.phases[0].lr) == (phase.batch_size, phase.lr)
 
 
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
