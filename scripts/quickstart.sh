@@ -59,7 +59,7 @@ if [ "$what" = demo ]; then
   python scripts/build_demo_data.py
 else
   photos
-  # Half of the samples of `small`: all of it in a quarter of an hour.
+  # Less than half of the samples of `small`, for all of it to take a quarter of an hour.
   pretrain+=(--name photos --samples 72000 --data data/photos/train.tar --test-data data/photos/test.tar)
   llava=(--vision clips:runs/photos --seed "$SEED" --output_dir runs/llava-photos --small)
   llava+=(--image_folder data/photos/train.tar)
