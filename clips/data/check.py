@@ -45,7 +45,8 @@ class PairReader:
             sample = Sample("")
             try:
                 raw = self.source.read(index)
-                sample = Sample(raw.key, {"web caption": raw.web, "long caption": raw.long or ""})
+                web, long = raw.texts.draw(random.Random(raw.key))  # one step's, as training draws them
+                sample = Sample(raw.key, {"web caption": web, "long caption": long or ""})
                 image = decode_image(raw.image, raw.key)
             except BrokenSample as error:
                 found.add_broken(replace(sample, key=error.key, reason=error.reason))

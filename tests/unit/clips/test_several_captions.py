@@ -19,6 +19,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import OTHERS, DataConfig, Fields
+from clips.data.check import check_pairs
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
@@ -62,6 +63,17 @@ def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
 def test_a_list_has_the_length_of_a_caption(tmp_path: Path) -> None:
     texts = opened(shard(tmp_path, [["w" * 100] * 100_000]), need_long=False).texts(0)
     assert sum(map(len, texts.web)) == MAX_CAPTION
+
+
+def test_a_check_counts_what_a_step_would_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step reads two of the others. All four would be too long for the captioner."""
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    path = shard(tmp_path, [[f"{word} {words}" for word in ("a", "b", "c", "d", "e")]] * 3)
+    run = recipe("small")
+    data = replace(run.data, train=str(path), fields=Fields(web="json:captions", long=OTHERS))
+    found = check_pairs(replace(run, data=data), tmp_path / "out")
+    assert found["cut"] == {"web caption": 0, "long caption": 0}
 
 
 def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
