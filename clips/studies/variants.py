@@ -151,7 +151,8 @@ class Study:
         seeds = max((len(of_variant) for of_variant in self.runs.values()), default=0)
         before = output / f"{self.name}.json"
         written = read_json(before) if before.is_file() else {}
-        looks = {f"{seeds} seeds by {self.decides}"} if runs else set()
+        first = min((run.seed for run in runs), default=0)
+        looks = {f"{seeds} seeds{f' from {first}' if first else ''} by {self.decides}"} if runs else set()
         looks.update(written.get("looks", ["an older result"] if written else []))
         variants = {name: self._record(name, output, names) for name in self.runs}
         rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}

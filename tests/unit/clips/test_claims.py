@@ -20,9 +20,7 @@ from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
-    CAPTIONS,
     CLAIMS,
-    CONTEXT,
     VARIANTS,
     judge_llava,
     reproduce,
@@ -37,7 +35,7 @@ ABOUT = {"name": "claims", "title": "The claims", "questions": {}}
 
 
 def variant_run(name: str, seed: int, settings: tuple[str, ...] = (), samples: int = 48_000) -> PretrainingRun:
-    return VARIANTS[name].run(name, seed, samples, (CAPTIONS, *settings, CONTEXT))
+    return variant_study([name], [seed], samples, settings, **ABOUT).runs[name][0]
 
 
 def differing(a: RunConfig, b: RunConfig) -> set[str]:
@@ -193,6 +191,17 @@ def test_the_unseen_artist_decides_and_seeds_that_are_added_leave_nothing_decide
         added = reproduce(tmp_path, ["a"], samples=6_400, seeds=seeds)
         assert added["looks"] == ["5 seeds by sentence_r1", "6 seeds by sentence_r1"]
         assert added["questions"]["a"]["verdict"] == "undecided"
+
+
+def test_seeds_that_are_exchanged_leave_nothing_decided(tmp_path: Path) -> None:
+    for name, value in (("sentence", 80.0), ("half", 70.0), ("full", 60.0)):
+        for seed in range(6):
+            run = variant_run(name, seed, samples=6_400)
+            with_figures(tmp_path / run.name, run, {figure: value + seed / 10 for figure in FIGURES})
+    assert reproduce(tmp_path, ["a"], samples=6_400)["questions"]["a"]["verdict"] == "win"
+    others = reproduce(tmp_path, ["a"], samples=6_400, first_seed=1)
+    assert others["looks"] == ["5 seeds by sentence_r1", "5 seeds from 1 by sentence_r1"]
+    assert others["questions"]["a"]["verdict"] == "undecided"
 
 
 def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
