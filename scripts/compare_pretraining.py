@@ -30,8 +30,8 @@ def parser() -> Parser:
         help="a length of the text, b ablation, c sub-caption strategies, d share of synthetic captions, e LLaVA",
     )
     claims.add_argument("--llava-report", default="runs/compare/report.json", help="report of compare_encoders.py")
-    words = "small: on photographs of your own, --set data.train=… data.test=…"
     claims.add_argument("--first-seed", type=int, default=0, help="of --seeds that follow each other")
+    words = "small: on photographs of your own, --set data.train=… data.test=…"
     claims.add_argument("--recipe", default="demo", choices=("demo", "small"), help=words)
     claims.add_argument("--set", help="fields of clips/config.py for every run", **SET)
     return p

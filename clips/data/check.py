@@ -45,7 +45,7 @@ class PairReader:
             sample = Sample("")
             try:
                 raw = self.source.read(index)
-                web, long = raw.texts.draw(random.Random(raw.key))  # one step's, as training draws them
+                web, long = raw.texts.draw(random.Random(0))  # one step's; equal samples draw alike, and are counted
                 sample = Sample(raw.key, {"web caption": web, "long caption": long or ""})
                 image = decode_image(raw.image, raw.key)
             except BrokenSample as error:

@@ -161,7 +161,7 @@ def reproduce(
 def claims_page(result: Mapping[str, Any]) -> Page:
     variants = result["variants"].values()
     note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds" if variants else ""
-    is_drawn = not any(variant["recipe"] in PHOTOGRAPHS.values() for variant in variants)
+    is_drawn = all(variant["recipe"] in PHOTOGRAPHS for variant in variants)
     return page(result, "The claims of CLIPS, in small", note, (DRAWN if is_drawn else "") + LIMITS, WORDS)
 
 

@@ -93,7 +93,6 @@ def write_retrieval_set(folder: Path, captions: list[list[str]]) -> None:
 
 CLIP_BENCHMARK = """\
 import json
-import re
 from clip_benchmark import cli
 from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
 from clip_benchmark.models import load_clip
