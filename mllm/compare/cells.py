@@ -86,7 +86,8 @@ def cells_of(comparison: Comparison) -> list[EncoderCell]:
     """Run by run, so that whole comparisons are there early. Raises UserError for an unknown encoder."""
     cells = []
     for run in range(llava_runs(comparison)):
-        pretraining, seed = run % comparison.seeds, run % comparison.seeds + LLAVA_STEP * (run // comparison.seeds)
+        pretraining = comparison.first_seed + run % comparison.seeds
+        seed = pretraining + LLAVA_STEP * (run // comparison.seeds)
         suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
         for arm in arms_of(comparison):
             kind, argument = vision_of(comparison, arm.encoder, pretraining)
@@ -165,7 +166,7 @@ def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
     encoders = [
         PretrainedEncoder(kind, seed, pretrained_directory(comparison, kind, seed))
         for kind in RECIPES
-        for seed in range(comparison.seeds)
+        for seed in range(comparison.first_seed, comparison.first_seed + comparison.seeds)
     ]
     return [encoder for encoder in encoders if str(encoder.directory) in needed]
 

@@ -434,7 +434,7 @@ def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]
     As many of each way as there are, up to `EXAMPLES`: the examples show how models differ, not how often.
     """
     a, b = encoder_names(comparison)[:2]
-    first, second = (next(c for c in answers if c.encoder == encoder and c.seed == 0) for encoder in (a, b))
+    first, second = (next(c for c in answers if c.encoder == encoder) for encoder in (a, b))
     examples = []
     left = {True: EXAMPLES, False: EXAMPLES}
     for i in np.random.default_rng(0).permutation(len(answers[first])):

@@ -44,6 +44,8 @@ QUESTIONS = "questions"
 FORMAT = 1
 NOT_FIXED = {*("output", "jobs", "device", "questions", "image_folder", "include_path", "decides")}
 """Fields of `Comparison` that say where and how fast. The plan itself says which questions, and what decides."""
+LATER = {"variants", "first_seed"}
+"""Fields that came after the first plans were kept, so a plan leaves them out where they are empty or 0."""
 RUN_VARIANCE = 1.03e-3
 ENCODER_VARIANCE = 1.03e-3
 ANSWER_VARIANCE = 5.4e-4
@@ -83,8 +85,9 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     asked = {name: asked_questions(comparison, path) for name, path in files.items()}
     stages = {stage.name: number for number, stage in STAGES.items()}
     given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
-    if not comparison.variants:
-        del given["variants"]  # as in comparisons of before there were variants
+    for name in LATER:
+        if not given[name]:
+            del given[name]
     flags = json.loads(json.dumps(given))
     return {
         "format": FORMAT,
@@ -167,7 +170,7 @@ def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
     """The comparison of `plan`, with what it left in `output`; UserError for flags of another version."""
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
-    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | {"variants"} != known:
+    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | LATER != known:
         raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     return Comparison(output=output, decides=plan.get("decides"), **given)

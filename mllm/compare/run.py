@@ -68,7 +68,7 @@ def learning_curve(
         budget = share * budget_share(comparison)
         output = comparison.output / f"curve-{budget:g}"
         short = replace(comparison, encoders=comparison.encoders[:2], variants=(), seeds=2, llava_runs=2, benchmarks=())
-        short = replace(short, budget=budget, output=output)
+        short = replace(short, first_seed=0, budget=budget, output=output)
         if dry_run:
             compare(short, console, command, dry_run=True)
             continue

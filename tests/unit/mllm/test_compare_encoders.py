@@ -158,6 +158,11 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
     given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, llava_runs=2, output=tmp_path)
     assert [*visions(given).values()] == ["clips:runs/x-0", "blind:runs/x-0", "clips:runs/x-1", "blind:runs/x-1"]
     assert not pretrained(given)
+    later = dataclasses.replace(given, first_seed=5)
+    assert [*visions(later).values()] == ["clips:runs/x-5", "blind:runs/x-5", "clips:runs/x-6", "blind:runs/x-6"]
+    assert pretrained(dataclasses.replace(comparison, first_seed=5)) == {
+        f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(5, 10)
+    }
     both = Comparison(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
     assert encoder_names(both) == ["clips:a", "clips:b", "blind"]
 
@@ -321,6 +326,7 @@ def test_the_curve_proposes_the_smallest_budget_whose_seeds_agree(
     def finished(comparison: Comparison, *_: object, dry_run: bool = False) -> None:
         budgets.append(comparison.budget)
         assert (comparison.encoders, comparison.seeds, llava_runs(comparison)) == (ENCODERS[:2], 2, 2)
+        assert comparison.first_seed == 0
         assert (comparison.output / "encoders").resolve() == (place / "out" / "encoders").resolve()
         metrics = [{"accuracy": {"mean": 0.4, "sd": sd}} for sd in (spreads[comparison.budget], 0.001)]
         row = {"metric": "accuracy", "mean": 0.1, "ci95": [0.05, 0.15]}
@@ -330,7 +336,7 @@ def test_the_curve_proposes_the_smallest_budget_whose_seeds_agree(
 
     monkeypatch.setattr(run, "compare", finished)
     comparison = comparison_of(place, budget=0.5)
-    assert learning_curve(comparison, QUIET, [], see=5.0) == 0.25
+    assert learning_curve(dataclasses.replace(comparison, first_seed=2), QUIET, [], see=5.0) == 0.25
     assert budgets == list(spreads)
     assert "--budget 0.25" in capsys.readouterr().out
     assert learning_curve(comparison, QUIET, [], see=2.0) is None
