@@ -54,16 +54,19 @@ class Variant:
     recipe: str
     settings: tuple[str, ...] = ()
     """As in `--set`."""
+    times: float = 1.0
+    """Samples of a run, as a multiple of the study's."""
 
     def run(self, name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
         """The run NAME-seedN. The variant's settings come last, so that `settings` of all runs do not undo them."""
-        return PretrainingRun(self.recipe, f"{name}-seed{seed}", samples, seed, (*settings, *self.settings))
+        total = round(samples * self.times)
+        return PretrainingRun(self.recipe, f"{name}-seed{seed}", total, seed, (*settings, *self.settings))
 
 
 def seeded_runs(
     variants: Mapping[str, Variant], seeds: Sequence[int], samples: int, settings: Sequence[str] = ()
 ) -> dict[str, list[PretrainingRun]]:
-    """Variant → its runs with `seeds`, all of the same number of samples."""
+    """Variant → its runs with `seeds`, all of the same number of samples but for `times`."""
     return {name: [v.run(name, seed, samples, settings) for seed in seeds] for name, v in variants.items()}
 
 

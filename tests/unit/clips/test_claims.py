@@ -21,8 +21,10 @@ from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
     CLAIMS,
+    LONGER,
     VARIANTS,
     judge_llava,
+    on_photographs,
     reproduce,
     variant_study,
 )
@@ -51,8 +53,8 @@ def test_a_runs_configuration_is_what_its_command_makes(name: str) -> None:
     one = variant_run(name, 2, ("data.workers=0",))
     config, run = one.config(), recipe(VARIANTS[name].recipe)
     assert one.command(Path("runs/claims"))[0] == "scripts/pretrain_clips.py"
-    assert config.samples == 48_000
-    assert config.phases[0].warmup_samples == run.phases[0].warmup_samples * 48_000 // run.phases[0].samples
+    assert config.samples == 48_000 * VARIANTS[name].times
+    assert config.phases[0].warmup_samples == run.phases[0].warmup_samples * config.samples // run.phases[0].samples
     assert (config.train.eval_every, config.train.checkpoint_every, config.train.seed) == (0, 0, 2)
     assert (config.model.text.context_length, config.data.workers) == (80, 0)
     # The order of the data is a function of seed and data, and these are equal for all variants.
@@ -92,7 +94,11 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
 
 def test_the_claims_on_photographs_take_their_recipes() -> None:
     settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
-    study = variant_study(["web", "half", "captioner"], range(5, 10), 6_400, settings, "small", **ABOUT)
+    names = ["web", "half", "captioner", "web_longer"]
+    study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
+    assert set(on_photographs()["b"].variants) == {"web", "sentence", "captioner", "web_longer"}
+    assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
+    assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
     assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
     for name, expected in (("web", "small_clip"), ("half", "small"), ("captioner", "small")):
         config = study.runs[name][0].config()
