@@ -92,9 +92,14 @@ def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
 def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:
     """Of each question its answer, and the others of its kind among `every`, at most CANDIDATES, drawn by a hash."""
     pairs = {(question.kind, question.answer) for question in every if question.answer}
-    drawn = sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).digest())
-    rivals = [[answer for kind, answer in drawn if kind == q.kind and answer != q.answer] for q in questions]
-    return [[q.answer, *others][:CANDIDATES] if q.answer else [] for q, others in zip(questions, rivals, strict=True)]
+    drawn: dict[str, list[str]] = {}
+    for kind, answer in sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).digest()):
+        drawn.setdefault(kind, []).append(answer)
+    candidates = []
+    for question in questions:
+        others = [answer for answer in drawn.get(question.kind, ())[:CANDIDATES] if answer != question.answer]
+        candidates.append([question.answer, *others][:CANDIDATES] if question.answer else [])
+    return candidates
 
 
 def kind_means(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
