@@ -132,14 +132,14 @@ class CLIPS:
     @torch.no_grad()
     def encode_image(self, images: Images) -> Tensor:
         """L2-normalised features [B, E] on the CPU."""
-        found = [self.model.encode_image(batch).cpu() for batch in self._batches(images)]
-        return torch.cat(found) if found else torch.empty(0, self.embed_dim)
+        features = [self.model.encode_image(batch).cpu() for batch in self._batches(images)]
+        return torch.cat(features) if features else torch.empty(0, self.embed_dim)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """Pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
         if isinstance(images, (str, Path)) and Path(images).is_dir():
-            found = PictureSet(Path(images))
-            images = [found.root / name for name in found.files]
+            picture_set = PictureSet(Path(images))
+            images = [picture_set.root / name for name in picture_set.files]
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
         ):
@@ -173,11 +173,11 @@ class CLIPS:
         `workers` are processes that read pictures. Raises UserError if no picture can be read.
         """
         items = PictureSet(Path(folder), pattern)
-        found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
-        for why in found.skipped[:3]:
+        encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
+        for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
-        paths = [str(items.root / items.files[i]) for i in found.indices]
-        return Index(paths, found.features, self._encode_any, self._weights, len(found.skipped))
+        paths = [str(items.root / items.files[i]) for i in encoded.indices]
+        return Index(paths, encoded.features, self._encode_any, self._weights, len(encoded.skipped))
 
     def load_index(self, path: str | Path) -> Index:
         """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""

@@ -95,10 +95,10 @@ def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
             for row in rows
             if row[0].kind == kind and {a.correct for a in (row if right else row[:1])} == {right}
         )
-        found = next((answer for answer in fits if answer.image not in taken), None)
-        if found is None:
+        candidate = next((answer for answer in fits if answer.image not in taken), None)
+        if candidate is None:
             raise UserError(f"no question of kind {kind} has a {'right' if right else 'wrong'} answer in every run")
-        shown.append(found)
+        shown.append(candidate)
     return shown
 
 

@@ -97,11 +97,11 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
             model = build()
     finally:
         logging.disable(logging.NOTSET)
-    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if wanted > 2 * stored + MOST_IN_TABLES:
+    parameters = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if parameters > 2 * stored + MOST_IN_TABLES:
         raise UserError(
-            f"{what}: {directory}/config.json asks for {wanted:,} parameters, and the weights have {stored:,} bytes: "
-            "they are not of one model"
+            f"{what}: {directory}/config.json asks for {parameters:,} parameters, and the weights have {stored:,} "
+            "bytes: they are not of one model"
         )
 
 

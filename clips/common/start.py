@@ -211,15 +211,15 @@ class Start:
         self.store.set(f"here/{self.rank}", "yes")
         missing = list(range(self.ranks))
         begin = time.monotonic()
-        told = begin
+        last_report = begin
         while missing:
             missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
             now = time.monotonic()
             names = ", ".join(map(str, missing))
             if missing and now - begin > self.timeout:
                 raise CommandError(f"rank {names} of {self.ranks} has not begun: look for its error above")
-            if missing and self.rank == 0 and now - told > TELL_EVERY:
-                told = now
+            if missing and self.rank == 0 and now - last_report > TELL_EVERY:
+                last_report = now
                 unset = "To train in one process, unset RANK and WORLD_SIZE"
                 log.warning("waiting for rank %s of %d to begin. %s", names, self.ranks, unset)
             time.sleep(0.05)
@@ -241,7 +241,7 @@ class Start:
 
     def _watch(self, store: Any) -> None:
         """End this process if another rank fails, since this one may wait for it in a collective."""
-        told = time.monotonic()
+        last_report = time.monotonic()
         while not self._closed.wait(0.2):
             try:
                 if store.check(["failure"]):
@@ -251,8 +251,8 @@ class Start:
                     store.set(f"heard/{self.rank}", "yes")
                     self._end_with(self._failure)
                     return
-                if self.rank == 0 and time.monotonic() - told > TELL_EVERY:
-                    told = time.monotonic()
+                if self.rank == 0 and time.monotonic() - last_report > TELL_EVERY:
+                    last_report = time.monotonic()
                     log.warning("%s", self._positions(store))
             except RuntimeError:  # torch's DistError
                 self._end_with(CommandError("rank 0 has ended the start: look for its error above"))

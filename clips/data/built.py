@@ -13,7 +13,7 @@ STAMP = "manifest.json"
 
 
 def ensure_built(
-    directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
+    directory: Path, settings: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
 ) -> Path:
     """Build `directory` by `write(temporary folder)` unless it is stamped with `wanted`; returns `directory`.
 
@@ -21,21 +21,21 @@ def ensure_built(
     An older build is replaced. Of several processes one builds while the others wait. Raises UserError if the folder
     holds something else than `what`, or cannot be written.
     """
-    if built_as(directory) == wanted:
+    if built_as(directory) == settings:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock(directory.parent / f".{directory.name}.lock", wait=True):
             built = built_as(directory)
-            if built == wanted:  # by the process that held the lock
+            if built == settings:  # by the process that held the lock
                 return directory
             # The same entries in the stamp mean an older build of the same kind.
-            is_other = directory.exists() and any(directory.iterdir()) and (built or {}).keys() != wanted.keys()
+            is_other = directory.exists() and any(directory.iterdir()) and (built or {}).keys() != settings.keys()
             if is_other:
                 raise UserError(f"{directory} exists and holds no {what}: name another folder")
             with replacing(directory) as work:
                 facts = write(work)
-                write_json(work / STAMP, {"built": wanted, **facts})
+                write_json(work / STAMP, {"built": settings, **facts})
     except OSError as error:
         raise UserError(f"the {what} cannot be written to {directory}: {error}") from None
     return directory

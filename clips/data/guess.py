@@ -38,19 +38,19 @@ LONGEST_TEXT = 1 << 18
 """Bytes of a text file beside a picture."""
 
 
-def guess_fields(where: str, fields: Fields, found: Sequence[str], lists: Collection[str] = ()) -> Fields:
+def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
     """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
 
     `lists` are the fields that hold lists: without a long caption, the captions of a list serve for both parts. A long
     caption is guessed by its own names only. If the web caption is guessed, the default place of long captions counts
     no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption.
     """
-    named = {name.removeprefix("json:").lower(): name for name in reversed(found)}
+    named = {name.removeprefix("json:").lower(): name for name in reversed(names)}
     default = Fields()
 
     def is_open(part: str) -> bool:
         spec = getattr(fields, part)
-        return spec == getattr(default, part) and not set(spec.split(";")) & set(found)
+        return spec == getattr(default, part) and not set(spec.split(";")) & set(names)
 
     guessed = {part: "" for part in ("image", "web") if is_open(part)}
     if fields.long == default.long and ("web" in guessed or is_open("long")):
@@ -74,10 +74,10 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str], lists: Collec
 def guess_delimiter(header: str, url: str) -> str:
     """The character that cuts a table's header into most columns: a comma, a tab or a semicolon."""
     usual = "\t" if url.endswith(".tsv") else ","
-    found = max(usual, *"\t;,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
-    if found != usual:
-        say_once(f"{url}: columns are separated by {found!r}")
-    return found
+    delimiter = max(usual, *"\t;,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
+    if delimiter != usual:
+        say_once(f"{url}: columns are separated by {delimiter!r}")
+    return delimiter
 
 
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
@@ -173,7 +173,7 @@ class PictureFolder:
     @staticmethod
     def pairs(folder: str) -> tuple[list[str], list[str]]:
         """The pictures with a text and those without, as paths below `folder`, sorted."""
-        found: tuple[list[str], list[str]] = ([], [])
+        paths: tuple[list[str], list[str]] = ([], [])
         for place, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             texts = {name[:-4] for name in names if name.endswith(".txt")}
@@ -181,8 +181,8 @@ class PictureFolder:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in ENDINGS and name[0] != ".":
                     path = os.path.relpath(os.path.join(place, name), folder)
-                    found[stem not in texts].append(path)
-        return found
+                    paths[stem not in texts].append(path)
+        return paths
 
 
 class KarpathyFile:

@@ -318,8 +318,8 @@ class BatchDataset(Dataset):
             counts["image_tokens"] = (seen, captioner.kept_tokens(seen))
         rngs = [self._rng(position, "image tokens") for position in positions] if counts else []
         return {
-            name: torch.tensor([sorted(rng.sample(range(total), kept)) for rng in rngs])
-            for name, (total, kept) in counts.items()
+            name: torch.tensor([sorted(rng.sample(range(total), count)) for rng in rngs])
+            for name, (total, count) in counts.items()
         }
 
     def _dropped(self, tokens: list[int], position: int, name: str) -> list[int]:

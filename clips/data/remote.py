@@ -148,15 +148,15 @@ def patiently(url: str, ask: Callable[[], T]) -> T:
         except (CommandError, ImportError, ValueError):
             raise
         except Exception as error:  # each store's library has its own errors
-            said = ", from ".join(f"{type(link).__name__}: {first_line(link)}" for link in _chain(error))
+            causes = ", from ".join(f"{type(link).__name__}: {first_line(link)}" for link in _chain(error))
             if _is_final(error):
-                raise OSError(said) from error
+                raise OSError(causes) from error
             if delay is None:
                 raise CommandError(
-                    f"{url} cannot be read: {said} ({len(DELAYS) + 1} attempts in about {sum(DELAYS):.0f} s); "
+                    f"{url} cannot be read: {causes} ({len(DELAYS) + 1} attempts in about {sum(DELAYS):.0f} s); "
                     "the same command goes on once the network or the store does"
                 ) from error
-            log.warning("%s", without_secrets(f"{url}: {said}; trying again"))
+            log.warning("%s", without_secrets(f"{url}: {causes}; trying again"))
             time.sleep(delay * SystemRandom().uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
 

@@ -108,13 +108,13 @@ def _list_numbers(line: str) -> set[int]:
     """Places of the stops in "1.", "2." … that count from 1, as in "1. chop, 2. fry" and "1. A dog. 2. A cat"."""
     if "1." not in line:
         return set()
-    found, last = [], 0
+    numbers, last = [], 0
     for number in _LIST_NUMBER.finditer(line):
         if int(number[1]) in (1, last + 1):
-            found.append(number)
+            numbers.append(number)
             last = int(number[1])
     # A lone "1." is a list's number only at the start of the line.
-    return {n.end() - 1 for n in found} if last > 1 or (found and not line[: found[0].start()].strip()) else set()
+    return {n.end() - 1 for n in numbers} if last > 1 or (numbers and not line[: numbers[0].start()].strip()) else set()
 
 
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:

@@ -91,8 +91,8 @@ def _replaced(path: Path, family: str) -> list[Path]:
 @lru_cache(16)
 def _derived(folder: Path) -> dict[str, set[str]]:
     """The derived files of a folder by family. Cached: listing a large folder for each of its shards took hours."""
-    found: dict[str, set[str]] = {}
+    by_source: dict[str, set[str]] = {}
     for name in os.listdir(folder):
         if stamped := _STAMPED.fullmatch(name):
-            found.setdefault(stamped[1] + stamped[2], set()).add(name)
-    return found
+            by_source.setdefault(stamped[1] + stamped[2], set()).add(name)
+    return by_source

@@ -576,12 +576,12 @@ def _texts_in(key: str, name: str, value: Any) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:
+def _missing_field(where: str, name: str, spec: str, names: Sequence[str]) -> UserError:
     what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
     reason = f"data.fields.{name} = {spec!r} is not" if spec else "no usual name is"
     return UserError(
         f"{where} has no {what}: {reason} among the fields found: "
-        f"{clip(', '.join(found)) or 'none'}. Name the right one with --fields {name}=FIELD"
+        f"{clip(', '.join(names)) or 'none'}. Name the right one with --fields {name}=FIELD"
         + (f".{CHOICES}" if name == "long" else "")
     )
 

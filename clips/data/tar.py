@@ -211,15 +211,15 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
 
 def _pax(body: bytes) -> dict[str, bytes]:
     """`path`, `size` and `sparse` of a POSIX extended header, whose records are "LENGTH key=value\\n"."""
-    found, position = {}, 0
+    fields, position = {}, 0
     while position < len(body):
         length, space, _ = body[position:].partition(b" ")
         if not space or not length.isdigit() or len(length) > MAX_DIGITS or int(length) <= len(length) + 2:
             break
         key, _, value = body[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
         if key in (b"path", b"size"):
-            found[key.decode()] = value
+            fields[key.decode()] = value
         elif key.startswith(b"GNU.sparse."):
-            found["sparse"] = b""
+            fields["sparse"] = b""
         position += int(length)
-    return found
+    return fields

@@ -120,9 +120,9 @@ class CaptionTokenizer:
         if cls and self.cls_id is None:
             raise UserError("this tokenizer has no CLS token: set model.text.pool=eos")
         slots = context_length - cls
-        kept = _kept(encoded, slots)
-        width = min(int(kept.max(initial=0)) + 2 + cls, slots) if trim else slots
-        rows = self._framed(encoded, kept, width + cls)
+        lengths = _kept(encoded, slots)
+        width = min(int(lengths.max(initial=0)) + 2 + cls, slots) if trim else slots
+        rows = self._framed(encoded, lengths, width + cls)
         if cls:
             rows[:, -1] = self.cls_id
         return torch.from_numpy(rows)
@@ -132,17 +132,17 @@ class CaptionTokenizer:
 
         A cut caption keeps its eos, as in `labels_for_regress` of OpenVision's `bert_ops.py`.
         """
-        kept = _kept(encoded, length)
-        return torch.from_numpy(self._framed(encoded, kept, int(kept.max(initial=0)) + 2))
+        lengths = _kept(encoded, length)
+        return torch.from_numpy(self._framed(encoded, lengths, int(lengths.max(initial=0)) + 2))
 
-    def _framed(self, encoded: list[list[int]], kept: np.ndarray, width: int) -> np.ndarray:
+    def _framed(self, encoded: list[list[int]], lengths: np.ndarray, width: int) -> np.ndarray:
         """bos, the first `kept[i]` ids of each text, eos, padding: int64 [B, width]."""
         rows = np.full((len(encoded), width), self.pad_id, dtype=np.int64)
         column = np.arange(width)
-        ids = chain.from_iterable(text[:count] for text, count in zip(encoded, kept.tolist(), strict=True))
-        rows[(column >= 1) & (column <= kept[:, None])] = np.fromiter(ids, np.int64, int(kept.sum()))
+        ids = chain.from_iterable(text[:count] for text, count in zip(encoded, lengths.tolist(), strict=True))
+        rows[(column >= 1) & (column <= lengths[:, None])] = np.fromiter(ids, np.int64, int(lengths.sum()))
         rows[:, 0] = self.bos_id
-        rows[np.arange(len(rows)), kept + 1] = self.eos_id
+        rows[np.arange(len(rows)), lengths + 1] = self.eos_id
         return rows
 
     def save(self, directory: Path) -> None:
@@ -192,10 +192,10 @@ class CaptionTokenizer:
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
         raise ValueError(f"the special token {token!r} is not in its vocabulary")
-    return found
+    return token_id
 
 
 def _has_clip_s_words(tokenizer: Tokenizer) -> bool:

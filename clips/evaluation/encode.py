@@ -77,7 +77,7 @@ class _Encoded(NamedTuple):
     """`features` and `pooled` of the images of each size; none where every image of the batch is broken."""
     caption_tokens: list[tuple[Tensor, Tensor]]
     """Predicted and true; empty if no caption is predicted."""
-    found: list[tuple[Item, int]]
+    items: list[tuple[Item, int]]
     skipped: list[str]
 
 
@@ -117,16 +117,16 @@ def encode_images(
     whole = all_shares(mine, sharded=sharded)
     towers = [pair for batch in whole for pair in batch.towers]
     tokens = [pair for batch in whole for pair in batch.caption_tokens]
-    found = [entry for batch in whole for entry in batch.found]
+    entries = [entry for batch in whole for entry in batch.items]
     skipped = [reason for batch in whole for reason in batch.skipped]
-    if not found:
+    if not entries:
         raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
     return ImageSet(
         features=torch.cat([features for features, _ in towers]),
         pooled=torch.cat([pooled for _, pooled in towers]),
-        captions=[item.captions for item, _ in found],
-        labels=[item.label for item, _ in found],
-        indices=[index for _, index in found],
+        captions=[item.captions for item, _ in entries],
+        labels=[item.label for item, _ in entries],
+        indices=[index for _, index in entries],
         skipped=skipped,
         caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
     )
@@ -135,7 +135,7 @@ def encode_images(
 def _encode(
     model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[tuple[np.ndarray, Item, int] | str]
 ) -> _Encoded:
-    found = _Encoded([], [], [], [entry for entry in batch if isinstance(entry, str)])
+    encoded = _Encoded([], [], [], [entry for entry in batch if isinstance(entry, str)])
     good = [entry for entry in batch if not isinstance(entry, str)]
     device = model.visual.patch_embed.weight.device
     for shape in dict.fromkeys(pixels.shape for pixels, _, _ in good):
@@ -146,10 +146,10 @@ def _encode(
         pooled, tokens = model.visual(normalise(sent(images, device)))
         features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
         predicted = [] if tokenizer is None else predict(model, tokenizer, tokens, [item for _, item, _ in of_size])
-        found.towers.append((features.cpu(), pooled.float().cpu()))
-        found.caption_tokens.extend((guessed.cpu(), true) for guessed, true in predicted)
-        found.found.extend((item, index) for _, item, index in of_size)
-    return found
+        encoded.towers.append((features.cpu(), pooled.float().cpu()))
+        encoded.caption_tokens.extend((guessed.cpu(), true) for guessed, true in predicted)
+        encoded.items.extend((item, index) for _, item, index in of_size)
+    return encoded
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -180,8 +180,8 @@ def predict(
     slots = prefix[0].shape[1] + there.shape[1]
     count = None if words is None else len(rows) * (slots - (config.pool == "cls")) + words
     states = model.captioner(*prefix, sent(caption[:, :-1], device), count=count)
-    wanted = states.flatten(0, 1).index_select(0, sent(there.flatten().nonzero().squeeze(1), device))
-    return [(model.captioner.head(wanted).argmax(-1), caption[:, 1:][there])]
+    predicting = states.flatten(0, 1).index_select(0, sent(there.flatten().nonzero().squeeze(1), device))
+    return [(model.captioner.head(predicting).argmax(-1), caption[:, 1:][there])]
 
 
 @torch.no_grad()
@@ -200,11 +200,11 @@ def encode_texts(
     row = {text: i for i, text in enumerate(unique)}
     batches = [unique[i : i + batch_size] for i in range(0, len(unique), batch_size)]
     with evaluating(model) as device:
-        found = [
+        encoded = [
             text_features(model, tokenizer.for_tower(batch, config), device)
             for batch in my_share(batches, sharded=sharded)
         ]
-    mine = [features.cpu() for features in found]  # a GPU is waited for at the end alone
+    mine = [features.cpu() for features in encoded]  # a GPU is waited for at the end alone
     return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
 
 

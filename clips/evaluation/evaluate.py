@@ -68,14 +68,14 @@ def measure(
         texts = [text for row in rows for text in images.captions[row][protocol]]
         owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
-        found = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
-        figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
+        of_protocol = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
+        figures |= {f"{protocol}_{name}": figure for name, figure in of_protocol.items()}
     labelled = labelled_rows(images) if shared_space else {}
     if labelled and (classes := classes or classes_of(labelled.values())):
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(list(labelled.values()))
-        found = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
-        figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
+        of_protocol = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
+        figures |= {f"zero_shot_{name}": figure for name, figure in of_protocol.items()}
     if here and images.caption_tokens is not None:
         figures["caption_token_top1"] = token_accuracy(*images.caption_tokens)
     return figures
@@ -162,10 +162,10 @@ def _measure_sets(
         images = encode_images(
             model, items, batch_size=batch_size, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
         )
-        found = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
+        of_set = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
         if probe is not None and (figure := probe(images)) is not None:
-            found["linear_probe_top1"] = figure
-        figures |= found if name == first else {f"{name}/{figure}": value for figure, value in found.items()}
+            of_set["linear_probe_top1"] = figure
+        figures |= of_set if name == first else {f"{name}/{figure}": value for figure, value in of_set.items()}
         skipped += images.skipped
         count += len(images.indices)
     return figures, skipped, count

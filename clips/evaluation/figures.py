@@ -73,14 +73,14 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
     `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
     """
     sets = by_test_set(figures, first)
-    names = list(dict.fromkeys(key for found in sets.values() for key in found))
+    names = list(dict.fromkeys(key for of_set in sets.values() for key in of_set))
     shown = ([name for name in MATTER if name in names] or names)[:6]
     rest = (
         f"All {len(names)} figures are in the JSON file and on the report's page." if len(names) > len(shown) else None
     )
     rows = []
     for name in shown:
-        of_sets = [found.get(name) for found in sets.values()]
+        of_sets = [of_set.get(name) for of_set in sets.values()]
         one = next(figure for figure in of_sets if figure is not None)
         values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
         rows.append((pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}"))

@@ -189,7 +189,7 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     classes = F.normalize(prompt_features.float().mean(dim=1), dim=-1)
     ensemble = _hits(_ranks(image_features.float() @ classes.T, right), ks)
     single = [_hits(_ranks(image_features.float() @ prompt_features[:, p].float().T, right), ks) for p in range(P)]
-    hits, chances = (torch.stack([found[i] for found in single]).mean(dim=0) for i in (0, 1))
+    hits, chances = (torch.stack([of_prompt[i] for of_prompt in single]).mean(dim=0) for i in (0, 1))
     alone = _figures(["single_prompt_top1", "single_prompt_top5"], hits, chances)
     return _figures(["top1", "top5"], *ensemble) | alone
 

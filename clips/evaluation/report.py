@@ -59,8 +59,8 @@ def read_run(run_dir: Path) -> RunRecord:
         evals=[line for line in lines if line.get("kind") == "eval"],
         figures={
             test_set: figures
-            for found in read_evaluations(run_dir).values()
-            for test_set, figures in by_test_set(found["figures"], found["test_set"]).items()
+            for evaluation in read_evaluations(run_dir).values()
+            for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
         },
         missing=read_evaluations(run_dir).get("evaluation", {}).get("missing", ""),
         weights=chosen_weights(run_dir),
@@ -72,8 +72,8 @@ def headline(names: Iterable[str]) -> list[str]:
     that a model without text features has."""
     names = list(dict.fromkeys(names))
     recall = [name for name in names if name.endswith(("_i2t_r1", "_t2i_r1"))]
-    found = recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
-    return found or [name for name in ("linear_probe_top1", "caption_token_top1") if name in names]
+    leading = recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
+    return leading or [name for name in ("linear_probe_top1", "caption_token_top1") if name in names]
 
 
 def panels(record: RunRecord) -> list[Panel]:

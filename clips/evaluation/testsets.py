@@ -81,8 +81,8 @@ class PictureSet:
 
     def __init__(self, root: Path, pattern: str | None = None) -> None:
         self.root = Path(root).resolve()
-        found = (path for path in sorted(self.root.glob(pattern or self.pattern)) if path.suffix.lower() in ENDINGS)
-        self.files = [path.relative_to(self.root).as_posix() for path in found]
+        paths = (path for path in sorted(self.root.glob(pattern or self.pattern)) if path.suffix.lower() in ENDINGS)
+        self.files = [path.relative_to(self.root).as_posix() for path in paths]
         if not self.files:
             raise UserError(f"{root} holds no images: expected {self.expected}, named {', '.join(ENDINGS)}")
 
@@ -136,13 +136,13 @@ class Classes:
         places in the list, from 0, if no class has such a name.
         """
         known = {name: i for i, name in enumerate(self.names)}
-        found = sorted(set(labels))
+        names = sorted(set(labels))
         if not any(map(str.isdecimal, known)):
             known |= {str(i): i for i in range(len(self.names))}
-        are_synsets = len(found) == len(self.names) and all(_SYNSET.fullmatch(name) for name in found)
-        if are_synsets and not set(found) <= known.keys():
-            known = {name: i for i, name in enumerate(found)}
-        if unknown := [name for name in found if name not in known]:
+        are_synsets = len(names) == len(self.names) and all(_SYNSET.fullmatch(name) for name in names)
+        if are_synsets and not set(names) <= known.keys():
+            known = {name: i for i, name in enumerate(names)}
+        if unknown := [name for name in names if name not in known]:
             raise UserError(
                 f"labels that are not in the class list: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
                 f"classes there: {', '.join(self.names[:5])}{' …' if len(self.names) > 5 else ''}"

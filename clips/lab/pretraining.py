@@ -104,9 +104,9 @@ def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:
 
     Figures of further test sets are called SET/FIGURE. The set that decides (`UNSEEN`) comes first.
     """
-    found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
+    figures, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
-    further = [name for name in found if "/" in name and name.rpartition("/")[2] in names]
+    further = [name for name in figures if "/" in name and name.rpartition("/")[2] in names]
     further.sort(key=lambda name: not name.startswith(f"{UNSEEN}/"))
-    return {name: found[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}
+    return {name: figures[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}

@@ -188,8 +188,8 @@ def _note(cell: Cell, step: Step) -> None:
     cell.directory.mkdir(parents=True, exist_ok=True)
     before = read_json(cell.directory / RECORD)
     commands = before.get("commands", {}) | {step.name: shlex.join(["python", *step.command[1:]])}
-    kept = {"plan": before["plan"]} if "plan" in before else {}
-    write_json(cell.directory / RECORD, {**cell.record, **kept, "commands": commands})
+    plan = {"plan": before["plan"]} if "plan" in before else {}
+    write_json(cell.directory / RECORD, {**cell.record, **plan, "commands": commands})
 
 
 @contextmanager

@@ -88,10 +88,10 @@ def half_of_unlike(a: Any, b: Any, ours: int, theirs: int) -> np.ndarray:
     return np.where(larger > UNLIKE**2 * np.minimum(a, b), half, 0.0)
 
 
-def turned(said: Verdict) -> Verdict:
+def turned(decision: Verdict) -> Verdict:
     """The verdict on b − a, given the verdict on a − b."""
     swapped: dict[Verdict, Verdict] = {"win": "loss", "loss": "win"}
-    return swapped.get(said, said)
+    return swapped.get(decision, decision)
 
 
 # ------------------------------------------------------------------------------------------- only seeds differ
@@ -107,22 +107,22 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
         return Estimate(between, None, None)
     with warnings.catch_warnings():  # one group without spread is no mistake
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
-    return Estimate(between, float(found.low), float(found.high))
+        interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
+    return Estimate(between, float(interval.low), float(interval.high))
 
 
 def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """`welch` of the figure `name` of two groups of runs, as JSON: `mean` and `ci95`."""
-    found = welch([row[name] for row in ours], [row[name] for row in theirs])
-    return {"mean": found.mean, "ci95": found.ci95}
+    estimate = welch([row[name] for row in ours], [row[name] for row in theirs])
+    return {"mean": estimate.mean, "ci95": estimate.ci95}
 
 
 def over_runs(values: np.ndarray) -> Estimate:
     """Mean of independent values [S] with Student's t interval; no interval of a single value."""
     if len(values) < 2:
         return Estimate(float(values.mean()), None, None)
-    found = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
-    return Estimate(float(values.mean()), float(found.low), float(found.high))
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))
 
 
 # ------------------------------------------------------------------------------------------- one way to show
@@ -303,18 +303,18 @@ class Spread:
         A coarse level brings its finer levels along: more pictures with as many questions each as now. Names that end
         with `TOGETHER`: the coarsest seeds and the pictures, if both grow by the same factor.
         """
-        found: dict[str, int | None] = {}
+        counts: dict[str, int | None] = {}
         if self.runs:
-            found[self.runs[0]] = self._least(difference, FEWEST_SEEDS, lambda n: self._sized(seeds=n))
+            counts[self.runs[0]] = self._least(difference, FEWEST_SEEDS, lambda n: self._sized(seeds=n))
         if len(self.runs) == 2:
-            found[self.runs[1]] = self._least(difference, 1, lambda n: self._sized(within=n))
-        found[self.items[0]] = self._least(difference, 2, lambda n: self._sized(pictures=n))
+            counts[self.runs[1]] = self._least(difference, 1, lambda n: self._sized(within=n))
+        counts[self.items[0]] = self._least(difference, 2, lambda n: self._sized(pictures=n))
         if self.runs:
             growth = self.item_counts[1] / self.run_counts[1]
             seeds = self._least(difference, FEWEST_SEEDS, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
-            found[self.runs[0] + TOGETHER] = seeds
-            found[self.items[0] + TOGETHER] = None if seeds is None else max(2, math.ceil(seeds * growth))
-        return found
+            counts[self.runs[0] + TOGETHER] = seeds
+            counts[self.items[0] + TOGETHER] = None if seeds is None else max(2, math.ceil(seeds * growth))
+        return counts
 
     def items_needed(self, difference: float) -> int | None:
         """Questions that show `difference` with the same seeds; None if no number does."""
@@ -380,21 +380,21 @@ def _without_negatives(parts: np.ndarray) -> np.ndarray:
 
     The sum, for example over both kinds of seed, is known better than its split.
     """
-    kept = np.maximum(parts, 0.0)
-    return kept * max(0.0, float(parts.sum())) / kept.sum() if kept.any() else kept
+    positive = np.maximum(parts, 0.0)
+    return positive * max(0.0, float(parts.sum())) / positive.sum() if positive.any() else positive
 
 
 def distinct_levels(levels: Sequence[Level]) -> list[Level]:
     """Drop levels with a single group, and merge levels with the same groups."""
-    kept: list[Level] = []
+    distinct: list[Level] = []
     for name, groups in levels:
         if groups.max() == 0:
             continue
-        if kept and kept[-1][1].max() == groups.max():
-            kept[-1] = (f"{kept[-1][0]} and {name}", groups)
+        if distinct and distinct[-1][1].max() == groups.max():
+            distinct[-1] = (f"{distinct[-1][0]} and {name}", groups)
         else:
-            kept.append((name, groups))
-    return kept
+            distinct.append((name, groups))
+    return distinct
 
 
 def components(scores: np.ndarray, runs: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> np.ndarray:

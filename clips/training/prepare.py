@@ -85,10 +85,10 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
             checkpoint.remove_leftovers(options.run_dir)
     if options.resume in ("auto", "never"):
         return checkpoint.latest(options.run_dir)
-    found = checkpoint.load(Path(options.resume))
-    if checkpoint.run_of(found.path) != options.run_dir.resolve():
+    loaded = checkpoint.load(Path(options.resume))
+    if checkpoint.run_of(loaded.path) != options.run_dir.resolve():
         raise UserError(f"--resume {options.resume} is of another run: for a branch copy that run under another --name")
-    return found
+    return loaded
 
 
 def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:

@@ -179,8 +179,8 @@ def latest(run_dir: Path) -> Checkpoint | None:
     if not parent.is_dir():
         return None
     candidates = checkpoints(run_dir)
-    if found := first_usable(candidates, _verified):
-        return found
+    if usable := first_usable(candidates, _verified):
+        return usable
     if candidates or (run_dir / "LATEST").exists():
         raise NoCheckpointError(
             f"no usable checkpoint in {parent}, although some were written. "

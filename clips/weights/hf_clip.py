@@ -30,14 +30,14 @@ OLD_EOS = 2
 def clip_model_lacks(config: ModelConfig) -> str | None:
     """Why transformers' CLIPModel does not compute this model, and the switch for it; None if it does."""
     vision, text = config.vision, config.text
-    wanted = {
+    parts = {
         "it has features of texts (recipes clips, clip)": config.embed_dim > 0,
         "it has a LayerNorm before the image tower's blocks (vision.pre_norm=true)": vision.pre_norm,
         "it reads an image off its CLS token (vision.pool=cls)": vision.cls and vision.pool == "cls",
         "it reads a text at its eos (text.pool=eos)": text.pool == "eos",
         "each word sees only the words before it (text.causal=true)": text.causal,
     }
-    lacks = [part for part, is_there in wanted.items() if not is_there]
+    lacks = [part for part, is_there in parts.items() if not is_there]
     return f"of CLIPModel: {'; '.join(lacks)}. `--tower clip_model` trains such towers" if lacks else None
 
 
@@ -120,5 +120,5 @@ def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple
     check_complete(info, "export hf", directory)
     words: Any = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     ids = words(list(map(clean, texts)), padding=True, truncation=True, return_tensors="pt")
-    found = stock.eval()(pixel_values=images, **ids)
-    return found.image_embeds, found.text_embeds, stock.logit_scale.detach()
+    output = stock.eval()(pixel_values=images, **ids)
+    return output.image_embeds, output.text_embeds, stock.logit_scale.detach()

@@ -106,22 +106,22 @@ def _load(path: Path) -> Loaded:
     chosen = chosen_checkpoint(path)
     if chosen is not None and chosen != checkpoints(path)[0]:
         return _load_checkpoint(checkpoint.load(chosen, "checkpoint"), path)
-    if (found := checkpoint.latest(path)) is not None:
-        return _load_checkpoint(found, path)
+    if (latest := checkpoint.latest(path)) is not None:
+        return _load_checkpoint(latest, path)
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
         "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"
     )
 
 
-def _load_checkpoint(found: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
+def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
     check_directory(run_dir)
-    tensors = found.weights()
-    model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, found.path)
-    model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-    return model.eval(), run, tokenizer, weights_of(found.path)
+    tensors = saved.weights()
+    model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, saved.path)
+    model.visual.set_image_size(run.phases[min(saved.state.phase, len(run.phases) - 1)].image_size)
+    return model.eval(), run, tokenizer, weights_of(saved.path)
 
 
 def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -146,11 +146,11 @@ def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
 
 
 def _newest_run(runs: Path) -> Path:
-    found = [(max(_time(run / "LATEST"), _time(run / "export" / "native")), run) for run in runs.glob("*")]
-    found = [(time, run) for time, run in found if time and not run.name.endswith(DEBUG)]
-    if not found:
+    dated = [(max(_time(run / "LATEST"), _time(run / "export" / "native")), run) for run in runs.glob("*")]
+    dated = [(time, run) for time, run in dated if time and not run.name.endswith(DEBUG)]
+    if not dated:
         raise UserError(f"no trained run under {runs}: train one (scripts/pretrain_clips.py) or give --model")
-    return take_newest("encoder", found)
+    return take_newest("encoder", dated)
 
 
 def _time(path: Path) -> float:
@@ -175,7 +175,7 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
 
     UserError if there is none, or if that run has trained on since.
     """
-    found = []
+    dated = []
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"
         try:
@@ -183,10 +183,10 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a finished run of this project; the error below says what is looked for
         if trained == objective and not run_config.parent.name.endswith(DEBUG):
-            found.append((config.stat().st_mtime, config.parents[1]))
-    if not found:
+            dated.append((config.stat().st_mtime, config.parents[1]))
+    if not dated:
         raise UserError(
             f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
             f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
         )
-    return check_current(take_newest(f"{objective} encoder", found))
+    return check_current(take_newest(f"{objective} encoder", dated))

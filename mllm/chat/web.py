@@ -181,12 +181,12 @@ def encoder_tab(encoder: CLIPS, scenes: Sequence[Question], folder: Path | None,
         with shown_errors():
             image = read_image(Path(path).read_bytes(), LIMITS)
             match = patch_map(encoder, image, text, labels)
-        said = (
+        note = (
             f"“{text}”: similarity {match.similarity:.2f}, that of an average label {match.usual:.2f}. The map says "
             f"where the difference comes from: the strongest of {match.patches.size} patches adds "
             f"{match.patches.max():.2f}."
         )
-        return overlay(image, match.patches), said
+        return overlay(image, match.patches), note
 
     def search(path: str | None, word: str) -> Any:
         """The nearest pictures to the word, or to the picture where there is no word."""

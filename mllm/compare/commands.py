@@ -127,14 +127,14 @@ def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
             fingerprint = before.pop("vision_fingerprint", None)
             before.pop("packed", None)  # how its batches are computed; no flag sets it
             before["vision_tower"] = now["vision_tower"]  # its path may be written in several ways, its weights may not
-            found = [f"{stage.name}.{line}" for line in difference(before, now)]
-            if not found and fingerprint != encoder_of(arguments).fingerprint:
-                found = [f"{cell.vision} holds other weights than those it was trained on"]
-            changes += found
+            of_stage = [f"{stage.name}.{line}" for line in difference(before, now)]
+            if not of_stage and fingerprint != encoder_of(arguments).fingerprint:
+                of_stage = [f"{cell.vision} holds other weights than those it was trained on"]
+            changes += of_stage
     mend = "Give the comparison another --output, or remove"
     refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
-    asked = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
-    changes = difference(asked, evaluation_settings(comparison)) if asked else []
+    evaluated = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
+    changes = difference(evaluated, evaluation_settings(comparison)) if evaluated else []
     refuse(changes, f"cell {cell.name} was asked otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
 
 

@@ -137,7 +137,7 @@ def stored_files(comparison: Comparison) -> list[str]:
     for cell in cells_of(comparison):
         files += [cell.directory / name for name in RECORDS]
         files += [cell.evaluation / f"{name}.jsonl" for name in questions]
-        files += [found for task in comparison.benchmarks if (found := newest_results(cell.directory, task))]
+        files += [results for task in comparison.benchmarks if (results := newest_results(cell.directory, task))]
     return sorted(path.relative_to(output).as_posix() for path in files if path.is_file())
 
 
@@ -222,8 +222,8 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
     A killed command leaves a part without its time, if the part itself was finished.
     """
     costs = [cell.read(COST) for cell in cells]
-    every = dict.fromkeys(part for found in costs for part in found)
-    parts = {part: mean(found[part] for found in costs if part in found) for part in every}
+    every = dict.fromkeys(part for of_cell in costs for part in of_cell)
+    parts = {part: mean(of_cell[part] for of_cell in costs if part in of_cell) for part in every}
     cost = parts | {"seconds": sum(parts.values())}
     for stage in STAGES.values():
         done = [cell.read(f"{stage.name}/done.json") for cell in cells]
@@ -242,8 +242,8 @@ def read_answers(comparison: Comparison) -> Lines:
         for name in stored_questions(comparison.output):
             lines = (cell.evaluation / f"{name}.jsonl").read_bytes().splitlines()
             answers[cell] += [json.loads(line) | {"file": name} for line in lines]
-        asked = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
-        if asked[0] != asked[1]:
+        questions = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
+        if questions[0] != questions[1]:
             raise UserError(f"cell {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
     return answers
 

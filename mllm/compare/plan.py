@@ -82,7 +82,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     cells = cells_of(comparison)
     files = question_files(comparison)[0]
     samples = samples_of_cells(comparison, cells)
-    asked = {name: asked_questions(comparison, path) for name, path in files.items()}
+    questions = {name: asked_questions(comparison, path) for name, path in files.items()}
     stages = {stage.name: number for number, stage in STAGES.items()}
     given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
     for name in LATER:
@@ -92,7 +92,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "comparison": flags,
-        "decides": deciding(comparison, _of_deciding_column(asked)),
+        "decides": deciding(comparison, _of_deciding_column(questions)),
         "is_demo": is_demo(comparison),
         "budget": {
             "share": budget_share(comparison),
@@ -106,8 +106,8 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
                 "column": COLUMNS.get(name, name),
                 "sha256": sha256(path),
                 "questions": len(read_questions(path)),
-                "asked": len(asked[name]),
-                "kinds": kinds_of(asked[name]),
+                "asked": len(questions[name]),
+                "kinds": kinds_of(questions[name]),
             }
             for name, path in files.items()
         },
@@ -154,16 +154,16 @@ def power_in_words(comparison: Comparison) -> str:
     seeds = int(independent_runs(encoder_groups(comparison, *encoder_names(comparison))).max()) + 1
     if seeds < FEWEST_SEEDS:
         return f"{seeds} independent seed(s) are a look, without verdicts; --seeds {FEWEST_SEEDS} gives verdicts"
-    asked = {name: asked_questions(comparison, path) for name, path in question_files(comparison)[0].items()}
-    questions = len(_of_deciding_column(asked))
+    by_file = {name: asked_questions(comparison, path) for name, path in question_files(comparison)[0].items()}
+    questions = len(_of_deciding_column(by_file))
     five, two = (100 * power(comparison, questions, points) for points in (0.05, 0.02))
     spreads = "the spreads measured on the demo" if is_demo(comparison) else "the demo's spreads, for want of its own"
     return f"this comparison sees 5 points in {five:.0f} of 100 cases and 2 points in {two:.0f}, by {spreads}"
 
 
-def _of_deciding_column(asked: Mapping[str, list[Question]]) -> list[Question]:
-    columns = columns_of(asked)
-    return [q for name, questions in asked.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
+def _of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
+    columns = columns_of(by_file)
+    return [q for name, questions in by_file.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:

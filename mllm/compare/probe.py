@@ -50,12 +50,14 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=None if on_demo else True):
         figures: dict[str, dict[str, Any]] = {}
-        for name, found in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
+        for name, evaluation in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
             if name == "evaluation":
-                figures |= found["figures"]
+                figures |= evaluation["figures"]
             else:
-                other = {"test_set": found["test_set"]}
-                figures |= {f"{found['test_set']}: {figure}": f | other for figure, f in found["figures"].items()}
+                other = {"test_set": evaluation["test_set"]}
+                figures |= {
+                    f"{evaluation['test_set']}: {figure}": f | other for figure, f in evaluation["figures"].items()
+                }
         if on_demo:
             path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
             probes = read_json(path)
@@ -75,8 +77,8 @@ def _labelled(split: str, limit: int | None) -> Labelled:
     """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
     items, _ = open_test_set(DEMO, split)
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
-    found = [items.read(index) for index in sorted(chosen)]
-    return [(item.image, item.label) for item in found if item.label is not None]
+    read = [items.read(index) for index in sorted(chosen)]
+    return [(item.image, item.label) for item in read if item.label is not None]
 
 
 @torch.inference_mode()

@@ -60,8 +60,8 @@ def learning_curve(
     """
     if not asks_questions(comparison):
         raise UserError("--curve compares answers: give --questions")
-    told = "three comparisons of two seeds, one for each budget; encoders are pretrained once, also for the table"
-    console.print(f"learning curve: {told}", highlight=False, soft_wrap=True)
+    note = "three comparisons of two seeds, one for each budget; encoders are pretrained once, also for the table"
+    console.print(f"learning curve: {note}", highlight=False, soft_wrap=True)
     rows: list[list[str]] = []
     enough: list[float] = []
     for share in CURVE:
@@ -131,9 +131,9 @@ def compare(
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
-    told = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
-    told += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
-    console.print(for_rich(told), highlight=False, soft_wrap=True)
+    note = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
+    note += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
+    console.print(for_rich(note), highlight=False, soft_wrap=True)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
         raise CommandError(

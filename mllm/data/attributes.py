@@ -70,8 +70,8 @@ def build_from_flags(flags: argparse.Namespace) -> None:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
     # A higher version builds older folders anew.
-    wanted = json.loads(json.dumps(vars(flags) | {"version": 1, "states": states}))
-    ensure_built(Path(flags.output), wanted, partial(_write, flags=flags, splits=splits), what="questions")
+    settings = json.loads(json.dumps(vars(flags) | {"version": 1, "states": states}))
+    ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
     print(printable(Path(flags.output, SUMMARY).read_text(encoding="utf-8"), None))
 
 
@@ -195,7 +195,7 @@ def value_of(cell: Any, longest: int = 60) -> str:
 
 def describe(template: str, cells: Mapping[str, Any]) -> str:
     """A caption such as "A {colour} {kind} for {whom}, {use}."; a value that lacks is left out."""
-    text = re.sub(r"\{(.+?)\}", lambda found: value_of(cells.get(found[1])), template)
+    text = re.sub(r"\{(.+?)\}", lambda column: value_of(cells.get(column[1])), template)
     return re.sub(r"[ ,]+(?=[,.])", "", " ".join(text.split()))
 
 
@@ -206,13 +206,13 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
     that is not there, and if none can be asked about.
     """
     ask = dict(word.partition("=")[::2] for word in flags.ask)
-    found = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
-    unknown = {*(flags.columns or ()), *ask}.difference(found)
+    names = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
+    unknown = {*(flags.columns or ()), *ask}.difference(names)
     if unknown:
-        raise UserError(f"no column {', '.join(sorted(unknown))} to ask about; found: {', '.join(found)}")
+        raise UserError(f"no column {', '.join(sorted(unknown))} to ask about; found: {', '.join(names)}")
     lines.append(f"a value is rare if fewer than {flags.min_count} training rows have it")
     columns = []
-    for name in flags.columns or found:
+    for name in flags.columns or names:
         values = {split: [value_of(row.cells.get(name)) for row in rows[split]] for split in ("train", "test")}
         counts = Counter(filter(None, values["train"]))
         frequent = {value for value, count in counts.items() if count >= flags.min_count}
@@ -260,13 +260,13 @@ def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dic
     for column in columns:
         rng = random.Random(f"{seed}/train/{column.words}")
         answers = column.answers["train"]
-        asked = {number: (column.question, answer) for number, answer in answers.items()}
+        of_column = {number: (column.question, answer) for number, answer in answers.items()}
         drawn = {number: answer for number, answer in answers.items() if rng.random() < YES_NO_SHARE}
         for first, second in balanced_pairs(drawn, rng):
             question = f"Is the {column.words} {answers[first]}?"
-            asked[first] = (question, "Yes")
-            asked[second] = (question, "No")
-        for number, turn in asked.items():
+            of_column[first] = (question, "Yes")
+            of_column[second] = (question, "No")
+        for number, turn in of_column.items():
             turns[number].append(turn)
 
     records = []
@@ -284,19 +284,19 @@ def _record(row: Row, turns: list[QuestionAnswer]) -> dict[str, Any]:
 
 def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_kind: int) -> list[dict[str, Any]]:
     """`per_kind` questions about each column, whose answers are as frequent as among `rows`, and as many yes_no."""
-    asked: list[tuple[str, int, str, str]] = []  # kind, row, question, answer
+    questions: list[tuple[str, int, str, str]] = []  # kind, row, question, answer
     yes_no = []
     for column in columns:
         rng = random.Random(f"{seed}/test/{column.words}")
         answers = column.answers["test"]
         drawn = rng.sample(sorted(answers), min(per_kind, len(answers)))
-        asked += [(column.words.replace(" ", "_"), row, column.question, answers[row]) for row in drawn]
+        questions += [(column.words.replace(" ", "_"), row, column.question, answers[row]) for row in drawn]
         pairs = balanced_pairs(answers, rng)
         yes_no.append([(pair, f"Is the {column.words} {answers[pair[0]]}?") for pair in pairs])
     in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*yes_no)))
     for (first, second), question in itertools.islice(in_turn, per_kind // 2):
-        asked += [("yes_no", first, question, "Yes"), ("yes_no", second, question, "No")]
+        questions += [("yes_no", first, question, "Yes"), ("yes_no", second, question, "No")]
     return [
         {"question_id": i, "image": rows[row].image, "text": f"{text}\n{SHORT}", "kind": kind, "answer": answer}
-        for i, (kind, row, text, answer) in enumerate(asked)
+        for i, (kind, row, text, answer) in enumerate(questions)
     ]

@@ -303,7 +303,7 @@ def ensure_llava_demo(
     """
     demo_dir = Path(demo_dir)
     ensure_any_demo(demo_dir)
-    wanted = {
+    settings = {
         "version": VERSION,
         "scenes": built_as(demo_dir),
         "seed": seed,
@@ -312,8 +312,8 @@ def ensure_llava_demo(
         "text_only": text_only,
         "per_kind": per_kind,
     }
-    write = partial(_write_all, demo_dir=demo_dir, wanted=wanted)
-    return ensure_built(Path(directory), wanted, write, what="LLaVA demo data")
+    write = partial(_write_all, demo_dir=demo_dir, settings=settings)
+    return ensure_built(Path(directory), settings, write, what="LLaVA demo data")
 
 
 def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/demo") -> Path:
@@ -328,16 +328,16 @@ def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/de
     return Path(directory)
 
 
-def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write every file named at the top into `work`."""
     (work / IMAGES).mkdir()
-    align = wanted["align"]
-    per_kind = wanted["per_kind"]
-    seed = wanted["seed"]
-    train = _write_images(demo_dir, "train", align + wanted["instruct"], work / IMAGES)
+    align = settings["align"]
+    per_kind = settings["per_kind"]
+    seed = settings["seed"]
+    train = _write_images(demo_dir, "train", align + settings["instruct"], work / IMAGES)
     test = _write_images(demo_dir, "test", None, work / IMAGES)
     records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in train[align:]]
-    records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(wanted["text_only"])]
+    records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(settings["text_only"])]
     random.Random(f"{seed}/order").shuffle(records)
     conversations = {
         ALIGN: [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in train[:align]],

@@ -66,11 +66,11 @@ def decode_video(data: bytes, frames: int, key: str = "video", seconds: float = 
     if len(data) > MAX_BYTES:
         raise BrokenSample(key, f"video: {len(data)} bytes are above the limit of {MAX_BYTES}")
     limits = {"most_frames": MAX_FRAMES, "pixels": MAX_PIXELS, "kept_pixels": KEPT_PIXELS}
-    wanted = json.dumps(limits | {"frames": frames, "seconds": seconds, "bytes": MEMORY})
+    request = json.dumps(limits | {"frames": frames, "seconds": seconds, "bytes": MEMORY})
     late = BrokenSample(key, f"video: decoding takes more than {seconds:g} s")
     try:
         # Isolated: nothing of the current directory or of the environment comes between.
-        command = [sys.executable, "-I", str(PROGRAM), wanted]
+        command = [sys.executable, "-I", str(PROGRAM), request]
         ended = subprocess.run(command, input=data, capture_output=True, timeout=2 * seconds, check=False)
     except subprocess.TimeoutExpired:
         raise late from None
@@ -80,9 +80,9 @@ def decode_video(data: bytes, frames: int, key: str = "video", seconds: float = 
             raise late
         words = ended.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         raise BrokenSample(key, f"video: the decoder ended with {ended.returncode} {' '.join(words)}".rstrip())
-    said = json.loads(head)
-    if "error" in said:
-        raise BrokenSample(key, f"video: {said['error']}")
-    size = said["size"]
+    header = json.loads(head)
+    if "error" in header:
+        raise BrokenSample(key, f"video: {header['error']}")
+    size = header["size"]
     length = 3 * size[0] * size[1]
     return [Image.frombytes("RGB", size, body[i * length : (i + 1) * length]) for i in range(frames)]

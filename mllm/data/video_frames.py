@@ -59,10 +59,10 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
         ordered = sorted(time for time in times if time is not None)
         starts = sorted(time for time in keys if time is not None)
         if len(ordered) < len(times) or not starts:  # AVI has no times: its frames are counted from the first
-            ordered, found = list(range(len(times))), numbered(container, stream)
+            ordered, frames_at = list(range(len(times))), numbered(container, stream)
         else:
-            found = timed(container, stream, starts)
-        return picked([ordered[i] for i in chosen(len(ordered), frames)], found, kept_pixels)
+            frames_at = timed(container, stream, starts)
+        return picked([ordered[i] for i in chosen(len(ordered), frames)], frames_at, kept_pixels)
 
 
 def timed(container: Any, stream: Any, keys: list[int]) -> Any:
@@ -98,13 +98,13 @@ def numbered(container: Any, stream: Any) -> Any:
         target = yield frame
 
 
-def picked(targets: list[int], found: Any, kept_pixels: int) -> list[np.ndarray]:
+def picked(targets: list[int], frames_at: Any, kept_pixels: int) -> list[np.ndarray]:
     """The pictures of `targets`, upright, and in the size of the first one."""
-    next(found)
+    next(frames_at)
     pictures: list[np.ndarray] = []
     size, last = (0, 0), None
     for target in targets:
-        frame = found.send(target)
+        frame = frames_at.send(target)
         if frame is None:
             raise ValueError("none of its frames can be decoded")
         if frame is last:
@@ -121,22 +121,22 @@ def picked(targets: list[int], found: Any, kept_pixels: int) -> list[np.ndarray]
 
 
 def main() -> None:
-    wanted = json.loads(sys.argv[1])
-    limits = {resource.RLIMIT_AS: wanted.pop("bytes"), resource.RLIMIT_CPU: math.ceil(wanted.pop("seconds"))}
+    request = json.loads(sys.argv[1])
+    limits = {resource.RLIMIT_AS: request.pop("bytes"), resource.RLIMIT_CPU: math.ceil(request.pop("seconds"))}
     for kind, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # not every system has both
             resource.setrlimit(kind, (most, most + 1))
     pictures: list[np.ndarray] = []
     try:
-        pictures = frames_of(sys.stdin.buffer.read(), **wanted)
-        said: dict[str, Any] = {"size": pictures[0].shape[1::-1]}
+        pictures = frames_of(sys.stdin.buffer.read(), **request)
+        header: dict[str, Any] = {"size": pictures[0].shape[1::-1]}
     except MemoryError:  # av's own is one too
-        said = {"error": "it takes too much memory to decode"}
+        header = {"error": "it takes too much memory to decode"}
     except av.error.FFmpegError as error:  # some of them are ValueErrors too
-        said = {"error": f"it is no whole mp4, mov, mkv, webm or avi file ({error.strerror})"}
+        header = {"error": f"it is no whole mp4, mov, mkv, webm or avi file ({error.strerror})"}
     except ValueError as error:
-        said = {"error": str(error)}
-    sys.stdout.buffer.write(json.dumps(said).encode() + b"\n" + b"".join(p.tobytes() for p in pictures))
+        header = {"error": str(error)}
+    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + b"".join(p.tobytes() for p in pictures))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
     canvases: Any
     if text is None:
         canvases = [(side * width, side * height) for width, height in CANVASES]
-    elif found := re.findall(r"\((\d+)x(\d+)\)", text):
-        (w, h), (last_w, last_h) = (map(int, pair) for pair in (found[0], found[-1]))
+    elif pairs := re.findall(r"\((\d+)x(\d+)\)", text):
+        (w, h), (last_w, last_h) = (map(int, pair) for pair in (pairs[0], pairs[-1]))
         within = max(last_w, last_h) <= MOST_TILES
         squares = [(i, j) for i in range(w, last_w + 1) for j in range(h, last_h + 1)] if within else []
         canvases = [(side * i, side * j) for i, j in squares]

@@ -154,11 +154,11 @@ def new_texts(
     tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
 ) -> list[tuple[str, bool, int]]:
     """For each row [B, T] of generated ids: its text, whether it ended, and its number of tokens, the end included."""
-    found = []
+    texts = []
     for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
         end = next((i for i, token in enumerate(row) if token in stop_ids), None)
-        found.append((text.strip(), end is not None, len(row) if end is None else end + 1))
-    return found
+        texts.append((text.strip(), end is not None, len(row) if end is None else end + 1))
+    return texts
 
 
 def _shared_length(rows: Sequence[list[int]], image_ids: Collection[int]) -> int:

@@ -117,8 +117,8 @@ def generate_answers(
             cache = inputs.setdefault(CACHE, DynamicCache(config=model.config.get_text_config()))
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
-            found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
-            for i, (text, _, _) in zip(chosen, found, strict=True):
+            responses = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
+            for i, (text, _, _) in zip(chosen, responses, strict=True):
                 answers[i] = text
             if candidates:
                 rivals = [[answer_ids[text] for text in candidates[i]] for i in chosen]
@@ -199,11 +199,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         demo = ensure_any_llava_demo(DEMO_DIR)
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
-    wanted = {
+    sources = {
         key: {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
         for key, questions in sets.items()
     }
-    out = _output(flags, Path(directory), wanted)
+    out = _output(flags, Path(directory), sources)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         figures |= of_set(key, score(questions, answers) | kind_means(lines))
         path = answers_file or out / f"{key}.jsonl"
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
-        answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
+        answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
         console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
     for title, part in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN))):
@@ -262,7 +262,7 @@ def _part(flags: Mapping[str, Any]) -> str:
     return "-".join(parts)
 
 
-def _output(flags: argparse.Namespace, directory: Path, wanted: Mapping[str, Any]) -> Path:
+def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, Any]) -> Path:
     """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
     Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if it holds figures of other questions than
@@ -275,7 +275,7 @@ def _output(flags: argparse.Namespace, directory: Path, wanted: Mapping[str, Any
         out = Path(flags.output)
         out = out.with_suffix("") if out.suffix == ".jsonl" else out
     there = {key: of_set.get("questions") for key, of_set in read_json(out / "figures.json").get("sets", {}).items()}
-    if there not in ({}, wanted) and (part or flags.output):
+    if there not in ({}, sources) and (part or flags.output):
         held = ", ".join(f"{of['asked']} of {of['file']}" for of in there.values())
         raise UserError(f"{out} holds the answers to other questions ({held}): choose another --output, or remove it")
     return out

@@ -49,13 +49,13 @@ def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/ll
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
         console.print(for_rich(f"  {DEMO_DIR / IMAGES / record['image']}"))
         console.print(for_rich(f"    {record['prompt']} – {record['text']} ({right})"))
-    found, by_one_answer = measured[artists], right_by_one_answer(records)
-    rows = [(name, pretty(name), found[name]["value"], found[name]["chance"]) for name in NORMAL if name in found]
-    for name in (name for name in NORMAL if name not in found):
-        asked = [record for record in records if name in ("overall", record["kind"])]
-        if asked:
-            right = 100 * sum(record["correct"] for record in asked) / len(asked)
-            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(asked)))
+    figures, by_one_answer = measured[artists], right_by_one_answer(records)
+    rows = [(name, pretty(name), figures[name]["value"], figures[name]["chance"]) for name in NORMAL if name in figures]
+    for name in (name for name in NORMAL if name not in figures):
+        of_kind = [record for record in records if name in ("overall", record["kind"])]
+        if of_kind:
+            right = 100 * sum(record["correct"] for record in of_kind) / len(of_kind)
+            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(of_kind)))
     normal = {name: "{} to {}".format(*ends) for name, ends in NORMAL.items()}
     shown = [(words, f"{value:.1f}", f"{chance:.1f}", normal[name]) for name, words, value, chance in rows]
     console.print()

@@ -321,8 +321,8 @@ def _tower_name(encoder: VisionEncoder, directory: Path, given: str | None, dtyp
         if dataclasses.replace(encoder, model=named.to(dtype)).weights_fingerprint != encoder.weights_fingerprint:
             raise UserError(f"{directory}: its vision tower is not {given}: leave out --vision-tower")
         return str(Path(given).resolve()) if Path(given).is_dir() else given
-    kept = read_json(directory / KEPT / KEPT_TOWER)
-    return kept["mm_vision_tower"] if kept.get("weights") == encoder.weights_fingerprint else None
+    stored = read_json(directory / KEPT / KEPT_TOWER)
+    return stored["mm_vision_tower"] if stored.get("weights") == encoder.weights_fingerprint else None
 
 
 def _config(model: Llava, processor: LlavaProcessors) -> dict[str, Any]:

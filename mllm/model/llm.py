@@ -150,20 +150,20 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
     total = config.num_hidden_layers
     if total <= first + last:
         return total
-    kept = [*range(first), *range(total - last, total)]
+    indices = [*range(first), *range(total - last, total)]
     lists = {name: stack for name, stack in decoder.named_children() if isinstance(stack, nn.ModuleList)}
     stacks = [name for name, stack in lists.items() if len(stack) == total]
     if len(stacks) != 1:
         raise UserError(f"--llm_layers: a {config.model_type} model has no list of {total} layers; leave it out")
-    setattr(decoder, stacks[0], nn.ModuleList(lists[stacks[0]][index] for index in kept))
-    for number, index in enumerate(kept):
+    setattr(decoder, stacks[0], nn.ModuleList(lists[stacks[0]][index] for index in indices))
+    for number, index in enumerate(indices):
         for module in lists[stacks[0]][index].modules():
             if hasattr(module, "layer_idx"):  # the layer's place in the cache of keys and values
                 module.layer_idx = number
     for name, value in vars(config).items():  # such as layer_types
         if isinstance(value, list) and len(value) == total:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
+            setattr(config, name, [value[index] for index in indices])
+    config.num_hidden_layers = len(indices)
     return total
 
 
@@ -277,12 +277,12 @@ def add_special_tokens(
     A padding token that is also the end of an answer would be masked out of the labels, so the model would never
     learn to stop. New rows start at the mean of the old ones.
     """
-    wanted = [*placeholders]
+    tokens = [*placeholders]
     if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
-        wanted.append(PAD_TOKEN)
+        tokens.append(PAD_TOKEN)
     old_length = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
-    if PAD_TOKEN in wanted:
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens], special_tokens=True)
+    if PAD_TOKEN in tokens:
         tokenizer.pad_token = PAD_TOKEN
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
     words: Any = model.get_input_embeddings()

@@ -111,7 +111,7 @@ def find_model(name: str) -> str:
 
 def newest_model(runs: Path = Path("runs")) -> Path:
     """The model directory written last under `runs`; UserError if there is none."""
-    found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
-    if not found:
+    dated = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
+    if not dated:
         raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model")
-    return take_newest("model", found)
+    return take_newest("model", dated)

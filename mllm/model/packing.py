@@ -107,11 +107,11 @@ class Packing:
     def of(cls, attention_mask: Tensor, counts: Counts) -> Packing:
         """The row of a batch whose samples have their first `counts.shared` positions in common."""
         shared, row = counts.shared, counts.row
-        kept = attention_mask.bool()
-        kept[1:, :shared] = False
+        is_kept = attention_mask.bool()
+        is_kept[1:, :shared] = False
         real = attention_mask[:, shared:].bool()
         places = shared + real.flatten().cumsum(0).view_as(real) - 1
-        return cls(shared, kept, places_of(kept, row), places, places_of(real, row - shared))
+        return cls(shared, is_kept, places_of(is_kept, row), places, places_of(real, row - shared))
 
     @property
     def position_ids(self) -> Tensor:

@@ -95,10 +95,10 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin") if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin") if (path / name).is_file()]
+        if not files:
             raise UserError(f"{path} holds no mm_projector.safetensors or mm_projector.bin")
-        path = found[0]
+        path = files[0]
     weights = read_weights(path)
     assign_projector(projector, weights, path)
     if newline is not None and NEWLINE in weights:  # its width is the projector's, which fits

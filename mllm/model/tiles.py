@@ -128,8 +128,8 @@ class Layout:
         tiles = np.arange(self.square, (1 + rows * columns) * self.square).reshape(rows, columns, g, g)
         cells = tiles.transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
         top, left = _padding((rows * g, columns * g), size)
-        kept = cells[top : rows * g - top, left : columns * g - left]
-        lines = np.pad(kept, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        unpadded = cells[top : rows * g - top, left : columns * g - left]
+        lines = np.pad(unpadded, ((0, 0), (0, 1)), constant_values=NEWLINE)
         return np.concatenate([np.arange(self.square), lines.ravel()])
 
     def arranged(self, cells: Tensor, newline: Tensor, sizes: Sequence[Size]) -> Tensor:

@@ -38,14 +38,14 @@ class ConversationReader:
         self.records = RecordReader(encoder, store, ImageTokens(encoder.num_image_tokens or 0, frames=FRAMES))
 
     def __call__(self, indices: Sequence[int]) -> Findings:
-        found = Findings(checked=len(indices))
+        findings = Findings(checked=len(indices))
         for index in indices:
             raw = self.raws[index]
             try:
                 record = self.records.read(raw, index)
                 tokens = self.records.tokens.at_most(record.images)
                 with bad_sample("conversation", raw, index):
-                    found.cut["conversation"] += self.encoder.encode(record.turns, tokens, record.name).truncated
+                    findings.cut["conversation"] += self.encoder.encode(record.turns, tokens, record.name).truncated
                 for name in record.images:
                     assert self.store is not None  # else RecordReader refuses pictures
                     try:
@@ -53,16 +53,16 @@ class ConversationReader:
                     except (BrokenSample, OSError) as error:
                         raise BadSample(index, record.id, "broken image", f"{record.name}: {error}") from None
             except BadSample as bad:
-                found.add_broken(Sample(f"sample {index}", reason=str(bad)), bad.problem["kind"])
+                findings.add_broken(Sample(f"sample {index}", reason=str(bad)), bad.problem["kind"])
                 continue
 
-            found.add_part("sample", json.dumps([record.images, record.turns]).encode())
+            findings.add_part("sample", json.dumps([record.images, record.turns]).encode())
             if index in self.shown:
                 sample = Sample(record.name, {"as the model sees it": as_the_model_sees(self.encoder, record)})
                 if record.images and self.store is not None:
                     sample.picture = thumbnail(self.store.load(record.images[0]), THUMBNAIL)
-                found.good.append(sample)
-        return found
+                findings.good.append(sample)
+        return findings
 
 
 def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:
@@ -117,13 +117,13 @@ def check_data(
     indices: Sequence[int] = range(len(raws))
     if samples is not None and samples < len(raws):
         indices = sorted(random.Random(seed).sample(indices, samples))
-    found = scan(ConversationReader(raws, encoder, store, shown(indices)), indices, workers)
+    findings = scan(ConversationReader(raws, encoder, store, shown(indices)), indices, workers)
     left_out = store.unreadable if store is not None else 0
-    publish(output, found, data=f"{data_path} (format {encoder.format.name})", samples=len(raws), left_out=left_out)
-    if found.reasons:
-        skip = ", or train with --on_bad_sample skip" if set(found.reasons) != {"broken image"} else ""
+    publish(output, findings, data=f"{data_path} (format {encoder.format.name})", samples=len(raws), left_out=left_out)
+    if findings.reasons:
+        skip = ", or train with --on_bad_sample skip" if set(findings.reasons) != {"broken image"} else ""
         raise UserError(
-            f"{found.reasons.total():,} sample(s) of {data_path} would stop the training; "
+            f"{findings.reasons.total():,} sample(s) of {data_path} would stop the training; "
             f"{Path(output) / 'summary.json'} lists them: mend or remove them{skip}"
         )
-    return found
+    return findings

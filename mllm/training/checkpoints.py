@@ -94,12 +94,12 @@ def check_content(checkpoint: Path, *, deepspeed: Sequence[type] | None, world_s
 
 def prune(stage_dir: Path, keep: int) -> None:
     """Remove all checkpoints that are older than the `keep` newest sealed checkpoints."""
-    found = _newest_first(stage_dir)
-    sealed = [path for path in found if (path / MANIFEST).is_file()][:keep]
-    for path in found[found.index(sealed[-1]) + 1 :] if len(sealed) == keep else []:
+    paths = _newest_first(stage_dir)
+    sealed = [path for path in paths if (path / MANIFEST).is_file()][:keep]
+    for path in paths[paths.index(sealed[-1]) + 1 :] if len(sealed) == keep else []:
         shutil.rmtree(path)
 
 
 def _newest_first(stage_dir: Path) -> list[Path]:
-    found = [path for path in stage_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: -step_of(path))
+    paths = [path for path in stage_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(paths, key=lambda path: -step_of(path))

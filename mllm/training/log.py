@@ -156,7 +156,9 @@ def write_curves(run_dir: Path) -> None:
         for line in rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []:
             by_stage.setdefault(line["stage"], []).append(line)
         panels = [
-            Panel(f"{stage}: {name}", found, [name]) for stage, found in by_stage.items() for name in ("loss", "tflops")
+            Panel(f"{stage}: {name}", of_stage, [name])
+            for stage, of_stage in by_stage.items()
+            for name in ("loss", "tflops")
         ]
         if panels:
             save_plot(curves_plot(panels), run_dir / "curves.png")

@@ -286,8 +286,8 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
         if not arguments.caches_features:  # then `features` are pixels
             with torch.no_grad():
                 features = encoder.features(features.to(device)).cpu()
-        kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
-        parts.append(features[:, kept])
+        indices = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
+        parts.append(features[:, indices])
     model = llava_of(prepared.model)
     projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
     fitted = copy.deepcopy(projector).float().cpu()
