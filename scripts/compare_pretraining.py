@@ -27,7 +27,8 @@ def parser() -> Parser:
     claims.add_argument(
         "--claims",
         default="a,b,c,d,e",
-        help="a length of the text, b ablation, c sub-caption strategies, d share of synthetic captions, e LLaVA",
+        help="a length of the text, b ablation, c sub-caption strategies, d share of synthetic captions, e LLaVA, "
+        "f CLIPS against CLIP at equal time (--recipe small)",
     )
     claims.add_argument("--llava-report", default="runs/compare/report.json", help="report of compare_encoders.py")
     claims.add_argument("--first-seed", type=int, default=0, help="of --seeds that follow each other")

@@ -112,10 +112,11 @@ LIMITS = (
 
 
 def on_photographs() -> dict[str, Question]:
-    """The claims without the cautions, which are about the demo's captions; (b) is asked at equal time, too."""
+    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time."""
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
-    contrasts = (*claims["b"].contrasts, ("captioner", "web"), ("captioner", "web_longer"))
-    claims["b"] = replace(claims["b"], variants=(*claims["b"].variants, "web_longer"), contrasts=contrasts)
+    claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
+    pair = ("captioner", "web_longer")
+    claims["f"] = Question(title="CLIPS against CLIP at equal time", variants=pair, contrasts=(pair,))
     return claims
 
 
@@ -156,11 +157,12 @@ def reproduce(
     Raises UserError for an unknown claim, fewer than two seeds, or an `output` whose runs have other settings;
     CommandError when a run fails.
     """
-    unknown = [key for key in claims if key not in (*CLAIMS, LLAVA)]
-    if unknown:
-        raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join((*CLAIMS, LLAVA))}")
-    check_counts(seeds, jobs)
     known = on_photographs() if recipe == "small" else CLAIMS
+    letters = sorted((*known, LLAVA))
+    unknown = [key for key in claims if key not in letters]
+    if unknown:
+        raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join(letters)}")
+    check_counts(seeds, jobs)
     questions = {key: claim for key, claim in known.items() if key in claims}
     names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
     about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions, "decides": decides}

@@ -96,7 +96,8 @@ def test_the_claims_on_photographs_take_their_recipes() -> None:
     settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
     names = ["web", "half", "captioner", "web_longer"]
     study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
-    assert set(on_photographs()["b"].variants) == {"web", "sentence", "captioner", "web_longer"}
+    assert on_photographs()["b"].contrasts[-1] == ("captioner", "web")
+    assert on_photographs()["f"].variants == ("captioner", "web_longer")
     assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
     assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
     assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
@@ -127,6 +128,7 @@ def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"claims": ["a", "z"]}, "no claim z; known: a, b, c, d, e"),
+        ({"claims": ["f"]}, "no claim f; known: a, b, c, d, e"),
         ({"claims": ["a"], "settings": ["train.seed=7"]}, "--seeds"),
         ({"claims": ["a", "b"], "settings": ["model.captioner.layers=2"]}, "captioner"),
     ],
