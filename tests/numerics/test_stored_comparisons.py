@@ -110,7 +110,7 @@ def test_results_of_real_trainings_are_what_their_runs_give(name: str) -> None:
             )
             found = judge(asked, rows)
             assert (found["contrasts"], found["verdict"]) == (question["contrasts"], question["verdict"])
-    assert name == "captions" or set(rows) == set(VARIANTS)
+    assert name == "captions" or set(rows) == set(VARIANTS) - {"web_longer"}  # of photographs alone
 
 
 @pytest.mark.parametrize("name", ["made-up", "real"])
