@@ -8,6 +8,7 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     spikes       of that step and all after it; nothing is saved before step SAVED, which leaves time for the tests
     data=FOLDER  its training data are those in FOLDER, from the first step on
     full         no file grows beyond 1 MiB, as on a full disk
+    hang         the rank stops after the first backward pass, before the ranks reduce their gradients
     record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
@@ -18,9 +19,10 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from clips.common import ranks
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
 from clips.training import cli, grad_cache, loop, prepare
+from clips.training.engine import Engine
 
 SOON = 5
 AT = 40
@@ -79,6 +82,12 @@ def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -
     return real_decoded(preprocess, data, key, rng)
 
 
+def hanging(real: Callable[[Engine, torch.Tensor], None], engine: Engine, loss: torch.Tensor) -> None:
+    first = next(engine.model.parameters())  # the last one to get a gradient
+    first.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGSTOP))
+    real(engine, loss)
+
+
 def other_machine_with(folder: str) -> None:
     """This rank's machine has other files under the same name."""
     real_open = prepare.open_split
@@ -100,6 +109,9 @@ def main() -> None:
             other_machine_with(flags.fault.removeprefix("data="))
         elif flags.fault == "slow":
             loop.make_loader = late
+        elif flags.fault == "hang":
+            real = Engine.backward
+            Engine.backward = lambda engine, loss: hanging(real, engine, loss)
         elif flags.fault == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
         elif flags.fault == "record":

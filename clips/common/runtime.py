@@ -161,7 +161,11 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    # DeepSpeed reduces gradients in groups of its own, made without a timeout: they would take torch's default.
+    defaults: Any = dist.distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
     atexit.register(_settle)
 
 
