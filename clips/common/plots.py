@@ -80,6 +80,7 @@ _NAMES = {
     "top1": "top 1",
     "top5": "top 5",
     "zero": "zero-shot",
+    "tau": "τ",
     "lr": "learning rate",
 }
 

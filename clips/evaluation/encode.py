@@ -68,6 +68,8 @@ class ImageSet:
     """Why items were left out."""
     caption_tokens: tuple[Tensor, Tensor] | None = None
     """Predicted and true tokens [N] of all long captions, on the CPU; None where none is predicted."""
+    keys: Sequence[str] = ()
+    """Each image's name in its set."""
 
 
 class _Encoded(NamedTuple):
@@ -127,6 +129,7 @@ def encode_images(
         captions=[item.captions for item, _ in entries],
         labels=[item.label for item, _ in entries],
         indices=[index for _, index in entries],
+        keys=[item.key for item, _ in entries],
         skipped=skipped,
         caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
     )

@@ -35,6 +35,7 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
+from clips.evaluation.votes import measure_votes
 from clips.model.clips import MAX_LOGIT_SCALE, NO_SHARED_SPACE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
@@ -147,6 +148,7 @@ def _measure_sets(
     *,
     batch_size: int,
     probe: Callable[[ImageSet], Figure | None] | None = None,
+    votes: str | None = None,
     captioned: bool = True,
     sharded: bool = False,
     **options: Any,
@@ -165,6 +167,8 @@ def _measure_sets(
         of_set = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
         if probe is not None and (figure := probe(images)) is not None:
             of_set["linear_probe_top1"] = figure
+        if votes is not None and name == first:
+            of_set |= measure_votes(model, tokenizer, images, votes, batch_size=batch_size)
         figures |= of_set if name == first else {f"{name}/{figure}": value for figure, value in of_set.items()}
         skipped += images.skipped
         count += len(images.indices)
@@ -219,7 +223,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
             return figure
 
     figures, skipped, count = _measure_sets(
-        model, loaded.tokenizer, sets, first, probe=probe, limit=flags.limit, **options
+        model, loaded.tokenizer, sets, first, probe=probe, votes=flags.votes, limit=flags.limit, **options
     )
     if not figures:
         raise UserError(

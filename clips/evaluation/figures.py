@@ -21,6 +21,7 @@ from clips.evaluation.metrics import Figure
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 
 MATTER = (
+    *("expert_votes_tau", "crowd_votes_tau"),  # measured where votes are given
     *("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1", "web_t2i_r1"),
     *("long_i2t_r1", "long_t2i_r1", "caption_token_top1"),
 )
