@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from clips.common.files import read_json
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
+from clips.common.rundir import UNSEEN, is_finished, read_evaluations, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.lab.grid import Cell, Step
@@ -99,12 +100,18 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Cons
     return {run: output / run.name for run in runs}
 
 
+def test_figures(run: Path) -> dict[str, dict[str, Any]]:
+    """Figures of a run's own test, and of human votes where `evaluate_clips.py` has written evaluation-votes.json."""
+    votes = read_evaluations(run).get("evaluation-votes", {"figures": {}})
+    return votes["figures"] | read_json(run / "evaluation.json").get("figures", {})
+
+
 def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:
     """The test figures `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
 
     Figures of further test sets are called SET/FIGURE. The set that decides (`UNSEEN`) comes first.
     """
-    figures, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
+    figures, steps = test_figures(run), read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
     further = [name for name in figures if "/" in name and name.rpartition("/")[2] in names]
