@@ -101,18 +101,13 @@ def test_row_10_a_killed_rank_ends_the_others(
     assert "No sign of life from rank 1" in said
 
 
-@pytest.mark.parametrize("place", ["any", "reduction"])
 def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
-    place: str, shards: tuple[str, ...], tmp_path: Path
+    shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    command = endless(tmp_path, shards, "--timeout-minutes", "0.15")
-    if place == "reduction":  # DeepSpeed's groups are not the run's
-        command = ["tests/faulty_run.py", "hang", "1", *command[1:]]
+    """It hangs before the reduction of gradients, which DeepSpeed does in groups of its own."""
+    command = ["tests/faulty_run.py", "hang", "1", *endless(tmp_path, shards, "--timeout-minutes", "0.15")[1:]]
     log = tmp_path / "log"
     with started(deepspeed(*command), log) as process:
-        if place == "any":
-            wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-            rank(tmp_path, 1).send_signal(signal.SIGSTOP)
         wait_for(lambda: "No sign of life from rank 1" in log.read_text(), process, log)
         rank(tmp_path, 1).send_signal(signal.SIGCONT)  # the launcher would wait 30 s for it to end
         assert process.wait(60) != 0
