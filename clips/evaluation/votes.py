@@ -6,6 +6,7 @@ expert) or `yes` and `no` (counts of a crowd). `own` marks a picture's own capti
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
 
 from clips.common.errors import UserError
@@ -37,7 +38,9 @@ def measure_votes(
             is_expert = "scores" in vote
             values = vote["scores"] if is_expert else [vote["yes"] / (vote["yes"] + vote["no"])]
             entries = [(str(vote["caption"]), float(value)) for value in values]
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            if not all(map(math.isfinite, (value for _, value in entries))):
+                raise ValueError("not finite")
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise UserError(f"{path}, line {number}: no image, caption and scores, or yes and no: {error!r}") from None
         foreign += row is None
         if row is not None and not (is_expert and vote.get("own")):
@@ -51,6 +54,7 @@ def measure_votes(
             texts = encode_texts(model, tokenizer, captions, batch_size=batch_size)
             cosines = (images.features[list(rows)].float() * texts.float()).sum(1)
             tau = float(kendalltau(cosines, values, variant=variant).statistic)
+            tau = 0.0 if math.isnan(tau) else tau  # all cosines are equal: chance
             figures[f"{voters}_votes_tau"] = Figure(round(100 * tau, 4), 0.0, len(opinions))
     if not figures:
         raise UserError(f"{path}: no vote is about a picture of the test set")

@@ -195,6 +195,10 @@ def test_votes_are_ranked_as_plain_loops_do(
         assert figures[name]["value"] == pytest.approx(100 * slow_tau(pairs, variant), abs=0.5)
     for text, message in (
         ('{"image": "a"}', "line 1: no image, caption"),
+        ('{"image": "a", "caption": "", "scores": [1, "nan"]}', "line 1: .*not finite"),
+        ('{"image": "a", "caption": "", "scores": [1' + 400 * "0" + "]}", "line 1: "),
+        ('{"image": "a", "caption": "", "yes": 1, "no": -1}', "line 1: "),
+        ("[]", "line 1: "),
         ('{"image": "z", "caption": "", "yes": 1, "no": 0}', "about a picture"),
     ):
         votes.write_text(text)
