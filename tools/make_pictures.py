@@ -55,7 +55,7 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
         axes.errorbar(places, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
     words = [textwrap.fill(KIND_WORDS.get(kind, kind), 13) for kind in kinds]
-    labels = [f"{said}\n({first[metric]['items']:,})" for said, metric in zip(words, metrics, strict=True)]
+    labels = [f"{word}\n({first[metric]['items']:,})" for word, metric in zip(words, metrics, strict=True)]
     axes.set_xticks(range(len(metrics)), labels)
     axes.set_ylim(0, 108)
     axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=INK)

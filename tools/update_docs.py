@@ -133,7 +133,7 @@ def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) 
     if not other:
         return show_mean([run["figures"][name] for run in content["variants"][first]["runs"]])
     contrasts = [contrast for question in content["questions"].values() for contrast in question.get("contrasts", ())]
-    contrast = next(found for found in contrasts if (found["a"], found["b"]) == (first, other))
+    contrast = next(entry for entry in contrasts if (entry["a"], entry["b"]) == (first, other))
     if name == "verdict":
         return VERDICTS[contrast[name]]
     row = contrast.get("figures", {contrast["metric"]: contrast})[name]

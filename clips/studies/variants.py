@@ -248,23 +248,23 @@ def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     return figures | means
 
 
-def decides(figures: Sequence[str], asked: str = DECIDING) -> str:
+def decides(figures: Sequence[str], requested: str = DECIDING) -> str:
     """The figure that decides, on artists never trained on, if any; without `DECIDING` the first that was measured."""
-    if asked not in (DECIDING, *figures):
-        raise UserError(f"--decides {asked}: the runs give {', '.join(figures)}")
-    return deciding_name(next(name for name in (asked, *MEANS, *FIGURES) if name in figures), figures)
+    if requested not in (DECIDING, *figures):
+        raise UserError(f"--decides {requested}: the runs give {', '.join(figures)}")
+    return deciding_name(next(name for name in (requested, *MEANS, *FIGURES) if name in figures), figures)
 
 
-def judge(question: Question, rows: Rows, asked: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
+def judge(question: Question, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """A question with its contrasts and verdict."""
-    contrasts = [compared(a, b, rows, asked, kept=kept) for a, b in question.contrasts]
+    contrasts = [compared(a, b, rows, requested, kept=kept) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 
 
-def compared(a: str, b: str, rows: Rows, asked: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
+def compared(a: str, b: str, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
     figures = [name for name in rows[a][0] if name != SECONDS]
-    deciding = decides(figures, asked)
+    deciding = decides(figures, requested)
     differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
     by_seed = [[row[deciding] for row in rows[name]] for name in (a, b)]
     return {

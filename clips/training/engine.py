@@ -226,13 +226,13 @@ class Engine:
         signals = square.new_tensor([unsaved, *(stop == number for number in STOP_SIGNALS)])
         sums = torch.cat([torch.stack([broken.double(), loss.double(), square]), signals])
         dist.all_reduce(sums)
-        found_broken, total, norm, found_unsaved, *found_stops = sums.tolist()
+        broken_ranks, total, squares, unsaved_ranks, *stops = sums.tolist()
         return Agreed(
-            finite=found_broken == 0,
-            stopping=max((n for n, found in zip(STOP_SIGNALS, found_stops, strict=True) if found), default=0),
-            unsaved=found_unsaved > 0,
+            finite=broken_ranks == 0,
+            stopping=max((n for n, ranks in zip(STOP_SIGNALS, stops, strict=True) if ranks), default=0),
+            unsaved=unsaved_ranks > 0,
             loss=total / self.world_size,
-            grad_norm=math.sqrt(norm) if norm > 0 else None,
+            grad_norm=math.sqrt(squares) if squares > 0 else None,
         )
 
     @torch.no_grad()
