@@ -51,6 +51,7 @@ SURE = 100  # after so many pairs each, the share of pairs that are left out is 
 KEY_VARIABLE = "CLIPS_API_KEY"
 RETRIES = 8  # of a failed request, with growing pauses or after Retry-After
 LONGEST = 600  # seconds for one caption, with all repeats
+GRACE = 5  # seconds for requests under way to end after an error or a signal
 _REFUSAL = re.compile(r"\W*(sorry|i['’]m sorry|i am sorry|i can['’]t|i cannot|i['’]m unable|as an ai)\b", re.IGNORECASE)
 _CONTROL = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,64}\]")
 """Control tokens of known models: <|im_end|>, </s>, <image>, [INST]. A typed one would act in a chat template."""
@@ -126,8 +127,8 @@ class Endpoint:
         finally:
             for task in tasks:
                 task.cancel()
-            if tasks:
-                self.loop.run_until_complete(asyncio.wait(tasks))
+            if tasks:  # a signal may have cost one its turn in the loop: it would be awaited for ever
+                self.loop.run_until_complete(asyncio.wait(tasks, timeout=GRACE))
 
     async def _ask(self, pair: Pair, client: openai.AsyncOpenAI, places: asyncio.Semaphore) -> Pair:
         picture = await asyncio.to_thread(open_picture, pair)

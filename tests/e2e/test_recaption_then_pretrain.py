@@ -51,7 +51,7 @@ def test_a_recaptioning_is_killed_goes_on_and_is_trained_on(tmp_path: Path) -> N
                 while len(parts(out)) == before and time.monotonic() < end:
                     time.sleep(0.02)
                 process.send_signal(number)
-                assert process.wait() == code
+                assert process.wait(60) == code
             assert before < len(parts(out)) < PARTS
         done = run(command(out))
     assert done.code == 0, done.text

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from mllm import recaption
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.model.load import FACTS
-from mllm.recaption import LocalModel, Pair, judge, turn, whole_sentences
+from mllm.recaption import Endpoint, LocalModel, Pair, judge, turn, whole_sentences
 
 Run = Callable[..., int]
 
@@ -135,3 +138,24 @@ def test_a_model_of_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -
     session = ChatSession(ChatModel.load(str(directory), device="cpu", dtype="float32"))
     answer = session.ask(f"What is in it? {made[0].web}", [decode_image(made[0].image)], Sampling(max_new_tokens=8))
     assert "".join(answer).strip() == texts[0]
+
+
+def test_a_request_that_does_not_end_holds_up_no_command_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes between two turns of the loop may cost a task its turn. Its cancellation is never seen."""
+
+    class Deaf(Endpoint):
+        async def _ask(self, pair: Pair, *_: object) -> Pair:
+            while pair.key != "first":
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(3600)
+            return pair
+
+    monkeypatch.setattr(recaption, "GRACE", 0.5)
+    endpoint = Deaf.__new__(Deaf)
+    endpoint.loop, endpoint.servers = asyncio.new_event_loop(), [(None, None)]
+    endpoint.flags = argparse.Namespace(batch_size=1)
+    captioned = endpoint.caption(Pair(key) for key in ("first", "b", "c", "d", "e"))
+    assert next(captioned).key == "first"
+    begin = time.monotonic()
+    captioned.close()
+    assert time.monotonic() - begin < 30
