@@ -1,7 +1,7 @@
-"""Does an encoder rank captions as people do? Kendall's tau between its cosines and human votes, as in CLIPScore.
+"""Does an encoder rank captions as people do? Kendall's tau of its cosines and human votes (arXiv 2104.08718, section 4)
 
-A file of votes has one JSON object a line: `image` (a file's name), `caption`, and `scores` (a list, one of each
-expert) or `yes` and `no` (counts of a crowd). `own` marks a picture's own caption. Source: arXiv 2104.08718, section 4.
+A line of the file is a JSON object: `image` (a file's name), `caption`, and `scores` (one of each expert) or `yes` and
+`no` (counts of a crowd). `own` marks a picture's own caption.
 """
 
 from __future__ import annotations

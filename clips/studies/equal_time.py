@@ -50,11 +50,8 @@ def compare(
     console.print(f"kept learning-rate multipliers: {best}")
     equal = equal_time_study(best, seeds, samples, samples).runs
     directories = train([*equal["clips"], *equal["clip"]], output, jobs, console)
-    seconds = {
-        RECIPES[name]: min(read_figures(directories[run], ())[SECONDS] for run in equal[name])
-        for name in ("clips", "clip")
-    }
-    longer = int(samples * seconds["demo"] / seconds["clip_baseline"])
+    clips, clip = (min(read_figures(directories[r], ())[SECONDS] for r in equal[name]) for name in ("clips", "clip"))
+    longer = int(samples * clips / clip)
     more = {"multipliers": best, "equal_time_samples": longer}
     study = replace(equal_time_study(best, seeds, samples, longer), decides=decides)
     return study.carry_out(output, jobs, equal_time_page, more=more)
