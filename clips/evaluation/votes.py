@@ -1,4 +1,4 @@
-"""Does an encoder rank captions as people do? Kendall's tau of its cosines and human votes (arXiv 2104.08718, section 4)
+"""Does an encoder rank captions as people do? Kendall's tau of its cosines and human votes (arXiv 2104.08718).
 
 A line of the file is a JSON object: `image` (a file's name), `caption`, and `scores` (one of each expert) or `yes` and
 `no` (counts of a crowd). `own` marks a picture's own caption.
