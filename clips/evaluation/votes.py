@@ -17,6 +17,9 @@ from clips.evaluation.encode import ImageSet, encode_texts
 from clips.evaluation.metrics import Figure
 from clips.model.clips import CLIPSModel
 
+EXPERT, CROWD = "expert_votes_tau", "crowd_votes_tau"
+VOTES = {EXPERT: "c", CROWD: "b"}  # figure → variant of Kendall's tau
+
 
 def measure_votes(
     model: CLIPSModel, tokenizer: CaptionTokenizer, images: ImageSet, path: str, *, batch_size: int
@@ -29,7 +32,7 @@ def measure_votes(
     from scipy.stats import kendalltau
 
     row_of = {PurePosixPath(key.rpartition("#")[2]).stem: row for row, key in enumerate(images.keys)}
-    votes: dict[str, list[tuple[int, str, float]]] = {"expert": [], "crowd": []}
+    votes: dict[str, list[tuple[int, str, float]]] = {name: [] for name in VOTES}
     foreign = 0
     for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
@@ -44,18 +47,17 @@ def measure_votes(
             raise UserError(f"{path}, line {number}: no image, caption and scores, or yes and no: {error!r}") from None
         foreign += row is None
         if row is not None and not (is_expert and vote.get("own")):
-            votes["expert" if is_expert else "crowd"] += [(row, *entry) for entry in entries]
+            votes[EXPERT if is_expert else CROWD] += [(row, *entry) for entry in entries]
     if foreign:
         say_once(f"{foreign:,} of {number:,} lines of {path} are about pictures that are not in the test set")
     figures = {}
-    for (voters, opinions), variant in zip(votes.items(), "cb", strict=True):
+    for name, opinions in votes.items():
         if opinions:
             rows, captions, values = zip(*opinions, strict=True)
             texts = encode_texts(model, tokenizer, captions, batch_size=batch_size)
             cosines = (images.features[list(rows)].float() * texts.float()).sum(1)
-            tau = float(kendalltau(cosines, values, variant=variant).statistic)
-            tau = 0.0 if math.isnan(tau) else tau  # all cosines are equal: chance
-            figures[f"{voters}_votes_tau"] = Figure(round(100 * tau, 4), 0.0, len(opinions))
+            tau = float(kendalltau(cosines, values, variant=VOTES[name]).statistic)  # NaN: all cosines are equal
+            figures[name] = Figure(0.0 if math.isnan(tau) else round(100 * tau, 4), 0.0, len(opinions))
     if not figures:
         raise UserError(f"{path}: no vote is about a picture of the test set")
     return figures

@@ -52,9 +52,8 @@ def compare(
     directories = train([*equal["clips"], *equal["clip"]], output, jobs, console)
     clips, clip = (min(read_figures(directories[r], ())[SECONDS] for r in equal[name]) for name in ("clips", "clip"))
     longer = int(samples * clips / clip)
-    more = {"multipliers": best, "equal_time_samples": longer}
     study = replace(equal_time_study(best, seeds, samples, longer), decides=decides)
-    return study.carry_out(output, jobs, equal_time_page, more=more)
+    return study.carry_out(output, jobs, equal_time_page, more={"multipliers": best, "equal_time_samples": longer})
 
 
 def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:

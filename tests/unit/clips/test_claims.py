@@ -16,6 +16,7 @@ from clips.config import Fields, RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import WITH_ERRORS, split_scene
 from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.votes import VOTES
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import (
@@ -28,7 +29,7 @@ from clips.studies.claims import (
     reproduce,
     variant_study,
 )
-from clips.studies.variants import FIGURES, VOTES
+from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
 
