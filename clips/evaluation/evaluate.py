@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
-from clips.evaluation.votes import measure_votes
+from clips.evaluation.votes import Vote, measure_votes, read_votes
 from clips.model.clips import MAX_LOGIT_SCALE, NO_SHARED_SPACE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
@@ -148,7 +148,7 @@ def _measure_sets(
     *,
     batch_size: int,
     probe: Callable[[ImageSet], Figure | None] | None = None,
-    votes: str | None = None,
+    votes: Sequence[Vote] | None = None,
     captioned: bool = True,
     sharded: bool = False,
     **options: Any,
@@ -199,6 +199,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     from clips.common.runtime import choose_device
     from clips.weights.load import load_model
 
+    votes = read_votes(flags.votes) if flags.votes else None
     loaded = load_model(flags.model)
     model, run = loaded.model.to(choose_device(flags.device)), loaded.run
     name, sets = _test_sets_of(flags, run)
@@ -223,7 +224,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
             return figure
 
     figures, skipped, count = _measure_sets(
-        model, loaded.tokenizer, sets, first, probe=probe, votes=flags.votes, limit=flags.limit, **options
+        model, loaded.tokenizer, sets, first, probe=probe, votes=votes, limit=flags.limit, **options
     )
     if not figures:
         raise UserError(
