@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from clips.common.files import read_json
 from clips.common.paths import SCRIPTS
@@ -14,9 +16,12 @@ from clips.common.rundir import UNSEEN, is_finished, read_evaluations, read_metr
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.lab.grid import Cell, Step
+from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
 
 SCRIPT = SCRIPTS / "pretrain_clips.py"
+RATES = ("lr", "muon_lr")
+"""Fields of a phase that a multiple of the learning rates multiplies."""
 PRETRAINING = "pretraining"
 
 
@@ -79,6 +84,20 @@ class PretrainingRun:
 
 def _is_measured(run: Path) -> bool:
     return (run / "evaluation.json").exists() and is_finished(run)
+
+
+def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
+    """`run` with the learning rates of all its phases multiplied."""
+    phases = run.config().phases
+    rates = [(f"phases.{i}.{name}", getattr(phase, name)) for i, phase in enumerate(phases) for name in RATES]
+    return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
+
+
+def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
+    """Train the runs that are not finished, and return the directory of each run."""
+    runner = Runner([run.cell(output) for run in runs], jobs, console)
+    runner.run(runner.cells)
+    return {run: output / run.name for run in runs}
 
 
 def test_figures(run: Path) -> dict[str, dict[str, Any]]:

@@ -115,6 +115,7 @@ class Study:
         page: Callable[[dict[str, Any]], Page],
         *,
         dry_run: bool = False,
+        more: Mapping[str, Any] | None = None,
         judged: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
         """Train what is missing, and write NAME.json and NAME.html into `output`; returns the result.
@@ -122,6 +123,7 @@ class Study:
         Args:
             page: makes the page of the result.
             dry_run: print the plan and return None.
+            more: further parts of the result.
             judged: questions that are answered already, by their key.
 
         Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
@@ -141,6 +143,7 @@ class Study:
         result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}
         result["questions"] |= judged or {}
         result["questions"] = dict(sorted(result["questions"].items()))
+        result |= more or {}
         write_report(result, output, self.name, lambda: page(result))
         self._say(result, output)
         return result

@@ -27,6 +27,7 @@ BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Figures that stand beside the deciding figure, after its value on the seen artists."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
+BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "undecided": "undecided"}
 
 
 def called(figure: str) -> str:
@@ -37,7 +38,7 @@ def called(figure: str) -> str:
     return words + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
-def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words) -> Page:
+def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:
     """Make the whole page. `limits` says what the study does not show."""
     questions, variants = result["questions"], result["variants"]
     tiles = [

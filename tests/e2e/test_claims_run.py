@@ -9,8 +9,7 @@ import pytest
 from lab_runs import run_main
 
 from clips.data.demo import ensure_demo
-from clips.lab.pretraining import PretrainingRun
-from clips.lab.run import Runner
+from clips.lab.pretraining import PretrainingRun, train
 from clips.studies.variants import terminal
 
 pytestmark = pytest.mark.slow
@@ -52,7 +51,6 @@ def test_a_run_of_several_sizes_is_measured_at_each_pictures_aspect(tmp_path: Pa
     sizes = "[[60, 60], [90, 40], [40, 90]]"
     settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
     settings += [f"phases.*.sizes={sizes}", f"eval.sizes={sizes}", "phases.*.by_aspect=true"]
-    cells = [PretrainingRun("demo", "native", 64, 0, tuple(settings)).cell(tmp_path / "runs")]
-    Runner(cells, 1, terminal()).run(cells)
+    train([PretrainingRun("demo", "native", 64, 0, tuple(settings))], tmp_path / "runs", 1, terminal())
     evaluation = json.loads((tmp_path / "runs" / "native" / "evaluation.json").read_text())
     assert evaluation["image_size"] == json.loads(sizes)

@@ -16,6 +16,7 @@ from lab_runs import STORED, stored, write_runs
 
 from clips.common.page import as_html
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
+from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.variants import judge
 from mllm.compare.figures import computed
 from mllm.compare.plan import comparison_of
@@ -30,6 +31,32 @@ def rows_of(variants: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
 def assert_contains(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Every entry of `old` is in `new`, equal."""
     assert {name: new[name] for name in old} == old
+
+
+def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Figures of every run and their differences from the first group, as the old layout had them."""
+    new, first = rows_of(result["variants"]), next(iter(names))
+    (question,) = result["questions"].values()
+    (differences,) = (value for key, value in old.items() if key.endswith("_minus"))
+    for name, label in names.items():
+        for run, before in zip(new[name], old["groups"][label], strict=True):
+            assert_contains(run, before)
+    for contrast in question["contrasts"]:
+        assert contrast["a"] == first
+        assert_contains(contrast["figures"], differences[names[contrast["b"]]])
+    assert len(question["contrasts"]) == len(names) - 1
+
+
+def test_equal_time(tmp_path: Path) -> None:
+    kept = stored("equal_time")
+    asked, old = kept["asked"], kept["report"]
+    longer = old["samples"]["equal time"]
+    study = equal_time_study(old["multipliers"], **asked, longer=longer)
+    write_runs(tmp_path, [*search_runs(asked["samples"]).values(), *study.everything()], kept["runs"])
+    result = compare(tmp_path, jobs=1, **asked)
+    assert (result["multipliers"], result["equal_time_samples"]) == (old["multipliers"], longer)
+    names = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
+    assert_same_groups(result, old, names)
 
 
 def assert_same_contrasts(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
