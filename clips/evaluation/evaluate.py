@@ -18,7 +18,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
-from clips.config import Fields, RunConfig, check_image_size, parse_sizes, sides
+from clips.config import Fields, RunConfig, check_image_size, parse_fields, parse_sizes, sides
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -272,8 +272,6 @@ def _key(data: Path) -> str:
 
 def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
     """A folder with one folder of images per class, or whatever training data may be."""
-    from clips.config import parse_fields
-
     if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
         return FolderSet(Path(spec))
     fields = parse_fields(flags.fields, run.data.fields)

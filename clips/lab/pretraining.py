@@ -20,8 +20,6 @@ from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
 
 SCRIPT = SCRIPTS / "pretrain_clips.py"
-RATES = ("lr", "muon_lr")
-"""Fields of a phase that a multiple of the learning rates multiplies."""
 PRETRAINING = "pretraining"
 
 
@@ -89,7 +87,7 @@ def _is_measured(run: Path) -> bool:
 def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
     """`run` with the learning rates of all its phases multiplied."""
     phases = run.config().phases
-    rates = [(f"phases.{i}.{name}", getattr(phase, name)) for i, phase in enumerate(phases) for name in RATES]
+    rates = [(f"phases.{i}.{key}", getattr(phase, key)) for i, phase in enumerate(phases) for key in ("lr", "muon_lr")]
     return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
 
 

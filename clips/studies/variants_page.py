@@ -97,9 +97,7 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
         return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
 
     compared = {name: variants[name] for name in labels}
-    blocks += [
-        Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."),
-    ]
+    blocks.append(Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."))
     if question.get("caution"):
         blocks.append(Paragraph(question["caution"], "With care"))
     return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(compared)]

@@ -64,12 +64,10 @@ def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
 
 def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:
     """Variant → stage → samples that each of its cells sees."""
-    firsts: dict[str, EncoderCell] = {}
-    for cell in cells:
-        firsts.setdefault(cell.variant, cell)
+    one_of_each = {cell.variant: cell for cell in cells}
     return {
         variant: {stage.name: stage_samples(comparison, cell, number) for number, stage in STAGES.items()}
-        for variant, cell in firsts.items()
+        for variant, cell in one_of_each.items()
     }
 
 

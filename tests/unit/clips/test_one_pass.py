@@ -174,7 +174,7 @@ def test_votes_are_ranked_as_plain_loops_do(
     parse = script_parser("evaluate_clips").parse_args
     flags = ["--model", str(tmp_path / "model"), "--data", run.data.test, "--votes", str(votes), "--output", str(out)]
     evaluate_from_flags(parse(flags))
-    assert f"8 of 89 votes are about pictures that are not in the test set" in caplog.text
+    assert "8 of 89 votes are about pictures that are not in the test set" in caplog.text
     slow = Slow(model, tokenizer, run, "test")
     features = {item.key: feature for item, feature in zip(slow.items, slow.features, strict=True)}
     expert: list[tuple[float, float]] = []
