@@ -213,11 +213,12 @@ def check_counts(seeds: int, jobs: int) -> None:
 
 
 def check_settings(runs: Sequence[PretrainingRun]) -> None:
-    """UserError for settings that a run refuses, or that change its seed or samples."""
+    """UserError for settings that a run refuses, and for other seeds or samples than those of the study."""
     for run in runs:
         config = run.config()
         if (config.train.seed, config.samples) != (run.seed, run.samples):
-            raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
+            would = f"would have seed {config.train.seed} and see {config.samples:,} samples"
+            raise UserError(f"{run.name} {would}: --set may change neither, and --samples must be whole batches")
 
 
 # ------------------------------------------------------------------------------------------- figures and verdicts

@@ -130,7 +130,8 @@ def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     [
         ({"claims": ["a", "z"]}, "no claim z; known: a, b, c, d, e"),
         ({"claims": ["f"]}, "no claim f; known: a, b, c, d, e"),
-        ({"claims": ["a"], "settings": ["train.seed=7"]}, "--seeds"),
+        ({"claims": ["a"], "settings": ["train.seed=7"]}, "seed 7 .*--set"),
+        ({"claims": ["a"], "samples": 1_000}, "--samples must be whole batches"),
         ({"claims": ["a", "b"], "settings": ["model.captioner.layers=2"]}, "captioner"),
     ],
 )
