@@ -97,16 +97,16 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
-    found: list[dict[str, torch.Tensor]] = []
+    losses: list[dict[str, torch.Tensor]] = []
     for _, loss, parts in forward_passes(engine, batches):
         engine.backward(loss)
-        found.append(parts)
-        if len(found) < engine.accumulation:
+        losses.append(parts)
+        if len(losses) < engine.accumulation:
             engine.step()
-    agreed = engine.agree(torch.stack([parts["loss"] for parts in found]).mean(), stop=0)
+    agreed = engine.agree(torch.stack([parts["loss"] for parts in losses]).mean(), stop=0)
     engine.step(leave_out=not agreed.finite)
     engine.limit_logit_scale()
-    return found, agreed.finite
+    return losses, agreed.finite
 
 
 def mean_of(found: list[dict[str, torch.Tensor]]) -> dict[str, float]:

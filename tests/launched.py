@@ -205,9 +205,9 @@ def assert_finished(
     assert "<img" in (run_dir / "report/index.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())
     if figures:
-        found = json.loads((run_dir / "evaluation.json").read_text())["figures"]
-        assert found
-        assert all(0 <= figure["value"] <= 100 for figure in found.values())
+        values = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+        assert values
+        assert all(0 <= figure["value"] <= 100 for figure in values.values())
 
 
 def assert_said(done: Done, code: int, *words: str) -> None:

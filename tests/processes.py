@@ -29,5 +29,5 @@ def wait_until_gone(out: Path, seconds: float = 60) -> None:
 
 def rank(out: Path, number: int) -> psutil.Process:
     """The training process of a rank."""
-    found = [process for process in of_run(out) if process.environ().get("RANK") == str(number)]
-    return min(found, key=psutil.Process.create_time)  # its workers came later
+    processes = [process for process in of_run(out) if process.environ().get("RANK") == str(number)]
+    return min(processes, key=psutil.Process.create_time)  # its workers came later

@@ -68,9 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         tag, size = hashlib.sha256(data).hexdigest()[:16], len(data)
-        asked = self.headers.get("Range", "").removeprefix("bytes=")
-        if asked and server.ranges:
-            start, stop = asked.split("-")
+        requested = self.headers.get("Range", "").removeprefix("bytes=")
+        if requested and server.ranges:
+            start, stop = requested.split("-")
             data = data[int(start) : int(stop) + 1]
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop}/{size}")

@@ -39,11 +39,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "clip-run", "clip", seed=2)
     write_llm(root / "llm")
     names = pictures(root / "images", 12)
-    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
-    more = [{"from": "human", "value": "And now?"}, said[1]]
-    captions = [{"id": name, "image": name, "conversations": said} for name in names]
-    records = [{"id": name, "image": name, "conversations": said + more * (i % 3)} for i, name in enumerate(names)]
-    text_only = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Hello"}, said[1]]} for i in range(4)]
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
+    more = [{"from": "human", "value": "And now?"}, turns[1]]
+    captions = [{"id": name, "image": name, "conversations": turns} for name in names]
+    records = [{"id": name, "image": name, "conversations": turns + more * (i % 3)} for i, name in enumerate(names)]
+    text_only = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Hello"}, turns[1]]} for i in range(4)]
     (root / "align.json").write_text(json.dumps(captions))
     (root / "instruct.json").write_text(json.dumps(records + text_only))
     questions = [
@@ -114,14 +114,14 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
     sets, figures = {}, {}
     for name, path in stored_questions(comparison.output).items():
         questions = asked_questions(comparison, path)
-        said = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
+        texts = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
         answers = cell.evaluation / f"{name}.jsonl"
-        lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, said, strict=True)]
+        lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, texts, strict=True)]
         for line in lines if "likelihood" in evaluation_settings(comparison) else ():
             line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
-        figures |= of_set(name, score(questions, said) | kind_means(lines))
+        figures |= of_set(name, score(questions, texts) | kind_means(lines))
     write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | figures)
 
 

@@ -68,11 +68,13 @@ def _made_place() -> Path:
 
 
 def conversation(image: str | None, turns: list[tuple[str, str]]) -> dict:
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    messages = [
+        {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+    ]
     if image is None:
-        return {"id": "text", "conversations": said}
-    said[0]["value"] = f"<image>\n{said[0]['value']}"
-    return {"id": image, "image": image, "conversations": said}
+        return {"id": "text", "conversations": messages}
+    messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+    return {"id": image, "image": image, "conversations": messages}
 
 
 def build(place: Path) -> LlavaForConditionalGeneration:
@@ -115,15 +117,15 @@ def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: s
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "400")  # no path is broken over lines
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-    said = io.StringIO()
+    output = io.StringIO()
     with (
         process_kept(),
-        contextlib.redirect_stderr(said),
-        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(output),
+        contextlib.redirect_stdout(output),
         pytest.raises(SystemExit) as ended,
     ):
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    return ended.value.code, said.getvalue()
+    return ended.value.code, output.getvalue()
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -133,7 +135,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 def results(run_dir: Path) -> dict[str, Tensor]:
     """Every weight that a run leaves."""
-    found = {}
+    tensors = {}
     for path in sorted(run_dir.rglob("*.safetensors")) + sorted(run_dir.rglob("*.bin")):
-        found |= {f"{path.relative_to(run_dir)}:{name}": tensor for name, tensor in read_weights(path).items()}
-    return found
+        tensors |= {f"{path.relative_to(run_dir)}:{name}": tensor for name, tensor in read_weights(path).items()}
+    return tensors

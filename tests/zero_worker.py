@@ -88,17 +88,17 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
 
 def temperatures_at_the_limit(engine: Engine) -> list[float]:
     """The temperature that a forward pass uses, before and after a step up beyond the limit and one down."""
-    found = []
+    results = []
     for direction in (-1.0, 1.0, 1.0):
         engine.engine.module.direction = direction
         engine.set_lr(3.0, 0.0)
         loss, parts = engine({key: value[:4] for key, value in tiny_batch(0).items()})
-        found.append(parts["logit_scale"].item())
+        results.append(parts["logit_scale"].item())
         engine.backward(loss)
         engine.agree(loss, stop=0)
         engine.step()
         engine.limit_logit_scale()
-    return found
+    return results
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
     state = whole_state(engine)
     dist.broadcast_object_list(parts)
     again = from_the_middle(kind, zero, parts)
-    found = {
+    record = {
         "losses": losses,
         "state": state,
         "resumed_losses": train(again, 3, 6),
@@ -150,12 +150,12 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
     }
     alone = dist.get_world_size() == 1
     if (kind, name) in FRESH and not alone:
-        found["fresh"] = fresh_in_the_middle(kind, zero)
+        record["fresh"] = fresh_in_the_middle(kind, zero)
     if kind == "adamw" and alone:
-        found["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
+        record["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
     if other is not None:
-        found["after two ranks and zero3"] = train(from_the_middle(kind, zero, other["zero3"]["middle"]), 3, 6)
-    return found
+        record["after two ranks and zero3"] = train(from_the_middle(kind, zero, other["zero3"]["middle"]), 3, 6)
+    return record
 
 
 def from_the_middle(kind: str, zero: dict, parts: list[dict]) -> Engine:

@@ -25,9 +25,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_a_step_left_out_changes_nothing_and_leaves_nothing_behind(ranks: list[dict], kind: str) -> None:
     for stage in LEFT_OUT[kind]:
-        found = ranks[0][kind][stage]
-        assert found["unchanged"], stage
-        assert found["as if never seen"], stage
+        outcome = ranks[0][kind][stage]
+        assert outcome["unchanged"], stage
+        assert outcome["as if never seen"], stage
 
 
 @pytest.mark.parametrize("kind", LEFT_OUT)

@@ -90,11 +90,11 @@ def test_checkpointing_and_accumulation_change_nothing(place: Path, monkeypatch:
         "checkpointing": ["--gradient_checkpointing"],
         "accumulation": ["--per_device_train_batch_size", "1"],
     }
-    found = {}
+    curves = {}
     for name, flags in variants.items():
         run(place, monkeypatch, *INSTRUCT, *start, *flags, "--output_dir", f"runs/variant-{name}")
-        found[name] = [loss for _, loss in losses(place / f"runs/variant-{name}")]
-        assert found[name] == pytest.approx(found["plain"], rel=1e-5), name
+        curves[name] = [loss for _, loss in losses(place / f"runs/variant-{name}")]
+        assert curves[name] == pytest.approx(curves["plain"], rel=1e-5), name
 
 
 @pytest.mark.slow
@@ -264,8 +264,8 @@ def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_ev
     assert fresh.keys() == after.keys() == expected.keys()
     tolerance = 1e-4 if bits == 4 else 0.06  # int8 also rounds the activations
     for name, gradient in expected.items():
-        for found in (fresh, after):
-            difference = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        for state in (fresh, after):
+            difference = (state[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
             assert difference < tolerance, (name, float(difference))
     assert max(float(g.norm()) for g in expected.values()) > 1e-3
 

@@ -71,8 +71,8 @@ def test_the_figures_are_a_single_rank_s(objective: str, tmp_path: Path) -> None
     (tmp_path / "rank.py").write_text(RANK)
     done = run_python(tmp_path / "rank.py", tmp_path / "model", ranks=ranks)
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"model/rank{rank}.json").read_text()) for rank in range(ranks)]
-    assert found[0].keys() == alone.keys()
+    by_rank = [json.loads((tmp_path / f"model/rank{rank}.json").read_text()) for rank in range(ranks)]
+    assert by_rank[0].keys() == alone.keys()
     for name, figure in alone.items():
-        assert found[0][name] == pytest.approx(figure, abs=1e-6), name
-    assert not any(found[1:]), "one rank has them"
+        assert by_rank[0][name] == pytest.approx(figure, abs=1e-6), name
+    assert not any(by_rank[1:]), "one rank has them"

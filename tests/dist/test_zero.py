@@ -21,15 +21,15 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
     """What six steps gave, by (optimizer and frozen tower, ranks) and stage."""
-    folder, found = tmp_path_factory.mktemp("zero"), {}
+    folder, states = tmp_path_factory.mktemp("zero"), {}
     other: str | Path = "none"
     for ranks, frozen in ((2, "muon:vision"), (1, "adamw:vision")):
         out = folder / f"{ranks}.pt"
         done = run_python(WORKER, "train", out, other, "adamw", "muon", frozen, "muon:caption", ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        found |= {(kind, ranks): stages for kind, stages in torch.load(out, weights_only=True).items()}
+        states |= {(kind, ranks): stages for kind, stages in torch.load(out, weights_only=True).items()}
         other = out
-    return found
+    return states
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -43,11 +43,11 @@ def test_all_stages_give_the_same_weights_and_optimizer_state(results: dict, kin
         assert stage["losses"] == pytest.approx(reference["losses"], abs=1e-5 if ranks == 1 else 1e-3), name
         assert stage["state"].keys() == reference["state"].keys()
         for key, value in reference["state"].items():
-            found = stage["state"][key]
+            ours = stage["state"][key]
             # Two ranks sum gradients in another order. Adam scales up the key bias's, which are rounding alone: one
             # rank's differ too where the products of several of Muon's matrices are rounded in another way (AMX).
             limit = 1e-5 if ranks == 1 and "qkv.bias" not in key else 5e-2
-            assert (found - value).norm() <= limit * value.norm() + 1e-9, (name, key)
+            assert (ours - value).norm() <= limit * value.norm() + 1e-9, (name, key)
 
 
 def test_the_temperature_comes_back_from_its_limit_in_every_stage(results: dict) -> None:

@@ -124,12 +124,12 @@ def test_retrieval_and_classification_are_clip_benchmark_s(export: Path, tmp_pat
 
     ours, theirs = {}, {}
     for name in SETS:
-        found = figures_of(export, tmp_path / name / "ours.json", "--karpathy", tmp_path / name / "karpathy.json")
-        sentence = {figure: value for figure, value in found.items() if re.match(r"sentence_\w2\w_r\d", figure)}
+        figures = figures_of(export, tmp_path / name / "ours.json", "--karpathy", tmp_path / name / "karpathy.json")
+        sentence = {figure: value for figure, value in figures.items() if re.match(r"sentence_\w2\w_r\d", figure)}
         ours[name] = {figure.removeprefix("sentence_"): value for figure, value in sentence.items()}
-        found = json.loads((tmp_path / name / "theirs.json").read_text())["metrics"]
+        metrics = json.loads((tmp_path / name / "theirs.json").read_text())["metrics"]
         ways = {"i2t": "text", "t2i": "image"}
-        theirs[name] = {f"{w}_r{k}": 100 * found[f"{ways[w]}_retrieval_recall@{k}"] for w in ways for k in (1, 5, 10)}
+        theirs[name] = {f"{w}_r{k}": 100 * metrics[f"{ways[w]}_retrieval_recall@{k}"] for w in ways for k in (1, 5, 10)}
     assert ours["unique"] == pytest.approx(theirs["unique"], abs=1e-3)
     assert 0 < ours["unique"]["t2i_r1"] < 100
     # Image → text cannot be equal here: of equal texts, which score the same, theirs takes the first in memory.
@@ -139,9 +139,9 @@ def test_retrieval_and_classification_are_clip_benchmark_s(export: Path, tmp_pat
 
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps({"classes": sorted(THINGS), "templates": TEMPLATES}))
-    found = figures_of(export, tmp_path / "ours.json", "--data", tmp_path / "data", "--classes", classes)
+    figures = figures_of(export, tmp_path / "ours.json", "--data", tmp_path / "data", "--classes", classes)
     accuracy = json.loads((tmp_path / "theirs.json").read_text())
-    assert found["zero_shot_top1"] == pytest.approx(100 * accuracy)
+    assert figures["zero_shot_top1"] == pytest.approx(100 * accuracy)
     assert 0 < accuracy < 1
 
 
@@ -149,7 +149,7 @@ def figures_of(export: Path, out: Path, *flags: str | Path) -> dict[str, float]:
     """What scripts/evaluate_clips.py measures of the export, in percent."""
     words = ["--model", export, "--output", out, "--device", "cpu", *flags]
     evaluate_from_flags(script_parser("evaluate_clips").parse_args(list(map(str, words))))
-    return {name: found["value"] for name, found in json.loads(out.read_text(encoding="utf-8"))["figures"].items()}
+    return {name: figure["value"] for name, figure in json.loads(out.read_text(encoding="utf-8"))["figures"].items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- lmms-eval

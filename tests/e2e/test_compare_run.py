@@ -32,8 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records, questions = [], []
     for i, name in enumerate(pictures(root / "images", 8)):
         answer = ("A red cat", "two dogs")[i % 2]
-        said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
-        records.append({"id": name, "image": name, "conversations": said})
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": name, "image": name, "conversations": turns})
         questions.append({"question_id": i, "image": name, "text": "What is it?", "kind": "what", "answer": answer})
     (root / "data.json").write_text(json.dumps(records))
     (root / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -91,9 +91,9 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
         code = run_main(monkeypatch, "compare_encoders", "--device", "cpu", *FLAGS)
         return code, capfd.readouterr().err
 
-    code, said = again()
-    assert code == 0, said[-3000:]
-    assert "report.html" in said
+    code, errors = again()
+    assert code == 0, errors[-3000:]
+    assert "report.html" in errors
     assert len(finished()) == 6
     assert finished() | before == finished()
     configs = [json.loads((cell / "config.json").read_text()) for cell in done]
@@ -111,9 +111,9 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
     assert [*record["commands"]] == ["align", "instruct", "evaluation"]
 
     logs = {path: path.stat().st_size for path in cells.glob("*.log")}
-    code, said = again()
+    code, errors = again()
     assert code == 0
-    assert "0 of 2 to run" in said
+    assert "0 of 2 to run" in errors
     assert {path: path.stat().st_size for path in cells.glob("*.log")} == logs
 
 

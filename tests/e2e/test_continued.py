@@ -136,8 +136,8 @@ def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
 
 
 def rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
-    found = [p for p in launcher.children(recursive=True) if _environment(p).get("RANK") == str(number)]
-    return min(found, key=psutil.Process.create_time, default=None)
+    processes = [p for p in launcher.children(recursive=True) if _environment(p).get("RANK") == str(number)]
+    return min(processes, key=psutil.Process.create_time, default=None)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

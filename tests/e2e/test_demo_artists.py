@@ -51,43 +51,43 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(script: str, *flags: str | Path) -> str:
-        code, said = command(tmp_path, monkeypatch, script, "--device", "cpu", *flags)
-        assert code == 0, said
-        return said
+        code, errors = command(tmp_path, monkeypatch, script, "--device", "cpu", *flags)
+        assert code == 0, errors
+        return errors
 
     # an encoder
     run = tmp_path / "runs" / "demo"
     words = ("several" if several else "one", "pretrain_clips.py", "--debug", "--name", "demo")
     done = run_python(ROOT / "tests" / "small_demo.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stderr
-    assert said.count(f"warning: {MISSING}") == (not several)
-    found = read(run / "evaluation.json")
-    assert (f"{UNSEEN}/sentence_i2t_r1" in found["figures"]) == several
-    assert found.get("missing") == (None if several else MISSING)
+    errors = done.stderr
+    assert errors.count(f"warning: {MISSING}") == (not several)
+    evaluation = read(run / "evaluation.json")
+    assert (f"{UNSEEN}/sentence_i2t_r1" in evaluation["figures"]) == several
+    assert evaluation.get("missing") == (None if several else MISSING)
     page = (run / "report" / "index.html").read_text()
     for part in (">unseen</th>", "“unseen”"):
         assert (part in page) == several
     assert (MISSING in page) == (not several)
     assert ("name: unseen" in (run / "export" / "native" / "README.md").read_text()) == several
 
-    said = ran("evaluate_clips.py", "--limit", "20")
-    assert (f"{UNSEEN} %" in said) == several
-    assert (MISSING in " ".join(said.split())) == (not several)
+    printed = ran("evaluate_clips.py", "--limit", "20")
+    assert (f"{UNSEEN} %" in printed) == several
+    assert (MISSING in " ".join(printed.split())) == (not several)
 
     # a model on it
     write_llava_on(tmp_path / "runs" / "llava-clips", run)
-    said = ran("evaluate_llava.py", "--max-new-tokens", "4")
-    assert ("unseen artist" in said) == several
-    found = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "figures.json")
-    assert found["sets"].keys() == {"answers", "descriptions"} | ({UNSEEN_ANSWERS} if several else set())
-    assert (UNSEEN in found) == several
+    printed = ran("evaluate_llava.py", "--max-new-tokens", "4")
+    assert ("unseen artist" in printed) == several
+    figures = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "figures.json")
+    assert figures["sets"].keys() == {"answers", "descriptions"} | ({UNSEEN_ANSWERS} if several else set())
+    assert (UNSEEN in figures) == several
 
     with contextlib.redirect_stdout(io.StringIO()) as told:
         print_summary()
-    said = told.getvalue()
-    assert f"pictures by {'unseen' if several else 'seen'} artists" in said
-    assert ("test of unseen artists is missing" in said) == (not several)
+    summary = told.getvalue()
+    assert f"pictures by {'unseen' if several else 'seen'} artists" in summary
+    assert ("test of unseen artists is missing" in summary) == (not several)
 
     # what the encoder is worth
     flags = ("--model_name_or_path", str(write_llm(tmp_path / "llm")), "--batch_size", "4")

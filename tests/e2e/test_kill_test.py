@@ -122,8 +122,8 @@ def is_now(kill: Kill, run_dir: Path, start_ends: float) -> bool:
 def samples_seen(run_dir: Path, kind: str = "train") -> int:
     """Samples of the last line of this kind in metrics.jsonl, which may be written at this moment; 0 if missing."""
     path = run_dir / METRICS
-    found = path.read_bytes()[-20_000:].splitlines() if path.is_file() else []
-    of_kind = (line for text in reversed(found) if (line := parse_line(text)) and line.get("kind") == kind)
+    texts = path.read_bytes()[-20_000:].splitlines() if path.is_file() else []
+    of_kind = (line for text in reversed(texts) if (line := parse_line(text)) and line.get("kind") == kind)
     return next((line["samples"] for line in of_kind), 0)
 
 
@@ -144,13 +144,13 @@ def chosen(victim: str, launcher: int, family: list[psutil.Process], rng: random
         parts[part].append(process)
     if victim == "everything":
         return [process for part in parts.values() for process in part]
-    found = next(name for name in (victim, "rank", "launcher") if parts[name])
-    return [rng.choice(parts[found])]
+    kind = next(name for name in (victim, "rank", "launcher") if parts[name])
+    return [rng.choice(parts[kind])]
 
 
 def compare(here: Path, there: Path) -> list[str]:
     """What differs between two finished runs of one configuration, except for their names and their times."""
-    found = []
+    both = []
     for run_dir in (here, there):
         parts: dict[str, dict[str, Any]] = {kind: dict(enumerate(trace(run_dir, kind))) for kind in ("train", "eval")}
         manifests = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
@@ -161,8 +161,8 @@ def compare(here: Path, there: Path) -> list[str]:
             str(path.relative_to(run_dir)): hash_weights(read_weights(path)).hexdigest()
             for path in (run_dir / "export").rglob("*.safetensors")
         }
-        found.append(parts)
-    ours, theirs = found
+        both.append(parts)
+    ours, theirs = both
     return [part for part in ours if not ours[part] or ours[part] != theirs[part]]
 
 

@@ -67,17 +67,17 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
     run_dir = tmp_path / "runs/demo-debug"
     assert_finished(run_dir)
     assert Image.open(run_dir / "report/curves.png").width > 100
-    found = json.loads((run_dir / "evaluation.json").read_text())["figures"]
-    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= found.keys()
+    figures = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= figures.keys()
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
     flags = (SCRIPT, "--debug", "--dry-run", "--output", tmp_path / "out", *shards)
     whole = ("--set", "train.accumulation=2", "train.contrastive=global")
-    found = run_all({"plain": python(*flags), "whole": python(*flags, *whole)})
-    assert found["plain"].code == found["whole"].code == 0, found
-    assert "3 steps × 8" in found["plain"].text
-    for name, done in found.items():
+    plans = run_all({"plain": python(*flags), "whole": python(*flags, *whole)})
+    assert plans["plain"].code == plans["whole"].code == 0, plans
+    assert "3 steps × 8" in plans["plain"].text
+    for name, done in plans.items():
         assert ("train.contrastive=global" in done.text) == (name == "whole")
     assert not (tmp_path / "out").exists()
 

@@ -51,8 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     align, instruct = [], []
     for name in pictures(root / "images", 8):
         for data, answer in ((align, "A red cat"), (instruct, "two dogs")):
-            said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
-            data.append({"id": name, "image": name, "conversations": said})
+            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+            data.append({"id": name, "image": name, "conversations": turns})
     (root / "align.json").write_text(json.dumps(align))
     (root / "instruct.json").write_text(json.dumps(instruct))
     question = {"question_id": 1, "image": "0.png", "text": "What is it?", "kind": "what", "answer": "two dogs"}
@@ -97,9 +97,9 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
         cwd=place, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert stock.returncode == 0, stock.stderr[-3000:]
-    found = torch.load(place / "out.pt", weights_only=True)
-    assert found["answer"].strip() == "two dogs"
-    assert torch.isfinite(found["logits"]).all()
+    output = torch.load(place / "out.pt", weights_only=True)
+    assert output["answer"].strip() == "two dogs"
+    assert torch.isfinite(output["logits"]).all()
 
     words = ["--model", str(run / "model"), "--questions", "question.jsonl", "--image-folder", "images"]
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")

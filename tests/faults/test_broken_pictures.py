@@ -59,8 +59,8 @@ def test_row_14_above_one_percent_the_run_ends_with_exit_4(tmp_path: Path) -> No
     assert_said(done, 4, "data.max_broken_share = 1.0%", "skipped.jsonl", "0.tar#000", "--allow-config-change")
     skipped, last = lines(tmp_path / "r", "skipped.jsonl"), trace(tmp_path / "r")[-1]
     assert len(skipped) == last["skipped"] > 10
-    said = f"{last['skipped']} broken samples were met for {last['samples']} that were trained on"
-    assert said in done.text, "more can be broken than were trained on: it was '18 of 16 samples are broken'"
+    message = f"{last['skipped']} broken samples were met for {last['samples']} that were trained on"
+    assert message in done.text, "more can be broken than were trained on: it was '18 of 16 samples are broken'"
     assert all(int(line["key"].rpartition("#")[2]) % 2 == 0 and line["reason"] for line in skipped)
 
 

@@ -22,12 +22,12 @@ def test_each_kind_comes_out_as_it_must(route: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    found = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())
     wrong = []
-    assert found["reasons"].keys() <= found["wanted"].keys()
-    for name, outcome in found["wanted"].items():
-        reason = found["reasons"].get(name)
+    assert result["reasons"].keys() <= result["wanted"].keys()
+    for name, outcome in result["wanted"].items():
+        reason = result["reasons"].get(name)
         if (reason is None) != (outcome == bad_corpus.USED) or not re.search(outcome, reason or ""):
             wrong.append(f"{name}: wanted {outcome or 'used'!r}, found {reason!r:.200}")
     assert not wrong, "\n".join(wrong)
-    assert found["grown_mib"] < MEMORY_MIB, found["grown_mib"]
+    assert result["grown_mib"] < MEMORY_MIB, result["grown_mib"]

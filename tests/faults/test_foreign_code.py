@@ -52,8 +52,8 @@ def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark:
     whole, stage = place / "runs" / f"zero{zero}", "align" if zero == 2 else "instruct"
     done = launch(place, WORKER, "keep", "2", *ZERO[zero], "--output_dir", str(whole))
     assert done.returncode == 0, done.stderr
-    kept = whole.with_name(f"{whole.name}-kept")
-    planted = shutil.copytree(kept, whole.with_name("planted"), dirs_exist_ok=True)
+    original = whole.with_name(f"{whole.name}-kept")
+    planted = shutil.copytree(original, whole.with_name("planted"), dirs_exist_ok=True)
     checkpoint = planted / stage / "checkpoint-2"
     bomb.plant(checkpoint / "global_step2" / PLANTED[zero], mark)
     seal(checkpoint)
@@ -63,11 +63,11 @@ def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark:
     assert "Nothing in it was run" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not mark.exists()
-    resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(kept))
+    resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(original))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr  # the launcher says on stdout which rank ended how
     assert "goes on from" in resumed.stderr
-    assert losses(kept) == losses(whole)
-    first, second = results(whole), results(kept)
+    assert losses(original) == losses(whole)
+    first, second = results(whole), results(original)
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
@@ -116,11 +116,11 @@ def test_row_23_the_trainer_s_files_are_read_as_data(
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["align"]["trains"]["max_steps"] = 4  # the run is to go on
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    code, said = command(place, monkeypatch, "train_llava.py", *flags)
-    assert code == 2, said
-    assert str(path) in said
-    assert "move it elsewhere" in said
-    assert "Traceback" not in said
+    code, errors = command(place, monkeypatch, "train_llava.py", *flags)
+    assert code == 2, errors
+    assert str(path) in errors
+    assert "move it elsewhere" in errors
+    assert "Traceback" not in errors
 
 
 # ---------------------------------------------------------------------------------------------- models and projectors
@@ -169,10 +169,10 @@ def refused(place: Path, shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
         for word in words:
             prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
             filled += shards if word == "DATA" else [f"{prefix}{made[name]()}" if name in made else word]
-        code, said = command(place, monkeypatch, script, *filled)
-        assert code == 2, said
-        assert "Traceback" not in said
-        return said
+        code, errors = command(place, monkeypatch, script, *filled)
+        assert code == 2, errors
+        assert "Traceback" not in errors
+        return errors
 
     return said_of
 
@@ -200,10 +200,10 @@ def test_row_23_a_pickle_on_every_route(
     made["LLAVA"] = lambda: as_bin(models / "runs/llava/model", tmp_path / "llava", mark)
     made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
     made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
-    said = refused(route, made)
-    assert str(tmp_path) in said
-    assert route == "resume" or "pickled code" in said or "is damaged" in said  # --resume takes directories alone
-    assert "weights_only" not in said  # torch's own message says how to run the code
+    message = refused(route, made)
+    assert str(tmp_path) in message
+    assert route == "resume" or "pickled code" in message or "is damaged" in message  # --resume takes directories alone
+    assert "weights_only" not in message  # torch's own message says how to run the code
     assert not (place / "out").exists()
 
 

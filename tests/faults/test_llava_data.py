@@ -54,10 +54,10 @@ def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monk
     records += [conversation("7.png", [("What?", "cat")])]
     hopeless = conversation("8.png", [("picture " * 200, "cat")])
     cut = ["--model_max_length", "64", "--output_dir"]
-    code, said = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
-    assert code == 2, said
-    assert "sample 8 (id 8.png)" in said
-    assert "every label is masked" in said
+    code, errors = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
+    assert code == 2, errors
+    assert "sample 8 (id 8.png)" in errors
+    assert "every label is masked" in errors
     assert not batches
     run(place, monkeypatch, *flags(place, [*records, hopeless], *cut, "runs/long", "--on_bad_sample", "skip"))
     ids = torch.cat([row for batch in batches for row in batch["input_ids"].split(1, 1)]).flatten()
@@ -86,8 +86,8 @@ def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkey
     turns = 2 + 1  # and the system text
     for name in ("<|im_start|>", "<|im_end|>"):
         assert (ids == tokenizer.convert_tokens_to_ids(name)).sum() == len(records) * turns
-    said = [tokenizer.decode(row[row != image_id(place)]) for row in batch["input_ids"]]
-    assert sum(typed in text for text in said) == len(records)
+    texts = [tokenizer.decode(row[row != image_id(place)]) for row in batch["input_ids"]]
+    assert sum(typed in text for text in texts) == len(records)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_row_22_placeholders_that_are_not_the_pictures(
 ) -> None:
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
-    code, said = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
-    assert code == 2, said
-    assert f"sample 1 (id wrong): it has {len(images)} image" in said
-    assert "Traceback" not in said
+    code, errors = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
+    assert code == 2, errors
+    assert f"sample 1 (id wrong): it has {len(images)} image" in errors
+    assert "Traceback" not in errors
     assert not batches
     assert not (place / "runs/wrong").exists()

@@ -51,9 +51,9 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def assert_the_same(run_dir: Path, whole: list[dict[str, Any]]) -> None:
     """Each step once, and the training of `whole`."""
-    found = trace(run_dir)
-    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
-    assert found[:60] == whole[: len(found)]
+    steps = trace(run_dir)
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert steps[:60] == whole[: len(steps)]
 
 
 # ------------------------------------------------------------------------------------------- deepspeed --hostfile
@@ -129,10 +129,10 @@ class Hosts:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where it shuts itself in; distributions make it at boot
-    found = Hosts(tmp_path_factory.mktemp("hosts"))
-    yield found
-    for name in list(found.daemons):
-        found.kill(name)
+    machines = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield machines
+    for name in list(machines.daemons):
+        machines.kill(name)
 
 
 @needs_hosts
@@ -160,9 +160,9 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back_and_ctrl_c_
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(60) != 0
             wait_until_gone(tmp_path)
-        said = log.read_text()
-        assert "goes on from" in said
-        assert all(f"{name}: " in said for name in hosts.addresses)
+        text = log.read_text()
+        assert "goes on from" in text
+        assert all(f"{name}: " in text for name in hosts.addresses)
         if latest(run_dir).name == f"step-{last_step(run_dir):08d}":
             break
     assert_saved_at_the_end(run_dir)

@@ -96,9 +96,9 @@ def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
 def test_row_10_a_killed_rank_ends_the_others(
     launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    said = ended(launch(*endless(tmp_path, shards)), tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGKILL))
-    assert "rank 0: a collective of step" in said
-    assert "No sign of life from rank 1" in said
+    text = ended(launch(*endless(tmp_path, shards)), tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGKILL))
+    assert "rank 0: a collective of step" in text
+    assert "No sign of life from rank 1" in text
 
 
 def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
@@ -128,29 +128,29 @@ def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[s
     broken = [(b"no picture", recap("stock photo", "A plain picture."))] * 64
     write_shard(tmp_path / "broken/0.tar", broken[:40])
     write_shard(tmp_path / "broken/1.tar", broken[40:])
-    said = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)
-    assert "16 samples drawn one after another are all broken" in said
-    assert "exitcode  : 4" in said
+    text = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)
+    assert "16 samples drawn one after another are all broken" in text
+    assert "exitcode  : 4" in text
 
 
 def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1"))
-    said = ended(words, tmp_path)
-    assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
-    assert "a defect that" in said
-    assert "in raising" in said, "the place in the worker"
-    assert "[rank0]: ZeroDivisionError" not in said
+    text = ended(words, tmp_path)
+    assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in text
+    assert "a defect that" in text
+    assert "in raising" in text, "the place in the worker"
+    assert "[rank0]: ZeroDivisionError" not in text
     assert 0 < len(losses(tmp_path / "r")) <= 5
 
 
 def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
     fewer = [(picture, recap(web, long)) for picture, web, long in pictures(40)]
     write_shard(tmp_path / "fewer/0.tar", fewer)
-    said = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
-    assert "rank 0: 64 samples in 2 shards" in said
-    assert "rank 1: 40 samples in 1 shards" in said
+    text = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
+    assert "rank 0: 64 samples in 2 shards" in text
+    assert "rank 1: 40 samples in 1 shards" in text
     assert not lines(tmp_path / "r")
 
 
@@ -161,8 +161,8 @@ def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[
         killed.append(max(rank(tmp_path, 1).children(), key=psutil.Process.create_time).pid)
         os.kill(killed[0], signal.SIGKILL)
 
-    said = ended(deepspeed(*endless(tmp_path, shards, "--set", "data.workers=1")), tmp_path, kill)
-    assert f"(pid(s) {killed[0]})" in said
+    text = ended(deepspeed(*endless(tmp_path, shards, "--set", "data.workers=1")), tmp_path, kill)
+    assert f"(pid(s) {killed[0]})" in text
 
 
 # What the watchdog does

@@ -79,10 +79,10 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
     assert len(skipped) == [line for line in lines(tmp_path / "r") if line["kind"] == "train"][-1]["skipped"]
 
     assert_said(done["check"], 4, "6 of 300 samples are broken, 2.0%", "data.max_broken_share = 1.0%")
-    found = json.loads((tmp_path / "check/summary.json").read_text())
-    assert found["broken"] == 6
-    assert found["reasons"]["web caption is empty"] == 2
-    assert sum(found["reasons"].values()) == 6
+    summary = json.loads((tmp_path / "check/summary.json").read_text())
+    assert summary["broken"] == 6
+    assert summary["reasons"]["web caption is empty"] == 2
+    assert sum(summary["reasons"].values()) == 6
     page = (tmp_path / "check/samples.html").read_text()
     for place in bad:
         assert f"0.tar#{place:05d}" in page
@@ -111,11 +111,11 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         (table / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         fields = ("--fields", "image=i", "web=w", "long=l")
         commands[name] = train(tmp_path / "runs", name, table / f"{name}.jsonl", *fields)
-    said = {
+    reasons = {
         "climbing": "'../00099.png' points outside", "absolute": "'/etc/00099.png' points outside",
         "symbolic": "is a link", "hard": "is a link", 
         "dots": "leads out of", "root": "leads out of", "link": "leads out of",
     }  # fmt: skip
     for name, done in run_all(commands).items():
-        assert_said(done, 2, said[name])
+        assert_said(done, 2, reasons[name])
         assert not lines(tmp_path / "runs" / name), "nothing was trained on"

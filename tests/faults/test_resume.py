@@ -64,9 +64,9 @@ def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
         wait_for(lambda: last_step(out / "r") >= 32, process, out / "log")
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    found = state(out / "r")
-    assert found["phase"] == 1
-    assert 0 < found["phase_step"] < 24
+    saved = state(out / "r")
+    assert saved["phase"] == 1
+    assert 0 < saved["phase_step"] < 24
     return out
 
 
@@ -118,15 +118,15 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
         "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
         "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
     }
-    found = {name: run(command) for name, command in commands.items()}  # one after another: they share a directory
-    assert_said(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
-    assert "data.train" not in found["refused"].text, "only what differs is shown"
-    assert_said(found["never"], 2, "holds a run already", "--name")
-    assert_said(found["pickle"], 2, "--resume", "model.pt")
-    assert_said(found["optimizer"], 2, "optim.kind cannot change within a run")
-    assert_said(found["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
-    assert found["allowed"].code == 0, found["allowed"].text
-    assert "goes on from" in found["allowed"].text
+    results = {name: run(command) for name, command in commands.items()}  # one after another: they share a directory
+    assert_said(results["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
+    assert "data.train" not in results["refused"].text, "only what differs is shown"
+    assert_said(results["never"], 2, "holds a run already", "--name")
+    assert_said(results["pickle"], 2, "--resume", "model.pt")
+    assert_said(results["optimizer"], 2, "optim.kind cannot change within a run")
+    assert_said(results["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
+    assert results["allowed"].code == 0, results["allowed"].text
+    assert "goes on from" in results["allowed"].text
     assert json.loads((out / "r/config.json").read_text())["train"]["seed"] == 0
 
 
@@ -222,11 +222,11 @@ def test_row_02_killed_in_the_middle_of_saves(whole: Path, killed_in_a_save: Pat
 
 def recorded(out: Path) -> dict[int, str]:
     """The sample of each position of the run, as ranks trained on it: twice where a kill came before a checkpoint."""
-    found: dict[int, str] = {}
+    key_at: dict[int, str] = {}
     for line in lines(out / "r", "keys.jsonl"):
         for position, key in zip(line["positions"], line["keys"], strict=True):
-            assert found.setdefault(position, key) == key, f"position {position} was another sample the second time"
-    return found
+            assert key_at.setdefault(position, key) == key, f"position {position} was another sample the second time"
+    return key_at
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +246,9 @@ def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_t
     killed: Path, on_two_ranks: Path
 ) -> None:
     *_, previous, newest = checkpoints(killed / "r")
-    said = (on_two_ranks / "log").read_text()
-    assert f"{newest} is not usable (model.safetensors does not match" in said
-    assert f"{previous} (" in said
+    text = (on_two_ranks / "log").read_text()
+    assert f"{newest} is not usable (model.safetensors does not match" in text
+    assert f"{previous} (" in text
 
 
 def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(

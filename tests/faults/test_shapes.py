@@ -64,7 +64,7 @@ def test_row_25_both_shapes_are_said(
         "search.py": ["--device", "cpu", "--pictures", "runs"],
     }
     words = [word.replace("{}", str(copied)) for word in words]
-    code, said = command(place, monkeypatch, script, *words, *more[script])
-    assert code == 2, said
-    assert all(shape in said for shape in shapes), said
-    assert "Traceback" not in said
+    code, errors = command(place, monkeypatch, script, *words, *more[script])
+    assert code == 2, errors
+    assert all(shape in errors for shape in shapes), errors
+    assert "Traceback" not in errors

@@ -155,28 +155,28 @@ def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[st
 def test_row_32_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Rank 1 never comes, as where RANK and WORLD_SIZE are left over in the environment of a single process."""
     env = FIRST | {"MASTER_PORT": str(unused_port())}
-    code, said = alone(env, *pretraining(tmp_path, shards, "--timeout-minutes", "0.1"))
+    code, text = alone(env, *pretraining(tmp_path, shards, "--timeout-minutes", "0.1"))
     assert code == 1
-    assert "waiting for rank 1 of 2 to begin" in said
-    assert "unset RANK" in said
-    assert "error: rank 1 of 2 has not begun" in said
+    assert "waiting for rank 1 of 2 to begin" in text
+    assert "unset RANK" in text
+    assert "error: rank 1 of 2 has not begun" in text
 
 
 @pytest.mark.parametrize(("left_over", "word"), [({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
 def test_variables_of_a_launcher_that_is_gone_are_named(
     left_over: dict[str, str], word: str, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    code, said = alone(left_over, *pretraining(tmp_path, shards))
+    code, text = alone(left_over, *pretraining(tmp_path, shards))
     assert code == 2
-    assert f"no {word}" in said or f", {word}" in said
+    assert f"no {word}" in text or f", {word}" in text
 
 
 def test_a_port_that_is_taken_is_one_sentence(shards: tuple[str, ...], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env = FIRST | {"MASTER_PORT": str(taken.getsockname()[1])}
-        code, said = alone(env, *pretraining(tmp_path, shards))
+        code, text = alone(env, *pretraining(tmp_path, shards))
     assert code == 2
-    assert "--master_port" in said
+    assert "--master_port" in text
 
 
 # ------------------------------------------------------------------------------------------------------- LLaVA stages

@@ -114,10 +114,10 @@ def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
         assert process.wait(90) != 0
         wait_until_gone(tmp_path)
     assert_saved_at_the_end(tmp_path / "r")
-    asked = (programs / "scontrol.log").read_text().splitlines()
-    assert asked == ["show hostnames here", "requeue 7"]
+    calls = (programs / "scontrol.log").read_text().splitlines()
+    assert calls == ["show hostnames here", "requeue 7"]
 
     mistake = run([*batch, SCRIPT, "--recipe", "no-such-recipe"], env=env)
     assert mistake.code != 0
-    asked = (programs / "scontrol.log").read_text().splitlines()
-    assert "requeue 7" not in asked[2:], "what fails by itself would fail again"
+    calls = (programs / "scontrol.log").read_text().splitlines()
+    assert "requeue 7" not in calls[2:], "what fails by itself would fail again"

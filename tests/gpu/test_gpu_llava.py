@@ -37,21 +37,21 @@ def batch(image_id: int, tokens: int, device: torch.device) -> dict[str, torch.T
     ids[:, 2 : 2 + tokens] = image_id
     labels = ids.clone()
     labels[:, : 4 + tokens] = -100
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    found["pixel_values"] = torch.randn(2, 3, 32, 32)
-    return {name: tensor.to(device) for name, tensor in found.items()}
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    tensors["pixel_values"] = torch.randn(2, 3, 32, 32)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def test_the_loss_is_that_of_a_cpu(places: Path) -> None:
-    found = []
+    losses = []
     for device in (torch.device("cpu"), GPU):
         vision = load_vision("clips", runs=places / "runs")
         llava, _ = build_model(vision, load_llm(str(places / "llm")))
         training = TrainingModel(llava.to(device), features=False).eval()
         inputs = batch(llava.config.image_token_id, vision.num_tokens, device)
         with torch.no_grad():
-            found.append(training(**inputs)["loss"].item())
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+            losses.append(training(**inputs)["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -46,12 +46,12 @@ def losses(run: RunConfig, zero: dict, device: torch.device, steps: int = 4) -> 
     init_distributed(device)
     engine = Engine(Task(random_model(run), run), run, device, {"zero_optimization": dict(zero)})
     engine.set_lr(1e-2, 2e-2)
-    found = []
+    values = []
     for step in range(steps):
         agreed = optimizer_step(engine, [moved(step, device)])
         assert agreed.finite
-        found.append(agreed.loss)
-    return found
+        values.append(agreed.loss)
+    return values
 
 
 def test_its_peak_is_known() -> None:
@@ -60,22 +60,22 @@ def test_its_peak_is_known() -> None:
 
 def test_fp32_gives_the_loss_and_gradients_of_a_cpu() -> None:
     run = tiny_run()
-    found = []
+    results = []
     for device in (torch.device("cpu"), GPU):
         task = Task(random_model(run).to(device), run)
         loss, _ = task(moved(0, device))
         loss.backward()
-        found.append((loss.item(), {name: p.grad.cpu() for name, p in task.named_parameters() if p.grad is not None}))
-    (cpu_loss, cpu), (gpu_loss, gpu) = found
+        results.append((loss.item(), {name: p.grad.cpu() for name, p in task.named_parameters() if p.grad is not None}))
+    (cpu_loss, cpu), (gpu_loss, gpu) = results
     assert gpu_loss == pytest.approx(cpu_loss, rel=1e-5)
     for name, grad in cpu.items():
         assert (gpu[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
 def test_bf16_is_near() -> None:
-    found = [Task(random_model(run).to(GPU), run)(moved(0, GPU))[0].item() for run in
+    losses = [Task(random_model(run).to(GPU), run)(moved(0, GPU))[0].item() for run in
              (tiny_run(), tiny_run(precision="bf16"))]  # fmt: skip
-    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -121,8 +121,8 @@ def opened(tmp_path_factory, pictures):
         export_all(model, run, tokenizer, folder / name_of(variant), pixels(pictures), TEXTS)
     for kind in CLIP_TOKENIZERS:
         model, run, tokenizer = build(kind, pad_mask=kind == "bert", pre_norm=True, text_like_clip=True, pool="cls")
-        found = export_all(model, run, tokenizer, folder / kind, pixels(pictures), TEXTS)
-        assert found["hf"] < 1e-4
+        distances = export_all(model, run, tokenizer, folder / kind, pixels(pictures), TEXTS)
+        assert distances["hf"] < 1e-4
     for i, data in enumerate(pictures):
         (folder / f"{i}.png").write_bytes(data)
     files = [f"{i}.png" for i in range(len(pictures))]
@@ -156,8 +156,8 @@ def test_stock_libraries_give_the_same_features(opened, pictures, variant):
     assert np.abs(theirs["text_features"] - text_features.numpy()).max() < 1e-4
     assert theirs["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
     # zero-shot: the same class for every image
-    found = (theirs["image_features"] @ theirs["text_features"].T).argmax(1)
-    assert (found == (image_features @ text_features.T).argmax(1).numpy()).all()
+    classes = (theirs["image_features"] @ theirs["text_features"].T).argmax(1)
+    assert (classes == (image_features @ text_features.T).argmax(1).numpy()).all()
 
     assert theirs["kind"] == ("CLIPVisionModel" if variant[2] else "ViTModel")
     tokens = model.visual(images)[1].numpy()
@@ -178,8 +178,8 @@ def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, pictures):
         assert torch.allclose(others, odds, atol=1e-3)
         wanted += odds.tolist()
     # transformers resizes in torch: pictures differ by up to two grey levels
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
-    assert np.abs(np.array(found) - np.array(wanted)).max() < 0.03
+    scores = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    assert np.abs(np.array(scores) - np.array(wanted)).max() < 0.03
 
 
 def test_an_export_without_clip_model_names_the_switch():

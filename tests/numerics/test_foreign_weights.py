@@ -90,16 +90,16 @@ def pictures(mean: Any, std: Any) -> Tensor:
 
 def states_after(blocks: Any, forward: Any) -> list[Tensor]:
     """What each block gives during `forward()`."""
-    found: list[Tensor] = []
+    states: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda m, i, out: found.append(out if torch.is_tensor(out) else out[0]))
+        block.register_forward_hook(lambda m, i, out: states.append(out if torch.is_tensor(out) else out[0]))
         for block in blocks
     ]
     with torch.no_grad():
         forward()
     for hook in hooks:
         hook.remove()
-    return found
+    return states
 
 
 def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
@@ -159,15 +159,15 @@ def test_timm_towers_give_the_same_features_in_every_layer(name: str, tmp_path: 
 
 
 def test_what_is_left_over_is_told_by_what_it_is(tmp_path: Path) -> None:
-    found = {}
+    left_over = {}
     for name in ("vit_classifier", "dinov2", "siglip_vision", "siglip", "clip_projected"):
         STOCK[name]().save_pretrained(tmp_path / name)
-        found[name] = {what: len(names) for what, names in read_initial(str(tmp_path / name)).left_over.items()}
-    assert found["vit_classifier"] == {"classifier": 2}
-    assert found["dinov2"] == {"mask token": 1}
-    assert found["siglip_vision"] == {"SigLIP's pooling head": 11}
-    assert found["siglip"]["SigLIP's sigmoid loss"] == 2
-    assert found["clip_projected"] == {"projection into CLIP's space": 1}
+        left_over[name] = {what: len(names) for what, names in read_initial(str(tmp_path / name)).left_over.items()}
+    assert left_over["vit_classifier"] == {"classifier": 2}
+    assert left_over["dinov2"] == {"mask token": 1}
+    assert left_over["siglip_vision"] == {"SigLIP's pooling head": 11}
+    assert left_over["siglip"]["SigLIP's sigmoid loss"] == 2
+    assert left_over["clip_projected"] == {"projection into CLIP's space": 1}
 
 
 def test_a_missing_and_an_unexplained_weight_are_named(tmp_path: Path) -> None:
@@ -184,15 +184,15 @@ def test_a_missing_and_an_unexplained_weight_are_named(tmp_path: Path) -> None:
 
 
 def test_what_no_tower_here_has_is_refused(tmp_path: Path) -> None:
-    for place, said in ((tmp_path, "no trained model"), (tmp_path / "nothing", "no directory")):
-        with pytest.raises(UserError, match=said):
+    for place, reason in ((tmp_path, "no trained model"), (tmp_path / "nothing", "no directory")):
+        with pytest.raises(UserError, match=reason):
             read_initial(str(place))
-    for config, said in [
+    for config, reason in [
         (transformers.Dinov2Config(**DINOV2, use_swiglu_ffn=True), "SwiGLU"),
         (transformers.Dinov2WithRegistersConfig(**DINOV2), "'dinov2_with_registers', which maps onto no tower here"),
         (transformers.ViTConfig(**IMAGE, hidden_act="relu"), "activation is relu"),
         (transformers.BertConfig(), "'bert'"),
     ]:
         config.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=reason):
             read_initial(str(tmp_path))

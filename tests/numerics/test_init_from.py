@@ -199,9 +199,9 @@ FORK = {
 
 def test_official_and_back_are_the_same_names_and_values(tmp_path: Path) -> None:
     w = write_official(tmp_path / "official")
-    found = convert(str(tmp_path / "official"), tmp_path / "open_clip", "open_clip")
-    found |= convert(str(tmp_path / "open_clip"), tmp_path / "again", "official")
-    assert max(found.values()) <= 1e-5
+    distances = convert(str(tmp_path / "official"), tmp_path / "open_clip", "open_clip")
+    distances |= convert(str(tmp_path / "open_clip"), tmp_path / "again", "official")
+    assert max(distances.values()) <= 1e-5
     convert(str(tmp_path / "official"), tmp_path / "native", "native")
     hashes = {read_initial(str(tmp_path / name)).sha256 for name in ("official", "native", "open_clip")}
     assert len(hashes) == 1  # of the weights, whatever their format
@@ -230,8 +230,8 @@ def test_a_clip_of_transformers_becomes_every_other_format(tmp_path: Path) -> No
 
 def test_an_image_tower_of_timm_becomes_one_of_transformers(tmp_path: Path) -> None:
     save_for_hf(shaken(timm.create_model("vit_base_patch16_224", **VIT)), tmp_path / "timm", model_args=VIT)
-    found = convert(f"timm:{tmp_path / 'timm'}", tmp_path / "vit", "transformers")
-    assert found.keys() == {"image tokens"}
+    distances = convert(f"timm:{tmp_path / 'timm'}", tmp_path / "vit", "transformers")
+    assert distances.keys() == {"image tokens"}
     assert not (tmp_path / "vit" / "embedding.safetensors").exists()
     with pytest.raises(UserError, match="image tower alone"):
         convert(str(tmp_path / "timm"), tmp_path / "native", "native")

@@ -173,10 +173,10 @@ def test_as_an_encoder_for_llava(tmp_path, tells_eps):
     encoder = load_vision(f"clips:{tmp_path / 'official'}")
     assert encoder.config.layer_norm_eps == 1e-6
     with torch.no_grad():
-        found = stock(w).visual.forward_intermediates(
+        outputs = stock(w).visual.forward_intermediates(
             pixels(), indices=[LAYERS - 2], output_fmt="NLC", normalize_intermediates=False
         )
-    expected = found["image_intermediates"][0]
+    expected = outputs["image_intermediates"][0]
     torch.testing.assert_close(encoder.features(pixels()), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 

@@ -209,8 +209,8 @@ def test_lora_on_a_llava_checkpoint(tmp_path, parts):
     (lora, merged), *_ = parts[0].items()
     shutil.rmtree(tmp_path / "tower"), shutil.rmtree(tmp_path / "base")
     whole = write_whole(tmp_path, kind="mlp2x_gelu")
-    found = read_original(lora, str(whole)).tensors
-    assert all(torch.equal(found[name], tensor) for name, tensor in merged.items())
+    tensors = read_original(lora, str(whole)).tensors
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in merged.items())
     with pytest.raises(UserError, match="is a whole model: leave out --base"):
         read_original(whole, str(tmp_path / "base"))
 

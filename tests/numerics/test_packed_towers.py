@@ -56,8 +56,10 @@ def read(texts: list[TextStates]) -> torch.Tensor:
 def assert_equal_gradients(module: torch.nn.Module, expected: torch.Tensor, *losses: torch.Tensor) -> None:
     """A parameter that no loss reaches has none in either way."""
     names = [name for name, _ in module.named_parameters()]
-    wanted, *found = (torch.autograd.grad(x, list(module.parameters()), allow_unused=True) for x in (expected, *losses))
-    for gradients in found:
+    wanted, *others = (
+        torch.autograd.grad(x, list(module.parameters()), allow_unused=True) for x in (expected, *losses)
+    )
+    for gradients in others:
         for name, ours, theirs in zip(names, gradients, wanted, strict=True):
             assert (ours is None) == (theirs is None), name
             if ours is not None:

@@ -80,14 +80,14 @@ def made(place: Path, *, llm: str = "llama", version: str = "auto") -> tuple[Any
 
 def check_equal(model: Any, batch: dict[str, Tensor], num_items: int | None = None) -> None:
     """Loss within 1e-5, and in each trained tensor a gradient of the same direction and length."""
-    found = []
+    results = []
     for packed in (True, False):
         training = TrainingModel(copy.deepcopy(model), features=False, packed=packed)
         assert training.packed is packed
         loss = training(**batch, num_items_in_batch=num_items)["loss"]
         loss.backward()
-        found.append((float(loss.detach()), {name: p.grad for name, p in training.trained().items()}))
-    (loss, gradients), (expected, others) = found
+        results.append((float(loss.detach()), {name: p.grad for name, p in training.trained().items()}))
+    (loss, gradients), (expected, others) = results
     assert loss == pytest.approx(expected, abs=1e-5)
     assert expected > 0
     assert gradients.keys() == others.keys()

@@ -48,12 +48,12 @@ def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names:
 
 
 def test_equal_time(tmp_path: Path) -> None:
-    kept = stored("equal_time")
-    asked, old = kept["asked"], kept["report"]
+    record = stored("equal_time")
+    settings, old = record["asked"], record["report"]
     longer = old["samples"]["equal time"]
-    study = equal_time_study(old["multipliers"], **asked, longer=longer)
-    write_runs(tmp_path, [*search_runs(asked["samples"]).values(), *study.everything()], kept["runs"])
-    result = compare(tmp_path, jobs=1, **asked)
+    study = equal_time_study(old["multipliers"], **settings, longer=longer)
+    write_runs(tmp_path, [*search_runs(settings["samples"]).values(), *study.everything()], record["runs"])
+    result = compare(tmp_path, jobs=1, **settings)
     assert (result["multipliers"], result["equal_time_samples"]) == (old["multipliers"], longer)
     names = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
     assert_same_groups(result, old, names)
@@ -66,18 +66,24 @@ def assert_same_contrasts(new: Sequence[Mapping[str, Any]], old: Sequence[Mappin
 
 
 def test_claims(tmp_path: Path) -> None:
-    kept = stored("claims")
-    old, asked = kept["report"], kept["asked"]
+    record = stored("claims")
+    old, settings = record["report"], record["asked"]
     study = variant_study(
-        list(old["variants"]), range(asked["seeds"]), asked["samples"], (), name="claims", title="", questions=CLAIMS
+        list(old["variants"]),
+        range(settings["seeds"]),
+        settings["samples"],
+        (),
+        name="claims",
+        title="",
+        questions=CLAIMS,
     )
-    write_runs(tmp_path, study.everything(), kept["runs"])
+    write_runs(tmp_path, study.everything(), record["runs"])
     before = old["claims"]["e"]["contrasts"][0]
     llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 0.0432, "ci95": [0.0041, 0.0823]}
     llava |= {"seeds": 3, "items": 800, "verdict": "undecided"}
     (tmp_path / "llava.json").write_text(json.dumps({"differences": [llava]}))
-    options = {name: asked[name] for name in ("seeds", "samples")}
-    result = reproduce(tmp_path, asked["claims"].split(","), jobs=1, llava_report=tmp_path / "llava.json", **options)
+    options = {name: settings[name] for name in ("seeds", "samples")}
+    result = reproduce(tmp_path, settings["claims"].split(","), jobs=1, llava_report=tmp_path / "llava.json", **options)
     assert rows_of(result["variants"]) == rows_of(old["variants"])
     assert result["deciding_figure"] == old["deciding_figure"]
     for key, claim in old["claims"].items():
@@ -91,9 +97,9 @@ def test_captions() -> None:
     question = replace(
         CLAIMS["a"], variants=tuple(old["variants"]), contrasts=tuple((c["a"], c["b"]) for c in old["contrasts"])
     )
-    found = judge(question, rows_of(old["variants"]))
-    assert_same_contrasts(found["contrasts"], old["contrasts"])
-    assert found["contrasts"][0]["metric"] == old["deciding_figure"]
+    result = judge(question, rows_of(old["variants"]))
+    assert_same_contrasts(result["contrasts"], old["contrasts"])
+    assert result["contrasts"][0]["metric"] == old["deciding_figure"]
 
 
 @pytest.mark.parametrize("name", ["claims", "captions"])
@@ -103,13 +109,13 @@ def test_results_of_real_trainings_are_what_their_runs_give(name: str) -> None:
     rows = rows_of(result["variants"])
     for question in result["questions"].values():
         if "variants" in question:
-            asked = replace(
+            same = replace(
                 CLAIMS["a"],
                 variants=tuple(question["variants"]),
                 contrasts=tuple((c["a"], c["b"]) for c in question["contrasts"]),
             )
-            found = judge(asked, rows)
-            assert (found["contrasts"], found["verdict"]) == (question["contrasts"], question["verdict"])
+            judged = judge(same, rows)
+            assert (judged["contrasts"], judged["verdict"]) == (question["contrasts"], question["verdict"])
     assert name == "captions" or set(rows) == set(VARIANTS) - {"web_longer"}  # of photographs alone
 
 
@@ -127,8 +133,8 @@ def test_encoders(name: str) -> None:
     # McNemar's test and the A/A calibration beside the interval left: the interval alone decides.
     gone = {"wins", "losses", "p_mcnemar", "p_holm"}
     old["differences"] = [{key: row[key] for key in row.keys() - gone} for row in old["differences"]]
-    for found in old["loose_answers"].values():  # its examples are no figures, and left
-        del found["normalised"]["examples"], found["prefix"]["examples"]
+    for loose in old["loose_answers"].values():  # its examples are no figures, and left
+        del loose["normalised"]["examples"], loose["prefix"]["examples"]
     # `scorer` is a hash of the scorer's source, which also changes with its sentences.
     for part in old.keys() - {"command", "time", "environment", "calibration", "scorer"}:
         assert again[part] == old[part], part

@@ -105,8 +105,8 @@ def test_text_towers_equal_the_plain_reference(fields):
     slots = 8 if config.pool == "cls" else 9
     rows = [row + [0] * (slots - len(row)) + [3] * (config.pool == "cls") for row in words]
     pooled = tower(torch.tensor(rows))[0].pooled
-    for found, row in zip(pooled, rows, strict=True):
-        torch.testing.assert_close(found, slow_text(tower, row), **CLOSE)
+    for actual, row in zip(pooled, rows, strict=True):
+        torch.testing.assert_close(actual, slow_text(tower, row), **CLOSE)
     if config.trim:  # the same at the batch's own length
         short = [[*row[:8], 3] if config.pool == "cls" else row[:7] for row in rows]
         torch.testing.assert_close(tower(torch.tensor(short))[0].pooled, pooled, **CLOSE)
@@ -131,8 +131,8 @@ def test_an_image_that_is_no_square_equals_the_plain_reference(cls):
 
     tokens = ([w["cls_token"]] if cls else []) + [token(row, column) for row in range(3) for column in range(5)]
     tokens = torch.stack(blocks(tokens, w, tower.config, lambda i, j: True))
-    pooled, found = tower(image[None])
-    torch.testing.assert_close(found[0], tokens, **CLOSE)
+    pooled, actual = tower(image[None])
+    torch.testing.assert_close(actual[0], tokens, **CLOSE)
     torch.testing.assert_close(pooled[0], norm(tokens[cls:].mean(0), w, "norm", 1e-6), **CLOSE)
     with pytest.raises(ValueError, match=r"set to images of 20 × 12: call set_image_size"):
         _ = tower.image_size
@@ -246,8 +246,8 @@ def test_an_image_tower_comes_back_from_transformers_with_its_projection(shape, 
     tower = VisionTower(foreign.vision, foreign.embed_dim)
     assign_weights(tower, {name.removeprefix("visual."): value for name, value in foreign.tensors.items()}, tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    for found, expected in zip(tower(images), trained.visual(images), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    for actual, expected in zip(tower(images), trained.visual(images), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
     assert torch.equal(tower.proj.weight, trained.visual.proj.weight)
 
 

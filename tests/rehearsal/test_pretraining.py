@@ -151,7 +151,7 @@ def test_captions_are_written_on_one_device() -> None:
 
 
 def test_chunks_of_similarities_change_neither_loss_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    results = []
     for most in (2**26, 100):
         monkeypatch.setattr("clips.training.losses.LOGITS", most)
         torch.manual_seed(0)
@@ -159,8 +159,8 @@ def test_chunks_of_similarities_change_neither_loss_nor_gradients(monkeypatch: p
         scale = torch.tensor([5.0], dtype=torch.double, requires_grad=True)
         loss = info_nce(*inputs, scale, first=48)
         loss.backward()
-        found.append([loss.detach(), scale.grad, *(x.grad for x in inputs)])
-    for whole, chunked in zip(*found, strict=True):
+        results.append([loss.detach(), scale.grad, *(x.grad for x in inputs)])
+    for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole)
 
 

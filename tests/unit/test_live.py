@@ -28,15 +28,15 @@ def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int = 200)
 
 
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = on(Terminal(), monkeypatch, columns=20)
+    printed = on(Terminal(), monkeypatch, columns=20)
     line = LiveLine()
     line.show("a long first line that is cut")
     line.show("short")
     line.say("stays")
     line.show("again")
     line.close()
-    assert "a long first line …" in told.getvalue()
-    assert [text.split("\r")[-1].strip() for text in told.getvalue().split("\n")] == ["stays", "again", ""]
+    assert "a long first line …" in printed.getvalue()
+    assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
 
 
 def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,20 +24,20 @@ from mllm.training.log import MetricsLog
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What wandb and trackio are told; both have these three functions."""
-    told: list[tuple[str, Any]] = []
+    events: list[tuple[str, Any]] = []
 
     def fake(name: str) -> Any:
         return SimpleNamespace(
             __name__=name,
             __spec__=object(),
-            init=lambda **words: told.append((f"{name} init", words)),
-            log=lambda scalars, step: told.append((f"{name} log", (step, scalars))),
-            finish=lambda: told.append((f"{name} finish", None)),
+            init=lambda **words: events.append((f"{name} init", words)),
+            log=lambda scalars, step: events.append((f"{name} log", (step, scalars))),
+            finish=lambda: events.append((f"{name} finish", None)),
         )
 
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, fake(name))
-    return told
+    return events
 
 
 def test_both_halves_tell_all_loggers_the_same(tmp_path: Path, calls: list[tuple[str, Any]]) -> None:

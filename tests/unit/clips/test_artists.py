@@ -80,9 +80,9 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(
     log.unlink()
     assert fetch_sets(["mine", OPENMOJI]) == ""
     assert not log.exists()  # it is there: npm is not asked again
-    found = drawings("mine", {"dog": "dog_face", "cat": "cat_face"})
-    assert found.keys() == {"dog"}
-    assert np.asarray(found["dog"])[SIDE // 2, SIDE // 2].tolist() == [255, 0, 0, 255]
+    drawn = drawings("mine", {"dog": "dog_face", "cat": "cat_face"})
+    assert drawn.keys() == {"dog"}
+    assert np.asarray(drawn["dog"])[SIDE // 2, SIDE // 2].tolist() == [255, 0, 0, 255]
     mine.tarball.write_bytes(content[:-1])  # damaged since: fetched again
     assert fetch_sets(["mine"]) == ""
     assert mine.tarball.read_bytes() == content

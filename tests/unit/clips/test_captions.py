@@ -129,14 +129,14 @@ def is_subsequence(part: list[int], whole: list[int]) -> bool:
 @settings(max_examples=60, deadline=None)
 def test_strategies_keep_order_and_count_tokens(strategy, ids, tokens, seed):
     config = CaptionsConfig(strategy=strategy, sub_caption_tokens=tokens)
-    kept = kept_tokens(ids, config, random.Random(seed))
-    assert kept == kept_tokens(ids, config, random.Random(seed))
-    assert is_subsequence(kept, ids)
-    assert len(kept) == (len(ids) if strategy in ("sentence", "full") else min(tokens, len(ids)))
+    shortened = kept_tokens(ids, config, random.Random(seed))
+    assert shortened == kept_tokens(ids, config, random.Random(seed))
+    assert is_subsequence(shortened, ids)
+    assert len(shortened) == (len(ids) if strategy in ("sentence", "full") else min(tokens, len(ids)))
     if strategy == "truncation":
-        assert kept == ids[:tokens]
+        assert shortened == ids[:tokens]
     if strategy == "block_mask":
-        assert kept in [ids[i : i + len(kept)] for i in range(len(ids) + 1)]
+        assert shortened in [ids[i : i + len(shortened)] for i in range(len(ids) + 1)]
 
 
 @given(PROSE, st.integers(0, 2**32))

@@ -45,13 +45,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_everything_is_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = check_pairs(run_on(data, held_out=0.05), tmp_path / "out")
-    assert (found["samples"], found["checked"], found["broken"]) == (300, 300, 13)
-    assert found["reasons"] == {"image: image file is truncated": 10, "web caption is empty": 3}
-    assert found["cut"] == {"web caption": 0, "long caption": 1}
-    assert found["repeated"] == {"picture": 5, "web caption": 19, "long caption": 0}
-    assert len(found["broken_samples"]) == 13
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == found
+    summary = check_pairs(run_on(data, held_out=0.05), tmp_path / "out")
+    assert (summary["samples"], summary["checked"], summary["broken"]) == (300, 300, 13)
+    assert summary["reasons"] == {"image: image file is truncated": 10, "web caption is empty": 3}
+    assert summary["cut"] == {"web caption": 0, "long caption": 1}
+    assert summary["repeated"] == {"picture": 5, "web caption": 19, "long caption": 0}
+    assert len(summary["broken_samples"]) == 13
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
     assert "13 (4.33%)" in capsys.readouterr().out
     assert (tmp_path / "out/samples.html").read_text().count("data:image/png") in (SHOWN - 1, SHOWN)
 
@@ -97,6 +97,6 @@ def test_a_mix_and_a_damaged_shard(data: Path, tmp_path: Path) -> None:
     cut = (data / "1.tar").read_bytes()[:-200_100]
     (tmp_path / "cut.tar").write_bytes(cut)
     mix = parse_mix([f"a=1:{data}/0.tar", f"b=2:{tmp_path}/cut.tar"])
-    found = check_pairs(run_on("mix", mix=mix), tmp_path / "out")
-    assert 150 < found["checked"] < 300
-    assert any("cut.tar: member" in problem and "cut off" in problem for problem in found["problems"])
+    summary = check_pairs(run_on("mix", mix=mix), tmp_path / "out")
+    assert 150 < summary["checked"] < 300
+    assert any("cut.tar: member" in problem and "cut off" in problem for problem in summary["problems"])

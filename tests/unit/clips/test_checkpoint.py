@@ -35,16 +35,16 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert checkpoint.latest(tmp_path) is None
     path = write(tmp_path, 3)
-    found = checkpoint.latest(tmp_path)
-    assert found.path == path == checkpoint.load(path).path
-    assert asdict(found.state) | {"logit_scale": []} == asdict(
+    latest = checkpoint.latest(tmp_path)
+    assert latest.path == path == checkpoint.load(path).path
+    assert asdict(latest.state) | {"logit_scale": []} == asdict(
         TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3)
     )
-    assert [tuple(pair) for pair in found.state.logit_scale] == [(24, 14.25)]
-    assert found.weights().keys() == {"a.weight", "scale"}
-    assert torch.equal(found.weights()["a.weight"], torch.full((64, 4), 3.0))
-    assert found.weights()["scale"].shape == ()
-    assert torch.equal(found.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
+    assert [tuple(pair) for pair in latest.state.logit_scale] == [(24, 14.25)]
+    assert latest.weights().keys() == {"a.weight", "scale"}
+    assert torch.equal(latest.weights()["a.weight"], torch.full((64, 4), 3.0))
+    assert latest.weights()["scale"].shape == ()
+    assert torch.equal(latest.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
     assert sorted(p.name for p in path.iterdir()) == FILES
 
 

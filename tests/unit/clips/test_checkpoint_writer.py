@@ -49,8 +49,8 @@ def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monk
         assert checkpoint.latest(tmp_path) is None, "what is not whole does not count"
         goes_on.set()
         assert writer.wait() is None
-    found = checkpoint.latest(tmp_path).state
-    assert (found.step, found.samples, [tuple(pair) for pair in found.logit_scale]) == (3, 24, [(24, 1.5)])
+    saved = checkpoint.latest(tmp_path).state
+    assert (saved.step, saved.samples, [tuple(pair) for pair in saved.logit_scale]) == (3, 24, [(24, 1.5)])
 
 
 def test_whoever_leaves_waits_for_the_write(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_whoever_leaves_waits_for_the_write(tmp_path: Path) -> None:
 def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:
     assert chosen_weights(tmp_path) is None
     _, second = save(tmp_path, 1, 2)
-    found = chosen_weights(tmp_path)
-    assert found == {
+    weights = chosen_weights(tmp_path)
+    assert weights == {
         "step": 2, "samples": 16, "sha256": json.loads((second / "MANIFEST.json").read_text())["model.safetensors"]
     }  # fmt: skip
     (second / "MANIFEST.json").write_text("{")

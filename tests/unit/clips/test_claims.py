@@ -77,8 +77,8 @@ FREE = {
 def test_runs_of_a_claim_are_equal_but_for_what_it_is_about(key: str) -> None:
     claim = CLAIMS[key]
     configs = [variant_run(name, 0).config() for name in claim.variants]
-    found = {field for config in configs[1:] for field in differing(configs[0], config)}
-    assert {field for field in found if not any(field.startswith(free) for free in FREE[key])} == set()
+    fields = {field for config in configs[1:] for field in differing(configs[0], config)}
+    assert {field for field in fields if not any(field.startswith(free) for free in FREE[key])} == set()
     assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs)
     assert differing(configs[0], variant_run(claim.variants[0], 1).config()) == {"train.seed"}
     assert {name for pair in claim.contrasts for name in pair} <= set(claim.variants) <= set(VARIANTS)
@@ -158,12 +158,12 @@ def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path)
     path = tmp_path / "report.json"
     assert "compare_encoders.py" in judge_llava(path)["missing"]
     others = [entry("clips", "blind", "accuracy", [0.2, 0.3]), entry("clips", "clip", "f1", [-0.9, -0.1])]
-    found = judge_llava(compare_report(path, [*others, entry("clips", "clip", "accuracy", [0.01, 0.03])]))
-    assert found["verdict"] == "win"
+    result = judge_llava(compare_report(path, [*others, entry("clips", "clip", "accuracy", [0.01, 0.03])]))
+    assert result["verdict"] == "win"
     turned = judge_llava(compare_report(path, [*others, entry("clip", "clips", "accuracy", [-0.03, -0.01])]))
-    assert turned["contrasts"] == found["contrasts"]
-    assert found["contrasts"][0]["mean"] == pytest.approx(2)  # percentage points, from shares
-    assert found["contrasts"][0]["ci95"] == pytest.approx([1, 3])
+    assert turned["contrasts"] == result["contrasts"]
+    assert result["contrasts"][0]["mean"] == pytest.approx(2)  # percentage points, from shares
+    assert result["contrasts"][0]["ci95"] == pytest.approx([1, 3])
     for broken in ([], others, [{"a": "clips", "b": "clip", "metric": "accuracy"}]):
         with pytest.raises(UserError, match=r"report\.json .*clips and clip"):
             judge_llava(compare_report(path, broken))

@@ -52,8 +52,8 @@ def test_a_block_is_compiled_once_for_a_tower(checkpointing: bool) -> None:
     compiled.compile_blocks(backend="aot_eager")  # Inductor takes a minute, and traces the same graphs
     for turn, shape in enumerate(SHAPES):
         with torch._dynamo.config.patch(error_on_recompile=turn > 0):  # which says why
-            found = pass_both_ways(compiled, shape)
-        for ours, theirs in zip(found, pass_both_ways(plain, shape), strict=True):
+            outputs = pass_both_ways(compiled, shape)
+        for ours, theirs in zip(outputs, pass_both_ways(plain, shape), strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         assert not counters["graph_break"], counters["graph_break"]

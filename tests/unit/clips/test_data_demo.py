@@ -217,12 +217,12 @@ def test_scenes_show_what_they_say() -> None:
 
 def test_the_square_demo_is_what_it_was_before_other_canvases() -> None:
     """Its pictures are decided by these texts and numbers, and by the ground's coordinates."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for split in ("train", "val", "test"):
         for number in range(100):
             scene, description = split_scene(split, number, 0)
-            told.update(json.dumps(demo.truth(scene, description, [OPENMOJI] * len(scene.things))).encode())
-    assert told.hexdigest() == "7033cea852cb718ec182fab4d4d6a04e4efb274b6de5054dc53775075fcef197"
+            digest.update(json.dumps(demo.truth(scene, description, [OPENMOJI] * len(scene.things))).encode())
+    assert digest.hexdigest() == "7033cea852cb718ec182fab4d4d6a04e4efb274b6de5054dc53775075fcef197"
     middle = (np.arange(120, dtype=np.float32) + 0.5) / 120 - 0.5
     x, y = demo._grid(120, 120)
     assert np.array_equal(x, np.broadcast_to(middle, (120, 120)))

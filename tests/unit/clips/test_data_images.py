@@ -43,11 +43,11 @@ def pixels(data: bytes) -> np.ndarray:
 def test_transparency_is_laid_on_white() -> None:
     colour, alpha = reference(), np.linspace(0, 255, 24).reshape(4, 6).round().astype(np.uint8)
     expected = np.round(colour * (alpha[..., None] / 255.0) + 255 * (1 - alpha[..., None] / 255.0))
-    found = pixels(encode(Image.fromarray(np.dstack([colour, alpha]), "RGBA")))
-    assert np.abs(found - expected).max() <= 1
+    array = pixels(encode(Image.fromarray(np.dstack([colour, alpha]), "RGBA")))
+    assert np.abs(array - expected).max() <= 1
     grey = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
-    found = pixels(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")))
-    assert np.abs(found[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
+    array = pixels(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")))
+    assert np.abs(array[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", turn) for turn in range(1, 9)), ("TIFF", 6)])
@@ -68,9 +68,9 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
-    found = pixels(data)
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).mean() < 3
+    array = pixels(data)
+    assert array.shape == upright.shape
+    assert np.abs(array.astype(int) - upright).mean() < 3
 
 
 def test_eval_transform_squashes_and_normalises() -> None:
@@ -141,11 +141,11 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
     preprocess, factors = Preprocess(64, AUGMENTED), set()
     for seed in range(6):
         ours, theirs = random.Random(seed), random.Random(seed)
-        found = preprocess.decoded(data, "k", ours).astype(int)
+        array = preprocess.decoded(data, "k", ours).astype(int)
         small = decoded[-1].size
         expected = preprocess.pixels(decode_image(data), theirs).astype(int)
         assert ours.random() == theirs.random()
-        assert np.abs(found - expected).mean() < 1, "of 255; a crop that is one pixel off is at 3"
+        assert np.abs(array - expected).mean() < 1, "of 255; a crop that is one pixel off is at 3"
         left, top, right, bottom = inception_crop(*decode_image(data).size, 0.4, random.Random(seed))
         factor = math.ceil(size[0] / small[0])
         assert min(right - left, bottom - top) / factor >= 2 * 64
@@ -203,7 +203,7 @@ def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
 def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
     x = np.linspace(0, 255, size[0]).astype(np.uint8)
     picture = Image.fromarray(np.broadcast_to(x, size[::-1]).copy()).convert("RGB")
-    found = decode_image(encode(picture, kind, quality=95) if kind == "JPEG" else encode(picture), reduce_to=120_000)
-    assert found.size == kept
+    image = decode_image(encode(picture, kind, quality=95) if kind == "JPEG" else encode(picture), reduce_to=120_000)
+    assert image.size == kept
     expected = np.asarray(picture.resize(kept, Image.Resampling.BOX)).astype(int)
-    assert np.abs(np.asarray(found).astype(int) - expected).max() <= 4
+    assert np.abs(np.asarray(image).astype(int) - expected).max() <= 4

@@ -199,8 +199,8 @@ def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: Capti
     whole, plain = batches(source, tokenizer, run), batches(source, tokenizer, a_run())
     for batch, without in zip(whole, plain, strict=True):
         assert_same({k: v for k, v in batch.items() if k not in ("patches", "image_tokens")}, without)
-        for name, there, kept in (("patches", 16, 8), ("image_tokens", 8, 3)):
-            assert (batch[name].shape, batch[name].dtype) == ((8, kept), torch.int64)
+        for name, there, left in (("patches", 16, 8), ("image_tokens", 8, 3)):
+            assert (batch[name].shape, batch[name].dtype) == ((8, left), torch.int64)
             for row in batch[name].tolist():
                 assert row == sorted(set(row))
                 assert set(row) <= set(range(there))
@@ -318,11 +318,11 @@ BROKEN = {3, 4, 5, 17, 30}
 def test_broken_samples_are_replaced_and_listed(tmp_path: Path, source, tokenizer) -> None:
     damaged = write_set(tmp_path / "a.tar", BROKEN)
     whole = batches(source, tokenizer, a_run(), stop=5)
-    found = batches(damaged, tokenizer, a_run(workers=2), stop=5)
-    skipped = [entry for batch in found for entry in batch["skipped"]]
+    repaired = batches(damaged, tokenizer, a_run(workers=2), stop=5)
+    skipped = [entry for batch in repaired for entry in batch["skipped"]]
     assert {int(key.rpartition("#")[2]) for key, _ in skipped} >= BROKEN
     assert all("image" in reason for _, reason in skipped)
-    for a, b in zip(whole, found, strict=True):
+    for a, b in zip(whole, repaired, strict=True):
         for row, (i, j) in enumerate(zip(numbers(a), numbers(b), strict=True)):
             assert j not in BROKEN
             assert (i == j) == (i not in BROKEN)

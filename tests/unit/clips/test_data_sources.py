@@ -77,10 +77,10 @@ def test_samples_are_read_by_index(tmp_path: Path) -> None:
     source = open_tar(tmp_path)
     assert source.shard_sizes == [3, 5]
     for i in (7, 0, 3, 2):
-        found = source.read(i)
-        assert (found.web, found.long, found.image) == (f"web {i}", f"Long {i}.", picture(i))
-        assert found.extra["label"] == i
-        assert found.key.endswith(f"{'ab'[i >= 3]}.tar#s{i:03d}")
+        sample = source.read(i)
+        assert (sample.web, sample.long, sample.image) == (f"web {i}", f"Long {i}.", picture(i))
+        assert sample.extra["label"] == i
+        assert sample.key.endswith(f"{'ab'[i >= 3]}.tar#s{i:03d}")
     assert list(source.captions()) == [text for i in range(8) for text in (f"web {i}", f"Long {i}.")]
     with pytest.raises(IndexError):
         source.read(8)
@@ -144,9 +144,9 @@ def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
     }  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     source = open_tar(tmp_path, Fields(image="jpg;png", web="json:alt;txt", long="long.txt;json:long"))
-    found = [source.read(i) for i in range(2)]
-    assert [(s.image, s.web, s.long) for s in found] == [(b"one", "web a", "long a"), (b"two", "web b", "long b")]
-    assert found[0].extra == {"cls": "7"}
+    samples = [source.read(i) for i in range(2)]
+    assert [(s.image, s.web, s.long) for s in samples] == [(b"one", "web a", "long a"), (b"two", "web b", "long b")]
+    assert samples[0].extra == {"cls": "7"}
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -243,10 +243,10 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     for source in (open_tar(path, TABLE_FIELDS), pickle.loads(pickle.dumps(open_tar(path, TABLE_FIELDS)))):
         assert len(source) == 4
         for i in range(2):
-            found = source.read(i)
-            assert (found.image, found.web, found.long) == (picture(i), ROWS[i]["alt"], ROWS[i]["long"])
-            assert found.extra == {"label": ROWS[i]["label"]}
-            assert found.key == f"{path}#{i} (pics/{i}.png)"
+            sample = source.read(i)
+            assert (sample.image, sample.web, sample.long) == (picture(i), ROWS[i]["alt"], ROWS[i]["long"])
+            assert sample.extra == {"label": ROWS[i]["label"]}
+            assert sample.key == f"{path}#{i} (pics/{i}.png)"
         with pytest.raises(BrokenSample, match="web caption is empty"):
             source.read(2)
         with pytest.raises(BrokenSample, match=r"gone\.png"):

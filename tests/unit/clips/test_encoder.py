@@ -41,8 +41,8 @@ def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path:
         torch.testing.assert_close(opened.encode_image(one), expected[:1], atol=1e-6, rtol=0)
     arrays = [np.asarray(image) for image in images]
     for several in (iter(images), arrays, np.stack(arrays[:1]), list(pixels), pixels.double()):
-        found = opened.encode_image(several)
-        torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
+        features = opened.encode_image(several)
+        torch.testing.assert_close(features, expected[: len(features)], atol=1e-6, rtol=0)
     torch.testing.assert_close(opened.encode_image(pixels[0]), expected[:1], atol=1e-6, rtol=0)
     assert opened.encode_image([]).shape == opened.encode_text([]).shape == (0, opened.embed_dim)
 

@@ -49,17 +49,17 @@ def random_set():
 
 
 def test_retrieval_equals_plain_loops(random_set):
-    found = retrieval_metrics(*random_set, chunk=7)
+    metrics = retrieval_metrics(*random_set, chunk=7)
     for suffix, strings in (("", random_set[3]), ("_strict", [str(i) for i in range(90)])):  # of equal strings one
         for way, ranks in zip(("i2t", "t2i"), slow_ranks(*random_set[:3], strings), strict=True):
             for k in (1, 5, 10):
                 share = sum(rank <= k for rank in ranks) / len(ranks)
-                assert found[f"{way}_r{k}{suffix}"].value == pytest.approx(100 * share, abs=1e-3)
+                assert metrics[f"{way}_r{k}{suffix}"].value == pytest.approx(100 * share, abs=1e-3)
             mean = sum(map(math.log, ranks)) / len(ranks)
-            assert found[f"{way}_log_rank{suffix}"].value == pytest.approx(mean, abs=1e-4)
-    assert found["t2i_r1_strict"].value < found["t2i_r1"].value
-    assert 5 < found["i2t_r1"].value < 100
-    assert (found["i2t_r1"].items, found["t2i_r1"].items) == (30, 90)
+            assert metrics[f"{way}_log_rank{suffix}"].value == pytest.approx(mean, abs=1e-4)
+    assert metrics["t2i_r1_strict"].value < metrics["t2i_r1"].value
+    assert 5 < metrics["i2t_r1"].value < 100
+    assert (metrics["i2t_r1"].items, metrics["t2i_r1"].items) == (30, 90)
 
 
 @pytest.mark.parametrize(("better", "tied", "positives"), [(0, 3, 1), (0, 2, 2), (1, 3, 2), (2, 0, 1), (3, 2, 1)])
@@ -67,12 +67,12 @@ def test_expected_hits_is_the_mean_over_all_orders_of_the_ties(better, tied, pos
     for k in (1, 2, 3, 5):
         orders = list(itertools.permutations([True] * positives + [False] * tied))
         mean = sum(any(order[: max(0, k - better)]) for order in orders) / len(orders)
-        found = expected_hits(torch.tensor([better]), torch.tensor([tied]), torch.tensor([positives]), k)
-        assert found.item() == pytest.approx(mean)
+        hits = expected_hits(torch.tensor([better]), torch.tensor([tied]), torch.tensor([positives]), k)
+        assert hits.item() == pytest.approx(mean)
     mean = sum(math.log(better + 1 + order.index(True)) for order in orders) / len(orders)
     counts = torch.tensor([[better, tied, positives], [9, 0, 1], [0, 5, 1]]).T
-    found = expected_log_rank(*counts)
-    assert found.tolist() == pytest.approx([mean, math.log(10), math.log(math.factorial(6)) / 6])
+    ranks = expected_log_rank(*counts)
+    assert ranks.tolist() == pytest.approx([mean, math.log(10), math.log(math.factorial(6)) / 6])
 
 
 def test_contrastive_loss_is_that_of_the_whole_matrix_with_each_image_s_first_text(random_set):
@@ -80,19 +80,19 @@ def test_contrastive_loss_is_that_of_the_whole_matrix_with_each_image_s_first_te
     order = torch.randperm(90, generator=torch.Generator().manual_seed(1)).tolist()
     owners = [text_to_image[t] for t in order]
     strings = [str(t) for t in order]
-    found = retrieval_metrics(images, texts[order], owners, strings, 20.0, chunk=7)["contrastive_loss"]
+    figure = retrieval_metrics(images, texts[order], owners, strings, 20.0, chunk=7)["contrastive_loss"]
     loss = 0.0
     logits = [[20 * float(image @ texts[order[owners.index(i)]]) for i in range(30)] for image in images]
     for own in range(30):
         for line in (logits[own], [row[own] for row in logits]):
             loss += math.log(sum(map(math.exp, line))) - line[own]
-    assert found.value == pytest.approx(loss / 60, abs=1e-4)
-    assert (found.chance, found.items) == (pytest.approx(math.log(30), abs=1e-4), 30)
+    assert figure.value == pytest.approx(loss / 60, abs=1e-4)
+    assert (figure.chance, figure.items) == (pytest.approx(math.log(30), abs=1e-4), 30)
 
 
 def test_tokens_are_counted_against_always_naming_the_commonest():
-    found = token_accuracy(torch.tensor([5, 5, 2, 9]), torch.tensor([5, 7, 2, 5]))
-    assert (found.value, found.chance, found.items) == (50, 50, 4)
+    accuracy = token_accuracy(torch.tensor([5, 5, 2, 9]), torch.tensor([5, 7, 2, 5]))
+    assert (accuracy.value, accuracy.chance, accuracy.items) == (50, 50, 4)
     always = token_accuracy(torch.full((5,), 3), torch.tensor([3, 3, 3, 4, 5]))
     assert always.value == always.chance == 60
 
@@ -102,16 +102,16 @@ def test_constant_features_score_chance(random_set):
     constant = F.normalize(torch.ones(1, 16), dim=1)
     # the rounding of a kernel must not break the ties either
     shaken = constant.expand(30, -1) + 1e-8 * torch.randn(30, 16)
-    found = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, strings)
-    for figure in found.values():
+    metrics = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, strings)
+    for figure in metrics.values():
         assert figure.value == pytest.approx(figure.chance, abs=1e-6)
     unique = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, [str(i) for i in range(90)])
     assert unique["i2t_r1"].value == pytest.approx(100 * 3 / 90, abs=1e-3)
     assert unique["t2i_r10"].value == pytest.approx(100 * 10 / 30, abs=1e-3)
     assert "t2i_r1_strict" not in unique, "the two counts are one where no images share a caption"
     constant = F.normalize(torch.ones(1, 8), dim=-1)
-    found = zero_shot_metrics(constant.expand(20, -1), constant.expand(10, 3, -1), [i % 10 for i in range(20)])
-    assert (found["top1"].value, found["top5"].value) == (pytest.approx(10), pytest.approx(50))
+    zero_shot = zero_shot_metrics(constant.expand(20, -1), constant.expand(10, 3, -1), [i % 10 for i in range(20)])
+    assert (zero_shot["top1"].value, zero_shot["top5"].value) == (pytest.approx(10), pytest.approx(50))
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -128,12 +128,12 @@ def test_zero_shot_ensemble_and_single_prompts():
     # class 0 along x, class 1 along y; prompt 1 of class 1 alone points to x and misleads
     prompts = F.normalize(torch.tensor([[[1.0, 0.1], [0.9, 0.1]], [[0.0, 1.0], [1.0, 0.0]]]), dim=-1)
     images = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=-1)
-    found = zero_shot_metrics(images, prompts, [0, 1])
-    assert found["top1"].value == 100
-    assert found["top1"].chance == 50
+    metrics = zero_shot_metrics(images, prompts, [0, 1])
+    assert metrics["top1"].value == 100
+    assert metrics["top1"].chance == 50
     # prompt 0: both right. prompt 1: image 0 goes to class 1, image 1 to class 0
-    assert found["single_prompt_top1"].value == pytest.approx(50)
-    assert found["top5"].value == 100  # five of two classes
+    assert metrics["single_prompt_top1"].value == pytest.approx(50)
+    assert metrics["top5"].value == 100  # five of two classes
 
 
 def test_linear_probe_separates_what_is_separable():

@@ -76,11 +76,11 @@ def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Pa
 
 
 def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_folder(tmp_path: Path) -> None:
-    found = cell(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
-    runner = Runner([found], 1, QUIET)
+    fragile = cell(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
+    runner = Runner([fragile], 1, QUIET)
     with pytest.raises(CommandError, match=r"c ended with exit code 1.*\n  all is lost"):
-        runner.run([found])  # "two" ends the study, "one" has not
-    ((name, log),) = failed_steps([found])
+        runner.run([fragile])  # "two" ends the study, "one" has not
+    ((name, log),) = failed_steps([fragile])
     assert (name, log.read_text().strip()) == ("one", "all is lost")
     (log.parent / "left behind").write_text("")
     good = cell(tmp_path / "c", "one", "two", may_fail="one")

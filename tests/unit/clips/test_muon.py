@@ -16,18 +16,18 @@ def parameters() -> list[torch.nn.Parameter]:
 
 
 def trained(kind: type[torch.optim.Optimizer]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    found = parameters()
+    weights = parameters()
     groups = [
-        {"params": found[: len(SHAPES)], "use_muon": True, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
-        {"params": found[len(SHAPES) :], "use_muon": False, "lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
+        {"params": weights[: len(SHAPES)], "use_muon": True, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
+        {"params": weights[len(SHAPES) :], "use_muon": False, "lr": 0.01, "weight_decay": 0.1, "eps": 1e-8},
     ]
     groups[0]["ns_method"] = "standard"
     optimizer = kind(groups, adam_optimizer=torch.optim.AdamW)
     for _ in range(3):
-        for parameter in found[:-1]:  # the last one takes no part in the loss
+        for parameter in weights[:-1]:  # the last one takes no part in the loss
             parameter.grad = torch.randn_like(parameter)  # DeepSpeed's step writes into it
         optimizer.step()
-    return found, optimizer
+    return weights, optimizer
 
 
 @pytest.mark.parametrize("at_once", [muon.AT_ONCE, 300])

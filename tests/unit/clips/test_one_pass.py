@@ -94,10 +94,10 @@ def test_each_picture_is_read_decoded_and_encoded_once(
     monkeypatch.setattr(Image, "open", counting_open)
     monkeypatch.setattr(VisionTower, "forward", counting_encode)
     evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
+    evaluation = json.loads((tmp_path / "found.json").read_text())
     wanted = {"sentence_i2t_r1", "zero_shot_top1", "caption_token_top1", "linear_probe_top1"}
-    assert wanted | {f"more/{name}" for name in wanted} <= found["figures"].keys()
-    assert found["skipped_images"] == 2
+    assert wanted | {f"more/{name}" for name in wanted} <= evaluation["figures"].keys()
+    assert evaluation["skipped_images"] == 2
     assert read == Counter(f"picture {name} {i}" for name, size in SIZES.items() for i in range(size))
     assert len(opened) == sum(SIZES.values())
     assert set(opened.values()) == {1}
@@ -141,8 +141,11 @@ def test_each_picture_is_encoded_at_the_nearest_aspect(
     evaluate_from_flags(parse([*flags, "32", "48x16"]))
     (out,) = (tmp_path / "model").glob("evaluation-*-3-32-48x16px.json")
     assert json.loads(out.read_text())["image_size"] == [[32, 32], [48, 16]]
-    for word, said in (("wide", "'wide' must look like 60"), ("48x20", r"--image-size \(48, 20\) is not a multiple")):
-        with pytest.raises(UserError, match=said):
+    for word, message in (
+        ("wide", "'wide' must look like 60"),
+        ("48x20", r"--image-size \(48, 20\) is not a multiple"),
+    ):
+        with pytest.raises(UserError, match=message):
             evaluate_from_flags(parse([*flags, word]))
 
 
@@ -246,7 +249,7 @@ class Slow:
 @torch.no_grad()
 def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> dict[str, float]:
     test, train = (Slow(model, tokenizer, run, name) for name in (split, "train"))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if run.model.embed_dim:
 
         def encoded(texts: list[str]) -> torch.Tensor:
@@ -258,18 +261,18 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
             owners, texts = map(list, zip(*pairs, strict=True))
             scale = float(model.logit_scale.exp())
             of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts, scale)
-            found |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
+            figures |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
         classes = classes_of(test.labels())
         assert classes is not None
         prompts = torch.stack([encoded([form.format(name) for form in classes.templates]) for name in classes.names])
         truth = [classes.names.index(label) for label in test.labels()]
         of_these = zero_shot_metrics(test.features[test.with_label(True)], prompts, truth)
-        found |= {f"zero_shot_{name}": figure for name, figure in of_these.items()}
+        figures |= {f"zero_shot_{name}": figure for name, figure in of_these.items()}
     number = {name: i for i, name in enumerate(sorted(set(train.labels())))}
     probe = linear_probe(train.pooled[train.with_label(True)], [number[label] for label in train.labels()])
-    found["linear_probe_top1"] = probe(test.pooled[test.with_label(True)], [number[label] for label in test.labels()])
+    figures["linear_probe_top1"] = probe(test.pooled[test.with_label(True)], [number[label] for label in test.labels()])
     right = sum(p == t for p, t in zip(test.predicted, test.truth, strict=True))
-    return {name: figure.value for name, figure in found.items()} | {
+    return {name: figure.value for name, figure in figures.items()} | {
         "caption_token_top1": round(100 * right / len(test.truth), 4)
     }
 
@@ -282,11 +285,11 @@ def test_the_figures_are_those_of_a_loop_over_single_pictures(
     run = replace(run, model=replace(run.model, captioner=captioner))
     run = run if objective == "clips" else generative(run, objective)
     model = random_model(run).eval()
-    found = {name: figure.value for name, figure in evaluate(model, tokenizer, run, "test", full=True).items()}
+    figures = {name: figure.value for name, figure in evaluate(model, tokenizer, run, "test", full=True).items()}
     for split, prefix in (("test", ""), ("more", "more/")):
         slow = slow_figures(model, tokenizer, run, split)
-        assert slow == {name.removeprefix(prefix): found.pop(name) for name in [f"{prefix}{key}" for key in slow]}
-    assert not found
+        assert slow == {name.removeprefix(prefix): figures.pop(name) for name in [f"{prefix}{key}" for key in slow]}
+    assert not figures
 
     images = encode_images(model, open_test_set(run.data, "test")[0], batch_size=4, tokenizer=tokenizer)
     one_by_one = Slow(model, tokenizer, run, "test")

@@ -104,8 +104,8 @@ def spec(server: RangeServer) -> str:
 
 
 def test_batches_equal_those_of_local_files(folder, server, small_groups, tokenizer) -> None:
-    found = batches(spec(server), tokenizer, a_run(workers=2))
-    assert_equal(found, batches(str(folder), tokenizer, a_run()))
+    remote = batches(spec(server), tokenizer, a_run(workers=2))
+    assert_equal(remote, batches(str(folder), tokenizer, a_run()))
     for i in range(SHARDS):
         size = (folder / f"{i}.tar").stat().st_size
         times = 2 if i else 3  # for its index and whole, however often it is used; of the first samples are looked at

@@ -54,17 +54,17 @@ def small(tmp_path_factory):
 
 def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     model, run, tokenizer = small
-    found = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "evaluation.json")
+    evaluated = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "evaluation.json")
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["skipped_images"] == 0
-    assert content["figures"] == {name: dataclasses.asdict(figure) for name, figure in found.items()}
-    assert {"web_i2t_r5", "linear_probe_top1"} <= found.keys()
+    assert content["figures"] == {name: dataclasses.asdict(figure) for name, figure in evaluated.items()}
+    assert {"web_i2t_r5", "linear_probe_top1"} <= evaluated.keys()
     table = Console(width=100, file=io.StringIO())
-    table.print(figures_table(found, "test split"))
-    shown = [name for name in MATTER if name in found][:6]
-    assert f"All {len(found)} figures" in table.file.getvalue()
+    table.print(figures_table(evaluated, "test split"))
+    shown = [name for name in MATTER if name in evaluated][:6]
+    assert f"All {len(evaluated)} figures" in table.file.getvalue()
     assert sum(line.startswith("│") for line in table.file.getvalue().splitlines()) == 6, "the others are on the page"
-    for name, figure in ((name, found[name]) for name in shown):
+    for name, figure in ((name, evaluated[name]) for name in shown):
         row = next(line for line in table.file.getvalue().splitlines() if f" {pretty(name)} " in line)
         assert [f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items}"] == re.findall(r"[\d.]+", row)[-3:]
     figures = content["figures"]
@@ -135,10 +135,10 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path
     run.save(run_dir / "config.json")
     (run_dir / "report").write_text("in the way")
     finish_run(run, model, tokenizer, run_dir)
-    said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("warning")]
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("warning")]
     assert f"the report of {run_dir} is not written" in line
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
     assert is_finished(run_dir)
     assert not has_report(run_dir)
     assert json.loads((run_dir / "evaluation.json").read_text())["figures"]
@@ -182,10 +182,10 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
         evaluate_from_flags(parsed)
         return json.loads(out.read_text())["figures"]
 
-    found = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
-    assert found["zero_shot_top1"]["items"] == 12
-    assert found["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
-    assert found["linear_probe_top1"]["value"] > 70  # tested on what it was fitted on
+    of_stock = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
+    assert of_stock["zero_shot_top1"]["items"] == 12
+    assert of_stock["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
+    assert of_stock["linear_probe_top1"]["value"] > 70  # tested on what it was fitted on
     assert "zero_shot_top1" in figures(native)  # the run's own test split
     write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path / "bare")
     with pytest.raises(UserError, match="--data"):

@@ -43,9 +43,9 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
     assert len(model.index(place / "pictures", "0*.png")) == 10
     assert (len(index), index.skipped, index.features.nbytes) == (12, 1, 4 * 12 * model.embed_dim)
     cosines = torch.from_numpy(index.features) @ model.encode_text("a dog at a cat in the sun")[0]
-    found = index.search("a dog at a cat in the sun", k=5)
-    assert [match.path for match in found] == [index.paths[i] for i in cosines.argsort(descending=True)[:5]]
-    assert [match.score for match in found] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-6)
+    matches = index.search("a dog at a cat in the sun", k=5)
+    assert [match.path for match in matches] == [index.paths[i] for i in cosines.argsort(descending=True)[:5]]
+    assert [match.score for match in matches] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-6)
     assert len(index.search("dog", k=100)) == 12
     own = place / "pictures" / "more" / "11.png"
     assert index.search(own, k=1)[0].path == str(own.resolve())

@@ -72,8 +72,8 @@ def test_a_check_counts_what_a_step_would_cut(tmp_path: Path, monkeypatch: pytes
     path = shard(tmp_path, [[f"{word} {words}" for word in ("a", "b", "c", "d", "e")]] * 3)
     run = recipe("small")
     data = replace(run.data, train=str(path), fields=Fields(web="json:captions", long=OTHERS))
-    found = check_pairs(replace(run, data=data), tmp_path / "out")
-    assert found["cut"] == {"web caption": 0, "long caption": 0}
+    summary = check_pairs(replace(run, data=data), tmp_path / "out")
+    assert summary["cut"] == {"web caption": 0, "long caption": 0}
 
 
 def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:

@@ -33,9 +33,9 @@ def make(folder: Path) -> list[str]:
 
 
 def test_a_set_is_what_its_shards_say(tmp_path: Path) -> None:
-    found = open_shards(make(tmp_path / "data"))
-    assert found.layouts == [("png", "txt", "web"), ("png", "web")]
-    assert found.counts.tolist() == [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [4, 2]]
+    shards = open_shards(make(tmp_path / "data"))
+    assert shards.layouts == [("png", "txt", "web"), ("png", "web")]
+    assert shards.counts.tolist() == [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [4, 2]]
 
 
 def test_a_changed_shard_is_seen(tmp_path: Path) -> None:

@@ -65,21 +65,21 @@ def difficulties(rng: np.random.Generator, pictures: int = PICTURES) -> np.ndarr
 def verdicts(tries: int, *, gap: float, seed_spread: float, seeds: int = SEEDS, pictures: int = PICTURES) -> list[str]:
     rng = np.random.default_rng(7)
     clusters = np.repeat(np.arange(pictures), QUESTIONS)
-    found = []
+    results = []
     for _ in range(tries):
         difficulty = difficulties(rng, pictures)
         a = answers(rng, difficulty, skill=gap, seed_spread=seed_spread, seeds=seeds)
         b = answers(rng, difficulty, seed_spread=seed_spread, seeds=seeds)
-        found.append(side(interval(a - b, clusters)))
-    return found
+        results.append(side(interval(a - b, clusters)))
+    return results
 
 
 @pytest.mark.parametrize(("seeds", "seed_spread"), [(2, 0.025), (3, 0.0), (3, 0.06), (5, 0.025)])
 def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: float) -> None:
     """Right and wrong answers; seeds that make no difference, some, and most of it."""
-    found = verdicts(1500, gap=0.0, seed_spread=seed_spread, seeds=seeds)
-    assert (0.025 if seeds == 2 else 0.03) <= 1 - found.count("tie") / len(found) <= 0.07
-    wins, losses = found.count("win"), found.count("loss")
+    results = verdicts(1500, gap=0.0, seed_spread=seed_spread, seeds=seeds)
+    assert (0.025 if seeds == 2 else 0.03) <= 1 - results.count("tie") / len(results) <= 0.07
+    wins, losses = results.count("win"), results.count("loss")
     assert abs(wins - losses) <= 4 * np.sqrt(wins + losses + 1)
 
 
@@ -132,7 +132,7 @@ def rates(shape: Shape, seeds: int, gap: float = 0.0) -> list[int]:
     """Wins and losses in 100: crossed with 400 and with 1,500 questions, Welch with 1,500."""
     rng, chances = np.random.default_rng(1), drawn_runs(shape, seeds, gap=gap)
     few, many = (decided(*(rng.binomial(n, chance) / n for chance in chances), n) for n in (400, 1500))
-    return [round(100 * float(found.mean())) for found in (few[0], *many)]
+    return [round(100 * float(wrong.mean())) for wrong in (few[0], *many)]
 
 
 def assert_stated(page: str, name: str, shape: Shape, counts: Sequence[int], gap: float = 0.0) -> None:
@@ -244,8 +244,8 @@ def test_power_is_the_share_of_simulated_comparisons_that_find_the_difference(mo
     size = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4)
     deviations = np.sqrt([[0, size.variances[0, 1]], [size.variances[1, 0], size.variances[1, 1]]])
     runs, items = [np.arange(seeds)], [np.arange(pictures)]
-    found = [side(interval(0.05 + drawn(rng, runs, items, deviations), items[0])) for _ in range(2000)]
-    assert found.count("win") / len(found) == pytest.approx(size.power(0.05), abs=0.04)
+    sides = [side(interval(0.05 + drawn(rng, runs, items, deviations), items[0])) for _ in range(2000)]
+    assert sides.count("win") / len(sides) == pytest.approx(size.power(0.05), abs=0.04)
     crossed = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4, within=3)
     assert size.power(0.0) < size.power(0.02) < size.power(0.05) < crossed.power(0.05)
     assert crossed.power(crossed.detectable()) == pytest.approx(0.78, abs=0.03)
@@ -300,21 +300,21 @@ def test_the_verdict_goes_by_the_interval_and_by_the_seeds_of_each() -> None:
     assert verdict(ends[1], ours, theirs, kept=False) == "undecided"
     assert verdict(ends[1], ours, theirs[:4]) == "undecided"
     steady, six_of_seven = [0.32 + 0.001 * i for i in range(7)], [0.1] + [0.6] * 6
-    found = welch(six_of_seven, steady).ci95
-    assert found[0] > 0
-    assert verdict(found, six_of_seven, steady) == "undecided"
-    assert [turned(said) for said in ("win", "tie", "loss", "undecided")] == ["loss", "tie", "win", "undecided"]
+    apart = welch(six_of_seven, steady).ci95
+    assert apart[0] > 0
+    assert verdict(apart, six_of_seven, steady) == "undecided"
+    assert [turned(word) for word in ("win", "tie", "loss", "undecided")] == ["loss", "tie", "win", "undecided"]
 
 
 def test_groups_of_runs_have_welch_s_interval_and_paired_runs_student_s() -> None:
     """Against scipy's formulas; groups without any spread have no interval."""
     a, b = [70.0, 74.0, 71.0], [30.0, 31.0, 35.0]
-    found = welch(a, b)
+    estimate = welch(a, b)
     variances = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 3
     reach = stats.t.ppf(0.975, sum(variances) ** 2 / sum(v**2 / 2 for v in variances)) * sum(variances) ** 0.5
-    assert found.ci95 == pytest.approx([found.mean - reach, found.mean + reach])
+    assert estimate.ci95 == pytest.approx([estimate.mean - reach, estimate.mean + reach])
     row = difference([{"x": value} for value in a], [{"x": value} for value in b], "x")
-    assert row == {"mean": found.mean, "ci95": found.ci95}
+    assert row == {"mean": estimate.mean, "ci95": estimate.ci95}
     assert welch([1.0, 1.0], [0.0, 0.0]).ci95 is None
     assert welch([1.0, 1.0], [0.0, 0.5]).ci95 is not None
     values = np.array([0.1, 0.09, 0.08])
@@ -349,10 +349,10 @@ def slow_components(scores: np.ndarray, runs, items) -> np.ndarray:
         squares[shared] += (scores[r, i] - scores[s, j]) ** 2 / 2
         counts[shared] += 1
     covariance = squares[0, 0] / counts[0, 0] - squares / counts
-    found = np.zeros(shape)
+    parts = np.zeros(shape)
     for a, b in np.ndindex(shape):
-        found[a, b] = covariance[a, b] - found[: a + 1, : b + 1].sum()
-    return found
+        parts[a, b] = covariance[a, b] - parts[: a + 1, : b + 1].sum()
+    return parts
 
 
 @pytest.mark.parametrize("is_balanced", [True, False])
@@ -383,8 +383,8 @@ def test_known_effects_are_found_without_bias() -> None:
     deviations = np.array([[0, 0.3, 0.4], [0.2, 0.1, 0.1], [0.1, 0.1, 0.5]])
     rng = np.random.default_rng(2)
     runs, items = [np.array([0, 1, 2, 3, 0, 1]), np.arange(6)], [np.arange(80) // 2, np.arange(80)]
-    found = np.mean([components(drawn(rng, runs, items, deviations), runs, items) for _ in range(600)], axis=0)
-    assert found == pytest.approx(deviations**2, abs=0.006)
+    estimates = np.mean([components(drawn(rng, runs, items, deviations), runs, items) for _ in range(600)], axis=0)
+    assert estimates == pytest.approx(deviations**2, abs=0.006)
 
 
 def test_levels_that_cannot_be_told_apart_become_one() -> None:
@@ -408,14 +408,14 @@ def split_of(scores: np.ndarray, runs, items):
 def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
     runs, items = runs_and_items(5, 2, 100, 2)
     scores = drawn(np.random.default_rng(3), runs, items, np.array([[0, 0.3, 0.4], [0.1, 0.2, 0.2], [0.1, 0.2, 0.5]]))
-    found = split_of(scores, runs, items)
-    assert set(found.shares()) == {"pretraining seed", "LLaVA seed", "picture", "question", ANSWERS}
-    assert (found.variances > 0)[1:].all()
+    split = split_of(scores, runs, items)
+    assert set(split.shares()) == {"pretraining seed", "LLaVA seed", "picture", "question", ANSWERS}
+    assert (split.variances > 0)[1:].all()
     rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)])
     estimate = interval(rows, items[0])
     # Power 0.8 needs t and its quantile of 0.8 on top of a standard error that both have in common.
-    assert found.detectable() > estimate.high - estimate.mean
-    assert sum(found.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
+    assert split.detectable() > estimate.high - estimate.mean
+    assert sum(split.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
 
 
 def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:
@@ -431,10 +431,10 @@ def test_items_needed_is_the_closed_form_of_a_paired_comparison() -> None:
     """One run, one question per picture: n = (z_0.975 + z_0.8)² (p10 + p01 − δ²) / δ²."""
     difference = np.array([[1.0] * 120 + [-1.0] * 80 + [0.0] * 800])
     question = np.arange(1000)
-    found = spread(difference, [("LLaVA seed", np.zeros(1, int))], [("picture", question), ("question", question)])
+    estimate = spread(difference, [("LLaVA seed", np.zeros(1, int))], [("picture", question), ("question", question)])
     delta = 0.04
     expected = (1.959964 + 0.841621) ** 2 * (0.2 - delta**2) / delta**2
-    assert found.items_needed(delta) == pytest.approx(expected, rel=5e-3)
+    assert estimate.items_needed(delta) == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("level", ["pretraining seed", "picture", "both"])
@@ -442,8 +442,8 @@ def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(leve
     deviations = np.array([[0, 0.25, 0.3], [0.02, 0.05, 0.05], [0.02, 0.05, 0.4]])
     rng, gap = np.random.default_rng(4), 0.06
     levels = ("pretraining seed", "LLaVA seed"), ("picture", "question")
-    found = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
-    needed = found.needed(gap)
+    estimate = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
+    needed = estimate.needed(gap)
     seeds = needed["pretraining seed" + TOGETHER * (level == "both")] if level != "picture" else 4
     pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 250
     assert seeds is not None
@@ -460,11 +460,11 @@ def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(leve
 def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
     runs, items = runs_and_items(3, 1, 250, 2)
     scores = np.random.default_rng(0).normal(0, 0.1, (3, 500)) + np.array([[-0.3], [0.05], [0.4]])
-    found = split_of(scores, runs, items)
-    assert found.needed(0.05)["picture"] is None
-    assert found.items_needed(0.05) is None
-    assert found.items_needed(0.0) is None
-    seeds = found.needed(0.05)["pretraining seed and LLaVA seed"]
+    split = split_of(scores, runs, items)
+    assert split.needed(0.05)["picture"] is None
+    assert split.items_needed(0.05) is None
+    assert split.items_needed(0.0) is None
+    seeds = split.needed(0.05)["pretraining seed and LLaVA seed"]
     assert seeds is not None
     assert seeds > 100
 
@@ -477,8 +477,8 @@ def test_estimates_below_zero_are_taken_from_the_others_not_forgotten() -> None:
     scores = luck + rng.normal(0, 0.05, (6, 200))
     raw = components(scores, runs, items)
     assert raw[1, 0] < 0 < raw[2, 0]
-    found = split_of(scores, runs, items)
-    assert (found.variances >= 0).all()
-    assert found.variances[1, 0] == 0
-    parts = raw / np.outer(found.run_counts, found.item_counts)
-    assert found.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)
+    split = split_of(scores, runs, items)
+    assert (split.variances >= 0).all()
+    assert split.variances[1, 0] == 0
+    parts = raw / np.outer(split.run_counts, split.item_counts)
+    assert split.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)

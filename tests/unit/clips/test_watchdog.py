@@ -24,12 +24,12 @@ def agreed(loss: float, norm: float | None = 1.0) -> Agreed:
 
 def spikes(losses: list[float], norms: list[float | None]) -> list[int]:
     """Steps that are spikes, all of them taken."""
-    state, found = TrainState(seed=0), []
+    state, indices = TrainState(seed=0), []
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         if watchdog.find_spike(state, agreed(loss, norm)):
-            found.append(step)
+            indices.append(step)
         watchdog.remember(state, agreed(loss, norm))
-    return found
+    return indices
 
 
 def training(steps: int, seed: int = 0) -> list[float]:
@@ -61,8 +61,8 @@ def test_nothing_counts_before_there_is_a_past_nor_a_norm_that_cannot_be_seen() 
 
 
 def test_a_level_that_stays_is_got_used_to() -> None:
-    found = spikes([1.0] * 50 + [3.0] * 50, [1.0] * 100)
-    assert found == list(range(50, 50 + watchdog.WINDOW // 2 + 1))
+    indices = spikes([1.0] * 50 + [3.0] * 50, [1.0] * 100)
+    assert indices == list(range(50, 50 + watchdog.WINDOW // 2 + 1))
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=16, max_size=40), st.floats(0.01, 100))

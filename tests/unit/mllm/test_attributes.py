@@ -84,9 +84,9 @@ def test_yes_and_no_say_nothing_without_the_picture(shop: Path, tmp_path: Path) 
     out = build(tmp_path / "out", "--data", shop)
     for pairs in (turns(out), [(q.text, q.answer) for q in read_questions(out / "question.jsonl")]):
         counts = Counter((text.split("?")[0].split("\n")[-1], answer) for text, answer in pairs)
-        asked = {text for text, answer in counts if answer in ("Yes", "No")}
-        assert {"Is the usage Casual", "Is the base colour Navy Blue"} <= asked
-        assert all(counts[text, "Yes"] == counts[text, "No"] > 0 for text in asked)
+        texts = {text for text, answer in counts if answer in ("Yes", "No")}
+        assert {"Is the usage Casual", "Is the base colour Navy Blue"} <= texts
+        assert all(counts[text, "Yes"] == counts[text, "No"] > 0 for text in texts)
     rare = {number: "a" if number < 97 else "b" for number in range(100)}
     pairs = balanced_pairs(rare, random.Random(0))
     assert len(pairs) == 3

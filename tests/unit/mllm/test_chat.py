@@ -189,14 +189,14 @@ def test_cancelling_keeps_what_was_said(model: ChatModel, images: list) -> None:
     session, cancel = ChatSession(model), threading.Event()
     sampling = Sampling(max_new_tokens=200)
     whole = ask(ChatSession(model), "What is it?", images[:1], sampling)
-    said = []
+    pieces = []
     for piece in session.ask("What is it?", images[:1], sampling, cancel):
-        said.append(piece)
+        pieces.append(piece)
         cancel.set()
     assert session.last.finish_reason == "cancelled"
     assert 0 < session.last.new_tokens < 200
-    assert turn_text(session.turns[-1]) == "".join(said)
-    assert whole.startswith("".join(said).rstrip("\ufffd"))  # part of a character
+    assert turn_text(session.turns[-1]) == "".join(pieces)
+    assert whole.startswith("".join(pieces).rstrip("\ufffd"))  # part of a character
     session.keep(0)
     answers = session.ask("What is it?", images[:1], sampling)
     next(answers)

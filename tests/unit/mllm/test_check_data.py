@@ -67,8 +67,8 @@ def test_everything_is_counted(data, encoder, tmp_path):
     page = (tmp_path / "out/samples.html").read_text()
     assert page.count("data:image/png") == 3
     assert "[4 × &lt;image&gt;]" in page
-    found = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", samples=2)
-    assert (found.checked, found.reasons) == (2, {})
+    result = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", samples=2)
+    assert (result.checked, result.reasons) == (2, {})
 
 
 def test_a_sample_shows_exactly_the_trained_tokens(data, encoder):
@@ -88,10 +88,10 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
         check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "data.json")]))
     assert "(format v1)" in capsys.readouterr().out
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
-    said = capsys.readouterr()
-    assert "nothing found that would stop a training" in said.out
+    printed = capsys.readouterr()
+    assert "nothing found that would stop a training" in printed.out
     named = f"--stage 2 --data_path {data / 'good.json'} --image_folder {data / 'images'}"
-    assert named in said.err, "without a stage the next step was refused"
+    assert named in printed.err, "without a stage the next step was refused"
     (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "pairs.csv")]))
     assert f"--stage 1 --data_path {data / 'pairs.csv'}" in capsys.readouterr().err

@@ -74,10 +74,10 @@ def replace(path: Path, before: str, after: str) -> None:
 
 
 def test_an_untouched_comparison_verifies(output: Path) -> None:
-    found = verify(output)
-    assert found.differs == []
-    assert found.answers == 4 * 36
-    assert "kept" in found.kept
+    verification = verify(output)
+    assert verification.differs == []
+    assert verification.answers == 4 * 36
+    assert "kept" in verification.kept
 
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:

@@ -211,8 +211,8 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
     tiles = "--image_aspect_ratio anyres --instruct.num_train_epochs 0.5"
     words = ["--encoders", "clips:clips-run,blind", "--seeds", "2", "--variants", f"tiles={tiles}"]
     given = comparison_from_flags(script_parser("compare_encoders").parse_args(words))
-    asked = ("output", "train_flags", "questions", "image_folder", "device")
-    comparison = finish(dataclasses.replace(given, **{name: getattr(comparison_of(place), name) for name in asked}))
+    fields = ("output", "train_flags", "questions", "image_folder", "device")
+    comparison = finish(dataclasses.replace(given, **{name: getattr(comparison_of(place), name) for name in fields}))
     assert encoder_names(comparison) == ["clips", "blind", "clips, tiles", "blind, tiles"]
     cells = {cell.name: cell for cell in cells_of(comparison)}
     plain, tiled = cells["clips-clips-run-seed1"], cells["clips-clips-run-tiles-seed1"]
@@ -298,9 +298,9 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
     (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="nothing to compare"):
         checked(comparison_of(place, questions=place / "mine.jsonl"))
-    asked = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
+    comparison = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
     with pytest.raises(UserError, match="nowhere"):
-        load_encoders(asked, [], cells_of(asked))
+        load_encoders(comparison, [], cells_of(comparison))
 
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
@@ -352,8 +352,8 @@ def test_a_floor_that_was_not_beaten_is_named() -> None:
     kinds = {"clips": "clips", "blind": "blind", "clips, tiles": "clips", "blind, tiles": "blind"}
     rows = [("clips", "blind", "win"), ("clips", "blind, tiles", "tie"), ("blind", "clips, tiles", "win")]
     differences = [{"metric": "accuracy", "a": a, "b": b, "verdict": verdict} for a, b, verdict in rows]
-    said = floors({"encoders": {name: {"kind": kind} for name, kind in kinds.items()}, "differences": differences})
-    assert [line.partition(" beyond")[0] for line in said] == [
+    texts = floors({"encoders": {name: {"kind": kind} for name, kind in kinds.items()}, "differences": differences})
+    assert [line.partition(" beyond")[0] for line in texts] == [
         "clips does not beat blind, tiles",
         "clips, tiles does not beat blind",
     ]
@@ -375,10 +375,10 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
         ]
         for cell, good in zip(cells_of(comparison), (True, False) * 5, strict=True)
     }
-    found = item_scores(comparison, answers)
-    assert list(found) == ["cider_d"]
+    scores = item_scores(comparison, answers)
+    assert list(scores) == ["cider_d"]
     # As on the demo, which has no descriptions of the deciding column.
-    for metrics in (found, {"cider_d@seen": found["cider_d"]}):
+    for metrics in (scores, {"cider_d@seen": scores["cider_d"]}):
         (name,) = metrics
         summary, (row,) = compare_scores(comparison, metrics)
         assert (row["metric"], row["verdict"]) == (name, "win")

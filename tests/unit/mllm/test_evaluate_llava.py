@@ -99,29 +99,29 @@ def slow_nats(model: LlavaForConditionalGeneration, processor: LlavaProcessor, m
 def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Loaded) -> None:
     model, processor = loaded
     truths = {"name": ["A red cat", "dog", "two dogs in the picture"], "yes_no": ["Yes", "No"], "open": [None]}
-    asked = []
+    varied = []
     for i, (question, kind) in enumerate(zip(questions(), cycle(truths), strict=False)):
-        asked.append(replace(question, kind=kind, answer=truths[kind][i // 3 % len(truths[kind])]))
+        varied.append(replace(question, kind=kind, answer=truths[kind][i // 3 % len(truths[kind])]))
     store = ImageStore(place / "images")
-    candidates = candidates_of(asked, asked)
-    answers, measured = generate_answers(model, processor, asked, store, batch_size=4, candidates=candidates)
-    assert answers == generate_answers(model, processor, asked, store, batch_size=4)[0]
+    candidates = candidates_of(varied, varied)
+    answers, measured = generate_answers(model, processor, varied, store, batch_size=4, candidates=candidates)
+    assert answers == generate_answers(model, processor, varied, store, batch_size=4)[0]
     lines = []
-    for question, of_question, found in zip(asked, candidates, measured, strict=True):
+    for question, of_question, likelihoods in zip(varied, candidates, measured, strict=True):
         assert sorted(of_question) == sorted(filter(None, truths[question.kind]))
         if question.answer is None:
-            assert found == {}
+            assert likelihoods == {}
             continue
         content = [*[{"type": "image"} for _ in question.images], {"type": "text", "text": question.text}]
         images = [store.load(name) for name in question.images]
         nats = {}
         for answer in of_question:
-            said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-            nats[answer] = slow_nats(model, processor, [{"role": "user", "content": content}, said], images)
+            message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            nats[answer] = slow_nats(model, processor, [{"role": "user", "content": content}, message], images)
         own = nats[question.answer]
         share = math.exp(sum(own)) / sum(math.exp(sum(of_answer)) for of_answer in nats.values())
         expected = {"log_likelihood": sum(own) / len(own), "share": share}
-        assert found == pytest.approx(expected, rel=1e-3)
+        assert likelihoods == pytest.approx(expected, rel=1e-3)
         lines.append({"kind": question.kind, **expected})
     assert len({round(line["share"], 4) for line in lines}) > 5  # otherwise equality would say nothing
     figures = kind_means([*lines, {"text": "of an open question"}])["likelihood"]
@@ -265,9 +265,9 @@ def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, 
 
 
 def test_accuracy_per_kind_with_wilson_s_interval() -> None:
-    asked = [Question(id=i, text="?", kind="count" if i < 4 else "where", answer="One") for i in range(10)]
-    asked.append(Question(id=10, text="?"))  # without an answer: not counted
-    figures = exact_match_figures(asked, ["one"] * 3 + ["two"] * 3 + ["one"] * 4 + ["one"])
+    questions = [Question(id=i, text="?", kind="count" if i < 4 else "where", answer="One") for i in range(10)]
+    questions.append(Question(id=10, text="?"))  # without an answer: not counted
+    figures = exact_match_figures(questions, ["one"] * 3 + ["two"] * 3 + ["one"] * 4 + ["one"])
     assert list(figures) == ["count", "where", "overall"]
     assert (figures["count"]["accuracy"], figures["where"]["accuracy"]) == (0.75, 4 / 6)
     n, p, z = 10, 0.7, 1.959963984540054
@@ -282,10 +282,10 @@ def test_yes_no_figures_are_pope_s() -> None:
     ]
     rng = random.Random(0)
     expected = [rng.random() < 0.5 for _ in range(200)]
-    said = [rng.random() < 0.6 for _ in expected]
-    figures = yes_no_figures(["Yes" if s else "No" for s in said], expected)
+    answers = [rng.random() < 0.6 for _ in expected]
+    figures = yes_no_figures(["Yes" if s else "No" for s in answers], expected)
     tp = fp = tn = fn = 0  # POPE's evaluate.py, counted one by one
-    for s, e in zip(said, expected, strict=True):
+    for s, e in zip(answers, expected, strict=True):
         tp, fp, tn, fn = tp + (s and e), fp + (s and not e), tn + (not s and not e), fn + (not s and e)
     precision, recall = tp / (tp + fp), tp / (tp + fn)
     expected = {"accuracy": (tp + tn) / 200, "precision": precision, "recall": recall, "yes_share": (tp + fp) / 200}
@@ -338,8 +338,8 @@ ANSWERS = {
 
 def questions_of(counts: dict[str, int]) -> list[Question]:
     """As the demo writes them: sorted by kind, the answers of a kind in turn."""
-    asked = [(kind, answer) for kind, count in counts.items() for answer in islice(cycle(ANSWERS[kind]), count)]
-    return [Question(id=i, text="?", kind=kind, answer=answer) for i, (kind, answer) in enumerate(asked)]
+    pairs = [(kind, answer) for kind, count in counts.items() for answer in islice(cycle(ANSWERS[kind]), count)]
+    return [Question(id=i, text="?", kind=kind, answer=answer) for i, (kind, answer) in enumerate(pairs)]
 
 
 def assert_even(drawn: Counter, there: Counter) -> None:

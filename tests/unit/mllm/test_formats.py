@@ -116,27 +116,27 @@ def test_every_reader_asks_as_training_did(
     save_model(model, processor, tmp_path / "model", vision=vision, card={})
     chat = ChatModel.load(str(tmp_path / "model"), device="cpu", dtype="float32")
 
-    asked: list[list[int]] = []
+    calls: list[list[int]] = []
     build = ConversationEncoder.prompt
 
     def recorded(self: ConversationEncoder, *arguments: object) -> list[int]:
-        asked.append(build(self, *arguments))
-        return asked[-1]
+        calls.append(build(self, *arguments))
+        return calls[-1]
 
     monkeypatch.setattr(ConversationEncoder, "prompt", recorded)
     question = Question(id=0, text=FIRST, images=("red.png",))
     generate_answers(chat.model, chat.processor, [question], ImageStore(clips), max_new_tokens=1)
-    assert asked.pop() == single
+    assert calls.pop() == single
     parts = [{"type": "image"}, {"type": "text", "text": FIRST}]
     turns = [{"from": "human", "value": parts}]
     turns += [{"from": ("human", "gpt")[i % 2], "value": [{"type": "text", "text": t}]} for i, t in enumerate(talk)][1:]
     image = Image.open(clips / "red.png").convert("RGB")
     list(ChatSession.from_turns(chat, turns, [image]).answer(ONE_TOKEN))
-    assert asked.pop() == whole
+    assert calls.pop() == whole
     messages = [user(FIRST, picture(RED))]
     messages += [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(talk)][1:]
     asyncio.run(ask_server(chat, {"model": chat.name, "messages": messages, "max_tokens": 1}))
-    assert asked.pop() == whole
+    assert calls.pop() == whole
 
     if version == "plain":  # its chat template is still the language model's
         return
@@ -160,12 +160,12 @@ def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, ver
     tokenizer = make_tokenizer(kind)
     training = ConversationEncoder(tokenizer, version, 4)
     tokenizer.chat_template = training.format.chat_template()
-    found = ConversationEncoder(tokenizer, "auto", 4)
+    encoder = ConversationEncoder(tokenizer, "auto", 4)
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate([FIRST, ANSWER, SECOND])]
-    for asked in (turns[:1], turns):
-        assert found.prompt(asked, 0) == training.prompt(asked, 0)
-    assert found.format.system == training.format.system
-    assert found.stop_ids == training.stop_ids
+    for talk in (turns[:1], turns):
+        assert encoder.prompt(talk, 0) == training.prompt(talk, 0)
+    assert encoder.format.system == training.format.system
+    assert encoder.stop_ids == training.stop_ids
     assert capsys.readouterr().err == "", "it is exactly this format"
 
 

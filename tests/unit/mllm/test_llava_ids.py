@@ -100,8 +100,10 @@ def test_v1_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
         image = number % 3 > 0  # of the last too
         encoded = encoder.encode(turns_of(talk, image), int(image), "sample")
         assert encoded.input_ids == tokenizer_image_token(v1_text(talk, image), slow, encoder.image_id), talk
-        said = [slow(f"x {answer}")[len(slow("x")) :] for _, answer in talk]  # what LLaVA trains of "ASSISTANT: answer"
-        answers = [token for ids in said for token in (*ids, slow.sp.eos_id())]
+        replies = [
+            slow(f"x {answer}")[len(slow("x")) :] for _, answer in talk
+        ]  # what LLaVA trains of "ASSISTANT: answer"
+        answers = [token for ids in replies for token in (*ids, slow.sp.eos_id())]
         assert [label for label in encoded.labels if label != IGNORE] == answers
 
 
@@ -112,8 +114,8 @@ def test_white_space_at_the_edges_of_a_text_is_no_part_of_it(tmp_path: Path) -> 
     talk, spaced = [("Where is it?", "At the top.")], [("  Where is it? \n", "\n At the top.  ")]
     for image in (False, True):
         assert encoder.encode(turns_of(spaced, image), image, "s") == encoder.encode(turns_of(talk, image), image, "s")
-    kept = tokenizer_image_token(v1_text(spaced, False), SlowLlama(tmp_path, legacy=False), encoder.image_id)
-    assert encoder.encode(turns_of(spaced, False), 0, "s").input_ids != kept
+    theirs = tokenizer_image_token(v1_text(spaced, False), SlowLlama(tmp_path, legacy=False), encoder.image_id)
+    assert encoder.encode(turns_of(spaced, False), 0, "s").input_ids != theirs
 
 
 def test_an_empty_answer_trains_nothing_as_in_llava(tmp_path: Path) -> None:
@@ -180,8 +182,8 @@ def test_a_format_by_llava_s_name_is_llava_s_prompt(name: str) -> None:
     talk = [("Where is it?", "At the top."), ("And now?", "Below.")]
     text = template["system"]
     for turn in talk:
-        for role, said, sep in zip(template["roles"], turn, template["seps"], strict=True):
-            text += role + said + sep
+        for role, content, sep in zip(template["roles"], turn, template["seps"], strict=True):
+            text += role + content + sep
     if template["seps"][1] == "</s>":
         text = text.replace("</s>", tokenizer.eos_token)
     encoder = ConversationEncoder(tokenizer, name, 1)
@@ -191,6 +193,6 @@ def test_a_format_by_llava_s_name_is_llava_s_prompt(name: str) -> None:
     prompt = tokenizer.decode(encoder.prompt(turns_of(talk, False)[:3], 0)).removeprefix(tokenizer.bos_token)
     assert text.startswith(prompt)
     assert prompt.endswith(template["roles"][1].rstrip(" "))
-    shown = [{"role": role, "content": said} for turn in talk for role, said in zip(ROLES, turn, strict=True)]
+    shown = [{"role": role, "content": content} for turn in talk for role, content in zip(ROLES, turn, strict=True)]
     rendered = tokenizer.apply_chat_template(shown, chat_template=encoder.format.chat_template(), tokenize=False)
     assert rendered == text

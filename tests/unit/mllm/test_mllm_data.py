@@ -99,16 +99,16 @@ def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
 def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
     records = [record("sub/1.png", "A longer question here?"), record(None), record("sub/0.png")]
     dataset = LlavaDataset(write(tmp_path / "data.json", records), encoder, ImageStore(folder))
-    asked = []
+    batches = []
 
     def load(names: list[str]) -> torch.Tensor:
-        asked.append(names)
+        batches.append(names)
         return torch.arange(len(names))
 
     pad = encoder.tokenizer.pad_token_id
     samples = [dataset[i] for i in range(3)]
     batch = Collator(pad, (encoder.image_id,), load, image_key="image_rows")(samples)
-    assert asked == [["sub/1.png", "sub/0.png"]]
+    assert batches == [["sub/1.png", "sub/0.png"]]
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == sample["input_ids"]
@@ -170,16 +170,16 @@ def rows(path: Path) -> list[dict]:
 
 
 def truths(root: Path) -> dict[str, dict]:
-    found = {}
+    scenes = {}
     for split in ("train", "test", UNSEEN):
         for path in sorted((root / "scenes" / split).glob("*.tar")):
             with tarfile.open(path) as tar:
                 for member in tar:
                     if member.name.endswith(".json"):
-                        found[f"{member.name[:-5]}.jpg"] = json.load(
+                        scenes[f"{member.name[:-5]}.jpg"] = json.load(
                             io.TextIOWrapper(tar.extractfile(member), encoding="utf-8")
                         )
-    return found
+    return scenes
 
 
 def placed(truth: dict) -> dict[str, str]:
@@ -195,47 +195,47 @@ def test_demo_answers_are_true(demo):
     directory, root = demo
     truth = truths(root)
     files = [directory / name for name in (QUESTIONS, UNSEEN_QUESTIONS) if (directory / name).is_file()]
-    asked = [(q["image"], q["text"], q["answer"], q["kind"]) for file in files for q in rows(file)]
+    questions = [(q["image"], q["text"], q["answer"], q["kind"]) for file in files for q in rows(file)]
     for sample in json.loads((directory / "instruct.json").read_text()):
         values = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
         if "image" in sample:
-            asked += [(sample["image"], q, a, None) for q, a in zip(values[::2], values[1::2], strict=True)]
+            questions += [(sample["image"], q, a, None) for q, a in zip(values[::2], values[1::2], strict=True)]
     seen = Counter()
-    for image, question, answer, kind in asked:
+    for image, question, answer, kind in questions:
         things, background = placed(truth[image]), truth[image]["background"]
         here = [thing for thing, place in things.items() if at(place) in question]
         named = [thing for thing in things if re.search(rf"\b{thing}\b", question)]
         if answer in ("Yes", "No"):
-            found = "yes_no"
+            expected = "yes_no"
             if " at the " in question or " in the center" in question:
                 true = f"a {here[0]}?" in question or f"a {here[0]} {at(things[here[0]])}?" in question
             else:
                 true = any(re.search(rf"\ba {thing}\b", question) for thing in things)
             assert answer == ("Yes" if true else "No"), (question, truth[image])
         elif answer.lower() in NUMBERS:
-            found = "count"
+            expected = "count"
             assert NUMBERS.index(answer.lower()) == len(things)
         elif answer.lower() in map(at, PLACES):
-            found = "where"
+            expected = "where"
             (thing,) = named
             assert answer.lower() == at(things[thing]), (question, answer, things)
         elif answer.lower() == background:
-            found = "background"
+            expected = "background"
             assert "color" in question
         elif side := re.search(r" (left of|right of|above|below) the ", question):
-            found = "relation"
+            expected = "relation"
             (other,) = named
             axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[side[1]]
             begin = PLACES[things[other]][axis]
             assert [answer[2:]] == [name for name in things if (PLACES[things[name]][axis] - begin) * sign > 0]
         elif len(answer.split()) <= 4 and answer.startswith("A ") and not answer.endswith("."):
-            found = "identity"
+            expected = "identity"
             assert answer[2:] in (here or list(things)[:1]), (question, answer, things)
         else:
-            found = "description"
+            expected = "description"
             assert all(thing in answer.lower() for thing in things)
-        assert kind in (None, found)
-        seen[found] += 1
+        assert kind in (None, expected)
+        seen[expected] += 1
     assert set(seen) == {*KINDS, "background", "description"}
 
 

@@ -35,12 +35,12 @@ def image_feature(encoder: CLIPS, image: Image.Image) -> torch.Tensor:
 def test_patches_add_up_to_the_encoder_s_own_similarity(encoder: CLIPS) -> None:
     image, sentence = picture(), "a dog and a cat at a dog"
     expected = float(image_feature(encoder, image) @ text_features(encoder, [sentence])[0])
-    found = patch_map(encoder, image, sentence)
-    assert found.patches.shape == (4, 4)
-    assert found.similarity == pytest.approx(expected, abs=1e-5)
-    assert found.usual == 0
-    assert found.patches.mean() == pytest.approx(expected, abs=1e-5)
-    assert found.patches.std() > 1e-3
+    heat = patch_map(encoder, image, sentence)
+    assert heat.patches.shape == (4, 4)
+    assert heat.similarity == pytest.approx(expected, abs=1e-5)
+    assert heat.usual == 0
+    assert heat.patches.mean() == pytest.approx(expected, abs=1e-5)
+    assert heat.patches.std() > 1e-3
     relative = patch_map(encoder, image, sentence, LABELS)
     assert relative.similarity == pytest.approx(expected, abs=1e-5)
     assert relative.patches.mean() == pytest.approx(relative.similarity - relative.usual, abs=1e-5)

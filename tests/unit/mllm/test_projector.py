@@ -162,13 +162,13 @@ def test_words_that_few_captions_hold_have_units_of_their_own():
     looks, captions, features = scenes(4000, things=60)
     words, projector = torch.randn(110, 64), make()
     start_from_captions(projector, features, captions, words)
-    told = telling_words(captions, 16)
-    units = projector.act(projector.linear_1(looks[told]))[:, -16:]
+    telling = telling_words(captions, 16)
+    units = projector.act(projector.linear_1(looks[telling]))[:, -16:]
     assert (units.argmax(1) == torch.arange(16)).all()
     columns = projector.linear_2.weight[:, -16:].T
-    assert torch.allclose(nn.functional.cosine_similarity(columns, words[told] - words.mean(0)), torch.ones(16))
-    said = projector.act(projector.linear_1(features.flatten(0, 1)))[:, -16:] @ columns
-    variance = (said - said.mean(0)).square().sum(-1).mean() / (words - words.mean(0)).square().sum(-1).mean()
+    assert torch.allclose(nn.functional.cosine_similarity(columns, words[telling] - words.mean(0)), torch.ones(16))
+    outputs = projector.act(projector.linear_1(features.flatten(0, 1)))[:, -16:] @ columns
+    variance = (outputs - outputs.mean(0)).square().sum(-1).mean() / (words - words.mean(0)).square().sum(-1).mean()
     assert variance.item() == pytest.approx(projector_start.WORD_SHARE, rel=1e-3)
     assert torch.allclose(projector(features).flatten(0, 1).mean(0), words.mean(0), atol=0.02)
 

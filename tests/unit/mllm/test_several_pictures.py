@@ -52,12 +52,12 @@ def files(place: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def stock(model: ChatModel) -> Callable[..., str]:
     """The stock pipeline's answer to a text about pictures."""
-    asked = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+    pipe = pipeline("image-text-to-text", model=model.model, processor=model.processor)
 
     def said(text: str, *shown: Path) -> str:
         content = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in shown]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        [found] = asked(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+        [found] = pipe(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
         return found["generated_text"].strip()
 
     return said
@@ -140,13 +140,13 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
 
 def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Path) -> None:
     """LLaVA-Interleave's form: a list of pictures, `<image>` at the start or between words; the prompt is chat's."""
-    said = [
+    messages = [
         {"from": "human", "value": f"<image>\n<image>\n{TEXT}"}, {"from": "gpt", "value": "A cat."},
         {"from": "human", "value": "<image> against <image>?"}, {"from": "gpt", "value": "Two dogs."},
     ]  # fmt: skip
     layout = model.layout
     tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
-    record = {"sample_id": 7, "image": [*NAMES, "1.png", "2.png"], "conversations": said, "metadata": {}}
+    record = {"sample_id": 7, "image": [*NAMES, "1.png", "2.png"], "conversations": messages, "metadata": {}}
     path, store = tmp_path / "data.json", ImageStore(place / "images")
     path.write_text(json.dumps([record, record | {"image": [*record["image"], "4.png"]}]))
     with pytest.raises(UserError, match=r"sample 1 .* 5 image\(s\) but 4 <image>"):

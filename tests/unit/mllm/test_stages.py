@@ -93,10 +93,10 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(pl
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing that means nothing to a user
         adapted = add_lora(build(places), arguments("--stage", "2", "--lora_enable").resolve(1))
-    found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert len(found) == 2 * len(kinds)
-    assert all("language_model.layers" in name and name.rpartition(".")[2] in kinds for name in found)
+    assert len(names) == 2 * len(kinds)
+    assert all("language_model.layers" in name and name.rpartition(".")[2] in kinds for name in names)
 
 
 def test_a_model_that_departs_from_the_table_is_refused_by_name(places: Path) -> None:
@@ -194,9 +194,9 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
         arguments(f"--{name}", "any" if only is None else only)
     with pytest.raises(UserError, match="--optim other is not supported"):
         arguments("--optim", "other")
-    found = arguments(*["--stage", "2", "--data_path", "x", "--warmup_steps", "7", "--run_name", "mine"]).resolve(1)
-    made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
-    assert (made.get_warmup_steps(1000), made.report_to, found.run_name) == (7, [], "mine")
+    resolved = arguments(*["--stage", "2", "--data_path", "x", "--warmup_steps", "7", "--run_name", "mine"]).resolve(1)
+    made = training_arguments(resolved, Path("runs/none"), torch.device("cpu"), None)
+    assert (made.get_warmup_steps(1000), made.report_to, resolved.run_name) == (7, [], "mine")
 
 
 def test_flags_of_one_stage_and_the_version_of_both() -> None:
@@ -228,8 +228,8 @@ def test_batch_is_ranks_times_accumulation_times_micro_batch(flags: dict, ranks:
         with pytest.raises(UserError, match="batch_size"):
             arguments(*words).resolve(ranks)
         return
-    found = arguments(*words).resolve(ranks)
-    assert (found.batch_size, found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
+    resolved = arguments(*words).resolve(ranks)
+    assert (resolved.batch_size, resolved.per_device_train_batch_size, resolved.gradient_accumulation_steps) == expected
 
 
 def test_the_printed_command_gives_the_same_arguments_again() -> None:

@@ -39,8 +39,8 @@ from mllm.training.trainer import Collator, TrainingModel
 
 def facts(text: str) -> list[tuple[tuple[int, ...], int, int]]:
     words = iter(text.split())
-    found = zip(words, words, words, strict=True)
-    return [(tuple(map(int, size.split("x"))), int(tokens), int(crc)) for size, tokens, crc in found]
+    rows = zip(words, words, words, strict=True)
+    return [(tuple(map(int, size.split("x"))), int(tokens), int(crc)) for size, tokens, crc in rows]
 
 
 # From the code of LLaVA-VL/LLaVA-NeXT at df17966, run on 2026-11-28: `get_anyres_image_grid_shape` of mm_utils.py, and
@@ -170,11 +170,11 @@ def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
 def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values") -> dict[str, Any]:
     """Samples with one picture, two pictures and none."""
     store = ImageStore(place / "images")
-    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
     two = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Red."}]
     none = [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "the picture"}]
     records = [
-        {"image": "0.png", "conversations": said},
+        {"image": "0.png", "conversations": turns},
         {"image": ["4.png", "1.png"], "conversations": two},
         {"conversations": none},
     ]
@@ -200,11 +200,11 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
     batch = batch_of(chat, place, pixel_loader(store, partial(image_pixels, chat.processor.image_processor)))
     assert batch["image_sizes"] == [store.size(name) for name in ("0.png", "4.png", "1.png")]
     assert len(batch["pixel_values"]) == sum(map(chat.layout.squares, batch["image_sizes"]))
-    loss, found = gradients(chat.model, batch, features=False, packed=False)
+    loss, actual = gradients(chat.model, batch, features=False, packed=False)
     packed, others = gradients(chat.model, batch, features=False, packed=True)
     assert packed == pytest.approx(loss, rel=1e-5)
-    assert found["image_newline"].norm() > 1e-4
-    for name, gradient in found.items():
+    assert actual["image_newline"].norm() > 1e-4
+    for name, gradient in actual.items():
         assert torch.allclose(others[name], gradient, atol=1e-3 * float(gradient.abs().max())), name
     vision = load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres")
     cache = FeatureCache(vision, store, tmp_path)
@@ -226,8 +226,8 @@ def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(
     chat: ChatModel, place: Path, tmp_path: Path
 ) -> None:
     directory = place / "runs" / "llava" / "model"
-    kept = read_weights(directory / "mm_projector.bin")["model.image_newline"]
-    assert torch.equal(kept, chat.model.model.image_newline)
+    newline = read_weights(directory / "mm_projector.bin")["model.image_newline"]
+    assert torch.equal(newline, chat.model.model.image_newline)
     assert json.loads((directory / "config.json").read_text())["image_grid_pinpoints"] == grid_pinpoints(None, 32)
     assert "up to 88 tokens per image" in (directory / "README.md").read_text()
     with pytest.raises(UserError, match="only models of one square are converted"):

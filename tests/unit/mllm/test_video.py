@@ -72,12 +72,12 @@ def test_indices_are_transformers() -> None:
     """Where a video has fewer frames than are drawn, transformers refuses; here frames repeat."""
     for total in (1, 2, 7, 8, 9, 30, 1001):
         for count in (1, 2, 3, 8, 32):
-            found = chosen(total, count)
-            assert len(found) == count
-            assert found == sorted(found)
-            assert 0 <= found[0] <= found[-1] < total
+            indices = chosen(total, count)
+            assert len(indices) == count
+            assert indices == sorted(indices)
+            assert 0 <= indices[0] <= indices[-1] < total
             if count <= total:
-                assert found == default_sample_indices_fn(VideoMetadata(total_num_frames=total), count).tolist()
+                assert indices == default_sample_indices_fn(VideoMetadata(total_num_frames=total), count).tolist()
 
 
 @pytest.mark.parametrize(("kind", "codec"), [("mp4", "libx264"), ("matroska", "libvpx")])
@@ -88,8 +88,8 @@ def test_frames_are_those_of_plain_decoding(kind: str, codec: str, tmp_path: Pat
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     for count in (1, 4, 23, 40):
         expected = [every[i * 23 // count] for i in range(count)]
-        found = frames_of(data, count, **LIMITS)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), count
+        frames = frames_of(data, count, **LIMITS)
+        assert all(np.array_equal(a, b) for a, b in zip(frames, expected, strict=True)), count
     if kind == "mp4":
         path = tmp_path / "clip.mp4"
         path.write_bytes(data)
@@ -201,8 +201,8 @@ def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
     newline, (first, picture, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
     [tiles], _ = inner.pack_image_features([picture], torch.tensor([[30, 80]]), newline)
     videos = [torch.cat([inner.apply_pooling(frames).flatten(0, 1), newline[None]]) for frames in (first, last)]
-    found = layout.arranged(cells, newline, [VIDEO, (30, 80), VIDEO])
-    assert torch.equal(found, torch.cat([videos[0], tiles, videos[1]]))
+    rows = layout.arranged(cells, newline, [VIDEO, (30, 80), VIDEO])
+    assert torch.equal(rows, torch.cat([videos[0], tiles, videos[1]]))
     stock = model.processor._get_num_multimodal_tokens(image_sizes=[(30, 80)], video_sizes=[(FRAMES, 28, 40)])
     assert [layout.tokens(VIDEO), layout.tokens((30, 80))] == [*stock["num_video_tokens"], *stock["num_image_tokens"]]
     assert (layout.most_squares, layout.tokens(VIDEO), str(layout)) == (5, 17, "16 to 88, 17 for a video,")
@@ -221,11 +221,11 @@ def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None
 
 def records() -> list[dict[str, Any]]:
     """A video, a picture between videos, and neither; `<image>` and `<video>` mark a video alike."""
-    said = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
     mixed = [{"from": "human", "value": "<image> and <image> and <video>?"}, {"from": "gpt", "value": "Red."}]
     none = [{"from": "human", "value": "Say <video>"}, {"from": "gpt", "value": "the picture"}]
     return [
-        {"video": "a.mp4", "conversations": said},
+        {"video": "a.mp4", "conversations": turns},
         {"image": ["b.mp4", "1.png", "a.mp4"], "conversations": mixed},
         {"conversations": none},
     ]
@@ -265,16 +265,16 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
 
 def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path: Path) -> None:
     path, store, layout = tmp_path / "data.json", ImageStore(place / "images"), model.layout
-    said = records()[0]["conversations"]
+    turns = records()[0]["conversations"]
     for fields, reason in (
         ({"video": "a.gif"}, r"\.mp4"),
         ({"video": "a.mp4", "image": "1.png"}, "'image' and 'video'"),
         ({"video": "none.mp4"}, "is not in"),
     ):
-        path.write_text(json.dumps([fields | {"conversations": said}]))
+        path.write_text(json.dumps([fields | {"conversations": turns}]))
         with pytest.raises(UserError, match=reason):
             LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens, FRAMES))
-    path.write_text(json.dumps([{"video": "a.mp4", "conversations": said}]))
+    path.write_text(json.dumps([{"video": "a.mp4", "conversations": turns}]))
     with pytest.raises(UserError, match=r"sample 0 .*takes no videos: train it with .* --frames_upbound 8"):
         LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens))
 
@@ -285,7 +285,7 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
 @pytest.fixture(scope="module")
 def stock(model: ChatModel, place: Path) -> Callable[..., str]:
     """The stock pipeline's answer to TEXT about files. It draws the frames of a video itself."""
-    asked = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+    pipe = pipeline("image-text-to-text", model=model.model, processor=model.processor)
 
     def part(name: str) -> dict[str, Any]:
         path = place / "images" / name
@@ -297,7 +297,7 @@ def stock(model: ChatModel, place: Path) -> Callable[..., str]:
 
     def said(*names: str) -> str:
         messages = [{"role": "user", "content": [*map(part, names), {"type": "text", "text": TEXT}]}]
-        [found] = asked(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+        [found] = pipe(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
         return found["generated_text"].strip()
 
     return said
@@ -337,8 +337,8 @@ def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(
     count = [int((inputs["input_ids"] == model.encoder.image_id).sum()) for inputs in (flat, nested)]
     assert count == [sum(model.image_tokens(pictures)), 2 * (model.layout.square + 1)]
     output = model.model.generate(**flat, max_new_tokens=8, do_sample=False)
-    said = model.processor.tokenizer.decode(output[0, flat["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert said.strip() == answer
+    response = model.processor.tokenizer.decode(output[0, flat["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert response.strip() == answer
 
 
 def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
