@@ -76,7 +76,7 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
     sets = by_test_set(figures, first)
     names = list(dict.fromkeys(key for of_set in sets.values() for key in of_set))
     shown = ([name for name in MATTER if name in names] or names)[:6]
-    rest = f"All {len(names)} figures are in the JSON file and on the report." if len(names) > len(shown) else None
+    rest = f"All {len(names)} figures are in the JSON file and in the report." if len(names) > len(shown) else None
     rows = []
     for name in shown:
         of_sets = [of_set.get(name) for of_set in sets.values()]

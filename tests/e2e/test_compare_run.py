@@ -91,9 +91,9 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
         code = run_main(monkeypatch, "compare_encoders", "--device", "cpu", *FLAGS)
         return code, capfd.readouterr().err
 
-    code, errors = again()
-    assert code == 0, errors[-3000:]
-    assert "report.html" in errors
+    code, output = again()
+    assert code == 0, output[-3000:]
+    assert "report.html" in output
     assert len(finished()) == 6
     assert finished() | before == finished()
     configs = [json.loads((cell / "config.json").read_text()) for cell in done]
@@ -111,9 +111,9 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
     assert [*record["commands"]] == ["align", "instruct", "evaluation"]
 
     logs = {path: path.stat().st_size for path in cells.glob("*.log")}
-    code, errors = again()
+    code, output = again()
     assert code == 0
-    assert "0 of 2 to run" in errors
+    assert "0 of 2 to run" in output
     assert {path: path.stat().st_size for path in cells.glob("*.log")} == logs
 
 

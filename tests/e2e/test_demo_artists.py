@@ -51,9 +51,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(script: str, *flags: str | Path) -> str:
-        code, errors = command(tmp_path, monkeypatch, script, "--device", "cpu", *flags)
-        assert code == 0, errors
-        return errors
+        code, output = command(tmp_path, monkeypatch, script, "--device", "cpu", *flags)
+        assert code == 0, output
+        return output
 
     # an encoder
     run = tmp_path / "runs" / "demo"

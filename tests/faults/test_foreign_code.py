@@ -116,11 +116,11 @@ def test_row_23_the_trainer_s_files_are_read_as_data(
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["align"]["trains"]["max_steps"] = 4  # the run is to go on
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    code, errors = command(place, monkeypatch, "train_llava.py", *flags)
-    assert code == 2, errors
-    assert str(path) in errors
-    assert "move it elsewhere" in errors
-    assert "Traceback" not in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *flags)
+    assert code == 2, output
+    assert str(path) in output
+    assert "move it elsewhere" in output
+    assert "Traceback" not in output
 
 
 # ---------------------------------------------------------------------------------------------- models and projectors
@@ -169,10 +169,10 @@ def refused(place: Path, shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
         for word in words:
             prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
             filled += shards if word == "DATA" else [f"{prefix}{made[name]()}" if name in made else word]
-        code, errors = command(place, monkeypatch, script, *filled)
-        assert code == 2, errors
-        assert "Traceback" not in errors
-        return errors
+        code, output = command(place, monkeypatch, script, *filled)
+        assert code == 2, output
+        assert "Traceback" not in output
+        return output
 
     return said_of
 

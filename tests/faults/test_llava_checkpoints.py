@@ -63,9 +63,9 @@ def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeyp
     assert done.returncode == -signal.SIGKILL
     assert not (killed / "align/checkpoint-4" / MANIFEST).exists()
     assert check_seal(killed / "align/checkpoint-2")
-    code, errors = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", killed)
-    assert not code, errors
-    assert f"goes on from {killed / 'align/checkpoint-2'}" in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", killed)
+    assert not code, output
+    assert f"goes on from {killed / 'align/checkpoint-2'}" in output
     assert not list((killed / "align").glob("checkpoint-*"))
     assert_equal(killed, whole)
 
@@ -77,13 +77,13 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
     try:
-        code, errors = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+        code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 1, errors
-    assert "the checkpoint of step 6 cannot be written" in errors
-    assert "The older ones are intact" in errors
-    assert "Traceback" not in errors
+    assert code == 1, output
+    assert "the checkpoint of step 6 cannot be written" in output
+    assert "The older ones are intact" in output
+    assert "Traceback" not in output
     assert check_seal(run_dir / "align/checkpoint-4")
     assert not (run_dir / "align/checkpoint-6" / MANIFEST).exists()
     run(place, monkeypatch, *FLAGS, "--output_dir", str(run_dir))
@@ -100,10 +100,10 @@ def test_row_05_a_damaged_checkpoint(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data if how == "one bit" else data[:-100])
-    code, errors = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
-    assert not code, errors
-    assert "checkpoint-4 is not usable (optimizer.pt does not match its SHA-256" in errors
-    assert f"goes on from {run_dir / 'align/checkpoint-2'}" in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+    assert not code, output
+    assert "checkpoint-4 is not usable (optimizer.pt does not match its SHA-256" in output
+    assert f"goes on from {run_dir / 'align/checkpoint-2'}" in output
     assert_equal(run_dir, whole)
 
 
@@ -162,11 +162,11 @@ def test_what_is_sealed_and_does_not_fit_the_run(
     name, damage, message = LOADED[kind]
     damage(checkpoint / name)
     seal(checkpoint)
-    code, errors = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
-    assert code == 2, errors
-    assert f"cannot go on from {checkpoint}" in errors
-    assert message in " ".join(errors.split())
-    assert "Traceback" not in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+    assert code == 2, output
+    assert f"cannot go on from {checkpoint}" in output
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow

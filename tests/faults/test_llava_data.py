@@ -54,10 +54,10 @@ def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monk
     records += [conversation("7.png", [("What?", "cat")])]
     hopeless = conversation("8.png", [("picture " * 200, "cat")])
     cut = ["--model_max_length", "64", "--output_dir"]
-    code, errors = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
-    assert code == 2, errors
-    assert "sample 8 (id 8.png)" in errors
-    assert "every label is masked" in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
+    assert code == 2, output
+    assert "sample 8 (id 8.png)" in output
+    assert "every label is masked" in output
     assert not batches
     run(place, monkeypatch, *flags(place, [*records, hopeless], *cut, "runs/long", "--on_bad_sample", "skip"))
     ids = torch.cat([row for batch in batches for row in batch["input_ids"].split(1, 1)]).flatten()
@@ -99,9 +99,9 @@ def test_row_22_placeholders_that_are_not_the_pictures(
 ) -> None:
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
-    code, errors = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
-    assert code == 2, errors
-    assert f"sample 1 (id wrong): it has {len(images)} image" in errors
-    assert "Traceback" not in errors
+    code, output = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
+    assert code == 2, output
+    assert f"sample 1 (id wrong): it has {len(images)} image" in output
+    assert "Traceback" not in output
     assert not batches
     assert not (place / "runs/wrong").exists()

@@ -64,7 +64,7 @@ def test_row_25_both_shapes_are_said(
         "search.py": ["--device", "cpu", "--pictures", "runs"],
     }
     words = [word.replace("{}", str(copied)) for word in words]
-    code, errors = command(place, monkeypatch, script, *words, *more[script])
-    assert code == 2, errors
-    assert all(shape in errors for shape in shapes), errors
-    assert "Traceback" not in errors
+    code, output = command(place, monkeypatch, script, *words, *more[script])
+    assert code == 2, output
+    assert all(shape in output for shape in shapes), output
+    assert "Traceback" not in output

@@ -49,11 +49,11 @@ def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names:
 
 def test_equal_time(tmp_path: Path) -> None:
     record = stored("equal_time")
-    settings, old = record["asked"], record["report"]
+    plan, old = record["asked"], record["report"]
     longer = old["samples"]["equal time"]
-    study = equal_time_study(old["multipliers"], **settings, longer=longer)
-    write_runs(tmp_path, [*search_runs(settings["samples"]).values(), *study.everything()], record["runs"])
-    result = compare(tmp_path, jobs=1, **settings)
+    study = equal_time_study(old["multipliers"], **plan, longer=longer)
+    write_runs(tmp_path, [*search_runs(plan["samples"]).values(), *study.everything()], record["runs"])
+    result = compare(tmp_path, jobs=1, **plan)
     assert (result["multipliers"], result["equal_time_samples"]) == (old["multipliers"], longer)
     names = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
     assert_same_groups(result, old, names)
@@ -67,23 +67,17 @@ def assert_same_contrasts(new: Sequence[Mapping[str, Any]], old: Sequence[Mappin
 
 def test_claims(tmp_path: Path) -> None:
     record = stored("claims")
-    old, settings = record["report"], record["asked"]
+    old, plan = record["report"], record["asked"]
     study = variant_study(
-        list(old["variants"]),
-        range(settings["seeds"]),
-        settings["samples"],
-        (),
-        name="claims",
-        title="",
-        questions=CLAIMS,
+        list(old["variants"]), range(plan["seeds"]), plan["samples"], (), name="claims", title="", questions=CLAIMS
     )
     write_runs(tmp_path, study.everything(), record["runs"])
     before = old["claims"]["e"]["contrasts"][0]
     llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 0.0432, "ci95": [0.0041, 0.0823]}
     llava |= {"seeds": 3, "items": 800, "verdict": "undecided"}
     (tmp_path / "llava.json").write_text(json.dumps({"differences": [llava]}))
-    options = {name: settings[name] for name in ("seeds", "samples")}
-    result = reproduce(tmp_path, settings["claims"].split(","), jobs=1, llava_report=tmp_path / "llava.json", **options)
+    options = {name: plan[name] for name in ("seeds", "samples")}
+    result = reproduce(tmp_path, plan["claims"].split(","), jobs=1, llava_report=tmp_path / "llava.json", **options)
     assert rows_of(result["variants"]) == rows_of(old["variants"])
     assert result["deciding_figure"] == old["deciding_figure"]
     for key, claim in old["claims"].items():

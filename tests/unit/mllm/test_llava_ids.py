@@ -100,9 +100,8 @@ def test_v1_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
         image = number % 3 > 0  # of the last too
         encoded = encoder.encode(turns_of(talk, image), int(image), "sample")
         assert encoded.input_ids == tokenizer_image_token(v1_text(talk, image), slow, encoder.image_id), talk
-        replies = [
-            slow(f"x {answer}")[len(slow("x")) :] for _, answer in talk
-        ]  # what LLaVA trains of "ASSISTANT: answer"
+        # what LLaVA trains of "ASSISTANT: answer"
+        replies = [slow(f"x {answer}")[len(slow("x")) :] for _, answer in talk]
         answers = [token for ids in replies for token in (*ids, slow.sp.eos_id())]
         assert [label for label in encoded.labels if label != IGNORE] == answers
 
