@@ -123,7 +123,7 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     return from_flags(
         Comparison,
         flags,
-        encoders=flags.encoders or (QUICK_ENCODERS if flags.quick else ENCODERS),
+        encoders=(QUICK_ENCODERS if flags.quick else ENCODERS) if flags.encoders is None else flags.encoders,
         seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
         llava_runs=QUICK_LLAVA_RUNS if flags.quick and flags.llava_runs is None else flags.llava_runs,
         jobs=(1 if one_at_a_time else 2) if flags.jobs is None else flags.jobs,
