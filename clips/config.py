@@ -383,8 +383,8 @@ class DataConfig:
     """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
     held_out: float = 0.0
-    """Without `val`: the share of `train` that validates and does not train, at most 1,000 samples. Neither the demo
-    nor a mix holds samples out."""
+    """Without `val`: the share of the images of `train` that validates and does not train, at most 1,000. Neither the
+    demo, nor a mix, nor a set of fewer than 100 images holds any out."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
     """Measured beside `test`; their figures are called NAME/FIGURE. A set named `unseen` decides in the studies."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import glob
+import hashlib
 import itertools
+import json
 import logging
 import os
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
+from tqdm import tqdm
 
 from clips.common.errors import UserError, reason
 from clips.common.escape import clip
@@ -42,8 +44,8 @@ OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys."""
-HELD_OUT_BLOCK, MOST_HELD_OUT = 10, 1_000
-"""Samples are held out in blocks of neighbours: rows of one picture stand together."""
+IMAGE_TAIL = 1 << 14
+"""Last bytes of an image by which it is told from others: the first ones may be a profile that many share."""
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
@@ -129,7 +131,7 @@ class Source:
     """Random access to samples by index; neighbours in a shard are cheap to read."""
 
     files: list[str]
-    """Shards or tables, as many as `shard_sizes`. A mix has none."""
+    """Shards or tables, as many as `shard_sizes`."""
     shard_sizes: list[int]
     """Usable samples of each file; they sum to the length."""
     left_out: list[int]
@@ -184,6 +186,27 @@ class Source:
         """Why the picture of a sample is not there, or None; opens no picture."""
         return None
 
+    def image_id(self, index: int) -> bytes:
+        """What tells the image of a sample from others: its path, or its last bytes. Raises BrokenSample."""
+        raise NotImplementedError
+
+    def image_hashes(self) -> np.ndarray:
+        """uint64 [samples]: a hash of each `image_id`, the same on every machine; all broken samples share one."""
+        hashes = bytearray()
+        for index in tqdm(range(len(self)), "telling images apart", unit="image", leave=False, disable=None):
+            image = b""
+            with contextlib.suppress(BrokenSample):  # counted when training reads it
+                image = self.image_id(index)
+            hashes += hashlib.sha256(b"held out" + image).digest()[:8]
+        return np.frombuffer(hashes, "<u8")
+
+    def facts(self) -> dict[str, Any]:
+        """Return numbers of samples and files, and a hash over each file's name, bytes and samples, not its folder."""
+        names = [os.path.basename(without_secrets(file)) for file in self.files]
+        sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in self.files]
+        text = json.dumps([names, sizes, list(map(int, self.shard_sizes))])
+        return {"samples": len(self), "files": len(names), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
         """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
         for index in range(len(self)) if indices is None else indices:
@@ -201,6 +224,7 @@ class MixedSource(Source):
         """Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources = list(sources)
         self.shares = list(shares)
+        self.files = [file for source in sources for file in source.files]
         self.problems = [problem for source in sources for problem in source.problems]
         self.unreadable = sum(source.unreadable for source in sources)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
@@ -224,25 +248,17 @@ class MixedSource(Source):
 
 
 class PartSource(Source):
-    """The samples of a source that are held out for validation, or all others.
+    """The samples `indices` (ascending) of a source."""
 
-    The choice depends on `share` and the number of samples alone: every seed validates on the same ones.
-    """
-
-    def __init__(self, source: Source, share: float, *, held_out: bool) -> None:
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
         self.files = source.files
         self.left_out = source.left_out
         self.unreadable = source.unreadable
         self.problems = source.problems
-
-        total = len(source)
-        blocks = -(-total // HELD_OUT_BLOCK)
-        count = min(max(1, round(share * blocks)), MOST_HELD_OUT // HELD_OUT_BLOCK)
-        chosen = np.isin(np.arange(total) // HELD_OUT_BLOCK, random.Random(0).sample(range(blocks), count))
-        self._indices = np.flatnonzero(chosen == held_out)
+        self._indices = indices
         ends = np.cumsum(source.shard_sizes)
-        self._set_sizes(np.diff(np.searchsorted(self._indices, ends), prepend=0).tolist())
+        self._set_sizes(np.diff(np.searchsorted(indices, ends), prepend=0).tolist())
 
     def read(self, index: int) -> RawSample:
         return self.source.read(int(self._indices[index]))
@@ -330,6 +346,12 @@ class TarSource(Source):
     def texts(self, index: int) -> Texts:
         return self._captions(self._members(index))
 
+    def image_id(self, index: int) -> bytes:
+        members = self._members(index)
+        if is_remote(self.shards[self._locate(index)[0]]):  # a request for each image could take days
+            return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
+        return next(filter(None, (members.read(e, IMAGE_TAIL) for e, _ in self._fields["image"])), b"")
+
     def _captions(self, members: _Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
@@ -401,7 +423,8 @@ class _Members:
         self.key = f"{shard.label}#{shard.index.keys[row]}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
-    def read(self, extension: str) -> bytes | None:
+    def read(self, extension: str, last: int = MAX_BYTES) -> bytes | None:
+        """Return a member, or its `last` bytes; None if the sample has none."""
         column = self.shard.column.get(extension)
         if column is None:
             return None
@@ -411,13 +434,14 @@ class _Members:
             return None
         if size > MAX_BYTES:
             raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
+        skipped = max(0, size - last)
         try:
-            self.shard.file.seek(offset)
-            data = self.shard.file.read(size)
+            self.shard.file.seek(offset + skipped)
+            data = self.shard.file.read(size - skipped)
         except OSError as error:
             raise BrokenSample(self.key, f"{extension}: {error}") from None
-        if len(data) != size:
-            raise BrokenSample(self.key, f"{extension}: cut off, {len(data)} of {size} bytes are there")
+        if len(data) != size - skipped:
+            raise BrokenSample(self.key, f"{extension}: cut off, {skipped + len(data)} of {size} bytes are there")
         return data
 
     def json(self, extension: str) -> dict[str, Any] | None:
@@ -517,6 +541,14 @@ class TableSource(Source):
         if isinstance(place, bytes) or os.path.isfile(place):
             return None
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
+
+    def image_id(self, index: int) -> bytes:
+        file, key, row = self._row(index, self._fields["web"] + self._fields["long"])
+        place = self._place(file, key, self._value(row, "image"))
+        if isinstance(place, bytes):
+            return place[-IMAGE_TAIL:]
+        # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
+        return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
 
     def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
         file, i = self._locate(index)

@@ -184,22 +184,6 @@ def opened_splits(data: DataConfig) -> dict[str, Source]:
     return {split: open_split(data, split, need_long=split == "train") for split in ("train", "val", "test")}
 
 
-def test_a_share_is_held_out_in_blocks_for_every_seed_alike(tmp_path: Path) -> None:
-    path = shard(tmp_path, [[f"c{i} {k}" for k in range(2)] for i in range(95)])
-    data = DataConfig(train=str(path), held_out=0.2)
-    train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
-    numbers = {split: [int(part.read(i).key[-3:]) for i in range(len(part))] for split, part in
-               (("train", train), ("val", val))}  # fmt: skip
-    assert sorted(numbers["train"] + numbers["val"]) == list(range(95))
-    assert len({i // 10 for i in numbers["val"]}) == 2
-    assert numbers["val"] == sorted(numbers["val"])
-    assert (sum(train.shard_sizes), train.files) == (len(train), [str(path)])
-    named = replace(data, val=str(path))
-    assert (len(open_split(named, "train", need_long=True)), len(open_split(named, "val", need_long=False))) == (95, 95)
-    order = train.order(0)
-    assert sorted(order.sample(position) for position in range(len(train))) == list(range(len(train)))
-
-
 def test_evaluation_and_alignment_take_each_caption_as_a_sentence(tmp_path: Path) -> None:
     path = shard(tmp_path, [[f"c{i} {k}" for k in range(7)] for i in range(2)])
     item = SourceSet(opened(path, need_long=False)).read(1)
