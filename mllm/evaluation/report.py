@@ -30,7 +30,6 @@ from mllm.data.questions import UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
 
-MOST_TRIED = 50
 EXAMPLES, SIDE = 4, 200
 """Questions of each kind on the page, half of them wrong if there are enough; longest side of a picture, pixels."""
 KINDS = {
@@ -71,13 +70,14 @@ def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
-    """Return `one_caption`: the best of the MOST_TRIED most frequent references if it described every image, and its
-    CIDEr-D. Empty without references. The best is chosen on a hundred images.
+    """Return `one_caption`: the best of the 50 most frequent references if it described every image, and its CIDEr-D.
+
+    The best is chosen on a hundred images. Empty without references.
     """
     references = [question.references for question in questions if question.references]
     counts = Counter(text for texts in references for text in texts)
     some = random.Random(0).sample(references, min(100, len(references)))
-    tried = {text: cider([text] * len(some), some)[0] for text, _ in counts.most_common(MOST_TRIED)}
+    tried = {text: cider([text] * len(some), some)[0] for text, _ in counts.most_common(50)}
     if not tried:
         return {}
     best = max(tried, key=tried.__getitem__)
@@ -131,10 +131,9 @@ def _page(run_dir: Path, store: ImageStore, figures: dict[str, Any], answers: Se
 
 
 def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
-    if "cider" in figures and not measured:
-        described, floor = figures["cider"], figures.get("one_caption", {}).get("cider_d", 0.0)
-        about = f"Its descriptions of {described['n']:,} images have a CIDEr-D of {described['cider_d']:.2f}"
-        return f"{about}. One caption for all of them would have {floor:.2f}."
+    if "one_caption" in figures and not measured:
+        own, floor = (figures[name]["cider_d"] for name in ("cider", "one_caption"))
+        return f"Its descriptions have a CIDEr-D of {own:.2f}. One caption for all images would have {floor:.2f}."
     if "overall" not in measured:
         return "This model has not answered questions yet: python scripts/evaluate_llava.py"
     overall = measured["overall"]

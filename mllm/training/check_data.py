@@ -91,8 +91,7 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     drawn = {"samples": flags.limit, "workers": flags.jobs, "seed": flags.seed}
     check_data(flags.conversations, encoder, store, flags.output, **drawn)
-    stage = "1" if version == "plain" else "2"
-    words = [] if isinstance(store, CaptionStore) else ["--stage", stage]
+    words = [] if isinstance(store, CaptionStore) else ["--stage", "1" if version == "plain" else "2"]
     words += ["--data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
     words += ["--fields", *flags.fields] if flags.fields else []

@@ -68,7 +68,7 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"
     if stage.number == 1 and "layers" in facts.get("language model", ""):
-        facts["loss"] = "begins near 17: what is left of the language model is wrong until stage 2 trains it"
+        facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
         f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
     )

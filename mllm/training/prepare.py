@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from rich.console import Console
 from tqdm import trange
 
 from clips import Fields, RunConfig, parse_fields
@@ -182,12 +181,10 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
 
 def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) -> ImageStore | None:
     """Open the images. Fields of captions that no flag names are those of the run of `vision`, or guessed."""
-    data_path, image_folder = data_of(arguments)
-    given, share = list(arguments.fields or ()), arguments.held_out or 0.0
 
     def opened(fields: Fields) -> ImageStore | None:
-        fields = parse_fields(given, fields)
-        return open_store(data_path, image_folder, fields=fields, held_out=share, test=arguments.test_data)
+        fields, share = parse_fields(list(arguments.fields or ()), fields), arguments.held_out or 0.0
+        return open_store(*data_of(arguments), fields=fields, held_out=share, test=arguments.test_data)
 
     source = vision.source.removeprefix("the architecture of ") if vision else ""  # random and blind
     for config in (folder / "config.json" for folder in Path(source).parents if (folder / "export").is_dir()):
@@ -297,7 +294,7 @@ def collator_of(prepared: Prepared, start: Start) -> Collator:
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
-def fit_to_captions(prepared: Prepared, collator: Collator, console: Console) -> float:
+def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
     arguments = prepared.arguments
     device = prepared.device
@@ -324,7 +321,6 @@ def fit_to_captions(prepared: Prepared, collator: Collator, console: Console) ->
     projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
     fitted = copy.deepcopy(projector).float().cpu()
     words = model.get_input_embeddings().get_parameter("weight").cpu()
-    console.print(f"projector's start: {len(chosen):,} samples are read, the regression takes up to minutes on a CPU")
     r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
     for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
         value = value.data.to(device)  # NCCL broadcasts only from the GPU

@@ -147,7 +147,8 @@ def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Co
         check_content(checkpoint, deepspeed=checkpoint_classes() if deepspeed else None, world_size=start.ranks)
         console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
-        r2 = fit_to_captions(prepared, collator, console)
+        console.print("projector's start: up to 8,192 samples are read, then fitted: up to minutes on a CPU")
+        r2 = fit_to_captions(prepared, collator)
         console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
 
     train_begin = time.perf_counter()

@@ -123,7 +123,10 @@ def test_one_file_of_captions_trains_both_halves_and_the_descriptions_are_measur
     """Odd columns are named once, for the encoder; an image that was held out is nowhere in training."""
     folder = place / "my"
     names = pictures(folder, 120, seed=1)
-    rows = [{"Bild": name, "Saetze": ["two dogs" if i % 3 else "a red cat sits", f"dogs {i}"]} for i, name in enumerate(names)]
+    rows = [
+        {"Bild": name, "Saetze": ["two dogs" if i % 3 else "a red cat sits", f"dogs {i}"]}
+        for i, name in enumerate(names)
+    ]
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--data", "my/my.jsonl", "--debug", "--name", "mine", "--device", "cpu", "--fields", "image=Bild"]
     done = command(place, *words, "web=Saetze", "long=others", script="pretrain_clips.py")
@@ -154,6 +157,6 @@ def test_one_file_of_captions_trains_both_halves_and_the_descriptions_are_measur
     assert figures["one_caption"]["caption"] == "two dogs"
     assert "CIDEr-D of descriptions" in done.stderr
     assert "CIDEr-D of one caption for all" in done.stderr
-    assert "Its descriptions of" in (place / "runs/tells/report/index.html").read_text()
+    assert "Its descriptions have" in (place / "runs/tells/report/index.html").read_text()
     leaks = command(place, *words, "--stage", "2", "--held_out", "0.5")
     assert (leaks.returncode, "has seen images that stage 2 would hold out" in leaks.stderr) == (2, True)

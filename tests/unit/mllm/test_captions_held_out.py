@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,24 +36,35 @@ def table(folder: Path, rows: list[dict[str, object]]) -> Path:
     return folder / "my.jsonl"
 
 
-def test_a_share_is_held_out_and_asked_for_with_all_its_captions(tmp_path: Path) -> None:
-    path = table(tmp_path / "a", [{"image": f"{i}.png", "caption": [f"a {i}", f"b {i}"]} for i in range(IMAGES)])
-    (tmp_path / "a" / "3.png").write_bytes(b"broken")
+@pytest.mark.parametrize("rows_per_image", [1, 5])
+def test_a_share_is_held_out_by_image_and_asked_for_with_all_its_captions(rows_per_image: int, tmp_path: Path) -> None:
+    captions = [f"{letter} {{}}" for letter in "abcde"]
+    lists = [captions] if rows_per_image == 1 else [[caption] for caption in captions]
+    rows = [
+        {"image": f"{i}.png", "caption": [caption.format(i) for caption in of_row]}
+        for i in range(IMAGES)
+        for of_row in lists
+    ]
+    path = table(tmp_path / "a", random.Random(0).sample(rows, len(rows)))
     store = open_store(path, None, held_out=0.2)
     assert isinstance(store, CaptionStore)
     assert store.test is not None
-    assert len(store) + len(store.test) == IMAGES
+    trained = {store.read(record["image"]) for record in store.records()}
+    broken = store.test.read(0).image
+    number = int(np.asarray(Image.open(io.BytesIO(broken)))[0, 0, 0])
+    (tmp_path / "a" / f"{number}.png").write_bytes(b"broken")
     write_test(tmp_path / "run", store.test)
     questions, images = open_questions(tmp_path / "run" / TEST, tmp_path / "run" / TEST_IMAGES, None)
     assert images is not None
-    trained = {store.read(record["image"]) for record in store.records()}
     for question in questions:
         (name,) = question.images
         number = int(np.asarray(images.load(name))[0, 0, 0])
-        assert question.references == (f"a {number}", f"b {number}")
+        assert set(question.references) == {caption.format(number) for caption in captions}
         assert images.read(name) not in trained
-    left_out = (tmp_path / "a" / "3.png").read_bytes() not in trained  # it may be held out, and is not asked for then
-    assert len(questions) == len(store.test) - left_out
+    assert len(trained) + len(questions) + 1 == IMAGES, "the broken one is not asked for"
+    few = table(tmp_path / "few", [{"image": f"{i}.png", "caption": f"a {i}"} for i in range(40)])
+    whole = CaptionStore(few, held_out=0.2)
+    assert (len(whole), whole.test) == (40, None)
 
 
 def test_rows_of_one_image_are_one_question_and_long_captions_are_what_is_learned(tmp_path: Path) -> None:
@@ -84,3 +97,19 @@ def test_fields_are_those_of_the_encoder_s_run(kind: str, tmp_path: Path) -> Non
     assert caption(table(tmp_path / "b", [{"image": "0.png", "caption": "a cat"}])) == "a cat", "other data: guessed"
     with pytest.raises(UserError, match="--fields image=FIELD"):
         open_data(parse_train_arguments(["--stage", "1", "--data_path", str(path)]))
+
+
+def test_karpathy_s_file_trains_and_its_test_split_is_described(tmp_path: Path) -> None:
+    entries = [
+        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": f"a {i}"}, {"raw": f"b {i}"}]}
+        for i, split in enumerate(("train", "restval", "val", "test"))
+    ]
+    table(tmp_path / "images", [{"image": f"{i}.png"} for i in range(4)])
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    words = ["--stage", "2", "--karpathy", str(tmp_path / "coco.json"), "--image_folder", str(tmp_path / "images")]
+    store = open_data(parse_train_arguments(words).resolve(1))
+    assert isinstance(store, CaptionStore)
+    assert store.test is not None
+    assert [record["conversations"][1]["value"] for record in store.records()] == ["a 0", "a 1"]
+    write_test(tmp_path, store.test)
+    assert [line["references"] for line in read_json_records(tmp_path / TEST)] == [["a 3", "b 3"]]
