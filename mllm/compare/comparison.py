@@ -29,7 +29,7 @@ SEEDS = 5
 QUICK_LLAVA_RUNS = 4
 LIMIT = 400
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
-DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
+DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data_path|karpathy)(?:=|$)")
 """The flag that trains on other data than the demo's, for both stages or for one."""
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""

@@ -302,5 +302,8 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     monkeypatch.chdir(folder)
     open_store(table, None)
     assert "the current folder" in caplog.text
+    lines = [{"file_name": f"sub/{i % 3}.png", "captions": [f"a {i}", f"b {i}"]} for i in range(6)]
+    jsonl = write(tmp_path / "my.jsonl", lines)
+    assert LlavaDataset(jsonl, encoder, open_store(jsonl, folder)).records[5].turns[1]["value"] == "a 5"
     remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
