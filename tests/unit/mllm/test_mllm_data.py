@@ -283,7 +283,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     """Captions had no way into the second half but lines of Python that one had to type."""
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
     table = tmp_path / "my.csv"
-    table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
+    table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\n./sub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
     with pytest.raises(UserError, match=r"sample 3 \(id 3\)(.|\n)*sample 4"):
         LlavaDataset(table, encoder, store)
