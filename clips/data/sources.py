@@ -28,7 +28,7 @@ from clips.common.escape import clip
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy
+from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy, say_once
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
@@ -38,7 +38,7 @@ from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
 
 log = logging.getLogger("clips.data")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
 """Endings of tables' names."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
@@ -138,6 +138,8 @@ class Source:
     """By file: samples of a shard that lack a needed member, rows of a table that do not fit its header."""
     unreadable: int = 0
     """Rows of all tables that do not fit their header. They count as broken samples."""
+    rows: int = 0
+    """Rows of all tables, those that do not fit among them. A sample may have several."""
     problems: Sequence[str] = ()
     """Damage found when the set was opened, shard by shard."""
 
@@ -161,7 +163,7 @@ class Source:
         self._needed = PARTS if need_long and not self._others else PARTS[:2]
         return fields
 
-    def _checked(self, key: str, web: Any, long: Any) -> Texts:
+    def _checked(self, key: str, web: list[Any], long: list[Any]) -> Texts:
         texts = Texts(_texts_in(key, "web", web), _texts_in(key, "long", long), self._others)
         if not texts.web:
             raise BrokenSample(key, "web caption is empty")
@@ -227,6 +229,7 @@ class MixedSource(Source):
         self.files = [file for source in sources for file in source.files]
         self.problems = [problem for source in sources for problem in source.problems]
         self.unreadable = sum(source.unreadable for source in sources)
+        self.rows = sum(source.rows for source in sources)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
         self.order(0)
@@ -255,6 +258,7 @@ class PartSource(Source):
         self.files = source.files
         self.left_out = source.left_out
         self.unreadable = source.unreadable
+        self.rows = source.rows
         self.problems = source.problems
         self._indices = indices
         ends = np.cumsum(source.shard_sizes)
@@ -356,7 +360,7 @@ class TarSource(Source):
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
         )
-        return self._checked(members.key, web, long)
+        return self._checked(members.key, [web], [long])
 
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
@@ -480,7 +484,17 @@ class TableSource(Source):
                 self.tables.append(KarpathyFile(file))
             else:
                 self.tables.append(Table(file))
-        fields = self._guess(_names(files), fields, need_long, self.tables[0].columns, self.tables[0].lists)
+        columns, lists = self.tables[0].columns, self.tables[0].lists
+        images = guess_fields("", fields, columns).image.split(";")
+        self._by_image = [
+            table.by_image(images) if isinstance(table, Table) else (range(len(table)), range(len(table) + 1))
+            for table in self.tables
+        ]
+        """By table, its rows sorted by image, and where those of each image begin and end."""
+        sizes = [len(ends) - 1 for _, ends in self._by_image]
+        if 3 * sizes[0] < 2 * len(self.tables[0]):  # some images that are there twice make no lists
+            lists = set(columns)
+        fields = self._guess(_names(files), fields, need_long, columns, lists)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         if self._others:
             self._fields["long"] = []
@@ -490,9 +504,10 @@ class TableSource(Source):
                 if not set(self._fields[name]) & set(table.columns):
                     raise _missing_field(table.name, name, getattr(fields, name), table.columns)
         self.files = files
-        self._set_sizes([len(table) for table in self.tables])
+        self._set_sizes(sizes)
         self.left_out = [table.left_out for table in self.tables]
         self.unreadable = sum(table.left_out for table in self.tables if isinstance(table, Table))
+        self.rows = sum(map(len, self.tables)) + self.unreadable
         self.problems = [table.problem for table in self.tables if isinstance(table, Table) and table.problem]
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
@@ -509,32 +524,34 @@ class TableSource(Source):
         paths = []
         for index in range(self._starts[file], min(self._starts[file] + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
-                value = self._value(self._row(index)[2], "image")
+                value = self._value(self._rows(index)[2][0], "image")
                 if isinstance(value, (bytes, dict)):
                     return None
                 if isinstance(value, str) and value:
-                    paths.append(value)
+                    paths.append(self._with_slashes(file, value))
+                    if paths[-1] != value:
+                        say_once(f"{self.tables[file].name}: Windows' backslashes in image paths are read as slashes")
         return paths
 
     def read(self, index: int) -> RawSample:
-        file, key, row = self._row(index)
-        texts = self._captions(key, row)
-        value = self._value(row, "image")
+        file, key, rows = self._rows(index)
+        texts = self._captions(key, rows)
+        value = self._value(rows[0], "image")
         image = self._image(key, self._place(file, key, value))
         if isinstance(value, str):
             key += f" ({clip(value, LONGEST_PATH)})"
-        return RawSample(key, image, texts, {name: cell for name, cell in row.items() if name not in self._used})
+        return RawSample(key, image, texts, {name: cell for name, cell in rows[0].items() if name not in self._used})
 
     def texts(self, index: int) -> Texts:
-        _, key, row = self._row(index, without=self._fields["image"])
-        return self._captions(key, row)
+        _, key, rows = self._rows(index, without=self._fields["image"])
+        return self._captions(key, rows)
 
     def missing(self, index: int) -> str | None:
         if not self._named[self._locate(index)[0]]:
             return None  # a row that holds its picture is long
         try:
-            file, key, row = self._row(index)
-            value = self._value(row, "image")
+            file, key, rows = self._rows(index)
+            value = self._value(rows[0], "image")
             place = self._place(file, key, value)
         except BrokenSample as broken:
             return broken.reason
@@ -543,27 +560,38 @@ class TableSource(Source):
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
     def image_id(self, index: int) -> bytes:
-        file, key, row = self._row(index, self._fields["web"] + self._fields["long"])
-        place = self._place(file, key, self._value(row, "image"))
+        file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"])
+        place = self._place(file, key, self._value(rows[0], "image"))
         if isinstance(place, bytes):
             return place[-IMAGE_TAIL:]
         # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
         return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
 
-    def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
+    def _rows(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, list[dict[str, Any]]]:
+        """The number of the table, the sample's name, and its rows."""
         file, i = self._locate(index)
         table = self.tables[file]
-        key = f"{table.name}#{i}"
-        try:
-            return file, key, table.row(i, self._used, without)
-        except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
-            raise BrokenSample(key, str(error)) from None
+        order, starts = self._by_image[file]
+        rows = []
+        for number in order[starts[i] : starts[i + 1]][:MAX_CAPTION]:
+            try:
+                rows.append(table.row(int(number), self._used, without))
+            except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
+                raise BrokenSample(f"{table.name}#{number}", str(error)) from None
+            without = self._fields["image"]  # the first row has it
+        return file, f"{table.name}#{order[starts[i]]}", rows
 
     def _value(self, row: dict[str, Any], name: str) -> Any:
         return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
 
-    def _captions(self, key: str, row: dict[str, Any]) -> Texts:
-        return self._checked(key, self._value(row, "web"), self._value(row, "long"))
+    def _captions(self, key: str, rows: list[dict[str, Any]]) -> Texts:
+        web, long = ([self._value(row, part) for row in rows] for part in PARTS[1:])
+        return self._checked(key, web, long)
+
+    def _with_slashes(self, file: int, path: str) -> str:
+        """`path`, with slashes for the backslashes of Windows unless a file has that very name."""
+        is_of_windows = "\\" in path and not os.path.exists(os.path.join(self.roots[file], path))
+        return path.replace("\\", "/") if is_of_windows else path
 
     def _image(self, key: str, place: str | bytes) -> bytes:
         if isinstance(place, bytes):
@@ -584,7 +612,7 @@ class TableSource(Source):
         if "\0" in value or not can_encode(value):
             raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
-            return inside(self.roots[file], value)
+            return inside(self.roots[file], self._with_slashes(file, value))
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
             raise UserError(f"{key}: image path {error}. Name the folder above it with --image-root") from None
 
@@ -595,11 +623,11 @@ def _alternatives(spec: str) -> list[tuple[str, str | None]]:
     return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
 
 
-def _texts_in(key: str, name: str, value: Any) -> tuple[str, ...]:
-    """The captions in a field, a text or a list of texts; empty ones, and those behind MAX_CAPTION, are left out."""
+def _texts_in(key: str, name: str, cells: list[Any]) -> tuple[str, ...]:
+    """The captions in cells, texts or lists of texts; empty ones, and those behind MAX_CAPTION, are left out."""
     captions = []
     room = MAX_CAPTION
-    for text in value if isinstance(value, list) else [value]:
+    for text in itertools.chain.from_iterable(cell if isinstance(cell, list) else [cell] for cell in cells):
         if text is not None and not isinstance(text, str):
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
         if text and text.strip() and room > 0:

@@ -32,7 +32,7 @@ ALL = Texts(tuple(FIVE), others=True)
 
 
 def jpeg(value: int) -> bytes:
-    return encode(Image.new("RGB", (24, 16), (60 * value % 256, 90 + value // 64, 10)), "JPEG", quality=90)
+    return encode(Image.new("RGB", (24, 16), (60 * value % 256, 90 + value // 64, value % 256)), "JPEG", quality=90)
 
 
 def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
