@@ -305,12 +305,15 @@ class TaskConfig:
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
     """Objective clip: share of samples whose one text is the synthetic caption, if they have one."""
+    caption_share: float = 1.0
+    """Share of the samples whose long caption is predicted, drawn anew for each sample at each step."""
     caption_chunk: int = 4096
     """Caption positions whose logits are held at once."""
 
     def __post_init__(self) -> None:
         _check("task", self)
         _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
+        _require(0 < self.caption_share <= 1, f"task.caption_share {self.caption_share} is not in (0, 1]")
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
 
     @property

@@ -201,17 +201,22 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
+    share = run.task.caption_share
     costs = []
     for size in phase.training_sizes:
         shape = usual_shape(run, size)
-        repeated = repeated_flops(
-            run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
-        )
-        if run.train.whole_step:
-            forward = forward_flops(run.model, shape)
-            repeated += forward["vision"] + forward["text"]
-        costs.append(sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated)
-    return sum(costs) // len(costs)
+        costs.append(share * _flops(run, shape) + (1 - share) * _flops(run, replace(shape, caption=0, predicted=0)))
+    return int(sum(costs) / len(costs))
+
+
+def _flops(run: RunConfig, shape: BatchShape) -> int:
+    repeated = repeated_flops(
+        run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
+    )
+    if run.train.whole_step:
+        forward = forward_flops(run.model, shape)
+        repeated += forward["vision"] + forward["text"]
+    return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
 def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:
@@ -224,7 +229,7 @@ def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, rank
     captioner = run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
     texts, predicted = (words,) * len(run.task.texts), samples * max(0, caption - 1)
-    return BatchShape(samples, image_size, texts, caption, predicted, ranks)
+    return BatchShape(samples, image_size, texts, caption, predicted=predicted, world_size=ranks)
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
