@@ -59,18 +59,6 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
     return entries[0], tuple(further)
 
 
-def parse_sizes(entries: list[str]) -> list[Size]:
-    """`60 90x40` → (60, 60) and (90, 40), the widths and heights."""
-    sizes = []
-    for entry in entries:
-        width, _, height = entry.partition("x")
-        try:
-            sizes.append((int(width), int(height or width)))
-        except ValueError:
-            raise UserError(f"--image-size {entry!r} must look like 60 (a square) or 90x40 (width x height)") from None
-    return sizes
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -94,18 +82,7 @@ def _one_of(name: str, value: str, choices: Any) -> None:
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
 
-Size = tuple[int, int]
-"""(width, height)"""
-ImageSize = int | Size
-"""The side of a square, or (width, height)."""
-
-
-def sides(size: ImageSize) -> Size:
-    """(width, height) of `size`."""
-    return (size, size) if isinstance(size, int) else size
-
-
-Objective = Literal["clips", "clip", "caption", "caption+web"]
+Objective = Literal["clips", "clip"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
 Positions = Literal[PositionTable, "learned"]
@@ -170,12 +147,11 @@ class VisionConfig:
         """The transformers class that computes this tower."""
         return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
-    def tokens(self, image_size: ImageSize | None = None) -> int:
+    def tokens(self, image_size: int | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
-        width, height = sides(image_size or self.image_size)
-        return (width // self.patch_size) * (height // self.patch_size)
+        return ((image_size or self.image_size) // self.patch_size) ** 2
 
-    def kept_tokens(self, image_size: ImageSize) -> int:
+    def kept_tokens(self, image_size: int) -> int:
         """Patch tokens that training passes through the blocks."""
         return _kept(self.tokens(image_size), 1 - self.patch_dropout)
 
@@ -184,9 +160,9 @@ def _kept(tokens: int, share: float) -> int:
     return max(1, round(share * tokens))
 
 
-def check_image_size(image_size: ImageSize, patch_size: int, name: str = "image size") -> None:
-    """Raise UserError unless the sides of `image_size` are positive multiples of `patch_size`."""
-    fits = all(side > 0 and side % patch_size == 0 for side in sides(image_size))
+def check_image_size(image_size: int, patch_size: int, name: str = "image size") -> None:
+    """Raise UserError unless `image_size` is a positive multiple of `patch_size`."""
+    fits = image_size > 0 and image_size % patch_size == 0
     _require(fits, f"{name} {image_size} is not a multiple of the patch size {patch_size}")
 
 
@@ -242,8 +218,6 @@ class CaptionerConfig:
     image_token_keep: float = 1.0
     """Share of the image tower's patch tokens that the captioner sees in training, drawn for each sample. The authors
     report 0.25 to 0.35 as cheaper and better."""
-    web: bool = True
-    """Whether the captioner reads the web caption (states of the text tower) beside the image."""
 
     def __post_init__(self) -> None:
         _check("captioner", self, numbers=True)
@@ -260,18 +234,13 @@ class CaptionerConfig:
 class ModelConfig:
     vision: VisionConfig
     text: TextConfig
-    """The text tower, and the vocabulary of the captioner. If nothing reads texts there is no tower."""
+    """The text tower, and the vocabulary of the captioner."""
     captioner: CaptionerConfig | None
     embed_dim: int
-    """Width of the space that images and texts share. 0, for objectives without contrastive loss: the image feature is
-    the tower's pooled state, and texts have no feature."""
+    """Width of the space that images and texts share."""
 
     def __post_init__(self) -> None:
-        _require(self.embed_dim >= 0, f"model.embed_dim {self.embed_dim} is negative")
-
-    @property
-    def has_text_tower(self) -> bool:
-        return self.embed_dim > 0 or (self.captioner is not None and self.captioner.web)
+        _require(self.embed_dim > 0, f"model.embed_dim {self.embed_dim} is not positive")
 
 
 TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
@@ -317,19 +286,14 @@ class TaskConfig:
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
 
     @property
-    def contrasts(self) -> bool:
-        """Whether there is a contrastive loss."""
-        return self.objective in ("clips", "clip")
-
-    @property
     def texts(self) -> tuple[str, ...]:
         """The texts that the text tower reads, by their names in a batch."""
-        return {"clips": ("web", "sub"), "clip": ("web",), "caption": (), "caption+web": ("web",)}[self.objective]
+        return ("web", "sub") if self.objective == "clips" else ("web",)
 
     @property
     def captions(self) -> bool:
         """Whether training needs long captions. Objective clip reads them if they are there."""
-        return self.objective != "clip"
+        return self.objective == "clips"
 
 
 OTHERS = "others"
@@ -395,8 +359,6 @@ class DataConfig:
     image_root: str | None = None
     """Tables: the folder that image paths are relative to; default: the table's folder."""
     demo_dir: str = "data/demo"
-    demo_aspects: bool = False
-    """The demo on canvases of several aspects (`clips.data.demo.ASPECTS`); give it a `demo_dir` of its own."""
     workers: int = 2
     cache_gb: float = 50
     """Remote data: room for copies of shards and pictures on this machine's disk; 0: no copies."""
@@ -483,13 +445,7 @@ class PhaseConfig:
     muon_lr: float = 0.0
     """Peak learning rate of the blocks' matrices when optim.kind = "muon"."""
     image_size: int
-    """Side in pixels of the square in validation and export, and in training unless `sizes` says otherwise."""
-    sizes: tuple[Size, ...] = ()
-    """[[width, height], …] in pixels: the pictures of an optimizer step have one of these sizes. In as many steps as
-    there are entries each entry is used once, in a drawn order. Empty: the square of `image_size`."""
-    by_aspect: bool = False
-    """In as many steps as there are `sizes`, each size takes the pictures whose aspects are nearest to its own. Every
-    picture is still seen once an epoch."""
+    """Side in pixels of the square that every picture is squashed to."""
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
@@ -503,7 +459,6 @@ class PhaseConfig:
         _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
         is_enough = self.samples >= self.batch_size
         _require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
-        _require(not self.by_aspect or len(self.sizes) > 1, f"phase {self.name}: by_aspect needs several sizes")
 
     @property
     def steps(self) -> int:
@@ -513,17 +468,6 @@ class PhaseConfig:
     def seen(self) -> int:
         """Samples of its whole steps."""
         return self.steps * self.batch_size
-
-    @property
-    def training_sizes(self) -> tuple[Size, ...]:
-        """The sizes of its pictures in training."""
-        return self.sizes or (sides(self.image_size),)
-
-    @property
-    def pixels(self) -> str:
-        """These sizes in words."""
-        several = ", ".join(f"{width} × {height}" for width, height in self.sizes)
-        return f"{several or self.image_size} px"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,9 +518,6 @@ class EvalConfig:
     batch_size: int = 128
     max_images: int = 5000
     """Images of the retrieval evaluation during training; at the end the whole set is used."""
-    sizes: tuple[Size, ...] = ()
-    """[[width, height], …] in pixels: in validation and the final figures each picture takes the size of the nearest
-    aspect. Empty: the square of `phases.*.image_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -595,33 +536,11 @@ class RunConfig:
         _require(len(self.phases) > 0, "a run needs at least one phase")
         for phase in self.phases:
             check_image_size(phase.image_size, self.model.vision.patch_size)
-            for size in phase.sizes:
-                check_image_size(size, self.model.vision.patch_size, f"phase {phase.name}: in sizes the size")
-        for size in self.eval.sizes:
-            check_image_size(size, self.model.vision.patch_size, "in eval.sizes the size")
         needs_captioner = self.task.objective == "clips" and self.task.caption_weight > 0
         has_captioner = self.model.captioner is not None
         _require(has_captioner or not needs_captioner, "task.caption_weight is above 0 but model.captioner is null")
-        self._check_objective()
         reads_eos = self.captions.tokenizer != "clip" or self.model.text.pool == "eos"
         _require(reads_eos, "captions.tokenizer=clip has no CLS token: set model.text.pool=eos")
-
-    def _check_objective(self) -> None:
-        """Raise UserError unless the model has exactly the parts that the objective trains."""
-        captioner = self.model.captioner
-        what = f"the objective {self.task.objective}"
-        if self.task.contrasts:
-            _require(self.model.embed_dim > 0, f"model.embed_dim is 0, and {what} has a contrastive loss")
-            return
-        _require(self.model.embed_dim == 0, f"model.embed_dim is not 0, and {what} has no contrastive loss")
-        has_captions = captioner is not None and self.task.caption_weight > 0
-        _require(has_captions, f"{what} trains by the captioner alone: it needs one, and a task.caption_weight above 0")
-        reads_web = captioner is not None and captioner.web
-        is_right = reads_web == (self.task.objective == "caption+web")
-        _require(is_right, f"model.captioner.web is {str(reads_web).lower()}, which is not {what}")
-        _require(self.train.contrastive == "micro", f"train.contrastive=global: {what} has no contrastive loss")
-        has_text = self.train.freeze != "text" or self.model.has_text_tower
-        _require(has_text, f"train.freeze=text: {what} has no text tower")
 
     @property
     def samples(self) -> int:
@@ -674,8 +593,12 @@ def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
             tree[place] = value
 
 
-RETIRED = {"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"}
+RETIRED: dict[str, Any] = {
+    **{"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"},
+    **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
+}
 """Fields of configurations of earlier versions, which are read if they have this value: what is still done."""
+RETIRED_OBJECTIVES = ("caption", "caption+web")
 
 
 def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
@@ -699,7 +622,12 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        fields = {name: item for name, item in value.items() if name not in RETIRED or item != RETIRED[name]}
+        if cls is RunConfig:  # before the model, which it made another one
+            task = value.get("task")
+            objective = task.get("objective") if isinstance(task, dict) else None
+            what = f"{where}.task.objective {objective!r}"
+            _require(objective not in RETIRED_OBJECTIVES, f"{what} has left; commit aa82178b was the last that had it")
+        fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
         unknown = sorted(fields.keys() - hints.keys())
         _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
         try:

@@ -82,9 +82,10 @@ class CLIPS:
 
     def __repr__(self) -> str:
         vision, text = self.model.config.vision, self.model.config.text
-        parts = [f"{self.image_size} px, image tower {vision.width}×{vision.layers}"]
-        if self.has_text_features:
-            parts.append(f"text tower {text.width}×{text.layers}, features of {self.embed_dim}")
+        parts = [
+            f"{self.image_size} px, image tower {vision.width}×{vision.layers}",
+            f"text tower {text.width}×{text.layers}, features of {self.embed_dim}",
+        ]
         if self.model.captioner is not None:
             parts.append("captioner")
         size = sum(parameter.numel() for parameter in self.model.parameters())
@@ -97,13 +98,8 @@ class CLIPS:
 
     @property
     def embed_dim(self) -> int:
-        """Width of a feature: of the shared space, or of the image tower if there is no shared space."""
-        return self.model.config.embed_dim or self.model.config.vision.width
-
-    @property
-    def has_text_features(self) -> bool:
-        """Whether `encode_text` works; a model trained by captions alone has no text features."""
-        return self.model.config.embed_dim > 0
+        """Width of a feature."""
+        return self.model.config.embed_dim
 
     @property
     def logit_scale(self) -> float:
@@ -149,7 +145,7 @@ class CLIPS:
             yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """L2-normalised features [T, E] on the CPU. Raises UserError if the model was trained by captions alone."""
+        """L2-normalised features [T, E] on the CPU."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
@@ -220,14 +216,11 @@ class CLIPS:
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one for each image, given one web caption for all or one for each.
 
-        Raises UserError without a captioner (an open_clip export has none), or if a web caption is given to a captioner
-        that reads the image alone; ValueError if web captions and images differ in number.
+        Raises UserError without a captioner (an open_clip export has none), ValueError if web captions and images
+        differ in number.
         """
-        captioner = self.model.captioner
-        if captioner is None:
+        if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
-        if web and not captioner.config.web:
-            raise UserError(f"the captioner of {self.path} reads the image alone: leave the web captions out")
         webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         captions: list[str] = []

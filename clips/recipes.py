@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from clips.common.errors import UserError
 from clips.config import (
@@ -153,32 +153,6 @@ def _as_clip(run: RunConfig, name: str) -> RunConfig:
     )
 
 
-def caption() -> RunConfig:
-    """An encoder on the demo from captions alone, as in OpenVision 2 (arXiv 2509.01644): without text tower and
-    contrastive loss. The decoder sees 30 % of the image tokens and writes the long caption.
-
-    python scripts/pretrain_clips.py --recipe caption
-    """
-    return demo().override(["recipe=caption", *captions_alone("caption"), SEEN])
-
-
-def caption_web() -> RunConfig:
-    """`caption` with a decoder that also reads the web caption, encoded by a text tower as in CLIPS.
-
-    python scripts/pretrain_clips.py --recipe caption_web
-    """
-    return demo().override(["recipe=caption_web", *captions_alone("caption+web"), SEEN])
-
-
-SEEN = "model.captioner.image_token_keep=0.3"
-
-
-def captions_alone(objective: Literal["caption", "caption+web"]) -> tuple[str, ...]:
-    """What a run without a contrastive loss sets; optimizer, rates and data stay."""
-    web = "true" if objective == "caption+web" else "false"
-    return f"task.objective={objective}", f"model.captioner.web={web}", "model.embed_dim=0", "task.caption_weight=1.0"
-
-
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
@@ -230,8 +204,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "clip_baseline": clip_baseline,
     "small": small,
     "small_clip": small_clip,
-    "caption": caption,
-    "caption_web": caption_web,
     "s16": partial(_paper, "s16", "S/16", 112, 384),
     "b16": partial(_paper, "b16", "B/16", 112, 384),
     "l14": partial(_paper, "l14", "L/14", 84, 336),

@@ -12,7 +12,6 @@ def parser() -> Parser:
     p.add_argument("--output", default="data/demo", help="folder of the data")
     p.add_argument("--seed", type=int, default=0, help="seed of every scene and text")
     p.add_argument("--image-size", type=int, default=240, help="side of the pictures in pixels")
-    p.add_argument("--aspects", action="store_true", help="canvases of three aspects; give it an --output of its own")
     return p
 
 
@@ -21,9 +20,7 @@ def main() -> None:
     from clips.common.live import say_next
     from clips.data.demo import ensure_demo
 
-    directory = ensure_demo(
-        flags.output, seed=flags.seed, image_size=flags.image_size, aspects=flags.aspects, again=True
-    )
+    directory = ensure_demo(flags.output, seed=flags.seed, image_size=flags.image_size, again=True)
     print(f"The demo data is in {directory}")
     say_next("deepspeed scripts/pretrain_clips.py")
 

@@ -19,13 +19,7 @@ def parser() -> Parser:
     p.add_argument("--probe-train", help="labelled training images for a linear probe, as --data")
     p.add_argument("--votes", help="JSONL of human votes on captions: Kendall's tau with the encoder's cosines")
     p.add_argument("--limit", type=int, help="use only so many images (default: all)")
-    p.add_argument(
-        "--image-size",
-        nargs="+",
-        metavar="SIZE",
-        help="resolution in pixels: 60 is a square, 90x40 is width x height; of several sizes each image takes that of "
-        "the nearest aspect (default: the model's own)",
-    )
+    p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument(

@@ -83,13 +83,6 @@ def tiny_run(
     )
 
 
-def generative(run: RunConfig, objective: str) -> RunConfig:
-    """`run` with the objective "caption" or "caption+web"."""
-    captioner = replace(run.model.captioner, web=objective == "caption+web")
-    model = replace(run.model, captioner=captioner, embed_dim=0)
-    return replace(run, model=model, task=replace(run.task, objective=objective))
-
-
 def dropping(run: RunConfig) -> RunConfig:
     """`run` with patches of 8 px; in training its tower sees half of them and its captioner 0.4 of these, 8 and 3 of an
     image of 32 px. Two thirds of the captions are predicted."""

@@ -1,6 +1,6 @@
 """Started under torchrun for two ranks: a tiny model in each ZeRO stage; rank 0 saves to OUT what was found.
 
-python zero_worker.py train OUT OTHER KIND[:FROZEN_TOWER|:caption] …  # how it trains (test_zero.py)
+python zero_worker.py train OUT OTHER KIND[:FROZEN_TOWER|:dropping] …  # how it trains (test_zero.py)
 python zero_worker.py leave_out OUT                                   # steps that are left out (test_leave_out.py)
 python zero_worker.py hold OUT                                        # bytes that each rank holds (test_memory.py)
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import drawn_tokens, dropping, generative, random_model, tiny_batch, tiny_run
+from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
 from clips.training.engine import Agreed, Engine
@@ -58,8 +58,8 @@ class Pulled(Task):
 def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task, accumulation: int = 1) -> Engine:
     kind, _, variant = kind.partition(":")
     run = tiny_run(kind=kind)
-    if variant == "caption":
-        run = dropping(generative(run, "caption"))
+    if variant == "dropping":
+        run = dropping(run)
     run = replace(run, train=replace(run.train, accumulation=accumulation))
     model = random_model(run)
     model.freeze(variant if variant in ("vision", "text") else "none")

@@ -32,7 +32,7 @@ from mllm.evaluation.report import KINDS as KIND_WORDS
 WRONG = "#b3261e"
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
-ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "caption": "captions alone", "random": "untrained"}
+ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained"}
 KINDS = ("identity", "where", "count", "relation")
 """Kinds of the right answers that are shown, from left to right."""
 

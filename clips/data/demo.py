@@ -30,7 +30,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.common.rundir import UNSEEN
-from clips.config import ImageSize, Size, sides
 from clips.data.artists import OPENMOJI, attribution, drawings, fetch_sets, packages
 from clips.data.built import built_as, ensure_built
 
@@ -41,8 +40,6 @@ BY_ONE = f"{VERSION}, by one artist"
 SIZES = {"train": 24_000, "val": 1_280, "test": 1_280, UNSEEN: 1_280}
 IMAGE_SIZE = 240
 """Four times the side that the demo's encoder sees: pictures for people, which the encoder squashes as photographs."""
-ASPECTS = (1.0, 2.25, 1 / 2.25)
-"""Width by height of the canvases of the demo with several aspects: 36 squares are 6 × 6, 9 × 4 or 4 × 9."""
 QUALITY = 90
 """Of the JPEG files."""
 SHARD = 1_000
@@ -102,8 +99,7 @@ PLACES: dict[str, tuple[float, float]] = {
 """Centres as shares of the picture's width and height."""
 PLACE_JITTER = 0.06
 THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.38, 0.42), "medium": (0.46, 0.51), "large": (0.56, 0.62)}
-"""Longer side of a drawing as a share of the picture's side, or of the shortest side of several canvases. None of more
-than three things is large."""
+"""Longer side of a drawing as a share of the picture's side. None of more than three things is large."""
 MAX_OVERLAP = 0.25
 """Largest share of a thing's square that another thing may cover."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
@@ -219,7 +215,7 @@ class Scene:
     """From back to front."""
     background: str
     ground: Ground
-    canvas: Size
+    image_size: int
 
 
 @dataclass(frozen=True)
@@ -231,32 +227,21 @@ class Description:
     """One sentence with every thing, its place and the background, for retrieval."""
 
 
-def canvases(image_size: int) -> list[Size]:
-    """The canvases of the demo with several aspects, each of about `image_size`² pixels."""
-    return [(round(image_size * math.sqrt(aspect)), round(image_size / math.sqrt(aspect))) for aspect in ASPECTS]
-
-
 def draw_scene(
     rng: random.Random,
     concepts: Sequence[str],
-    canvas: ImageSize = IMAGE_SIZE,
+    image_size: int = IMAGE_SIZE,
     looks: Look = LOOKS["test"],
-    unit: int | None = None,
 ) -> Scene:
-    """Place the given (different) concepts, at most five, and draw a background.
-
-    `unit`: the pixels of which THING_SIZES are shares, at most the canvas's shorter side (the default).
-    """
-    canvas = sides(canvas)
-    unit = unit or min(canvas)
+    """Place the given (different) concepts, at most five, and draw a background."""
     background = rng.choice(list(BACKGROUNDS))
     ground = _draw_ground(rng, background)
     while True:
         places = rng.sample(list(PLACES), len(concepts))
         placed = zip(concepts, places, strict=True)
-        things = [_draw_thing(rng, concept, place, len(concepts), canvas, unit, looks) for concept, place in placed]
+        things = [_draw_thing(rng, concept, place, len(concepts), image_size, looks) for concept, place in placed]
         if all(_overlap(a.box, b.box) <= MAX_OVERLAP for i, a in enumerate(things) for b in things[:i]):
-            return Scene(tuple(things), background, ground, canvas)
+            return Scene(tuple(things), background, ground, image_size)
 
 
 def _draw_ground(rng: random.Random, background: str) -> Ground:
@@ -285,14 +270,12 @@ def _jittered(rng: random.Random, background: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _draw_thing(
-    rng: random.Random, concept: str, place: str, count: int, canvas: Size, unit: int, looks: Look
-) -> Thing:
+def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_size: int, looks: Look) -> Thing:
     size = rng.choice(list(THING_SIZES)[: 3 if count <= 3 else 2])
-    side = round(rng.uniform(*THING_SIZES[size]) * unit)
+    side = round(rng.uniform(*THING_SIZES[size]) * image_size)
     left, top = (
-        min(max(round((c + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * length - side / 2), 0), length - side)
-        for c, length in zip(PLACES[place], canvas, strict=True)
+        min(max(round((c + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * image_size - side / 2), 0), image_size - side)
+        for c in PLACES[place]
     )
     return Thing(
         concept=concept, place=place, size=size, box=(left, top, left + side, top + side), look=looks.drawn(rng)
@@ -318,19 +301,13 @@ def split_of(scene: Scene) -> str:
     return {0: "test", 1: "val"}.get(bucket, "train")
 
 
-def split_scene(
-    split: str, number: int, seed: int, image_size: int = IMAGE_SIZE, *, aspects: bool = False
-) -> tuple[Scene, Description]:
+def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE) -> tuple[Scene, Description]:
     """Scene `number` of a split, the same for `test` and `unseen`.
 
-    Outside `train` every second scene holds one thing, all concepts in turn. With `aspects` the canvas is one of
-    `canvases`, and things have the same sizes in pixels on all of them.
+    Outside `train` every second scene holds one thing, all concepts in turn.
     """
     split = "test" if split == UNSEEN else split
     rng = random.Random(f"{seed}/{split}/{number}")
-    among = canvases(image_size) if aspects else [(image_size, image_size)]
-    canvas = random.Random(f"{seed}/{split}/{number}/canvas").choice(among)
-    unit = min(map(min, among))
     names = list(CONCEPTS)
     while True:
         if split == "train":
@@ -340,7 +317,7 @@ def split_scene(
         else:
             several = {count: share for count, share in COUNTS.items() if count > 1}
             concepts = rng.sample(names, rng.choices(list(several), list(several.values()))[0])
-        scene = draw_scene(rng, concepts, canvas, LOOKS["train" if split == "train" else "test"], unit)
+        scene = draw_scene(rng, concepts, image_size, LOOKS["train" if split == "train" else "test"])
         if split_of(scene) == split:
             return scene, describe(scene, rng)
 
@@ -470,7 +447,7 @@ def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list
 
 def render(scene: Scene, hands: Sequence[str]) -> bytes:
     """The scene as the bytes of a JPEG file, each thing drawn by its artist."""
-    canvas = _painted(scene.ground, scene.canvas)
+    canvas = _painted(scene.ground, scene.image_size)
     for thing, artist in zip(scene.things, hands, strict=True):
         _paste(canvas, thing, _drawings(artist)[thing.concept])
     buffer = io.BytesIO()
@@ -478,10 +455,10 @@ def render(scene: Scene, hands: Sequence[str]) -> bytes:
     return buffer.getvalue()
 
 
-def _painted(ground: Ground, canvas: Size) -> Image.Image:
+def _painted(ground: Ground, image_size: int) -> Image.Image:
     """The ground alone, RGB, painted at half its size: patterns are soft."""
-    width, height = (math.ceil(length / 2) for length in canvas)
-    x, y = _grid(width, height)
+    side = math.ceil(image_size / 2)
+    x, y = _grid(side)
     turned = 2 * math.pi * ground.cycles
     along = x * math.cos(ground.angle) + y * math.sin(ground.angle)
     across = y * math.cos(ground.angle) - x * math.sin(ground.angle)
@@ -492,24 +469,20 @@ def _painted(ground: Ground, canvas: Size) -> Image.Image:
     elif ground.pattern == "gradient":
         pattern = (3 * along).clip(-1, 1)
     else:
-        rows, columns = (round(16 * length / math.sqrt(width * height)) for length in (height, width))
-        grains = np.random.default_rng(ground.seed).normal(0, 0.8, (rows, columns)).astype(np.float32)
-        pattern = np.asarray(Image.fromarray(grains).resize((width, height), Image.Resampling.BICUBIC)).clip(-1, 1)
+        grains = np.random.default_rng(ground.seed).normal(0, 0.8, (16, 16)).astype(np.float32)
+        pattern = np.asarray(Image.fromarray(grains).resize((side, side), Image.Resampling.BICUBIC)).clip(-1, 1)
     first, second = (np.array(colour, np.float32) for colour in (ground.colour, ground.second))
     colours = first + (8 * (pattern - 0.5)).clip(0, 1)[..., None] * (second - first)
     light = 1 + ground.contrast * pattern + 2 * (ground.shade[0] * x + ground.shade[1] * y)
     painted = Image.fromarray((light[..., None] * colours).clip(0, 255).round().astype(np.uint8))
-    return painted.resize(canvas, Image.Resampling.BICUBIC)
+    return painted.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 @cache
-def _grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of each pixel, [H, W] each, 0 in the middle; a square of this area has -0.5 … 0.5."""
-    x, y = (
-        ((np.arange(length, dtype=np.float32) + 0.5) / length - 0.5) * np.float32(length / math.sqrt(width * height))
-        for length in (width, height)
-    )
-    return np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width))
+def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of each pixel of a square, [S, S] each, -0.5 … 0.5."""
+    x = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
+    return np.broadcast_to(x, (side, side)), np.broadcast_to(x[:, None], (side, side))
 
 
 def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
@@ -598,19 +571,16 @@ def ensure_demo(
     sizes: Mapping[str, int] = SIZES,
     seed: int = 0,
     image_size: int = IMAGE_SIZE,
-    aspects: bool = False,
     again: bool = False,
 ) -> Path:
     """Build the demo data into `directory` as `ensure_built` does, unless the same is there; returns the directory.
 
-    With `aspects` each canvas is one of `canvases`. If the drawings of several artists cannot be fetched, OpenMoji
-    alone draws the demo, without the split `unseen`, and a warning says so. Such a folder is then kept; `again` tries
-    to fetch once more. Raises UserError if packages are missing, if the folder holds something else, or if it cannot be
-    written.
+    If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
+    a warning says so. Such a folder is then kept; `again` tries to fetch once more. Raises UserError if packages are
+    missing, if the folder holds something else, or if it cannot be written.
     """
     directory = Path(directory)
     by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
-    by_many |= {"aspects": True} if aspects else {}
     by_one = by_many | {"version": BY_ONE, "sizes": {name: size for name, size in sizes.items() if name != UNSEEN}}
     if built_as(directory) in (by_many, *([] if again else [by_one])):
         return directory
@@ -679,12 +649,9 @@ def _write_notes(directory: Path, settings: dict[str, Any], hands: Mapping[str, 
         "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
     missing = f"{capital(MISSING)}.\n\n" if settings["version"] != VERSION else ""
-    shape = settings["image_size"]
-    if settings.get("aspects"):
-        shape = " or ".join(f"{width} × {height}" for width, height in canvases(shape))
     (directory / "README.md").write_text(
-        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {shape} pixels), `txt` "
-        "(the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
+        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {settings['image_size']} pixels), "
+        "`txt` (the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
         "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing. In train "
         f"`{WITH_ERRORS}` is a long caption that is wrong about each fact in {MISSEEN_SHARE:.0%} of the cases; "
         f"pretraining reads it with `--fields 'long=json:{WITH_ERRORS};txt'`.\n\n"

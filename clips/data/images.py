@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from clips.config import AugmentConfig, ImageSize, Size, sides
+from clips.config import AugmentConfig
 from clips.data.sample import BrokenSample
 
 MAX_BYTES = 64 * 2**20
@@ -200,8 +200,8 @@ class Preprocess:
     The size changes neither the crop nor the colours that are drawn.
     """
 
-    def __init__(self, image_size: ImageSize, augment: AugmentConfig | None = None) -> None:
-        self.size = sides(image_size)
+    def __init__(self, image_size: int, augment: AugmentConfig | None = None) -> None:
+        self.size = image_size
         self.augment = augment if augment is not None and augment != AugmentConfig() else None
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
@@ -240,12 +240,11 @@ class Preprocess:
 
     def _factor(self, box: Box) -> int:
         width, height = box[2] - box[0], box[3] - box[1]
-        least = [KEPT * side for side in self.size]
-        return next((f for f in (8, 4, 2) if width >= f * least[0] and height >= f * least[1]), 1)
+        return next((f for f in (8, 4, 2) if min(width, height) >= f * KEPT * self.size), 1)
 
     def _squashed(self, image: Image.Image, box: Box, rng: random.Random | None) -> np.ndarray:
         config = self.augment
-        image = image.resize(self.size, Image.Resampling.BILINEAR, box=box)
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         if config is None or rng is None:
             return np.asarray(image)
         # A share of 1 draws nothing.
@@ -264,15 +263,9 @@ class Preprocess:
         return normalise(stacked([self.pixels(image)]))[0]
 
 
-def eval_transform(image_size: ImageSize) -> Preprocess:
+def eval_transform(image_size: int) -> Preprocess:
     """The preprocessing of every evaluation and export: squash and normalise."""
     return Preprocess(image_size)
-
-
-def nearest_size(picture: Size, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect is nearest to that of a picture; among equal aspects the largest size."""
-    width, height = picture
-    return min(sizes, key=lambda s: (abs(math.log(s[0] * height / (s[1] * width))), -math.prod(s)))
 
 
 def stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:

@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.paths import is_remote
 from clips.common.signals import start_worker
-from clips.config import CaptionerConfig, PhaseConfig, RunConfig, Size
-from clips.data.images import Preprocess, decoded_size, normalise, stacked
-from clips.data.order import MixedOrder, Order, SampleOrder, size_of_step
+from clips.config import CaptionerConfig, PhaseConfig, RunConfig
+from clips.data.images import Preprocess, normalise, stacked
+from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import Copies, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
@@ -44,8 +44,6 @@ from clips.data.tokenizer import CaptionTokenizer
 Batch = dict[str, Any]
 MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
-DEALT = 64
-"""Places of a step whose pictures are dealt to the sizes at once (`phases.*.by_aspect`)."""
 SHARD_THREADS = 4
 """Shards that a process fetches at once."""
 GROUPS = 3
@@ -99,8 +97,8 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
     return phase.batch_size // parts
 
 
-Place = tuple[int, Size, range]
-"""A micro-batch's phase, the width and height of its pictures, and its positions."""
+Place = tuple[int, range]
+"""A micro-batch's phase and its positions."""
 
 
 def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase: int, step: int) -> Iterator[Place]:
@@ -109,10 +107,9 @@ def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase:
     for index, config in enumerate(run.phases):
         done = step if index == phase else 0 if index > phase else config.steps
         for number in range(done, config.steps):
-            size = size_of_step(config, run.train.seed, number)
             for part in range(run.train.accumulation):
                 begin = first + number * config.batch_size + (part * world_size + rank) * micro[index]
-                yield index, size, range(begin, begin + micro[index])
+                yield index, range(begin, begin + micro[index])
         first += config.seen
 
 
@@ -216,17 +213,17 @@ class BatchDataset(Dataset):
         except CommandError as error:  # raised in the main process, where it keeps its type and exit code
             return error
 
-    def _batch(self, phase: int, size: Size, positions: range) -> Batch:
+    def _batch(self, phase: int, positions: range) -> Batch:
         task, text = self.run.task, self.run.model.text
         captioner = self.run.model.captioner if task.captions else None
         keys, pixels, skipped = [], [], []
         texts: dict[str, list[str]] = {name: [] for name in task.texts}
         captions: dict[int, str] = {}
         draws: list[random.Random] = []
+        size = self.run.phases[phase].image_size
         preprocess = Preprocess(size, self.run.phases[phase].augment)
-        dealt = self._dealt(phase, positions) if self.run.phases[phase].by_aspect else list(positions)
-        self.ahead.at(dealt)
-        for position in dealt:
+        self.ahead.at(positions)
+        for position in positions:
             sample, image, rng, broken = self._read(position, preprocess)
             skipped += broken
             keys.append(sample.key)
@@ -235,11 +232,9 @@ class BatchDataset(Dataset):
                 texts["web"].append(sample.texts.draw_one(rng, task.synthetic_share))
                 continue
             web, long = sample.texts.draw(rng)
-            if "web" in texts:
-                texts["web"].append(web)
-            if "sub" in texts:
-                texts["sub"].append(sub_caption(web, long, self.run.captions, rng))
-                draws.append(rng)
+            texts["web"].append(web)
+            texts["sub"].append(sub_caption(web, long, self.run.captions, rng))
+            draws.append(rng)
             if captioner is not None and self._is_captioned(position):
                 assert long is not None, "open the source with need_long=True"
                 captions[len(keys) - 1] = long if has_words(long) else web
@@ -249,46 +244,14 @@ class BatchDataset(Dataset):
             if name == "sub":
                 encoded = [kept_tokens(e, self.run.captions, rng) for e, rng in zip(encoded, draws, strict=True)]
             if self.run.captions.token_dropout:
-                encoded = [self._dropped(e, position, name) for e, position in zip(encoded, dealt, strict=True)]
+                encoded = [self._dropped(e, position, name) for e, position in zip(encoded, positions, strict=True)]
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             ids = self.tokenizer.caption_ids(self.tokenizer.encode(list(captions.values())), captioner.length)
             batch["caption"] = torch.full((len(keys), ids.shape[1]), self.tokenizer.pad_id)
             batch["caption"][list(captions)] = ids
-        batch |= self._kept_tokens(size, dealt, captioner)
-        return batch | {"keys": keys, "positions": dealt, "skipped": skipped}
-
-    def _dealt(self, phase: int, positions: range) -> list[int]:
-        """The positions that a micro-batch reads instead of its own `positions`, so that its pictures fit its size.
-
-        The steps of a turn, one of each size, exchange the pictures of equal blocks of places: sorted by aspect, the
-        narrowest go to the narrowest size. Headers alone are read, as many for each picture as there are sizes.
-        """
-        config = self.run.phases[phase]
-        first = sum(earlier.seen for earlier in self.run.phases[:phase])
-        step, begin = divmod(positions.start - first, config.batch_size)
-        turn = step - step % len(config.sizes)
-        steps = range(turn, min(turn + len(config.sizes), config.steps))
-        shapes = {other: size_of_step(config, self.run.train.seed, other) for other in steps}
-        rank = sorted(steps, key=lambda other: shapes[other][0] / shapes[other][1]).index(step)
-        dealt: list[int] = []
-        for block in range(begin - begin % DEALT, begin + len(positions), DEALT):
-            places = range(block, min(block + DEALT, config.batch_size))
-            candidates = [first + other * config.batch_size + place for other in steps for place in places]
-            self.ahead.at(candidates)
-            by_aspect = sorted(candidates, key=self._aspect)
-            own = sorted(by_aspect[rank * len(places) : (rank + 1) * len(places)])
-            dealt += own[max(0, begin - block) : begin + len(positions) - block]
-        return dealt
-
-    def _aspect(self, position: int) -> float:
-        """Width by height of the picture at `position`; of a broken picture 1."""
-        try:
-            sample = self.source.read(self.order.sample(position))
-            height, width = decoded_size(sample.image, sample.key)
-        except BrokenSample:
-            return 1.0
-        return width / height
+        batch |= self._kept_tokens(size, positions, captioner)
+        return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(
         self, position: int, preprocess: Preprocess
@@ -309,7 +272,7 @@ class BatchDataset(Dataset):
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
-    def _kept_tokens(self, size: Size, positions: Sequence[int], captioner: CaptionerConfig | None) -> Batch:
+    def _kept_tokens(self, size: int, positions: Sequence[int], captioner: CaptionerConfig | None) -> Batch:
         """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
         vision = self.run.model.vision
         seen = vision.kept_tokens(size)

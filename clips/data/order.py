@@ -15,19 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from clips.config import PhaseConfig, Size
-
 PIECE = 1 << 15
 GROUP = 1 << 17
 BLOCK = 1 << 12
 """Positions of a mix in which every set has its share."""
-
-
-def size_of_step(phase: PhaseConfig, seed: int, step: int) -> Size:
-    """Width and height of the pictures of the phase's optimizer step `step`, the same on every rank."""
-    sizes = phase.training_sizes
-    turn, place = divmod(step, len(sizes))
-    return random.Random(f"{seed}/{phase.name}/{turn}/sizes").sample(sizes, len(sizes))[place]
 
 
 class SampleOrder:

@@ -35,7 +35,7 @@ def held_out_sets(data: DataConfig) -> list[str]:
     Builds the demo if it is missing, since the number of artists is known only then.
     """
     if is_demo(data, "test"):
-        ensure_demo(data.demo_dir, aspects=data.demo_aspects)
+        ensure_demo(data.demo_dir)
     first = ["test"] if split_spec(data, "test") else []
     unseen = [UNSEEN] if is_demo(data, "test") and Path(data.demo_dir, UNSEEN).is_dir() else []
     return [*first, *unseen, *(part.name for part in data.further_tests)]
@@ -99,7 +99,7 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
     if spec == "mix":
         return _open_mix(data, need_long)
     if data.train == "demo":
-        ensure_demo(data.demo_dir, aspects=data.demo_aspects)
+        ensure_demo(data.demo_dir)
     source = open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
     if holds_out(data) and split in ("train", "val"):
         is_held_out = np.isin(_image_hashes(data, source), held_out_images(data)[0])

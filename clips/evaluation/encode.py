@@ -22,21 +22,19 @@ from tqdm import tqdm
 from clips.common.errors import UserError
 from clips.common.ranks import all_shares, my_share
 from clips.common.signals import start_worker
-from clips.config import Size, sides
-from clips.data.images import decode_image, eval_transform, nearest_size, normalise, stacked
+from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import Classes, Item, TestSet
-from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.clips import CLIPSModel
 from clips.model.text import word_slots
-from clips.model.vision import size_of
 
 
 class _Pixels(Dataset):
     """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
 
-    def __init__(self, items: TestSet, indices: Sequence[int], sizes: Sequence[Size]) -> None:
-        self.items, self.indices, self.sizes = items, indices, sizes
+    def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
+        self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -45,8 +43,7 @@ class _Pixels(Dataset):
         index = self.indices[position]
         try:
             item = self.items.read(index)
-            image = decode_image(item.image, item.key)
-            pixels = eval_transform(nearest_size(image.size, self.sizes)).pixels(image)
+            pixels = self.transform.pixels(decode_image(item.image, item.key))
             return pixels, replace(item, image=b""), index
         except BrokenSample as broken:
             return str(broken)
@@ -76,7 +73,7 @@ class _Encoded(NamedTuple):
     """The results of a batch, on the CPU."""
 
     towers: list[tuple[Tensor, Tensor]]
-    """`features` and `pooled` of the images of each size; none where every image of the batch is broken."""
+    """`features` and `pooled` of the images; none where every image of the batch is broken."""
     caption_tokens: list[tuple[Tensor, Tensor]]
     """Predicted and true; empty if no caption is predicted."""
     items: list[tuple[Item, int]]
@@ -88,7 +85,7 @@ def encode_images(
     model: CLIPSModel,
     items: TestSet,
     *,
-    sizes: Sequence[Size] | None = None,
+    image_size: int | None = None,
     batch_size: int,
     workers: int = 0,
     limit: int | None = None,
@@ -98,22 +95,22 @@ def encode_images(
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle) through the image tower, on the model's device.
 
-    `sizes`: each image takes the size of the nearest aspect; default: the tower's own size. `sharded`: each rank
+    `image_size`: the side of the square that each is squashed to; default: the tower's own. `sharded`: each rank
     encodes some of the batches, which are those of a single rank, so every figure is the same; collective. With a
     `tokenizer` the captioner, if there is one, predicts the long captions in the same pass: an image is read once and
     goes through the tower once. `bar` is the title of a progress bar, for a terminal.
     """
-    sizes = sizes or [model.visual.size]
+    image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
     positions = range(len(indices))
     batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
     loader = DataLoader(
-        _Pixels(items, indices, sizes), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
         collate_fn=list, worker_init_fn=start_worker,
     )  # fmt: skip
-    with evaluating(model):
+    with evaluating(model, image_size):
         shown = tqdm(loader, bar, unit="batch", disable=bar is None or not sys.stderr.isatty())
         mine = [_encode(model, tokenizer, batch) for batch in shown]
     whole = all_shares(mine, sharded=sharded)
@@ -141,17 +138,14 @@ def _encode(
     encoded = _Encoded([], [], [], [entry for entry in batch if isinstance(entry, str)])
     good = [entry for entry in batch if not isinstance(entry, str)]
     device = model.visual.patch_embed.weight.device
-    for shape in dict.fromkeys(pixels.shape for pixels, _, _ in good):
-        of_size = [entry for entry in good if entry[0].shape == shape]
-        images = stacked([pixels for pixels, _, _ in of_size])
-        if size_of(images) != model.visual.size:
-            model.visual.set_image_size(size_of(images))
-        pooled, tokens = model.visual(normalise(sent(images, device)))
+    if good:
+        pixels, items, indices = zip(*good, strict=True)
+        pooled, tokens = model.visual(normalise(sent(stacked(pixels), device)))
         features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
-        predicted = [] if tokenizer is None else predict(model, tokenizer, tokens, [item for _, item, _ in of_size])
+        predicted = [] if tokenizer is None else predict(model, tokenizer, tokens, items)
         encoded.towers.append((features.cpu(), pooled.float().cpu()))
         encoded.caption_tokens.extend((guessed.cpu(), true) for guessed, true in predicted)
-        encoded.items.extend((item, index) for _, item, index in of_size)
+        encoded.items.extend(zip(items, indices, strict=True))
     return encoded
 
 
@@ -176,12 +170,12 @@ def predict(
     device, config = image_tokens.device, model.config.text
     caption = tokenizer.caption_ids(encoded, model.captioner.config.length)
     web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], config)
-    words = None if model.text is None else model.text.count(web)
+    words = model.text.count(web)
     there = word_slots(caption, model.pad_id)[:, 1:]
     tokens = image_tokens.index_select(0, sent(torch.tensor(rows), device))
     prefix = model.caption_prefix(tokens, sent(web, device), words)
     slots = prefix[0].shape[1] + there.shape[1]
-    count = None if words is None else len(rows) * (slots - (config.pool == "cls")) + words
+    count = len(rows) * (slots - (config.pool == "cls")) + words
     states = model.captioner(*prefix, sent(caption[:, :-1], device), count=count)
     predicting = states.flatten(0, 1).index_select(0, sent(there.flatten().nonzero().squeeze(1), device))
     return [(model.captioner.head(predicting).argmax(-1), caption[:, 1:][there])]
@@ -193,11 +187,8 @@ def encode_texts(
 ) -> Tensor:
     """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
 
-    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError if the model
-    has no features of texts.
+    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features.
     """
-    if not model.config.embed_dim:
-        raise UserError(NO_SHARED_SPACE)
     config = model.config.text
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     row = {text: i for i, text in enumerate(unique)}
@@ -213,8 +204,7 @@ def encode_texts(
 
 def text_features(model: CLIPSModel, ids: Tensor, device: torch.device) -> Tensor:
     """L2-normalised features [B, E] on `device` of ids [B, L] on the host, where they are counted."""
-    count = None if model.text is None else model.text.count(ids)
-    return model.encode_text(sent(ids, device), count)
+    return model.encode_text(sent(ids, device), model.text.count(ids))
 
 
 def prompt_features(
@@ -228,13 +218,13 @@ def prompt_features(
 @contextmanager
 def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
     """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
-    training, tower, before = model.training, model.visual, model.visual.size
+    training, tower, before = model.training, model.visual, model.visual.image_size
     model.eval()
-    if image_size is not None and sides(image_size) != before:
+    if image_size is not None and image_size != before:
         tower.set_image_size(image_size)
     try:
         yield tower.patch_embed.weight.device
     finally:
         model.train(training)
-        if tower.size != before:
+        if tower.image_size != before:
             tower.set_image_size(before)

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
-from clips.config import Fields, RunConfig, check_image_size, parse_fields, parse_sizes, sides
+from clips.config import Fields, RunConfig, check_image_size, parse_fields
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
-from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of, write_figures
+from clips.evaluation.figures import figures_table, missing_of, write_figures
 from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import (
     PROTOCOLS,
@@ -36,7 +36,7 @@ from clips.evaluation.testsets import (
     open_test_set,
 )
 from clips.evaluation.votes import Vote, measure_votes, read_votes
-from clips.model.clips import MAX_LOGIT_SCALE, NO_SHARED_SPACE, CLIPSModel
+from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
@@ -55,14 +55,13 @@ def measure(
     """Everything that `images` allow: `PROTOCOL_i2t_r1` …, `zero_shot_top1` … with labels, and `caption_token_top1`.
 
     If only some images have a label, these are for classification and the others for retrieval (the demo). Without
-    `classes` the labels are the classes, in open_clip's general templates. A model without a shared space has neither.
+    `classes` the labels are the classes, in open_clip's general templates.
     `sharded`: the ranks share the texts, and only rank 0 returns figures; collective.
     """
     figures: dict[str, Figure] = {}
     here = not sharded or dist.get_rank() == 0
-    shared_space = model.config.embed_dim > 0
     scale = float(model.logit_scale.detach().exp().clamp(max=MAX_LOGIT_SCALE))
-    for protocol in PROTOCOLS if shared_space else ():
+    for protocol in PROTOCOLS:
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
             continue
@@ -71,7 +70,7 @@ def measure(
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
         of_protocol = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in of_protocol.items()}
-    labelled = labelled_rows(images) if shared_space else {}
+    labelled = labelled_rows(images)
     if labelled and (classes := classes or classes_of(labelled.values())):
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(list(labelled.values()))
@@ -111,18 +110,17 @@ def evaluate(
 
     Figures of the first test set have plain names, those of a further set are called NAME/FIGURE. During training at
     most `eval.max_images` images are used. `full` uses all and adds `caption_token_top1` if there is a captioner and
-    `linear_probe_top1` if the training data has labels. Without a shared space `caption_token_top1` is always measured.
+    `linear_probe_top1` if the training data has labels.
     `out` receives the figures and which `checkpoint` the weights are (`clips.common.rundir.weights_of`). The weights
     must be whole on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
-    `image_size`: the side of the square, if `run.eval.sizes` is empty. `sharded`: the ranks share the work, and only
+    `image_size`: the side of the square, default the tower's own. `sharded`: the ranks share the work, and only
     rank 0 returns figures; collective, and not with `full`.
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
     sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name) for name in names}
-    sizes = run.eval.sizes or (None if image_size is None else [sides(image_size)])
-    options: dict[str, Any] = {"sizes": sizes, "batch_size": run.eval.batch_size, "workers": run.data.workers}
+    options: dict[str, Any] = {"image_size": image_size, "batch_size": run.eval.batch_size, "workers": run.data.workers}
 
     @cache
     def fitted() -> Callable[[ImageSet], Figure | None]:
@@ -131,13 +129,13 @@ def evaluate(
     figures, skipped, _ = _measure_sets(
         model, tokenizer, sets, split,
         probe=(lambda images: fitted()(images) if labelled_rows(images) else None) if full else None,
-        captioned=full or not run.model.embed_dim, sharded=sharded, limit=None if full else run.eval.max_images,
+        captioned=full, sharded=sharded, limit=None if full else run.eval.max_images,
         **options,
     )  # fmt: skip
     if out is not None:
         write_figures(
             out, figures, test_set=split, skipped=skipped, model=model, checkpoint=checkpoint,
-            image_size=run.eval.sizes or image_size, missing=missing_of(run, split),
+            image_size=image_size, missing=missing_of(run, split),
         )  # fmt: skip
     return figures
 
@@ -207,15 +205,14 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     name, sets = _test_sets_of(flags, run)
     first = next(iter(sets))
     name += f"-{flags.limit}" if flags.limit else ""
-    sizes = parse_sizes(flags.image_size or []) or [model.visual.size]
-    for size in sizes:
-        check_image_size(size, run.model.vision.patch_size, "--image-size")
-    name += f"-{'-'.join(flags.image_size)}px" if flags.image_size else ""
+    size = model.visual.image_size if flags.image_size is None else flags.image_size
+    check_image_size(size, run.model.vision.patch_size, "--image-size")
+    name += f"-{size}px" if flags.image_size else ""
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
-    options: dict[str, Any] = {"sizes": sizes, "batch_size": batch_size, "workers": run.data.workers}
+    options: dict[str, Any] = {"image_size": size, "batch_size": batch_size, "workers": run.data.workers}
     probe = None
     if flags.probe_train is not None:
         fitted = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
@@ -229,21 +226,15 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         model, loaded.tokenizer, sets, first, probe=probe, votes=votes, limit=flags.limit, **options
     )
     if not figures:
-        raise UserError(
-            "nothing to measure: the test set has neither captions nor labels"
-            if model.config.embed_dim
-            else f"nothing to measure: {NO_SHARED_SPACE}. Give --probe-train, or a test set with long captions"
-        )
+        raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
     write_figures(
         out, figures, test_set=name, skipped=skipped, model=model, checkpoint=loaded.checkpoint,
-        image_size=sizes[0][0] if sizes == [sides(sizes[0][0])] else sizes, missing=missing, limit=flags.limit,
+        image_size=size, missing=missing, limit=flags.limit,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
-    if not model.config.embed_dim:
-        print(NOT_MEASURED)
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 

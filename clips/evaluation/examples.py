@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from clips.common.page import Bar, Card, Cards, Picture, Section, thumbnail
-from clips.config import RunConfig, sides
+from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, evaluating, prompt_features
@@ -39,13 +39,12 @@ def collect_examples(
     items, classes = open_test_set(run.data, split)
     size = image_size or model.visual.image_size
     batch = run.eval.batch_size
-    images = encode_images(model, items, sizes=[sides(size)], batch_size=batch, workers=run.data.workers, limit=pool)
+    images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
     protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
     scenes = retrieval_rows(images, protocol)
-    has_text_features = model.config.embed_dim > 0
     sections = []
 
-    if len(scenes) > 1 and has_text_features:
+    if len(scenes) > 1:
         queries = [images.captions[row][protocol][0] for row in scenes]
         similarity = encode_texts(model, tokenizer, queries, batch_size=batch) @ images.features[scenes].T
         ranks = (similarity >= similarity.diagonal()[:, None]).sum(dim=1).tolist()
@@ -59,7 +58,7 @@ def collect_examples(
             cards.append(Card(queries[i], pictures, badge=("hit" if is_hit else f"rank {ranks[i]}", is_hit)))
         sections.append(Section("Retrieval: hits and misses", [Cards(cards)], RETRIEVAL_NOTE))
 
-    labels_by_row = labelled_rows(images) if has_text_features else {}
+    labels_by_row = labelled_rows(images)
     if labels_by_row and (classes := classes or classes_of(labels_by_row.values())):
         rows, names = list(labels_by_row), list(labels_by_row.values())
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
@@ -94,7 +93,7 @@ def collect_examples(
             picture = Picture(_small(items, images, row))
             cards.append(Card(tokenizer.decode(generated), [picture], [(*text, None) for text in texts.items()]))
         config = model.captioner.config
-        note = f"The captioner reads the image{' and the web caption' * config.web}; it learned the long caption."
+        note = "The captioner reads the image and the web caption; it learned the long caption."
         if config.inputs == "queries":
             note += " With learned queries each position names its likeliest word alone: no fluent text."
         sections.append(Section("Captions", [Cards(cards)], note))

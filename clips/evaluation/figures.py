@@ -14,19 +14,18 @@ from clips.common.page import table_of
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
-from clips.config import RunConfig, Size
+from clips.config import RunConfig
 from clips.data.demo import MISSING, is_by_one
 from clips.data.splits import is_demo
 from clips.evaluation.metrics import Figure
 from clips.evaluation.votes import VOTES
-from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.clips import CLIPSModel
 
 MATTER = (
     *(*VOTES, "sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1"),
     *("web_t2i_r1", "long_i2t_r1", "long_t2i_r1", "caption_token_top1"),
 )
 """The figures of which a terminal shows six, those that matter most first."""
-NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
 
 
 def missing_of(run: RunConfig, split: str) -> str | None:
@@ -42,7 +41,7 @@ def write_figures(
     skipped: Sequence[str],
     model: CLIPSModel,
     checkpoint: Mapping[str, Any] | None = None,
-    image_size: int | Sequence[Size] | None = None,
+    image_size: int | None = None,
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
@@ -50,7 +49,7 @@ def write_figures(
 
     `weights` is their hash by names and values; `checkpoint` which one of the run they are
     (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
-    made; `image_size`: the side of the square, or the sizes among which each image took the nearest aspect;
+    made; `image_size`: the side of the square;
     `limit`: the number of images asked for, null for the whole set. Only whole sets at one square reach a card.
     """
     content = {

@@ -167,14 +167,14 @@ def in_nats(name: str) -> bool:
 def choosing_figure(figures: Mapping[str, float]) -> float | None:
     """The figure by which a checkpoint is chosen, larger is better: the sum of R@1, R@5 and R@10 both ways (rsum).
 
-    It is of the picture's own sentences if the set has them; without retrieval it is another figure in percent.
+    It is of the picture's own sentences if the set has them; without retrieval it is the zero-shot accuracy.
     """
     for protocol in ("sentence", "part", "web"):
         recalls = [figures.get(f"{protocol}_{way}_r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
         present = [recall for recall in recalls if recall is not None]
         if present:
             return sum(present)
-    return figures.get("zero_shot_top1", figures.get("caption_token_top1"))
+    return figures.get("zero_shot_top1")
 
 
 def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: Sequence[int]) -> dict[str, Figure]:

@@ -68,12 +68,10 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """The figures that matter first: R@1 both ways of the set's first protocol and zero-shot accuracy; else the others
-    that a model without text features has."""
+    """The figures that matter first: R@1 both ways of the set's first protocol and zero-shot accuracy."""
     names = list(dict.fromkeys(names))
     recall = [name for name in names if name.endswith(("_i2t_r1", "_t2i_r1"))]
-    leading = recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
-    return leading or [name for name in ("linear_probe_top1", "caption_token_top1") if name in names]
+    return recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
 
 
 def panels(record: RunRecord) -> list[Panel]:

@@ -1,6 +1,6 @@
-"""The captioner: predicts the full synthetic caption from the image and, with `web`, the web caption.
+"""The captioner: predicts the full synthetic caption from the image and the web caption.
 
-Shapes: B samples · N image tokens · M web-text states (0 without `web`) · T caption positions · D width · V vocabulary.
+Shapes: B samples · N image tokens · M web-text states · T caption positions · D width · V vocabulary.
 Sequence `[N image tokens; M web-text states; T positions]`, self-attention only. The prefix is
 visible to everything and never sees the positions; positions are causal among themselves.
 
@@ -39,7 +39,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.config = config
         self.image_proj = nn.Linear(vision.width, config.width, bias=False)
-        self.text_proj = nn.Linear(text.width, config.width, bias=False) if config.web else None
+        self.text_proj = nn.Linear(text.width, config.width, bias=False)
         self.queries = nn.Parameter(torch.empty(config.length, config.width))
         self.token_embed = nn.Embedding(text.vocab_size, config.width) if config.inputs == "tokens" else None
         self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, "gelu_tanh", LAYER_NORM_EPS)
@@ -52,12 +52,9 @@ class Captioner(nn.Module):
             nn.init.normal_(self.queries, std=0.02)  # here they are the positions of the tokens
             nn.init.normal_(self.token_embed.weight, std=0.02)
 
-    def prefix(self, patches_BND: Tensor, states_BMD: Tensor | None) -> Tensor:
+    def prefix(self, patches_BND: Tensor, states_BMD: Tensor) -> Tensor:
         """Image tokens and web-text states projected to the decoder's width, [B, N + M, D]."""
-        image = self.image_proj(patches_BND)
-        if self.text_proj is None:
-            return image
-        return torch.cat([image, self.text_proj(states_BMD)], dim=1)
+        return torch.cat([self.image_proj(patches_BND), self.text_proj(states_BMD)], dim=1)
 
     def positions(self, ids_BT: Tensor, start: int = 0) -> Tensor:
         """The inputs of caption positions start … start + T − 1, [B, T, D]; "queries" reads only the shape of `ids`."""
@@ -68,7 +65,7 @@ class Captioner(nn.Module):
     def forward(
         self,
         patches_BND: Tensor,
-        states_BMD: Tensor | None,
+        states_BMD: Tensor,
         visible_BM: Tensor | None,
         ids_BT: Tensor,
         predicts_BT: Tensor | None = None,
@@ -98,7 +95,7 @@ class Captioner(nn.Module):
     def generate(
         self,
         patches_BND: Tensor,
-        states_BMD: Tensor | None,
+        states_BMD: Tensor,
         visible_BM: Tensor | None,
         bos_id: int,
         eos_id: int,

@@ -1,7 +1,6 @@
 """The CLIPS model: two towers, a captioner, one temperature.
 
-Shapes: B samples · E embedding width, or the image tower's without a shared space · N image tokens · T caption
-positions.
+Shapes: B samples · E embedding width · N image tokens · T caption positions.
 """
 
 from __future__ import annotations
@@ -18,13 +17,9 @@ from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.layers import taken
 from clips.model.text import TextTower, word_slots
-from clips.model.vision import VisionTower, size_of
+from clips.model.vision import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
-NO_SHARED_SPACE = (
-    "this model has no space that images and texts share, since it was trained to write captions without a contrastive "
-    "loss: texts have no features"
-)
 
 
 class Kept(NamedTuple):
@@ -45,7 +40,7 @@ class Outputs(NamedTuple):
     image_features: Tensor
     """[B, E], L2-normalised."""
     text_features: list[Tensor]
-    """One [B, E] per text of the batch (web caption first), L2-normalised; none without a shared space."""
+    """One [B, E] per text of the batch (web caption first), L2-normalised."""
     logit_scale: Tensor
     """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
@@ -67,33 +62,26 @@ class Counts(NamedTuple):
 
 
 class CLIPSModel(nn.Module):
-    """Image tower and, where configured, text tower and captioner."""
+    """Both towers and, where configured, the captioner."""
 
     def __init__(self, config: ModelConfig, pad_id: int) -> None:
         super().__init__()
         self.config, self.pad_id = config, pad_id
         self.visual = VisionTower(config.vision, config.embed_dim)
-        self.text = TextTower(config.text, config.embed_dim, pad_id) if config.has_text_tower else None
+        self.text = TextTower(config.text, config.embed_dim, pad_id)
         self.captioner = Captioner(config.captioner, config.vision, config.text) if config.captioner else None
         # One element rather than a scalar: DeepSpeed cannot broadcast 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
-        if not config.embed_dim:  # only a contrastive loss would reach these
-            self.logit_scale.requires_grad_(False)
-            for tower in (self.visual, self.text):
-                if tower is not None:
-                    tower.norm.requires_grad_(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] → [B, E], L2-normalised."""
         return F.normalize(self.visual.proj(self.visual(images)[0]).float(), dim=-1)
 
     def encode_text(self, ids: Tensor, count: int | None = None) -> Tensor:
-        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised. ValueError without a shared space.
+        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised.
 
         `count`: `TextTower.count` of the ids, if known: without it the host waits for a GPU.
         """
-        if self.text is None or not self.config.embed_dim:
-            raise ValueError(NO_SHARED_SPACE)
         return F.normalize(self.text.proj(self.text(ids, counts=[count])[0].pooled).float(), dim=-1)
 
     def forward(
@@ -111,17 +99,14 @@ class CLIPSModel(nn.Module):
         is waited for.
         """
         pooled, tokens = self.visual(images, kept.patches)
-        texts_out = []
-        if self.text is not None:
-            texts_out = self.text(*texts, counts=counts.texts if counts is not None else None)
+        texts_out = self.text(*texts, counts=counts.texts if counts is not None else None)
         states = None
         if self.captioner is not None and caption is not None:
             patches = self.visual.patches(tokens)
             if kept.image_tokens is not None:
                 patches = taken(patches, kept.image_tokens)
-            web = (texts_out[0].states, texts_out[0].visible) if self.captioner.config.web else (None, None)
             predicts = word_slots(caption, self.pad_id)[:, 1:]
-            inputs = [patches, *web, caption[:, :-1], predicts]
+            inputs = [patches, texts_out[0].states, texts_out[0].visible, caption[:, :-1], predicts]
             captioned = self._captioned(caption, counts)
             if captioned is not None:
                 inputs = [x if x is None else x.index_select(0, captioned) for x in inputs]
@@ -129,12 +114,9 @@ class CLIPSModel(nn.Module):
             states = self.captioner(*inputs, *rows)
             if captioned is not None:
                 states = states.new_zeros(len(caption), *states.shape[1:]).index_copy(0, captioned, states)
-        text_features = []
-        if self.text is not None and self.config.embed_dim:
-            text_features = [F.normalize(self.text.proj(text.pooled).float(), dim=-1) for text in texts_out]
         return Outputs(
             image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
-            text_features=text_features,
+            text_features=[F.normalize(self.text.proj(text.pooled).float(), dim=-1) for text in texts_out],
             logit_scale=self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
             caption_states=states,
         )
@@ -147,17 +129,14 @@ class CLIPSModel(nn.Module):
 
     def caption_prefix(
         self, image_tokens: Tensor, web_ids: Tensor, count: int | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The captioner's inputs: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
 
-        `image_tokens` [B, C + N, D] are those of `visual`. `web_ids` [B, L] are those of the web captions, which count
-        nothing for a captioner that reads the image alone. `count` as for `encode_text`.
+        `image_tokens` [B, C + N, D] are those of `visual`, `web_ids` [B, L] those of the web captions. `count` as for
+        `encode_text`.
         """
-        patches = self.visual.patches(image_tokens)
-        if self.captioner is None or not self.captioner.config.web or self.text is None:
-            return patches, None, None
         (web,) = self.text(web_ids, counts=[count])
-        return patches, web.states, web.visible
+        return self.visual.patches(image_tokens), web.states, web.visible
 
     @torch.no_grad()
     def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
@@ -174,19 +153,17 @@ class CLIPSModel(nn.Module):
 
     def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL) -> Counts:
         """The `counts` of `forward` for these inputs."""
-        words = [] if self.text is None else [self.text.count(ids) for ids in texts]
+        words = [self.text.count(ids) for ids in texts]
         predicted = 0 if caption is None else int(word_slots(caption, self.pad_id)[:, 1:].sum())
-        tokens = self.config.vision.tokens(size_of(images))
+        tokens = self.config.vision.tokens(images.shape[-1])
         for places in (kept.patches, kept.image_tokens):
             tokens = tokens if places is None else places.shape[1]
         if caption is None:
             return Counts(words, predicted, 0, 0)
         captioned = caption[:, 0] != self.pad_id
         count = int(captioned.sum())
-        rows = count * tokens + predicted
-        if self.text is not None and self.captioner is not None and self.captioner.config.web:
-            # The web caption's CLS is not read.
-            rows += self.text.count(texts[0][captioned]) - count * (self.config.text.pool == "cls")
+        web = self.text.count(texts[0][captioned]) - count * (self.config.text.pool == "cls")  # its CLS is not read
+        rows = count * tokens + web + predicted
         return Counts(words, predicted, count, rows)
 
     def compile_blocks(self, **options: Any) -> None:
@@ -203,7 +180,7 @@ class CLIPSModel(nn.Module):
     def freeze(self, part: Freeze) -> None:
         """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""
         for name, tower in (("vision", self.visual), ("text", self.text)):
-            if name == part and tower is not None:
+            if name == part:
                 tower.requires_grad_(False)
                 tower.proj.requires_grad_(True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clips.config import CaptionerConfig, Freeze, ImageSize, ModelConfig, TextConfig, VisionConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig, TextConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BatchShape:
     """What the FLOPs of one micro-batch of one rank depend on."""
 
     samples: int
-    image_size: ImageSize
+    image_size: int
     texts: Sequence[int]
     """Slots of each text of a sample, padding included: web caption, then sub-caption; as many as the objective has."""
     caption: int = 0
@@ -54,7 +54,7 @@ def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
     }
     if captioner is not None and shape.caption:
         C = _captioned(shape)
-        slots = captioner.kept_tokens(patches) + _words(captioner, model, shape) + shape.caption - 1
+        slots = captioner.kept_tokens(patches) + _words(model, shape) + shape.caption - 1
         tokens = captioner_tokens(captioner, model, shape)
         parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, C, slots, tokens)
         # The last block's attention, projection and MLP are of the positions that predict alone.
@@ -119,7 +119,7 @@ def captioner_tokens(captioner: CaptionerConfig, model: ModelConfig, shape: Batc
     if shape.captioner_tokens is not None:
         return shape.captioner_tokens
     patches = captioner.kept_tokens(model.vision.kept_tokens(shape.image_size))
-    return _captioned(shape) * (patches + _words(captioner, model, shape)) + shape.predicted
+    return _captioned(shape) * (patches + _words(model, shape)) + shape.predicted
 
 
 def _captioned(shape: BatchShape) -> int:
@@ -141,14 +141,14 @@ def _prefix(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         return {}
     inputs = {
         "vision": captioner.kept_tokens(vision.kept_tokens(shape.image_size)) * vision.width,
-        "text": _words(captioner, model, shape) * model.text.width,
+        "text": _words(model, shape) * model.text.width,
     }
     return {tower: _captioned(shape) * 2 * size * captioner.width for tower, size in inputs.items()}
 
 
-def _words(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
+def _words(model: ModelConfig, shape: BatchShape) -> int:
     """States of the web caption that the captioner reads."""
-    return shape.texts[0] - (model.text.pool == "cls") if captioner.web else 0
+    return shape.texts[0] - (model.text.pool == "cls")
 
 
 def _patch_embed(model: ModelConfig, shape: BatchShape) -> int:

@@ -1,7 +1,7 @@
 """The vision tower: a plain ViT, by default that of CLIPS (docs/method.md, "Architecture").
 
-Shapes: B images · W, H their width and height · P patch size · N = (W / P) · (H / P) patch tokens · K of them kept ·
-C = 1 with a CLS token, else 0 · D width.
+Shapes: B images · S side of the square · P patch size · N = (S / P)² patch tokens · K of them kept · C = 1 with a CLS
+token, else 0 · D width.
 """
 
 from __future__ import annotations
@@ -12,51 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clips.config import ImageSize, PositionTable, Size, VisionConfig, check_image_size, sides
+from clips.config import PositionTable, VisionConfig, check_image_size
 from clips.model.layers import Blocks, init_weights, stream_dtype, taken
 
 
-def sincos_positions(width: int, grid: ImageSize, table: PositionTable = "sincos") -> Tensor:
-    """Fixed position table [1 + patches, width], float32: zeros for CLS, then the patches of `grid`, row by row.
+def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> Tensor:
+    """Fixed position table [1 + patches, width], float32: zeros for CLS, then `grid` × `grid` patches, row by row.
 
     The first half of the width encodes the column, the second half the row, each as sines then
     cosines of 1 / 10000^(i / n), i = 0 … width/4 - 1. "sincos": n = width/4 (MoCo v3; the same table as
     open_clip's `sin_cos_2d`). "sincos_reference": n = width/4 - 1 (big_vision, from which CLIPS and
     OpenVision have theirs).
     """
-    columns, rows = sides(grid)
     steps = width // 4 if table == "sincos" else max(width // 4 - 1, 1)
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / steps)
-    angles = torch.arange(max(columns, rows), dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [longer side, width / 2]
-    of_columns = axis[None, :columns].expand(rows, columns, -1)
-    of_rows = axis[:rows, None].expand(rows, columns, -1)
-    patches = torch.cat([of_columns, of_rows], dim=2).reshape(rows * columns, width)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    of_columns = axis[None, :].expand(grid, grid, -1)
+    of_rows = axis[:, None].expand(grid, grid, -1)
+    patches = torch.cat([of_columns, of_rows], dim=2).reshape(grid**2, width)
     return torch.cat([torch.zeros(1, width, dtype=patches.dtype), patches]).float()
 
 
-def resample_positions(table: Tensor, grid: ImageSize, prefix_tokens: int) -> Tensor:
-    """A learned table [C + N0, D] of a square for the patches of `grid`, [C + N, D]; the CLS row is untouched.
+def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
+    """A learned table [C + N0, D] for `grid` × `grid` patches, [C + N, D]; the CLS row is untouched.
 
     Bicubic with antialiasing, as open_clip and timm resample; the table itself if it has that size already.
     """
     cls, patches = table[:prefix_tokens], table[prefix_tokens:]
-    side, (columns, rows) = math.isqrt(len(patches)), sides(grid)
-    if (side, side) == (columns, rows):
+    side = math.isqrt(len(patches))
+    if side == grid:
         return table
     square = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resampled = F.interpolate(square, size=(rows, columns), mode="bicubic", antialias=True)
-    return torch.cat([cls, resampled.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(cls.dtype)])
-
-
-def size_of(images: Tensor) -> Size:
-    """Width and height of `images` [B, 3, H, W]."""
-    return images.shape[-1], images.shape[-2]
+    resampled = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([cls, resampled.permute(0, 2, 3, 1).reshape(grid**2, -1).to(cls.dtype)])
 
 
 class VisionTower(nn.Module):
-    size: Size
-    """Width and height in pixels of the images that it takes; `set_image_size` changes them."""
+    image_size: int
+    """Side in pixels of the squares that it takes; `set_image_size` changes it."""
     pos_embed: Tensor
     """Fixed positions: a buffer [C + N, D] that `set_image_size` registers. Learned ones: a parameter [C + N0, D] of
     the configured size for good, resampled in the forward pass where images have another one."""
@@ -81,22 +75,14 @@ class VisionTower(nn.Module):
         self.set_image_size(config.image_size)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the squares that it takes. ValueError while it is set to images that are no squares."""
-        width, height = self.size
-        if width != height:
-            raise ValueError(f"the tower is set to images of {width} × {height}: call set_image_size")
-        return width
+    def grid(self) -> int:
+        """Patches along a side of an image."""
+        return self.image_size // self.config.patch_size
 
-    @property
-    def grid(self) -> Size:
-        """Columns and rows of patches of an image."""
-        return self.size[0] // self.config.patch_size, self.size[1] // self.config.patch_size
-
-    def set_image_size(self, image_size: ImageSize) -> None:
+    def set_image_size(self, image_size: int) -> None:
         """Take images of `image_size` pixels from now on; nothing learned changes, fixed positions are recomputed."""
         check_image_size(image_size, self.config.patch_size)
-        self.size = sides(image_size)
+        self.image_size = image_size
         if self.config.pos_embed != "learned":
             table = sincos_positions(self.config.width, self.grid, self.config.pos_embed)
             table = table[1 - self.config.prefix_tokens :].to(self.patch_embed.weight.device)
@@ -109,12 +95,14 @@ class VisionTower(nn.Module):
         return resample_positions(self.pos_embed, self.grid, self.config.prefix_tokens)
 
     def forward(self, images: Tensor, kept_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first).
+        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first).
 
         `kept_BK`: the patches of each image that are seen, by their places among its N; then there are K tokens for N.
         """
-        if size_of(images) != self.size:
-            raise ValueError(f"images are {size_of(images)}, the tower is set to {self.size}: call set_image_size")
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}, the tower is set to {self.image_size} px: call set_image_size"
+            )
         dtype, C = stream_dtype(images.device), self.config.prefix_tokens
         positions = self.positions().to(dtype)
         x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype) + positions[C:]

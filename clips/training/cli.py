@@ -42,7 +42,7 @@ def parser() -> Parser:
         "--data",
         help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
         "the datasets library, or a folder of pictures with texts beside them "
-        "(default: the recipe's, which is the demo data for demo, clip_baseline, caption and caption_web)",
+        "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
     data.add_argument(
         "--mix",
@@ -196,9 +196,8 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
     given = _recorded(flags) if given is None else given
-    # A captioner and a shared space are taken over only where the recipe has one.
-    absent = {"model.captioner": run.model.captioner is None, "model.embed_dim": run.model.embed_dim == 0}
-    parts = {path: value for path, value in given.items() if not absent.get(path, False)}
+    has_captioner = run.model.captioner is not None  # it is taken over only where the recipe has one
+    parts = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
     for path, name in TRAINING_FIELDS.items():
         if path in parts:
             parts[path] = parts[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}

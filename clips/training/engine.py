@@ -241,8 +241,6 @@ class Engine:
 
         The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
         """
-        if not self.run.task.contrasts:
-            return  # it does not train, and DeepSpeed's optimizers do not know it
         for held in self.state.copies("logit_scale"):
             held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 

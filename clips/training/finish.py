@@ -17,7 +17,7 @@ from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.evaluation.examples import collect_examples
-from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of
+from clips.evaluation.figures import figures_table, missing_of
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
@@ -55,8 +55,6 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
             checkpoint=weights,
         )
         console.print(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
-        if not run.model.embed_dim:
-            console.print(NOT_MEASURED, soft_wrap=True)
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,
@@ -81,7 +79,5 @@ def print_next(run: RunConfig, run_dir: Path) -> None:
     model = shlex.quote(str(run_dir))
     if run.data.train == "demo":
         say_next(f"bash scripts/train_llava.sh --vision clips:{model}")
-    elif run.model.embed_dim:
-        say_next(f"python scripts/search.py 'words that describe a picture' --pictures FOLDER --model {model}")
     else:
-        say_next(f"bash scripts/train_llava.sh --help, with --vision clips:{model}")
+        say_next(f"python scripts/search.py 'words that describe a picture' --pictures FOLDER --model {model}")

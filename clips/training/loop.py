@@ -30,7 +30,6 @@ from clips.common.start import Start
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size
-from clips.data.order import size_of_step
 from clips.data.sample import mend_broken
 from clips.data.sources import Source
 from clips.data.splits import split_spec
@@ -327,9 +326,8 @@ def _phase_of_next_step(run: RunConfig, engine: Engine, state: TrainState) -> Ph
     if state.phase >= len(run.phases):
         return None
     phase = run.phases[state.phase]
-    size = size_of_step(phase, run.train.seed, state.phase_step)
-    if engine.model.visual.size != size:
-        engine.model.visual.set_image_size(size)
+    if engine.model.visual.image_size != phase.image_size:
+        engine.model.visual.set_image_size(phase.image_size)
     if state.phase_step == 0:
         state.recent_losses, state.recent_norms = [], []
         if phase.fresh_optimizer:

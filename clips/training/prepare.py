@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from clips.common.files import read_json, write_json
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
-from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
+from clips.config import PhaseConfig, RunConfig, difference
 from clips.data.loader import Batch
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
@@ -200,13 +199,9 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
-    """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
-    share = run.task.caption_share
-    costs = []
-    for size in phase.training_sizes:
-        shape = usual_shape(run, size)
-        costs.append(share * _flops(run, shape) + (1 - share) * _flops(run, replace(shape, caption=0, predicted=0)))
-    return int(sum(costs) / len(costs))
+    """The mean cost of a sample, what is computed a second time included."""
+    share, shape = run.task.caption_share, usual_shape(run, phase.image_size)
+    return int(share * _flops(run, shape) + (1 - share) * _flops(run, replace(shape, caption=0, predicted=0)))
 
 
 def _flops(run: RunConfig, shape: BatchShape) -> int:
@@ -219,12 +214,12 @@ def _flops(run: RunConfig, shape: BatchShape) -> int:
     return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
-def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:
+def usual_shape(run: RunConfig, image_size: int, samples: int = 1) -> BatchShape:
     """As samples are before the data is known: with masked padding a text is taken to fill half its context."""
     return _shape(run, image_size, samples, run.model.text.context_length // (2 if run.model.text.trim else 1))
 
 
-def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, ranks: int = 1) -> BatchShape:
+def _shape(run: RunConfig, image_size: int, samples: int, words: int, ranks: int = 1) -> BatchShape:
     """With texts of `words` slots each and captions of full length."""
     captioner = run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
@@ -233,13 +228,8 @@ def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, rank
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
-    """A micro-batch of `samples` of the largest size whose texts and captions all have full length."""
-    return _shape(run, largest_size(phase), samples, run.model.text.context_length, ranks)
-
-
-def largest_size(phase: PhaseConfig) -> Size:
-    """The size that decides how much memory the phase takes."""
-    return max(phase.training_sizes, key=math.prod)
+    """A micro-batch of `samples` whose texts and captions all have full length."""
+    return _shape(run, phase.image_size, samples, run.model.text.context_length, ranks)
 
 
 def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch:
@@ -250,7 +240,7 @@ def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch
     slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
     batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
     size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
-    batch["images"] = torch.empty(shape.samples, 3, *sides(size)[::-1], dtype=torch.uint8, device=device)
+    batch["images"] = torch.empty(shape.samples, 3, size, size, dtype=torch.uint8, device=device)
     seen = vision.kept_tokens(size)
     if vision.patch_dropout:
         batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
@@ -276,8 +266,6 @@ def print_plan(
         ("model", f"{parts} parameters, of which {trained / 1e6:.2f} M train (train.freeze={run.train.freeze})"),
         ("objective", f"{run.task.objective}, caption weight {run.task.caption_weight if run.model.captioner else 0}"),
     ]
-    if not run.task.contrasts:
-        rows.append(("  no retrieval", NO_SHARED_SPACE))
     rows.append(("data", f"{split_spec(run.data, 'train')}: {samples:,} samples"))
     shares = sum(part.share for part in run.data.mix)
     rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]
@@ -313,11 +301,11 @@ def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> 
     """Steps, batches, rates and schedule of a phase."""
     count = run.train.accumulation
     micro = phase.batch_size // (ranks * count)
-    contrasts = f" (train.contrastive={run.train.contrastive})" if count > 1 and run.task.contrasts else ""
+    contrasts = f" (train.contrastive={run.train.contrastive})" if count > 1 else ""
     muon = f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else ""
     fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
         f"{phase.steps:,} steps × {phase.batch_size} = {ranks} ranks × {count} × {micro}{contrasts}, {phase.seen:,} "
-        f"samples ({phase.seen / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
+        f"samples ({phase.seen / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
         f"lr {phase.lr:g}{muon}, {phase.schedule}{fresh}"
     )

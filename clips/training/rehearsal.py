@@ -17,7 +17,7 @@ from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.model.clips import CLIPSModel, Outputs
 from clips.training.engine import parameter_groups
 from clips.training.grad_cache import forward_passes
-from clips.training.prepare import full_batch, fullest_shape, largest_size
+from clips.training.prepare import full_batch, fullest_shape
 from clips.training.task import Part, Task
 
 
@@ -78,7 +78,7 @@ def built(run: RunConfig, phase: PhaseConfig) -> Task:
     """The model of `run` on "meta", as the engine sets it up for the largest pictures of `phase`."""
     with torch.device(META):
         model = CLIPSModel(run.model, pad_id=0)
-        model.visual.set_image_size(largest_size(phase))
+        model.visual.set_image_size(phase.image_size)
     model.freeze(run.train.freeze)
     model.set_activation_checkpointing(run.train.activation_checkpointing)
     return Task(model, run)

@@ -2,8 +2,6 @@
 
 "clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = 1, β = caption_weight.
 "clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
-"caption": L = β·L_cap, the decoder reading the image alone (OpenVision 2, arXiv 2509.01644).
-"caption+web": the same, the decoder reading the web caption too.
 
 The contrastive loss ℓ sees the micro-batch of all ranks. With `train.accumulation` = A and `train.contrastive` =
 "micro" each of the A micro-batches is its own contrastive batch (A times fewer negatives than one batch of A times the
@@ -22,7 +20,6 @@ from clips.config import RunConfig
 from clips.model.clips import CLIPSModel, Counts, Kept, Outputs
 from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
-from clips.model.vision import size_of
 from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
 
@@ -86,7 +83,7 @@ class Task(nn.Module):
         counts: Counts = self.counted(batch)["counts"]
         return BatchShape(
             samples=len(batch["images"]),
-            image_size=size_of(batch["images"]),
+            image_size=batch["images"].shape[-1],
             texts=[ids.shape[1] for ids in _texts(batch)],
             words=counts.texts,
             caption=0 if caption is None else caption.shape[1],
@@ -114,11 +111,8 @@ class Task(nn.Module):
         targets = self.caption_targets(batch)
         caption, counts = batch["caption"] if targets is not None else None, batch.get("counts")
         out = self.model(batch["images"], _texts(batch), caption, self._kept(batch), counts)
-        loss = whole_value = out.logit_scale.new_zeros(())
-        parts: dict[str, Tensor] = {}
-        if self.config.contrasts:
-            loss, whole_value = self._contrastive(batch, out, part)
-            parts = {"contrastive_loss": whole_value, "logit_scale": out.logit_scale.detach()}
+        loss, whole_value = self._contrastive(batch, out, part)
+        parts = {"contrastive_loss": whole_value, "logit_scale": out.logit_scale.detach()}
         captioner = self.model.captioner
         if captioner is not None and targets is not None:
             most = len(targets) * (captioner.config.length - 1) if world_size() > 1 else None

@@ -32,7 +32,6 @@ model = CLIPS.from_pretrained(source)
 """
 CODE = {
     "native": _NATIVE + 'print(model.similarity(["picture.png"], ["a cat", "two dogs"]))',
-    "captions": _NATIVE + 'print(model.encode_image(["picture.png"]).shape, model.caption(["picture.png"]))',
     "open_clip": """\
 import open_clip
 import torch
@@ -92,14 +91,13 @@ def write_cards(
     for kind in LIBRARIES:
         if not (directory / kind).is_dir():
             continue
-        code = CODE["captions" if kind == "native" and not run.model.embed_dim else kind]
         write_card(
             directory / kind,
-            _header(kind, model_name=name, eval_results=results, has_texts=run.model.embed_dim > 0),
+            _header(kind, model_name=name, eval_results=results),
             name=name,
             about=f"{ABOUT[kind]} See [arXiv 2411.16828](https://arxiv.org/abs/2411.16828).",
             facts=_facts(run, samples, weights),
-            code=code,
+            code=CODE[kind],
             note=note,
         )
 
@@ -120,12 +118,12 @@ def write_conversion_card(directory: Path, to: str, source: str, differences: Ma
     )
 
 
-def _header(kind: str, *, has_texts: bool = True, **options: Any) -> ModelCardData:
-    is_tower = kind == "hf_vit" or not has_texts
+def _header(kind: str, **options: Any) -> ModelCardData:
+    is_tower = kind == "hf_vit"
     return ModelCardData(
         library_name=LIBRARIES[kind],
         pipeline_tag="image-feature-extraction" if is_tower else "zero-shot-image-classification",
-        tags=["clips", "clips-mllm", "vision" if kind == "hf_vit" else "clip"],
+        tags=["clips", "clips-mllm", "vision" if is_tower else "clip"],
         **options,
     )
 
@@ -133,11 +131,10 @@ def _header(kind: str, *, has_texts: bool = True, **options: Any) -> ModelCardDa
 def _facts(run: RunConfig, samples: int | None, weights: str) -> dict[str, str]:
     vision, text = run.model.vision, run.model.text
     towers = f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px"
-    if run.model.has_text_tower:
-        towers += f"; text {text.width} × {text.layers}, context {text.context_length}"
+    towers += f"; text {text.width} × {text.layers}, context {text.context_length}"
     facts = {"Towers": towers, "Tokenizer": run.captions.tokenizer}
     if run.recipe != "imported":
-        phases = ", ".join(f"{phase.samples:,} at {phase.pixels}" for phase in run.phases)
+        phases = ", ".join(f"{phase.samples:,} at {phase.image_size} px" for phase in run.phases)
         seen = "" if samples is None else f"; these weights have seen {samples:,}"
         # A card names no place of this machine.
         data = [PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";")]

@@ -152,7 +152,7 @@ def _images(size: int) -> Tensor:
 
 
 def _compared(expected: Features, features: Features) -> dict[str, float]:
-    names = ("image features", "text features", "temperature")[: len(expected)]
+    names = ("image features", "text features", "temperature")
     return {name: _difference(a, b) for name, a, b in zip(names, expected, features, strict=True)}
 
 

@@ -124,16 +124,12 @@ def _largest_difference(features: Sequence[Tensor], expected: Sequence[Tensor]) 
 
 
 Features = tuple[Tensor, ...]
-"""Features of images [B, E] and of texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar.
-A model without a shared space has features of images alone."""
+"""Features of images [B, E] and of texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar."""
 
 
 def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
     """Features of `images` [B, 3, S, S] and of texts as ids [T, L]."""
-    image_features = model.encode_image(images)
-    if not model.config.embed_dim:
-        return (image_features,)
-    return image_features, model.encode_text(ids), logit_scale_parameter(model)
+    return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ def clip_model_lacks(config: ModelConfig) -> str | None:
     """Why transformers' CLIPModel does not compute this model, and the switch for it; None if it does."""
     vision, text = config.vision, config.text
     parts = {
-        "it has features of texts (recipes clips, clip)": config.embed_dim > 0,
         "it has a LayerNorm before the image tower's blocks (vision.pre_norm=true)": vision.pre_norm,
         "it reads an image off its CLS token (vision.pool=cls)": vision.cls and vision.pool == "cls",
         "it reads a text at its eos (text.pool=eos)": text.pool == "eos",

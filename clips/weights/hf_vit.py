@@ -2,7 +2,7 @@
 
 `export/hf_vit` holds that model, its image processor, and `embedding.safetensors`: the projection, whose metadata say
 what is pooled (`mean` of the patches, or `cls`). The image embedding is the L2-normalised projection of the final
-LayerNorm of the pooled tokens. A tower without a shared space has no projection and no such file.
+LayerNorm of the pooled tokens. A tower that came without a projection has no such file.
 """
 
 from __future__ import annotations

@@ -115,13 +115,10 @@ def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
         "model.vision": dataclasses.asdict(config.vision),
         "model.text": dataclasses.asdict(config.text),
         "captions.tokenizer": loaded.run.captions.tokenizer,
+        "model.embed_dim": config.embed_dim,
     }
     if config.captioner is not None:
         architecture["model.captioner"] = dataclasses.asdict(config.captioner)
-    if config.embed_dim:
-        architecture["model.embed_dim"] = config.embed_dim
-    else:
-        del tensors["logit_scale"]  # as it was at the start
     return InitialWeights(
         source=name, kind=kind, architecture=architecture, tensors=tensors, tokenizer=loaded.tokenizer
     )
@@ -132,7 +129,7 @@ def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     changes = []
     for path, value in initial.architecture.items():
         own = _at(run, path)
-        if path not in ("model.captioner", "model.embed_dim") or own:  # they may be left out
+        if path != "model.captioner" or own:  # it may be left out
             changes += rundir.difference({path: value}, {path: own})
     rundir.refuse(
         [line for line in changes if not line.startswith(FREE)],

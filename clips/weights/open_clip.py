@@ -94,8 +94,6 @@ def has_cls_parameter(text: TextConfig) -> bool:
 def open_clip_lacks(config: ModelConfig) -> str | None:
     """Why no class of open_clip computes this model; None if one does."""
     vision, text = config.vision, config.text
-    if not config.embed_dim:
-        return "a model of open_clip has features of texts, and this one was trained without a contrastive loss"
     if not vision.cls:
         return "open_clip's own image tower always has a CLS token, this one has none (vision.cls=false)"
     if (vision.activation == "quick_gelu") != (text.activation == "quick_gelu"):

@@ -16,7 +16,7 @@ from clips.lab.stats import shared_runs
 from mllm.compare.comparison import Comparison
 from mllm.encoders.registry import parse_vision_name
 
-RECIPES = {"clips": "demo", "clip": "clip_baseline", "caption": "caption", "caption+web": "caption_web"}
+RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Encoders that are pretrained if they are missing → recipe."""
 PLAN = "compare.json"
 LLAVA_STEP = 1000

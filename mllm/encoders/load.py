@@ -131,8 +131,6 @@ load_clips = trained_here("clips", "demo")
 LOADERS: dict[str, Loader] = {
     "clips": load_clips,
     "clip": trained_here("clip", "clip_baseline"),
-    "caption": trained_here("caption", "caption"),
-    "caption+web": trained_here("caption+web", "caption_web"),
     "random": untrained(blind=False),
     "blind": untrained(blind=True),
     "open_clip": lambda argument, *_: _load_open_clip(argument),

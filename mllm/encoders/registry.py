@@ -2,7 +2,6 @@
 
     clips[:DIR|ID]  the newest CLIPS export under runs/, or the one named (run, export or model directory, hub id)
     clip[:DIR|ID]   the same for the CLIP baseline trained here
-    caption[:DIR|ID]  the same for an encoder trained here by captions alone; caption+web for one beside web captions
     random[:DIR]    the architecture of a CLIPS export, untrained, seeded
     blind[:DIR]     the same, and every image gives the same tokens: no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 ARGUMENTS: dict[str, str | None] = {
     "clips": None,
     "clip": None,
-    "caption": None,
-    "caption+web": None,
     "random": None,
     "blind": None,
     "open_clip": "MODEL/PRETRAINED",

@@ -9,8 +9,6 @@ import pytest
 from lab_runs import run_main
 
 from clips.data.demo import ensure_demo
-from clips.lab.pretraining import PretrainingRun, train
-from clips.studies.variants import terminal
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +42,3 @@ def test_finished_runs_are_never_run_again(
     assert "0 of 6 to run" in capsys.readouterr().err
     again = json.loads((output / "claims.json").read_text())
     assert (again["variants"], again["seconds"]) == (result["variants"], result["seconds"])
-
-
-def test_a_run_of_several_sizes_is_measured_at_each_pictures_aspect(tmp_path: Path) -> None:
-    made = ensure_demo(tmp_path / "data", sizes={"train": 200, "val": 20, "test": 40}, aspects=True)
-    sizes = "[[60, 60], [90, 40], [40, 90]]"
-    settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
-    settings += [f"phases.*.sizes={sizes}", f"eval.sizes={sizes}", "phases.*.by_aspect=true"]
-    train([PretrainingRun("demo", "native", 64, 0, tuple(settings))], tmp_path / "runs", 1, terminal())
-    evaluation = json.loads((tmp_path / "runs" / "native" / "evaluation.json").read_text())
-    assert evaluation["image_size"] == json.loads(sizes)

@@ -38,7 +38,6 @@ LAST_STEP = 72
 THREE_PHASES = (
     *("--recipe", "s16", "--debug", "--name", "r", "--samples", "192"),
     *("--set", "train.precision=fp32", "train.checkpoint_every=40", "train.log_every=1"),
-    "phases.1.sizes=[[48,32],[32,64],[48,48]]",  # the phase that is killed
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +39,7 @@ def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
         ("train.precision=fp64", "choose one of: auto, bf16, fp32"),
         ("optim.betas=[0.9, null]", r"optim\.betas\.1"),
         ("model.vision.width=30", "divisible by 4"),
-        ("phases.0.sizes=[[48,32],[40,32]]", r"phase a: in sizes the size \(40, 32\)"),
-        ("phases.0.by_aspect=true", "by_aspect"),
+        ("phases.0.image_size=40", "image size 40 is not a multiple of the patch size 16"),
         ("phases=[]", "at least one phase"),
         ("task.synthetic_share=1.5", "synthetic_share"),
     ],
@@ -52,9 +52,8 @@ def test_wrong_values_are_named(assignment: str, noun: str) -> None:
 @pytest.mark.parametrize(
     ("name", "assignment", "noun"),
     [
-        ("demo", "task.objective=caption", "embed_dim is not 0"),
-        ("caption", "model.captioner=null", "captioner"),
-        ("caption", "train.contrastive=global", "contrastive"),
+        ("demo", "model.captioner=null", "task.caption_weight"),
+        ("demo", "model.embed_dim=0", "embed_dim"),
         ("demo", "model.vision.patch_dropout=1", "patch_dropout"),
         ("demo", "optim.clip_grad=1", "clip_grad"),
     ],
@@ -108,11 +107,25 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
     tree["train"] |= {"keep_every": 0}
     tree["captions"] |= {"splitter": "smart"}
     tree["task"] |= {"contrastive_weight": 1.0}
+    tree["model"]["captioner"] |= {"web": True}
+    tree["phases"] = [phase | {"sizes": [], "by_aspect": False} for phase in tree["phases"]]
+    tree["eval"] |= {"sizes": []}
+    tree["data"] |= {"demo_aspects": False}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert RunConfig.load(tmp_path / "config.json") == tiny_run()
     tree["train"]["keep_every"] = 32
     with pytest.raises(UserError, match="keep_every"):
         from_dict(RunConfig, tree)
+
+
+@pytest.mark.parametrize("objective", ["caption", "caption+web"])
+def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path: Path) -> None:
+    tree = tiny_run().to_dict()
+    tree["task"]["objective"] = objective
+    tree["model"] |= {"embed_dim": 0, "captioner": tree["model"]["captioner"] | {"web": False}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"'{re.escape(objective)}' has left; commit aa82178b was the last"):
+        RunConfig.load(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "null", '{"recipe": 3}'])

@@ -195,7 +195,7 @@ def test_scenes_show_what_they_say() -> None:
             distances = {name: np.abs(ground.mean((0, 1)) - c).sum() for name, c in BACKGROUNDS.items()}
             assert min(distances, key=distances.__getitem__) == scene.background
         else:
-            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.canvas))
+            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.image_size))
             first, second = (np.abs(even.astype(int) - c).sum(-1) for c in (scene.ground.colour, scene.ground.second))
             assert 0.55 < (first < second).mean() < 1, "the named colour covers most, another one some"
         assert ground.std((0, 1)).max() > 1  # painted, not plain
@@ -215,7 +215,7 @@ def test_scenes_show_what_they_say() -> None:
         assert not drawn[~near].any()
 
 
-def test_the_square_demo_is_what_it_was_before_other_canvases() -> None:
+def test_the_demo_is_what_it_was() -> None:
     """Its pictures are decided by these texts and numbers, and by the ground's coordinates."""
     digest = hashlib.sha256()
     for split in ("train", "val", "test"):
@@ -224,22 +224,6 @@ def test_the_square_demo_is_what_it_was_before_other_canvases() -> None:
             digest.update(json.dumps(demo.truth(scene, description, [OPENMOJI] * len(scene.things))).encode())
     assert digest.hexdigest() == "7033cea852cb718ec182fab4d4d6a04e4efb274b6de5054dc53775075fcef197"
     middle = (np.arange(120, dtype=np.float32) + 0.5) / 120 - 0.5
-    x, y = demo._grid(120, 120)
+    x, y = demo._grid(120)
     assert np.array_equal(x, np.broadcast_to(middle, (120, 120)))
     assert np.array_equal(y, x.T)
-
-
-def test_a_run_reads_the_demo_of_several_aspects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"), demo_aspects=True)
-    source = open_split(data, "train", need_long=True)
-    canvases = [decode_image(source.read(i).image).size for i in range(len(source))]
-    assert canvases == [split_scene("train", i, 0, aspects=True)[0].canvas for i in range(SIZES["train"])]
-    assert len(open_split(data, held_out_sets(data)[-1], need_long=True)) == SIZES["test"]
-    assert "240 × 240 or 360 × 160 or 160 × 360 pixels" in (tmp_path / "data" / "README.md").read_text()
-    with pytest.raises(UserError, match="holds no demo data: name another folder"):
-        ensure_demo(tmp_path / "data")
-
-
-def named(text: str) -> set[str]:
-    return {concept for concept in CONCEPTS if re.search(rf"\b{concept}\b", text.lower())}

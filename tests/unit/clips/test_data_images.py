@@ -21,7 +21,6 @@ from clips.data.images import (
     decode_image,
     eval_transform,
     inception_crop,
-    nearest_size,
     normalise,
     stacked,
     to_rgb,
@@ -152,12 +151,6 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
         assert min(right - left, bottom - top) / factor < 4 * 64 or factor == 8
         factors.add(factor)
     assert factors <= kept
-
-
-def test_a_picture_takes_the_size_of_the_nearest_aspect() -> None:
-    sizes = [(60, 60), (30, 30), (90, 40), (40, 90)]
-    for picture, nearest in {(7, 7): 0, (70, 60): 0, (200, 100): 2, (1, 900): 3, (10, 13): 0}.items():
-        assert nearest_size(picture, sizes) == nearest_size(picture, sizes[::-1]) == sizes[nearest]
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (300, 800), (50, 900)])

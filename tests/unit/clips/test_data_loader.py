@@ -23,7 +23,7 @@ from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from tests.conftest import dropping, generative, tiny_run
+from tests.conftest import dropping, tiny_run
 
 COUNT = 40
 WEB = [f"web text number {i}" for i in range(COUNT)]
@@ -233,80 +233,6 @@ def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Source, to
         ends = no_words.min() - 1
         assert (half_of_words - ends).sum() == pytest.approx(0.5 * (all_words - ends).sum(), rel=0.1)
         assert (no_words == ends + 1).mean() > 0.9, "one word is left of each text"
-
-
-def test_a_step_has_one_size_and_the_sizes_change_nothing_else(source: Source, tokenizer: CaptionTokenizer) -> None:
-    def in_sizes(*sizes: tuple[int, int], **place: int) -> list[dict]:
-        run = dropping(a_run(accumulation=2))
-        run = replace(run, phases=(replace(run.phases[0], sizes=sizes),))
-        return batches(source, tokenizer, run, stop=12, **place)
-
-    def drawn(found: list[dict]) -> list[tuple[int, int]]:
-        sizes = [(batch["images"].shape[3], batch["images"].shape[2]) for batch in found]
-        assert sizes[::2] == sizes[1::2], "both micro-batches of a step"
-        return sizes[::2]
-
-    sizes = ((32, 32), (48, 16), (16, 64))
-    found, images = in_sizes(*sizes), ("images", "patches", "image_tokens")
-    for turn in range(4):
-        assert sorted(drawn(found)[3 * turn : 3 * turn + 3]) == sorted(sizes)
-    assert drawn(in_sizes(*sizes, rank=1, world_size=2)) == drawn(found)
-    assert drawn(in_sizes(*sizes, start=5)) == drawn(found)[5:]
-    for batch, square in zip(found, in_sizes(), strict=True):
-        assert_same(*({k: v for k, v in b.items() if k not in images} for b in (batch, square)))
-        there = batch["images"][0, 0].numel() // 8**2
-        assert batch["patches"].shape == (4, there // 2)
-        assert batch["patches"].max() < there
-
-
-SIZES = ((32, 32), (48, 16), (16, 48))
-
-
-def test_by_aspect_each_step_takes_the_pictures_that_fit_its_size(
-    tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clips.data.loader.DEALT", 3)
-    pictures = [encode(Image.new("RGB", SIZES[i % 3])) for i in range(COUNT)]
-    pictures[5] = b"no picture"
-    write_shard(tmp_path / "a.tar", [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(pictures)])
-    source = open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
-
-    def found(*, by_aspect: bool = True, accumulation: int = 1, stop: int = 30, **place: int) -> list[dict]:
-        run = a_run(accumulation=accumulation)
-        run = replace(run, phases=(replace(run.phases[0], sizes=SIZES, by_aspect=by_aspect),))
-        return batches(source, tokenizer, run, stop=stop, **place)
-
-    def fitting(given: list[dict]) -> float:
-        return np.mean([
-            SIZES[number % 3] == (batch["images"].shape[3], batch["images"].shape[2])
-            for batch in given
-            for number in numbers(batch)
-        ])  # fmt: skip
-
-    whole, plain = found(), found(by_aspect=False)
-    assert [batch["images"].shape for batch in whole] == [batch["images"].shape for batch in plain]
-    for turn in range(0, 30, 3):
-        ours, theirs = (sorted(p for b in given[turn : turn + 3] for p in b["positions"]) for given in (whole, plain))
-        assert ours == theirs == list(range(8 * turn, 8 * turn + 24))
-    assert fitting(plain) < 0.45 < 0.65 < fitting(whole)
-    assert any(batch["skipped"] for batch in whole)
-    for batch, again in zip(whole[5:], found(start=5), strict=True):
-        assert_same(batch, again)
-    parts = [found(accumulation=2, rank=rank, world_size=2) for rank in (0, 1)]
-    for step, batch in enumerate(whole):
-        micro = [parts[rank][2 * step + part] for part in (0, 1) for rank in (0, 1)]
-        assert torch.equal(torch.cat([one["images"] for one in micro]), batch["images"])
-        assert [p for one in micro for p in one["positions"]] == batch["positions"]
-    cut = found(stop=29)  # whose last turn has two steps
-    assert sorted(p for batch in cut for p in batch["positions"]) == list(range(8 * 29))
-
-
-def test_objectives_that_write_captions_read_no_sub_caption(source: Source, tokenizer: CaptionTokenizer) -> None:
-    first, clips = (batches(source, tokenizer, r)[0] for r in (generative(a_run(), "caption+web"), a_run()))
-    assert first.keys() & {"web", "sub", "caption"} == {"web", "caption"}
-    for name in ("images", "web", "caption"):
-        assert torch.equal(first[name], clips[name]), name
-    assert not {"web", "sub"} & batches(source, tokenizer, generative(a_run(), "caption"))[0].keys()
 
 
 def test_the_clip_objective_has_one_text(source: Source, tokenizer: CaptionTokenizer) -> None:

@@ -53,13 +53,6 @@ def test_cut_steps_pay_one_more_forward_pass_of_the_towers() -> None:
     assert more == forward["vision"] + forward["text"]
 
 
-def test_the_mean_over_the_sizes_decides_the_time() -> None:
-    sizes = {"square": "[[112,112]]", "wide": "[[224,112]]", "both": "[[112,112],[224,112]]"}
-    runs = {name: recipe("b16").override([f"phases.0.sizes={size}"]) for name, size in sizes.items()}
-    costs = {name: flops_per_sample(run, run.phases[0]) for name, run in runs.items()}
-    assert costs["both"] == (costs["square"] + costs["wide"]) // 2 > costs["square"]
-
-
 @pytest.mark.slow
 def test_the_command() -> None:
     done = run_python(SCRIPT, "--recipe", "s16", "--gpus", "512")

@@ -59,7 +59,7 @@ def test_paper_recipes_are_the_papers(name: str) -> None:
     assert (text.width, text.layers, text.heads) == (captioner.width, captioner.layers, captioner.heads) == language
     assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, RESOLUTIONS[name][-1])
     assert (text.context_length, text.vocab_size, captioner.length) == (80, 32_000, 128)
-    assert (vision.patch_dropout, captioner.image_token_keep, captioner.web) == (0.0, 1.0, True)
+    assert (vision.patch_dropout, captioner.image_token_keep) == (0.0, 1.0)
     assert not vision.pre_norm
     assert run.data.train == "", "there is no default for somebody's own data"
 
