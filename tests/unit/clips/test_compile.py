@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from clips.model.clips import CLIPSModel
 
 SHAPES = [(8, 12, 10, 14, 2), (8, 7, 11, 9, 2), (3, 9, 9, 13, 3), (5, 12, 6, 8, 1)]
-"""(samples, slots of the web caption, of the sub-caption, of the caption, rows of two patches)"""
+"""(samples, slots of the web caption, of the sub-caption, of the caption, patches along a side)"""
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,10 @@ def cut(ids: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 def pass_both_ways(model: CLIPSModel, shape: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    samples, web, sub, caption, rows = shape
+    samples, web, sub, caption, side = shape
     batch = tiny_batch(0, size=samples)
-    images = torch.cat([batch["images"]] * 2, dim=2)[:, :, : 16 * rows]
-    model.visual.set_image_size((32, 16 * rows))
+    images = batch["images"].repeat(1, 1, 2, 2)[:, :, : 16 * side, : 16 * side]
+    model.visual.set_image_size(16 * side)
     out = model(images, [cut(batch["web"], web), cut(batch["sub"], sub)], batch["caption"][:, :caption])
     outputs = [out.image_features, *out.text_features, out.caption_states]
     used = [p for p in model.parameters() if p.requires_grad]
