@@ -305,12 +305,15 @@ class TaskConfig:
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
     """Objective clip: share of samples whose one text is the synthetic caption, if they have one."""
+    caption_share: float = 1.0
+    """Share of the samples whose long caption is predicted, drawn anew for each sample at each step."""
     caption_chunk: int = 4096
     """Caption positions whose logits are held at once."""
 
     def __post_init__(self) -> None:
         _check("task", self)
         _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
+        _require(0 < self.caption_share <= 1, f"task.caption_share {self.caption_share} is not in (0, 1]")
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
 
     @property
@@ -383,8 +386,8 @@ class DataConfig:
     """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
     held_out: float = 0.0
-    """Without `val`: the share of `train` that validates and does not train, at most 1,000 samples. Neither the demo
-    nor a mix holds samples out."""
+    """Without `val`: the share of the images of `train` that validates and does not train, at most 1,000. Neither the
+    demo, nor a mix, nor a set of fewer than 100 images holds any out."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
     """Measured beside `test`; their figures are called NAME/FIGURE. A set named `unseen` decides in the studies."""

@@ -181,7 +181,7 @@ class CLIPS:
 
     def load_index(self, path: str | Path) -> Index:
         """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
-        return load_index(path, self._encode_any, self._weights)
+        return load_index(path, self._encode_any, self._weights, self.embed_dim)
 
     def kept_index(
         self, folder: str | Path, pattern: str = "**/*", *, file: str | Path | None = None, workers: int = 0
@@ -295,6 +295,8 @@ def search_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("say what to look for: a text, or a picture with --image")
     if flags.k < 1:
         raise UserError(f"--k {flags.k} shows no picture: give 1 or more")
+    if flags.jobs < 0:
+        raise UserError(f"--jobs {flags.jobs} must be at least 0")
     picture = flags.image
     if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
         picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
+from clips.common.files import read_regular
 from clips.common.page import Card, Cards, Page, Picture, Section, as_html, thumbnail
 from clips.common.tensors import read_safetensors, write_weights
-from clips.data.images import decode_image
+from clips.data.images import MAX_BYTES, decode_image
+from clips.data.sample import BrokenSample
 
 THUMBNAIL = 240
 """Longest side of a picture on the page, pixels."""
@@ -72,19 +74,20 @@ class Index:
         write_weights({"features": torch.from_numpy(self.features)}, Path(path), **facts)
 
 
-def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str) -> Index:
+def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str, width: int) -> Index:
     """The index that `Index.save` wrote. Raises UserError for another file, and for an index of other weights."""
     tensors, facts = read_safetensors(Path(path))
     try:
-        paths = json.loads(facts["paths"])
-        index = Index(paths, tensors["features"], encode, facts["weights"], int(facts["skipped"]))
-    except (KeyError, TypeError, ValueError):
+        paths, features = json.loads(facts["paths"]), tensors["features"]
+        index = Index(paths, features, encode, facts["weights"], int(facts["skipped"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path} is no index of pictures: name another file, or remove it") from None
-    are_paths = all(isinstance(picture, str) and "\0" not in picture for picture in paths)
-    if not are_paths or index.features.dtype != np.float32 or index.features.shape[:-1] != (len(paths),):
-        raise UserError(f"{path} is damaged: remove it, and the pictures are indexed again")
     if index.weights != weights:
         raise UserError(f"{path} was made with other weights than this model's: index the pictures again")
+    are_paths = isinstance(paths, list) and all(isinstance(name, str) and "\0" not in name for name in paths)
+    are_features = features.dtype == torch.float32 and features.shape == (len(paths), width)
+    if not are_paths or not are_features or index.skipped < 0 or not ((features.norm(dim=1) - 1).abs() < 0.01).all():
+        raise UserError(f"{path} is damaged: remove it, and the pictures are indexed again")
     index.listing = facts.get("listing", "")
     return index
 
@@ -94,7 +97,10 @@ def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cards = []
     for rank, match in enumerate(matches, start=1):
-        picture = decode_image(Path(match.path).read_bytes(), match.path)
+        try:
+            picture = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
+        except BrokenSample as broken:
+            raise UserError(f"{broken}: remove the index, and the pictures are indexed again") from None
         cards.append(Card(f"{rank} · {match.score:.3f}", [Picture(thumbnail(picture, THUMBNAIL))], note=match.path))
     section = Section("Nearest first", [Cards(cards)], "With the cosine of picture and query.")
     path.write_text(as_html(Page(f"Pictures nearest to “{query}”", "", [section])), encoding="utf-8")

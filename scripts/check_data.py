@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check data before a run: pairs for pretraining (DATA, --mix) or a LLaVA data set (--conversations).
+"""Check data before a run: pairs for pretraining (DATA, --mix, --karpathy) or a LLaVA data set (--conversations).
 
 Exit 2 if something would stop a training, 4 if more samples are broken than a training tolerates.
 """
@@ -18,6 +18,7 @@ def parser() -> Parser:
     what.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="pairs: the same as --data")
     what.add_argument("--data", help="pairs: a folder, pattern or URL of tar shards, or a table")
     what.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="pairs: several sets")
+    what.add_argument("--karpathy", metavar="FILE", help="pairs: all splits of A. Karpathy's JSON")
     what.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
     p.add_argument("--output", default="runs/check_data", help="folder for summary.json and samples.html")
     p.add_argument("--limit", type=int, help="check only so many samples, drawn at random (default: all)")

@@ -22,18 +22,20 @@ done
 
 # Photographs of a shop and their true attributes → captions for pretraining, questions for the language model.
 photos() {
-  local folder="${PHOTOS:-data/fashion}" rows name
+  local folder="${PHOTOS:-data/fashion}" rows name said
   if [ -z "${PHOTOS:-}" ] && [ ! -e data/fashion/whole ]; then
     echo "downloading 270 MB to data/fashion"
-    python "$venv/bin/hf" download --quiet --repo-type dataset --local-dir data/fashion \
-      ashraq/fashion-product-images-small --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>/dev/null ||
-      fail "the Hugging Face hub cannot be reached: give PHOTOS=DIR, or take the drawn one: bash scripts/quickstart.sh"
+    said="$(python "$venv/bin/hf" download --quiet --repo-type dataset --local-dir data/fashion \
+      ashraq/fashion-product-images-small --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>&1)" ||
+      fail "no photographs from the Hugging Face hub. $(grep -Em 1 '^[A-Za-z.]*Error: ' <<<"$said" || tail -n 1 <<<"$said")
+Mend it, give PHOTOS=DIR, or take the drawn one: bash scripts/quickstart.sh"
     touch data/fashion/whole
   fi
   rows=(--data "$folder" --held-out 0.03)
   name=productDisplayName
   if [ -e "$folder/fashion-train.tar" ]; then
-    rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar")
+    # By their names, for 23 photographs stand for a product in each of the two.
+    rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar" --key image)
     name=name
   fi
   python scripts/build_questions.py "${rows[@]}" --output data/photos --limit 8000 --pack --caption "$name" \
@@ -81,13 +83,11 @@ fi
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
 NUM_GPUS=1 PYTHON="$venv/bin/python" bash scripts/train_llava.sh "${llava[@]}"
 
-if [ "$what" = demo ]; then
-  python -c "from mllm.evaluation.summary import print_summary; print_summary()"
-else
+if [ "$what" = photos ]; then
   python scripts/evaluate_llava.py --model runs/llava-photos/model --questions data/photos/question.jsonl \
     --image-folder data/photos/test.tar
-  grep "^test, " data/photos/summary.txt
 fi
+python -c "from mllm.evaluation.summary import print_summary; print_summary('$what')"
 cat <<NEXT
 
 Next: talk to the model: cd $(printf %q "$PWD") && source $(printf %q "$venv/bin/activate") && ${chat[*]}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train a LLaVA-style model on an encoder: stage 1, stage 2, and on the demo data the evaluation.
+# Train a LLaVA-style model on an encoder: stage 1, stage 2, and on the demo data or captions the evaluation.
 #
 #   bash scripts/train_llava.sh --vision clips                  # the newest CLIPS export; also clip, random, blind, hf:…
+#   bash scripts/train_llava.sh --vision clips:runs/mine --data_path my.csv   # captions: a model that describes
 #   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder pictures
 #   bash scripts/train_llava.sh --vision clips --dry-run        # the two commands and the plan, nothing is trained
 #   bash scripts/train_llava.sh --help                          # every flag with its default
@@ -14,7 +15,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
 if [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ]; then python="$here/../.venv/bin/python"; fi
 
-stages="1 2" dry_run=false own_data=false both_on_one=false output_dir="" vision=clips device=auto
+stages="1 2" dry_run=false own_data=false output_dir="" vision=clips device=auto
 flags=("$@")
 for ((i = 0; i < ${#flags[@]}; i++)); do
   flag="${flags[i]}" value="${flags[i + 1]:-}"
@@ -23,18 +24,12 @@ for ((i = 0; i < ${#flags[@]}; i++)); do
     _h | __help) exec "$python" "$here/train_llava.py" --help ;;
     __stage) stages="$value" ;;
     __dry_run) dry_run=true ;;
-    __data_path) both_on_one=true own_data=true ;;
-    __*.data_path) own_data=true ;;
+    __data_path | __*.data_path | __karpathy | __*.karpathy) own_data=true ;;
     __output_dir) output_dir="$value" ;;
     __vision | __vision_tower) vision="$value" ;;
     __device) device="$value" ;;
   esac
 done
-if [ "$stages" = "1 2" ] && [ "$both_on_one" = true ]; then
-  echo "error: both stages on one --data_path would be wrong (captions, then conversations): name the stage with" \
-    "--stage 1 or 2, or give --align.data_path and --instruct.data_path (and their image_folder)" >&2
-  exit 2
-fi
 
 gpus="${NUM_GPUS:-}"
 if [ -z "$gpus" ] && [ "$device" != cpu ] && command -v nvidia-smi >/dev/null; then
@@ -57,8 +52,11 @@ for stage in $stages; do
   if [ "$evaluates" = true ] || [ "$stage" != "${stages##* }" ]; then goes_on=1; fi # then no next step is named
   CLIPS_MLLM_GOES_ON="$goes_on" "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage" ${both[@]+"${both[@]}"}
 done
+kind="${vision%%:*}"
+case "$kind" in */*) kind=hf ;; esac # openai/clip-… is hf:openai/clip-…
+run="${output_dir:-runs/llava-$kind}"
+# Of a model that learned captions the run holds images that it has not seen.
+if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ -f "$run/held_out/description.jsonl" ]; then evaluates=true; fi
 if [ "$evaluates" = true ]; then
-  kind="${vision%%:*}"
-  case "$kind" in */*) kind=hf ;; esac # openai/clip-… is hf:openai/clip-…
-  "$python" "$here/evaluate_llava.py" --model "${output_dir:-runs/llava-$kind}/model" --device "$device"
+  "$python" "$here/evaluate_llava.py" --model "$run/model" --device "$device"
 fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -185,18 +186,22 @@ def write_shards(folder: Path) -> tuple[str, dict[str, str]]:
 def write_table(folder: Path) -> tuple[str, dict[str, str]]:
     """A table of JSON lines beside its pictures; what to open, and the outcome of each row."""
     (folder / "folder").mkdir(parents=True)
-    (folder / "good.png").write_bytes(good_picture(0))
     os.mkfifo(folder / "pipe")
-    plain = {"image": "good.png", "org_caption": "a web caption", "long": "Long one. Long two."}
-    rows = [(plain | {"org_caption": text}, outcome) for text, outcome in CAPTIONS.values()]
-    rows += [(plain | {"long": text}, outcome) for text, outcome in CAPTIONS.values()]
-    rows += [(plain | {"image": path}, outcome) for path, outcome in PATHS.values()]
+    names = map("good{}.png".format, itertools.count())  # rows of one picture would be one sample
+
+    def plain() -> dict[str, Any]:
+        (folder / (name := next(names))).write_bytes(good_picture(0))
+        return {"image": name, "org_caption": "a web caption", "long": "Long one. Long two."}
+
+    rows = [(plain() | {"org_caption": text}, outcome) for text, outcome in CAPTIONS.values()]
+    rows += [(plain() | {"long": text}, outcome) for text, outcome in CAPTIONS.values()]
+    rows += [(plain() | {"image": path}, outcome) for path, outcome in PATHS.values()]
     for i, (data, outcome) in enumerate(pictures().values()):
         (folder / f"{i}.bin").write_bytes(data)
-        rows.append((plain | {"image": f"{i}.bin"}, outcome))
+        rows.append((plain() | {"image": f"{i}.bin"}, outcome))
     lines = [(json.dumps(row).encode(), outcome) for row, outcome in rows]
     lines += [(line, outcome) for line, outcome in JSONS.values() if outcome != USED]
-    lines += [(json.dumps(plain).encode(), USED)] * _good(len(lines))
+    lines += [(json.dumps(plain()).encode(), USED) for _ in range(_good(len(lines)))]
     (folder / "table.jsonl").write_bytes(b"\n".join(line for line, _ in reversed(lines)))
     return str(folder / "table.jsonl"), {str(i): outcome for i, (_, outcome) in enumerate(reversed(lines))}
 

@@ -92,10 +92,12 @@ def generative(run: RunConfig, objective: str) -> RunConfig:
 
 def dropping(run: RunConfig) -> RunConfig:
     """`run` with patches of 8 px; in training its tower sees half of them and its captioner 0.4 of these, 8 and 3 of an
-    image of 32 px."""
+    image of 32 px. Two thirds of the captions are predicted."""
     vision = replace(run.model.vision, patch_size=8, patch_dropout=0.5)
     return replace(
-        run, model=replace(run.model, vision=vision, captioner=replace(run.model.captioner, image_token_keep=0.4))
+        run,
+        model=replace(run.model, vision=vision, captioner=replace(run.model.captioner, image_token_keep=0.4)),
+        task=replace(run.task, caption_share=2 / 3),
     )
 
 
@@ -107,7 +109,9 @@ def drawn_tokens(seed: int, *, size: int = 8, patches: int = 16) -> dict[str, to
         return torch.tensor([sorted(rng.sample(range(there), kept)) for _ in range(size)])
 
     seen = round(0.5 * patches)
-    return {"patches": draw(patches, seen), "image_tokens": draw(seen, round(0.4 * seen))}
+    caption = tiny_batch(seed, size=size)["caption"]
+    caption[seed % 3 :: 3] = 0
+    return {"patches": draw(patches, seen), "image_tokens": draw(seen, round(0.4 * seen)), "caption": caption}
 
 
 def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:

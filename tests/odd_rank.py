@@ -59,7 +59,11 @@ def other_sources() -> None:
         def __len__(self) -> int:
             return len(self.source) - 1
 
-    prepare.once_per_machine = lambda make: Short(real(make))
+    def shortened(make: Callable[[], Any]) -> tuple[Any, ...]:
+        source, *others = real(make)
+        return Short(source), *others
+
+    prepare.once_per_machine = shortened
 
 
 FACTS: dict[str, Callable[[], object]] = {

@@ -43,17 +43,18 @@ def products(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def picture(kind: str = "JPEG") -> bytes:
+def picture(kind: str = "JPEG", number: int = 0) -> bytes:
+    """Other bytes for each number."""
     data = io.BytesIO()
-    Image.new("RGB", (24, 32), "red").save(data, kind)
+    Image.new("RGB", (24, 32), (200, number // 16 % 16 * 16, number % 16 * 16)).save(data, kind)
     return data.getvalue()
 
 
-def write_tar(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """KEY.jpg and KEY.json."""
+def write_tar(path: Path, rows: list[dict[str, Any]], number: str = "id") -> Path:
+    """KEY.jpg and KEY.json; a picture for each `number`."""
     with tarfile.open(path, "w") as archive:
         for row in rows:
-            for ending, content in (("jpg", picture()), ("json", json.dumps(row).encode())):
+            for ending, content in (("jpg", picture(number=row[number])), ("json", json.dumps(row).encode())):
                 info = tarfile.TarInfo(f"{row['id']}.{ending}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
@@ -65,7 +66,7 @@ def write_hub(folder: Path, rows: list[dict[str, Any]]) -> Path:
     (folder / "data").mkdir(parents=True)
     (folder / ".gitattributes").write_text("*.parquet filter=lfs\n")
     for part, digest in enumerate(("6cff4c59f91661c3", "bb459e5ac5f01e71")):
-        of_part = [row | {"image": {"bytes": picture(), "path": None}} for row in rows[part::2]]
+        of_part = [row | {"image": {"bytes": picture(number=row["id"]), "path": None}} for row in rows[part::2]]
         table = pa.Table.from_pylist(of_part, schema=HUB)
         parquet.write_table(table, folder / "data" / f"train-0000{part}-of-00002-{digest}.parquet")
     return folder

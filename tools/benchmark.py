@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Measure training beside open_clip: `train` steps of equal towers, `program` whole programs on the same files.
+"""Measure training beside open_clip: `train` steps of equal towers, `program` whole programs; or a step's `parts`.
 
-Both compare plain CLIP on the demo's .txt: equal towers, batch, precision, threads, crops and fused AdamW. `train`
-takes steps on ready batches in one process. open_clip pads each text to the context. `program` runs
+The first two compare plain CLIP on the demo's .txt: equal towers, batch, precision, threads, crops and fused AdamW.
+`train` takes steps on ready batches in one process. open_clip pads each text to the context. `program` runs
 scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them. Its samples/s are those between the first
-line of the log behind the warm-up and the last line. What is compared takes turns.
+line of the log behind the warm-up and the last line. `parts` lets a step of a recipe grow by one part at a time. What
+is compared takes turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,17 @@ from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.grad_cache import optimizer_step
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 
-SIZES = {"demo": ("demo", 128, 100), "s16": ("s16", 32, 20), "b16": ("b16", 16, 10)}
+SIZES = {"demo": ("demo", 128, 100), "small": ("small", 128, 100), "s16": ("s16", 32, 20), "b16": ("b16", 16, 10)}
 """Size → recipe, samples of a step, steps of a program's turn: its first phase, at a batch that a CPU can bear."""
+PARTS = ("train.accumulation=1", "train.activation_checkpointing=false")
+"""Settings of `parts`."""
 TURN, WARM = 2, 0.2
 """Steps of a turn of `train`; share of a program's samples that are not timed."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
@@ -77,8 +81,58 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     return [[kind, run.samples / of_kind, of_kind / seconds["ours"]] for kind, of_kind in seconds.items()]
 
 
+def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
+    """Measure a step that grows by one part at a time: milliseconds of each part's forward and backward pass."""
+    init_distributed(device)
+    source, tokenizer = open_data(run)
+    loader = make_loader(source, tokenizer, replace(run, data=replace(run.data, workers=0)), rank=0, world_size=1)
+    host = next(loader)
+    torch.manual_seed(0)
+    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
+    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+    task, model, batch = engine.task, engine.model, to_device(host, device)
+    kept = Kept(batch.get("patches"), batch.get("image_tokens"))
+    texts = [batch[name] for name in run.task.texts]
+
+    def outputs(count: int, caption: Tensor | None = None) -> list[Tensor]:
+        out = model(batch["images"], texts[:count], caption, kept)
+        return [out.image_features, *out.text_features, *([] if caption is None else [out.caption_states])]
+
+    growing: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "image tower": lambda: [model.visual(batch["images"], kept.patches)[0]],
+        "text tower, web caption": lambda: outputs(1),
+        "text tower, sub-caption": lambda: outputs(2),
+        "captioner's blocks": lambda: outputs(2, batch["caption"]),
+        "output layer and losses": lambda: [task(batch)[0]],
+    }
+
+    def measure(part: Callable[[], Sequence[Tensor]], backward: bool) -> None:
+        with torch.set_grad_enabled(backward), autocast(device, enabled=task.bf16):
+            total = torch.stack([x.float().sum() for x in part()]).sum()
+        if backward:
+            total.backward()
+
+    timed: dict[str, Callable[[], Any]] = {
+        f"{name}/forward": partial(measure, part, False) for name, part in growing.items()
+    }
+    timed |= {name: partial(measure, part, True) for name, part in growing.items()}
+    timed |= {"step": lambda: optimizer_step(engine, [host]), "data": lambda: next(loader)}
+    seconds = fastest(timed, repeats, device)
+    rows: list[list[Any]] = []
+    before = (0.0, 0.0)
+    for name in growing:
+        now = (seconds[f"{name}/forward"], seconds[name])
+        forward, both = now[0] - before[0], now[1] - before[1]
+        rows.append([name, 1e3 * forward, 1e3 * (both - forward), f"{both / seconds['step']:.0%}"])
+        before = now
+    rest = seconds["step"] - before[1]
+    rows.append(["optimizer and agreement", 1e3 * rest, "", f"{rest / seconds['step']:.0%}"])
+    rows.append(["step", 1e3 * seconds["step"], "", "100%"])
+    return [*rows, ["data, in another process", 1e3 * seconds["data"], "", ""]]
+
+
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
-    source = open_split(run.data, "train", need_long=False)
+    source = open_split(run.data, "train", need_long=run.task.captions)
     texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
@@ -142,7 +196,7 @@ def compare_programs(run: RunConfig, flags: Sequence[str], repeats: int, device:
     return [["ours", statistics.median(ours), "1"], ["open_clip", statistics.median(theirs), text]]
 
 
-def our_flags(size: str, device: torch.device, train: Path) -> list[str]:
+def our_flags(size: str, device: torch.device, train: str) -> list[str]:
     name, batch, steps = SIZES[size]
     settings = [
         "optim.kind=adamw", "data.workers=1", f"train.precision={'bf16' if has_bf16(device) else 'fp32'}",
@@ -152,7 +206,7 @@ def our_flags(size: str, device: torch.device, train: Path) -> list[str]:
         "task.synthetic_share=0", "model.captioner=null",
     ]  # fmt: skip
     return [
-        *("--recipe", name, "--data", str(train), "--fields", "web=txt", "long=txt"),
+        *("--recipe", name, "--data", train, "--fields", "web=txt", "long=txt"),
         *("--batch-size", str(batch), "--samples", str(batch * steps), "--device", device.type, "--set", *settings),
     ]
 
@@ -207,10 +261,11 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> fl
 
 def parser() -> argparse.ArgumentParser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    p.add_argument("what", choices=("train", "program"), help="what to measure")
+    p.add_argument("what", choices=("train", "program", "parts"), help="what to measure")
     p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
-    p.add_argument("--data", default="data/demo", help="folder of the demo data")
+    p.add_argument("--data", help="training data, as pretrain_clips.py takes it (default: the demo's)")
+    p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of the recipe, for `parts`")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
@@ -218,16 +273,26 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     device = choose_device(flags.device)
-    own = our_flags(flags.size, device, ensure_demo(flags.data) / "train")
+    data = flags.data or str(ensure_demo("data/demo") / "train")
+    own = our_flags(flags.size, device, data)
+    columns = ("", "samples/s", "ours / this")
+    if flags.what == "parts":
+        name, batch, _ = SIZES[flags.size]
+        own = ["--recipe", name, "--data", data, "--batch-size", str(batch), "--set", *PARTS, *flags.set]
+        columns = ("", "forward, ms", "backward, ms", "of a step")
     run = cli.config_from_flags(cli.parser().parse_args(own))
+    if run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="bf16" if has_bf16(device) else "fp32"))
     if flags.what == "train":
         rows = compare_steps(run, device, flags.repeats)
+    elif flags.what == "parts":
+        rows = time_parts(run, device, flags.repeats)
     else:
         rows = compare_programs(run, own, flags.repeats, device.type)
 
     cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    print_table(f"{flags.what}, {flags.size}: {where}", ("", "samples/s", "ours / this"), cells)
+    print_table(f"{flags.what}, {flags.size}: {where}", columns, cells)
 
 
 if __name__ == "__main__":

@@ -144,16 +144,17 @@ def shown(indices: Sequence[int]) -> frozenset[int]:
 
 
 def publish(
-    output: Path | str, findings: Findings, *, data: str, samples: int, left_out: int = 0, problems: Sequence[str] = ()
-) -> dict[str, Any]:
+    output: Path | str, findings: Findings, *, data: str, samples: int, left_out: int = 0, of_rows: int = 0,
+    problems: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Write summary.json and samples.html into `output`, print the table, and return the summary.
 
-    `left_out`: rows that are no samples of the set, and count as broken.
+    `left_out`: rows that are no samples of the set, and count as broken; `of_rows`, where samples have several rows.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     broken = findings.reasons.total() + left_out
-    left_out_share = left_out / max(1, samples + left_out)  # of all rows; of the others a part may be checked
+    left_out_share = left_out / max(1, of_rows or samples + left_out)  # of the others a part may be checked
     summary = {
         "data": data,
         "samples": samples,

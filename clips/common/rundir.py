@@ -2,6 +2,7 @@
 
     runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
     runs/NAME/env.json        machine and packages (clips/common/runtime.py)
+    runs/NAME/data.json       number and hash of the training data; a run goes on with the same data only
     runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; a kill may cut the last line
     runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
@@ -32,6 +33,7 @@ from clips.common.signals import launchers
 
 T = TypeVar("T")
 METRICS = "metrics.jsonl"
+DATA = "data.json"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"

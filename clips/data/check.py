@@ -66,14 +66,17 @@ class PairReader:
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/check_data.py with DATA or --mix. Raises as `check_pairs`."""
+    """scripts/check_data.py with DATA, --mix or --karpathy. Raises as `check_pairs`."""
     run = recipe(flags.recipe)
-    train = {"train": "mix", "mix": parse_mix(flags.mix)} if flags.mix else {"train": flags.data, "mix": ()}
+    flag, data, splits = ("--data", flags.data, "")
+    if flags.karpathy:
+        flag, data, splits = ("--karpathy", flags.karpathy, "#train+restval+val+test")
+    train = {"train": "mix", "mix": parse_mix(flags.mix)} if flags.mix else {"train": f"{data}{splits}", "mix": ()}
     fields = parse_fields(flags.fields or [], run.data.fields)
     run = replace(run, data=replace(run.data, **train, fields=fields, image_root=flags.image_root))
     check_pairs(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed)
     words = [] if flags.recipe == "small" else ["--recipe", flags.recipe]
-    words += ["--mix", *flags.mix] if flags.mix else ["--data", flags.data]
+    words += ["--mix", *flags.mix] if flags.mix else [flag, data]
     words += ["--fields", *flags.fields] if flags.fields else []
     words += ["--image-root", flags.image_root] if flags.image_root else []
     say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")
@@ -103,6 +106,7 @@ def check_pairs(
         data=without_secrets(data),
         samples=len(source),
         left_out=source.unreadable,
+        of_rows=source.rows,
         problems=list(map(without_secrets, source.problems)),
     )
     share, limit = summary["broken_share"], run.data.max_broken_share

@@ -24,11 +24,11 @@ log = logging.getLogger("clips.data")
 NAMES = {
     "image": (
         *("image", "file_name", "filepath", "path", "filename", "file", "image_path", "img", "picture", "photo"),
-        *("url", "image_url"),
+        *("image_name", "url", "image_url"),
     ),
     "web": (
         *("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web", "captions"),
-        "productdisplayname",
+        *("comment", "productdisplayname"),
     ),
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
@@ -43,7 +43,7 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
 
     `lists` are the fields that hold lists: without a long caption, the captions of a list serve for both parts. A long
     caption is guessed by its own names only. If the web caption is guessed, the default place of long captions counts
-    no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption.
+    no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption. Nothing is printed without `where`.
     """
     named = {name.removeprefix("json:").lower(): name for name in reversed(names)}
     default = Fields()
@@ -63,6 +63,8 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
     if not any(guessed.values()):
         return fields
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
+    if not where:
+        return fields
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     if fields.long == OTHERS:
         long = "one drawn in each step, two of the others joined as the long caption"
@@ -72,9 +74,9 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
 
 
 def guess_delimiter(header: str, url: str) -> str:
-    """The character that cuts a table's header into most columns: a comma, a tab or a semicolon."""
+    """The character that cuts a table's header into most columns: a comma, a tab, a semicolon or a pipe."""
     usual = "\t" if url.endswith(".tsv") else ","
-    delimiter = max(usual, *"\t;,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
+    delimiter = max(usual, *"\t;|,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if delimiter != usual:
         say_once(f"{url}: columns are separated by {delimiter!r}")
     return delimiter
@@ -210,11 +212,11 @@ class KarpathyFile:
                 for entry in images
                 if entry["split"] in splits.split("+")
             ]
-            present = sorted({entry["split"] for entry in images})
+            present = ", ".join(sorted({entry["split"] for entry in images}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
         if not self._rows:
-            raise UserError(f"{path} has no images of the split {splits!r}; splits there: {', '.join(present)}")
+            raise UserError(f"{path} has no images of the split {splits!r}; splits there: {present}")
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -6,7 +6,7 @@ sub-captions, and a resumed run goes on exactly.
 A batch is a dict of
 - images: uint8 [B, 3, H, W]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
 - web: int64 [B, Lw] and sub: int64 [B, Ls], the texts that the objective reads (`TaskConfig.texts`);
-- caption: int64 [B, T], if a captioner trains;
+- caption: int64 [B, T], if a captioner trains; a row of padding where it is not predicted (`task.caption_share`);
 - patches and image_tokens: int64, if image tokens are dropped (`clips.model.clips.Kept`);
 - keys, positions, and skipped: [(key, reason)] of broken samples that were substituted.
 """
@@ -221,7 +221,7 @@ class BatchDataset(Dataset):
         captioner = self.run.model.captioner if task.captions else None
         keys, pixels, skipped = [], [], []
         texts: dict[str, list[str]] = {name: [] for name in task.texts}
-        captions: list[str] = []
+        captions: dict[int, str] = {}
         draws: list[random.Random] = []
         preprocess = Preprocess(size, self.run.phases[phase].augment)
         dealt = self._dealt(phase, positions) if self.run.phases[phase].by_aspect else list(positions)
@@ -240,9 +240,9 @@ class BatchDataset(Dataset):
             if "sub" in texts:
                 texts["sub"].append(sub_caption(web, long, self.run.captions, rng))
                 draws.append(rng)
-            if captioner is not None:
+            if captioner is not None and self._is_captioned(position):
                 assert long is not None, "open the source with need_long=True"
-                captions.append(long if has_words(long) else web)
+                captions[len(keys) - 1] = long if has_words(long) else web
         batch: Batch = {"images": stacked(pixels)}
         for name, batch_texts in texts.items():
             encoded = self.tokenizer.encode(batch_texts)
@@ -252,7 +252,9 @@ class BatchDataset(Dataset):
                 encoded = [self._dropped(e, position, name) for e, position in zip(encoded, dealt, strict=True)]
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
-            batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
+            ids = self.tokenizer.caption_ids(self.tokenizer.encode(list(captions.values())), captioner.length)
+            batch["caption"] = torch.full((len(keys), ids.shape[1]), self.tokenizer.pad_id)
+            batch["caption"][list(captions)] = ids
         batch |= self._kept_tokens(size, dealt, captioner)
         return batch | {"keys": keys, "positions": dealt, "skipped": skipped}
 
@@ -321,6 +323,11 @@ class BatchDataset(Dataset):
             name: torch.tensor([sorted(rng.sample(range(total), count)) for rng in rngs])
             for name, (total, count) in counts.items()
         }
+
+    def _is_captioned(self, position: int) -> bool:
+        """Whether the caption of this sample is predicted, drawn by a generator of its own."""
+        share = self.run.task.caption_share
+        return share == 1 or self._rng(position, "caption").random() < share
 
     def _dropped(self, tokens: list[int], position: int, name: str) -> list[int]:
         """What `captions.token_dropout` leaves of a text, by a generator of its own; at least one token."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import glob
+import hashlib
 import itertools
+import json
 import logging
 import os
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
+from tqdm import tqdm
 
 from clips.common.errors import UserError, reason
 from clips.common.escape import clip
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy
+from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy, say_once
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
@@ -36,14 +38,14 @@ from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
 
 log = logging.getLogger("clips.data")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
 """Endings of tables' names."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys."""
-HELD_OUT_BLOCK, MOST_HELD_OUT = 10, 1_000
-"""Samples are held out in blocks of neighbours: rows of one picture stand together."""
+IMAGE_TAIL = 1 << 14
+"""Last bytes of an image by which it is told from others: the first ones may be a profile that many share."""
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
@@ -129,13 +131,15 @@ class Source:
     """Random access to samples by index; neighbours in a shard are cheap to read."""
 
     files: list[str]
-    """Shards or tables, as many as `shard_sizes`. A mix has none."""
+    """Shards or tables, as many as `shard_sizes`."""
     shard_sizes: list[int]
     """Usable samples of each file; they sum to the length."""
     left_out: list[int]
     """By file: samples of a shard that lack a needed member, rows of a table that do not fit its header."""
     unreadable: int = 0
     """Rows of all tables that do not fit their header. They count as broken samples."""
+    rows: int = 0
+    """Rows of all tables, those that do not fit among them. A sample may have several."""
     problems: Sequence[str] = ()
     """Damage found when the set was opened, shard by shard."""
 
@@ -159,7 +163,7 @@ class Source:
         self._needed = PARTS if need_long and not self._others else PARTS[:2]
         return fields
 
-    def _checked(self, key: str, web: Any, long: Any) -> Texts:
+    def _checked(self, key: str, web: list[Any], long: list[Any]) -> Texts:
         texts = Texts(_texts_in(key, "web", web), _texts_in(key, "long", long), self._others)
         if not texts.web:
             raise BrokenSample(key, "web caption is empty")
@@ -184,6 +188,27 @@ class Source:
         """Why the picture of a sample is not there, or None; opens no picture."""
         return None
 
+    def image_id(self, index: int) -> bytes:
+        """What tells the image of a sample from others: its path, or its last bytes. Raises BrokenSample."""
+        raise NotImplementedError
+
+    def image_hashes(self) -> np.ndarray:
+        """uint64 [samples]: a hash of each `image_id`, the same on every machine; all broken samples share one."""
+        hashes = bytearray()
+        for index in tqdm(range(len(self)), "telling images apart", unit="image", leave=False, disable=None):
+            image = b""
+            with contextlib.suppress(BrokenSample):  # counted when training reads it
+                image = self.image_id(index)
+            hashes += hashlib.sha256(b"held out" + image).digest()[:8]
+        return np.frombuffer(hashes, "<u8")
+
+    def facts(self) -> dict[str, Any]:
+        """Return numbers of samples and files, and a hash over each file's name, bytes and samples, not its folder."""
+        names = [os.path.basename(without_secrets(file)) for file in self.files]
+        sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in self.files]
+        text = json.dumps([names, sizes, list(map(int, self.shard_sizes))])
+        return {"samples": len(self), "files": len(names), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
         """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
         for index in range(len(self)) if indices is None else indices:
@@ -201,8 +226,10 @@ class MixedSource(Source):
         """Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources = list(sources)
         self.shares = list(shares)
+        self.files = [file for source in sources for file in source.files]
         self.problems = [problem for source in sources for problem in source.problems]
         self.unreadable = sum(source.unreadable for source in sources)
+        self.rows = sum(source.rows for source in sources)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
         self.order(0)
@@ -224,25 +251,18 @@ class MixedSource(Source):
 
 
 class PartSource(Source):
-    """The samples of a source that are held out for validation, or all others.
+    """The samples `indices` (ascending) of a source."""
 
-    The choice depends on `share` and the number of samples alone: every seed validates on the same ones.
-    """
-
-    def __init__(self, source: Source, share: float, *, held_out: bool) -> None:
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
         self.files = source.files
         self.left_out = source.left_out
         self.unreadable = source.unreadable
+        self.rows = source.rows
         self.problems = source.problems
-
-        total = len(source)
-        blocks = -(-total // HELD_OUT_BLOCK)
-        count = min(max(1, round(share * blocks)), MOST_HELD_OUT // HELD_OUT_BLOCK)
-        chosen = np.isin(np.arange(total) // HELD_OUT_BLOCK, random.Random(0).sample(range(blocks), count))
-        self._indices = np.flatnonzero(chosen == held_out)
+        self._indices = indices
         ends = np.cumsum(source.shard_sizes)
-        self._set_sizes(np.diff(np.searchsorted(self._indices, ends), prepend=0).tolist())
+        self._set_sizes(np.diff(np.searchsorted(indices, ends), prepend=0).tolist())
 
     def read(self, index: int) -> RawSample:
         return self.source.read(int(self._indices[index]))
@@ -330,11 +350,17 @@ class TarSource(Source):
     def texts(self, index: int) -> Texts:
         return self._captions(self._members(index))
 
+    def image_id(self, index: int) -> bytes:
+        members = self._members(index)
+        if is_remote(self.shards[self._locate(index)[0]]):  # a request for each image could take days
+            return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
+        return next(filter(None, (members.read(e, IMAGE_TAIL) for e, _ in self._fields["image"])), b"")
+
     def _captions(self, members: _Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
         )
-        return self._checked(members.key, web, long)
+        return self._checked(members.key, [web], [long])
 
     def _members(self, index: int) -> _Members:
         shard, place = self._locate(index)
@@ -401,7 +427,8 @@ class _Members:
         self.key = f"{shard.label}#{shard.index.keys[row]}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
-    def read(self, extension: str) -> bytes | None:
+    def read(self, extension: str, last: int = MAX_BYTES) -> bytes | None:
+        """Return a member, or its `last` bytes; None if the sample has none."""
         column = self.shard.column.get(extension)
         if column is None:
             return None
@@ -411,13 +438,14 @@ class _Members:
             return None
         if size > MAX_BYTES:
             raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
+        skipped = max(0, size - last)
         try:
-            self.shard.file.seek(offset)
-            data = self.shard.file.read(size)
+            self.shard.file.seek(offset + skipped)
+            data = self.shard.file.read(size - skipped)
         except OSError as error:
             raise BrokenSample(self.key, f"{extension}: {error}") from None
-        if len(data) != size:
-            raise BrokenSample(self.key, f"{extension}: cut off, {len(data)} of {size} bytes are there")
+        if len(data) != size - skipped:
+            raise BrokenSample(self.key, f"{extension}: cut off, {skipped + len(data)} of {size} bytes are there")
         return data
 
     def json(self, extension: str) -> dict[str, Any] | None:
@@ -456,7 +484,17 @@ class TableSource(Source):
                 self.tables.append(KarpathyFile(file))
             else:
                 self.tables.append(Table(file))
-        fields = self._guess(_names(files), fields, need_long, self.tables[0].columns, self.tables[0].lists)
+        columns, lists = self.tables[0].columns, self.tables[0].lists
+        images = guess_fields("", fields, columns).image.split(";")
+        self._by_image = [
+            table.by_image(images) if isinstance(table, Table) else (range(len(table)), range(len(table) + 1))
+            for table in self.tables
+        ]
+        """By table, its rows sorted by image, and where those of each image begin and end."""
+        sizes = [len(ends) - 1 for _, ends in self._by_image]
+        if 3 * sizes[0] < 2 * len(self.tables[0]):  # some images that are there twice make no lists
+            lists = set(columns)
+        fields = self._guess(_names(files), fields, need_long, columns, lists)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         if self._others:
             self._fields["long"] = []
@@ -466,9 +504,10 @@ class TableSource(Source):
                 if not set(self._fields[name]) & set(table.columns):
                     raise _missing_field(table.name, name, getattr(fields, name), table.columns)
         self.files = files
-        self._set_sizes([len(table) for table in self.tables])
+        self._set_sizes(sizes)
         self.left_out = [table.left_out for table in self.tables]
         self.unreadable = sum(table.left_out for table in self.tables if isinstance(table, Table))
+        self.rows = sum(map(len, self.tables)) + self.unreadable
         self.problems = [table.problem for table in self.tables if isinstance(table, Table) and table.problem]
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
@@ -485,32 +524,34 @@ class TableSource(Source):
         paths = []
         for index in range(self._starts[file], min(self._starts[file] + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
-                value = self._value(self._row(index)[2], "image")
+                value = self._value(self._rows(index)[2][0], "image")
                 if isinstance(value, (bytes, dict)):
                     return None
                 if isinstance(value, str) and value:
-                    paths.append(value)
+                    paths.append(self._with_slashes(file, value))
+                    if paths[-1] != value:
+                        say_once(f"{self.tables[file].name}: Windows' backslashes in image paths are read as slashes")
         return paths
 
     def read(self, index: int) -> RawSample:
-        file, key, row = self._row(index)
-        texts = self._captions(key, row)
-        value = self._value(row, "image")
+        file, key, rows = self._rows(index)
+        texts = self._captions(key, rows)
+        value = self._value(rows[0], "image")
         image = self._image(key, self._place(file, key, value))
         if isinstance(value, str):
             key += f" ({clip(value, LONGEST_PATH)})"
-        return RawSample(key, image, texts, {name: cell for name, cell in row.items() if name not in self._used})
+        return RawSample(key, image, texts, {name: cell for name, cell in rows[0].items() if name not in self._used})
 
     def texts(self, index: int) -> Texts:
-        _, key, row = self._row(index, without=self._fields["image"])
-        return self._captions(key, row)
+        _, key, rows = self._rows(index, without=self._fields["image"])
+        return self._captions(key, rows)
 
     def missing(self, index: int) -> str | None:
         if not self._named[self._locate(index)[0]]:
             return None  # a row that holds its picture is long
         try:
-            file, key, row = self._row(index)
-            value = self._value(row, "image")
+            file, key, rows = self._rows(index)
+            value = self._value(rows[0], "image")
             place = self._place(file, key, value)
         except BrokenSample as broken:
             return broken.reason
@@ -518,20 +559,39 @@ class TableSource(Source):
             return None
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
-    def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
+    def image_id(self, index: int) -> bytes:
+        file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"])
+        place = self._place(file, key, self._value(rows[0], "image"))
+        if isinstance(place, bytes):
+            return place[-IMAGE_TAIL:]
+        # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
+        return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
+
+    def _rows(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, list[dict[str, Any]]]:
+        """The number of the table, the sample's name, and its rows."""
         file, i = self._locate(index)
         table = self.tables[file]
-        key = f"{table.name}#{i}"
-        try:
-            return file, key, table.row(i, self._used, without)
-        except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
-            raise BrokenSample(key, str(error)) from None
+        order, starts = self._by_image[file]
+        rows = []
+        for number in order[starts[i] : starts[i + 1]][:MAX_CAPTION]:
+            try:
+                rows.append(table.row(int(number), self._used, without))
+            except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
+                raise BrokenSample(f"{table.name}#{number}", str(error)) from None
+            without = self._fields["image"]  # the first row has it
+        return file, f"{table.name}#{order[starts[i]]}", rows
 
     def _value(self, row: dict[str, Any], name: str) -> Any:
         return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
 
-    def _captions(self, key: str, row: dict[str, Any]) -> Texts:
-        return self._checked(key, self._value(row, "web"), self._value(row, "long"))
+    def _captions(self, key: str, rows: list[dict[str, Any]]) -> Texts:
+        web, long = ([self._value(row, part) for row in rows] for part in PARTS[1:])
+        return self._checked(key, web, long)
+
+    def _with_slashes(self, file: int, path: str) -> str:
+        """`path`, with slashes for the backslashes of Windows unless a file has that very name."""
+        is_of_windows = "\\" in path and not os.path.exists(os.path.join(self.roots[file], path))
+        return path.replace("\\", "/") if is_of_windows else path
 
     def _image(self, key: str, place: str | bytes) -> bytes:
         if isinstance(place, bytes):
@@ -552,7 +612,7 @@ class TableSource(Source):
         if "\0" in value or not can_encode(value):
             raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
-            return inside(self.roots[file], value)
+            return inside(self.roots[file], self._with_slashes(file, value))
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
             raise UserError(f"{key}: image path {error}. Name the folder above it with --image-root") from None
 
@@ -563,11 +623,11 @@ def _alternatives(spec: str) -> list[tuple[str, str | None]]:
     return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
 
 
-def _texts_in(key: str, name: str, value: Any) -> tuple[str, ...]:
-    """The captions in a field, a text or a list of texts; empty ones, and those behind MAX_CAPTION, are left out."""
+def _texts_in(key: str, name: str, cells: list[Any]) -> tuple[str, ...]:
+    """The captions in cells, texts or lists of texts; empty ones, and those behind MAX_CAPTION, are left out."""
     captions = []
     room = MAX_CAPTION
-    for text in value if isinstance(value, list) else [value]:
+    for text in itertools.chain.from_iterable(cell if isinstance(cell, list) else [cell] for cell in cells):
         if text is not None and not isinstance(text, str):
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
         if text and text.strip() and room > 0:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.common.rundir import UNSEEN
@@ -13,6 +17,10 @@ from clips.data.sources import MixedSource, PartSource, Source, open_source
 
 OWN = ("train", "val", "test")
 """Every run's splits; `held_out_sets` names further ones."""
+FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
+"""A share is held out of so many images or more, and at most so many of them."""
+HASHES: dict[tuple[Any, ...], np.ndarray] = {}
+"""`Source.image_hashes` by the data's spec, fields, root and facts: a process reads the images of a set once."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -47,13 +55,37 @@ def split_spec(data: DataConfig, split: str) -> str | None:
     if is_demo(data, split) and split in (*OWN, UNSEEN):
         return demo_split(data.demo_dir, split)
     if split == "val" and holds_out(data):
-        return data.train
+        return data.train if len(held_out_images(data)[0]) else None
     return getattr(data, split) if split in OWN else None
 
 
 def holds_out(data: DataConfig) -> bool:
-    """Whether a share of the training data validates."""
+    """Whether a share of the training data is to validate; too few images hold none out."""
     return data.held_out > 0 and not data.val and data.train not in ("demo", "mix")
+
+
+@lru_cache
+def held_out_images(data: DataConfig) -> tuple[np.ndarray, str]:
+    """The hashes of the images that validate, none if there are too few, and a line for the plan.
+
+    An image validates if its hash is below the share, so every seed validates on the same ones, an image has all its
+    captions on one side, and added images move no other one into validation.
+    """
+    hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
+    images = np.unique(hashes)
+    chosen = images[images < data.held_out * 2.0**64][:MOST_HELD_OUT]
+    if len(images) < FEWEST_IMAGES or not 1 < len(chosen) < len(images):
+        few = f"nothing is held out of {len(images):,} images, below {FEWEST_IMAGES} (--val-data names some)"
+        return chosen[:0], few
+    rows = np.isin(hashes, chosen).sum()
+    return chosen, f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data names others)"
+
+
+def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:
+    key = (data.train, data.fields, data.image_root, source.facts()["sha256"])
+    if key not in HASHES:
+        HASHES[key] = source.image_hashes()
+    return HASHES[key]
 
 
 def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
@@ -70,16 +102,16 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
         ensure_demo(data.demo_dir, aspects=data.demo_aspects)
     source = open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
     if holds_out(data) and split in ("train", "val"):
-        return PartSource(source, data.held_out, held_out=split == "val")
+        is_held_out = np.isin(_image_hashes(data, source), held_out_images(data)[0])
+        return PartSource(source, np.flatnonzero(is_held_out == (split == "val")))
     return source
 
 
 def check_readable(source: Source, most: float) -> None:
     """Raise BrokenDataError if more than the share `most` of the rows of `source` do not fit their tables' headers."""
-    total = len(source) + source.unreadable
-    if source.unreadable > most * total:
+    if source.unreadable > most * source.rows:
         raise BrokenDataError(
-            f"{source.unreadable:,} of {total:,} rows do not fit the header of their table, above "
+            f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table, above "
             f"data.max_broken_share = {most:.1%}: mend their commas and quotes"
         )
 
@@ -88,6 +120,7 @@ def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
     sources = []
     for part in data.mix:
         own = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=part.image_root)
+        own = replace(own, held_out=0.0)
         sources.append(open_split(own, "train", need_long=need_long))
     try:
         return MixedSource(sources, [part.share for part in data.mix])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import codecs
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
@@ -93,7 +95,9 @@ class Table:
         """
         batch_index = bisect.bisect_right(self._starts, i) - 1
         batch = self._open().get_batch(batch_index)
-        place = i - self._starts[batch_index]
+        return self._row(batch, i - self._starts[batch_index], needed, without)
+
+    def _row(self, batch: Any, place: int, needed: Collection[str], without: Collection[str]) -> dict[str, Any]:
         if self.is_json:
             row = from_json(batch.column(0)[place].as_py())
             if not isinstance(row, dict):
@@ -112,6 +116,46 @@ class Table:
                 if name in needed:
                     raise ValueError(f"column {name}: {error}") from None
         return row | self._lists(row)
+
+    def by_image(self, columns: Sequence[str]) -> tuple[Any, Any]:
+        """The rows sorted by image (the first of `columns` that is there), and where those of each begin and end."""
+        column = next((name for name in columns if name in self.columns), "")
+        suffix = f".idx.{hashlib.sha256(column.encode()).hexdigest()[:8]}"
+        images = np.fromfile(sidecar(self.url, suffix, lambda target: self._number_images(column, target)), np.int32)
+        if not len(images):
+            return range(len(self)), range(len(self) + 1)
+        order = np.argsort(images, kind="stable").astype(np.int32)
+        ends = np.append(np.flatnonzero(np.diff(images[order], prepend=-1)), len(order))
+        say_once(f"{self.name}: {len(self):,} rows of {len(ends) - 1:,} images: the captions of each are gathered")
+        return order, ends
+
+    def _number_images(self, column: str, target: Path) -> None:
+        """Write the number of each row's image (int32), in the order of first rows; nothing if no image has two."""
+        log.info("looking for rows of one image in %s", self.name)
+        reader = self._open()
+        names = [self._image_names(reader.get_batch(i), column) for i in range(reader.num_record_batches)]
+        encoded = pa.chunked_array(names).dictionary_encode().combine_chunks()
+        numbers = encoded.indices.to_numpy()
+        is_empty = numbers == encoded.dictionary.index(b"").as_py()
+        numbers = np.where(is_empty, len(self) + np.arange(len(self)), numbers).astype(np.int32)
+        (numbers if len(np.unique(numbers)) < len(self) else numbers[:0]).tofile(target)
+
+    def _image_names(self, batch: pa.RecordBatch, column: str) -> pa.Array:
+        """The path or a hash of the bytes of the image in each row; empty if it has none."""
+        cells = batch[column] if column in batch.schema.names else pa.nulls(batch.num_rows)
+        if not self.is_json and (pa.types.is_string(cells.type) or not self.url.endswith(".parquet")):
+            return cells.cast(pa.large_binary()).fill_null(b"")
+        names = []
+        for place in range(batch.num_rows):
+            cell = None
+            with suppress(ValueError, RecursionError):  # reported when the row itself is read
+                cell = self._row(batch, place, (), set(batch.schema.names) - {column}).get(column)
+            if isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
+                cell = cell.get("bytes") or cell.get("path")
+            if isinstance(cell, bytes):
+                cell = hashlib.blake2b(cell).hexdigest()
+            names.append(cell.encode("utf-8", "surrogatepass") if isinstance(cell, str) else b"")
+        return pa.array(names, pa.large_binary())
 
     def _lists(self, row: dict[str, Any]) -> dict[str, list[Any]]:
         """The lists that numbered columns make together."""
@@ -206,7 +250,7 @@ def _csv(file: Any, url: str, encoding: str, left_out: LeftOut) -> Iterator[pa.R
     text = io.TextIOWrapper(file, codec, errors="surrogateescape", newline="")
     lines = _Lines(text, without_secrets(url))
     delimiter = guess_delimiter(lines.peek(), lines.name)
-    names = next(_rows(lines, delimiter, None, left_out), [])
+    names = [name.strip() for name in next(_rows(lines, delimiter, None, left_out), [])]
     rows = _rows(lines, delimiter, len(names), left_out)
     while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
         columns = [[cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*batch, strict=True)]

@@ -60,8 +60,10 @@ class Counts(NamedTuple):
     """Tokens of each text."""
     predicted: int
     """Caption tokens that are predicted."""
+    captioned: int
+    """Samples whose caption is predicted."""
     captioner: int
-    """Image tokens, the web caption's and the positions that predict."""
+    """Image tokens of the captioned samples, their web captions' and the positions that predict."""
 
 
 class CLIPSModel(nn.Module):
@@ -104,8 +106,9 @@ class CLIPSModel(nn.Module):
     ) -> Outputs:
         """One pass for training. `texts[0]` is the web caption, which the captioner reads too.
 
-        `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1. `counts` are those of this
-        batch, where they are known: without them a GPU is waited for.
+        `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1. The captioner runs on the
+        samples whose row is not all padding. `counts` are those of this batch, where they are known: without them a GPU
+        is waited for.
         """
         pooled, tokens = self.visual(images, kept.patches)
         texts_out = []
@@ -118,8 +121,14 @@ class CLIPSModel(nn.Module):
                 patches = taken(patches, kept.image_tokens)
             web = (texts_out[0].states, texts_out[0].visible) if self.captioner.config.web else (None, None)
             predicts = word_slots(caption, self.pad_id)[:, 1:]
+            inputs = [patches, *web, caption[:, :-1], predicts]
+            captioned = self._captioned(caption, counts)
+            if captioned is not None:
+                inputs = [x if x is None else x.index_select(0, captioned) for x in inputs]
             rows = (counts.captioner, counts.predicted) if counts is not None else (None, None)
-            states = self.captioner(patches, *web, caption[:, :-1], predicts, *rows)
+            states = self.captioner(*inputs, *rows)
+            if captioned is not None:
+                states = states.new_zeros(len(caption), *states.shape[1:]).index_copy(0, captioned, states)
         text_features = []
         if self.text is not None and self.config.embed_dim:
             text_features = [F.normalize(self.text.proj(text.pooled).float(), dim=-1) for text in texts_out]
@@ -129,6 +138,12 @@ class CLIPSModel(nn.Module):
             logit_scale=self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
             caption_states=states,
         )
+
+    def _captioned(self, caption: Tensor, counts: Counts | None) -> Tensor | None:
+        """[C], the indices of the samples whose `caption` is predicted; None: all of them."""
+        has_caption = caption[:, 0] != self.pad_id
+        count = int(has_caption.sum()) if counts is None else counts.captioned
+        return None if count == len(caption) else torch.nonzero_static(has_caption, size=count).squeeze(1)
 
     def caption_prefix(
         self, image_tokens: Tensor, web_ids: Tensor, count: int | None = None
@@ -164,10 +179,15 @@ class CLIPSModel(nn.Module):
         tokens = self.config.vision.tokens(size_of(images))
         for places in (kept.patches, kept.image_tokens):
             tokens = tokens if places is None else places.shape[1]
-        rows = len(images) * tokens + predicted
-        if self.captioner is not None and self.captioner.config.web:
-            rows += words[0] - len(images) * (self.config.text.pool == "cls")  # whose CLS is not read
-        return Counts(words, predicted, rows)
+        if caption is None:
+            return Counts(words, predicted, 0, 0)
+        captioned = caption[:, 0] != self.pad_id
+        count = int(captioned.sum())
+        rows = count * tokens + predicted
+        if self.text is not None and self.captioner is not None and self.captioner.config.web:
+            # The web caption's CLS is not read.
+            rows += self.text.count(texts[0][captioned]) - count * (self.config.text.pool == "cls")
+        return Counts(words, predicted, count, rows)
 
     def compile_blocks(self, **options: Any) -> None:
         """Let torch.compile each block by itself, `options` being its own; those of one tower share the code.

@@ -23,8 +23,12 @@ class BatchShape:
     """Slots of each text of a sample, padding included: web caption, then sub-caption; as many as the objective has."""
     caption: int = 0
     """Positions of the captions, padding included; 0: the captioner does not run."""
+    captioned: int | None = None
+    """Samples whose caption is predicted; None: all of them."""
     predicted: int = 0
-    """Caption tokens that are predicted, over all samples; without padding."""
+    """Caption tokens that are predicted, over all captioned samples; without padding."""
+    captioner_tokens: int | None = None
+    """Tokens that the captioner computes, over all captioned samples; None: those of texts that fill their slots."""
     world_size: int = 1
     """Ranks whose features the contrastive loss sees; times the micro-batches, where it sees all of a step."""
     words: Sequence[int] = ()
@@ -49,13 +53,14 @@ def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         "contrastive": len(shape.texts) * 2 * 2 * B * (B * shape.world_size) * model.embed_dim,
     }
     if captioner is not None and shape.caption:
+        C = _captioned(shape)
         slots = captioner.kept_tokens(patches) + _words(captioner, model, shape) + shape.caption - 1
         tokens = captioner_tokens(captioner, model, shape)
-        parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, B, slots, tokens)
+        parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, C, slots, tokens)
         # The last block's attention, projection and MLP are of the positions that predict alone.
         skipped = 2 * captioner.width**2 + 4 * captioner.width * int(captioner.width * captioner.mlp_ratio)
         parts["captioner"] -= (tokens - shape.predicted) * skipped
-        parts["captioner"] -= B * slots * (slots - shape.caption + 1) * 4 * captioner.width
+        parts["captioner"] -= C * slots * (slots - shape.caption + 1) * 4 * captioner.width
         parts["captioner"] += sum(_prefix(model, shape).values())
         parts["head"] = shape.predicted * 2 * captioner.width * text.vocab_size
     return parts
@@ -110,10 +115,15 @@ def computed_words(shape: BatchShape) -> Sequence[int]:
 
 
 def captioner_tokens(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
-    """Image tokens, the web caption's and positions that predict, over all samples."""
+    """Image tokens, the web caption's and positions that predict, over all captioned samples."""
+    if shape.captioner_tokens is not None:
+        return shape.captioner_tokens
     patches = captioner.kept_tokens(model.vision.kept_tokens(shape.image_size))
-    words = computed_words(shape)[0] - shape.samples * (model.text.pool == "cls") if captioner.web else 0
-    return shape.samples * patches + words + shape.predicted
+    return _captioned(shape) * (patches + _words(captioner, model, shape)) + shape.predicted
+
+
+def _captioned(shape: BatchShape) -> int:
+    return shape.samples if shape.captioned is None else shape.captioned
 
 
 def _blocks(width: int, layers: int, mlp_ratio: float, samples: int, slots: int, tokens: int | None = None) -> int:
@@ -133,7 +143,7 @@ def _prefix(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         "vision": captioner.kept_tokens(vision.kept_tokens(shape.image_size)) * vision.width,
         "text": _words(captioner, model, shape) * model.text.width,
     }
-    return {tower: shape.samples * 2 * size * captioner.width for tower, size in inputs.items()}
+    return {tower: _captioned(shape) * 2 * size * captioner.width for tower, size in inputs.items()}
 
 
 def _words(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:

@@ -36,9 +36,10 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     chosen = chosen_checkpoint(run_dir)
     weights = None if chosen is None else weights_of(chosen)
     if chosen is not None and chosen != checkpoints(run_dir)[0]:
-        best = checkpoint.load(chosen, "checkpoint")
-        assign_weights(model, best.weights(), chosen)
-        console.print(f"the best checkpoint on the validation split, of {best.state.samples:,} samples, is exported")
+        assign_weights(model, checkpoint.load(chosen, "checkpoint").weights(), chosen)
+    if chosen is not None and run.train.choose == "best" and split_spec(run.data, "val"):
+        count = min(len(open_split(run.data, "val", need_long=False)), run.eval.max_images)
+        console.print(f"the best checkpoint on {count:,} validation images is {chosen.name}: it is exported")
     size = run.phases[-1].image_size
     held_out = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)

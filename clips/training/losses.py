@@ -111,8 +111,8 @@ def caption_loss(
     """Cross entropy of the caption over its valid positions; returns (sum, number of positions), fp32.
 
     `targets` holds IGNORE where there is no token; `predicted` are the others, where their number is known: without
-    it a GPU is waited for. Logits (fp32) exist for at most `chunk` positions at a time and are recomputed in the
-    backward pass, so memory does not grow with batch × length × vocabulary.
+    it a GPU is waited for. Logits (fp32) exist for at most `chunk` positions at a time. If there are several chunks,
+    they are recomputed in the backward pass, so memory does not grow with batch × length × vocabulary.
     All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: `most` is how many positions
     any rank can have, for which all make room. Without it (one rank) it is those that there are.
     """
@@ -124,6 +124,8 @@ def caption_loss(
         return F.cross_entropy(head(states_ND).float(), targets_N, reduction="sum")
 
     chunks = max(1, -(-(len(targets) if most is None else most) // chunk))
+    if chunks == 1:
+        return chunk_loss(states, targets), torch.full((), len(targets), device=targets.device)
     total = states_BTD.new_zeros((), dtype=torch.float32)
     for part, part_targets in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
         total = total + checkpoint(chunk_loss, part, part_targets, use_reentrant=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,25 +17,19 @@ from rich.table import Table
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.files import read_json, write_json
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
 from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
 from clips.data.loader import Batch
 from clips.data.sources import Source
-from clips.data.splits import check_readable, held_out_sets, holds_out, open_split, split_spec
+from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
-
-FEWEST = 5_000
-MEASURED = (
-    "with recipe small 5,700 photographs of five captions found the sentence of one in 1,000 pictures first in 6 %,\n"
-    "and among the first ten in 28 % of cases (chance 0.1 % and 1 %)"
-)
-"""Of the recipe `small`: the pictures that it needs, and a figure to hold one's own against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +110,18 @@ def prepare_data(
     """
     need_long = run.task.captions
 
-    def opened() -> Source:
+    def opened() -> tuple[Source, dict[Any, Any]]:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
         check_readable(train, run.data.max_broken_share)
         for split in ("val", *held_out_sets(run.data)):
             if split_spec(run.data, split):
                 open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
-        return train
+        return train, HASHES
 
-    source = once_per_machine(opened)
+    source, hashes = once_per_machine(opened)
+    HASHES.update(hashes)
+    if has_begun:
+        check_same_data(options.run_dir, source)
     start.all_have(True)  # machines are not equally fast, and a collective has a time limit
     directory = options.run_dir / "tokenizer"
 
@@ -139,6 +134,7 @@ def prepare_data(
     # Without config.json a tokenizer is of a run that never began.
     if dist.get_rank() == 0 and not has_begun and not options.dry_run:
         make().save(directory)
+        write_json(options.run_dir / rundir.DATA, source.facts())
     start.all_have(True)
     is_there = has_begun or not options.dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_there else make()
@@ -148,6 +144,17 @@ def prepare_data(
             f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
         )
     return source, tokenizer
+
+
+def check_same_data(run_dir: Path, source: Source) -> None:
+    """Raise UserError if the run in `run_dir` has trained on other data. Older runs have no record and go on."""
+    before, now = read_json(run_dir / rundir.DATA), source.facts()
+    if before and before != now:
+        raise UserError(
+            f"{run_dir} has trained on other data ({before['samples']:,} samples in {before['files']:,} files, now "
+            f"{now['samples']:,} in {now['files']:,}): give another --name to begin anew, or another --name with "
+            f"--init-from {run_dir} to go on from its weights"
+        )
 
 
 def facts_of_run(
@@ -169,10 +176,10 @@ def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialW
 
     A shard that one node lacks would otherwise train apart, in silence.
     """
-    sizes = hashlib.sha256(json.dumps(list(map(int, source.shard_sizes))).encode()).hexdigest()[:8]
+    facts = source.facts()
     return {
         "the weights to begin with": initial.sha256 if initial else "none",
-        "the training data": f"{len(source):,} samples in {len(source.shard_sizes):,} shards (sizes {sizes})",
+        "the training data": f"{len(source):,} samples in {facts['files']:,} shards ({facts['sha256'][:8]})",
         "the tokenizer": f"{tokenizer.vocab_size} tokens",
     }
 
@@ -194,17 +201,22 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
+    share = run.task.caption_share
     costs = []
     for size in phase.training_sizes:
         shape = usual_shape(run, size)
-        repeated = repeated_flops(
-            run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
-        )
-        if run.train.whole_step:
-            forward = forward_flops(run.model, shape)
-            repeated += forward["vision"] + forward["text"]
-        costs.append(sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated)
-    return sum(costs) // len(costs)
+        costs.append(share * _flops(run, shape) + (1 - share) * _flops(run, replace(shape, caption=0, predicted=0)))
+    return int(sum(costs) / len(costs))
+
+
+def _flops(run: RunConfig, shape: BatchShape) -> int:
+    repeated = repeated_flops(
+        run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
+    )
+    if run.train.whole_step:
+        forward = forward_flops(run.model, shape)
+        repeated += forward["vision"] + forward["text"]
+    return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
 def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:
@@ -217,7 +229,7 @@ def _shape(run: RunConfig, image_size: ImageSize, samples: int, words: int, rank
     captioner = run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
     texts, predicted = (words,) * len(run.task.texts), samples * max(0, caption - 1)
-    return BatchShape(samples, image_size, texts, caption, predicted, ranks)
+    return BatchShape(samples, image_size, texts, caption, predicted=predicted, world_size=ranks)
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
@@ -267,14 +279,12 @@ def print_plan(
     if not run.task.contrasts:
         rows.append(("  no retrieval", NO_SHARED_SPACE))
     rows.append(("data", f"{split_spec(run.data, 'train')}: {samples:,} samples"))
-    if run.recipe.startswith("small"):
-        rows.append(("  to expect", to_expect(samples)))
     shares = sum(part.share for part in run.data.mix)
     rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]
     for name in dict.fromkeys(("val", "test", *held_out_sets(run.data))):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         if name == "val" and holds_out(run.data):
-            spec = f"{run.data.held_out:.0%} of it are held out, at most 1,000 samples (--val-data names others)"
+            spec = held_out_images(run.data)[1]
         rows.append((f"  {name}", spec))
     rows += [(f"phase {phase.name}", phase_line(run, phase, samples, ranks)) for phase in run.phases]
 
@@ -287,6 +297,8 @@ def print_plan(
     rows.append(("writes to", str(run_dir)))
     if previous is not None:
         rows.append(("goes on from", f"{previous.path} ({previous.state.samples:,} samples)"))
+        if holds_out(run.data) and not (run_dir / rundir.DATA).is_file():
+            rows.append(("  but", "it began when rows were held out, so it has trained on images that now validate"))
 
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     for name, text in rows:
@@ -295,14 +307,6 @@ def print_plan(
     console.print(table)
     if beginning is not None:
         console.print(beginning.table(run))
-
-
-def to_expect(samples: int) -> str:
-    """What the recipe `small` reaches on a set of this size, as measured in docs/photographs.md."""
-    few = ""
-    if samples < FEWEST:
-        few = f"fewer than {FEWEST:,} pictures are learned by heart: begin with --init-from (docs/photographs.md).\n"
-    return few + MEASURED
 
 
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:

@@ -90,6 +90,8 @@ class Task(nn.Module):
             texts=[ids.shape[1] for ids in _texts(batch)],
             words=counts.texts,
             caption=0 if caption is None else caption.shape[1],
+            captioned=None if caption is None else counts.captioned,
+            captioner_tokens=None if caption is None else counts.captioner,
             predicted=0 if caption is None else counts.predicted,
             world_size=world_size() * self.contrasted,
         )

@@ -29,8 +29,10 @@ PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
     c = comparison
-    if min(c.seeds, c.jobs, c.gpus) < 1:
-        raise UserError("--seeds, --jobs and --gpus must be at least 1")
+    if min(c.seeds, c.jobs, c.gpus, 1 if c.limit is None else c.limit) < 1:
+        raise UserError("--seeds, --jobs, --gpus and --limit must be at least 1")
+    if c.first_seed < 0:
+        raise UserError(f"--first-seed {c.first_seed} must be at least 0")
     if c.budget is not None and not 0 < c.budget <= 1:
         raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
     if c.llava_runs is not None and c.llava_runs < c.seeds:
@@ -41,7 +43,7 @@ def check_request(comparison: Comparison) -> None:
     arms = arms_of(c)
     if len({arm.folder for arm in arms}) < max(2, len(arms)):
         names = ", ".join(arm.name for arm in arms)
-        raise UserError(f"{names}: give at least two different --encoders or --variants")
+        raise UserError(f"{names or 'no encoder'}: give at least two different --encoders or --variants")
 
     own = [("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN))]
     for option, flags in [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]:

@@ -27,7 +27,7 @@ from mllm.compare.comparison import (
 )
 from mllm.data.captions import count_records
 from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.prepare import data_of, encoder_of
+from mllm.training.prepare import data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
 
 
@@ -73,7 +73,7 @@ def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[s
 
 def dataset_size(arguments: TrainArguments) -> int:
     """Samples that one epoch of a stage has."""
-    return count_records(*data_of(arguments))
+    return count_records(data_of(arguments)[0], open_data(arguments))
 
 
 # ------------------------------------------------------------------------------------------- cells for the engine

@@ -29,7 +29,7 @@ SEEDS = 5
 QUICK_LLAVA_RUNS = 4
 LIMIT = 400
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
-DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
+DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data_path|karpathy)(?:=|$)")
 """The flag that trains on other data than the demo's, for both stages or for one."""
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""
@@ -123,7 +123,7 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     return from_flags(
         Comparison,
         flags,
-        encoders=flags.encoders or (QUICK_ENCODERS if flags.quick else ENCODERS),
+        encoders=(QUICK_ENCODERS if flags.quick else ENCODERS) if flags.encoders is None else flags.encoders,
         seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
         llava_runs=QUICK_LLAVA_RUNS if flags.quick and flags.llava_runs is None else flags.llava_runs,
         jobs=(1 if one_at_a_time else 2) if flags.jobs is None else flags.jobs,

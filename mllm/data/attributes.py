@@ -10,6 +10,7 @@ summary.txt     what was left out, and what the most frequent answer of each kin
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import io
 import itertools
@@ -19,14 +20,14 @@ import random
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clips import ENDINGS, MAX_CAPTION, NAMES, Table, ensure_built, expand, read_members
+from clips import ENDINGS, MAX_CAPTION, NAMES, BrokenSample, Table, decode_image, ensure_built, expand, read_members
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.files import from_json
@@ -49,8 +50,14 @@ class Row:
     image: str
     cells: dict[str, Any]
     store: ImageStore
-    data: bytes | None = None
-    """The picture, if the table holds it."""
+    in_table: Callable[[], bytes] | None = None
+    """Reads the picture, if the table holds it."""
+
+    def is_missing(self) -> bool:
+        return not self.in_table and self.store.problem(self.image) is not None
+
+    def read(self) -> bytes:
+        return self.in_table() if self.in_table else self.store.read(self.image)
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,20 @@ class Column:
 
 def build_from_flags(flags: argparse.Namespace) -> None:
     """scripts/build_questions.py: write the files above to `--output`, unless equal ones are there."""
+    for flag, number in (("--limit", flags.limit), ("--per-kind", flags.per_kind), ("--min-count", flags.min_count)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number} must be at least 1")
+    if not 0 < flags.held_out < 1:
+        raise UserError(f"--held-out {flags.held_out} must be above 0 and below 1")
+    for word in flags.ask:
+        if not value_of(word.partition("=")[2], MAX_CAPTION):
+            raise UserError(f"--ask {word!r}: give COLUMN=TEXT, without <image>")
     splits = {"train": expand(flags.data)}
     if flags.test_data:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
     # A higher version builds older folders anew.
-    settings = json.loads(json.dumps(vars(flags) | {"version": 1, "states": states}))
+    settings = json.loads(json.dumps(vars(flags) | {"version": 2, "states": states}))
     ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
     print(printable(Path(flags.output, SUMMARY).read_text(encoding="utf-8"), None))
 
@@ -78,7 +93,7 @@ def build_from_flags(flags: argparse.Namespace) -> None:
 def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) -> dict[str, Any]:
     """Write every file named at the top into `work`."""
     lines: list[str] = []
-    rows = {name: _read_split(name, splits, work, flags, lines) for name in ("train", "test")}
+    rows = {name: _placed(name, read, work, flags, lines) for name, read in read_splits(splits, flags, lines).items()}
     if flags.limit and flags.limit < len(rows["train"]):
         rows["train"] = random.Random(f"{flags.seed}/limit").sample(rows["train"], flags.limit)
         lines.append(f"train: {flags.limit:,} of these pictures are asked about (--limit)")
@@ -86,6 +101,8 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
     records = conversations(rows["train"], columns, flags.seed)
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))
     questions = held_out_questions(rows["test"], columns, flags.seed, flags.per_kind)
+    if not questions:
+        raise UserError(f"no question for the test, lower --min-count: {'; '.join(lines)}")
     (work / QUESTIONS).write_text("".join(json.dumps(question) + "\n" for question in questions))
     if flags.caption:
         captions = [(row, value_of(row.cells.get(flags.caption), MAX_CAPTION)) for row in rows["train"]]
@@ -102,35 +119,60 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
     return {}
 
 
-def _read_split(
-    name: str, splits: dict[str, list[str]], work: Path, flags: argparse.Namespace, lines: list[str]
-) -> list[Row]:
-    """The rows of a split that have a picture; with --pack their pictures are copied to a tar.
+def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: list[str]) -> dict[str, list[Row]]:
+    """The rows of `train` and `test` whose pictures are there. Raises UserError for one picture in both.
 
-    Raises UserError if there are none, and for pictures that LLaVA's files cannot name.
+    Equal bytes are one picture. With --key an equal value of its column is, or an equal name where a row has no value.
     """
-    missing: list[str] = []
-    reading = read_rows(name, splits, flags, missing)
-    rows = _pack(reading, work / f"{name}.tar", flags) if flags.pack else list(reading)
-    if not rows:
-        raise UserError(f"no row for {name}; missing pictures: {len(missing):,}, {missing[:1]} (--image-root)")
-    folders = {f"{flags.output}/{name}.tar" if flags.pack else str(row.store.location) for row in rows}
-    if len(folders) > 1 or any(row.data for row in rows):
-        raise UserError(f"the pictures of {name} are in a table or in several files: --pack copies them to one tar")
-    lines.append(f"{name}: {len(rows):,} pictures in {''.join(folders)}; left out {len(missing):,} that are missing")
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → picture
+    for split, files in splits.items():
+        every = [row for file in files for row in (_of_tar(file) if file.endswith(".tar") else _of_table(file, flags))]
+        _check_columns(split, every, flags)
+        missing = [row.image for row in every if row.is_missing()]
+        lines.append(": ".join([f"{split}: left out {len(missing):,} that are missing", *missing[:1]]))
+        for row in itertools.filterfalse(Row.is_missing, every):
+            key = value_of(row.cells.get(flags.key), MAX_CAPTION) or row.image
+            identity = hashlib.sha256(key.encode("utf-8", "surrogatepass") if flags.key else row.read()).hexdigest()
+            part = "test" if "test" not in splits and int(identity[:8], 16) < flags.held_out * 2**32 else split
+            rows[part].append(row)
+            names[part][identity] = row.image
+    both = [identity for identity in names["test"] if identity in names["train"]]
+    if both:
+        raise UserError(
+            f"--test-data: {len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}: "
+            f"{names['test'][both[0]]} is {names['train'][both[0]]}. Take them out, or give --held-out instead; "
+            "--key COLUMN tells equal pictures apart, --key image does so by their names"
+        )
     return rows
 
 
-def read_rows(name: str, splits: dict[str, list[str]], flags: argparse.Namespace, missing: list[str]) -> Iterator[Row]:
-    """The rows of a split, one by one; a picture that is not there is named in `missing`."""
-    for file in splits.get(name, splits["train"]):
-        for row in _of_tar(file) if file.endswith(".tar") else _of_table(file, flags):
-            key = str(row.cells.get(flags.key, row.image)).encode("utf-8", "surrogatepass")
-            is_held_out = int(hashlib.sha256(key).hexdigest()[:8], 16) < flags.held_out * 2**32
-            if row.data is None and row.store.problem(row.image):
-                missing.append(row.image)
-            elif "test" in splits or is_held_out == (name == "test"):
-                yield row
+def _check_columns(split: str, rows: list[Row], flags: argparse.Namespace) -> None:
+    """Raise UserError for a flag that names a column which no row has."""
+    names = dict.fromkeys(name for row in rows for name in row.cells)
+    named = [] if flags.key in (None, "image", flags.image) else [("--key", flags.key)]
+    if split == "train":
+        named += [("--caption", flags.caption)] if flags.caption else []
+        named += [("--long", column) for column in re.findall(r"\{(.*?)\}", flags.long or "")]
+        named += [("--columns", column) for column in flags.columns or ()]
+        named += [("--ask", word.partition("=")[0]) for word in flags.ask]
+    for flag, column in named:
+        if column not in names:
+            nearest = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(column, names, n=1))
+            raise UserError(f"{flag}: {split} has no column {column!r}{nearest} (found: {', '.join(names)})")
+
+
+def _placed(name: str, rows: list[Row], work: Path, flags: argparse.Namespace, lines: list[str]) -> list[Row]:
+    """The rows of a split, with --pack those of its new tar. Raises UserError for none, or if no one place has them."""
+    placed = _pack(rows, work / f"{name}.tar", flags) if flags.pack else rows
+    folders = {f"{flags.output}/{name}.tar" if flags.pack else str(row.store.location) for row in placed}
+    broken = f"; left out {len(rows) - len(placed):,} that are broken" if flags.pack else ""
+    lines.append(f"{name}: {len(placed):,} pictures in {''.join(folders)}{broken}")
+    if not placed:
+        raise UserError(f"no row for {name} (--image-root, --held-out): {'; '.join(lines)}")
+    if len(folders) > 1 or (not flags.pack and any(row.in_table for row in rows)):
+        raise UserError(f"the pictures of {name} are in a table or in several files: --pack copies them to one tar")
+    return placed
 
 
 def _of_tar(file: str) -> Iterator[Row]:
@@ -159,16 +201,26 @@ def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
         cell = cells.pop(column, None)
         if not isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
             cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
-        yield Row(str(cell.get("path") or cells.get("id", number)), cells, store, cell.get("bytes"))
+        in_table = None if cell.get("bytes") is None else partial(_read_cell, table, number, column)
+        yield Row(str(cell.get("path") or cells.get("id", number)), cells, store, in_table)
 
 
-def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
-    """The same rows, with their pictures, attributes and captions in a tar, under numbers."""
-    packed = []
+def _read_cell(table: Table, number: int, column: str) -> bytes:
+    cell = table.row(number, ())[column]
+    return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+
+
+def _pack(rows: list[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
+    """The rows whose pictures can be decoded; these are in a tar, with attributes and captions, under numbers."""
+    packed: list[Row] = []
     taken = {*NAMES["web"], *NAMES["long"]} if flags.caption else set()  # pretraining would guess these before `web`
     with tarfile.open(target, "w") as archive:
-        for number, row in enumerate(rows):
-            data = row.store.read(row.image) if row.data is None else row.data
+        for row in rows:
+            number, data = len(packed), row.read()
+            try:
+                decode_image(data)
+            except BrokenSample:
+                continue
             image = f"{number:08}.png" if data.startswith(b"\x89PNG") else f"{number:08}.jpg"
             texts = {"web": value_of(row.cells.get(flags.caption), MAX_CAPTION)} if flags.caption else {}
             if flags.long:
@@ -179,7 +231,7 @@ def _pack(rows: Iterable[Row], target: Path, flags: argparse.Namespace) -> list[
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-            packed.append(replace(row, image=image, data=None))
+            packed.append(replace(row, image=image))
     return packed
 
 
@@ -202,17 +254,15 @@ def describe(template: str, cells: Mapping[str, Any]) -> str:
 def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines: list[str]) -> list[Column]:
     """The columns of --columns, else those with two frequent values or more, which half of the training rows have.
 
-    A value is frequent if --min-count training rows have it; other values are left out. Raises UserError for a column
-    that is not there, and if none can be asked about.
+    A value is frequent if --min-count training rows have it; other values are left out. Raises UserError if two columns
+    would be one kind of question, and if none can be asked about.
     """
     ask = dict(word.partition("=")[::2] for word in flags.ask)
     names = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
-    unknown = {*(flags.columns or ()), *ask}.difference(names)
-    if unknown:
-        raise UserError(f"no column {', '.join(sorted(unknown))} to ask about; found: {', '.join(names)}")
+    kinds = {"yes no": "the yes/no questions", "overall": "the mean of all"}
     lines.append(f"a value is rare if fewer than {flags.min_count} training rows have it")
     columns = []
-    for name in flags.columns or names:
+    for name in dict.fromkeys(flags.columns or names):
         values = {split: [value_of(row.cells.get(name)) for row in rows[split]] for split in ("train", "test")}
         counts = Counter(filter(None, values["train"]))
         frequent = {value for value, count in counts.items() if count >= flags.min_count}
@@ -228,6 +278,9 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
             lines[-1] += "; nothing is asked about it"
             continue
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).lower().strip()
+        if words in kinds:
+            raise UserError(f"column {name} would share its kind with {kinds[words]}: rename it, or name --columns")
+        kinds[words] = f"column {name}"
         columns.append(Column(words, ask.get(name, f"What is the {words}?"), answers))
     if not columns:
         raise UserError(f"no column to ask about, lower --min-count: {'; '.join(lines)}")

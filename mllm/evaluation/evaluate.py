@@ -32,6 +32,7 @@ from clips.common.live import in_words, say_next
 from clips.common.page import table_of
 from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
+from mllm.data.captions import TEST, TEST_IMAGES
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
@@ -39,7 +40,7 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, of_set, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import drawn_at, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
-from mllm.evaluation.report import write_report
+from mllm.evaluation.report import one_caption, write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.load import CACHE, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -160,6 +161,7 @@ def figures_table(figures: dict[str, Any], title: str) -> Table:
         rows.append((f"probability of the right answer: {kind}", f"{row['share']:.1%}", nats, f"{row['n']:,}"))
     if "cider" in figures:
         rows.append(("CIDEr-D of descriptions", f"{figures['cider']['cider_d']:.2f}", "", f"{figures['cider']['n']:,}"))
+        rows.append(("CIDEr-D of one caption for all", f"{figures['one_caption']['cider_d']:.2f}", "", ""))
     return table_of(title, ("kind", "right", "95 % interval", "questions"), rows)
 
 
@@ -189,15 +191,18 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     elif flags.image_folder or answers_file:
         raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
     else:
-        data = data_of(directory)
-        if data and "demo" not in data:
+        data, run_dir = data_of(directory), Path(directory).parent
+        if (run_dir / TEST).is_file():
+            files, store = {"descriptions": run_dir / TEST}, ImageStore(run_dir / TEST_IMAGES)
+        elif data and "demo" not in data:
             raise UserError(
                 f"{directory} was trained on {', '.join(data)}, so the demo's questions say nothing about it. Give "
                 "your own: --questions question.jsonl --image-folder PICTURES. A line has question_id, image, text and "
                 "answer"
             )
-        demo = ensure_any_llava_demo(DEMO_DIR)
-        files, store = demo_questions(demo), ImageStore(demo / IMAGES)
+        else:
+            demo = ensure_any_llava_demo(DEMO_DIR)
+            files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sources = {
         key: {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
@@ -218,7 +223,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             temperature=flags.temperature, seed=flags.seed, candidates=candidates,
         )  # fmt: skip
         lines = [json.loads(answer_line(q, a, name)) | m for q, a, m in zip(questions, answers, measured, strict=True)]
-        figures |= of_set(key, score(questions, answers) | kind_means(lines))
+        figures |= of_set(key, score(questions, answers) | kind_means(lines) | one_caption(questions))
         path = answers_file or out / f"{key}.jsonl"
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from clips.common.page import (
 )
 from clips.common.rundir import REPORT, UNSEEN
 from mllm.data.images import ImageStore
-from mllm.data.questions import UNSEEN_ANSWERS, images_of
+from mllm.data.questions import UNSEEN_ANSWERS, Question, images_of
+from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
 
 EXAMPLES, SIDE = 4, 200
@@ -65,6 +67,21 @@ def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
         truths.setdefault(line["kind"], Counter())[normalise(line["expected"])] += 1
     right = {kind: max(counts.values()) for kind, counts in truths.items()}
     return right | {"overall": sum(right.values())}
+
+
+def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return `one_caption`: the best of the 50 most frequent references if it described every image, and its CIDEr-D.
+
+    The best is chosen on a hundred images. Empty without references.
+    """
+    references = [question.references for question in questions if question.references]
+    counts = Counter(text for texts in references for text in texts)
+    some = random.Random(0).sample(references, min(100, len(references)))
+    tried = {text: cider([text] * len(some), some)[0] for text, _ in counts.most_common(50)}
+    if not tried:
+        return {}
+    best = max(tried, key=tried.__getitem__)
+    return {"one_caption": {"caption": best, "cider_d": cider([best] * len(references), references)[0]}}
 
 
 def _measured(figures: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -114,6 +131,9 @@ def _page(run_dir: Path, store: ImageStore, figures: dict[str, Any], answers: Se
 
 
 def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
+    if "one_caption" in figures and not measured:
+        own, floor = (figures[name]["cider_d"] for name in ("cider", "one_caption"))
+        return f"Its descriptions have a CIDEr-D of {own:.2f}. One caption for all images would have {floor:.2f}."
     if "overall" not in measured:
         return "This model has not answered questions yet: python scripts/evaluate_llava.py"
     overall = measured["overall"]

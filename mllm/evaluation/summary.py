@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.evaluation.report import right_by_one_answer
 
-NORMAL = {
+DEMO_NORMAL = {
     "sentence_i2t_r1": (74, 88),
     "sentence_t2i_r1": (72, 88),
     "zero_shot_top1": (54, 66),
@@ -30,37 +31,56 @@ NORMAL = {
 }
 """Figure → the range in percent on the unseen artist's pictures: the quickstarts of three seeds (docs/results.md),
 widened by what another seed gives."""
-SHOWN = ("identity", "where", "yes_no")
+PHOTOS_NORMAL = {
+    "web_i2t_r1": (19, 30),
+    "web_t2i_r1": (20, 31),
+    "overall": (67, 78),
+    "article_type": (62, 76),
+    "base_colour": (54, 70),
+    "gender": (79, 91),
+    "usage": (78, 95),
+    "yes_no": (47, 72),
+}
+"""The same on the shop's photographs: three seeds on 7,983 of them (docs/photographs.md)."""
+SHOWN = ("identity", "where", "article_type", "base_colour", "yes_no")
 """The kinds of question of which the first one is shown."""
 
 
-def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/llava-clips")) -> None:
-    """Print the end of the quickstart for its two runs. Raises UserError if they were not measured."""
+def print_summary(what: str = "demo") -> None:
+    """Print the end of the quickstart, of `demo` or `photos`. Raises UserError if its two runs were not measured."""
+    is_demo = what == "demo"
+    encoder, model = Path("runs", what), Path("runs", "llava-clips" if is_demo else "llava-photos")
     measured = by_test_set(read_json(encoder / "evaluation.json").get("figures", {}), "seen")
     artists = UNSEEN if UNSEEN in measured else "seen"
-    answers = model / "evaluation" / f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl"
-    if not measured or not answers.is_file():
+    file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
+    answers = sorted((model / "evaluation").glob(file), key=os.path.getmtime)
+    if not measured or not answers:
         raise UserError(f"{encoder} or {model} is not measured yet: run bash scripts/quickstart.sh again")
-    records = read_json_records(answers)
+    records = read_json_records(answers[-1])
+    pictures = f"pictures by {artists} artists" if is_demo else "photographs of the test"
+    folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
     console = Console(emoji=False, highlight=False, soft_wrap=True)
-    console.print(f"\nThree questions about pictures by {artists} artists, the first of their kinds:")
+    console.print(f"\nThree questions about {pictures}, the first of their kinds:")
     first = {record["kind"]: record for record in reversed(records)}
     for record in (first[kind] for kind in SHOWN if kind in first):
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
-        console.print(for_rich(f"  {DEMO_DIR / IMAGES / record['image']}"))
+        console.print(for_rich(f"  {folder / record['image']}"))
         console.print(for_rich(f"    {record['prompt']} – {record['text']} ({right})"))
     figures, by_one_answer = measured[artists], right_by_one_answer(records)
-    rows = [(name, pretty(name), figures[name]["value"], figures[name]["chance"]) for name in NORMAL if name in figures]
-    for name in (name for name in NORMAL if name not in figures):
+    ranges = DEMO_NORMAL if is_demo else PHOTOS_NORMAL
+    rows = [(name, pretty(name), figures[name]["value"], figures[name]["chance"]) for name in ranges if name in figures]
+    for name in (name for name in ranges if name not in figures):
         of_kind = [record for record in records if name in ("overall", record["kind"])]
         if of_kind:
             right = 100 * sum(record["correct"] for record in of_kind) / len(of_kind)
             rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(of_kind)))
-    normal = {name: "{} to {}".format(*ends) for name, ends in NORMAL.items()}
+    normal = {name: "{} to {}".format(*ends) for name, ends in ranges.items()}
     shown = [(words, f"{value:.1f}", f"{chance:.1f}", normal[name]) for name, words, value, chance in rows]
     console.print()
-    console.print(table_of(f"pictures by {artists} artists", ("figure", "%", "chance %", "normal %"), shown))
+    console.print(table_of(pictures, ("figure", "%", "chance %", "normal %"), shown))
     console.print("Chance of answers is what the most frequent answer of each kind gets.")
-    if artists != UNSEEN:
+    if not is_demo:
+        console.print("Normal is what three seeds had on 7,983 of the photographs (docs/photographs.md).")
+    elif artists != UNSEEN:
         console.print("The test of unseen artists is missing: npm fetched no drawings (data/demo/README.md).")
     console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))

@@ -50,6 +50,10 @@ class TrainArguments:
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL, or captions as in pretraining (default: the demo data)")
     image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")
+    fields: tuple[str, ...] | None = flag(None, "captions: as in pretraining (default: the encoder's, or guessed)")
+    karpathy: str | None = flag(None, "captions of COCO or Flickr by A. Karpathy's JSON, as in pretraining")
+    test_data: str | None = flag(None, "captions that a model of captions is measured on (default: a share held out)")
+    held_out: float = flag(0.05, "captions: share of the images, at most 1,000, that does not train")
     small: bool = flag(False, "the demo's rates, batches, steps and layers for other data: minutes on a CPU")
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or leave them out and list them in skipped.jsonl"
@@ -124,6 +128,7 @@ class TrainArguments:
         import torch  # not at the top: --help is answered without it
 
         from clips.common.runtime import has_bf16
+        from mllm.data.captions import is_captions
 
         loggers(self.report_to)
         adapters = self.lora_enable or self.bits < 16
@@ -138,6 +143,8 @@ class TrainArguments:
             if values[name] is None:
                 values[name] = default
 
+        if self.data_path is None or self.test_data or not is_captions(self.data_path):
+            values["held_out"] = None
         kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf
         if values["output_dir"] is None:
             values["output_dir"] = os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}")
@@ -260,8 +267,21 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
         given = getattr(flags, name)
         if given is not None and only is not None and given.lower() != only.lower():
             raise UserError(f"--{name} {given} is not supported; here it is always {only or 'empty'}")
+    if flags.karpathy:
+        if flags.data_path or flags.test_data:
+            raise UserError("--karpathy names training and test data: leave out --data_path and --test_data")
+        file, flags.karpathy = flags.karpathy, None
+        flags.data_path, flags.test_data = f"{file}#train+restval", f"{file}#test"
     own = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
     other = 3 - stage.number
+    if flags.both_stages and flags.data_path and "data_path" not in own:
+        from mllm.data.captions import is_captions  # not at the top: it imports torch
+
+        if not is_captions(flags.data_path):
+            raise UserError(
+                "both stages on one --data_path of conversations would be wrong (captions, then conversations): name "
+                "the stage with --stage 1 or 2, or give --align.data_path and --instruct.data_path"
+            )
     for name in STAGE_FLAGS[other]:
         if getattr(flags, name) not in (None, False) and (not flags.both_stages or name in own):
             raise UserError(

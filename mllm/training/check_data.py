@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clips import BrokenSample
+from clips import BrokenSample, Fields, parse_fields
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.live import say_next
@@ -84,16 +84,17 @@ def as_the_model_sees(encoder: ConversationEncoder, record: Record) -> str:
 
 def check_from_flags(flags: argparse.Namespace) -> None:
     """scripts/check_data.py with --conversations. Raises as `check_data`."""
-    store = open_store(flags.conversations, flags.image_folder)
+    store = open_store(flags.conversations, flags.image_folder, fields=parse_fields(flags.fields or [], Fields()))
     tokenizer = read_tokenizer(find_llm(flags.language_model)[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     drawn = {"samples": flags.limit, "workers": flags.jobs, "seed": flags.seed}
     check_data(flags.conversations, encoder, store, flags.output, **drawn)
-    stage = "1" if version == "plain" or isinstance(store, CaptionStore) else "2"
-    words = ["--stage", stage, "--data_path", flags.conversations]
+    words = [] if isinstance(store, CaptionStore) else ["--stage", "1" if version == "plain" else "2"]
+    words += ["--data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
+    words += ["--fields", *flags.fields] if flags.fields else []
     print("nothing found that would stop a training")
     say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
 

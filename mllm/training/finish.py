@@ -16,6 +16,7 @@ from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
 from clips.common.live import say_next
+from mllm.data.captions import TEST
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
@@ -112,4 +113,5 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
         say_next("the same command with --stage 2")
     else:
         console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
-        say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")
+        script = "evaluate_llava" if (run_dir / TEST).is_file() else "chat"
+        say_next(f"python scripts/{script}.py --model {shlex.quote(f'{run_dir}/model')}")

@@ -29,7 +29,7 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
         others = STAGE_FLAGS[3 - arguments.stage]
         if value is None or value == field.default or field.name in ("stage", "dry_run", *others):
             continue
-        words += [f"--{field.name}", str(value)]
+        words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 
@@ -67,6 +67,8 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
     if steps < FEW:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"
+    if stage.number == 1 and "layers" in facts.get("language model", ""):
+        facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
         f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from tqdm import trange
 
+from clips import Fields, RunConfig, parse_fields
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
 from clips.common.start import Start
-from mllm.data.captions import open_store
+from mllm.data.captions import TEST, CaptionStore, open_store, write_test
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
@@ -97,9 +100,9 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
     )  # fmt: skip
     format_name(arguments.version)  # refuses an unknown one before anything is read
-    data_path, image_folder = data_of(arguments)
-    store = open_store(data_path, image_folder)
+    data_path, _ = data_of(arguments)
     vision = encoder_of(arguments)
+    store = open_data(arguments, vision)
     # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     llm = load_llm(
@@ -119,6 +122,8 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         llava.model.language_model.set_attn_implementation("eager")
 
     skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
+    if isinstance(store, CaptionStore):
+        skipped += f", {len(store.test):,} held out" if store.test else ", none held out (few images, or by a flag)"
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
@@ -172,6 +177,20 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
         raise UserError("--image_folder is given without --data_path")
     demo = ensure_any_llava_demo(DEMO_DIR)
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
+
+
+def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) -> ImageStore | None:
+    """Open the images. Fields of captions that no flag names are those of the run of `vision`, or guessed."""
+
+    def opened(fields: Fields) -> ImageStore | None:
+        fields, share = parse_fields(list(arguments.fields or ()), fields), arguments.held_out or 0.0
+        return open_store(*data_of(arguments), fields=fields, held_out=share, test=arguments.test_data)
+
+    source = vision.source.removeprefix("the architecture of ") if vision else ""  # random and blind
+    for config in (folder / "config.json" for folder in Path(source).parents if (folder / "export").is_dir()):
+        with suppress(UserError):  # of other data than the encoder's the fields are guessed
+            return opened(RunConfig.load(config).data.fields)
+    return opened(Fields())
 
 
 def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
@@ -228,6 +247,13 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
             f"stage 1 in {run_dir} trained its projector between other parts",
             "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
         )
+        before = config.get("align", {}).get("trains", {})
+        share, now = before.get("held_out") or 0.0, arguments.held_out or 0.0
+        if before.get("data_path") == arguments.data_path and share < now:
+            raise UserError(
+                f"stage 1 in {run_dir} held out {share:g} of {arguments.data_path}, so it has seen images that stage 2 "
+                f"would hold out: give --held_out {share:g}, or another --output_dir"
+            )
     if stage.name in config:
         rundir.refuse(
             rundir.difference(config[stage.name]["trains"], record["trains"]),
@@ -238,6 +264,9 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         return
     prepared.stage_dir.mkdir(parents=True, exist_ok=True)
     rundir.hold(run_dir)
+    store = prepared.store
+    if stage.number == 2 and isinstance(store, CaptionStore) and store.test and not (run_dir / TEST).is_file():
+        write_test(run_dir, store.test)
     write_json(path, config | {stage.name: record})
     if prepared.dataset.skipped:
         lines = "".join(json.dumps(problem) + "\n" for problem in prepared.dataset.skipped)
@@ -278,7 +307,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     captions, parts, encoder = [], [], prepared.vision
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)
-    for begin in range(0, len(chosen), START_BATCH):
+    for begin in trange(0, len(chosen), START_BATCH, desc="projector's start", unit="batch", disable=None):
         samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
         captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
         squares = [collator.load_images(sample["images"]) for sample in samples]

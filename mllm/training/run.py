@@ -4,6 +4,7 @@ runs/NAME/config.json env.json metrics.jsonl curves.png
 runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and done.json
                       profile/ with --profile; skipped.jsonl with --on_bad_sample skip
 runs/NAME/instruct/   the same
+runs/NAME/held_out/   of captions: images that were not trained on, and a question file (mllm/data/captions.py)
 runs/NAME/model/      the stock transformers model (adapters merged); mm_projector.bin and clips_mllm.json beside it
 runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_lora_trainables.bin
 """
@@ -146,6 +147,7 @@ def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Co
         check_content(checkpoint, deepspeed=checkpoint_classes() if deepspeed else None, world_size=start.ranks)
         console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
+        console.print("projector's start: up to 8,192 samples are read, then fitted: up to minutes on a CPU")
         r2 = fit_to_captions(prepared, collator)
         console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
 

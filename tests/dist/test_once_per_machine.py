@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -105,8 +106,10 @@ def test_the_others_read_alike_and_look_at_no_file_before(tmp_path: Path, kind: 
         write_small_shards(spec, 9)
     else:
         spec, fields, samples = tmp_path / "data.jsonl", Fields(image="image", web="web", long="long"), 5
-        (tmp_path / "picture.png").write_bytes(b"bytes")
-        spec.write_text('{"image": "picture.png", "web": "a tile", "long": "It is teal."}\n' * samples)
+        rows = [{"image": f"{i}.png", "web": "a tile", "long": "It is teal."} for i in range(samples)]
+        for row in rows:
+            (tmp_path / row["image"]).write_bytes(b"bytes")
+        spec.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (first, looked_at), (others, nothing) = in_ranks(read_by, str(spec), fields)
     assert first == others
     assert len(first) == samples

@@ -162,22 +162,56 @@ def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
         assert 0 <= figures["web_t2i_r1"]["value"] <= 100
 
 
-def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_flag(tmp_path: Path) -> None:
-    """As someone with photographs and several captions each would begin; only the length is a test's."""
+def with_captions(path: Path, count: int) -> Path:
     samples = [
         (picture, {"json": json.dumps({"captions": [web, f"{i}: {web}", long]}).encode()})
-        for i, (picture, web, long) in enumerate(pictures(60, "JPEG"))
+        for i, (picture, web, long) in enumerate(pictures(count, "JPEG"))
     ]
-    write_shard(tmp_path / "mine.tar", samples, "jpg")
-    every = ("train.eval_every=16", "train.checkpoint_every=16", "train.keep_checkpoints=1")
-    size = ("--samples", "96", "--batch-size", "16", "--set", *every)
-    done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", "--name", "mine", "--output", tmp_path, *size))
-    assert_said(done, 0, "recipe small", "captions", "50 samples", "held out")
-    assert_finished(tmp_path / "mine")
-    values = {line["step"]: line["choosing"] for line in trace(tmp_path / "mine", "eval")}
+    return write_shard(path, samples, "jpg")
+
+
+def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_flag(tmp_path: Path) -> None:
+    """As someone with photographs and several captions each would begin; only the length is a test's."""
+    with_captions(tmp_path / "mine.tar", 120)
+    run_dir = tmp_path / "mine"
+    every = ("train.eval_every=16", "train.checkpoint_every=16", "train.keep_checkpoints=1", "data.held_out=0.1")
+    command = python(
+        *(SCRIPT, "--data", tmp_path / "mine.tar", "--name", "mine", "--output", tmp_path, "--batch-size", "16"),
+        *("--set", *every, "--samples"),
+    )
+    done = run([*command, "96"])
+    assert_said(done, 0, "recipe small", "captions")
+    assert_finished(run_dir)
+    values = {line["step"]: line["choosing"] for line in trace(run_dir, "eval")}
     assert len(values) == 6
     best = max(values, key=lambda step: (values[step], step))
-    evaluation = json.loads((tmp_path / "mine" / "evaluation.json").read_text())
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert evaluation["checkpoint"]["step"] == best
-    assert evaluation["figures"]["sentence_i2t_r1"]["items"] == 10
-    assert set(checkpoints(tmp_path / "mine")) == {f"step-{best:08d}", "step-00000006"}
+    held_out = evaluation["figures"]["sentence_i2t_r1"]["items"]
+    assert_said(done, 0, f"{120 - held_out} samples", f"{held_out} of 120 images held out, {held_out} rows")
+    assert f"the best checkpoint on {held_out} validation images is step-{best:08d}" in " ".join(done.text.split())
+    assert set(checkpoints(run_dir)) == {f"step-{best:08d}", "step-00000006"}
+
+    longer = [*command, "112", "--allow-config-change"]
+    moved = (tmp_path / "mine.tar").rename(tmp_path / "other.tar")
+    assert_said(run(longer), 2, "no data at")
+    with_captions(tmp_path / "mine.tar", 140)
+    done = run(longer)
+    assert_said(done, 2, "has trained on other data", "give another --name to begin anew", f"--init-from {run_dir}")
+    assert checkpoints(run_dir)[-1] == "step-00000006"
+    (run_dir / "data.json").rename(tmp_path / "data.json")
+    assert_said(run([*longer, "--dry-run"]), 0, "goes on from", "it began when rows were held out")
+    moved.replace(tmp_path / "mine.tar")
+    (tmp_path / "data.json").replace(run_dir / "data.json")
+    done = run([*longer, "--dry-run"])
+    assert_said(done, 0, "goes on from")
+    assert "rows were held out" not in done.text
+
+
+def test_eight_images_hold_nothing_out(tmp_path: Path) -> None:
+    with_captions(tmp_path / "mine.tar", 8)
+    size = ("--samples", "16", "--batch-size", "8", "--output", tmp_path, "--name", "mine")
+    done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", *size))
+    assert_said(done, 0, "8 samples", "nothing is held out of 8 images, below 100")
+    assert "the best checkpoint" not in done.text
+    assert (tmp_path / "mine/export/native/model.safetensors").is_file()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import warm
@@ -32,7 +36,7 @@ def repository(root: Path) -> Path:
     return root
 
 
-def quickstart(root: Path, python: str, photos: Path | str) -> subprocess.CompletedProcess[str]:
+def quickstart(root: Path, python: str, photos: Path | str, **env: str) -> subprocess.CompletedProcess[str]:
     """The quickstart in `root` with `python`, a program of bash, as its environment's Python."""
     place = root.parent / "venv"
     (place / "bin").mkdir(parents=True)
@@ -40,7 +44,7 @@ def quickstart(root: Path, python: str, photos: Path | str) -> subprocess.Comple
         path = place / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
         path.chmod(0o755)
-    env = {"VENV": str(place), "PHOTOS": str(photos), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = env | {"VENV": str(place), "PHOTOS": str(photos), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env["CLIPS_MLLM_CACHE"] = str(root.parent / "cache")
     command = ["bash", str(root / "scripts" / "quickstart.sh"), "photos"]
     return run_group(command, cwd=root.parent, env=os.environ | env, timeout=900)
@@ -54,7 +58,13 @@ def test_photographs_become_a_model_that_chats(tmp_path: Path) -> None:
     done = quickstart(root, PYTHON.format(python=warm.program(root)), photos)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].endswith("python scripts/chat.py --web --model runs/llava-photos/model")
-    assert "test, yes_no: 4 questions; 'Yes' would always get 50.0%" in done.stdout
+    summary = done.stdout[done.stdout.index("Three questions about photographs of the test") :]
+    asked = r"  data/photos/test.tar/\d+.jpg\n    (What .*|Is .*)\? .*\((?:right|wrong: .*)\)\n"
+    assert re.findall(asked, summary)[:2] == ["What kind of product is this", "What colour is this product"]
+    assert len(re.findall(asked, summary)) == 3
+    row = r"(\w.*?) +│ +[\d.]+ │ +([\d.]+) │ +(\d+ to \d+)"
+    assert len(re.findall(row, summary)) == 8
+    assert re.findall(row, summary)[-1] == ("answers: yes no", "50.0", "47 to 72")
     figures = json.loads(next(root.glob("runs/llava-photos/evaluation/*/figures.json")).read_text())
     assert figures["exact_match"]["overall"]["n"] == 4 * 5
     evaluation = json.loads((root / "runs" / "photos" / "evaluation.json").read_text())
@@ -69,11 +79,52 @@ def test_a_folder_of_tars_keeps_its_own_test(tmp_path: Path) -> None:
     done = quickstart(root, f'echo "$@" >>"{tmp_path}/calls"', root)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
-    assert f"--data {root}/fashion-train.tar --test-data {root}/fashion-test.tar --output data/photos" in calls
+    assert (
+        f"--data {root}/fashion-train.tar --test-data {root}/fashion-test.tar --key image --output data/photos" in calls
+    )
     assert "--vision clips:runs/photos" in calls
 
 
-def test_without_a_network_the_drawn_one_is_named(tmp_path: Path) -> None:
-    done = quickstart(repository(tmp_path / "repo"), 'case "$*" in *-m\\ pip*) exit ;; esac; exit 1', "")
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one small file, or with nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        files = [{"type": "file", "path": "a.parquet", "size": 3, "oid": "0" * 40}]
+        is_there = self.path.startswith("/api/datasets/")
+        body = json.dumps(files if is_there else {}).encode()
+        self.send_response(200 if is_there else 404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
+        ({"HF_ENDPOINT": "{hub}/nothing"}, "Error: Repository not found."),
+        ({"HF_ENDPOINT": "{hub}"}, "NotADirectoryError: "),
+    ],
+)
+def test_why_nothing_was_downloaded_is_said(tmp_path: Path, env: dict[str, str], reason: str) -> None:
+    """No network, no such data set, a folder that cannot be written."""
+    root = repository(tmp_path / "repo")
+    (root / "data").mkdir()
+    (root / "data" / "fashion").write_text("")
+    hf = f'case "$1" in */hf) shift; exec {sys.executable} -m huggingface_hub.cli.hf "$@" ;; esac'
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        hub = f"http://127.0.0.1:{server.server_port}"
+        env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | {
+            name: value.format(hub=hub) for name, value in env.items()
+        }
+        done = quickstart(root, hf, "", **env)
+        server.shutdown()
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("bash scripts/quickstart.sh")
+    first, last = done.stderr.splitlines()[-2:]
+    assert first.startswith("error: no photographs from the Hugging Face hub. ")
+    assert reason in first
+    assert last.endswith("bash scripts/quickstart.sh")

@@ -117,3 +117,46 @@ def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Pat
     commands = [f"python scripts/train_llava.py --stage {number}" for number in (1, 2)]
     for what in (*commands, "stage 1: align", "stage 2: instruct", "80 of 4 samples", "no ZeRO"):
         assert what in done.stderr, what
+
+
+def test_one_file_of_captions_trains_both_halves_and_the_descriptions_are_measured(place: Path) -> None:
+    """Odd columns are named once, for the encoder; an image that was held out is nowhere in training."""
+    folder = place / "my"
+    names = pictures(folder, 120, seed=1)
+    rows = [
+        {"Bild": name, "Saetze": ["two dogs" if i % 3 else "a red cat sits", f"dogs {i}"]}
+        for i, name in enumerate(names)
+    ]
+    (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", "my/my.jsonl", "--debug", "--name", "mine", "--device", "cpu", "--fields", "image=Bild"]
+    done = command(place, *words, "web=Saetze", "long=others", script="pretrain_clips.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = [
+        "--vision",
+        "clips:runs/mine",
+        "--data_path",
+        "my/my.jsonl",
+        "--output_dir",
+        "runs/tells",
+        "--device",
+        "cpu",
+    ]
+    words += ["--model_name_or_path", "llm", "--batch_size", "8", "--num_train_epochs", "12", "--learning_rate", "5e-3"]
+    words += ["--mm_vision_select_layer", "-1", "--align.mm_projector_init", "captions"]
+    done = command(place, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "projector's start: " in done.stderr, "it was silent"
+    questions = [
+        json.loads(line) for line in (place / "runs/tells/held_out/description.jsonl").read_text().splitlines()
+    ]
+    assert 0 < len(questions) < 60
+    assert all(len(question["references"]) == 2 for question in questions)
+    assert f"{120 - len(questions):,} samples, format plain, {len(questions)} held out" in done.stderr
+    figures = json.loads((place / "runs/tells/evaluation/figures.json").read_text())
+    assert figures["cider"]["n"] == len(questions)
+    assert figures["one_caption"]["caption"] == "two dogs"
+    assert "CIDEr-D of descriptions" in done.stderr
+    assert "CIDEr-D of one caption for all" in done.stderr
+    assert "Its descriptions have" in (place / "runs/tells/report/index.html").read_text()
+    leaks = command(place, *words, "--stage", "2", "--held_out", "0.5")
+    assert (leaks.returncode, "has seen images that stage 2 would hold out" in leaks.stderr) == (2, True)

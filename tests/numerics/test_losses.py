@@ -102,6 +102,25 @@ def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
     assert loss.item() == pytest.approx(contrastive + 2 * caption, rel=1e-5)  # α = 1, β = 2
 
 
+@pytest.mark.parametrize("captioned", [[], [0, 3, 6]])
+def test_only_the_captioned_samples_are_predicted(captioned: list[int]) -> None:
+    """As if the others were in no captioner's batch; of no sample at all, which a rank's share may hold."""
+    run = tiny_run()
+    task, batch = Task(random_model(run), run), tiny_batch(0)
+    rows = torch.tensor(captioned, dtype=torch.long)
+    expected = 0.0
+    if captioned:
+        expected = task({name: x[rows] for name, x in batch.items()})[1]["caption_loss"].item()
+    others = torch.ones(8, dtype=torch.bool).index_fill(0, rows, False)
+    loss, parts = task(batch | {"caption": batch["caption"].masked_fill(others[:, None], 0)})
+    assert parts["caption_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert parts["contrastive_loss"].item() == task(batch)[1]["contrastive_loss"].item()
+    loss.backward()
+    gradients = [p.grad for p in task.model.captioner.parameters()]
+    assert all(gradient is not None for gradient in gradients), "all ranks reduce the same gradients"
+    assert any(gradient.any() for gradient in gradients) == bool(captioned)
+
+
 def slow_dropped_states(model: CLIPSModel, batch: dict[str, torch.Tensor], row: int) -> tuple[torch.Tensor, ...]:
     """One sample, its tokens put together one by one: (pooled [D], caption states [T, D])."""
     tower, captioner = model.visual, model.captioner

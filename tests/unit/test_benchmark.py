@@ -30,7 +30,7 @@ def test_both_programs_train_the_same(size: str, demo: Path, tmp_path: Path) -> 
     import open_clip
     from open_clip_train.params import parse_args
 
-    run = config_from_flags(parser().parse_args(benchmark.our_flags(size, CPU, demo / "train")))
+    run = config_from_flags(parser().parse_args(benchmark.our_flags(size, CPU, str(demo / "train"))))
     theirs = parse_args(benchmark.their_flags(run, tmp_path))
     phase = run.phases[0]
     assert (theirs.batch_size, theirs.train_num_samples) == (phase.batch_size, phase.samples)
@@ -65,11 +65,13 @@ def test_a_stock_step_trains() -> None:
 
 
 @pytest.mark.slow
-def test_both_programs_run(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_programs_and_the_parts_run(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install 'open_clip_torch[training]'")
     monkeypatch.setitem(benchmark.SIZES, "demo", ("demo", 8, 10))
     monkeypatch.setattr(benchmark, "ensure_demo", lambda place: demo)
-    words = ["benchmark.py", "program", "--repeats", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", words)
-    benchmark.main()
-    assert "open_clip" in capsys.readouterr().out
+    for what, named in (("program", "open_clip"), ("parts", "captioner's blocks")):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", what, "--repeats", "1", "--device", "cpu"])
+        benchmark.main()
+        assert named in capsys.readouterr().out

@@ -75,8 +75,9 @@ def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rows = ["image,web,long", *["a.png,w,l"] * 12, *["a.png,w, w,l"] * 3000]
+    for i in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    rows = ["image,web,long", *(f"{i}.png,w,l" for i in range(12)), *["a.png,w, w,l"] * 3000]
     (tmp_path / "t.csv").write_text("\n".join(rows))
     for _ in range(2):
         with pytest.raises(BrokenDataError, match="3,000 of 3,012"):

@@ -78,6 +78,24 @@ def test_separators_and_encodings(
     assert ("read as cp1252" in caplog.text) == (encoding == "cp1252")
 
 
+def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Semicolons, cp1252, backslashes, umlauts in a folder, numbered captions."""
+    pictures(tmp_path / "größe/fotos")
+    (tmp_path / "größe\\fotos\\2.png").write_bytes(picture(9))  # a name that is possible here
+    rows = [(f"größe\\fotos\\{i}.png", *(f"Schöne Größe {i} {k}" for k in range(5))) for i in range(3)]
+    head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
+    source = opened(write_csv(tmp_path / "t.csv", [head, *rows], "cp1252", ";"), need_long=True)
+    assert [source.read(i).image for i in range(3)] == [picture(0), picture(1), picture(9)]
+    assert [source.texts(i).web for i in range(3)] == [row[1:] for row in rows]
+    assert [source.missing(i) for i in range(3)] == [None] * 3
+    assert caplog.text.count("backslashes") == 1
+    assert caplog.text.count("read as cp1252") == 1
+    (tmp_path / "out.csv").write_text("image,text\n..\\x.png,w\n" + "a.png,w\n")
+    (tmp_path / "a.png").write_bytes(picture())
+    with pytest.raises(UserError, match="leads out"):
+        opened(tmp_path / "out.csv").read(0)
+
+
 def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
     pictures(tmp_path)
     rows = [("image", "text"), *((f"{i}.png", f"Größe {i}") for i in range(3))]

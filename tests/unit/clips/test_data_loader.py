@@ -197,13 +197,20 @@ def test_any_split_into_ranks_workers_and_accumulation_gives_the_same_samples(
 def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: CaptionTokenizer) -> None:
     run = dropping(a_run())
     whole, plain = batches(source, tokenizer, run), batches(source, tokenizer, a_run())
+    count = 0
     for batch, without in zip(whole, plain, strict=True):
-        assert_same({k: v for k, v in batch.items() if k not in ("patches", "image_tokens")}, without)
+        predicted = batch["caption"][:, 0] != tokenizer.pad_id
+        count += int(predicted.sum())
+        length = batch["caption"].shape[1]
+        assert torch.equal(batch["caption"][predicted], without["caption"][predicted][:, :length])
+        drawn = ("patches", "image_tokens", "caption")
+        assert_same(*({k: v for k, v in b.items() if k not in drawn} for b in (batch, without)))
         for name, there, left in (("patches", 16, 8), ("image_tokens", 8, 3)):
             assert (batch[name].shape, batch[name].dtype) == ((8, left), torch.int64)
             for row in batch[name].tolist():
                 assert row == sorted(set(row))
                 assert set(row) <= set(range(there))
+    assert count == pytest.approx(2 / 3 * 8 * len(plain), rel=0.3)
     counts = torch.cat([batch["patches"] for batch in batches(source, tokenizer, run, stop=200)]).flatten().bincount()
     assert counts.min() > 0.8 * counts.max(), "every patch has its turn"
 

@@ -266,7 +266,8 @@ def test_pictures_inside_parquet(tmp_path: Path) -> None:
 
 
 def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
-    (path.parent / "a.png").write_bytes(picture())
+    for name in "abc":
+        (path.parent / f"{name}.png").write_bytes(picture(ord(name)))
     path.write_bytes(end.join(["image,alt,long", *rows, ""]).encode())
     return path
 
@@ -274,9 +275,13 @@ def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
 @pytest.mark.parametrize(
     ("rows", "left", "said"),
     [
-        ([*["a.png,w,l"] * 12, *["a.png,one, two,l"] * 3000], 12, "3,000 of 3,012 rows left out, the first is row 14"),
-        (["a.png,w,l", 'a.png,"open,l', 'a.png,"w, w",l', "a.png,w,l"], 3, "1 of 4 rows left out, the first is row 3"),
-        (['a.png,"two\nlines, ""quoted""",l', 'a.png,5" wide,l', 'a.png,"say "hi" to",l'], 3, ""),
+        (
+            ["a.png,w,l", "b.png,w,l", *["a.png,one, two,l"] * 3000],
+            2,
+            "3,000 of 3,002 rows left out, the first is row 4",
+        ),
+        (["a.png,w,l", 'a.png,"open,l', 'b.png,"w, w",l', "c.png,w,l"], 3, "1 of 4 rows left out, the first is row 3"),
+        (['a.png,"two\nlines, ""quoted""",l', 'b.png,5" wide,l', 'c.png,"say "hi" to",l'], 3, ""),
     ],
     ids=["comma", "quote", "whole"],
 )

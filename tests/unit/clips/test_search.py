@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tiny_mllm import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
+from clips.common.tensors import write_weights
 from clips.encoder import search_from_flags
-from clips.search import Index
+from clips.search import Index, Match, write_page
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,26 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
             model.load_index(file)
 
 
+def test_a_forged_index_is_refused(model: CLIPS, place: Path, tmp_path: Path) -> None:
+    index = model.index(place / "pictures")
+    features = torch.from_numpy(index.features)
+    facts = {"paths": json.dumps(index.paths), "weights": index.weights, "skipped": "0"}
+    not_finite, wide = features.clone(), torch.cat((features, features), 1)
+    not_finite[3, 0] = torch.nan
+    forged = [
+        (not_finite, {}), (features * 3, {}), (wide, {}), (features.bfloat16(), {}), (features[:, :, None], {}),
+        (features, {"paths": '{"a": 1}'}), (features, {"paths": "[" * 100_000}), (features, {"skipped": "-1"}),
+        (features, {"skipped": "nan"}), (features[0], {"paths": json.dumps(["a"] * model.embed_dim)}),
+    ]  # fmt: skip
+    for tensor, changed in forged:
+        write_weights({"features": tensor.contiguous()}, tmp_path / "forged", **facts | changed)
+        with pytest.raises(UserError, match=r"is (damaged|no index)"):
+            model.load_index(tmp_path / "forged")
+    for path in ("/dev/zero", str(place / "pictures/broken.jpg")):
+        with pytest.raises((UserError, OSError), match=r"broken|not a regular file"):
+            write_page(tmp_path / "page.html", "dog", [Match(path, 1.0)])
+
+
 def test_a_kept_index_is_read_once_and_made_anew_after_a_change(model: CLIPS, tmp_path: Path) -> None:
     """The page searches with it at every question. No time decides: clocks tick slowly, or stand wrong."""
     folder = tmp_path / "pictures"
@@ -96,8 +118,9 @@ def test_the_command_indexes_once_and_shows_pictures(
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
     search_from_flags(script_parser("search").parse_args(list(map(str, (place / "pictures/03.png", *words)))))
     assert capsys.readouterr().out == again.stdout  # the name of a picture is that picture, and no text
-    with pytest.raises(UserError, match="--k 0"):
-        search_from_flags(script_parser("search").parse_args(list(map(str, ("a dog", *words, "--k", "0")))))
+    for wrong in (["--k", "0"], ["--jobs", "-1"]):
+        with pytest.raises(UserError, match=" ".join(wrong)):
+            search_from_flags(script_parser("search").parse_args(list(map(str, ("a dog", *words, *wrong)))))
 
 
 def test_folders_and_addresses_are_pictures_too(model: CLIPS, place: Path, tmp_path: Path) -> None:

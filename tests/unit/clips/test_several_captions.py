@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
@@ -14,18 +15,23 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from bad_corpus import encode
+from conftest import script_parser
 from PIL import Image
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, DataConfig, Fields
-from clips.data.check import check_pairs
+from clips.data.check import check_from_flags, check_pairs
+from clips.data.guess import say_once
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
 from clips.data.sources import MAX_CAPTION, Source, open_source
-from clips.data.splits import open_split
+from clips.data.splits import check_readable, open_split
 from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.encode import ImageSet
+from clips.evaluation.evaluate import retrieval_rows
 from clips.evaluation.testsets import SourceSet
 from clips.recipes import debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
@@ -120,6 +126,130 @@ def test_fields_that_are_given(tmp_path: Path) -> None:
         opened(tmp_path / "t.jsonl", web="w", long="absent")
 
 
+IMAGES, EACH = 12, 5
+
+
+def picture(i: int) -> bytes:
+    return encode(Image.new("RGB", (8, 8), (20 * i % 256, i, 0)))
+
+
+def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
+    """A table in the form that its name has in the wild, and its pictures."""
+    path = folder / name
+    for i in range(IMAGES):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "results.csv":  # Kaggle's Flickr30K
+        lines = [["image_name", " comment_number", " comment"]]
+        lines += [[str(row["image"]), f" {row['number']}", f" {row['caption']}"] for row in rows]
+        path.write_text("".join("|".join(line) + "\n" for line in lines))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True])
+@pytest.mark.parametrize(
+    "name", ["captions.txt", "results.csv", "t.jsonl", "paths.parquet", "bytes.parquet", "l.jsonl"]
+)
+def test_the_rows_of_an_image_are_gathered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_shuffled: bool
+) -> None:
+    """A row for each caption: no caption is lost, and no image is its own negative."""
+    pairs = [(i, k) for i in range(IMAGES) for k in range(EACH)]
+    random.Random(0).shuffle(pairs) if is_shuffled else None
+    rows: list[dict[str, object]] = [
+        {"image": f"{i}.png", "number": k, "caption": f'Größe "{i}", caption {k} .'} for i, k in pairs
+    ]
+    if name == "bytes.parquet":
+        rows = [row | {"image": {"bytes": picture(i), "path": None}} for row, (i, _) in zip(rows, pairs, strict=True)]
+    if name == "l.jsonl":
+        rows = [row | {"caption": [row["caption"], f"more {i} {k}"]} for row, (i, k) in zip(rows, pairs, strict=True)]
+    path = write_rows(tmp_path, name, rows)
+    for _ in range(2):  # the second time the index is there
+        caplog.clear()
+        say_once.cache_clear()
+        source = opened(path)
+        assert f"{name}: {len(rows)} rows of {IMAGES} images: the captions of each are gathered" in caplog.text
+        assert "two of the others joined" in caplog.text
+    order = list(dict.fromkeys(i for i, _ in pairs))
+    for number, i in enumerate(order):
+        captions = [row["caption"] for row, (image, _) in zip(rows, pairs, strict=True) if image == i]
+        flat = [text for cell in captions for text in (cell if isinstance(cell, list) else [cell])]
+        sample = source.read(number)
+        assert (sample.image, sample.texts) == (picture(i), Texts(tuple(flat), others=True))
+        assert source.texts(number) == sample.texts
+    assert len(SourceSet(source).read(0).captions["sentence"]) == EACH
+    assert len(opened(tmp_path)) == IMAGES, "by its folder"
+    run = recipe("small")
+    summary = check_pairs(replace(run, data=replace(run.data, train=str(path))), tmp_path / "out")
+    assert (summary["samples"], summary["broken"], summary["repeated"]["picture"]) == (IMAGES, 0, 0)
+    assert next(CaptionStore(path).records())["conversations"][1]["value"] == sample_of(rows[0])
+
+
+def sample_of(row: dict[str, object]) -> object:
+    return row["caption"][0] if isinstance(row["caption"], list) else row["caption"]
+
+
+def test_long_captions_are_gathered_too(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"image": f"{i % 6}.png", "caption": f"w{i}", "long_caption": f"Long {i % 6} {i < 6}.", "label": i}
+        for i in range(12)
+    ]
+    source = opened(write_rows(tmp_path, "t.csv", rows))
+    assert source.texts(1) == Texts(("w1", "w7"), ("Long 1 True.", "Long 1 False."))
+    assert source.read(1).extra == {"label": "1"}, "that of the first row"
+    assert source.read(1).key == f"{tmp_path}/t.csv#1 (1.png)"
+
+
+def test_an_image_that_is_there_twice_by_accident(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is one sample, but the set is none of several captions: retrieval has no sentences."""
+    rows: list[dict[str, object]] = [{"image": f"{i % 10}.png", "caption": f"w{i}"} for i in range(12)]
+    rows += [{"image": "", "caption": "w"}] * 3
+    path = write_rows(tmp_path, "t.csv", rows)
+    source = opened(path, need_long=False)
+    assert "t.csv: 15 rows of 13 images" in caplog.text
+    assert source.texts(1) == Texts(("w1", "w11"))
+    assert source.texts(2) == Texts(("w2",))
+    with pytest.raises(UserError, match="no long captions"):
+        opened(path)
+    reasons = []
+    for i in range(len(source)):
+        try:
+            source.read(i)
+        except BrokenSample as broken:
+            reasons.append(broken.reason)
+    assert len(reasons) == 3, "rows without an image stay apart, and each is counted"
+    items = [SourceSet(source).read(i) for i in range(10)]
+    assert sum(bool(item.captions["sentence"]) for item in items) == 2
+    captions = [item.captions for item in items]
+    images = ImageSet(torch.empty(10, 4), torch.empty(10, 4), captions, [None] * 10, list(range(10)), [])
+    assert (retrieval_rows(images, "sentence"), len(retrieval_rows(images, "web"))) == ([], 10)
+
+
+def test_rows_that_do_not_fit_are_a_share_of_rows(tmp_path: Path) -> None:
+    """Flickr30K's results.csv has one. One of 61 rows is not one of 13 samples."""
+    rows: list[dict[str, object]] = [
+        {"image": f"{i}.png", "number": k, "caption": f"c {i} {k}"} for i in range(IMAGES) for k in range(EACH)
+    ]
+    path = write_rows(tmp_path, "results.csv", rows)
+    path.write_text(path.read_text() + "1.png| 4   A dog runs across the grass .\n")
+    source = opened(path)
+    assert (len(source), source.unreadable, source.rows) == (IMAGES, 1, 61)
+    check_readable(source, 0.02)
+    with pytest.raises(BrokenDataError, match="1 of 61 rows"):
+        check_readable(source, 0.01)
+    run = recipe("small")
+    data = replace(run.data, train=str(path), max_broken_share=0.02)
+    assert check_pairs(replace(run, data=data), tmp_path / "out")["broken_share"] == 1 / 61
+
+
 def test_batches_are_those_of_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
     captions = [[f"picture {i} caption {k}" for k in range(5)] for i in range(16)]
     source = opened(shard(tmp_path, captions))
@@ -175,6 +305,10 @@ def test_karpathys_file_trains_chooses_and_measures(tmp_path: Path) -> None:
         opened(path.rename(tmp_path / "val2014" / "moved.json").with_name("moved.json#test"))
     with pytest.raises(UserError, match="pictures is there"):
         opened(f"{karpathy(tmp_path, [entries[0] | {'filepath': '..'}])}#test")
+    for splits in ([None], [None, "train"]):
+        karpathy(tmp_path, [entries[0] | {"split": split} for split in splits])
+        with pytest.raises(UserError, match="Karpathy split file"):
+            opened(f"{path}#test")
     path.write_text('{"annotations": []}')
     with pytest.raises(UserError, match="Karpathy"):
         opened(f"{path}#test")
@@ -184,20 +318,18 @@ def opened_splits(data: DataConfig) -> dict[str, Source]:
     return {split: open_split(data, split, need_long=split == "train") for split in ("train", "val", "test")}
 
 
-def test_a_share_is_held_out_in_blocks_for_every_seed_alike(tmp_path: Path) -> None:
-    path = shard(tmp_path, [[f"c{i} {k}" for k in range(2)] for i in range(95)])
-    data = DataConfig(train=str(path), held_out=0.2)
-    train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
-    numbers = {split: [int(part.read(i).key[-3:]) for i in range(len(part))] for split, part in
-               (("train", train), ("val", val))}  # fmt: skip
-    assert sorted(numbers["train"] + numbers["val"]) == list(range(95))
-    assert len({i // 10 for i in numbers["val"]}) == 2
-    assert numbers["val"] == sorted(numbers["val"])
-    assert (sum(train.shard_sizes), train.files) == (len(train), [str(path)])
-    named = replace(data, val=str(path))
-    assert (len(open_split(named, "train", need_long=True)), len(open_split(named, "val", need_long=False))) == (95, 95)
-    order = train.order(0)
-    assert sorted(order.sample(position) for position in range(len(train))) == list(range(len(train)))
+def test_karpathys_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    sentences = [{"raw": f"caption {i}"} for i in range(3)]
+    names = {"train": "a.png", "restval": "a.png", "val": "a.png", "test": "gone.png"}
+    entries = [{"filename": name, "split": split, "sentences": sentences} for split, name in names.items()]
+    path = karpathy(tmp_path, entries)
+    words = ["--karpathy", str(path), "--output", str(tmp_path / "out")]
+    with pytest.raises(BrokenDataError, match="1 of 4 samples are broken"):
+        check_from_flags(script_parser("check_data").parse_args(words))
+    karpathy(tmp_path, entries[:3])
+    check_from_flags(script_parser("check_data").parse_args(words))
+    assert f"--name mine --karpathy {path}" in "".join(capsys.readouterr())
 
 
 def test_evaluation_and_alignment_take_each_caption_as_a_sentence(tmp_path: Path) -> None:

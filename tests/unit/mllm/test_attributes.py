@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures
 
 def test_yes_and_no_say_nothing_without_the_picture(shop: Path, tmp_path: Path) -> None:
     """Each value is asked about as often with yes as with no, also of a column that mostly has one value."""
-    out = build(tmp_path / "out", "--data", shop)
+    out = build(tmp_path / "out", "--data", shop, "--held-out", "0.4")
     for pairs in (turns(out), [(q.text, q.answer) for q in read_questions(out / "question.jsonl")]):
         counts = Counter((text.split("?")[0].split("\n")[-1], answer) for text, answer in pairs)
         texts = {text for text, answer in counts if answer in ("Yes", "No")}
@@ -109,9 +110,87 @@ def test_held_out_rows_are_chosen_by_their_keys(tmp_path: Path) -> None:
     by_picture = tested("a", rows)
     assert 0.15 < len(by_picture) / 120 < 0.45
     assert tested("b", rows[::-1], "--seed", "5") == by_picture
+    twice = build(tmp_path / "twice", "--data", tmp_path / "a.tar", "--columns", "usage", "usage")
+    assert len({question.id for question in read_questions(twice / "question.jsonl")}) <= 2 * 40
+    assert all(len(record["conversations"]) == 2 for record in json.loads((twice / "instruct.json").read_text()))
     models = Counter(rows[int(name[:-4]) - 15000]["model"] for name in tested("c", rows, "--key", "model"))
     assert models
     assert set(models.values()) == {4}
+
+
+def test_one_picture_is_in_one_split(tmp_path: Path) -> None:
+    """A copy under another name in a tar, and a row for each of a picture's captions in a table of pictures."""
+    rows = products(90)
+    for row in rows:
+        row["copy_of"] = row["id"] - row["id"] % 3
+    write_tar(tmp_path / "a.tar", rows, number="copy_of")
+    in_table = [row | {"image": picture(number=row["copy_of"])} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(in_table), tmp_path / "b.parquet")
+    for data in ("a.tar", "b.parquet"):
+        out = build(tmp_path / data.split(".")[0], "--data", tmp_path / data, "--pack", "--held-out", "0.3")
+        copies = [Counter(pictures_of(out / f"{split}.tar")) for split in ("train", "test")]
+        assert sum(sum(of_split.values()) for of_split in copies) == 90
+        assert not copies[0].keys() & copies[1].keys()
+
+
+def pictures_of(tar: Path) -> list[bytes]:
+    store = ImageStore(tar)
+    return [store.read(f"{number:08}.jpg") for number in range(len(open_source(str(tar), Fields(), need_long=False)))]
+
+
+def test_a_test_that_was_trained_on_is_counted_and_refused(tmp_path: Path) -> None:
+    rows = products(90)
+    train = write_tar(tmp_path / "train.tar", [row | {"sku": f"s{row['id'] // 2}"} for row in rows[:60]])
+    renamed = [row | {"id": row["id"] + 1000, "of": row["id"], "sku": f"s{row['id'] // 2}"} for row in rows[31:]]
+    test = write_tar(tmp_path / "test.tar", renamed, number="of")
+    words = ("--data", train, "--test-data", test, "--columns", "usage")
+    with pytest.raises(
+        UserError, match=r"--test-data: 29 of 59 are in --data too.* 16031.jpg is 15031.jpg.*--held-out"
+    ):
+        build(tmp_path / "out", *words)
+    with pytest.raises(UserError, match=r"15 of 30 .* by their sku: "):
+        build(tmp_path / "out", *words, "--key", "sku")
+    with pytest.raises(UserError, match=r"--key: train has no column 'of'"):
+        build(tmp_path / "out", *words, "--key", "of")
+    assert not (tmp_path / "out").exists()
+    build(tmp_path / "by_name", *words, "--key", "image")
+    # The tars of --pack have the same names for other pictures.
+    packed = build(tmp_path / "packed", "--data", train, "--pack")
+    build(tmp_path / "again", "--data", packed / "train.tar", "--test-data", packed / "test.tar", "--columns", "usage")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--key gendr", "--key: train has no column 'gendr', did you mean gender"),
+        ("--caption productName", "--caption: .*'productName', did you mean productDisplayName"),
+        ("--pack --long {baseColor}.", "--long: .*'baseColor', did you mean baseColour"),
+        ("--pack --long {gender},{0}.", "--long: .*'0'"),
+        ("--pack --long {}.", "--long: .*''"),
+        ("--columns use", "--columns: .*'use', did you mean usage"),
+        ("--ask color=Which?", "--ask: .*'color'"),
+        ("--ask usage", "--ask 'usage': give COLUMN=TEXT"),
+        ("--ask usage=<image>Use?", "--ask .*<image>"),
+        ("--limit -1", "--limit -1"),
+        ("--limit 0", "--limit 0"),
+        ("--per-kind -3", "--per-kind -3"),
+        ("--min-count 0", "--min-count 0"),
+        ("--held-out 1", "--held-out 1.0"),
+        ("--held-out -0.1", "--held-out -0.1"),
+        ("--held-out nan", "--held-out nan"),
+        ("--columns rare", "no question for the test"),
+        ("--columns yes_no", "column yes_no .* the yes/no questions"),
+        ("--columns base_colour baseColour", "column baseColour .* column base_colour"),
+    ],
+)
+def test_what_would_falsify_the_test_is_refused(tmp_path: Path, words: str, message: str) -> None:
+    rows = [row | {"yes_no": row["usage"], "base_colour": row["baseColour"]} for row in products(60)]
+    for number, row in enumerate(rows):
+        row["rare"] = number % 2 if number < 6 else None
+    test = write_tar(tmp_path / "b.tar", products(80)[60:])
+    with pytest.raises(UserError, match=message):
+        build(tmp_path / "out", "--data", write_tar(tmp_path / "a.tar", rows), "--test-data", test, *words.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_flags_give_the_same_bytes_and_another_seed_others(shop: Path, tmp_path: Path) -> None:
@@ -138,7 +217,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows[21]["baseColour"] = 'a "big"\n\tdot, so'
     rows[22]["baseColour"] = 'a "big" dot, so'
     data = write_tar(tmp_path / "a.tar", rows)
-    out = build(tmp_path / "out", "--data", data, "--test-data", data, "--columns", "baseColour", "gender")
+    test = write_tar(tmp_path / "b.tar", [row | {"id": row["id"] + 100} for row in rows])
+    out = build(tmp_path / "out", "--data", data, "--test-data", test, "--columns", "baseColour", "gender")
     usual = 60 - len(HOSTILE) - 1
     counts = f"{usual} train and {usual} test rows; left out 2 rare ones, {2 * len(HOSTILE)} without"
     assert f"column baseColour: 4 of 5 values in {counts}" in capsys.readouterr().out
@@ -154,11 +234,11 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
     for row in rows:
         row["path"] = f"{row['id']}.png"
         if row["id"] != 15003:
-            (tmp_path / "my pictures" / row["path"]).write_bytes(picture("PNG"))
+            (tmp_path / "my pictures" / row["path"]).write_bytes(picture("PNG", row["id"]))
     table = write_csv(tmp_path / "shop.csv", rows)
     out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my pictures")
     text = capsys.readouterr().out
-    assert "left out 1 that are missing" in text
+    assert "left out 1 that are missing: 15003.png" in text
     assert "column productDisplayName:" in text
     assert "column id: 0 of" in text, "a value of its own in each row is no answer"
     assert "15003.png" not in (out / "instruct.json").read_text()
@@ -172,11 +252,15 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
 
 def test_a_cell_that_is_a_picture_is_packed(tmp_path: Path) -> None:
     """As bytes alone, without the path that the datasets library puts beside them."""
-    rows = [row | {"image": picture()} for row in products(60)]
+    rows = [row | {"image": picture(number=row["id"])} for row in products(60)]
+    rows[7]["image"] = rows[7]["image"][:200]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "shop.parquet")
     out = build(tmp_path / "out", "--data", tmp_path / "shop.parquet", "--pack")
     records = json.loads((out / "instruct.json").read_text())
-    assert not any(ImageStore(out / "train.tar").problem(record["image"]) for record in records)
+    for record in records:
+        ImageStore(out / "train.tar").load(record["image"])
+    summary = (out / "summary.txt").read_text()
+    assert sorted(re.findall(r"left out (\d) that are broken", summary)) == ["0", "1"]
 
 
 def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:

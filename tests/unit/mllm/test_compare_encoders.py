@@ -278,6 +278,8 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
     ("options", "flag"),
     [
         ({"encoders": ("clips",)}, "--encoders"),
+        ({"first_seed": -1}, "--first-seed -1"),
+        ({"limit": 0}, "--limit"),
         ({"train_flags": ("--align.vision=blind",)}, "--vision_tower"),
         ({"pretrain_flags": ("--recipe=s16", "--data", "x")}, "--pretrain-flags: --recipe"),
         ({"train_flags": FLAGS}, "--questions"),
@@ -286,6 +288,12 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
 def test_flags_that_do_not_fit_are_refused(options: dict, flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         check_request(Comparison(**{"encoders": ("random", "blind")} | options))
+
+
+def test_commas_alone_are_not_the_default_encoders() -> None:
+    flags = script_parser("compare_encoders").parse_args(["--encoders", ",,", "--device", "cpu"])
+    with pytest.raises(UserError, match=r"no encoder: .*--encoders"):
+        check_request(comparison_from_flags(flags))
 
 
 def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path) -> None:

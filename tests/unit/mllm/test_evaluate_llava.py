@@ -27,6 +27,7 @@ from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
+from mllm.evaluation.report import one_caption
 from mllm.evaluation.scores import (
     exact_match_figures,
     exactness,
@@ -206,7 +207,7 @@ def test_command_writes_llava_s_answers_and_figures(
     assert (answers[0]["prompt"], answers[0]["model_id"], answers[1]["expected"]) == ("What is it?", "llava", "Yes")
     assert json.loads((out / "figures.json").read_text()) == figures
     origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment"}
-    assert set(figures) == {"exact_match", "yes_no", "cider"} | origin
+    assert set(figures) == {"exact_match", "yes_no", "cider", "one_caption"} | origin
     (asked,) = figures["sets"].values()
     assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
     assert asked["answers"] == {"file": "answers.jsonl", "sha256": sha256(out / "answers.jsonl")}
@@ -318,6 +319,15 @@ CANDIDATES = [
 ]
 # What pycocoevalcap 1.2's CiderScorer(n=4, sigma=6.0) gives for them.
 PUBLISHED = [5.372361089019258, 3.061392999540089, 1.3792252890493037, 10.0]
+
+
+def test_one_caption_for_all_is_the_floor_of_descriptions() -> None:
+    texts = [["a red cat sits", f"cat {i} by a door"] if i % 3 else [f"some dog {i}"] for i in range(300)]
+    questions = [Question(id=i, text="?", references=tuple(of_image)) for i, of_image in enumerate(texts)]
+    floor = one_caption([*questions, Question(id=300, text="?", answer="Yes")])["one_caption"]
+    assert floor == {"caption": "a red cat sits", "cider_d": cider(["a red cat sits"] * 300, texts)[0]}
+    assert floor["cider_d"] > cider(["some dog 3"] * 300, texts)[0]
+    assert one_caption([Question(id=0, text="?", answer="Yes")]) == {}
 
 
 def test_cider_is_coco_caption_s() -> None:

@@ -283,7 +283,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     """Captions had no way into the second half but lines of Python that one had to type."""
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
     table = tmp_path / "my.csv"
-    table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
+    table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\n./sub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
     with pytest.raises(UserError, match=r"sample 3 \(id 3\)(.|\n)*sample 4"):
         LlavaDataset(table, encoder, store)
@@ -302,5 +302,8 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     monkeypatch.chdir(folder)
     open_store(table, None)
     assert "the current folder" in caplog.text
+    lines = [{"file_name": f"sub/{i}.png", "captions": [f"a {i}", f"b {i}"]} for i in range(3)]
+    jsonl = write(tmp_path / "my.jsonl", lines)
+    assert LlavaDataset(jsonl, encoder, open_store(jsonl, folder)).records[2].turns[1]["value"] == "a 2"
     remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,27 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
     assert (made.get_warmup_steps(1000), made.report_to, resolved.run_name) == (7, [], "mine")
 
 
+def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Path) -> None:
+    """One file of captions for both stages was refused, and so were `--fields` and `--karpathy`."""
+    lines = {"talk.jsonl": {"image": "0.png", "conversations": []}, "pairs.jsonl": {"image": "0.png", "caption": ["a"]}}
+    for name, line in lines.items():
+        (tmp_path / name).write_text(f"\n{json.dumps(line)}\n")
+    words = [*BOTH, "--data_path", str(tmp_path / "pairs.jsonl"), "--fields", "web=caption", "long=others"]
+    for stage in ("1", "2"):
+        resolved = arguments("--stage", stage, *words, "--held_out", "0.1").resolve(1)
+        assert (resolved.fields, resolved.held_out) == (("web=caption", "long=others"), 0.1)
+        assert arguments(*command_line(resolved, 1).split()[2:]).resolve(1) == resolved
+        for path in (tmp_path / "talk.jsonl", tmp_path / "missing.jsonl", "x.json"):
+            with pytest.raises(UserError, match="both stages on one"):
+                arguments("--stage", stage, *BOTH, "--data_path", str(path))
+    talk = arguments("--data_path", str(tmp_path / "talk.jsonl")).resolve(1)
+    assert talk.held_out is None, "conversations train whole"
+    coco = arguments("--karpathy", "coco.json", *BOTH).resolve(1)
+    assert (coco.data_path, coco.test_data) == ("coco.json#train+restval", "coco.json#test")
+    with pytest.raises(UserError, match="leave out --data_path"):
+        arguments("--karpathy", "coco.json", "--data_path", "x.csv")
+
+
 def test_flags_of_one_stage_and_the_version_of_both() -> None:
     words = ["--seed", "3", "--align.learning_rate", "1e-2", "--instruct.lora_r", "4", "--version", "v1"]
     assert flags_of_stage(words, "align") == ["--seed", "3", "--version", "v1", "--learning_rate", "1e-2"]
@@ -246,9 +268,11 @@ def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, batch: int) -> Non
     model, freeze, text = build(places), freeze_table(STAGES[1]), io.StringIO()
     apply_freeze(model, freeze)
     resolved = arguments("--data_path", "x", "--batch_size", str(batch)).resolve(1)
+    facts = {"language model": "the hub's, its first 2 and last 2 of 30 layers"} if batch == 256 else {}
     prepared: Any = SimpleNamespace(
-        arguments=resolved, model=model, freeze=freeze, facts={}, dataset=range(120), zero=0, deepspeed=None
+        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0, deepspeed=None
     )
     print_plan(prepared, 1, Console(file=text, width=200))
     assert "  steps  " in text.getvalue()
+    assert ("begins at 17 to 20" in text.getvalue()) is (batch == 256), "its first loss was a riddle"
     assert ("the model hardly changes: " in text.getvalue()) is (batch == 256)

@@ -1,0 +1,146 @@
+"""A share is held out by image, whatever rows, keys and order a set has."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from bad_corpus import encode
+from PIL import Image
+
+from clips.config import DataConfig, MixPart
+from clips.data.splits import held_out_images, open_split, split_spec
+
+Row = tuple[int, str]
+"""The number of an image, and one of its captions."""
+IMAGES = 200
+
+
+def picture(i: int) -> bytes:
+    return encode(Image.new("RGB", (8, 8), (i % 256, i // 256, 7)))
+
+
+def layout(captions: int, order: str, images: int = IMAGES) -> list[Row]:
+    rows = [(i, f"{i} {k}") for i in range(images) for k in range(captions)]
+    if order == "one missing in every tenth":
+        rows = [(i, text) for i, text in rows if captions == 1 or i % 10 or not text.endswith(" 0")]
+    if order == "shuffled":
+        random.Random(0).shuffle(rows)
+    return rows
+
+
+def csv_of_paths(folder: Path, rows: list[Row]) -> Path:
+    """Every second row names its image in another way."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for i in {i for i, _ in rows}:
+        (folder / f"pictures/{i}.png").write_bytes(picture(i))
+    with (folder / "t.csv").open("w", newline="") as file:
+        lines = [(f"{'./' * (k % 2)}pictures/{i}.png", text) for k, (i, text) in enumerate(rows)]
+        csv.writer(file).writerows([("image", "text"), *lines])
+    return folder / "t.csv"
+
+
+def parquet_of_bytes(folder: Path, rows: list[Row]) -> Path:
+    cells = {"image": [picture(i) for i, _ in rows], "text": [text for _, text in rows]}
+    pa.parquet.write_table(pa.table(cells), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def tar_of_members(folder: Path, rows: list[Row]) -> Path:
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for k, (i, text) in enumerate(rows):
+            for name, data in ((f"{k:05}.png", picture(i)), (f"{k:05}.txt", text.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder / "t.tar"
+
+
+def sides(data: DataConfig) -> dict[str, set[bytes]]:
+    """The images of training and validation, by their bytes."""
+    splits = {split: open_split(data, split, need_long=False) for split in ("train", "val")}
+    return {split: {part.read(i).image for i in range(len(part))} for split, part in splits.items()}
+
+
+@pytest.mark.parametrize("write", [csv_of_paths, parquet_of_bytes, tar_of_members])
+def test_no_image_is_on_both_sides(write, tmp_path: Path) -> None:
+    held_out = []
+    for captions in (1, 5, 6):
+        for order in ("in order", "shuffled", "one missing in every tenth"):
+            folder = tmp_path / f"{captions} {order}"
+            folder.mkdir()
+            data = DataConfig(train=str(write(folder, layout(captions, order))), held_out=0.1)
+            images = sides(data)
+            assert not images["train"] & images["val"]
+            assert images["train"] | images["val"] == {picture(i) for i in range(IMAGES)}
+            assert 0.05 * IMAGES < len(images["val"]) < 0.15 * IMAGES
+            assert held_out_images(data)[1].startswith(f"{len(images['val'])} of {IMAGES} images held out")
+            held_out.append(images["val"])
+    assert all(other == held_out[0] for other in held_out), "rows and their order change nothing"
+
+
+def test_added_images_move_no_other_into_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clips.data.splits.MOST_HELD_OUT", 25)
+    held_out = []
+    for images in (200, 300, 400):
+        (folder := tmp_path / str(images)).mkdir()
+        data = DataConfig(train=str(csv_of_paths(folder, layout(2, "in order", images))), held_out=0.1)
+        held_out.append(sides(data)["val"])
+        known = {picture(i) for i in range(images - 100)}
+        assert images == 200 or held_out[-1] & known <= held_out[-2]
+    assert len(held_out[-1]) == 25
+
+
+def test_tables_in_two_folders_and_samples_without_a_long_caption(tmp_path: Path) -> None:
+    csv_of_paths(tmp_path, layout(1, "in order"))
+    table = (tmp_path / "t.csv").read_text().replace("pictures/", "").replace("./", "")
+    (tmp_path / "pictures" / "t.csv").write_text(table)
+    images = sides(DataConfig(train=f"{tmp_path}/t.csv;{tmp_path}/pictures/t.csv", held_out=0.1))
+    assert len(images["train"]) + len(images["val"]) == IMAGES
+
+    with tarfile.open(tmp_path / "l.tar", "w") as tar:
+        for i in range(IMAGES):
+            members = {"png": picture(i), "json": json.dumps({"org_caption": f"w {i}"}).encode(), "txt": b"Long one."}
+            for ending in members if i % 3 else ("png", "json"):
+                member = tarfile.TarInfo(f"{i:05}.{ending}")
+                member.size = len(members[ending])
+                tar.addfile(member, io.BytesIO(members[ending]))
+    data = DataConfig(train=str(tmp_path / "l.tar"), held_out=0.1)
+    train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
+    keys = {split: {part.read(i).key for i in range(len(part))} for split, part in (("t", train), ("v", val))}
+    assert not keys["t"] & keys["v"]
+    assert len(train) < 2 * IMAGES / 3 < len(train) + len(val)
+
+
+def test_few_images_and_a_mix_hold_nothing_out(tmp_path: Path) -> None:
+    data = DataConfig(train=str(csv_of_paths(tmp_path, layout(5, "shuffled", 8))), held_out=0.05)
+    assert len({s.read(i).image for s in [open_split(data, "train", need_long=False)] for i in range(len(s))}) == 8
+    assert split_spec(data, "val") is None
+    assert held_out_images(data)[1] == "nothing is held out of 8 images, below 100 (--val-data names some)"
+    (tmp_path / "many").mkdir()
+    many = csv_of_paths(tmp_path / "many", layout(1, "in order"))
+    mix = replace(data, train="mix", mix=(MixPart(name="a", share=1, data=str(many)),))
+    assert len(open_split(mix, "train", need_long=False)) == IMAGES
+
+
+def test_a_folder_that_moves_keeps_its_facts_and_sides(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    table = csv_of_paths(tmp_path / "here", layout(2, "shuffled"))
+    data = [
+        DataConfig(train=str(folder / table.name), held_out=0.1)
+        for folder in (table.parent, shutil.copytree(table.parent, tmp_path / "there"))
+    ]
+    assert sides(data[0]) == sides(data[1])
+    facts = [open_split(other, "train", need_long=False).facts() for other in data]
+    assert facts[0] == facts[1]
+    with table.open("a") as file:
+        file.write("pictures/0.png,one more\n")
+    assert open_split(data[0], "train", need_long=False).facts() != facts[0]
