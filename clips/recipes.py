@@ -295,5 +295,5 @@ def debug_twin(run: RunConfig) -> RunConfig:
         model=model,
         phases=phases,
         data=replace(run.data, train=run.data.train or "demo", workers=0),
-        train=replace(run.train, log_every=1, eval_every=0, checkpoint_every=0),
+        train=replace(run.train, debug=True, log_every=1, eval_every=0, checkpoint_every=0),
     )
