@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_group
+import torch
+from conftest import ROOT, run_group, run_python
 from lab_runs import run_main
 
 from clips.common import rundir
@@ -56,6 +57,13 @@ def test_a_reader_that_ends_early_is_no_traceback() -> None:
         command.stdout.close()
         assert command.stderr.read() == b""
         assert command.wait(60) in (0, 128 + signal.SIGPIPE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_its_tests_are_named_and_no_success() -> None:
+    done = run_python("-m", "pytest", "-q", ROOT / "tests" / "gpu")
+    assert done.returncode == 5  # nothing collected
+    assert "files NOT RUN, torch sees no GPU here" in done.stdout
 
 
 def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from clips.config import Fields, RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import WITH_ERRORS, split_scene
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.votes import VOTES
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import (
@@ -225,17 +224,13 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     for name, log_rank in (("sentence", 1.2), ("half", 1.5), ("full", 1.5)):
         for seed in range(5):
             run = variant_run(name, seed, samples=6_400)
-            own = [figure for figure in FIGURES if figure not in VOTES]
-            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in own}
+            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in FIGURES}
             with_figures(tmp_path / run.name, run, figures)
-            votes = {"expert_votes_tau": {"value": 10 * log_rank}, "sentence_i2t_r1": {"value": 1.0}}
-            (tmp_path / run.name / "evaluation-votes.json").write_text(json.dumps({"figures": votes}))
     result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_nearness")
     contrast = result["questions"]["a"]["contrasts"][0]
     assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
-    assert contrast["figures"]["sentence_r1"]["mean"] == 0  # the run's own, not that of its votes' file
-    assert contrast["figures"]["expert_votes_tau"]["mean"] == pytest.approx(-3)
+    assert contrast["figures"]["sentence_r1"]["mean"] == 0
     assert "nearness of test sentences" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
