@@ -78,10 +78,9 @@ def find_ranks() -> tuple[int, int]:
 class Start:
     """The ranks of a run from their first line to their first step. Use it as a context around the start.
 
-    An error of one rank inside the context ends every rank with that error's exit code. Each rank gives a sign of life
-    every SIGN_EVERY seconds, whatever its main thread does; rank 0 watches all others, which watch rank 0, and a rank
-    that is silent for the timeout ends all. Every TELL_EVERY seconds rank 0 names the ranks that are behind. With one
-    rank nothing happens.
+    An error of one rank inside the context ends every rank with that error's exit code. Each rank gives signs of life,
+    whatever its main thread does. Rank 0 watches all others, which watch rank 0, and a rank that is silent for the
+    timeout ends all. Every TELL_EVERY seconds rank 0 names the ranks that are behind. With one rank nothing happens.
     """
 
     def __init__(self, timeout_minutes: float = 30) -> None:
@@ -94,9 +93,8 @@ class Start:
         self._beat = min(SIGN_EVERY, self.patience / 8)
         self._part = (0, "joining")
         self._signs: dict[int, bytes] = {}
-        """Rank that is watched → its last sign of life."""
         self._silence: dict[int, float] = {}
-        """Rank that is watched → seconds since that sign came, or since the start if none came."""
+        """Each rank that is watched: its last sign of life, and the seconds since then or since the start."""
         self._decisions = itertools.count()
         self._closed = threading.Event()
         self._is_failing = False

@@ -218,7 +218,7 @@ def facts_of(fact: str, odd: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
+def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
     part: str, how: str, lost: dict[tuple[str, str, int], Future[Ranks]]
 ) -> None:
     for odd in (0, 1):
@@ -231,7 +231,7 @@ def test_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
 
 
 @pytest.mark.parametrize("case", TRAININGS)
-def test_a_rank_that_is_lost_before_a_training_is_named(
+def test_row_32_a_rank_that_is_lost_before_a_training_is_named(
     case: tuple[str, str, int], lost: dict[tuple[str, str, int], Future[Ranks]]
 ) -> None:
     assert_named(lost[case].result(), 1 - case[2])
