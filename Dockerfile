@@ -15,7 +15,7 @@ USER 1001
 WORKDIR /opt/clips-mllm
 COPY --chown=clips:clips . .
 # No driver is at hand while an image is built, so torch comes from pip's index: it needs a driver for CUDA 13.
-RUN source scripts/install.sh && install demo chat
+RUN source scripts/install.sh && install demo chat dev
 ENV PATH="/opt/clips-mllm/.venv/bin:$PATH"
 ENTRYPOINT ["python"]
-CMD ["tools/gpu_report.py"]
+CMD ["-m", "pytest", "tests/gpu"]

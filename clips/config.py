@@ -473,6 +473,8 @@ class PhaseConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     seed: int = 0
+    debug: bool = False
+    """Whether this is a recipe's smoke test (--debug), which no later command takes as the newest encoder."""
     precision: Precision = "auto"
     """bf16 is autocast over fp32 weights. auto: the precision that the run began in, or bf16 if the device has it."""
     accumulation: int = 1

@@ -68,8 +68,6 @@ class CLIPS:
         self.templates = tuple(PROMPTS) if self.data == "demo" else default_templates()
         """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
-        self._kept: dict[Path, Index] = {}
-        """File of an index → the index: a second search reads no file."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
@@ -179,25 +177,20 @@ class CLIPS:
         """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
         return load_index(path, self._encode_any, self._weights, self.embed_dim)
 
-    def kept_index(
-        self, folder: str | Path, pattern: str = "**/*", *, file: str | Path | None = None, workers: int = 0
-    ) -> tuple[Index, Path]:
+    def kept_index(self, folder: str | Path, *, file: str | Path | None = None, workers: int = 0) -> tuple[Index, Path]:
         """As `index`, and the `file` in which the index is kept (default: one in the cache).
 
         The file is made if it is missing, or if it was made of other files than `folder` now holds.
         """
         folder = Path(folder).resolve()
-        name = hashlib.sha256(f"{folder} {pattern} {self._weights}".encode()).hexdigest()[:24]
+        name = hashlib.sha256(f"{folder} {self._weights}".encode()).hexdigest()[:24]
         path = Path(file or cache_root() / "search" / f"{name}.safetensors")
         listing = _listing(folder, path)
-        index = self._kept.get(path)
-        if index is None and path.exists():
-            index = self.load_index(path)
+        index = self.load_index(path) if path.exists() else None
         if index is None or index.listing != listing:
-            index = self.index(folder, pattern, workers=workers)
+            index = self.index(folder, workers=workers)
             index.listing = listing
             index.save(path)
-        self._kept[path] = index
         return index, path
 
     def _encode_any(self, query: str | Picture) -> Tensor:
@@ -233,24 +226,6 @@ class CLIPS:
         if not isinstance(web, str) and next(webs, None) is not None:
             raise ValueError(f"there are more web captions than the {len(captions)} images")
         return captions
-
-    @torch.no_grad()
-    def patch_terms(self, image: Picture) -> tuple[Tensor, Tensor]:
-        """Each patch's part in the image's feature, [N, E], and the L2-normalised feature, their mean, [E].
-
-        mllm/chat/patch_map.py says why this split is exact. Patches are in rows from the top. Raises UserError for a
-        tower whose feature is its CLS token's.
-        """
-        tower = self.model.visual
-        if tower.config.pool != "mean":
-            raise UserError(f"{self.path} reads an image off its CLS token: no patch has a share of its own in that")
-        x_ND = tower.patches(tower(self.preprocess(image)[None].to(self.device))[1])[0].float()
-        m_D = x_ND.mean(dim=0)
-        sigma = (m_D.var(unbiased=False) + tower.norm.eps).sqrt()
-        centred_ND = (x_ND - x_ND.mean(dim=-1, keepdim=True)) / sigma
-        length = tower.proj(tower.norm(m_D)).norm()
-        terms_NE = tower.proj(centred_ND * tower.norm.weight + tower.norm.bias) / length
-        return terms_NE.cpu(), terms_NE.mean(dim=0).cpu()
 
 
 def _texts(texts: Iterable[str] | str) -> list[str]:

@@ -116,6 +116,8 @@ def small() -> RunConfig:
             captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
         ),
         captions=replace(run.captions, token_dropout=0.2),
+        # The captioner on a third of the samples: a step takes 1.2 times as long as without it, instead of 1.6 times.
+        task=replace(run.task, caption_share=0.33, caption_chunk=16_384),
         data=DataConfig(train="", workers=1, held_out=0.05),
         optim=replace(run.optim, weight_decay=0.1),
         phases=(
@@ -265,5 +267,5 @@ def debug_twin(run: RunConfig) -> RunConfig:
         model=model,
         phases=phases,
         data=replace(run.data, train=run.data.train or "demo", workers=0),
-        train=replace(run.train, log_every=1, eval_every=0, checkpoint_every=0),
+        train=replace(run.train, debug=True, log_every=1, eval_every=0, checkpoint_every=0),
     )

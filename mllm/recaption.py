@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -50,9 +51,14 @@ PROMPT = (
 SURE = 100  # after so many pairs each, the share of pairs that are left out is checked
 KEY_VARIABLE = "CLIPS_API_KEY"
 RETRIES = 8  # of a failed request, with growing pauses or after Retry-After
-LONGEST = 600  # seconds for one caption, with all repeats
+LONGEST, LISTING = 600, 10  # seconds for one caption, with all repeats, and for a server's list of models
 GRACE = 5  # seconds for requests under way to end after an error or a signal
-_REFUSAL = re.compile(r"\W*(sorry|i['’]m sorry|i am sorry|i can['’]t|i cannot|i['’]m unable|as an ai)\b", re.IGNORECASE)
+LARGEST, LONGEST_TEXT = 4 * 2**20, 20_000  # bytes of a server's answer, and characters of its caption
+_REFUSAL = re.compile(
+    r"\W*((sorry|unfortunately|i(['’]m| am) (sorry|unable|not able)|i can['’]t|i cannot|as an ai)\b"
+    r"|(很|非常)?抱歉|对不起|對不起|我无法|我無法|我不能)",
+    re.IGNORECASE,
+)
 _CONTROL = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,64}\]")
 """Control tokens of known models: <|im_end|>, </s>, <image>, [INST]. A typed one would act in a chat template."""
 _LOOP = re.compile(r"(?<!\S)(\S.{0,200}?)(?:\s+\1(?!\S)){3}", re.DOTALL)
@@ -98,6 +104,21 @@ def open_picture(pair: Pair) -> Any:
         return None
 
 
+class BoundedClient(openai.DefaultAsyncHttpxClient):
+    """A client that reads at most LARGEST bytes of an answer and does not decompress them, for few may become many."""
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        response = await super().send(request, **options | {"stream": True})
+        body = bytearray()
+        async with contextlib.aclosing(response):
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > LARGEST:
+                    raise ValueError(f"its answer has more than {LARGEST:,} bytes")
+        response.headers.pop("content-encoding", None)
+        return type(response)(response.status_code, headers=response.headers, content=bytes(body), request=request)
+
+
 class Endpoint:
     """OpenAI-style servers, `URL[,URL…][#MODEL]`; UserError for one that lists no models within ten seconds."""
 
@@ -106,10 +127,11 @@ class Endpoint:
         self.prompt, self.flags = prompt, flags
         self.loop = asyncio.new_event_loop()
         key = os.environ.get(KEY_VARIABLE, "none")
-        self.servers = [
-            (openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES), asyncio.Semaphore(flags.batch_size))
-            for url in urls.split(",")
-        ]
+        self.servers = []
+        for url in urls.split(","):  # the body of a redirection would be read without a bound
+            bounded = BoundedClient(headers={"Accept-Encoding": "identity"}, follow_redirects=False)
+            client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, http_client=bounded)
+            self.servers.append((client, asyncio.Semaphore(flags.batch_size)))
         models = [self.loop.run_until_complete(first_model(client)) for client, _ in self.servers]
         self.identity = model or models[0]
 
@@ -146,6 +168,9 @@ class Endpoint:
                 )
                 choice = (await asyncio.wait_for(request, LONGEST)).choices[0]
             text = choice.message.content or ""
+            is_text = isinstance(text, str) and len(text) <= LONGEST_TEXT
+            if not is_text or choice.finish_reason not in ("stop", "length"):
+                raise ValueError(f"finish_reason {choice.finish_reason}, {type(text).__name__} of length {len(text)}")
             pair.long = whole_sentences(text) if choice.finish_reason == "length" else text
         except Exception as error:
             pair.reason, pair.detail = "not answered", first_line(error.__cause__ or error)
@@ -155,12 +180,13 @@ class Endpoint:
 
 
 async def first_model(client: openai.AsyncOpenAI) -> str:
-    """The first model that a server lists."""
+    """The first model that a server lists. Raises UserError if it is not whole within LISTING."""
     try:
-        response = await client.with_options(max_retries=0, timeout=10).models.with_raw_response.list()
+        request = client.with_options(max_retries=0).models.with_raw_response.list()
+        response = await asyncio.wait_for(request, LISTING)
         return str(from_json(response.text)["data"][0]["id"])
-    except (openai.OpenAIError, ValueError, LookupError, TypeError) as error:
-        what = f"{client.base_url} lists no models: {first_line(error.__cause__ or error)}"
+    except (openai.OpenAIError, asyncio.TimeoutError, ValueError, LookupError, TypeError) as error:
+        what = f"{client.base_url} lists no models within {LISTING} seconds: {first_line(error.__cause__ or error)}"
         raise UserError(f"{what}. Most addresses end with /v1; {KEY_VARIABLE} may hold a key") from None
 
 
@@ -226,12 +252,29 @@ def judge(pair: Pair) -> None:
         setattr(pair, name, getattr(pair, name).encode("utf-8", "replace").decode().strip())
     if not pair.long:
         pair.reason = "empty"
-    elif _REFUSAL.match(pair.long):
-        pair.reason = "refusal"
+    elif _REFUSAL.match(pair.long) or _CONTROL.match(pair.long):  # <think>
+        pair.reason, pair.detail = "refusal", pair.long
     elif pair.long == pair.web:
         pair.reason = "the web caption"
     elif _LOOP.search(pair.long):
         pair.reason = "repetition"
+
+
+def leave_out_messages(pairs: Sequence[Pair]) -> None:
+    """Set the reason of captions whose first half, or more, is the beginning of a tenth of the captions of `pairs`.
+
+    It is the message of a server, or the prompt. Numbers count as equal, because a message may number requests.
+    """
+    groups: defaultdict[bytes, list[tuple[str, Pair]]] = defaultdict(list)
+    for pair in pairs:
+        text = re.sub(r"\d+", "0", pair.long)
+        groups[text.encode()[:32]].append((text, pair))
+    for group in groups.values():
+        beginning = os.path.commonprefix([text for text, _ in group])  # noqa: RUF071 - of texts
+        is_common = len({pair.image for _, pair in group}) >= max(3, len(pairs) / 10)
+        for text, pair in group:
+            if is_common and not pair.reason and len(beginning) >= len(text) / 2:
+                pair.reason, pair.detail = "repeated", pair.long
 
 
 def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str]]:
@@ -239,6 +282,7 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
 
     A caption that several pictures have describes none of them: it is the message of a server, or of a poor model.
     """
+    leave_out_messages(pairs[-SURE:])
     pictures: defaultdict[str, set[bytes]] = defaultdict(set)
     for pair in pairs:
         pictures[pair.long].add(pair.image)
@@ -256,8 +300,8 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
     return good, left_out
 
 
-def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) -> None:
-    """Write the good pairs, with the counts of the others in the file's metadata."""
+def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) -> Counter[str]:
+    """Write the good pairs, with the counts of the others in the file's metadata. Return the counts."""
     captioned: list[Pair] = []
     for pair in pairs:
         if not pair.reason:
@@ -271,12 +315,24 @@ def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) 
     table = pa.table(columns).replace_schema_metadata({"left_out": json.dumps(left_out)})
     with placing(path) as file:
         parquet.write_table(table, file, row_group_size=512)
+    return left_out
+
+
+def left_out_of(path: Path) -> Counter[str]:
+    """Return the counts in the metadata of a part. Raises UserError with the name of a damaged part."""
+    try:
+        return Counter(from_json(parquet.read_schema(path).metadata[b"left_out"]))
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}. Remove it: the same command writes it anew") from None
 
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too much left out."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if min(flags.part_size, flags.batch_size, flags.max_new_tokens) < 1 or not 0 <= flags.max_left_out_share <= 1:
+        least = "--part-size, --batch-size and --max-new-tokens must be at least 1"
+        raise UserError(f"{least}, and --max-left-out-share a share from 0 to 1")
     output: Path = flags.output
     check_target(output)
     kind, _, name = flags.captioner.partition(":")
@@ -301,18 +357,16 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
 
     every = range(len(source))
     parts = {output / f"part-{i:09d}.parquet": every[i : i + flags.part_size] for i in every[:: flags.part_size]}
-    missing = {path: indices for path, indices in parts.items() if not path.is_file()}
+    left_out = {path: left_out_of(path) for path in parts if path.is_file()}
+    missing = {path: indices for path, indices in parts.items() if path not in left_out}
     captioned = captioner.caption(read_pairs(source, itertools.chain.from_iterable(missing.values())))
     done = len(source) - sum(map(len, missing.values()))
     with tqdm(total=len(source), initial=done, unit="pair", disable=None) as bar:
         for path, indices in missing.items():
-            write_part(path, itertools.islice(captioned, len(indices)), flags.max_left_out_share, bar)
+            left_out[path] = write_part(path, itertools.islice(captioned, len(indices)), flags.max_left_out_share, bar)
 
-    left_out: Counter[str] = Counter()
-    for path in parts:
-        left_out.update(from_json(parquet.read_schema(path).metadata[b"left_out"]))
-    left_out["no pair"] = sum(source.left_out)
-    print(f"{len(source):,} pairs are captioned in {output}; left out: {dict(left_out)}")
+    counts = dict(sum(left_out.values(), Counter())) | {"no pair": sum(source.left_out)}
+    print(f"{len(source):,} pairs are captioned in {output}; left out: {counts}")
     print(f"Next: python scripts/pretrain_clips.py --name recaptioned --data {shlex.quote(str(output))}")
 
 

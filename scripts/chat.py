@@ -28,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
     web = p.add_argument_group("web page")
     web.add_argument("--web", action="store_true", help="open a page for the browser instead")
     web.add_argument("--port", type=int, default=7860, help="port of 127.0.0.1 to listen on")
-    web.add_argument("--pictures", metavar="DIR", help="folder to search (default: the demo's pictures of new artists)")
     return p
 
 

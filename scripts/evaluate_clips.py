@@ -17,7 +17,6 @@ def parser() -> Parser:
     p.add_argument("--split", default="test", help="split of the run's own data or of --karpathy")
     p.add_argument("--classes", help="imagenet, or a class list: one per line, or JSON with classes and templates")
     p.add_argument("--probe-train", help="labelled training images for a linear probe, as --data")
-    p.add_argument("--votes", help="JSONL of human votes on captions: Kendall's tau with the encoder's cosines")
     p.add_argument("--limit", type=int, help="use only so many images (default: all)")
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")

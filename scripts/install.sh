@@ -66,7 +66,7 @@ install_torch() {
 check_gpu() {
   command -v nvidia-smi >/dev/null || return 0
   "$venv/bin/python" -c 'import torch; print(f"torch {torch.__version__} sees", torch.cuda.get_device_name(0))' ||
-    fail "torch cannot use the GPU: see docs/gpu.md, or run python tools/gpu_report.py"
+    fail "torch cannot use the GPU: see docs/gpu.md"
 }
 
 # pip writes Python's path into the first line of `deepspeed`, where a path with a space cannot be executed.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,30 +23,52 @@ def write_pairs(path: Path, count: int, broken: Collection[int] = ()) -> str:
 
 
 def echo(text: str) -> str:
-    """A caption that depends on the web caption, the last line of the prompt."""
-    return f"A picture of {text.splitlines()[-1]}."
+    """A caption that depends on the web caption, the last line of the prompt, from its first letters on."""
+    caption = text.splitlines()[-1]
+    letters = "".join(chr(ord("a") + int(digit)) for digit in caption if digit.isdigit())
+    return f"{letters}: a picture of {caption}."
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[str], str | int | None] = echo) -> Iterator[str]:
-    """The captioner's name. `answer` gives a caption, the status of half a JSON, or None to hang up."""
+def serving(answer: Callable[[str], str | dict | bytes | int | None] = echo) -> Iterator[str]:
+    """The captioner's name. `answer` gives a caption, a choice, bytes that are sent without end, the status of half a
+    JSON, or None to hang up. In the place of /v1, /drip and /flood list models without end, and /zip compresses them.
+    """
 
     class Handler(BaseHTTPRequestHandler):
-        def reply(self, content: bytes, status: int = 200) -> None:
+        def reply(self, content: bytes, status: int = 200, encoding: str = "identity") -> None:
             self.send_response(status)
+            self.send_header("Content-Encoding", encoding)
             self.send_header("Content-Type", "text/html" if content[:1] == b"<" else "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
+        def repeat(self, content: bytes, pause: float = 0) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client has left
+                while True:
+                    self.wfile.write(content)
+                    time.sleep(pause)
+
         def do_GET(self) -> None:
-            self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
+            if self.path == "/drip/models":
+                return self.repeat(b" ", 0.1)
+            if self.path == "/flood/models":
+                return self.repeat(b" " * 2**16)
+            if self.path == "/zip/models":
+                return self.reply(gzip.compress(b'{"data": [{"id": "tiny"}]}'), encoding="gzip")
+            return self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             made = answer(body["messages"][0]["content"][1]["text"])
-            if isinstance(made, str):
+            if isinstance(made, bytes):
+                self.repeat(made)
+            elif isinstance(made, str | dict):
                 choice = {"message": {"role": "assistant", "content": made}, "finish_reason": "stop"}
+                choice = made if isinstance(made, dict) else choice
                 self.reply(json.dumps({"choices": [choice]}).encode())
             elif made:
                 self.reply(b'{"choices": [', made)

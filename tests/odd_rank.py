@@ -1,16 +1,22 @@
 """The real training commands as a rank that has found something else than the others: python odd_rank.py FACT COMMAND …
 
-COMMAND: pretrain or llava, with its flags. RANK, WORLD_SIZE and the rest are in the environment: no launcher stands
-above the ranks, which would end the others if one fails.
+COMMAND: pretrain or llava, with its flags, or start: a start of a few parts, without a training. RANK, WORLD_SIZE and
+the rest are in the environment: no launcher stands above the ranks, which would end the others if one fails.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import resource
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from clips.common import rundir, runtime, start
 from clips.common.errors import UserError, run_command
@@ -23,6 +29,7 @@ from mllm.training import prepare as preparing
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 
 start.TELL_EVERY = 2.0
+MINUTES = 0.1
 
 
 def failing(*_: object, **__: object) -> Any:
@@ -66,6 +73,48 @@ def other_sources() -> None:
     prepare.once_per_machine = shortened
 
 
+def lost(how: str) -> None:
+    """End or stop this process: os._exit, or a signal's name."""
+    if how == "os._exit":
+        os._exit(0)
+    os.kill(os.getpid(), signal.Signals[how])
+
+
+def only_start(how: str, where: str) -> None:
+    """The parts of a start. This rank is lost at `where`; in the last part the others work meanwhile."""
+    if where == "the beginning":
+        lost(how)
+    connect = start.Start._connect
+
+    def connected(begun: start.Start) -> Any:
+        store = connect(begun)
+        if where == "the connection":
+            lost(how)
+        return store
+
+    start.Start._connect = connected
+    parts: dict[str, Callable[[], object]] = {
+        "the comparison": lambda: begun.agree({}),
+        "the group": lambda: dist.init_process_group("gloo"),
+        "the collective": dist.barrier,
+        "the work": lambda: time.sleep(60),
+    }
+    with start.Start(MINUTES) as begun:
+        for part, work in parts.items():
+            begun.at(part)
+            if part == where:
+                lost(how)
+            work()
+
+
+def with_full_disk(write: Callable[..., None]) -> Callable[..., None]:
+    def written(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        write(*arguments)
+
+    return written
+
+
 FACTS: dict[str, Callable[[], object]] = {
     # What is measured or claimed
     "bf16 here": lambda: setattr(runtime, "claims_bf16", lambda _: True),
@@ -92,12 +141,18 @@ FACTS: dict[str, Callable[[], object]] = {
     "fails at the features": lambda: setattr(features.FeatureCache, "fill", failing),
     "fails at the projector's start": lambda: setattr(run, "fit_to_captions", failing),
     "fails at the trainer": lambda: setattr(trainer.LlavaTrainer, "create_optimizer", failing),
+    "SIGKILL at the engine": lambda: setattr(Engine, "__init__", lambda *_: lost("SIGKILL")),
+    "SIGSTOP at the data": lambda: setattr(prepare, "check_readable", lambda *_: lost("SIGSTOP")),
+    "a full disk at the end": lambda: setattr(run, "write_results", with_full_disk(run.write_results)),
     "nothing": lambda: None,
 }
 
 
 def main() -> None:
     fact, command, *flags = sys.argv[1:]
+    if command == "start":
+        how, _, where = fact.partition(" at ")
+        return only_start(how, where)
     FACTS[fact]()
     if command == "pretrain":
         cli.pretrain_from_flags(cli.parser().parse_args(flags))

@@ -156,9 +156,9 @@ def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:
     return [f"{i}.png" for i in range(count)]
 
 
-def write_export(run: Path, objective: str = "clips", *, seed: int = 0, **vision: Any) -> CLIPSModel:
+def write_export(run: Path) -> CLIPSModel:
     """A finished run with export/hf_vit and export/native."""
-    model = write_run(run, objective, seed=seed, **vision)
+    model = write_run(run)
     tokenizer = build_tokenizer("wordpiece", ["a cat", "a dog"] * 8, vocab_size=model.config.text.vocab_size)
     write_native(model, RunConfig.load(run / "config.json"), tokenizer, run / "export" / "native")
     return model

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Draw a picture of the docs: `answers` of models about the unseen artist's pictures, or `results` of a comparison.
 
-`answers` shows for each kind of question the first picture that every model answers right (one model per seed), one
-picture that the first model answers wrong, and the patches that match a word for the first model's encoder. The
-pictures are chosen for that, and the command prints their names.
+`answers` shows for each kind of question the first picture that every model answers right (one model per seed), and one
+picture that the first model answers wrong. The pictures are chosen for that, and the command prints their names.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
-from PIL import Image
 
-from clips import CLIPS, CONCEPTS, decode_image
+from clips import decode_image
 from clips.common.errors import UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, plain_axes
-from mllm.chat.patch_map import overlay, patch_map
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.evaluation.report import KINDS as KIND_WORDS
@@ -38,10 +34,7 @@ KINDS = ("identity", "where", "count", "relation")
 
 
 def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
-    """Bars of the mean over seeds and lines of ± the standard deviation (none with one seed), in percent.
-
-    `encoders`: name → metric → figure.
-    """
+    """Bars of means ± the standard deviation over seeds, in percent; `encoders`: name → metric → figure."""
     first = next(iter(encoders.values()))
     metrics = [*(name for name in first if name.startswith(f"{ALL}/") and "@" not in name), ALL]
     plot = Plot(figsize=(8, 3.6), dpi=150, layout="constrained")
@@ -63,69 +56,38 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
     return plot
 
 
-class Answer(NamedTuple):
-    """One model's answer to one held-out question; `image` is the picture's name."""
-
-    image: str
-    kind: str
-    prompt: str
-    text: str
-    expected: str
-    correct: bool
-
-
-def read_answers(run: Path) -> list[Answer]:
-    """The answers of the model in `run` about the unseen artist."""
-    rows = read_json_records(run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl")
-    return [Answer(**{field: row[field] for field in Answer._fields}) for row in rows]
-
-
-def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
+def chosen(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """For each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
 
     No picture is shown twice. Raises UserError unless the runs answered the same questions, and if a kind has none.
     """
-    if len({tuple((answer.image, answer.prompt) for answer in run) for run in runs}) != 1:
+    if len({tuple((answer["image"], answer["prompt"]) for answer in run) for run in runs}) != 1:
         raise UserError("--model: the models answered different questions")
-    rows, shown = list(zip(*runs, strict=True)), list[Answer]()
-    for kind, right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
-        taken = {answer.image for answer in shown}
-        fits = (
-            row[0]
-            for row in rows
-            if row[0].kind == kind and {a.correct for a in (row if right else row[:1])} == {right}
-        )
-        candidate = next((answer for answer in fits if answer.image not in taken), None)
-        if candidate is None:
-            raise UserError(f"no question of kind {kind} has a {'right' if right else 'wrong'} answer in every run")
-        shown.append(candidate)
-    return shown
+    shown: dict[str, dict[str, Any]] = {}  # picture → answer
+    for kind, is_right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
+        for first, *others in zip(*runs, strict=True):
+            is_new = first["kind"] == kind and first["image"] not in shown
+            rest = others if is_right else []
+            if is_new and all(answer["correct"] == is_right for answer in (first, *rest)):
+                shown[first["image"]] = first
+                break
+        else:
+            raise UserError(f"no question of kind {kind} has a {'right' if is_right else 'wrong'} answer in every run")
+    return list(shown.values())
 
 
-def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: Sequence[str]) -> Plot:
-    """The answers below their pictures, and the patch map of the name in the first answer."""
-    rows = -(-(len(shown) + 1) // 3)  # three in a row can be read on a phone
-    plot = Plot(figsize=(6.3, 3.0 * rows), dpi=84, layout="constrained")
-    axes = plot.subplots(rows, 3).ravel()
-    for axis, answer in zip(axes, shown, strict=False):
-        picture = decode_image((images / answer.image).read_bytes())
-        verdict = "" if answer.correct else f"\nwrong: {answer.expected}"
-        _panel(axis, picture, textwrap.fill(answer.prompt, 26), f"{answer.text}{verdict}", answer.correct)
-    word = shown[0].expected.removeprefix("A ")
-    picture = decode_image((images / shown[0].image).read_bytes())
-    patches = patch_map(encoder, picture, word, labels).patches
-    _panel(
-        axes[-1], overlay(picture, patches), textwrap.fill("the encoder's patches that match a word", 26), word, True
-    )
+def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
+    """The questions above their pictures, the answers below."""
+    plot = Plot(figsize=(6.3, 6.0), dpi=84, layout="constrained")
+    for place, answer in enumerate(shown, start=1):
+        axes = plot.add_subplot(2, 3, place)  # three in a row can be read on a phone
+        axes.imshow(decode_image((images / answer["image"]).read_bytes()))
+        axes.set_axis_off()
+        axes.set_title(textwrap.fill(answer["prompt"], 26), fontsize=9, color=INK)
+        below = answer["text"] if answer["correct"] else f"{answer['text']}\nwrong: {answer['expected']}"
+        colour = INK if answer["correct"] else WRONG
+        axes.text(0.5, -0.06, below, transform=axes.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
     return plot
-
-
-def _panel(axis: Axes, picture: Image.Image, above: str, below: str, right: bool) -> None:
-    axis.imshow(picture)
-    axis.set_axis_off()
-    axis.set_title(above, fontsize=9, color=INK)
-    colour = INK if right else WRONG
-    axis.text(0.5, -0.06, below, transform=axis.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
 
 
 def parser() -> Parser:
@@ -133,7 +95,6 @@ def parser() -> Parser:
     p.add_argument("what", choices=("answers", "results"), help="the picture to draw")
     p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json of `results`")
     p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs of `answers`")
-    p.add_argument("--encoder", type=Path, default=Path("runs/demo"), help="the encoder of the patch map")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
@@ -145,10 +106,10 @@ def main() -> None:
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--output {out}: name it .png or .svg")
     if flags.what == "answers":
-        shown = chosen([read_answers(model) for model in flags.model])
+        shown = chosen([read_json_records(model / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl") for model in flags.model])
         for answer in shown:
-            print(f"{answer.image}  {answer.prompt}  {answer.text}")
-        plot = answers_plot(shown, DEMO_DIR / IMAGES, CLIPS.from_pretrained(str(flags.encoder)), list(CONCEPTS))
+            print(f"{answer['image']}  {answer['prompt']}  {answer['text']}")
+        plot = answers_plot(shown, DEMO_DIR / IMAGES)
     else:
         plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
     save_plot(plot, out)

@@ -38,8 +38,6 @@ INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
 """The test set that decides, if a run has it: on the demo, an artist never trained on."""
-DEBUG = "-debug"
-"""End of the name of a run of --debug, which is never the newest encoder."""
 MADE_OF = "checkpoint.json"
 """In export/ and report/: `weights_of` of their checkpoint."""
 
@@ -57,6 +55,12 @@ def _say_taken(what: str, path: Path) -> None:
     """Once in a process, by the first of several ranks."""
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         print(printable(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
+
+
+def is_debug(run_dir: Path) -> bool:
+    """Return True if the run is a smoke test of --debug by its config.json; it is never the newest encoder."""
+    train = read_json(run_dir / "config.json").get("train")
+    return isinstance(train, dict) and bool(train.get("debug"))
 
 
 # ------------------------------------------------------------------------------------------- what is of which weights

@@ -85,13 +85,20 @@ def launchers() -> list[int]:
     with contextlib.suppress(psutil.Error):  # gone in this moment, or hidden from this user
         parent = psutil.Process(processes[0])
         line = " ".join(parent.cmdline())
-        if parent.pid == 1 and not any(word in line for word in ("torch", "deepspeed", "python")):
-            return [GONE]  # init has adopted this rank
+        if _adopts(parent) and not any(word in line for word in ("torch", "deepspeed", "python")):
+            return [GONE]
         if "deepspeed.launcher.launch" in line:
             above = psutil.Process(parent.ppid())
             if any("deepspeed" in word for word in above.cmdline()):
                 processes.append(above.pid)
+            elif _adopts(above):
+                return [GONE]  # killed before this rank had begun
     return processes
+
+
+def _adopts(process: psutil.Process) -> bool:
+    """Whether `process` is the parent of orphans: init, or a user's systemd."""
+    return process.pid == 1 or process.name() == "systemd"
 
 
 def has_lost(known: Sequence[int]) -> bool:

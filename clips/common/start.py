@@ -7,19 +7,21 @@ rank leaves out ends after half an hour, and names nobody.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-from clips.common.errors import CommandError, UserError, first_line, in_one_line
+from clips.common.errors import CommandError, Stopped, UserError, first_line, in_one_line
 from clips.common.escape import printable
 from clips.common.files import differing
 from clips.common.signals import end_with_launcher
@@ -28,6 +30,10 @@ TELL_EVERY = 60.0
 """Seconds between two lines that say for whom the start waits."""
 GRACE = 2.0
 """Seconds in which a rank may end with its own message before it ends with the message of another rank."""
+SIGN_EVERY = 1.0
+"""Seconds between two signs of life of a rank."""
+HURRY = 10.0
+"""Seconds without a sign of life after which a rank is named, once the connection to a rank is lost."""
 LONGEST_VALUE = 200
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets for each of its ranks."""
@@ -57,29 +63,38 @@ def find_ranks() -> tuple[int, int]:
                 "with torchrun or deepspeed (one per node), or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
             )
         return 0, 1
-    present = [name for name in RANK_VARIABLES if name in os.environ]
-    missing = [name for name in RANK_VARIABLES if name not in os.environ]
-    if missing:
+    values = [os.environ.get(name, "") for name in RANK_VARIABLES]
+    rank, ranks, local_rank, _, port = (int(value) if value.isdecimal() else -1 for value in values)
+    if not (0 <= rank < ranks and local_rank >= 0 and values[3] and 0 < port < 2**16):
+        pairs = zip(RANK_VARIABLES, values, strict=True)
         raise UserError(
-            f"{', '.join(present)} in the environment, but no {', '.join(missing)}: unset the first to train in one "
-            "process, or start the ranks with deepspeed or torchrun"
+            f"the environment has {', '.join(f'{name}={value}' if value else f'no {name}' for name, value in pairs)}: "
+            "unset RANK, WORLD_SIZE and LOCAL_RANK to train in one process, or start the ranks with deepspeed or "
+            "torchrun (a rank is below WORLD_SIZE, a port below 65536)"
         )
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, ranks
 
 
 class Start:
     """The ranks of a run from their first line to their first step. Use it as a context around the start.
 
-    An error of one rank inside the context ends every rank with that error's exit code. Every TELL_EVERY seconds rank 0
-    names the ranks that are behind. With one rank nothing happens.
+    An error of one rank inside the context ends every rank with that error's exit code. Each rank gives signs of life,
+    whatever its main thread does. Rank 0 watches all others, which watch rank 0, and a rank that is silent for the
+    timeout ends all. Every TELL_EVERY seconds rank 0 names the ranks that are behind. With one rank nothing happens.
     """
 
     def __init__(self, timeout_minutes: float = 30) -> None:
-        """`timeout_minutes`: how long ranks wait for one that does not begin."""
-        self.timeout = 60 * timeout_minutes
+        """`timeout_minutes`: how long ranks wait for one that does not begin, or gives no sign of life."""
+        if not 0 < timeout_minutes < 1e6:
+            raise UserError(f"--timeout-minutes {timeout_minutes:g}: give a number above 0 and below a million")
+        self.patience = 60 * timeout_minutes
         self.rank, self.ranks = 0, 1
         self.store: Any = None  # torch.distributed.Store; torch is imported where there are several ranks
+        self._beat = min(SIGN_EVERY, self.patience / 8)
         self._part = (0, "joining")
+        self._signs: dict[int, bytes] = {}
+        self._silence: dict[int, float] = {}
+        """Each rank that is watched: its last sign of life, and the seconds since then or since the start."""
         self._decisions = itertools.count()
         self._closed = threading.Event()
         self._is_failing = False
@@ -92,29 +107,39 @@ class Start:
             from torch.distributed import PrefixStore
 
             end_with_launcher()
+            self._silence = dict.fromkeys(range(1, self.ranks) if self.rank == 0 else [0], 0.0)
             name = f"start/{next(_starts)}"
-            server = self._connect()
-            self.store = PrefixStore(name, server)
-            _stores.append(server)
-            self._meet()
-            watched = PrefixStore(name, server.clone())  # a store answers one thread at a time
-            threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+            with contextlib.ExitStack() as met:
+                met.push(self)
+                threading.Thread(target=self._watch, daemon=True).start()
+                server = self._connect()
+                _stores.append(server)
+                self.store = PrefixStore(name, server)
+                own = PrefixStore(name, server.clone())  # a store answers one thread at a time
+                threading.Thread(target=self._exchange, args=(own,), daemon=True).start()
+                self.all_have(True)
+                met.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        is_open = not self._closed.is_set()
+        """End every rank with `error`: this rank's own, or that of the rank whose loss caused it."""
         self._is_failing = True
-        if isinstance(error, Exception) and is_open:
-            if self._failure is None and self.store is not None:
-                self._tell(error)
-            self.close()
-            if self._failure is not None:
-                raise self._failure from None
-            if isinstance(error, RuntimeError) and "gloo" in str(error):
-                raise CommandError(
-                    f"rank {self.rank} lost another rank at {self._part[1]}: look for its error above"
-                ) from error
+        lost = None
+        if error is not None and self.ranks > 1 and not self._closed.is_set():
+            from torch.distributed import DistError
+
+            if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+                lost = CommandError(f"rank {self.rank} lost another rank at {self._part[1]}: {first_line(error)}")
+                self.patience = min(self.patience, HURRY)
+                end = time.monotonic() + self.patience + 2 * GRACE
+                while self._failure is None and time.monotonic() < end:
+                    time.sleep(0.05)
+            if self._failure is None or self.rank == 0:
+                self._tell(lost or error)
+            lost = self._failure or lost
         self.close()
+        if lost is not None:
+            raise lost from None
 
     def finish(self) -> None:
         """Wait for the first step of every rank and close: all get here, or all end with one rank's reason."""
@@ -127,10 +152,8 @@ class Start:
         self._closed.set()
 
     def at(self, part: str) -> None:
-        """Say what this rank does next, for those who wait for it."""
+        """Say what this rank does next, for those who wait for it: its next sign of life tells them."""
         self._part = (self._part[0] + 1, part)
-        if self.store is not None:
-            self.store.set(f"at/{self.rank}", json.dumps(self._part))
 
     # --------------------------------------------------------------------------------------------------- agreements
 
@@ -189,9 +212,8 @@ class Start:
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        begin = time.monotonic()
         while True:
-            wait = timedelta(seconds=min(TELL_EVERY, self.timeout))
+            wait = timedelta(seconds=min(TELL_EVERY, self.patience))
             try:
                 return dist.TCPStore(
                     host, port, self.ranks, serves, timeout=wait, wait_for_workers=False, multi_tenant=True
@@ -202,73 +224,107 @@ class Start:
                         f"port {port} of this machine is taken, by another run perhaps: give the launcher another one, "
                         f"deepspeed --master_port {port + 1} …"
                     ) from None
-                if serves or time.monotonic() - begin > self.timeout:
-                    raise CommandError(f"rank {self.rank} does not reach {host}:{port}: {first_line(error)}") from None
-                log.warning("rank %d waits for rank 0 at %s:%d, which has not begun", self.rank, host, port)
+                text = f"rank {self.rank} does not reach rank 0 at {host}:{port}: {first_line(error)}"
+                if serves or self._failure is not None:
+                    raise self._failure or CommandError(text) from None
+                log.warning("the start waits: %s", text)
 
-    def _meet(self) -> None:
-        """Wait until every rank has begun. Raises CommandError that names the missing ranks after the timeout."""
-        self.store.set(f"here/{self.rank}", "yes")
-        missing = list(range(self.ranks))
-        begin = time.monotonic()
-        last_report = begin
-        while missing:
-            missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
-            now = time.monotonic()
-            names = ", ".join(map(str, missing))
-            if missing and now - begin > self.timeout:
-                raise CommandError(f"rank {names} of {self.ranks} has not begun: look for its error above")
-            if missing and self.rank == 0 and now - last_report > TELL_EVERY:
-                last_report = now
-                unset = "To train in one process, unset RANK and WORLD_SIZE"
-                log.warning("waiting for rank %s of %d to begin. %s", names, self.ranks, unset)
-            time.sleep(0.05)
+    # ------------------------------------------------------------------------------------------------- signs of life
 
-    # ----------------------------------------------------------------------------------------------------- watching
+    def _exchange(self, store: Any) -> None:
+        """Give signs of life, read those of the watched ranks, and look for the error of another rank.
 
-    def _tell(self, error: Exception) -> None:
-        """Hand the error to the other ranks, and stay until they have it: rank 0 serves the store."""
-        message = str(error) if isinstance(error, CommandError) else in_one_line(error)
-        failure = {"rank": self.rank, "message": message, "code": getattr(error, "exit_code", 1)}
+        The store may not answer, for as long as the process that serves it is stopped: `_watch` needs no store.
+        """
         try:
-            self.store.compare_set("failure", "", json.dumps(failure))
-            self.store.set(f"heard/{self.rank}", "yes")
-            end = time.monotonic() + 2 * GRACE
-            while time.monotonic() < end and not self.store.check([f"heard/{rank}" for rank in range(self.ranks)]):
-                time.sleep(0.05)
-        except RuntimeError:  # torch's DistError
-            log.warning("rank 0, which serves the store, has ended")
-
-    def _watch(self, store: Any) -> None:
-        """End this process if another rank fails, since this one may wait for it in a collective."""
-        last_report = time.monotonic()
-        while not self._closed.wait(0.2):
-            try:
+            part = None
+            for count in itertools.count():
+                if count % 5 == 0 or part is not self._part:
+                    part = self._part
+                    store.set(f"sign/{self.rank}", json.dumps((count, self.patience, *part)))
+                    self._read_signs(store)
                 if store.check(["failure"]):
                     failure = json.loads(store.get("failure"))
-                    self._failure = CommandError(f"rank {failure['rank']} ended the start: {failure['message']}")
-                    self._failure.exit_code = failure["code"]
                     store.set(f"heard/{self.rank}", "yes")
-                    self._end_with(self._failure)
+                    if failure["rank"] != self.rank:
+                        error = CommandError(f"rank {failure['rank']} ended the start: {failure['message']}")
+                        error.exit_code = failure["code"]
+                        self._failure = error
                     return
-                if self.rank == 0 and time.monotonic() - last_report > TELL_EVERY:
-                    last_report = time.monotonic()
-                    log.warning("%s", self._positions(store))
-            except RuntimeError:  # torch's DistError
-                self._end_with(CommandError("rank 0 has ended the start: look for its error above"))
-                return
+                if self._closed.wait(self._beat / 5):
+                    return
+        except RuntimeError:  # torch's DistError
+            self._failure = CommandError("rank 0 has ended the start: look for its error above")
 
-    def _positions(self, store: Any) -> str:
+    def _read_signs(self, store: Any) -> None:
+        given = [rank for rank in self._silence if rank in self._signs or store.check([f"sign/{rank}"])]
+        signs = store.multi_get([f"sign/{rank}" for rank in given]) if given else []
+        for rank, sign in zip(given, signs, strict=True):
+            if sign != self._signs.get(rank):
+                self._signs[rank] = sign
+                self._silence[rank] = 0.0
+                self.patience = min(self.patience, json.loads(sign)[1])
+
+    def _tell(self, error: BaseException) -> None:
+        """Hand the error to the other ranks; rank 0, which serves the store, stays until all have heard of one."""
+        if isinstance(error, KeyboardInterrupt):
+            error = Stopped("stopped by Ctrl-C", exit_code=128 + signal.SIGINT)
+        message = str(error) if isinstance(error, CommandError) else in_one_line(error)
+        failure = json.dumps({"rank": self.rank, "message": message, "code": getattr(error, "exit_code", 1)})
+
+        def tell() -> None:
+            alive = [rank for rank, silence in self._silence.items() if silence < self.patience]
+            with contextlib.suppress(RuntimeError):  # torch's DistError: rank 0 has ended
+                self.store.compare_set("failure", "", failure)
+                self.store.set(f"heard/{self.rank}", "yes")
+                while not self.store.check([f"heard/{rank}" for rank in alive]):
+                    time.sleep(0.05)
+
+        if self.store is not None:
+            thread = threading.Thread(target=tell, daemon=True)  # the store may not answer
+            thread.start()
+            thread.join(2 * GRACE)
+
+    def _watch(self) -> None:
+        """End this process if another rank fails or is silent, whatever the main thread waits in."""
+        last = last_report = time.monotonic()
+        while not self._closed.wait(self._beat):
+            now = time.monotonic()
+            for rank in self._silence:  # a process that was stopped itself has heard nothing meanwhile
+                self._silence[rank] += min(now - last, 5 * self._beat)
+            last = now
+            lost = self._silent_for(self.patience)
+            if self._failure is None and lost:
+                error = CommandError(f"{lost}: look for its error above")
+                if self.rank == 0:  # the others miss rank 0 by themselves
+                    self._tell(error)
+                self._failure = error
+            if self._failure is not None:
+                self._end_with(self._failure)
+                return
+            if self.rank == 0 and now - last_report > TELL_EVERY:
+                last_report = now
+                log.warning("%s", self._silent_for(5 * self._beat) or self._positions())
+
+    def _silent_for(self, seconds: float) -> str:
+        """Which ranks have given no sign of life for more than `seconds`; "" for none."""
+        silent = [rank for rank, silence in self._silence.items() if silence > seconds]
+        missing = [rank for rank in silent if rank not in self._signs]
+        if missing:
+            return f"rank {_names(missing)} of {self.ranks} has not begun (for one process unset RANK and WORLD_SIZE)"
+        if silent:
+            part = json.loads(self._signs[silent[0]])[-1]
+            return f"rank {_names(silent)} has given no sign of life for {self._silence[silent[0]]:.0f} s, at {part}"
+        return ""
+
+    def _positions(self) -> str:
         """Which ranks are behind, and where."""
-        positions = []
-        for rank in range(self.ranks):
-            is_known = store.check([f"at/{rank}"])
-            positions.append(tuple(json.loads(store.get(f"at/{rank}"))) if is_known else (0, "joining"))
-        last, part = min(positions)
-        behind = [rank for rank, (count, _) in enumerate(positions) if count == last]
+        parts = {0: self._part} | {rank: tuple(json.loads(sign)[2:]) for rank, sign in list(self._signs.items())}
+        last = min(parts.values())
+        behind = [rank for rank in sorted(parts) if parts[rank] == last]
         if len(behind) == self.ranks:
-            return f"the start goes on: every rank is at {part}"
-        return f"the start waits for rank {', '.join(map(str, behind))}, which is at {part}"
+            return f"the start goes on: every rank is at {last[1]}"
+        return f"the start waits for rank {_names(behind)}, which is at {last[1]}"
 
     def _end_with(self, error: CommandError) -> None:
         """End the process, whatever its main thread waits in, unless it ends by itself."""
@@ -286,7 +342,8 @@ def _lines(values: Mapping[int, Any]) -> str:
     for rank, value in sorted(values.items()):
         text = value if isinstance(value, str) else json.dumps(value)
         ranks_of.setdefault(text[:LONGEST_VALUE], []).append(rank)
-    return "\n".join(
-        f"  rank {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}: {text}"
-        for text, ranks in ranks_of.items()
-    )
+    return "\n".join(f"  rank {_names(ranks)}: {text}" for text, ranks in ranks_of.items())
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return f"{', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"

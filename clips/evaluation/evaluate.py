@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
-from clips.evaluation.votes import Vote, measure_votes, read_votes
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
@@ -148,7 +147,6 @@ def _measure_sets(
     *,
     batch_size: int,
     probe: Callable[[ImageSet], Figure | None] | None = None,
-    votes: Sequence[Vote] | None = None,
     captioned: bool = True,
     sharded: bool = False,
     **options: Any,
@@ -167,8 +165,6 @@ def _measure_sets(
         of_set = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
         if probe is not None and (figure := probe(images)) is not None:
             of_set["linear_probe_top1"] = figure
-        if votes is not None and name == first:
-            of_set |= measure_votes(model, tokenizer, images, votes, batch_size=batch_size)
         figures |= of_set if name == first else {f"{name}/{figure}": value for figure, value in of_set.items()}
         skipped += images.skipped
         count += len(images.indices)
@@ -199,7 +195,6 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     from clips.common.runtime import choose_device
     from clips.weights.load import load_model
 
-    votes = read_votes(flags.votes) if flags.votes else None
     loaded = load_model(flags.model)
     model, run = loaded.model.to(choose_device(flags.device)), loaded.run
     name, sets = _test_sets_of(flags, run)
@@ -223,7 +218,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
             return figure
 
     figures, skipped, count = _measure_sets(
-        model, loaded.tokenizer, sets, first, probe=probe, votes=votes, limit=flags.limit, **options
+        model, loaded.tokenizer, sets, first, probe=probe, limit=flags.limit, **options
     )
     if not figures:
         raise UserError("nothing to measure: the test set has neither captions nor labels")

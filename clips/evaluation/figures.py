@@ -18,11 +18,10 @@ from clips.config import RunConfig
 from clips.data.demo import MISSING, is_by_one
 from clips.data.splits import is_demo
 from clips.evaluation.metrics import Figure
-from clips.evaluation.votes import VOTES
 from clips.model.clips import CLIPSModel
 
 MATTER = (
-    *(*VOTES, "sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1"),
+    *("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1"),
     *("web_t2i_r1", "long_i2t_r1", "long_t2i_r1", "caption_token_top1"),
 )
 """The figures of which a terminal shows six, those that matter most first."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from clips.common.files import read_json
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import UNSEEN, is_finished, read_evaluations, read_metrics, refuse
+from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.lab.grid import Cell, Step
@@ -99,9 +99,8 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Cons
 
 
 def test_figures(run: Path) -> dict[str, dict[str, Any]]:
-    """Figures of a run's own test, and of human votes where `evaluate_clips.py` has written evaluation-votes.json."""
-    votes = read_evaluations(run).get("evaluation-votes", {"figures": {}})
-    return votes["figures"] | read_json(run / "evaluation.json").get("figures", {})
+    """The figures of a run's own test."""
+    return read_json(run / "evaluation.json").get("figures", {})
 
 
 def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:

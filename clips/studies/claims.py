@@ -36,8 +36,9 @@ def _masked(strategy: str) -> tuple[str, ...]:
 
 PHOTOGRAPHS = {"demo": "small", "clip_baseline": "small_clip"}
 """The recipes of the variants → those that take their places with `--recipe small`."""
-LONGER = 1.8
-"""Samples that CLIP with the recipe `small_clip` sees in the time in which CLIPS sees one (a thread of an AMD EPYC)."""
+LONGER, SENTENCE_LONGER = 1.4, 1.2
+"""Samples that CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS (`small`)
+sees one: `tools/benchmark.py parts` on one thread of an AMD EPYC with AVX-512 bf16."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", WEB),
     "web_longer": Variant(f"web caption only, {LONGER} × the samples", "clip_baseline", WEB, times=LONGER),
@@ -51,6 +52,12 @@ VARIANTS = {
     "random_mask": Variant(f"web + {BLOCK_TOKENS} scattered tokens", "demo", _masked("random_mask")),
     "block_mask": Variant(f"web + {BLOCK_TOKENS} tokens in a row", "demo", _masked("block_mask")),
     "captioner": Variant("web + one sentence + captioner", "demo", (SENTENCE,)),
+    "captioner_all": Variant(
+        "web + one sentence + captioner on every sample", "demo", (SENTENCE, "task.caption_share=1")
+    ),
+    "sentence_longer": Variant(
+        f"web + one sentence, {SENTENCE_LONGER} × the samples", "demo", (*NO_CAPTIONER, SENTENCE), times=SENTENCE_LONGER
+    ),
 }
 CLAIMS = {
     "a": Question(
@@ -112,11 +119,21 @@ LIMITS = (
 
 
 def on_photographs() -> dict[str, Question]:
-    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time."""
+    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time.
+
+    The recipe `small` captions a share of the samples; (b) also says what a captioner of every sample brings.
+    """
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
-    claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
-    pair = ("captioner", "web_longer")
-    claims["f"] = Question(title="CLIPS against CLIP at equal time", variants=pair, contrasts=(pair,))
+    more = (("captioner", "web"), ("captioner_all", "sentence"), ("captioner", "captioner_all"))
+    variants = (*claims["b"].variants, "captioner_all")
+    claims["b"] = replace(claims["b"], variants=variants, contrasts=(*claims["b"].contrasts, *more))
+    claims["f"] = Question(
+        title="CLIPS, with and without its captioner, against CLIP at equal time",
+        variants=("captioner", "sentence_longer", "web_longer"),
+        contrasts=(
+            ("captioner", "web_longer"), ("sentence_longer", "web_longer"), ("captioner", "sentence_longer"),
+        ),
+    )  # fmt: skip
     return claims
 
 

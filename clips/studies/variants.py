@@ -29,7 +29,6 @@ from clips.common.page import Page
 from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
-from clips.evaluation.votes import VOTES
 from clips.lab.grid import Cell
 from clips.lab.pretraining import PretrainingRun, read_figures, test_figures
 from clips.lab.report import write_report
@@ -42,7 +41,7 @@ test set `unseen`, as on the demo, its figure decides (`clips.common.rundir.deci
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 MEANS |= {f"{protocol}_nearness": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS}
 """Means of both directions: R@1 of a protocol, and −100 times its log rank. A point of nearness is 1 % of a rank."""
-FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1", *VOTES)
+FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 SECONDS = "train_seconds"
 """The one value of a run's figures that is not a figure of the test split."""
 Rows = Mapping[str, Sequence[Mapping[str, float]]]

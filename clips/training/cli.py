@@ -165,7 +165,7 @@ def recipe_name(flags: argparse.Namespace) -> str:
 
 def _run_dir(flags: argparse.Namespace) -> Path:
     name = recipe_name(flags)
-    return Path(flags.output) / (flags.name or (f"{name}{rundir.DEBUG}" if flags.debug else name))
+    return Path(flags.output) / (flags.name or (f"{name}-debug" if flags.debug else name))
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:

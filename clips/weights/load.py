@@ -12,12 +12,12 @@ from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.opening import check_directory, opening
 from clips.common.rundir import (
-    DEBUG,
     MADE_OF,
     check_current,
     checkpoints,
     chosen_checkpoint,
     is_current,
+    is_debug,
     take_newest,
     weights_of,
 )
@@ -147,7 +147,7 @@ def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
 
 def _newest_run(runs: Path) -> Path:
     dated = [(max(_time(run / "LATEST"), _time(run / "export" / "native")), run) for run in runs.glob("*")]
-    dated = [(time, run) for time, run in dated if time and not run.name.endswith(DEBUG)]
+    dated = [(time, run) for time, run in dated if time and not is_debug(run)]
     if not dated:
         raise UserError(f"no trained run under {runs}: train one (scripts/pretrain_clips.py) or give --model")
     return take_newest("encoder", dated)
@@ -182,7 +182,7 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
             trained = from_json(read_bytes(run_config))["task"]["objective"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a finished run of this project; the error below says what is looked for
-        if trained == objective and not run_config.parent.name.endswith(DEBUG):
+        if trained == objective and not is_debug(run_config.parent):
             dated.append((config.stat().st_mtime, config.parents[1]))
     if not dated:
         raise UserError(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 KEPT_PIXELS = 4_000_000
 """Pixels that a picture keeps; every encoder reads fewer."""
+MOST_VALUES = 10_000
+"""Commas and brackets of a body beside those in its texts: each JSON value has one and takes up to 500 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,12 @@ class Limits:
             least = 0 if field.name == "waiting" else 1
             if not getattr(self, field.name) >= least:
                 raise UserError(f"--max-{field.name.replace('_', '-')} must be at least {least}")
+
+
+def check_values(body: bytes, limits: Limits) -> None:
+    """Raise UserError if a body of JSON has too many values."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.prompt_chars + MOST_VALUES:
+        raise UserError("the body has too many JSON values")
 
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:

@@ -145,7 +145,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
             from mllm.chat.web import launch
         except ModuleNotFoundError as error:
             raise UserError(f"--web needs the package {error.name}: pip install 'clips-mllm[chat]'") from None
-        launch(flags.model, port=flags.port, pictures=flags.pictures, **model_options(flags))
+        launch(flags.model, port=flags.port, **model_options(flags))
         return
     if flags.prompt is None and sys.stdin is None:
         raise UserError("there is no input to read questions from: ask one by --prompt")

@@ -1,4 +1,4 @@
-"""The page of scripts/chat.py --web: a chat with pictures, and a CLIPS encoder's view of a picture with a search.
+"""The page of scripts/chat.py --web: a chat with pictures.
 
 It listens on 127.0.0.1 and fetches nothing from elsewhere. Each visitor's talk stays in the memory of their browser's
 session, and uploads stay in a temporary folder that is removed at the end.
@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import html
 import os
-import re
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
-from clips import CLIPS, CONCEPTS, is_of_demo, newest_export
-from clips.common.errors import UserError
-from clips.common.escape import LONGEST, for_markdown
-from mllm.chat.limits import Limits, image_size, read_image, read_video
+from clips import CONCEPTS
+from clips.common.errors import UserError, in_one_line
+from clips.common.escape import LONGEST, for_markdown, printable
+from mllm.chat.limits import Limits, check_values, image_size, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling
-from mllm.chat.patch_map import overlay, patch_map
 from mllm.chat.session import ChatSession
 from mllm.chat.transcript import LazyPicture, Picture, Video
 from mllm.data.demo import IMAGES, QUESTIONS
@@ -36,35 +37,42 @@ from mllm.data.questions import Question, read_questions
 from mllm.data.video import is_video
 from mllm.model.load import data_of
 
-RUNS, DEMO, UNSEEN_PICTURES = Path("runs"), Path("data/llava_demo"), "unseen-*"
+DEMO = Path("data/llava_demo")
 LIMITS = Limits()
-LABELS = ("a person", "an animal", "a plant", "food", "a vehicle", "a building", "a landscape", "a drawing", "a text")
-"""What a word is compared with, for an encoder of other data than the demo's."""
-FOUND = 12
-"""Pictures that a search shows."""
 SHOWN_EVERY_S = 0.1
 """A page that draws every token of a fast model has no time for the visitor's clicks."""
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = "button[aria-label='Share'] { display: none; }"  # it sends the talk to another site
-HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-class PicturePath(gr.Image):
-    """A picture as the path of its file: only clips/data/images.py opens strangers' pictures."""
+class Page(gr.Blocks):
+    """Shows an event that fails as a message; gradio would log a traceback for each malformed one."""
 
-    is_template = True
+    async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        try:
+            return await super().process_api(*arguments, **options)
+        except Exception as error:
+            raise gr.Error(html.escape(told(error)), title="", print_exception=False) from None
 
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload is not None else None
+
+def told(error: Exception) -> str:
+    """Return what a visitor is told of an error; one that is no UserError is a line of the log."""
+    if isinstance(error, UserError):
+        return str(error)
+    print(printable(f"an event of the page failed: {in_one_line(error)}"), file=sys.stderr, flush=True)
+    return "this event cannot be answered, the page's log says why"
 
 
-@contextmanager
-def shown_errors() -> Iterator[None]:
-    """Show a UserError as a message in the page, which reads HTML."""
+async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Answer 400 to an event above the bounds of bytes and JSON values, and to one that gradio cannot read."""
     try:
-        yield
-    except UserError as error:
-        raise gr.Error(html.escape(str(error)), title="", print_exception=False) from None
+        if request.method == "POST" and not request.url.path.endswith("/upload"):  # gradio bounds files
+            if int(request.headers.get("content-length", LIMITS.body_bytes + 1)) > LIMITS.body_bytes:
+                raise UserError(f"an event has a length of at most {LIMITS.body_bytes:,} bytes")
+            check_values(await request.body(), LIMITS)
+        return await call_next(request)
+    except Exception as error:
+        return JSONResponse({"error": told(error)}, 400)
 
 
 # ---------------------------------------------------------------------------------------------- the chat
@@ -96,24 +104,23 @@ def answers(
     session = talk.setdefault("session", ChatSession(model))
     session.keep(sum(turn["role"] == "assistant" for turn in history))
     text, files = message["text"].strip(), message["files"]
-    with shown_errors():
-        if len(text) > LIMITS.prompt_chars or len(files) > LIMITS.images:
-            raise UserError(f"a question has at most {LIMITS.prompt_chars:,} characters, {LIMITS.images} pictures")
-        pictures = [open_upload(path) for path in files]
-        model.check_squares([*session.images, *pictures], LIMITS.squares)
-        sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
-        cancel = threading.Event()
-        start = shown_at = time.monotonic()
-        answer = ""
-        for piece in session.ask(text, pictures, sampling, cancel):
-            answer += piece
-            now = time.monotonic()
-            if now - start > LIMITS.seconds:
-                cancel.set()
-            if now - shown_at > SHOWN_EVERY_S:
-                shown_at = now
-                yield html.escape(answer, quote=False)
-        yield html.escape(answer, quote=False)
+    if len(text) > LIMITS.prompt_chars or len(files) > LIMITS.images:
+        raise UserError(f"a question has at most {LIMITS.prompt_chars:,} characters, {LIMITS.images} pictures")
+    pictures = [open_upload(path) for path in files]
+    model.check_squares([*session.images, *pictures], LIMITS.squares)
+    sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
+    cancel = threading.Event()
+    start = shown_at = time.monotonic()
+    answer = ""
+    for piece in session.ask(text, pictures, sampling, cancel):
+        answer += piece
+        now = time.monotonic()
+        if now - start > LIMITS.seconds:
+            cancel.set()
+        if now - shown_at > SHOWN_EVERY_S:
+            shown_at = now
+            yield html.escape(answer, quote=False)
+    yield html.escape(answer, quote=False)
 
 
 def about(model: ChatModel) -> str:
@@ -130,7 +137,7 @@ def demo_questions() -> list[Question]:
     return list({question.kind: question for question in reversed(questions)}.values())[::-1]
 
 
-def chat_tab(model: ChatModel, questions: Sequence[Question]) -> None:
+def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
     kinds = ["image", "video"] if model.takes_videos else ["image"]
     box = gr.MultimodalTextbox(
         file_types=kinds, file_count="multiple", sources=["upload"], show_label=False,
@@ -158,77 +165,20 @@ def chat_tab(model: ChatModel, questions: Sequence[Question]) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- the encoder
-def encoder_tab(encoder: CLIPS, scenes: Sequence[Question], folder: Path | None, pattern: str) -> None:
-    """The patch map of a word, and the pictures of `folder` nearest to the word."""
-    labels = list(CONCEPTS) if is_of_demo(encoder.data) else LABELS
-    scene = next((scene for scene in scenes if scene.kind == "identity" and is_of_demo(encoder.data)), None)
-    with gr.Row():
-        with gr.Column(min_width=300):
-            path = str(DEMO / IMAGES / scene.images[0]) if scene else None
-            picture = PicturePath(path, sources=["upload", "clipboard"], label="Picture", height=280)
-            thing = re.sub("^An? |[.]$", "", str(scene.answer)) if scene else ""
-            word = gr.Textbox(thing, label="Look for", placeholder="a word or a sentence", submit_btn=True)
-        with gr.Column(min_width=300):
-            heat = gr.Image(label="Patches that match", format="png", interactive=False, buttons=[], height=280)
-            remark = gr.Textbox(label="What the map says", interactive=False)
-    nearest = gr.Gallery(label="Nearest pictures", columns=6, height="auto", interactive=False, visible=bool(folder))
-
-    def see(path: str | None, word: str) -> tuple[Any, str]:
-        text = word[: LIMITS.prompt_chars].strip()
-        if path is None or not text:
-            return None, "Add a picture and a word."
-        with shown_errors():
-            image = read_image(Path(path).read_bytes(), LIMITS)
-            match = patch_map(encoder, image, text, labels)
-        note = (
-            f"“{text}”: similarity {match.similarity:.2f}, that of an average label {match.usual:.2f}. The map says "
-            f"where the difference comes from: the strongest of {match.patches.size} patches adds "
-            f"{match.patches.max():.2f}."
-        )
-        return overlay(image, match.patches), note
-
-    def search(path: str | None, word: str) -> Any:
-        """The nearest pictures to the word, or to the picture where there is no word."""
-        if folder is None or not (path or word.strip()):
-            return gr.skip()
-        with shown_errors():
-            index, _ = encoder.kept_index(folder, pattern)
-            query = word[: LIMITS.prompt_chars] if word.strip() else read_image(Path(str(path)).read_bytes(), LIMITS)
-            matches = index.search(query, FOUND)
-            return [(read_image(Path(m.path).read_bytes(), LIMITS), f"{m.score:.2f}") for m in matches]
-
-    changes = [word.submit, picture.change]
-    gr.on(changes, see, [picture, word], [heat, remark], trigger_mode="always_last", **HIDDEN)
-    gr.on(changes, search, [picture, word], nearest, trigger_mode="always_last", **HIDDEN)
-
-
-def launch(
-    name: str | None, *, port: int, pictures: str | None = None, block: bool = True, **options: Any
-) -> gr.Blocks:
+def launch(name: str | None, *, port: int, block: bool = True, **options: Any) -> gr.Blocks:
     """Serve the page at http://127.0.0.1:port until Ctrl-C, or with `block=False` in the background.
 
-    `pictures` is the folder of the search, by default the demo's pictures of the unseen artist. `options` go to
-    `ChatModel.load`. Raises UserError if the model cannot be opened or the port is taken.
+    `options` go to `ChatModel.load`. Raises UserError if the model cannot be opened or the port is taken.
     """
     model = ChatModel.load(name, **options)
-    encoder = None
-    for objective in ("clip", "clips"):  # a CLIPS export is preferred
-        with suppress(UserError):
-            encoder = CLIPS.from_pretrained(newest_export(RUNS, objective), device=options.get("device", "auto"))
     questions = demo_questions() if "demo" in data_of(model.directory) else []
-    unseen = DEMO / IMAGES if any((DEMO / IMAGES).glob(UNSEEN_PICTURES)) else None
-    folder, pattern = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES)
     uploads = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = uploads.name  # gradio has no other setting for the folder of uploads
 
-    with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        with gr.Tab("Chat"):
-            chat_tab(model, questions)
-        if encoder is not None:
-            with gr.Tab("Encoder"):
-                encoder_tab(encoder, demo_questions(), folder, pattern)
+    with Page(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        add_chat(model, questions)
     page.queue(max_size=LIMITS.waiting)
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])
     try:
         page.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
@@ -236,7 +186,7 @@ def launch(
             max_file_size=2 * LIMITS.image_bytes,  # a video may be larger
             # data/ may be a link to another disk, of which gradio would hand out nothing
             allowed_paths=[str(named(DEMO / IMAGES)) for named in (Path.absolute, Path.resolve)],
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])]},
+            app_kwargs={"middleware": [hosts, Middleware(BaseHTTPMiddleware, dispatch=bounded)]},
         )  # fmt: skip
     except OSError:
         raise UserError(f"port {port} cannot be used: another program has it; choose one by --port") from None

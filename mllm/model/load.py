@@ -103,10 +103,10 @@ def model_name(directory: str) -> str:
 
 
 def find_model(name: str) -> str:
-    """`name`, or the model in it if it is a run of train_llava.sh."""
-    run = Path(name)
-    is_run = (run / "model" / "config.json").is_file() and not (run / "config.json").is_file()
-    return str(run / "model") if is_run else name
+    """Return `name`, or the model in it if it is a run of train_llava.sh, whose config.json has no `model_type`."""
+    run = Path(name).expanduser()
+    holds_model = (run / "model" / "config.json").is_file()
+    return str(run / "model") if holds_model and "model_type" not in read_json(run / "config.json") else name
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:

@@ -31,13 +31,11 @@ from starlette.requests import ClientDisconnect
 
 from clips.common.errors import UserError
 from clips.common.flags import from_flags
-from mllm.chat.limits import Limits, image_size, read_image
+from mllm.chat.limits import Limits, check_values, image_size, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.transcript import LazyPicture, Turn
 
-MOST_VALUES = 10_000
-"""Commas and brackets of a body beside those in its texts: each JSON value has one and takes up to 500 bytes."""
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "queue_full"}
 
 
@@ -76,12 +74,14 @@ class Question(BaseModel):
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
+    functions: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 
 def read_question(body: bytes, limits: Limits) -> Question:
     """The question in a request's body. Raises UserError with the field that is wrong or above a limit."""
-    if sum(map(body.count, (b",", b"[", b"{"))) > limits.prompt_chars + MOST_VALUES:
-        raise UserError("the body has too many JSON values")
+    check_values(body, limits)
     try:
         question = Question.model_validate_json(body)
     except ValidationError as error:

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals as numpy_arrays
 
-from clips.common.errors import NoCheckpointError, UserError, first_line
+from clips.common.errors import CommandError, NoCheckpointError, UserError, first_line
 from clips.common.files import MANIFEST, check_seal, first_usable
 from clips.common.tensors import only_data, read_torch
 
@@ -63,6 +64,18 @@ def restoring(checkpoint: Path) -> Iterator[None]:
             f"cannot go on from {checkpoint}: {first_line(error)}\nRestore it from a copy, or move it elsewhere: then "
             "the same command goes on from the one before it, or from the start where there is none"
         ) from None
+
+
+@contextmanager
+def writing(failed: str) -> Iterator[None]:
+    """Turn any error of a full disk inside into a CommandError that begins with `failed`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+        raise CommandError(
+            f"{failed}: {first_line(error)}. The older checkpoints are intact: make room, then the same command goes "
+            "on from the last one"
+        ) from error
 
 
 def check_content(checkpoint: Path, *, deepspeed: Sequence[type] | None, world_size: int) -> None:

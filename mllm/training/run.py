@@ -34,7 +34,7 @@ from clips.common.start import Start
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
 from mllm.training.arguments import TrainArguments
-from mllm.training.checkpoints import check_content, newest, step_of
+from mllm.training.checkpoints import check_content, newest, step_of, writing
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.log import MetricsLog, Work, write_curves
@@ -77,11 +77,13 @@ def run_stage(flags: TrainArguments) -> None:
             checkpoint = newest(prepared.stage_dir)
             start.agree({"the checkpoint to go on from": checkpoint.name if checkpoint else "none"})
             summary = train(prepared, checkpoint, start, console, begin)
-            with whole(prepared.model, prepared.zero):
-                if start.rank == 0:
-                    write_results(prepared, summary)
-            if dist.is_initialized():
-                dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
+            with naming_lost_ranks(lambda: summary["steps"]):
+                with whole(prepared.model, prepared.zero):
+                    if start.rank == 0:
+                        with writing(f"the results cannot be written to {prepared.run_dir}"):
+                            write_results(prepared, summary)
+                if dist.is_initialized():
+                    dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
             print_summary(summary, arguments.stage, console)
     if start.rank == 0:
         write_curves(prepared.run_dir)  # last: a plot that fails costs nothing

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from clips.common.errors import CommandError, NotFiniteError, UserError, first_line
+from clips.common.errors import NotFiniteError, UserError
 from clips.common.files import seal
 from clips.common.signals import StopSignal, start_worker
 from clips.common.start import Start
@@ -32,7 +31,7 @@ from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
 from mllm.model.tiles import Llava, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
-from mllm.training.checkpoints import SCHEDULER, TRAINED, engine_tag, prune, restoring
+from mllm.training.checkpoints import SCHEDULER, TRAINED, engine_tag, prune, restoring, writing
 from mllm.training.freeze import llava_of, parameter_groups
 from mllm.training.log import Work
 from mllm.training.zero import checkpoint_classes
@@ -251,14 +250,8 @@ class LlavaTrainer(Trainer):
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
+        with writing(f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each library's own error
-            raise CommandError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}: "
-                f"{first_line(error)}. The older ones are intact: make room, then the same command goes on from the "
-                "last one"
-            ) from error
         if self.args.world_size > 1:
             dist.barrier()  # every rank has written its files
         if self.args.should_save:

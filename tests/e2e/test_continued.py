@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 STEPS = 10
 EVERY_STEP = (
     *("--debug", "--name", "r", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.log_every=1"),
+    "train.debug=false",  # it may be the newest
     *("train.checkpoint_every=8", "train.eval_every=8", "train.keep_checkpoints=3"),
 )
 """Each step is saved and validated."""

@@ -71,7 +71,7 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     assert (MISSING in page) == (not several)
     assert ("name: unseen" in (run / "export" / "native" / "README.md").read_text()) == several
 
-    printed = ran("evaluate_clips.py", "--limit", "20")
+    printed = ran("evaluate_clips.py", "--model", run, "--limit", "20")
     assert (f"{UNSEEN} %" in printed) == several
     assert (MISSING in " ".join(printed.split())) == (not several)
 

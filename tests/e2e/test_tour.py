@@ -67,7 +67,5 @@ def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "5 pictures" in printed["encoder"]
     assert printed["zero-shot"].count("%") == 5
     assert printed["retrieval"].count("unseen-00000") == 4
-    assert "cosine" in printed["map"]
-    assert "image/png" in outputs["map"][-1].data
     assert outputs["caption"][-1].data["text/plain"].startswith("'")
     assert printed["chat"].count("A: ") == 2

@@ -101,7 +101,7 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     assert output["answer"].strip() == "two dogs"
     assert torch.isfinite(output["logits"]).all()
 
-    words = ["--model", str(run / "model"), "--questions", "question.jsonl", "--image-folder", "images"]
+    words = ["--model", "runs/llava-clips", "--questions", "question.jsonl", "--image-folder", "images"]
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     (out,) = (run / "evaluation").glob("question-*")

@@ -37,8 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llava_on(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=2048)
     images = root / "data" / "llava_demo" / "images"
     images.mkdir(parents=True)
-    for number in range(3):
-        picture(60, 60, seed=number).save(images / f"unseen-{number}.png")
+    picture(60, 60).save(images / "unseen-0.png")
     question = {"question_id": 0, "image": "unseen-0.png", "text": "What?", "kind": "identity", "answer": "A dog."}
     (images.parent / "question.jsonl").write_text(json.dumps(question))
     picture().save(root / "scene.png")
@@ -114,17 +113,23 @@ def test_a_question_with_a_picture_is_answered(page: Page, place: Path) -> None:
     assert page.locator(".user.message img").count() == 1
 
 
-def test_the_encoder_shows_a_map_and_searches(page: Page) -> None:
-    page.get_by_role("tab", name="Encoder").click()
-    word = page.get_by_label("Look for")
-    assert word.input_value() == "dog"
-    word.fill("<b>cat</b>")
-    word.press("Enter")
-    remark = page.get_by_label("What the map says")
-    wait_until(lambda: "“<b>cat</b>”: similarity" in remark.input_value())
-    wait_until(lambda: page.locator("button.thumbnail-item img, .grid-container img").count() == 3)
-    heat = page.get_by_label("Patches that match").or_(page.locator(".image-frame img")).last
-    wait_until(lambda: heat.evaluate("image => image.naturalWidth") == 512)
+def test_malformed_events_cost_little_and_leave_no_traceback(address: str, place: Path) -> None:
+    """The fixture looks for tracebacks in the log, which has a line for each."""
+    client = httpx2.Client(base_url=f"{address}/gradio_api", trust_env=False, timeout=60)
+    events = [event for event in client.get(f"{address}/config").json()["dependencies"] if event["backend_fn"]]
+    for event in events:
+        for value in (None, "x", {}, [], {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}):
+            body = {"fn_index": event["id"], "data": [value] * len(event["inputs"]), "session_hash": "a"}
+            wait_until(lambda body=body: client.post("/queue/join", json=body).status_code == 200)  # 503: it is full
+    assert client.post("/queue/join", json={"fn_index": 999, "data": [], "session_hash": "a"}).status_code == 400
+    assert client.post("/component_server", json={"data": [], "component_id": 0, "fn_name": "x"}).status_code == 400
+    many = b'{"fn_index": 1, "session_hash": "a", "data": [' + b"[]," * 60_000 + b"[]]}"
+    refused = [client.post("/queue/join", content=body) for body in (many, iter([b"{}"]))]  # the other has no length
+    assert [response.status_code for response in refused] == [400, 400]
+    assert "too many JSON values" in refused[0].text
+    log = place / "log"
+    wait_until(lambda: log.read_text().count("an event of the page failed") > len(events))
+    assert "KeyError: 999" in log.read_text()
 
 
 def test_another_name_of_this_machine_is_not_answered(address: str) -> None:

@@ -82,7 +82,7 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1, output
     assert "the checkpoint of step 6 cannot be written" in output
-    assert "The older ones are intact" in output
+    assert "The older checkpoints are intact" in output
     assert "Traceback" not in output
     assert check_seal(run_dir / "align/checkpoint-4")
     assert not (run_dir / "align/checkpoint-6" / MANIFEST).exists()

@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,10 @@ def two_ranks(
                 [sys.executable, WORKER, facts[rank], *words, *own[rank]], cwd=cwd, env=ENV | meeting | place,
                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             ))  # fmt: skip
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+        outputs = ["", ""]
+        for rank in sorted(range(2), key=lambda rank: facts[rank].startswith("SIGSTOP")):
+            ranks[rank].send_signal(signal.SIGCONT)  # a rank that is stopped goes on once the other has ended
+            outputs[rank] = ranks[rank].communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired:
         for process in ranks:
             process.send_signal(signal.SIGABRT)
@@ -97,8 +102,7 @@ def trained(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "engine")
 
 
-@pytest.mark.parametrize("odd", [0, 1])
-@pytest.mark.parametrize("part", FAILURES)
+@pytest.mark.parametrize(("odd", "part"), [(i % 2, part) for i, part in enumerate(FAILURES)])
 def test_row_32_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
     facts = ["nothing", "nothing"]
     # Rank 0 opens the data for its machine.
@@ -152,16 +156,6 @@ def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[st
     assert lines(trained / "r") == before
 
 
-def test_row_32_a_rank_that_does_not_begin_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
-    """Rank 1 never comes, as where RANK and WORLD_SIZE are left over in the environment of a single process."""
-    env = FIRST | {"MASTER_PORT": str(unused_port())}
-    code, text = alone(env, *pretraining(tmp_path, shards, "--timeout-minutes", "0.1"))
-    assert code == 1
-    assert "waiting for rank 1 of 2 to begin" in text
-    assert "unset RANK" in text
-    assert "error: rank 1 of 2 has not begun" in text
-
-
 @pytest.mark.parametrize(("left_over", "word"), [({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
 def test_variables_of_a_launcher_that_is_gone_are_named(
     left_over: dict[str, str], word: str, shards: tuple[str, ...], tmp_path: Path
@@ -177,6 +171,78 @@ def test_a_port_that_is_taken_is_one_sentence(shards: tuple[str, ...], tmp_path:
         code, text = alone(env, *pretraining(tmp_path, shards))
     assert code == 2
     assert "--master_port" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "zero"), ("RANK", "2"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "abc")]
+)
+def test_variables_of_a_launcher_that_are_wrong_are_named(name: str, value: str) -> None:
+    code, text = alone(FIRST | {"MASTER_PORT": "29500"} | {name: value}, "start")
+    assert code == 2
+    assert f"{name}={value}" in text
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(minutes: str) -> None:
+    code, text = alone({}, "pretrain", "--timeout-minutes", minutes)
+    assert code == 2
+    assert f"--timeout-minutes {minutes}: " in text
+
+
+# -------------------------------------------------------------------------------------------------------- lost ranks
+
+PARTS = ("the beginning", "the connection", "the comparison", "the group", "the collective", "the work")
+HOW = ("SIGKILL", "SIGSTOP", "SIGINT", "os._exit")
+TRAININGS = (("the engine", "SIGKILL", 1), ("the data", "SIGSTOP", 0))
+Ranks = list[tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def lost(
+    shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str, int], Future[Ranks]]]:
+    """(part, how, rank that is lost there) → what two ranks end with. Most of the time all of them only wait."""
+    cases = {(part, how, odd): ("start",) for part in PARTS for how in HOW for odd in (0, 1)}
+    for case in TRAININGS:
+        cases[case] = pretraining(tmp_path_factory.mktemp("lost"), shards, "--timeout-minutes", "0.1")
+    with ThreadPoolExecutor(16) as pool:
+        yield {
+            (part, how, odd): pool.submit(two_ranks, ROOT, facts_of(f"{how} at {part}", odd), *words)
+            for (part, how, odd), words in cases.items()
+        }
+
+
+def facts_of(fact: str, odd: int) -> tuple[str, str]:
+    return (fact, "nothing") if odd == 0 else ("nothing", fact)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("part", PARTS)
+def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
+    part: str, how: str, lost: dict[tuple[str, str, int], Future[Ranks]]
+) -> None:
+    for odd in (0, 1):
+        ranks = lost[part, how, odd].result()
+        assert_named(ranks, 1 - odd, code=130 if how == "SIGINT" and part not in PARTS[:2] else 1)
+        if how == "SIGSTOP":  # it goes on when the other has ended
+            assert_named(ranks, odd)
+    if part == "the beginning":  # as where RANK and WORLD_SIZE are left over in the environment of a single process
+        assert "has not begun (for one process unset RANK" in ranks[0][1].partition("error: rank 1 of 2 ")[2]
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_row_32_a_rank_that_is_lost_before_a_training_is_named(
+    case: tuple[str, str, int], lost: dict[tuple[str, str, int], Future[Ranks]]
+) -> None:
+    assert_named(lost[case].result(), 1 - case[2])
+
+
+def assert_named(ranks: Ranks, rank: int, code: int = 1) -> None:
+    """`rank` ends with one error that names the other."""
+    assert ranks[rank][0] == code, ranks[rank][1]
+    assert ranks[rank][1].count("error: ") == 1, ranks[rank][1]
+    assert f"rank {1 - rank} " in ranks[rank][1].partition("error: ")[2], ranks[rank][1]
+    assert "Traceback" not in ranks[rank][1]
 
 
 # ------------------------------------------------------------------------------------------------------- LLaVA stages
@@ -195,7 +261,7 @@ OF_BOTH = ("device", "flags", "parts", "features", "trainer")
 
 
 @pytest.mark.parametrize(
-    ("stage", "part"), [*((stage, part) for stage in STAGES for part in OF_BOTH), (1, "projector's start")]
+    ("stage", "part"), [*((1 + i % 2, part) for i, part in enumerate(OF_BOTH)), (1, "projector's start")]
 )
 def test_an_error_of_one_rank_ends_a_stage_of_both(stage: int, part: str, place: Path) -> None:
     flags = ("--output_dir", f"runs/{stage}-{part[:4]}")
@@ -215,6 +281,17 @@ def test_a_fact_of_a_stage_that_must_be_equal_is_named(
 ) -> None:
     flags = ("--output_dir", f"runs/{stage}-{fact[:4]}", "--cache_dir", f"cache-{stage}-{fact[:4]}")
     assert_ended(two_ranks(place, ("nothing", fact), *STAGES[stage], *flags), *words)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_of_rank_0_at_the_end_ends_both_in_words(stage: int, place: Path) -> None:
+    ranks = two_ranks(
+        place, ("a full disk at the end", "nothing"), *STAGES[stage], "--output_dir", f"runs/{stage}-full"
+    )
+    for (code, output), words in zip(ranks, ("the results cannot be written", "sign of life from rank 0"), strict=True):
+        assert code == 1, output
+        assert words in output.partition("error: ")[2], output
+        assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("stage", STAGES)

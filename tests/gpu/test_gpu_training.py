@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load_script, random_model, tiny_batch, tiny_run
+from conftest import random_model, tiny_batch, tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clips.common.peaks import peak_flops
@@ -24,7 +24,6 @@ from clips.training.rehearsal import rehearse
 from clips.training.task import Task
 
 pytestmark = pytest.mark.gpu
-gpu_report = load_script("tools/gpu_report.py")
 GPU = torch.device("cuda", 0)
 STAGES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}]
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
@@ -163,8 +162,3 @@ def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
         optimizer_step(engine, [full_batch(run, shape, torch.device("cpu"))])
     measured = torch.cuda.max_memory_allocated(GPU) - before
     assert rehearse(run, phase, 1).on_rank({"stage": 0}, 1) == pytest.approx(measured, rel=0.15)
-
-
-def test_the_report_measures_a_step() -> None:
-    (row,) = gpu_report.pretraining("S/16", GPU, tiny=True)
-    assert row["peak_gb"] == pytest.approx(row["rehearsed_gb"], rel=0.5)

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_group
+import torch
+from conftest import ROOT, run_group, run_python
 from lab_runs import run_main
 
 from clips.common import rundir
 from clips.common.files import write_json
-from clips.weights.load import _newest_run
+from clips.recipes import debug_twin, recipe
+from clips.weights.load import _newest_run, newest_export
 
 
 @pytest.mark.slow
@@ -57,12 +59,23 @@ def test_a_reader_that_ends_early_is_no_traceback() -> None:
         assert command.wait(60) in (0, 128 + signal.SIGPIPE)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_its_tests_are_named_and_no_success() -> None:
+    done = run_python("-m", "pytest", "-q", ROOT / "tests" / "gpu")
+    assert done.returncode == 5  # nothing collected
+    assert "files NOT RUN, torch sees no GPU here" in done.stdout
+
+
 def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:
-    for name, time in (("mine", 1), ("b16-debug", 2)):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "LATEST", {})
-        os.utime(tmp_path / name / "LATEST", (time, time))
-    assert _newest_run(tmp_path) == tmp_path / "mine"
+    """Its configuration says so; the name says nothing."""
+    for name, run, time in (("my-debug", recipe("demo"), 1), ("twin", debug_twin(recipe("demo")), 2)):
+        (tmp_path / name / "export" / "hf_vit").mkdir(parents=True)
+        run.save(tmp_path / name / "config.json")
+        for file in ("LATEST", "export/hf_vit/config.json"):
+            write_json(tmp_path / name / file, {})
+            os.utime(tmp_path / name / file, (time, time))
+    assert _newest_run(tmp_path) == tmp_path / "my-debug"
+    assert newest_export(tmp_path, "clips") == tmp_path / "my-debug" / "export"
 
 
 ENCODER, MODEL = "the newest encoder: runs/mine", "the newest model: runs/chat/model"

@@ -16,13 +16,13 @@ from clips.config import Fields, RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import WITH_ERRORS, split_scene
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.votes import VOTES
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
     CLAIMS,
     LONGER,
+    SENTENCE_LONGER,
     VARIANTS,
     judge_llava,
     on_photographs,
@@ -95,10 +95,15 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
 
 def test_the_claims_on_photographs_take_their_recipes() -> None:
     settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
-    names = ["web", "half", "captioner", "web_longer"]
+    names = ["web", "half", "captioner", "captioner_all", "web_longer", "sentence_longer"]
     study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
-    assert on_photographs()["b"].contrasts[-1] == ("captioner", "web")
-    assert on_photographs()["f"].variants == ("captioner", "web_longer")
+    assert on_photographs()["b"].contrasts[-1] == ("captioner", "captioner_all")
+    assert on_photographs()["f"].contrasts[0] == ("captioner", "web_longer")
+    shares = [study.runs[name][0].config().task.caption_share for name in ("captioner", "captioner_all")]
+    assert shares == [recipe("small").task.caption_share, 1]
+    assert shares[0] < 1
+    assert study.runs["sentence_longer"][0].config().model.captioner is None
+    assert study.runs["sentence_longer"][1].samples == SENTENCE_LONGER * 6_400
     assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
     assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
     assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
@@ -219,17 +224,13 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     for name, log_rank in (("sentence", 1.2), ("half", 1.5), ("full", 1.5)):
         for seed in range(5):
             run = variant_run(name, seed, samples=6_400)
-            own = [figure for figure in FIGURES if figure not in VOTES]
-            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in own}
+            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in FIGURES}
             with_figures(tmp_path / run.name, run, figures)
-            votes = {"expert_votes_tau": {"value": 10 * log_rank}, "sentence_i2t_r1": {"value": 1.0}}
-            (tmp_path / run.name / "evaluation-votes.json").write_text(json.dumps({"figures": votes}))
     result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_nearness")
     contrast = result["questions"]["a"]["contrasts"][0]
     assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
-    assert contrast["figures"]["sentence_r1"]["mean"] == 0  # the run's own, not that of its votes' file
-    assert contrast["figures"]["expert_votes_tau"]["mean"] == pytest.approx(-3)
+    assert contrast["figures"]["sentence_r1"]["mean"] == 0
     assert "nearness of test sentences" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")

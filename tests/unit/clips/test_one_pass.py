@@ -3,10 +3,7 @@ over single pictures."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import random
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -139,67 +136,6 @@ def test_pictures_are_encoded_at_another_size(run: RunConfig, tokenizer: Caption
     for word in ("20", "0", "-16"):
         with pytest.raises(UserError, match=f"--image-size {word} is not a multiple"):
             evaluate_from_flags(parse([*flags, word]))
-
-
-def slow_tau(pairs: list[tuple[float, float]], variant: str) -> float:
-    """Kendall's tau-b or tau-c, over all pairs of pairs."""
-    couples = list(itertools.combinations(pairs, 2))
-    signs = [(np.sign(a - c), np.sign(b - d)) for (a, b), (c, d) in couples]
-    concordance = sum(x * y for x, y in signs)
-    if variant == "b":
-        return concordance / math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
-    fewest = min(len(set(values)) for values in zip(*pairs, strict=True))
-    return 2 * concordance / (len(pairs) ** 2 * (fewest - 1) / fewest)
-
-
-@torch.no_grad()
-def test_votes_are_ranked_as_plain_loops_do(
-    run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rng = random.Random(0)
-    lines: list[dict[str, Any]] = []
-    for i in [*range(SIZES["test"]), 99]:
-        line = {"image": f"{i:05d}.jpg", "caption": rng.choice(TEXTS)}
-        lines.append(line | {"scores": [rng.randint(1, 4) for _ in range(3)], "own": i % 5 == 0})
-        lines.append(line | {"yes": rng.randint(0, 3), "no": 3, "own": i % 5 == 0})
-    votes, out = tmp_path / "votes.jsonl", tmp_path / "out.json"
-    votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model = random_model(run)
-    write_native(model, run, tokenizer, tmp_path / "model")
-    parse = script_parser("evaluate_clips").parse_args
-    flags = ["--model", str(tmp_path / "model"), "--data", run.data.test, "--votes", str(votes), "--output", str(out)]
-    evaluate_from_flags(parse(flags))
-    assert "8 of 89 votes are about pictures that are not in the test set" in caplog.text
-    slow = Slow(model, tokenizer, run, "test")
-    features = {item.key: feature for item, feature in zip(slow.items, slow.features, strict=True)}
-    expert: list[tuple[float, float]] = []
-    crowd: list[tuple[float, float]] = []
-    for line in lines:
-        feature = features.get(f"{run.data.test}#{Path(line['image']).stem}")
-        if feature is None:
-            continue
-        text = model.encode_text(tokenizer.for_tower([line["caption"]], run.model.text))[0]
-        cosine = float(feature @ text)
-        if "yes" in line:
-            crowd.append((cosine, line["yes"] / (line["yes"] + 3)))
-        elif not line["own"]:
-            expert.extend((cosine, score) for score in line["scores"])
-    figures = json.loads(out.read_text())["figures"]
-    for name, pairs, variant in (("expert_votes_tau", expert, "c"), ("crowd_votes_tau", crowd, "b")):
-        assert figures[name]["items"] == len(pairs)
-        assert figures[name]["value"] == pytest.approx(100 * slow_tau(pairs, variant), abs=0.5)
-    for text, message in (
-        ('{"image": "a"}', "line 1: no image, caption"),
-        ('{"image": "a", "caption": "", "scores": [1, "nan"]}', "line 1: .*not finite"),
-        ('{"image": "a", "caption": "", "scores": [1' + 400 * "0" + "]}", "line 1: "),
-        ('{"image": "a", "caption": "", "yes": 1, "no": -1}', "line 1: "),
-        ("[]", "line 1: "),
-        ("", "about a picture"),
-        ('{"image": "z", "caption": "", "yes": 1, "no": 0}', "about a picture"),
-    ):
-        votes.write_text(text)
-        with pytest.raises(UserError, match=message):
-            evaluate_from_flags(parse(flags))
 
 
 class Slow:

@@ -39,6 +39,16 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_launcher_that_was_killed_before_its_rank_began_is_missed() -> None:
+    """`deepspeed` ends at once; its own launcher, which init adopts, then starts the rank."""
+    rank = "from clips.common.signals import LAUNCHERS, has_lost; print(has_lost(LAUNCHERS))"
+    launcher = 'while [ "$(ps -o ppid= $$)" -eq "$3" ]; do sleep 0.01; done; "$0" -c "$1"; exit'
+    words = [launcher, sys.executable, rank, "deepspeed.launcher.launch"]
+    env = os.environ | {"CROSS_SIZE": "1", "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", 'bash -c "$@" $$ &', "deepspeed", *words]
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
     code = (
         "import sys; from clips.common.signals import StopSignal; stop = StopSignal()\n"

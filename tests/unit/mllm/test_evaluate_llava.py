@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import cycle, islice
@@ -19,7 +20,7 @@ from conftest import script_parser
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from clips.common.files import sha256
+from clips.common.files import sha256, write_json
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, read_questions
 from mllm.evaluation import evaluate
@@ -36,12 +37,22 @@ from mllm.evaluation.scores import (
     scorer_version,
     yes_no_figures,
 )
-from mllm.model.load import CACHE, FACTS, load_llava, newest_model
+from mllm.model.load import CACHE, FACTS, find_model, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
 
 place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
+
+
+def test_a_run_stands_for_its_model(place: Path, tmp_path: Path) -> None:
+    """Also with the config.json that train_llava.sh leaves in it; a model with a folder of this name is itself."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "runs" / "llava" / "model", run / "model")
+    for config, found in (({"align": {}, "instruct": {}}, run / "model"), ({"model_type": "llava"}, run)):
+        write_json(run / "config.json", config)
+        assert find_model(str(run)) == str(found)
+    assert find_model(str(run / "model")) == str(run / "model")
 
 
 @pytest.fixture

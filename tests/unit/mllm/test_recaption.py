@@ -50,9 +50,16 @@ def test_pairs_become_parts_that_pretraining_reads(run: Run, tmp_path: Path, cap
         assert run(data, one, "--part-size", "6") == 2
         assert "part_size" in capsys.readouterr().err
         assert run("out", one) == 2  # its own output
+        capsys.readouterr()
+        part = tmp_path / "out" / "part-000000005.parquet"
+        whole = part.read_bytes()
+        part.write_bytes(whole[:-9])
+        assert run(data, one, "--part-size", "5") == 2
+        assert f"{part.name} is damaged" in capsys.readouterr().err
+        part.write_bytes(whole)
     source = open_source("out", Fields(), need_long=True)
     samples = [source.read(index) for index in range(len(source))]
-    made = [(picture, web, f"A picture of Caption: {web}.") for picture, web, _ in pictures(12)]
+    made = [(picture, web, echo(f"Caption: {web}")) for picture, web, _ in pictures(12)]
     assert [(sample.image, sample.web, sample.long) for sample in samples] == made[:7] + made[8:]
 
 
@@ -60,7 +67,7 @@ def test_a_message_in_the_place_of_captions_is_none(run: Run, tmp_path: Path, ca
     """A refusal in good JSON, with status 200."""
 
     def used_up(text: str, begin: int) -> str:
-        return echo(text) if int(text.split()[-1]) < begin else "The quota of today is used up."
+        return echo(text) if int(text.split()[-1]) < begin else f"The quota of today is used up (request {text[-2:]})."
 
     data = write_pairs(tmp_path / "a.tar", 60)
     with serving(lambda text: used_up(text, 20)) as captioner:
@@ -73,6 +80,53 @@ def test_a_message_in_the_place_of_captions_is_none(run: Run, tmp_path: Path, ca
     assert len(open_source("out", Fields(), need_long=True)) == 50
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unfortunately, {} cannot be described.",
+        "抱歉，我无法描述 {}。",
+        "Le quota de requêtes d'aujourd'hui est épuisé : {}.",
+        "<think>{} is what the user says.",
+        recaption.PROMPT.partition("{")[0] + "{}",
+    ],
+)
+def test_no_message_of_a_server_is_written(run: Run, tmp_path: Path, message: str) -> None:
+    """Each differs from the others by the web caption."""
+    with serving(lambda text: message.format(echo(text))) as captioner:
+        assert run(write_pairs(tmp_path / "a.tar", 60), captioner) == 4
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--batch-size", "0"), ("--part-size", "-1"), ("--max-new-tokens", "0"), ("--max-left-out-share", "nan")],
+)
+def test_what_would_wait_or_write_nothing_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, value: str
+) -> None:
+    assert run(write_pairs(tmp_path / "a.tar", 2), "endpoint:http://127.0.0.1:9/v1", flag, value) == 2
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", ["drip", "flood", "zip"])
+def test_a_list_of_models_without_end(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(recaption, "LISTING", 1 if path == "drip" else 30)
+    with serving() as captioner:
+        assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", f"/{path}")) == 2
+    told = {"drip": "within 1 seconds", "flood": "4,194,304 bytes", "zip": "lists no models"}
+    assert told[path] in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_an_answer_without_end(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with serving(lambda text: b"[]," * 2**14) as captioner:
+        assert run(write_pairs(tmp_path / "a.tar", 2), captioner) == 4
+    assert "4,194,304 bytes" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(60)
 def test_what_is_no_server_is_told_at_once(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = write_pairs(tmp_path / "a.tar", 2)
@@ -83,16 +137,19 @@ def test_what_is_no_server_is_told_at_once(run: Run, tmp_path: Path, capsys: pyt
 
 
 def test_a_server_that_fails(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    answers = {"3": [429, "A cat."], "4": [400], "5": [200, 200], "6": [""]}
+    parts = {"message": {"content": [{"type": "text", "text": "A cat."}]}, "finish_reason": "stop"}
+    filtered = {"message": {"content": "A cat. It"}, "finish_reason": "content_filter"}
+    answers = {"3": [429, "A cat."], "4": [400], "5": [200, 200], "6": [""], "9": [parts], "10": [filtered]}
+    answers["11"] = ["a " * 20_000]
 
-    def fail(text: str) -> str | int | None:
+    def fail(text: str) -> str | dict | int | None:
         number = text.split()[-1]
         return answers[number].pop(0) if answers.get(number) else echo(text)
 
     data = write_pairs(tmp_path / "a.tar", 20)
     with serving(fail) as captioner:
         assert run(data, captioner) == 0
-        assert "left out: {'not answered': 2, 'empty': 1," in capsys.readouterr().out
+        assert "left out: {'not answered': 5, 'empty': 1," in capsys.readouterr().out
         (tmp_path / "out").rename(tmp_path / "before")
         answers["8"] = [None] * 9  # it hangs up
         assert run(data, captioner) == 1

@@ -13,6 +13,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from serve_process import (
+    BAD,
     BLUE,
     CHAT,
     LONG,
@@ -86,7 +87,16 @@ def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("name", ["tools", "functions", "a tool that must be called", "JSON as an answer"])
+def test_what_the_model_cannot_do_is_refused(address: str, name: str) -> None:
+    body, word = BAD[name]
+    response = post(address, body)
+    assert (response.status_code, word in response.json()["error"]["message"]) == (400, True)
+
+
 def test_other_paths_models_and_types(address: str) -> None:
+    usual = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+    assert post(address, CHAT | usual).status_code == 200
     assert get(f"{address}/docs").status_code == 404
     response = post(address, CHAT | {"model": "gpt-5"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
