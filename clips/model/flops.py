@@ -84,17 +84,20 @@ def training_flops(model: ModelConfig, shape: BatchShape, freeze: Freeze = "none
     return parts
 
 
-def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool, freeze: Freeze = "none") -> int:
+def repeated_flops(
+    model: ModelConfig, shape: BatchShape, *, checkpointing: bool, chunk: int, freeze: Freeze = "none"
+) -> int:
     """FLOPs that a step spends a second time to save memory, and that count for no MFU.
 
-    The caption head's always, those of all blocks with activation checkpointing, but for each block's last product: its
-    output is needed by no gradient of the block.
+    The caption head's if there are more than `chunk` caption positions, those of all blocks with activation
+    checkpointing, but for each block's last product: its output is needed by no gradient of the block.
     """
     forward = forward_flops(model, shape)
+    head = forward["head"] if shape.samples * (shape.caption - 1) > chunk else 0
     if not checkpointing:
-        return forward["head"]
+        return head
     vision, text, captioner, B = model.vision, model.text, model.captioner, shape.samples
-    repeated = forward["captioner"] + forward["head"]
+    repeated = forward["captioner"] + head
     stacks: list[tuple[VisionConfig | TextConfig | CaptionerConfig, int]] = []
     if freeze != "vision":
         repeated += forward["vision"] - _patch_embed(model, shape) - B * 2 * vision.width * model.embed_dim

@@ -199,14 +199,17 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
-    """The mean cost of a sample, what is computed a second time included."""
+    """The mean cost of a sample of a batch on one rank, what is computed a second time included."""
     share, shape = run.task.caption_share, usual_shape(run, phase.image_size)
-    return int(share * _flops(run, shape) + (1 - share) * _flops(run, replace(shape, caption=0, predicted=0)))
+    chunk = run.task.caption_chunk // phase.batch_size
+    without = replace(shape, caption=0, predicted=0)
+    return int(share * _flops(run, shape, chunk) + (1 - share) * _flops(run, without, chunk))
 
 
-def _flops(run: RunConfig, shape: BatchShape) -> int:
+def _flops(run: RunConfig, shape: BatchShape, chunk: int) -> int:
+    train = run.train
     repeated = repeated_flops(
-        run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
+        run.model, shape, checkpointing=train.activation_checkpointing, chunk=chunk, freeze=train.freeze
     )
     if run.train.whole_step:
         forward = forward_flops(run.model, shape)

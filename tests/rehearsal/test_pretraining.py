@@ -73,8 +73,8 @@ def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tupl
     shape = fullest_shape(run, phase, micro_batch_size(phase, count, gpus), gpus)
     shape = replace(shape, world_size=gpus * (count if whole else 1))
     flops = sum(training_flops(run.model, shape, run.train.freeze).values())
-    checkpointing = run.train.activation_checkpointing
-    flops += repeated_flops(run.model, shape, checkpointing=checkpointing, freeze=run.train.freeze)
+    settings = {"checkpointing": run.train.activation_checkpointing, "chunk": run.task.caption_chunk}
+    flops += repeated_flops(run.model, shape, **settings, freeze=run.train.freeze)
     if whole:
         forward = forward_flops(run.model, shape)
         flops = count * (flops + forward["vision"] + forward["text"])
