@@ -67,7 +67,7 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
         return fields
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     if fields.long == OTHERS:
-        long = "one drawn in each step, two of the others joined as the long caption"
+        long = "one drawn in each step of pretraining, two of the others joined as the long caption"
     parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
     say_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields

@@ -66,6 +66,8 @@ class Table:
         lists = {field.name for field in schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)}
         columns, lists = self._json_columns() if self.is_json else (schema.names, lists)
         self._numbered = _numbered(columns)
+        for name, parts in self._numbered.items():
+            say_once(f"{self.name}: {parts[0]!r} to {parts[-1]!r} are read as one list, {name!r}")
         self.columns = [*columns, *self._numbered]
         self.lists = {*lists, *self._numbered}
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)

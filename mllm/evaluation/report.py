@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clips import BrokenSample
 from clips.common.files import read_json, read_json_records, replacing
 from clips.common.page import (
@@ -72,16 +74,23 @@ def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
 def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
     """Return `one_caption`: the best of the 50 most frequent references if it described every image, and its CIDEr-D.
 
-    The best is chosen on a hundred images. Empty without references.
+    The best is chosen on a hundred images. A caption of a single image is not scored on that image, where it would be
+    its own reference. Empty without references.
     """
     references = [question.references for question in questions if question.references]
-    counts = Counter(text for texts in references for text in texts)
+    counts = Counter(text for texts in references for text in dict.fromkeys(texts))
+
+    def score(text: str, asked: Sequence[Sequence[str]]) -> float:
+        scores = cider([text] * len(asked), asked)[1]
+        kept = [own for own, texts in zip(scores, asked, strict=True) if counts[text] > 1 or text not in texts]
+        return float(np.mean(kept)) if kept else 0.0
+
     some = random.Random(0).sample(references, min(100, len(references)))
-    tried = {text: cider([text] * len(some), some)[0] for text, _ in counts.most_common(50)}
+    tried = {text: score(text, some) for text, _ in counts.most_common(50)}
     if not tried:
         return {}
     best = max(tried, key=tried.__getitem__)
-    return {"one_caption": {"caption": best, "cider_d": cider([best] * len(references), references)[0]}}
+    return {"one_caption": {"caption": best, "cider_d": score(best, references)}}
 
 
 def _measured(figures: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

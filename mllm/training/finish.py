@@ -113,5 +113,5 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
         say_next("the same command with --stage 2")
     else:
         console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
-        script = "evaluate_llava" if (run_dir / TEST).is_file() else "chat"
-        say_next(f"python scripts/{script}.py --model {shlex.quote(f'{run_dir}/model')}")
+        if not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
+            say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")

@@ -114,11 +114,12 @@ def test_flickr30k_as_parquet_of_the_hub(tmp_path: Path) -> None:
     assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
 
 
-def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path) -> None:
+def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """jxie/flickr8k: a column for each of the five captions."""
     write_splits(tmp_path, {f"caption_{n}": text for n, text in enumerate(FIVE)}, train=3, validation=2, test=1)
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
     assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
+    assert "'caption_0' to 'caption_4' are read as one list, 'caption'" in caplog.text
     tokenizer = build_tokenizer("wordpiece", FIVE * 3, vocab_size=64)
     small = run.override(["phases.*.samples=3", "phases.*.batch_size=3", "data.workers=0"])
     batch = next(iter(make_loader(opened(run), tokenizer, small, rank=0, world_size=1)))

@@ -328,6 +328,8 @@ def test_one_caption_for_all_is_the_floor_of_descriptions() -> None:
     assert floor == {"caption": "a red cat sits", "cider_d": cider(["a red cat sits"] * 300, texts)[0]}
     assert floor["cider_d"] > cider(["some dog 3"] * 300, texts)[0]
     assert one_caption([Question(id=0, text="?", answer="Yes")]) == {}
+    strangers = [Question(id=i, text="?", references=(f"thing{i} stands{i} here{i}",)) for i in range(9)]
+    assert one_caption(strangers)["one_caption"]["cider_d"] == 0.0, "a caption described its own image"
 
 
 def test_cider_is_coco_caption_s() -> None:
