@@ -189,7 +189,7 @@ class Source:
         return None
 
     def image_id(self, index: int) -> bytes:
-        """What tells the image of a sample from others: its path, or its last bytes. Raises BrokenSample."""
+        """Return an identity of the sample's image: its path, or its last bytes. Raises BrokenSample."""
         raise NotImplementedError
 
     def image_hashes(self) -> np.ndarray:

@@ -37,8 +37,8 @@ def _masked(strategy: str) -> tuple[str, ...]:
 PHOTOGRAPHS = {"demo": "small", "clip_baseline": "small_clip"}
 """The recipes of the variants → those that take their places with `--recipe small`."""
 LONGER, SENTENCE_LONGER = 1.4, 1.2
-"""Samples that CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS (`small`)
-sees one: `tools/benchmark.py parts` on one thread of an AMD EPYC with AVX-512 bf16."""
+"""About as many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
+(`small`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", WEB),
     "web_longer": Variant(f"web caption only, {LONGER} × the samples", "clip_baseline", WEB, times=LONGER),

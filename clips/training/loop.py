@@ -296,7 +296,7 @@ def _too_many_broken(run: RunConfig, state: TrainState, skipped: list[tuple[str,
         f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
         f"data.max_broken_share = {run.data.max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
         f"  {reasons}\n{mend_broken(state.skipped / state.samples)} --allow-config-change. "
-        "Data without them are another run's, under another --name"
+        "A run on data without them needs another --name"
     )
 
 

@@ -209,6 +209,6 @@ def test_eight_images_hold_nothing_out(tmp_path: Path) -> None:
     with_captions(tmp_path / "mine.tar", 8)
     size = ("--samples", "16", "--batch-size", "8", "--output", tmp_path, "--name", "mine")
     done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", *size))
-    assert_said(done, 0, "8 samples", "nothing is held out of 8 images, below 100")
+    assert_said(done, 0, "8 samples", "no image is held out of 8, fewer than 100")
     assert "the best checkpoint" not in done.text
     assert (tmp_path / "mine/export/native/model.safetensors").is_file()

@@ -124,7 +124,7 @@ def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path:
     tree["task"]["objective"] = objective
     tree["model"] |= {"embed_dim": 0, "captioner": tree["model"]["captioner"] | {"web": False}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=f"'{re.escape(objective)}' has left; commit aa82178b was the last"):
+    with pytest.raises(UserError, match=f"'{re.escape(objective)}' was removed; commit aa82178b is the last"):
         RunConfig.load(tmp_path / "config.json")
 
 
