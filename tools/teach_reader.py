@@ -29,7 +29,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from clips.common.errors import run_command
+from clips.common.errors import UserError, run_command
 from clips.common.files import placing, replacing, sha256, write_json
 from clips.common.flags import Parser
 from clips.common.runtime import autocast, has_bf16
@@ -57,17 +57,11 @@ SHARES = {"identity": 18, "sides": 18, "yes_no": 31, "caption": 3, "attribute": 
 KINDS = (*demo.KINDS, "attribute", "attribute_yes_no")
 WHAT_KIND = "What kind of {words} is this?"
 SHOP = (
-    "accessories accessory apparel backpack bag band bangle bath beauty beige belt black blouse blush body book boots "
-    "bottle bottoms boxers boy bra bracelet briefs bronze brown burgundy capris casual charcoal child clothes clutch "
-    "coat coffee concealer copper cosmetics cream deodorant dress dupatta duffel ear earring ethnic eye face fashion "
-    "flats flip flops fluorescent foot footwear formal foundation fragrance free frock garment gift girl glass glove "
-    "gold grey hair handbag heel highlighter home indigo jacket jean jegging jersey jewel jumpsuit kid kurta kurti "
-    "lavender legging lime lip lipstick lotion lounge magenta makeup mascara maroon mask mauve metallic mobile multi "
-    "mustard muffler nail navy neck necklace night nude nutmeg olive orange pant party peach pendant perfume polish "
-    "pouch purse rain robe rose rucksack rust saree sandal sapphire sari scarf sea sets shapewear shirt shoe short "
-    "silver skin skirt sleepwear slipper smart smartwatch sneaker sock spectacle sport stocking stole suit sunglasses "
-    "suspender sweater sweatshirt swimwear tablet tan taupe teal tie tights tone top track travel trouser trunk tunic "
-    "turquoise umbrella underwear unisex vest vintage waist wallet wash watch water wear wedding women wristband men"
+    "backpack bag band bath beauty belt black body book boots bottle boy bronze brown cap casual chain charcoal child "
+    "clothes coat coffee copper cosmetics cream fashion flip fluorescent foot formal foundation free garment gift "
+    "girl glass glove gold grey hair heel home jacket jewel kid laptop lime lip makeup mask messenger metallic mist "
+    "mobile multi mustard nail navy neck night none pant party rain rose rust sea sets shoe short silver skin smart "
+    "sock sport steel suit tablet tie tone track travel trunk vest vintage waist wallet wash water wear wedding women"
 )
 """Words of shops, which are left out too, with their plurals, so that a reader can be measured on one."""
 
@@ -290,8 +284,11 @@ def teach(reader: Reader, flags: Any, words: Sequence[str] | None = None) -> Non
     known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
     optimizer = torch.optim.AdamW(reader.weights.values(), weight_decay=0.0, fused=True)
     done = 0
+    settings = {name: getattr(flags, name) for name in ("layers", "samples", "seed")}
     if path.is_file():
         saved = read_torch(path)
+        if saved["settings"] != settings:
+            raise UserError(f"{path} is of {saved['settings']}, not of {settings}: name another --output")
         done = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         for name, weight in reader.weights.items():
@@ -316,7 +313,10 @@ def teach(reader: Reader, flags: Any, words: Sequence[str] | None = None) -> Non
             print(f"{(step + 1) * BATCH:,} samples  {seconds:.0f} s  loss {mean:.3f}  {right}", flush=True)
             with placing(path) as file:
                 weights = {name: weight.detach() for name, weight in reader.weights.items()}
-                torch.save({"step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()}, file)
+                torch.save(
+                    {"settings": settings, "step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()},
+                    file,
+                )
 
 
 @torch.no_grad()
