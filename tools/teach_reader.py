@@ -1,31 +1,31 @@
 #!/usr/bin/env python
-"""Teach the small language model to find words again, in words alone, and save that as a LoRA adapter.
+"""Teach the small language model to find words again, in words alone, and save what it learned as a LoRA adapter.
 
-In an imagined scene embeddings of words stand in place of the image tokens: the word for what a cell shows, the words
-for its place (or of the attribute's column), and noise. The words are random ones of the vocabulary, so nothing can be
-learned by heart. The linear layers of the kept layers train whole, and an SVD cuts their change to a rank that fits
-into MEGABYTES. A tenth of the words is held out. An answer is right if every token of it, its end included, is the most
-likely one behind those before it, so greedy decoding writes exactly this answer.
+In an imagined scene embeddings of words stand in place of image tokens: what a cell shows, its place (or the column of
+a table), and noise. The words are random ones of the vocabulary, so nothing can be learned by heart. The linear layers
+of the kept layers train whole, and an SVD cuts their change to a rank that fits into `LARGEST` bytes. A tenth of the
+words is held out for measuring. An answer is right if each of its tokens, the end included, is the most likely one
+behind those before it; greedy decoding then writes this answer.
 
-Every EVERY samples the tool prints right answers in % on held-out words and saves a checkpoint, from which the same
-command goes on. 19,200 samples take about 75 minutes of one core with AVX-512 bf16.
+Every `EVERY` samples the tool prints right answers in % on held-out words and saves a checkpoint, from which the same
+command goes on. 24,000 samples take about 75 minutes of one core with AVX-512 bf16.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import random
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -34,27 +34,28 @@ from clips.common.files import placing, replacing, sha256, write_json
 from clips.common.flags import Parser
 from clips.common.runtime import autocast, has_bf16
 from clips.common.tensors import read_torch, write_weights
-from clips.data.demo import BACKGROUNDS, CONCEPTS, IMAGE_SIZE, PLACES, capital, describe, draw_scene
+from clips.data.demo import BACKGROUNDS, CONCEPTS, IMAGE_SIZE, PLACES, describe, draw_scene
 from mllm import DEFAULT_LLM
 from mllm.data import demo
 from mllm.data.attributes import IS_VALUE, SHORT, WHAT_VALUE
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import pad_rows
-from mllm.data.demo import DemoScene, QuestionAnswer
-from mllm.model.forward import answer_logits, causal_lm_loss
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import PACKED, Counts, Packing
 
-BATCH, RATE, WARMUP, FALLING = 16, 5e-4, 30, 0.3
-"""Samples of a step, AdamW's rate, steps of its warm-up, share of the samples over which it falls to zero."""
-EVERY = 1_600
-MEGABYTES, HEADER = 8, 40_000
+BATCH, RATE, WARMUP, FALLING, EVERY = 16, 5e-4, 30, 0.3, 1_600
+"""Samples of a step, AdamW's rate, steps of its warm-up, share of the steps in which it falls to zero; see above."""
+LARGEST, HEADER = 8_000_000, 40_000
 GRID = 6
+CELLS = torch.cartesian_prod(*[(torch.arange(GRID) + 0.5) / GRID] * 2).flip(1)
+"""[GRID², 2]: x and y of each cell's centre."""
+PLACES_OF_CELLS = torch.eye(len(PLACES))[torch.cdist(CELLS, torch.tensor([*PLACES.values()])).argmin(1)]
 COUNTS = {1: 5, 2: 6, 3: 5, 4: 2}
 """Things of a scene → relative frequency."""
-SHARES = {"identity": 18, "sides": 18, "yes_no": 31, "caption": 3, "attribute": 15, "attribute_yes_no": 15}
-"""Kind of a conversation → relative frequency; "sides" asks where things are and what is beside them."""
-KINDS = (*demo.KINDS, "attribute", "attribute_yes_no")
+KINDS = {"identity": 18, "count": 1, "where": 10, "relation": 8, "yes_no": 30, "value": 15, "is_value": 15}
+"""Kind of a question, of the demo or of a table → relative frequency of conversations of it in training."""
+CAPTIONS = 3
+"""The same of captions."""
 WHAT_KIND = "What kind of {words} is this?"
 SHOP = (
     "backpack bag band bath beauty belt black body book boots bottle boy bronze brown cap casual chain charcoal child "
@@ -65,180 +66,126 @@ SHOP = (
 )
 """Words of shops, which are left out too, with their plurals, so that a reader can be measured on one."""
 
+Sample = tuple[list[demo.QuestionAnswer], Tensor]
+"""A conversation and the embeddings [GRID², D] in place of its image."""
+
 
 class Imagination:
-    """Random names out of a vocabulary, and the embeddings that show them. `held_out` words are never in training."""
+    """Conversations about random names out of a vocabulary; `held_out` words are in no training."""
 
-    def __init__(self, llm: LanguageModel, *, held_out: bool, words: Sequence[str] | None = None) -> None:
-        table = llm.model.get_input_embeddings().weight.detach().float()
+    def __init__(self, llm: LanguageModel, *, held_out: bool, words: Sequence[str] = ()) -> None:
+        table = llm.model.get_input_embeddings().weight.detach()
         self.centre = table.mean(0)
         self.spread = (table - self.centre).square().sum(1).mean().sqrt()
-        self.units = unit(table - self.centre)
-        self.tokenizer = llm.tokenizer
-        vocabulary = llm.tokenizer.get_vocab()
-        plain = re.compile("Ġ[b-df-hj-np-tv-z][a-z]{3,}")  # "a" is the right article
-        taken = " ".join([*CONCEPTS, *CONCEPTS.values(), *BACKGROUNDS, *PLACES, SHOP]).lower()
-        left_out = {form for word in re.findall("[a-z]+", taken) for form in (word, f"{word}s", f"{word}es")}
-        found = sorted(token[1:] for token, number in vocabulary.items() if plain.fullmatch(token) and number < 30_000)
-        of_split = [word for word in found if (hashlib.sha256(word.encode()).digest()[0] < 26) == held_out]
-        self.words = list(words) if words else [word for word in of_split if word not in left_out]
-        spellings = {word: capital(word) for word in self.words}
-        self.capitals = [name for name in spellings.values() if {name, f"Ġ{name}"} <= vocabulary.keys()] or [
-            *spellings.values()
-        ]
-        """Words that are one token at the start of an answer, too."""
+        self.units = F.normalize(table - self.centre)
         self.tokens = functools.cache(lambda name: llm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
+        vocabulary = llm.tokenizer.get_vocab()
+        taken = re.findall("[a-z]+", " ".join([*CONCEPTS, *CONCEPTS.values(), *BACKGROUNDS, *PLACES, SHOP]).lower())
+        left_out = {f"{word}{ending}" for word in taken for ending in ("", "s", "es")}
+        plain = re.compile("Ġ([b-df-hj-np-tv-z][a-z]{3,})")  # "a" is the right article
+        found = [plain.fullmatch(token) for token, number in sorted(vocabulary.items()) if number < 30_000]
+        names = [match[1] for match in found if match and match[1] not in left_out]
+        self.words = words or [w for w in names if (hashlib.sha256(w.encode()).digest()[0] < 26) == held_out]
+        capitals = [word.capitalize() for word in self.words]
+        self.values = capitals + 20 * [name for name in capitals if {name, f"Ġ{name}"} <= vocabulary.keys()]
+        """Most are one token at the start of an answer, too."""
 
-    def name(self, rng: random.Random, words: Sequence[str]) -> str:
-        """One word, two words, a plural, or two words in one."""
-        first, second = rng.choice(words), rng.choice(words)
-        forms = (first, f"{first} {second}", f"{first}s", f"{first}{second.lower()}")
-        return rng.choices(forms, (75, 12, 8, 5))[0]
-
-    def names(self, rng: random.Random, count: int, *, values: bool = False) -> list[str]:
-        """Different names: of things, or `values` of attributes, of which most are capitalised."""
-        found: dict[str, None] = {}
-        while len(found) < count:
-            words = rng.choices((self.capitals, self.words), (4, 1))[0] if values else self.words
-            name = self.name(rng, words)
-            found[" ".join(map(capital, name.split())) if values and rng.random() < 0.8 else name] = None
-        return list(found)
+    def names(self, rng: random.Random, count: int, words: Sequence[str]) -> list[str]:
+        """Different names: one word, two words, a plural, or two words in one."""
+        names: dict[str, None] = {}
+        while len(names) < count:
+            first, second = rng.choices(words, k=2)
+            forms = (first, f"{first} {second}", f"{first}s", f"{first}{second.lower()}")
+            name = rng.choices(forms, (75, 12, 8, 5))[0]
+            names[name.lower() if rng.random() < 0.2 else name] = None
+        return list(names)
 
     def directions(self, names: Sequence[str], weights: Tensor, noise: torch.Generator) -> Tensor:
-        """Unit vectors [N, D] of N cells that show `names` by `weights` [N, names].
-
-        Of several tokens the earlier ones weigh more, which tells their order.
-        """
+        """Unit vectors [N, D] of cells that show names by `weights` [N, names]; earlier tokens of a name weigh more."""
         total = torch.zeros(len(weights), self.units.shape[1])
         for name, column in zip(names, weights.T, strict=True):
             ids = self.tokens(name)
             shares = (0.5 + torch.rand(len(weights), len(ids), generator=noise)) * 0.7 ** torch.arange(len(ids))
-            total += column[:, None] * unit(shares @ self.units[ids])
-        return unit(total)
+            total += column[:, None] * F.normalize(shares @ self.units[ids])
+        return F.normalize(total)
 
     def cells(
-        self, shown: tuple[Sequence[str], Tensor], tags: tuple[Sequence[str], Tensor], rng: random.Random
+        self, names: Sequence[str], weights: Tensor, tags: Sequence[str], of_tags: Tensor, rng: random.Random
     ) -> Tensor:
-        """The embeddings [GRID², D] of cells that show names by weights; `tags` say their places or columns."""
+        """Embeddings [GRID², D] of cells that show names by `weights`; `tags` say a cell's place or column."""
         noise = torch.Generator().manual_seed(rng.getrandbits(60))
         a, b, n, lost = torch.rand(4, GRID**2, 1, generator=noise)
-        stray, other = self.units[torch.randint(len(self.tokenizer), (2, GRID**2), generator=noise)]
-        words = torch.where(lost < 0.05, stray, self.directions(*shown, noise))
-        mixed = words + 0.5 * (0.6 + 0.8 * b) * self.directions(*tags, noise) + 0.6 * n * other
-        return self.centre + (0.8 + 0.4 * a) * self.spread * unit(mixed)
+        stray, other = self.units[torch.randint(len(self.units), (2, GRID**2), generator=noise)]
+        words = torch.where(lost < 0.05, stray, self.directions(names, weights, noise))
+        mixed = words + 0.5 * (0.6 + 0.8 * b) * self.directions(tags, of_tags, noise) + 0.6 * n * other
+        return self.centre + (0.8 + 0.4 * a) * self.spread * F.normalize(mixed)
 
-    def scene(self, rng: random.Random) -> tuple[DemoScene, Tensor]:
-        """A scene of the demo's kind with random names, and its cells."""
-        *names, ground = self.names(rng, 1 + rng.choices(list(COUNTS), list(COUNTS.values()))[0])
+    def of_scene(self, kind: str, rng: random.Random) -> Sample:
+        """A scene of the demo with random names."""
+        *names, ground = self.names(rng, 1 + rng.choices([*COUNTS], [*COUNTS.values()])[0], self.words)
         drawn = replace(draw_scene(rng, names), background=ground)
-        weights = torch.zeros(GRID, GRID, len(names) + 1)
-        weights[..., -1] = 1
-        centres = (torch.arange(GRID) + 0.5) * IMAGE_SIZE / GRID
+        shown = torch.full((GRID**2,), len(names))
         for number, thing in enumerate(drawn.things):  # from back to front
-            left, top, right, bottom = thing.box
-            rows, columns = (centres > top) & (centres < bottom), (centres > left) & (centres < right)
-            weights[rows[:, None] & columns] = torch.eye(len(names) + 1)[number]
-        order = sorted(drawn.things, key=lambda thing: list(PLACES).index(thing.place))
-        things = tuple((thing.concept, thing.place) for thing in order)
-        scene = DemoScene("", b"", things, ground, describe(drawn, rng).caption, "")
-        return scene, self.cells(([*names, ground], weights.flatten(0, 1)), (list(PLACES), PLACES_OF_CELLS), rng)
-
-    def item(self, rng: random.Random) -> tuple[dict[str, str], Tensor]:
-        """One item's attributes, column → value, and its cells. With several, a cell says whose value it shows."""
-        count = rng.choice((1, 1, 2, 3))
-        columns, values = self.names(rng, count), self.names(rng, count + 1, values=True)
-        weights = torch.tensor([[rng.random() ** 3 for _ in columns] + [0.0] for _ in range(GRID**2)])
-        edge = rng.choice((0, 0, 1))
-        inside = torch.zeros(GRID, GRID, dtype=torch.bool)
-        inside[edge : GRID - edge, edge : GRID - edge] = True
-        weights[~inside.flatten()] = torch.eye(count + 1)[-1]  # what is behind the item
-        tags = weights * (count > 1)
-        return dict(zip(columns, values, strict=False)), self.cells(
-            (values, weights), ([*columns, "background"], tags), rng
-        )
-
-    def sample(self, kind: str, rng: random.Random) -> tuple[list[QuestionAnswer], Tensor]:
-        """A conversation of one kind of training or one question of KINDS, with its cells."""
-        if kind.startswith("attribute"):
-            item, cells = self.item(rng)
-            yes_no = [(*pair, yes) for pair in item.items() for yes in (True, False)]
-            if kind == "attribute":
-                pairs = [(rng.choice((WHAT_VALUE, WHAT_KIND)).format(words=words), item[words]) for words in item]
-            else:
-                absent = self.names(rng, len(yes_no), values=True)
-                pairs = [
-                    (IS_VALUE.format(words=words, value=value if yes else other), "Yes" if yes else "No")
-                    for (words, value, yes), other in zip(yes_no, absent, strict=True)
-                ]
-            (question, answer), *others = rng.sample(pairs, len(pairs))
-            return [(f"{question}\n{SHORT}", answer), *others], cells
-        scene, cells = self.scene(rng)
-        things = rng.sample(scene.things, len(scene.things))
+            box = torch.tensor(thing.box) / IMAGE_SIZE
+            shown[((box[:2] < CELLS) & (box[2:] > CELLS)).all(1)] = number
+        weights = torch.eye(len(names) + 1)[shown]
+        cells = self.cells([*names, ground], weights, [*PLACES], PLACES_OF_CELLS, rng)
+        things = tuple((thing.concept, thing.place) for thing in drawn.things)
+        scene = demo.DemoScene("", b"", things, ground, describe(drawn, rng).caption, "")
         if kind == "caption":
             return [(rng.choice(demo.CAPTION_PROMPTS), scene.caption)], cells
-        first = [(demo.ask_count, 0.3), (demo.ask_background, 0.1)]
-        pairs = [ask(scene, things[0], rng) for ask, share in first if rng.random() < share]
-        if kind == "identity":
-            pairs += [demo.ask_identity(scene, thing, rng) for thing in things]
-        elif kind == "sides":
-            pairs += filter(None, [demo.ask_relation(scene, thing, rng) for thing in things[:2]])
-            pairs += [demo.ask_where(scene, thing, rng) for thing in things]
+        first = [ask(scene, things[0], rng) for ask, share in demo.FIRST.items() if rng.random() < share / 3]
+        if kind == "yes_no":
+            others = self.names(rng, 40, self.words)
+            pairs = [demo.is_there(scene, about, yes, rng, others) for about in things for yes in (True, False)]
         else:
-            asked = [(thing, yes) for thing in things for yes in (True, False)]
-            pairs += [demo.is_there(scene, *about, rng, self.names(rng, 40)) for about in rng.sample(asked, len(asked))]
-        return list(dict(pairs).items()), cells
+            asked = rng.sample(things, 1 if kind == "count" else len(things))
+            pairs = [pair for about in asked if (pair := demo.KINDS[kind](scene, about, rng))]
+        return first + rng.sample(pairs, len(pairs)), cells
 
-    def question(self, kind: str, rng: random.Random) -> tuple[list[QuestionAnswer], Tensor]:
-        """One question of one of KINDS, with its cells."""
-        if kind not in demo.KINDS:
-            pairs, cells = self.sample(kind, rng)
-            return pairs[:1], cells
+    def of_table(self, kind: str, rng: random.Random) -> Sample:
+        """One item of a table, whose columns and values are random names."""
+        columns = self.names(rng, rng.choice((1, 1, 2, 3)), self.words)
+        *values, ground = self.names(rng, len(columns) + 1, self.values)
+        weights = torch.tensor([[rng.random() ** 3 for _ in columns] + [0.0] for _ in CELLS])
+        weights[((CELLS - 0.5).abs() > rng.choice((0.35, 0.35, 0.5))).any(1)] = torch.eye(len(columns) + 1)[-1]
+        tags = [*columns, "background"]
+        cells = self.cells([*values, ground], weights, tags, weights * (len(columns) > 1), rng)
+        if kind == "value":
+            asked = [(rng.choice((WHAT_VALUE, WHAT_KIND)), *pair) for pair in zip(columns, values, strict=True)]
+            pairs = [(question.format(words=words), value) for question, words, value in asked]
+        else:
+            answers = {"Yes": values, "No": self.names(rng, len(columns), self.values)}
+            pairs = [
+                (IS_VALUE.format(words=words, value=value), answer)
+                for answer, named in answers.items()
+                for words, value in zip(columns, named, strict=True)
+            ]
+        return [(f"{question}\n{SHORT}", answer) for question, answer in rng.sample(pairs, len(pairs))], cells
+
+    def sample(self, kind: str, rng: random.Random) -> Sample:
+        """A conversation of one kind of question; with a tenth of the words never empty."""
         while True:
-            scene, cells = self.scene(rng)
-            thing = rng.choice(scene.things)
-            if kind == "yes_no":
-                pair: Any = demo.is_there(scene, thing, rng.random() < 0.5, rng, self.names(rng, 40))
-            else:
-                pair = demo.KINDS[kind](scene, thing, rng)
-            if pair is not None:
-                return [pair], cells
-
-
-def unit(x: Tensor) -> Tensor:
-    return nn.functional.normalize(x, dim=-1)
-
-
-def place_of(row: int, column: int) -> str:
-    """The place of a cell: "center" for the four in the middle, else its quarter."""
-    if {row, column} <= {GRID // 2 - 1, GRID // 2}:
-        return "center"
-    return f"{'top' if row < GRID // 2 else 'bottom'} {'left' if column < GRID // 2 else 'right'}"
-
-
-PLACES_OF_CELLS = torch.eye(len(PLACES))[[list(PLACES).index(place_of(*divmod(i, GRID))) for i in range(GRID**2)]]
+            pairs, cells = (self.of_table if "value" in kind else self.of_scene)(kind, rng)
+            if pairs:
+                return list(dict(pairs).items()), cells
 
 
 class Reader:
-    """The language model while it is taught: its kept layers' linear weights train, all else is frozen."""
+    """The language model while it is taught: the linear weights of its layers train, all else is frozen."""
 
     def __init__(self, llm: LanguageModel) -> None:
-        self.llm = llm
-        llm.model.requires_grad_(False).set_attn_implementation(PACKED)
-        layers = llm.model.model.layers.named_modules(prefix="model.layers")
-        self.linear = {name: module for name, module in layers if isinstance(module, nn.Linear)}
-        self.weights = {name: module.weight.requires_grad_() for name, module in self.linear.items()}
-        self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.llm, self.model = llm, llm.model.requires_grad_(False)
+        self.model.set_attn_implementation(PACKED)
+        linear = [name for name, module in self.model.model.named_modules() if isinstance(module, nn.Linear)]
+        self.weights = {f"model.{name}": self.model.model.get_parameter(f"{name}.weight") for name in linear}
+        self.start = {name: weight.clone() for name, weight in self.weights.items()}
         self.encoder = ConversationEncoder(llm.tokenizer, "auto", GRID**2)
-        # As a LLaVA model holds them.
-        self.llava: Any = SimpleNamespace(
-            model=SimpleNamespace(language_model=llm.model.model), lm_head=llm.model.lm_head
-        )
-        self.device = torch.device("cpu")
+        for weight in self.weights.values():
+            weight.requires_grad_()
 
-    def batch(
-        self, samples: Sequence[tuple[list[QuestionAnswer], Tensor]]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """The arguments of `causal_lm_loss`."""
+    def predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits [n, V] of the n answer tokens, the tokens [n], and the sample of each [n]."""
         turns = [demo.turns_of([(f"<image>\n{pairs[0][0]}", pairs[0][1]), *pairs[1:]]) for pairs, _ in samples]
         encoded = [self.encoder.encode(conversation, 1, "imagined") for conversation in turns]
         ids = pad_rows([sample.input_ids for sample in encoded], self.llm.tokenizer.pad_token_id)
@@ -246,45 +193,41 @@ class Reader:
         mask = pad_rows([[1] * len(sample.input_ids) for sample in encoded], 0)
         image_id = self.encoder.image_id
         counts = Counts.of({"input_ids": ids, "attention_mask": mask, "labels": labels}, image_id)
-        embeds = self.llm.model.get_input_embeddings()(ids)
+        packing = Packing.of(mask, counts)
+        embeds = self.model.get_input_embeddings()(ids)
         embeds[ids == image_id] = torch.cat([cells for _, cells in samples])
-        return (embeds, mask, labels), {"learned": counts.learned, "packing": Packing.of(mask, counts)}
-
-    def loss(self, samples: Sequence[tuple[list[QuestionAnswer], Tensor]]) -> Tensor:
-        tensors, sizes = self.batch(samples)
-        with autocast(self.device, enabled=has_bf16(self.device)):
-            return causal_lm_loss(self.llava, *tensors, **sizes)
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        with autocast(embeds.device, enabled=has_bf16(embeds.device)):
+            states = self.model.model(
+                inputs_embeds=embeds.flatten(0, 1)[packing.row][None],
+                position_ids=packing.position_ids,
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state[0, packing.in_row(rows * ids.shape[1] + columns)]
+            return self.model.lm_head(states).float(), labels[rows, columns + 1], rows
 
     @torch.no_grad()
     def right(self, imagination: Imagination, questions: int) -> dict[str, float]:
-        """Right answers in % by kind."""
+        """Return right answers in % by kind, each question alone."""
         right = {}
         for kind in KINDS:
             rng = random.Random(f"questions/{kind}")
-            wrong: set[int] = set()
+            samples = [imagination.sample(kind, rng) for _ in range(questions)]
+            asked = [(pairs[-1:], cells) for pairs, cells in samples]
+            wrong = 0
             for start in range(0, questions, 2 * BATCH):
-                count = min(2 * BATCH, questions - start)
-                (embeds, mask, labels), sizes = self.batch([imagination.question(kind, rng) for _ in range(count)])
-                with autocast(self.device, enabled=has_bf16(self.device)):
-                    logits, places = answer_logits(self.llava, embeds, mask, labels, **sizes)
-                missed = places[logits.argmax(-1) != labels.flatten()[places + 1]]
-                wrong.update((start + missed // labels.shape[1]).tolist())
-            right[kind] = round(100 * (1 - len(wrong) / questions), 1)
+                logits, tokens, rows = self.predict(asked[start : start + 2 * BATCH])
+                wrong += len(rows[logits.argmax(-1) != tokens].unique())
+            right[kind] = round(100 - 100 * wrong / questions, 1)
         return right
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Warm-up, constant, and at the end a fall to zero."""
-    return RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (FALLING * steps))
-
-
-def teach(reader: Reader, flags: Any, words: Sequence[str] | None = None) -> None:
+def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
     """Train up to `--samples`, from the last checkpoint on if there is one."""
-    steps, path = flags.samples // BATCH, flags.output / "checkpoint.pt"
+    steps, done, path = flags.samples // BATCH, 0, flags.output / "checkpoint.pt"
     known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
     optimizer = torch.optim.AdamW(reader.weights.values(), weight_decay=0.0, fused=True)
-    done = 0
-    settings = {name: getattr(flags, name) for name in ("layers", "samples", "seed")}
+    settings = {"layers": flags.layers, "samples": flags.samples, "seed": flags.seed}
     if path.is_file():
         saved = read_torch(path)
         if saved["settings"] != settings:
@@ -293,78 +236,60 @@ def teach(reader: Reader, flags: Any, words: Sequence[str] | None = None) -> Non
         optimizer.load_state_dict(saved["optimizer"])
         for name, weight in reader.weights.items():
             weight.data.copy_(saved["weights"][name])
-    begin, losses = time.monotonic(), []
+    losses = []
     for step in range(done, steps):
-        samples = []
-        for number in range(step * BATCH, (step + 1) * BATCH):
-            rng = random.Random(f"{flags.seed}/{number}")
-            samples.append(known.sample(rng.choices(list(SHARES), list(SHARES.values()))[0], rng))
-        optimizer.param_groups[0]["lr"] = rate_at(step, steps)
-        loss = reader.loss(samples)
+        rngs = [random.Random(f"{flags.seed}/{step}/{number}") for number in range(BATCH)]
+        kinds = [rng.choices([*KINDS, "caption"], [*KINDS.values(), CAPTIONS])[0] for rng in rngs]
+        logits, tokens, _ = reader.predict([known.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
+        loss = F.cross_entropy(logits, tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(reader.weights.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (FALLING * steps))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) * BATCH % EVERY == 0 or step + 1 == steps:
-            mean, losses = sum(losses) / len(losses), []
-            seconds = time.monotonic() - begin
             right = reader.right(unknown, flags.questions)
-            print(f"{(step + 1) * BATCH:,} samples  {seconds:.0f} s  loss {mean:.3f}  {right}", flush=True)
+            print(f"{(step + 1) * BATCH:,} samples  loss {sum(losses) / len(losses):.3f}  {right}", flush=True)
+            losses = []
+            state = {"settings": settings, "step": step + 1, "optimizer": optimizer.state_dict()}
             with placing(path) as file:
-                weights = {name: weight.detach() for name, weight in reader.weights.items()}
                 torch.save(
-                    {"settings": settings, "step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()},
-                    file,
+                    state | {"weights": {name: weight.detach() for name, weight in reader.weights.items()}}, file
                 )
 
 
 @torch.no_grad()
-def cut(reader: Reader, rank: int) -> dict[str, Tensor]:
-    """Replace the weights' change by its best approximation of `rank`, and return its factors as PEFT names them."""
+def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
+    """Write the adapter, and facts about it, to `--output`/adapter. The reader's weights become those with it."""
+    unknown = Imagination(reader.llm, held_out=True, words=words)
+    before = reader.right(unknown, flags.questions)
+    rank = min(flags.rank, (LARGEST - HEADER) // sum(2 * sum(weight.shape) for weight in reader.weights.values()))
     factors = {}
     for name, weight in reader.weights.items():
         u, s, v = torch.linalg.svd(weight - reader.start[name], full_matrices=False)
-        b, a = ((part.half()) for part in (u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * v[:rank]))
+        b, a = (u * s.sqrt())[:, :rank].half(), (s.sqrt()[:, None] * v)[:rank].half()
         weight.copy_(reader.start[name] + b.float() @ a.float())
         factors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-    return factors
-
-
-def fitting_rank(reader: Reader) -> int:
-    """The largest rank of an adapter of at most MEGABYTES in fp16."""
-    return int((MEGABYTES * 1e6 - HEADER) // (2 * sum(sum(weight.shape) for weight in reader.weights.values())))
-
-
-def save(reader: Reader, flags: Any, words: Sequence[str] | None = None) -> None:
-    """Write the adapter with facts about it to `--output`/adapter, which is replaced."""
-    rank = min(flags.rank, fitting_rank(reader))
-    unknown = Imagination(reader.llm, held_out=True, words=words)
-    whole = reader.right(unknown, flags.questions)
-    factors = cut(reader, rank)
-    kinds = sorted({name.rpartition(".")[2] for name in reader.linear})
+    kinds = sorted({name.rpartition(".")[2] for name in reader.weights})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=kinds, task_type="CAUSAL_LM", inference_mode=True)
+    config.base_model_name_or_path = DEFAULT_LLM
     with replacing(flags.output / "adapter") as folder:
-        LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=kinds, task_type="CAUSAL_LM", inference_mode=True,
-            base_model_name_or_path=DEFAULT_LLM,
-        ).save_pretrained(folder)  # fmt: skip
+        config.save_pretrained(folder)
         file = folder / "adapter_model.safetensors"
         write_weights(factors, file)
-        facts = {
-            "layers": flags.layers, "seed": flags.seed, "samples": flags.samples, "rank": rank,
-            "language_model": reader.llm.source, "bytes": file.stat().st_size, "sha256": sha256(file),
-            "questions": flags.questions, "right, held-out words": reader.right(unknown, flags.questions),
-            "right before the cut": whole,
-        }  # fmt: skip
+        facts: dict[str, Any] = {"layers": flags.layers, "seed": flags.seed, "samples": flags.samples, "rank": rank}
+        facts |= {"language_model": reader.llm.source, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        facts |= {"questions": flags.questions, "right": reader.right(unknown, flags.questions), "right_whole": before}
         write_json(folder / "reader.json", facts)
-    print(facts)
+    print(f"{flags.output}/adapter: {facts}")
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--output", type=Path, default=Path("runs/reader"), help="folder of checkpoint and adapter")
     p.add_argument("--layers", default="6,2", help="numbers of first and last layers that are kept")
-    p.add_argument("--samples", type=int, default=19_200, help="imagined conversations to learn from")
+    p.add_argument("--samples", type=int, default=24_000, help="imagined conversations to learn from")
     p.add_argument("--seed", type=int, default=0, help="seed of the conversations")
     p.add_argument("--rank", type=int, default=64, help="rank of the adapter, or less if it would not fit")
     p.add_argument("--questions", type=int, default=200, help="held-out questions of each kind")

@@ -86,24 +86,6 @@ def causal_lm_loss(
     without padding, and the language model's attention must be `PACKED`. Without any label the loss is zero, and still
     depends on every weight.
     """
-    logits, places = answer_logits(model, inputs_embeds, attention_mask, labels, learned=learned, packing=packing)
-    divisor = num_items if num_items is not None else max(len(places), 1)
-    return F.cross_entropy(logits, labels.flatten().index_select(0, places + 1), reduction="sum") / divisor
-
-
-def answer_logits(
-    model: Llava,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    *,
-    learned: int | None = None,
-    packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the logits [n, V] that predict the n labelled tokens of a batch, and their places [n] in 0 … B·L − 1.
-
-    Arguments as of `causal_lm_loss`. The label that a place predicts stands at the place behind it.
-    """
     is_learned = F.pad(labels[:, 1:] != IGNORE, (0, 1))
     places = places_of(is_learned, int(is_learned.sum()) if learned is None else learned)
     language_model = model.model.language_model
@@ -118,4 +100,6 @@ def answer_logits(
             packing=packing,
         )
         states = outputs.last_hidden_state[0].index_select(0, packing.in_row(places))
-    return model.lm_head(states).float(), places
+    logits = model.lm_head(states).float()
+    divisor = num_items if num_items is not None else max(len(places), 1)
+    return F.cross_entropy(logits, labels.flatten().index_select(0, places + 1), reduction="sum") / divisor
