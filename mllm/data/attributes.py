@@ -39,6 +39,7 @@ from mllm.data.images import ImageStore
 SUMMARY = "summary.txt"
 SHORT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's prompt for short answers. It ends the first question of a conversation, and each question of the test."""
+WHAT_VALUE, IS_VALUE = "What is the {words}?", "Is the {words} {value}?"
 YES_NO_SHARE = 0.25
 """Share of the training questions that are put for yes or no."""
 
@@ -281,7 +282,7 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
         if words in kinds:
             raise UserError(f"column {name} would share its kind with {kinds[words]}: rename it, or name --columns")
         kinds[words] = f"column {name}"
-        columns.append(Column(words, ask.get(name, f"What is the {words}?"), answers))
+        columns.append(Column(words, ask.get(name, WHAT_VALUE.format(words=words)), answers))
     if not columns:
         raise UserError(f"no column to ask about, lower --min-count: {'; '.join(lines)}")
     return columns
@@ -316,7 +317,7 @@ def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dic
         of_column = {number: (column.question, answer) for number, answer in answers.items()}
         drawn = {number: answer for number, answer in answers.items() if rng.random() < YES_NO_SHARE}
         for first, second in balanced_pairs(drawn, rng):
-            question = f"Is the {column.words} {answers[first]}?"
+            question = IS_VALUE.format(words=column.words, value=answers[first])
             of_column[first] = (question, "Yes")
             of_column[second] = (question, "No")
         for number, turn in of_column.items():
@@ -345,7 +346,7 @@ def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_ki
         drawn = rng.sample(sorted(answers), min(per_kind, len(answers)))
         questions += [(column.words.replace(" ", "_"), row, column.question, answers[row]) for row in drawn]
         pairs = balanced_pairs(answers, rng)
-        yes_no.append([(pair, f"Is the {column.words} {answers[pair[0]]}?") for pair in pairs])
+        yes_no.append([(pair, IS_VALUE.format(words=column.words, value=answers[pair[0]])) for pair in pairs])
     in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*yes_no)))
     for (first, second), question in itertools.islice(in_turn, per_kind // 2):
         questions += [("yes_no", first, question, "Yes"), ("yes_no", second, question, "No")]

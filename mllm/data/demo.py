@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,12 +172,15 @@ def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Question
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     """Every form has as many yes as no. A "no" names a thing that is not in the picture."""
-    return _is_there(scene, about, rng.random() < 0.5, rng)
+    return is_there(scene, about, rng.random() < 0.5, rng)
 
 
-def _is_there(scene: DemoScene, about: Thing, yes: bool, rng: random.Random) -> QuestionAnswer:
+def is_there(
+    scene: DemoScene, about: Thing, yes: bool, rng: random.Random, names: Iterable[str] = CONCEPTS
+) -> QuestionAnswer:
+    """Ask about `about`, or for a "no" about one of `names` that is not in the picture."""
     thing, place = about
-    absent = rng.choice([name for name in CONCEPTS if name not in dict(scene.things)])
+    absent = rng.choice([name for name in names if name not in dict(scene.things)])
     named = thing if yes else absent
     return rng.choice(IS_THERE).format(thing=named, at=at_place(place)), "Yes" if yes else "No"
 
@@ -210,7 +213,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     things = rng.sample(scene.things, len(scene.things))
     first = [ask(scene, things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
     relations = [ask_relation(scene, thing, rng) for thing in things[:2]]
-    yes_no = [_is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
+    yes_no = [is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
     groups = (
         [ask_identity(scene, thing, rng) for thing in things],
         [*filter(None, relations), *(ask_where(scene, thing, rng) for thing in things)],

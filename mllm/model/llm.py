@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,9 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, naming, opening
 from clips.common.paths import cache_root
+from clips.common.tensors import listed, read_weights
 from mllm import DEFAULT_LLM
 from mllm.data.formats import (
     IMAGE_TOKEN,
@@ -84,15 +86,17 @@ def load_llm(
     version: str = "auto",
     dtype: torch.dtype = torch.float32,
     layers: str | None = None,
+    reader: Path | str | None = None,
     videos: bool = False,
 ) -> LanguageModel:
     """The causal language model `name` (hub id or directory), prepared for images.
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
-    are. The format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. With `videos` the
-    tokenizer gets `<video>` too. Raises UserError for what cannot be found or loaded, for pickled code, and for models
-    that ask for remote code.
+    are. The format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. `reader` is the
+    folder of a PEFT adapter of these layers, which is merged into their weights. With `videos` the tokenizer gets
+    `<video>` too. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for
+    remote code.
     """
     version = format_name(version)  # before gigabytes are read
     if re.fullmatch(r"\d+,\d+", layers or "1,0") is None or layers == "0,0":
@@ -110,6 +114,9 @@ def load_llm(
         first, last = map(int, layers.split(","))
         total = keep_layers(model, first, last)
         source += f", its first {first} and last {last} of {total} layers" if total > first + last else ""
+    if reader is not None:
+        merge_adapter(model, Path(reader))
+        source += f", with the adapter {Path(reader).name}"
     with opening("language model", directory):  # ids and lengths of the tokenizer and of the generation
         return ready_for_images(model, tokenizer, source, version, videos=videos)
 
@@ -165,6 +172,24 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
             setattr(config, name, [value[index] for index in indices])
     config.num_hidden_layers = len(indices)
     return total
+
+
+def merge_adapter(model: PreTrainedModel, directory: Path) -> None:
+    """Add the PEFT adapter in `directory` to the weights of `model`; UserError if it is of other layers."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    factors = read_weights(directory / "adapter_model.safetensors")
+    with naming("adapter", directory), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT: that the model was read from another folder
+        wrapped: Any = get_peft_model(model, PeftConfig.from_pretrained(str(directory)))
+        expected = {name: value.shape for name, value in get_peft_model_state_dict(wrapped).items()}
+        found = {name: value.shape for name, value in factors.items()}
+        if expected == found:
+            set_peft_model_state_dict(wrapped, factors)
+        wrapped.merge_and_unload(safe_merge=True)
+    if expected != found:
+        differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise UserError(f"the adapter {directory} is not of these layers of the language model: {listed(differing)}")
 
 
 def find_llm(name: str) -> tuple[Path, str]:

@@ -1,6 +1,7 @@
 """LoRA in a LLaVA model: adapters on the language model's linear layers, and their merging into its weights.
 
-No other module of `mllm` makes or merges adapters. Chat and server load merged models and never import PEFT.
+No other module of `mllm` makes adapters; mllm/model/llm.py merges one that was given. Chat and server load merged
+models and never import PEFT.
 """
 
 from __future__ import annotations

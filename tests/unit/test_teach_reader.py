@@ -1,0 +1,145 @@
+"""The reader: a language model is taught on imagined scenes, and its adapter becomes a part of a stock model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_mllm import write_llm
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from clips import PLACES
+from clips.common.errors import UserError
+from clips.common.files import read_json, sha256
+from mllm.model.llm import LanguageModel, load_llm
+from tools import teach_reader
+from tools.teach_reader import GRID, KINDS, PLACES_OF_CELLS, Imagination, Reader, Sample
+
+WORDS = ("picture", "cat", "dogs", "red")
+
+
+@pytest.fixture(scope="module")
+def llm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+    return write_llm(tmp_path_factory.mktemp("reader") / "llm", num_hidden_layers=3, **options)
+
+
+def cut_model(path: Path, reader: Path | None = None) -> LanguageModel:
+    return load_llm(str(path), layers="1,1", reader=reader)
+
+
+def loss(reader: Reader, samples: Sequence[Sample]) -> Tensor:
+    logits, tokens, _ = reader.predict(samples)
+    return cross_entropy(logits, tokens)
+
+
+@pytest.mark.slow
+def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
+    llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach_reader, "WARMUP", 2)
+    monkeypatch.setattr(teach_reader, "EVERY", 160)
+    flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=160, seed=0, rank=8, questions=2)
+    reader, rng = Reader(cut_model(llm_path)), random.Random(1)
+    imagination = Imagination(reader.llm, held_out=False, words=WORDS)
+    samples = [imagination.sample("is_value", rng) for _ in range(8)]
+    before = loss(reader, samples)
+    teach_reader.teach(reader, flags, WORDS)
+    assert loss(reader, samples) < before - 1
+    taught = {name: weight.detach().clone() for name, weight in reader.weights.items()}
+    teach_reader.save(reader, flags, WORDS)
+    adapter = tmp_path / "adapter"
+    facts = read_json(adapter / "reader.json")
+    assert facts["sha256"] == sha256(adapter / "adapter_model.safetensors")
+    assert facts["rank"] == 8
+
+    merged, plain = cut_model(llm_path, adapter), cut_model(llm_path)
+    assert merged.source.endswith(", with the adapter adapter")
+    merged.model.save_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    by_peft = PeftModel.from_pretrained(cut_model(llm_path).model, str(adapter))
+    for model in (stock, by_peft):
+        torch.testing.assert_close(model(ids).logits, merged.model(ids).logits)
+    for name, weight in taught.items():
+        change, kept = (
+            w - plain.model.get_parameter(f"{name}.weight")
+            for w in (weight, merged.model.get_parameter(f"{name}.weight"))
+        )
+        torch.testing.assert_close(
+            (change - kept).norm() ** 2, change.norm() ** 2 - kept.norm() ** 2, rtol=0.02, atol=0
+        )
+    with pytest.raises(UserError, match=r"not of these layers.*layers\.2"):
+        load_llm(str(llm_path), reader=adapter)
+
+
+def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teach_reader, "EVERY", 32)
+    flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=64, seed=0, rank=8, questions=1)
+    whole = Reader(cut_model(llm_path))
+    teach_reader.teach(whole, flags, WORDS)
+    (tmp_path / "checkpoint.pt").unlink()
+
+    class Interrupted(Reader):
+        calls = itertools.count()
+
+        def predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+            if torch.is_grad_enabled() and next(self.calls) == 3:
+                raise InterruptedError
+            return super().predict(samples)
+
+    with pytest.raises(InterruptedError):
+        teach_reader.teach(Interrupted(cut_model(llm_path)), flags, WORDS)
+    again = Reader(cut_model(llm_path))
+    teach_reader.teach(again, flags, WORDS)
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, again.weights[name]), name
+    flags.seed = 1
+    with pytest.raises(UserError, match="another --output"):
+        teach_reader.teach(again, flags, WORDS)
+
+
+def test_held_out_words_and_the_demos_are_in_no_training() -> None:
+    llm = load_llm(layers="1,1")
+    known, unknown = (Imagination(llm, held_out=held_out) for held_out in (False, True))
+    assert not {*known.words} & {*unknown.words}
+    assert len(unknown.words) / len(known.words) == pytest.approx(1 / 9, rel=0.2)
+    left_out = {"balloon", "balloons", "automobile", "purple", "bottom", "center", "shoes", "navy"}
+    assert not left_out & {*known.words, *unknown.words}
+
+
+def test_cells_show_a_thing_at_its_place(llm_path: Path) -> None:
+    imagination, rng = Imagination(cut_model(llm_path), held_out=False, words=WORDS), random.Random(0)
+    more = []
+    for _ in range(200):
+        ((_, caption),), cells = imagination.sample("caption", rng)
+        match = re.fullmatch(r"A (\w+) (?:at|in) the ([a-z]+(?: [a-z]+)?) on a (\w+) background\.", caption)
+        if match and {match[1], match[3]} <= {*WORDS}:
+            here = PLACES_OF_CELLS[:, list(PLACES).index(match[2])] == 1
+            word = imagination.directions([match[1]], torch.ones(GRID**2, 1), torch.Generator())
+            nearness = (cells - imagination.centre) @ word.mean(0)
+            more.append(float(nearness[here].mean() - nearness[~here].mean()))
+    assert len(more) > 5, "scenes of one thing"
+    assert sum(more) / len(more) > 0.1, more
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_alone_has_an_answer(llm_path: Path, kind: str) -> None:
+    imagination = Imagination(cut_model(llm_path), held_out=False, words=WORDS)
+    samples = [imagination.sample(kind, random.Random(number)) for number in range(100)]
+    answers = Counter(pairs[-1][1] for pairs, _ in samples)
+    assert all(cells.shape == (GRID**2, 64) and torch.isfinite(cells).all() for _, cells in samples)
+    assert len(answers) > 1
+    if kind in ("yes_no", "is_value"):
+        assert set(answers) == {"Yes", "No"}
+        assert 30 < answers["Yes"] < 70
