@@ -50,7 +50,12 @@ from clips.training.grad_cache import optimizer_step
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 
-SIZES = {"demo": ("demo", 128, 100), "small": ("small", 128, 100), "s16": ("s16", 32, 20), "b16": ("b16", 16, 10)}
+SIZES = {
+    "demo": ("demo", 128, 100),
+    "small": ("small_captioner", 128, 100),
+    "s16": ("s16", 32, 20),
+    "b16": ("b16", 16, 10),
+}
 """Size → recipe, samples of a step, steps of a program's turn: its first phase, at a batch that a CPU can bear."""
 PARTS = ("train.accumulation=1", "train.activation_checkpointing=false")
 """Settings of `parts`."""

@@ -34,11 +34,11 @@ def _masked(strategy: str) -> tuple[str, ...]:
     return (*NO_CAPTIONER, f"captions.strategy={strategy}", f"captions.sub_caption_tokens={BLOCK_TOKENS}")
 
 
-PHOTOGRAPHS = {"demo": "small", "clip_baseline": "small_clip"}
+PHOTOGRAPHS = {"demo": "small_captioner", "clip_baseline": "small_clip"}
 """The recipes of the variants → those that take their places with `--recipe small`."""
 LONGER, SENTENCE_LONGER = 1.4, 1.2
 """About as many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
-(`small`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""
+(`small_captioner`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", WEB),
     "web_longer": Variant(f"web caption only, {LONGER} × the samples", "clip_baseline", WEB, times=LONGER),
@@ -121,7 +121,7 @@ LIMITS = (
 def on_photographs() -> dict[str, Question]:
     """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time.
 
-    The recipe `small` captions a share of the samples; (b) also says what a captioner of every sample brings.
+    `small_captioner` captions a share of the samples; (b) also says what a captioner of every sample brings.
     """
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
     more = (("captioner", "web"), ("captioner_all", "sentence"), ("captioner", "captioner_all"))

@@ -100,14 +100,14 @@ def test_the_claims_on_photographs_take_their_recipes() -> None:
     assert on_photographs()["b"].contrasts[-1] == ("captioner", "captioner_all")
     assert on_photographs()["f"].contrasts[0] == ("captioner", "web_longer")
     shares = [study.runs[name][0].config().task.caption_share for name in ("captioner", "captioner_all")]
-    assert shares == [recipe("small").task.caption_share, 1]
+    assert shares == [recipe("small_captioner").task.caption_share, 1]
     assert shares[0] < 1
     assert study.runs["sentence_longer"][0].config().model.captioner is None
     assert study.runs["sentence_longer"][1].samples == SENTENCE_LONGER * 6_400
     assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
     assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
     assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
-    for name, expected in (("web", "small_clip"), ("half", "small"), ("captioner", "small")):
+    for name, expected in (("web", "small_clip"), ("half", "small_captioner"), ("captioner", "small_captioner")):
         config = study.runs[name][0].config()
         assert (config.recipe, study.variants[name].recipe) == (expected, expected)
         assert config.data.fields == Fields(web="json:captions", long="json:captions;txt")
