@@ -52,9 +52,6 @@ VARIANTS = {
     "random_mask": Variant(f"web + {BLOCK_TOKENS} scattered tokens", "demo", _masked("random_mask")),
     "block_mask": Variant(f"web + {BLOCK_TOKENS} tokens in a row", "demo", _masked("block_mask")),
     "captioner": Variant("web + one sentence + captioner", "demo", (SENTENCE,)),
-    "captioner_all": Variant(
-        "web + one sentence + captioner on every sample", "demo", (SENTENCE, "task.caption_share=1")
-    ),
     "sentence_longer": Variant(
         f"web + one sentence, {SENTENCE_LONGER} × the samples", "demo", (*NO_CAPTIONER, SENTENCE), times=SENTENCE_LONGER
     ),
@@ -119,14 +116,9 @@ LIMITS = (
 
 
 def on_photographs() -> dict[str, Question]:
-    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time.
-
-    `small_captioner` captions a share of the samples; (b) also says what a captioner of every sample brings.
-    """
+    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time."""
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
-    more = (("captioner", "web"), ("captioner_all", "sentence"), ("captioner", "captioner_all"))
-    variants = (*claims["b"].variants, "captioner_all")
-    claims["b"] = replace(claims["b"], variants=variants, contrasts=(*claims["b"].contrasts, *more))
+    claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
     claims["f"] = Question(
         title="CLIPS, with and without its captioner, against CLIP at equal time",
         variants=("captioner", "sentence_longer", "web_longer"),

@@ -95,13 +95,10 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
 
 def test_the_claims_on_photographs_take_their_recipes() -> None:
     settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
-    names = ["web", "half", "captioner", "captioner_all", "web_longer", "sentence_longer"]
+    names = ["web", "half", "captioner", "web_longer", "sentence_longer"]
     study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
-    assert on_photographs()["b"].contrasts[-1] == ("captioner", "captioner_all")
+    assert on_photographs()["b"].contrasts[-1] == ("captioner", "web")
     assert on_photographs()["f"].contrasts[0] == ("captioner", "web_longer")
-    shares = [study.runs[name][0].config().task.caption_share for name in ("captioner", "captioner_all")]
-    assert shares == [recipe("small_captioner").task.caption_share, 1]
-    assert shares[0] < 1
     assert study.runs["sentence_longer"][0].config().model.captioner is None
     assert study.runs["sentence_longer"][1].samples == SENTENCE_LONGER * 6_400
     assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
