@@ -123,7 +123,7 @@ def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptur
     tokenizer = build_tokenizer("wordpiece", FIVE * 3, vocab_size=64)
     small = run.override(["phases.*.samples=3", "phases.*.batch_size=3", "data.workers=0"])
     batch = next(iter(make_loader(opened(run), tokenizer, small, rank=0, world_size=1)))
-    assert (len(batch["web"]), len(batch["caption"])) == (3, 3)
+    assert (len(batch["web"]), len(batch["sub"])) == (3, 3)
 
 
 def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
