@@ -624,7 +624,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        if cls is RunConfig:  # before the model, which it made another one
+        if cls is RunConfig:  # first, since such a run's model is refused too, in other words
             task = value.get("task")
             objective = task.get("objective") if isinstance(task, dict) else None
             what = f"{where}.task.objective {objective!r}"

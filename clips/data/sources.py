@@ -45,7 +45,7 @@ OPEN_SHARDS = 64
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys."""
 IMAGE_TAIL = 1 << 14
-"""Last bytes of an image by which it is told from others: the first ones may be a profile that many share."""
+"""Number of last bytes by which an image is identified. The first bytes may be a colour profile that many share."""
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000

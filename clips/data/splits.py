@@ -18,7 +18,7 @@ from clips.data.sources import MixedSource, PartSource, Source, open_source
 OWN = ("train", "val", "test")
 """Every run's splits; `held_out_sets` names further ones."""
 FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
-"""A share is held out of so many images or more, and at most so many of them."""
+"""Fewest images of which a share is held out, and the most images that are held out."""
 HASHES: dict[tuple[Any, ...], np.ndarray] = {}
 """`Source.image_hashes` by the data's spec, fields, root and facts: a process reads the images of a set once."""
 

@@ -46,7 +46,7 @@ CSS = "button[aria-label='Share'] { display: none; }"  # it sends the talk to an
 
 
 class Page(gr.Blocks):
-    """Shows an event that fails as a message; gradio would log a traceback for each malformed one."""
+    """Gradio's page, which shows a failed event as a message instead of logging a traceback for each."""
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         try:
