@@ -50,7 +50,7 @@ GRID = 6
 CELLS = torch.cartesian_prod(*[(torch.arange(GRID) + 0.5) / GRID] * 2).flip(1)
 """[GRID², 2]: x and y of each cell's centre."""
 PLACES_OF_CELLS = torch.eye(len(PLACES))[torch.cdist(CELLS, torch.tensor([*PLACES.values()])).argmin(1)]
-COUNTS = {1: 5, 2: 6, 3: 5, 4: 2}
+COUNTS = {1: 5, 2: 6, 3: 5}
 """Things of a scene → relative frequency."""
 KINDS = {
     "identity": 18,

@@ -43,7 +43,7 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 9
+VERSION = 10
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN = "align.json"
 INSTRUCT = "instruct.json"
@@ -295,13 +295,13 @@ def ensure_llava_demo(
     align: int = 8_000,
     instruct: int = 4_000,
     text_only: int = 200,
-    per_kind: int = 4 * len(CONCEPTS),
+    per_kind: int = 8 * len(CONCEPTS),
     seed: int = 0,
 ) -> Path:
     """Write the files above into `directory` as `ensure_built`, unless the same are there; returns the directory.
 
     `align` and `instruct` count different pictures of the demo's training split, `text_only` samples without a picture,
-    `per_kind` test questions of each kind (default: each name is the answer four times). Builds missing demo scenes in
+    `per_kind` test questions of each kind (default: each name is the answer eight times). Builds missing demo scenes in
     `demo_dir`. Raises UserError if there are too few scenes, or if the folder holds something else.
     """
     demo_dir = Path(demo_dir)
