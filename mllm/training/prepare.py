@@ -107,7 +107,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     llm = load_llm(
         arguments.model_name_or_path, version=arguments.version, dtype=torch.bfloat16 if half else torch.float32,
-        layers=arguments.llm_layers, videos=bool(vision.frames),
+        layers=arguments.llm_layers, reader=arguments.reader, videos=bool(vision.frames),
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     layout = Layout.of(llava.config)
@@ -229,7 +229,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
     }
-    fields = ("model_name_or_path", "llm_layers", "mm_projector_type", "mm_vision_select_layer",
+    fields = ("model_name_or_path", "llm_layers", "reader", "mm_projector_type", "mm_vision_select_layer",
               "mm_vision_select_feature")  # fmt: skip
     parts = {name: getattr(arguments, name) for name in fields}
     parts["vision tower's weights"] = prepared.vision.weights_fingerprint

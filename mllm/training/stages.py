@@ -22,13 +22,15 @@ FREEZE: dict[str, dict[str, Training]] = {
 """Stage → part → how it trains. Flags change single entries: see `freeze_table`."""
 
 
-DEMO_LAYERS = "2,2"
-"""In the minutes of the demo four layers trained whole learn more than all layers with adapters (docs/results.md)."""
+DEMO_LAYERS = "6,2"
+"""The layers that the reader was taught on (mllm/model/reader). In the minutes of the demo few layers trained whole learn
+more than all layers with adapters (docs/results.md)."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "model_max_length": 2048,
+        "reader": "none",
         "lora_r": 128,
         "lora_alpha": 256,
         "lora_dropout": 0.05,
@@ -74,8 +76,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_aspect_ratio": "square",
         "mm_vision_select_layer": -1,
     },
-    "align, demo, whole": {"llm_layers": DEMO_LAYERS},
-    "instruct, demo, whole": {"llm_layers": DEMO_LAYERS, "lora_enable": False, "max_steps": 480},
+    "align, demo, whole": {"llm_layers": DEMO_LAYERS, "reader": "default"},
+    "instruct, demo, whole": {
+        "llm_layers": DEMO_LAYERS,
+        "reader": "default",
+        "lora_enable": False,
+        "max_steps": 480,
+    },
 }
 """Flags that a command leaves out: LLaVA-1.5's recipe, its changes for LoRA, the demo's changes (small scenes, a few
 CPU minutes), and those for the demo without adapters, where a few layers of the default language model train whole."""
