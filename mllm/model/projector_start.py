@@ -1,4 +1,4 @@
-"""A closed-form start of the projector: image tokens regressed on the words of their captions."""
+"""The projector's start: image tokens regressed on the words of their captions, then sharpened by gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -18,6 +19,8 @@ FEWEST, LARGEST_SHARE = 8, 0.1
 """A word has a hidden unit of its own if so many captions hold it, and no larger a share of them."""
 THRESHOLD = 1.5
 """From which evidence on such a unit speaks, in standard deviations over image tokens."""
+STEPS, BATCH, RATE, MOST_WORDS = 300, 64, 2e-3, 1_000
+"""Of `sharpen`: AdamW's steps, images of a step, peak rate (cosine), and words that are learned at most."""
 
 
 @torch.no_grad()
@@ -155,6 +158,57 @@ def start_from_captions(
         total += share**0.5 * words_distance / distance * part
     _assign(last, total, centre - total @ inputs.mean(dim=0))
     return r2
+
+
+@torch.enable_grad()
+def sharpen(
+    projector: LlavaMultiModalProjector,
+    features: Tensor,
+    captions: Sequence[Sequence[int]],
+    embeddings: Tensor,
+    places: tuple[Tensor, Tensor] | None = None,
+    *,
+    seed: int = 0,
+) -> None:
+    """Train the projector for `STEPS` steps until some token of an image points at each word of its caption.
+
+    A regression lets all tokens of an image resemble all words of its caption. Here the token nearest to a word counts:
+    the logit of "the caption holds this word" is the log-sum-exp over tokens of 8 times their cosine, plus a bias. The
+    tokens keep mean and spread of word embeddings. features [n, N, W], embeddings [V, D]. `places` are the number of
+    each token's place [n, N] and directions of the words for places [P, D]: each token then says its own place too.
+    """
+    vocabulary = embeddings.float()
+    centre, spread = vocabulary.mean(dim=0), _distance_from_mean(vocabulary)
+    seen = Counter(token for caption in captions for token in set(caption))
+    words = [token for token, count in seen.most_common() if FEWEST <= count <= len(captions) / 2][:MOST_WORDS]
+    if not words:
+        return
+    number = {token: k for k, token in enumerate(words)}
+    held = torch.zeros(len(captions), len(words), dtype=torch.bool)
+    for row, caption in zip(held, captions, strict=True):
+        row[[number[token] for token in set(caption) if token in number]] = True
+    directions = F.normalize(vocabulary[words] - centre)
+    bias = nn.Parameter(torch.logit(held.float().mean(dim=0)) - 4)
+    optimizer = torch.optim.AdamW([*projector.parameters(), bias], lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(features), (BATCH,), generator=generator)
+        given = features[chosen].float()
+        given = given * (torch.rand(given.shape, generator=generator) > 0.1) / 0.9
+        tokens = projector(given)
+        cosines = F.normalize(tokens - centre, dim=-1)
+        logits = torch.logsumexp(8 * cosines @ directions.T, dim=1) + bias
+        loss = F.binary_cross_entropy_with_logits(logits, held[chosen].float(), reduction="none").sum(dim=1).mean()
+        loss += (_distance_from_mean(tokens.flatten(0, 1)) / spread - 1).square()
+        loss += ((tokens.mean(dim=(0, 1)) - centre) / spread).square().sum()
+        if places is not None:
+            of_token, of_words = places
+            loss += 2 * F.cross_entropy((20 * cosines @ of_words.T).flatten(0, 1), of_token[chosen].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def _regular(covariance: Tensor, ridge: float) -> Tensor:

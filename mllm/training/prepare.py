@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from peft import PeftModel
+from torch import Tensor
 from tqdm import trange
+from transformers import PreTrainedTokenizerBase
 
-from clips import Fields, RunConfig, parse_fields
+from clips import PLACES, Fields, RunConfig, parse_fields
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
@@ -34,7 +38,7 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
-from mllm.model.projector_start import start_from_captions
+from mllm.model.projector_start import sharpen, start_from_captions
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
@@ -304,7 +308,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     if not chosen:
         raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
     assert collator.load_images is not None  # there are pictures
-    captions, parts, encoder = [], [], prepared.vision
+    captions, parts, kept, encoder = [], [], [], prepared.vision
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)
     for begin in trange(0, len(chosen), START_BATCH, desc="projector's start", unit="batch", disable=None):
@@ -317,14 +321,35 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
                 features = encoder.features(features.to(device)).cpu()
         indices = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
         parts.append(features[:, indices])
+        kept.append(indices.expand(len(features), -1))
     model = llava_of(prepared.model)
     projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
     fitted = copy.deepcopy(projector).float().cpu()
     words = model.get_input_embeddings().get_parameter("weight").cpu()
-    r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
+    sample = torch.cat(parts)
+    r2 = start_from_captions(fitted, sample, captions, words, seed=arguments.seed)
+    places = places_of_tokens(encoder.num_tokens, words, prepared.processor.tokenizer)
+    sharpen(fitted, sample, captions, words, places and (places[0][torch.cat(kept)], places[1]), seed=arguments.seed)
     for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
         value = value.data.to(device)  # NCCL broadcasts only from the GPU
         if dist.is_initialized():
             dist.broadcast(value, src=0)
         parameter.data.copy_(value)
     return r2
+
+
+def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
+    """The number of the nearest of `PLACES` for each of `tokens` image tokens [N], and the places' directions [P, D].
+
+    A direction is the mean of those of the place's words, as the reader was taught. None unless the tokens are a square
+    grid. words [V, D] are the word embeddings.
+    """
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        return None
+    centres = (torch.arange(side) + 0.5) / side
+    grid = torch.cartesian_prod(centres, centres).flip(1)  # x and y, row by row
+    units = F.normalize(words.float() - words.float().mean(dim=0))
+    ids = [tokenizer(f" {place}", add_special_tokens=False)["input_ids"] for place in PLACES]
+    directions = F.normalize(torch.stack([units[of_place].mean(dim=0) for of_place in ids]))
+    return torch.cdist(grid, torch.tensor([*PLACES.values()])).argmin(dim=1), directions

@@ -23,8 +23,8 @@ FREEZE: dict[str, dict[str, Training]] = {
 
 
 DEMO_LAYERS = "6,2"
-"""The layers that the reader was taught on (mllm/model/reader). In the minutes of the demo few layers trained whole learn
-more than all layers with adapters (docs/results.md)."""
+"""The layers that the reader was taught on (mllm/model/reader). In the minutes of the demo few layers that train whole
+learn more than all layers with adapters (docs/results.md)."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
         "mm_projector_type": "mlp2x_gelu",
@@ -81,6 +81,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "llm_layers": DEMO_LAYERS,
         "reader": "default",
         "lora_enable": False,
+        "learning_rate": 5e-4,
+        "mm_projector_lr": 3e-4,
         "max_steps": 480,
     },
 }
