@@ -189,7 +189,9 @@ def sharpen(
         row[[number[token] for token in set(caption) if token in number]] = True
     directions = F.normalize(vocabulary[words] - centre)
     bias = nn.Parameter(torch.logit(held.float().mean(dim=0)) - 4)
-    optimizer = torch.optim.AdamW([*projector.parameters(), bias], lr=RATE, weight_decay=0.0)
+    layers = trainable_layers(projector).values()
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW([*weights, bias], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):

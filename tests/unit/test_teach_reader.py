@@ -34,8 +34,8 @@ def llm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llm(tmp_path_factory.mktemp("reader") / "llm", num_hidden_layers=3, **options)
 
 
-def cut_model(path: Path, reader: Path | None = None) -> LanguageModel:
-    return load_llm(str(path), layers="1,1", reader=reader)
+def cut_model(path: Path, reader: Path | str = "none") -> LanguageModel:
+    return load_llm(str(path), layers="1,1", reader=str(reader))
 
 
 def loss(reader: Reader, samples: Sequence[Sample]) -> Tensor:
@@ -64,7 +64,7 @@ def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
     assert facts["rank"] == 8
 
     merged, plain = cut_model(llm_path, adapter), cut_model(llm_path)
-    assert merged.source.endswith(", with the adapter adapter")
+    assert merged.source.endswith(f"(--reader {adapter})")
     merged.model.save_pretrained(tmp_path / "merged")
     ids = torch.tensor([[5, 6, 7, 8]])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -80,7 +80,7 @@ def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
             (change - kept).norm() ** 2, change.norm() ** 2 - kept.norm() ** 2, rtol=0.02, atol=0
         )
     with pytest.raises(UserError, match=r"not of these layers.*layers\.2"):
-        load_llm(str(llm_path), reader=adapter)
+        load_llm(str(llm_path), reader=str(adapter))
 
 
 def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

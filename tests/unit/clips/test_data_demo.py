@@ -158,7 +158,7 @@ def test_test_layouts_never_occur_in_training(training: list[tuple[Scene, Descri
     scenes["train"] = [scene for scene, _ in training]
     labels = Counter(scene.things[0].concept for scene in scenes["test"] if len(scene.things) == 1)
     assert labels.keys() == CONCEPTS.keys(), "every concept is tested, equally often"
-    assert (min(labels.values()), max(labels.values()), len(CONCEPTS)) == (3, 4, 64)
+    assert (min(labels.values()), max(labels.values()), len(CONCEPTS)) == (7, 8, 32)
     layouts, single = {}, {}
     for split, drawn in scenes.items():
         several = [scene for scene in drawn if len(scene.things) > 1]

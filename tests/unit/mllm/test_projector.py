@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_original import projector as llava_projector
 from torch import nn
+from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -25,6 +26,7 @@ from mllm.model.projector_start import (
     FEWEST,
     caption_targets,
     least_squares_init,
+    sharpen,
     start_from_captions,
     telling_words,
 )
@@ -140,6 +142,35 @@ def test_telling_words_are_neither_rare_nor_common():
     captions = [[1, 2, 2]] * FEWEST + [[1, 3]] * (FEWEST - 1) + [[1, 4]] * (FEWEST + 1) + [[1]] * 1000
     assert telling_words(captions, 9) == [4, 2]
     assert telling_words(captions, 1) == [4]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_sharpened_tokens_point_at_what_they_show_and_at_their_place(kind):
+    torch.manual_seed(1)
+    _, captions, features = scenes()
+    shown = torch.tensor([[caption[1]] for caption in captions if len(caption) == 3])  # captions of one thing
+    of_one = torch.tensor([len(caption) == 3 for caption in captions])
+    features = features + torch.randn(4, 24)
+    words, projector = torch.randn(110, 64) * 3 + 1, make(kind)
+    places = torch.arange(4).expand(len(features), -1), normalize(torch.randn(4, 64))
+    start_from_captions(projector, features, captions, words)
+
+    def figures() -> tuple[float, float, float]:
+        tokens = projector(features).detach() - words.mean(0)
+        cosines = normalize(tokens, dim=-1) @ normalize(words[:8] - words.mean(0)).T
+        named = (cosines[of_one].amax(1).argmax(-1) == shown[:, 0]).float().mean()
+        placed = ((tokens @ places[1].T).argmax(-1) == places[0]).float().mean()
+        return named.item(), placed.item(), (tokens.norm(dim=-1).mean() / 24).item()
+
+    before = figures()
+    sharpen(projector, features, captions, words, places)
+    named, placed, spread = figures()
+    assert named >= before[0] - 0.02
+    assert named > 0.9
+    assert before[1] < 0.6 < 0.9 < placed
+    assert spread == pytest.approx(1, abs=0.2)
+    if kind == "linear":
+        assert torch.equal(projector.linear_2.weight, torch.eye(64))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
