@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import torch
 
+from clips import CONCEPTS
 from clips.common.errors import UserError
 from clips.common.opening import opening
 from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, Video, size_of
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.video import Size
-from mllm.model.load import find_model, load_llava, model_name, newest_model
+from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
@@ -97,6 +98,15 @@ class ChatModel:
     def takes_videos(self) -> bool:
         """Whether the model has videos, and PyAV is there to read them."""
         return bool(self.layout.frames) and importlib.util.find_spec("av") is not None
+
+    @property
+    def scope(self) -> str:
+        """What the model was trained on and can be asked, in a sentence or two; empty without a record of it."""
+        data = data_of(self.directory)
+        if "demo" in data:
+            asked = "Ask what is where, how many things there are, or whether a thing is in the picture"
+            return f" It knows drawings of {len(CONCEPTS)} things and nothing else. {asked}."
+        return f" It was trained on {', '.join(data)}; ask as these data do." if data else ""
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
         """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one.

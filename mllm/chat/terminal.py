@@ -157,8 +157,8 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         return
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
-    print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}. "
-          f"Drop a picture's file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
+    print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}."
+          f"{model.scope} Drop a picture's file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
     talk = Talk(session, sampling, stats=flags.stats)
     talk.waiting = images
     with suppress(ImportError):

@@ -25,7 +25,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from clips import CONCEPTS
 from clips.common.errors import UserError, in_one_line
 from clips.common.escape import LONGEST, for_markdown, printable
 from mllm.chat.limits import Limits, check_values, image_size, read_image, read_video
@@ -125,10 +124,7 @@ def answers(
 
 def about(model: ChatModel) -> str:
     """A line of Markdown: the model, and what it was trained on."""
-    data = data_of(model.directory)
-    learned = f"drawings of {len(CONCEPTS)} things; it knows nothing else" if "demo" in data else ", ".join(data)
-    trained = f" It was trained on {learned}." if data else ""
-    return for_markdown(f"{model.name}: {model.layout} tokens for each picture.{trained}", LONGEST)
+    return for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST)
 
 
 def demo_questions() -> list[Question]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from clips.common.escape import for_rich
 from clips.common.page import table_of
+from mllm.data.captions import CaptionStore
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import count_parameters
 from mllm.training.prepare import Prepared
@@ -67,7 +68,12 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
     if steps < FEW:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"
-    if stage.number == 1 and "layers" in facts.get("language model", ""):
+    if stage.number == 2 and arguments.small and isinstance(prepared.store, CaptionStore):
+        facts["to expect"] = (
+            "short sentences in the words of these captions. It names what many captions name, and makes up the rest: "
+            "for more take a given encoder and language model, --vision hf:… --model_name_or_path …, without --small"
+        )
+    if stage.number == 1 and arguments.reader == "none" and "layers" in facts.get("language model", ""):
         facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
         f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
