@@ -64,7 +64,8 @@ def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1)
 
     Raises CommandError as `read` does, and if a process died.
     """
-    found, seen, first = Found(len(indices)), set(), ""
+    found, first = Found(len(indices)), ""
+    seen: set[tuple[str, int]] = set()
     workers: dict[str, Any] = {"num_workers": jobs, "multiprocessing_context": "fork"} if jobs > 1 else {}
     loader: Any = DataLoader(_Items(read), None, sampler=indices, worker_init_fn=start_worker, **workers)  # type: ignore[arg-type]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from launched import pictures, recap, write_shard
 from PIL import Image
 
-from clips.common.errors import BrokenDataError, UserError
+from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.preflight import check
 from clips.config import DataConfig, Fields, RunConfig, parse_mix
 from clips.data.check import check_pairs
 from clips.recipes import recipe
@@ -64,6 +66,11 @@ def test_processes_find_what_one_finds(data: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert check_pairs(run_on(data), limit=200, jobs=2) == alone
     assert capsys.readouterr().out == printed
+
+
+def test_a_process_that_dies_is_one_sentence() -> None:
+    with pytest.raises(CommandError, match="fewer than --jobs 2"):
+        check(lambda _: os._exit(1), range(9), 2)
 
 
 def test_the_exit_is_that_of_the_training(data: Path) -> None:
