@@ -127,23 +127,16 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-MOST_JSON, DEEPEST = 2**28, 100
-"""Bytes of a JSON file, and lists and objects in each other, that are read."""
+MOST_JSON = 2**28
+"""Bytes of a JSON file that are read."""
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError if it is none, or nested deeper than DEEPEST."""
+    """The value of a JSON text. Raises ValueError if it is none, or nested too deep."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(DEEPEST):
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-        level = [inner for inner in level if isinstance(inner, (dict, list))]
-        if not level:
-            return value
-    raise ValueError("it is nested too deep")
 
 
 def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:

@@ -1,4 +1,4 @@
-"""A stranger's model directory is bounded before a library reads it, and every failure has one form.
+"""A model directory is bounded before a library reads it, and every failure has one form.
 
 Numbers in a configuration decide how much memory a library asks for: layers have a limit, and the parameters that a
 build on torch's meta device tells are compared with the weight files. transformers' loaders run without noise and
@@ -20,7 +20,7 @@ from torch import nn
 
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.files import read_json
-from clips.common.tensors import MOST_IN_TABLES, check_header, listed, unpickling_reason, weight_files
+from clips.common.tensors import MOST_IN_TABLES, listed, unpickling_reason, weight_files
 
 LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
@@ -35,15 +35,16 @@ REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_size
 
 @contextmanager
 def opening(what: str, place: Path | str) -> Iterator[None]:
-    """Check the files of a model directory, then do as `naming`."""
-    check_directory(Path(place))
+    """Check the layers of a model directory, then do as `naming`."""
+    for path in (Path(place, name) for name in ("config.json", "open_clip_config.json")):
+        check_layers(read_json(path), path)
     with naming(what, place):
         yield
 
 
 @contextmanager
 def naming(what: str, place: Path | str) -> Iterator[None]:
-    """Turn any failure inside into a UserError that names the place: a library met a file's wrong value."""
+    """Turn an exception inside into a UserError that names the place: a library met a file's wrong value."""
     try:
         yield
     except CommandError:
@@ -53,32 +54,15 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
             f"{what}: a weight file of {place} may hold pickled code and was refused; nothing in it was run "
             f"({unpickling_reason(error)})"
         ) from None
-    except BaseException as error:
-        if not is_failure(error):
-            raise
+    except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
             problem = "it needs Python code of its own (auto_map), which is never run: choose a kind of transformers"
         raise UserError(f"{what}: {place} cannot be loaded: {problem}") from None
 
 
-def is_failure(error: BaseException) -> bool:
-    """Whether a library failed, as opposed to an interrupt or an exit; a panic in Rust is no Exception."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def check_directory(directory: Path) -> None:
-    """Raise UserError for more layers than MOST_LAYERS, JSON that is none, an endless header, and a pipe."""
-    for path in directory.glob("*"):
-        if path.is_fifo():
-            raise UserError(f"{path} is a pipe, which a library would wait for: give a file")
-    for name in ("config.json", "open_clip_config.json"):
-        check_layers(read_json(directory / name), directory / name)
-    for path in directory.glob("*.safetensors"):
-        check_header(path)
-
-
 def check_layers(config: Any, place: Path) -> None:
+    """Raise UserError for more layers than MOST_LAYERS in a configuration."""
     for name, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, int) and value > MOST_LAYERS and LAYERS.fullmatch(name):
             raise UserError(f"{place}: {name} is {value:,}, more than {MOST_LAYERS:,}")

@@ -32,7 +32,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from clips.common.errors import UserError, first_line
 from clips.common.files import read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
-from clips.common.opening import is_failure, naming
 from clips.config import TextConfig, TokenizerKind
 
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
@@ -90,9 +89,7 @@ class CaptionTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each cleaned text, without special tokens, uncut."""
         cleaned = [clean(text).lower() if self._lower else clean(text) for text in texts]
-        with naming("tokenizer", "its tokenizer.json"):  # a pattern that goes back too often panics
-            encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """The text of one row of ids up to its eos, without special tokens."""
@@ -182,9 +179,7 @@ class CaptionTokenizer:
             if "bos" in declared and "eos" in declared:
                 return CaptionTokenizer(tokenizer, special)
             return _finish(tokenizer, special)
-        except BaseException as error:  # tokenizers raises bare Exception, or panics
-            if not is_failure(error):
-                raise
+        except Exception as error:  # what tokenizers raises
             raise UserError(
                 f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
                 "and tokenizer_config.json that were saved with the model"

@@ -10,7 +10,7 @@ from typing import Any
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
-from clips.common.opening import check_directory, opening
+from clips.common.opening import check_layers, opening
 from clips.common.rundir import (
     MADE_OF,
     check_current,
@@ -36,8 +36,8 @@ CLIP_VOCABULARY = 49_408
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
     directory = Path(directory)
-    check_directory(directory)
     run = RunConfig.load(directory / "config.json")
+    check_layers(run.to_dict(), directory)
     tokenizer = CaptionTokenizer.load(directory / "tokenizer")
     tensors = read_weights(directory / NATIVE_WEIGHTS)
     model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, directory)
@@ -116,8 +116,8 @@ def _load(path: Path) -> Loaded:
 
 def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
     run = RunConfig.load(run_dir / "config.json")
+    check_layers(run.to_dict(), run_dir)
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
-    check_directory(run_dir)
     tensors = saved.weights()
     model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, saved.path)
     model.visual.set_image_size(run.phases[min(saved.state.phase, len(run.phases) - 1)].image_size)

@@ -14,7 +14,6 @@ import torch
 
 from clips import CONCEPTS
 from clips.common.errors import UserError
-from clips.common.opening import opening
 from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, Video, size_of
 from mllm.data.conversation import ConversationEncoder
@@ -147,5 +146,4 @@ class ChatModel:
             kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
             model, processor = load_llava(directory, torch.device("cpu"), kind)
             quantize(model.model.language_model, bits, kind, place)
-        with opening("model", directory):  # the tokenizer's lengths and templates
-            return ChatModel(model.to(place), processor, directory, conv_mode)
+        return ChatModel(model.to(place), processor, directory, conv_mode)

@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from clips.common.opening import naming
 from mllm.data.formats import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
@@ -230,8 +229,7 @@ class ConversationEncoder:
                     if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
                         encode = self._after_control
                 elif piece:
-                    with naming("tokenizer", "its tokenizer.json"):  # a pattern that goes back too often panics
-                        new = encode(str(piece))
+                    new = encode(str(piece))
                     encode = self._inside
                     if not self._forbidden.isdisjoint(new):
                         raise UserError(f"{sample}: the tokenizer turns typed text into a special token: {piece!r}")

@@ -114,7 +114,7 @@ class ImageTokens:
 
 
 class RecordReader:
-    """Raw records → records that can be trained on, for training and its pre-flight.
+    """Raw records → records that can be trained on, for training and check_data.py.
 
     Checks fields, turns, placeholders, missing files, and a question that alone fills the context; only samples that
     may do so are tokenised. `store` may be None for a set without pictures.

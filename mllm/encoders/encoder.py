@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    BaseImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
@@ -181,13 +180,6 @@ def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[in
     return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)
 
 
-def trial_squares(image_processor: BaseImageProcessor) -> Tensor:
-    """The squares [T, 3, S, S] of a small black picture, which show what becomes of pictures."""
-    picture = np.zeros((48, 64, 3), dtype=np.uint8)
-    pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"]
-    return pixels.flatten(0, -4)  # tiles have a dimension more
-
-
 @torch.no_grad()
 def check_tokens(encoder: VisionEncoder) -> None:
     """Run one image through preprocessing and model; UserError if the tokens are not what stock LLaVA expects."""
@@ -200,9 +192,10 @@ def check_tokens(encoder: VisionEncoder) -> None:
     if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):
         known = f"{-layers - 1} … {layers} (0 = embeddings)"
         raise UserError(f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers {known}")
-    pixels = trial_squares(encoder.image_processor)
+    processor: Any = encoder.image_processor
+    pixels = processor(images=np.zeros((48, 64, 3), dtype=np.uint8), return_tensors="pt")["pixel_values"]
     with loading("vision encoder", encoder.name):
-        shape = tuple(encoder.features(pixels).shape)
+        shape = tuple(encoder.features(pixels.flatten(0, -4)).shape)  # tiles have a dimension more
     expected = (encoder.num_tokens, encoder.width)
     if shape[1:] != expected:
         raise UserError(f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA takes {expected}")

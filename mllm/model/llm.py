@@ -34,7 +34,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, naming, opening
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, naming
 from clips.common.paths import cache_root
 from clips.common.tensors import listed, read_weights
 from mllm import DEFAULT_LLM
@@ -120,8 +120,7 @@ def load_llm(
     if reader != "none":
         merge_adapter(model, READER if reader == "default" else Path(reader))
         source += f", taught to find words again (--reader {reader})"
-    with opening("language model", directory):  # ids and lengths of the tokenizer and of the generation
-        return ready_for_images(model, tokenizer, source, version, videos=videos)
+    return ready_for_images(model, tokenizer, source, version, videos=videos)
 
 
 def ready_for_images(

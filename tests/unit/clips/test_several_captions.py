@@ -78,8 +78,7 @@ def test_a_check_counts_what_a_step_would_cut(tmp_path: Path, monkeypatch: pytes
     path = shard(tmp_path, [[f"{word} {words}" for word in ("a", "b", "c", "d", "e")]] * 3)
     run = recipe("small")
     data = replace(run.data, train=str(path), fields=Fields(web="json:captions", long=OTHERS))
-    summary = check_pairs(replace(run, data=data), tmp_path / "out")
-    assert summary["cut"] == {"web caption": 0, "long caption": 0}
+    assert check_pairs(replace(run, data=data)).cut == {}
 
 
 def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
@@ -188,8 +187,8 @@ def test_the_rows_of_an_image_are_gathered(
     assert len(SourceSet(source).read(0).captions["sentence"]) == EACH
     assert len(opened(tmp_path)) == IMAGES, "by its folder"
     run = recipe("small")
-    summary = check_pairs(replace(run, data=replace(run.data, train=str(path))), tmp_path / "out")
-    assert (summary["samples"], summary["broken"], summary["repeated"]["picture"]) == (IMAGES, 0, 0)
+    found = check_pairs(replace(run, data=replace(run.data, train=str(path))))
+    assert (found.checked, found.faults.total()) == (IMAGES, 0)
     assert next(CaptionStore(path).records())["conversations"][1]["value"] == sample_of(rows[0])
 
 
@@ -246,8 +245,8 @@ def test_rows_that_do_not_fit_are_a_share_of_rows(tmp_path: Path) -> None:
     with pytest.raises(BrokenDataError, match="1 of 61 rows"):
         check_readable(source, 0.01)
     run = recipe("small")
-    data = replace(run.data, train=str(path), max_broken_share=0.02)
-    assert check_pairs(replace(run, data=data), tmp_path / "out")["broken_share"] == 1 / 61
+    with pytest.raises(BrokenDataError, match=r"are broken, 1\.6%"):
+        check_pairs(replace(run, data=replace(run.data, train=str(path), max_broken_share=0.01)))
 
 
 def test_batches_are_those_of_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
@@ -324,7 +323,7 @@ def test_karpathys_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture
     names = {"train": "a.png", "restval": "a.png", "val": "a.png", "test": "gone.png"}
     entries = [{"filename": name, "split": split, "sentences": sentences} for split, name in names.items()]
     path = karpathy(tmp_path, entries)
-    words = ["--karpathy", str(path), "--output", str(tmp_path / "out")]
+    words = ["--karpathy", str(path)]
     with pytest.raises(BrokenDataError, match="1 of 4 samples are broken"):
         check_from_flags(script_parser("check_data").parse_args(words))
     karpathy(tmp_path, entries[:3])

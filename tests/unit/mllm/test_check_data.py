@@ -1,4 +1,4 @@
-"""The pre-flight finds what would stop a training, and says so."""
+"""The check finds what would stop a training, and says so."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from PIL import Image
 from tiny_tokenizers import make_tokenizer
 
 from clips.common.errors import UserError
+from clips.common.escape import one_line
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
-from mllm.training.check_data import as_the_model_sees, check_data, check_from_flags
+from mllm.training.check_data import check_data, check_from_flags
 
 CONTEXT = 120
 
@@ -53,29 +54,24 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_everything_is_counted(data, encoder, tmp_path):
+def test_everything_is_counted(data, encoder, capsys):
     with pytest.raises(UserError, match="6 sample"):
-        check_data(data / "data.json", encoder, ImageStore(data / "images"), tmp_path / "out")
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert (summary["samples"], summary["checked"], summary["broken"]) == (10, 10, 6)
-    assert summary["reasons"] == {"conversation": 2, "record": 1, "missing image": 2, "broken image": 1}
-    assert summary["cut"] == {"conversation": 1}  # 3; of 7, which is too long too, nothing that is trained is left
-    assert summary["repeated"] == {"sample": 0}
-    reasons = {sample["key"]: sample["reason"] for sample in summary["broken_samples"]}
-    assert reasons.keys() == {f"sample {i}" for i in range(4, 10)}
-    assert "every label is masked" in reasons["sample 7"]
-    page = (tmp_path / "out/samples.html").read_text()
-    assert page.count("data:image/png") == 3
-    assert "[4 × &lt;image&gt;]" in page
-    result = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", samples=2)
-    assert (result.checked, result.reasons) == (2, {})
-
-
-def test_a_sample_shows_exactly_the_trained_tokens(data, encoder):
-    record = LlavaDataset(data / "good.json", encoder, ImageStore(data / "images")).records[0]
-    text = as_the_model_sees(encoder, record)
-    assert re.findall("⟦(.*?)⟧", text) == ["A cat.<|im_end|>", "Left<|im_end|>"]
-    assert "[4 × <image>]" in text
+        check_data(data / "data.json", encoder, ImageStore(data / "images"))
+    printed = capsys.readouterr().out
+    counts = {kind: int(n) for n, kind in re.findall("([0-9]+) × (.*)", printed.partition("would be trained on")[0])}
+    # 3 is cut; of 7, which is too long too, nothing that is trained is left
+    faults = {"conversation": 2, "record": 1, "missing image": 2, "broken image": 1}
+    assert counts.items() == (faults | {"cut: conversation": 1}).items()
+    assert all(f"sample {i}" in printed for i in range(4, 10))
+    assert "sample 7 (id s7): every label is masked" in printed
+    shown = re.search("4 of 10 samples checked would be trained on. The first is\n(.*)", printed, re.DOTALL)[1]
+    assert re.findall("⟦(.*?)⟧", shown) == ["A cat.<|im_end|>", "Left<|im_end|>"]  # exactly the trained tokens
+    assert "[4 × <image>]" in shown
+    found = check_data(data / "good.json", encoder, ImageStore(data / "images"), limit=2)
+    assert (found.checked, found.faults) == (2, {})
+    good = json.loads((data / "good.json").read_text())
+    (data / "twice.json").write_text(json.dumps([*good, good[1]]))
+    assert check_data(data / "twice.json", encoder, ImageStore(data / "images"), jobs=2).repeated == {"sample": 1}
 
 
 def test_the_command_refuses_and_passes(data, tmp_path, capsys):
@@ -83,13 +79,13 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     tokenizer.chat_template = None  # "auto" is v1 then, as in training
     tokenizer.save_pretrained(tmp_path / "llm")
     flags = ["--language-model", str(tmp_path / "llm"), "--image-folder", str(data / "images"), "--image-tokens", "4"]
-    flags += ["--output", str(tmp_path / "out"), "--conversations"]
+    flags += ["--conversations"]
     with pytest.raises(UserError, match="would stop the training"):
         check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "data.json")]))
-    assert "(format v1)" in capsys.readouterr().out
+    assert "format v1" in capsys.readouterr().out
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
     printed = capsys.readouterr()
-    assert "nothing found that would stop a training" in printed.out
+    assert "4 of 4 samples checked would be trained on" in printed.out
     named = f"--stage 2 --data_path {data / 'good.json'} --image_folder {data / 'images'}"
     assert named in printed.err, "without a stage the next step was refused"
     (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
@@ -101,7 +97,7 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     assert "--fields 'web=alt words'" in capsys.readouterr().err
 
 
-def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
+def test_what_the_check_finds_is_what_training_leaves_out(data, encoder, capsys):
     """The same code; a picture that is there and cannot be decoded is found by the check alone."""
     bad = sample(10, None, "\ud83d what?", "x")
     questions = [
@@ -113,13 +109,12 @@ def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
     (data / "more.json").write_text(json.dumps(records))
     store = ImageStore(data / "images")
     with pytest.raises(UserError, match="10 sample"):
-        check_data(data / "more.json", encoder, store, data / "out")
+        check_data(data / "more.json", encoder, store)
     dataset = LlavaDataset(data / "more.json", encoder, store, "skip")
-    summary = json.loads((data / "out/summary.json").read_text())
-    reasons = [sample["reason"] for sample in summary["broken_samples"]]
-    assert [problem["message"] for problem in dataset.skipped] == [reason for reason in reasons if "s5" not in reason]
+    faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample ")]
+    assert [one_line(problem["message"]) for problem in dataset.skipped] == [f for f in faults if "s5" not in f]
     assert {problem["index"] for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
-    assert "surrogate" in reasons[6]
+    assert "surrogate" in faults[6]
     assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
     with pytest.raises(
         UserError, match=r"more\.json: 9 sample\(s\) cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"

@@ -58,5 +58,5 @@ def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[
     store = ImageStore(str(image_folder))
     samples = list(LlavaDataset(data_path, encoder, store))
     assert [sample["images"] for sample in samples] == [[e["image"]] if "image" in e else [] for e in records]
-    summary = check_data(data_path, encoder, store, tmp_path / "report")
-    assert (summary.checked, summary.reasons.total()) == (len(records), 0)
+    found = check_data(data_path, encoder, store)
+    assert (found.checked, found.faults.total()) == (len(records), 0)
