@@ -13,8 +13,6 @@ def parser() -> Parser:
     p = Parser(__doc__)
     flags_of(p)
     p.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
-    p.add_argument("--curve", action="store_true", help="before a table: two encoders, two seeds, three budgets")
-    p.add_argument("--see", type=float, default=5.0, help="difference, in points, for which --curve proposes a budget")
     alone = p.add_argument_group("finished comparisons (these run nothing)")
     alone.add_argument(
         "--verify",

@@ -67,7 +67,7 @@ class Comparison:
     seeds: int = option(
         SEEDS, f"encoders of each kind that is pretrained here, one of each seed (default: {SEEDS}, --quick: 1)"
     )
-    first_seed: int = option(0, "of --seeds that follow each other; a curve always has seeds 0 and 1")
+    first_seed: int = option(0, "of --seeds that follow each other")
     llava_runs: int | None = option(
         None,
         "LLaVA runs of each kind of encoder, on its pretrained encoders in turn (default: one more than --seeds; "

@@ -26,17 +26,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import METRICS
 from clips.lab.grid import COST, RECORD, what_was_fixed
-from clips.lab.stats import (
-    Estimate,
-    Spread,
-    independent_runs,
-    interval,
-    labels,
-    over_groups,
-    over_runs,
-    spread,
-    verdict,
-)
+from clips.lab.stats import Estimate, independent_runs, interval, labels, over_groups, over_runs, verdict
 from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
@@ -51,8 +41,6 @@ ASKED = ("question_id", "prompt", "image", "kind", "expected")
 EXAMPLES = 6
 """Of each way in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
-POINTS = (0.01, 0.02, 0.05)
-"""The report says how many seeds and pictures these differences need."""
 NEEDS_PICTURE = "needs_picture"
 NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
@@ -322,16 +310,15 @@ def compare_scores(
         clusters = labels(metric.clusters.tolist())
         about = {"items": len(clusters), "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
-            groups, estimate, split = _estimated(comparison, scores, clusters, encoder)
+            groups, estimate = _estimated(comparison, scores, clusters, encoder)
             summary[encoder][name] = {
                 **over_seeds(scores.mean(1).tolist(), groups),
                 "ci95": estimate.ci95,
                 **about,
-                "variance": split.shares() if split else {},
             }
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
-            groups, estimate, split = _estimated(comparison, between, clusters, a, b)
+            groups, estimate = _estimated(comparison, between, clusters, a, b)
             by_seed = [over_groups(metric.by_encoder[encoder], groups).mean(1).tolist() for encoder in (a, b)]
             row: dict[str, Any] = {
                 **{"a": a, "b": b, "metric": name},
@@ -339,25 +326,17 @@ def compare_scores(
                 **{"mean": estimate.mean, "ci95": estimate.ci95},
                 "verdict": verdict(estimate.ci95, *by_seed, kept=kept),
                 **{"seeds": int(groups.max()) + 1, "runs": len(groups)},
-                "variance": split.shares() if split else {},
-                "items_needed": split.items_needed(abs(estimate.mean)) if split else None,
             }
-            if not name.startswith(NOT_IN_PERCENT):
-                row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
             differences.append(row)
     return summary, differences
 
 
 def _estimated(
     comparison: Comparison, scores: np.ndarray, clusters: np.ndarray, *encoders: str
-) -> tuple[np.ndarray, Estimate, Spread | None]:
-    """Groups of independent runs, the mean of `scores` [R, I], and how its variance splits (None of a single item)."""
-    shared = encoder_groups(comparison, *encoders)
-    groups = independent_runs(shared)
-    seeds = (("pretraining seed", shared), ("LLaVA seed", np.arange(len(scores))))
-    items = (("picture", clusters), ("question", np.arange(len(clusters))))
-    split = spread(scores, seeds, items) if len(clusters) > 1 else None
-    return groups, interval(over_groups(scores, groups), clusters), split
+) -> tuple[np.ndarray, Estimate]:
+    """Groups of independent runs, and the mean of `scores` [R, I] with its interval."""
+    groups = independent_runs(encoder_groups(comparison, *encoders))
+    return groups, interval(over_groups(scores, groups), clusters)
 
 
 def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from clips.common.errors import UserError
 from clips.common.files import replacing, sha256
 from clips.common.rundir import UNSEEN
 from clips.lab.grid import RECORD, fix
-from clips.lab.stats import FEWEST_SEEDS, Spread, independent_runs
+from clips.lab.stats import FEWEST_SEEDS, detectable, independent_runs
 from mllm.compare.cells import PLAN, cells_of, encoder_groups, encoder_names
 from mllm.compare.comparison import Comparison, budget_share, is_demo, question_files, question_limit
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
@@ -134,19 +134,15 @@ def _projector(arguments: TrainArguments) -> str:
     return f"{arguments.mm_projector_type}, {start}"
 
 
-def power(comparison: Comparison, questions: int, difference: float) -> float:
-    """Share of comparisons of this design that find a true `difference`, by the spreads measured on the demo."""
+def detectable_difference(comparison: Comparison, questions: int) -> float:
+    """Return the difference that a comparison of this design sees with 80 % power, by the spreads of the demo."""
     groups = encoder_groups(comparison, *encoder_names(comparison))
-    pretraining = ENCODER_VARIANCE if groups.max() > 0 else 0.0
     sizes = np.bincount(independent_runs(groups))
-    variances = [
-        [0, PICTURE_VARIANCE * OF_QUESTIONS],
-        [pretraining, 0],
-        [RUN_VARIANCE, ANSWER_VARIANCE * OF_QUESTIONS],
-    ]
-    counts = 1.0, float(len(sizes)), len(sizes) ** 2 / float((1 / sizes).sum())  # runs of unequal weight
-    design = Spread(("encoder", "LLaVA run"), ("question",), np.array(variances), counts, (1.0, float(questions)))
-    return design.power(difference)
+    seeds, runs = len(sizes), len(sizes) ** 2 / float((1 / sizes).sum())  # runs of unequal weight
+    luck = ANSWER_VARIANCE * OF_QUESTIONS / questions / runs
+    pretraining = ENCODER_VARIANCE / seeds if groups.max() > 0 else 0.0
+    pictures = PICTURE_VARIANCE * OF_QUESTIONS / questions
+    return detectable(pretraining + RUN_VARIANCE / runs + luck, pictures, luck, seeds, questions)
 
 
 def power_in_words(comparison: Comparison) -> str:
@@ -155,10 +151,9 @@ def power_in_words(comparison: Comparison) -> str:
     if seeds < FEWEST_SEEDS:
         return f"{seeds} independent seed(s) are a look, without verdicts; --seeds {FEWEST_SEEDS} gives verdicts"
     by_file = {name: asked_questions(comparison, path) for name, path in question_files(comparison)[0].items()}
-    questions = len(_of_deciding_column(by_file))
-    five, two = (100 * power(comparison, questions, points) for points in (0.05, 0.02))
+    points = 100 * detectable_difference(comparison, len(_of_deciding_column(by_file)))
     spreads = "the spreads measured on the demo" if is_demo(comparison) else "the demo's spreads, for want of its own"
-    return f"this comparison sees 5 points in {five:.0f} of 100 cases and 2 points in {two:.0f}, by {spreads}"
+    return f"a difference of {points:.1f} points is seen in 80 of 100 such comparisons, by {spreads}"
 
 
 def _of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:

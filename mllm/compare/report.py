@@ -29,8 +29,7 @@ FLOORS = {
 }
 STATISTICS = (
     "Brackets are 95 % intervals over other questions and other trainings, not corrected for their number. "
-    f"“Undecided”: {UNDECIDED} (docs/comparison.md). “Needed” is the number of questions that show a difference of "
-    "the size seen in four of five comparisons; – if no number does."
+    f"“Undecided”: {UNDECIDED} (docs/comparison.md)."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "
@@ -83,17 +82,11 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
     differences: list[Block] = [forest([(_pair(row), row) for row in overall], 100)] if overall else []
     for name in dict.fromkeys(map(_pair, rows)):
         lines = [
-            [
-                metric_name(row["metric"]),
-                difference_text(row),
-                SIGNS[row["verdict"]],
-                f"{row['items']:,}",
-                "–" if row["items_needed"] is None else f"{row['items_needed']:,}",
-            ]
+            [metric_name(row["metric"]), difference_text(row), SIGNS[row["verdict"]], f"{row['items']:,}"]
             for row in rows
             if _pair(row) == name
         ]
-        differences.append(Folded(name, [Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)]))
+        differences.append(Folded(name, [Table(["", "difference [95 %]", "verdict", "questions"], lines)]))
     answers = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
     return [
         Section("What was found", [Bullets(deciding, "big"), Bullets(floors(report))]),
@@ -112,9 +105,7 @@ def sentence(row: Row) -> str:
     if row["verdict"] == "undecided":
         return f"{a} − {b} is undecided: {difference_text(row)}."
     if row["verdict"] == "tie":
-        needed = row["items_needed"]
-        enough = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
-        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {enough}."
+        return f"{a} and {b} tie: a difference of {points} is not told from none."
     if figure in LIKELIHOODS:
         return f"{a} is {points} {'above' if row['verdict'] == 'win' else 'below'} {b}: {metric_name(row['metric'])}."
     if figure == "cider_d":

@@ -1,10 +1,9 @@
-"""Intervals, components of variance and needed numbers against simulations, definitions and closed forms."""
+"""Intervals and verdicts against simulations, definitions and closed forms."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import product
 
 import numpy as np
 import pytest
@@ -12,14 +11,10 @@ from conftest import ROOT
 from scipy import stats
 
 from clips.lab.stats import (
-    ANSWERS,
     FEWEST_SEEDS,
-    TOGETHER,
     Estimate,
-    Spread,
-    components,
+    detectable,
     difference,
-    distinct_levels,
     half_of_interval,
     half_of_unlike,
     independent_runs,
@@ -28,7 +23,7 @@ from clips.lab.stats import (
     over_groups,
     over_runs,
     shared_runs,
-    spread,
+    simulated,
     turned,
     verdict,
     welch,
@@ -173,14 +168,6 @@ def test_verdicts_of_drawn_answers_are_those_of_the_simulation() -> None:
     assert np.mean(agree) > 0.97
 
 
-def sized(seeds: int, pictures: int, runs: float, shared: float, luck: float, within: int = 1) -> Spread:
-    """A comparison with these variances of the mean, one question per picture, `within` LLaVA runs of each seed."""
-    levels = ("pretraining seed", "LLaVA seed")[: 1 + (within > 1)], ("picture",)
-    variances = np.zeros((1 + len(levels[0]), 2))
-    variances[0, 1], variances[1, 0], variances[-1, 1] = shared * pictures, runs * seeds, luck * seeds * pictures
-    return Spread(*levels, variances, (1.0, float(seeds), float(seeds * within))[: 1 + len(levels[0])], (1.0, pictures))
-
-
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("pictures", [40, 347])
 def test_intervals_err_in_5_percent_whatever_makes_the_variance(
@@ -190,7 +177,8 @@ def test_intervals_err_in_5_percent_whatever_makes_the_variance(
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
     mixtures = [(r, p, luck) for r in parts for p in parts for luck in (0.0, 1.0) if r + p + luck > 0]
-    rates = [sized(seeds, pictures, *mixture).power(0.0, 20_000) for mixture in mixtures]
+    drawn = [simulated(runs + luck, shared, luck, seeds, pictures, 20_000) for runs, shared, luck in mixtures]
+    rates = [(abs(errors) > halves).mean() for errors, halves in drawn]
     assert min(rates) >= 0.035
     assert max(rates) <= 0.065
 
@@ -237,18 +225,21 @@ def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: floa
     assert 0.02 < false / len(halves) <= 0.065
 
 
-def test_power_is_the_share_of_simulated_comparisons_that_find_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seeds", "pictures"), [(2, 40), (3, 80), (5, 400)])
+def test_what_a_comparison_sees_is_seen_in_four_of_five(
+    seeds: int, pictures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the intervals alone; tests/unit/mllm/test_power.py simulates verdicts."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
-    rng, seeds, pictures = np.random.default_rng(6), 3, 80
-    size = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4)
-    deviations = np.sqrt([[0, size.variances[0, 1]], [size.variances[1, 0], size.variances[1, 1]]])
-    runs, items = [np.arange(seeds)], [np.arange(pictures)]
-    sides = [side(interval(0.05 + drawn(rng, runs, items, deviations), items[0])) for _ in range(2000)]
-    assert sides.count("win") / len(sides) == pytest.approx(size.power(0.05), abs=0.04)
-    crossed = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4, within=3)
-    assert size.power(0.0) < size.power(0.02) < size.power(0.05) < crossed.power(0.05)
-    assert crossed.power(crossed.detectable()) == pytest.approx(0.78, abs=0.03)
+    rng, runs, shared, luck = np.random.default_rng(6), 1e-4, 0.5e-4, 1e-4
+    seen = detectable(runs + luck, shared, luck, seeds, pictures)
+    wins, tries = 0, 1500
+    for _ in range(tries):
+        scores = seen + (runs * seeds) ** 0.5 * rng.standard_normal((seeds, 1))
+        scores = scores + (shared * pictures) ** 0.5 * rng.standard_normal(pictures)
+        scores += (luck * seeds * pictures) ** 0.5 * rng.standard_normal((seeds, pictures))
+        wins += side(interval(scores, np.arange(pictures))) == "win"
+    assert wins / tries == pytest.approx(0.8, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -320,165 +311,3 @@ def test_groups_of_runs_have_welch_s_interval_and_paired_runs_student_s() -> Non
     values = np.array([0.1, 0.09, 0.08])
     assert over_runs(values).ci95 == pytest.approx(stats.t.interval(0.95, 2, values.mean(), stats.sem(values)))
     assert over_runs(values[:1]).ci95 is None
-
-
-# ------------------------------------------------------------------------------------------- components of variance
-def runs_and_items(pretraining: int, llava: int, pictures: int, questions: int):
-    """Groups of every level, balanced: ([pretraining, run], [picture, question])."""
-    runs, items = np.arange(pretraining * llava), np.arange(pictures * questions)
-    return [runs % pretraining, runs], [items // questions, items]
-
-
-def drawn(rng: np.random.Generator, runs, items, deviations: np.ndarray) -> np.ndarray:
-    """[R, I] with effects of known standard deviations [1 + levels of runs, 1 + levels of items]."""
-    total = np.zeros((len(runs[-1]), len(items[-1])))
-    for (a, row), (b, column) in product(
-        enumerate([np.zeros_like(runs[0]), *runs]), enumerate([np.zeros_like(items[0]), *items])
-    ):
-        total += deviations[a, b] * rng.standard_normal((row.max() + 1, column.max() + 1))[np.ix_(row, column)]
-    return total
-
-
-def slow_components(scores: np.ndarray, runs, items) -> np.ndarray:
-    """Every pair of scores by itself, sorted by how many levels of runs and of items it shares."""
-    shape = len(runs) + 1, len(items) + 1
-    squares, counts = np.zeros(shape), np.zeros(shape)
-    places = list(np.ndindex(scores.shape))
-    for (r, i), (s, j) in product(places, places):
-        shared = sum(level[r] == level[s] for level in runs), sum(level[i] == level[j] for level in items)
-        squares[shared] += (scores[r, i] - scores[s, j]) ** 2 / 2
-        counts[shared] += 1
-    covariance = squares[0, 0] / counts[0, 0] - squares / counts
-    parts = np.zeros(shape)
-    for a, b in np.ndindex(shape):
-        parts[a, b] = covariance[a, b] - parts[: a + 1, : b + 1].sum()
-    return parts
-
-
-@pytest.mark.parametrize("is_balanced", [True, False])
-def test_components_are_those_of_all_pairs_of_scores(is_balanced: bool) -> None:
-    rng = np.random.default_rng(0)
-    runs, items = runs_and_items(3, 2, 5, 2)
-    if not is_balanced:
-        runs = [np.array([0, 1, 2, 0]), np.arange(4)]
-        items = [np.array([0, 0, 0, 1, 2, 2, 3]), np.arange(7)]
-    scores = rng.integers(0, 2, (len(runs[0]), len(items[0]))).astype(float)
-    assert np.allclose(components(scores, runs, items), slow_components(scores, runs, items))
-
-
-def test_of_equal_numbers_they_are_those_of_the_analysis_of_variance() -> None:
-    """Two crossed factors, one score each: mean squares and their expectations (any textbook)."""
-    scores = np.random.default_rng(1).normal(0, 1, (4, 30)) + np.arange(4)[:, None]
-    seeds, pictures = scores.shape
-    centred = scores - scores.mean()
-    ms_seeds = pictures * (centred.mean(1) ** 2).sum() / (seeds - 1)
-    ms_pictures = seeds * (centred.mean(0) ** 2).sum() / (pictures - 1)
-    rest = centred - centred.mean(0) - centred.mean(1)[:, None]
-    ms_rest = (rest**2).sum() / (seeds - 1) / (pictures - 1)
-    expected = [[0, (ms_pictures - ms_rest) / seeds], [(ms_seeds - ms_rest) / pictures, ms_rest]]
-    assert np.allclose(components(scores, [np.arange(seeds)], [np.arange(pictures)]), expected)
-
-
-def test_known_effects_are_found_without_bias() -> None:
-    deviations = np.array([[0, 0.3, 0.4], [0.2, 0.1, 0.1], [0.1, 0.1, 0.5]])
-    rng = np.random.default_rng(2)
-    runs, items = [np.array([0, 1, 2, 3, 0, 1]), np.arange(6)], [np.arange(80) // 2, np.arange(80)]
-    estimates = np.mean([components(drawn(rng, runs, items, deviations), runs, items) for _ in range(600)], axis=0)
-    assert estimates == pytest.approx(deviations**2, abs=0.006)
-
-
-def test_levels_that_cannot_be_told_apart_become_one() -> None:
-    runs, pictures = np.arange(3), np.array([0, 0, 1, 1])
-    named = distinct_levels([("pretraining seed", runs), ("LLaVA seed", runs)])
-    assert [name for name, _ in named] == ["pretraining seed and LLaVA seed"]
-    assert [name for name, _ in distinct_levels([("pretraining seed", 0 * runs), ("LLaVA seed", runs)])] == [
-        "LLaVA seed"
-    ]
-    one = spread(np.eye(4)[:1], [("pretraining seed", np.zeros(1, int)), ("LLaVA seed", np.zeros(1, int))],
-                 [("picture", pictures), ("question", np.arange(4))])  # fmt: skip
-    assert one.runs == ()
-    assert set(one.shares()) == {"picture", "question"}
-
-
-def split_of(scores: np.ndarray, runs, items):
-    return spread(scores, [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])],
-                  [("picture", items[0]), ("question", items[1])])  # fmt: skip
-
-
-def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
-    runs, items = runs_and_items(5, 2, 100, 2)
-    scores = drawn(np.random.default_rng(3), runs, items, np.array([[0, 0.3, 0.4], [0.1, 0.2, 0.2], [0.1, 0.2, 0.5]]))
-    split = split_of(scores, runs, items)
-    assert set(split.shares()) == {"pretraining seed", "LLaVA seed", "picture", "question", ANSWERS}
-    assert (split.variances > 0)[1:].all()
-    rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)])
-    estimate = interval(rows, items[0])
-    # Power 0.8 needs t and its quantile of 0.8 on top of a standard error that both have in common.
-    assert split.detectable() > estimate.high - estimate.mean
-    assert sum(split.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
-
-
-def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:
-    """Of the mean, for equal clusters: between rows, and between pictures without what single answers add."""
-    pictures = np.stack([np.bincount(clusters, row) / np.bincount(clusters) for row in rows])
-    rest = pictures - pictures.mean(0) - pictures.mean(1)[:, None] + pictures.mean()
-    count = pictures.shape[1]
-    luck = (rest**2).sum() / (len(rows) - 1) / (count - 1) / len(rows) / count
-    return pictures.mean(1).var(ddof=1) / len(rows) + pictures.mean(0).var(ddof=1) / count - luck
-
-
-def test_items_needed_is_the_closed_form_of_a_paired_comparison() -> None:
-    """One run, one question per picture: n = (z_0.975 + z_0.8)² (p10 + p01 − δ²) / δ²."""
-    difference = np.array([[1.0] * 120 + [-1.0] * 80 + [0.0] * 800])
-    question = np.arange(1000)
-    estimate = spread(difference, [("LLaVA seed", np.zeros(1, int))], [("picture", question), ("question", question)])
-    delta = 0.04
-    expected = (1.959964 + 0.841621) ** 2 * (0.2 - delta**2) / delta**2
-    assert estimate.items_needed(delta) == pytest.approx(expected, rel=5e-3)
-
-
-@pytest.mark.parametrize("level", ["pretraining seed", "picture", "both"])
-def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(level: str) -> None:
-    deviations = np.array([[0, 0.25, 0.3], [0.02, 0.05, 0.05], [0.02, 0.05, 0.4]])
-    rng, gap = np.random.default_rng(4), 0.06
-    levels = ("pretraining seed", "LLaVA seed"), ("picture", "question")
-    estimate = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
-    needed = estimate.needed(gap)
-    seeds = needed["pretraining seed" + TOGETHER * (level == "both")] if level != "picture" else 4
-    pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 250
-    assert seeds is not None
-    assert pictures is not None
-    runs, items = runs_and_items(seeds, 2, pictures, 2)
-    wins, tries = 0, 300
-    for _ in range(tries):
-        scores = gap + drawn(rng, runs, items, deviations)
-        rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(seeds)])
-        wins += side(interval(rows, items[0])) == "win"
-    assert 0.72 <= wins / tries <= 0.9
-
-
-def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
-    runs, items = runs_and_items(3, 1, 250, 2)
-    scores = np.random.default_rng(0).normal(0, 0.1, (3, 500)) + np.array([[-0.3], [0.05], [0.4]])
-    split = split_of(scores, runs, items)
-    assert split.needed(0.05)["picture"] is None
-    assert split.items_needed(0.05) is None
-    assert split.items_needed(0.0) is None
-    seeds = split.needed(0.05)["pretraining seed and LLaVA seed"]
-    assert seeds is not None
-    assert seeds > 100
-
-
-def test_estimates_below_zero_are_taken_from_the_others_not_forgotten() -> None:
-    """Two runs on one of five encoders that happen to differ: what all seeds add stays what their means say."""
-    rng = np.random.default_rng(8)
-    runs, items = [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(200) // 2, np.arange(200)]
-    luck = np.array([0.1, 0.0, 0.0, 0.0, 0.0, -0.1])[:, None]
-    scores = luck + rng.normal(0, 0.05, (6, 200))
-    raw = components(scores, runs, items)
-    assert raw[1, 0] < 0 < raw[2, 0]
-    split = split_of(scores, runs, items)
-    assert (split.variances >= 0).all()
-    assert split.variances[1, 0] == 0
-    parts = raw / np.outer(split.run_counts, split.item_counts)
-    assert split.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)

@@ -19,7 +19,6 @@ from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finis
 from clips.common.errors import UserError
 from clips.common.page import as_html
 from clips.recipes import recipe
-from mllm.compare import run
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results
 from mllm.compare.cells import (
     RECIPES,
@@ -36,7 +35,7 @@ from mllm.compare.comparison import Comparison, budget_share, comparison_from_fl
 from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.plan import fix_plan
 from mllm.compare.report import floors, page, sentence
-from mllm.compare.run import compare, learning_curve
+from mllm.compare.run import compare
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
@@ -323,33 +322,6 @@ def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> Non
     own = ("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
     with pytest.raises(UserError, match="objective"):
         checked(dataclasses.replace(comparison, output=place / "other", pretrain_flags=own))
-
-
-def test_the_curve_proposes_the_smallest_budget_whose_seeds_agree(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spreads = {0.125: 0.05, 0.25: 0.012, 0.5: 0.01}
-    budgets = []
-
-    def finished(comparison: Comparison, *_: object, dry_run: bool = False) -> None:
-        budgets.append(comparison.budget)
-        assert (comparison.encoders, comparison.seeds, llava_runs(comparison)) == (ENCODERS[:2], 2, 2)
-        assert comparison.first_seed == 0
-        assert (comparison.output / "encoders").resolve() == (place / "out" / "encoders").resolve()
-        metrics = [{"accuracy": {"mean": 0.4, "sd": sd}} for sd in (spreads[comparison.budget], 0.001)]
-        row = {"metric": "accuracy", "mean": 0.1, "ci95": [0.05, 0.15]}
-        encoders = {name: {"metrics": metric} for name, metric in zip(NAMES, metrics, strict=False)}
-        report = {"plan": {"decides": "accuracy"}, "encoders": encoders, "differences": [row]}
-        (comparison.output / "report.json").write_text(json.dumps(report))
-
-    monkeypatch.setattr(run, "compare", finished)
-    comparison = comparison_of(place, budget=0.5)
-    assert learning_curve(dataclasses.replace(comparison, first_seed=2), QUIET, [], see=5.0) == 0.25
-    assert budgets == list(spreads)
-    assert "--budget 0.25" in capsys.readouterr().out
-    assert learning_curve(comparison, QUIET, [], see=2.0) is None
-    spreads |= {0.125: 0.001, 0.25: 0.05}  # before the jump, in it
-    assert learning_curve(comparison, QUIET, [], see=5.0) == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ figures and report
