@@ -124,7 +124,11 @@ class Imagination:
         a, b, n, lost = torch.rand(4, GRID**2, 1, generator=noise)
         stray, other = self.units[torch.randint(len(self.units), (2, GRID**2), generator=noise)]
         words = torch.where(lost < 0.05, stray, self.directions(*shown, noise))
-        mixed = words + 0.5 * (0.6 + 0.8 * b) * self.directions(*tags, noise) + 0.6 * n * other
+        names, weights = tags
+        of_tags = self.directions(names, weights, noise)
+        if names == [*PLACES]:  # "top left" and "top right" have a cosine of 0.9: what they share says no place
+            of_tags = F.normalize(of_tags - self.directions(names, torch.eye(len(names)), noise).mean(0))
+        mixed = words + 0.5 * (0.6 + 0.8 * b) * of_tags + 0.6 * n * other
         return self.centre + (0.8 + 0.4 * a) * self.spread * F.normalize(mixed)
 
     def of_scene(self, kind: str, rng: random.Random) -> Sample:
