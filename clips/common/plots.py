@@ -22,7 +22,7 @@ GRID = "#e3e6ec"
 class Panel:
     title: str
     lines: list[dict[str, Any]]
-    names: list[str]
+    names: Sequence[str]
 
 
 def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:

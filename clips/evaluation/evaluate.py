@@ -8,17 +8,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import random
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
+from clips.common.page import Card, Picture, thumbnail
+from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
+from clips.data.images import decode_image
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -40,6 +45,8 @@ from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
+POOL, NEAREST = 1000, 5
+"""Images of a test set among whose texts the nearest ones are searched, and how many are shown."""
 
 
 def measure(
@@ -91,6 +98,31 @@ def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
     rows = [row for row in unlabelled if images.captions[row].get(protocol)]
     # A few images with several captions, which a table names twice by accident, say nothing of the set.
     return rows if protocol != "sentence" or 2 * len(rows) > len(unlabelled) else []
+
+
+@torch.no_grad()
+def nearest_texts(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str, image_size: int
+) -> list[Card]:
+    """Return images of a split, drawn at random, each with the texts of the split that are nearest to it."""
+    items, _ = open_test_set(run.data, split)
+    options = {"image_size": image_size, "workers": run.data.workers, "limit": POOL}
+    images = encode_images(model, items, batch_size=run.eval.batch_size, **options)
+    rows_by_protocol = [(name, retrieval_rows(images, name)) for name in PROTOCOLS]
+    protocol, rows = next(((name, rows) for name, rows in rows_by_protocol if rows), ("", []))
+    texts = [images.captions[row][protocol][0] for row in rows]
+    features = encode_texts(model, tokenizer, texts, batch_size=run.eval.batch_size) if texts else None
+    cards = []
+    for i in random.Random(0).sample(range(len(rows)), min(IMAGES, len(rows))):
+        assert features is not None
+        cosines, nearest = (features @ images.features[rows[i]]).topk(min(NEAREST, len(rows)))
+        found = [
+            (f"cosine {cosine:.2f}", texts[j], True if texts[j] == texts[i] else None)
+            for cosine, j in zip(cosines.tolist(), nearest.tolist(), strict=True)
+        ]
+        picture = thumbnail(decode_image(items.read(images.indices[rows[i]]).image), SIDE)
+        cards.append(Card(texts[i], [Picture(picture)], found))
+    return cards
 
 
 def evaluate(

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from clips.common.files import write_json
 from clips.common.page import table_of
-from clips.common.plots import pretty
-from clips.common.rundir import by_test_set
+from clips.common.report import metric_rows
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
 from clips.data.demo import MISSING, is_by_one
@@ -71,15 +70,8 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
 
     `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
     """
-    sets = by_test_set(figures, first)
-    names = list(dict.fromkeys(key for of_set in sets.values() for key in of_set))
-    shown = ([name for name in MATTER if name in names] or names)[:6]
+    names = dict.fromkeys(name.rpartition("/")[2] for name in figures)
+    shown = ([name for name in MATTER if name in names] or [*names])[:6]
     rest = f"All {len(names)} figures are in the JSON file and in the report." if len(names) > len(shown) else None
-    rows = []
-    for name in shown:
-        of_sets = [of_set.get(name) for of_set in sets.values()]
-        one = next(figure for figure in of_sets if figure is not None)
-        values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
-        rows.append((pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}"))
-    head = ("figure", *([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items")
-    return table_of(title, head, rows, " ".join(filter(None, (rest, missing))))
+    chosen = {name: asdict(figures[name]) for plain in shown for name in figures if name.rpartition("/")[2] == plain}
+    return table_of(title, *metric_rows(chosen, first), " ".join(filter(None, (rest, missing))))

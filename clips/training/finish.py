@@ -10,17 +10,17 @@ from rich.console import Console
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.live import say_next
+from clips.common.report import write_report
 from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
 from clips.common.tensors import assign_weights
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import evaluate
-from clips.evaluation.examples import collect_examples
+from clips.evaluation.evaluate import evaluate, nearest_texts
 from clips.evaluation.figures import figures_table, missing_of
-from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
+from clips.weights.card import DRAWINGS
 from clips.weights.export import FORMATS, export_all, sample_inputs
 from clips.weights.open_clip import open_clip_lacks
 
@@ -67,7 +67,10 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
     shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else ())
+        cards = nearest_texts(model, tokenizer, run, shown, size) if shown else ()
+        facts = f"{run.recipe} · {run.samples:,} samples"
+        facts += f" · {DRAWINGS}" if run.data.train == "demo" else ""
+        write_report(run_dir, read_evaluations(run_dir).values(), cards, facts=facts)
     print_next(run, run_dir)
 
 

@@ -249,7 +249,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
-                report = write_report(run_dir, store, out if is_own else None)
+                report = write_report(run_dir, store, out, out if is_own else run_dir)
                 console.print(f"report → {for_rich(str(report))}")
         console.print(for_rich(f"figures → {out / 'figures.json'}"))
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")

@@ -18,8 +18,6 @@ from rich.console import Console
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import printable
 from clips.common.page import (
-    Bar,
-    Bars,
     Bullets,
     Card,
     Cards,
@@ -30,7 +28,6 @@ from clips.common.page import (
     Section,
     Table,
     Tile,
-    Tiles,
     as_html,
 )
 from clips.lab.grid import Cell, Step
@@ -143,12 +140,10 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
             Code(text),
             Table([text, ""], [[text, "reproduced"]], verdict_class({"reproduced": "good"})),
             forest([(text, {"mean": -0.02, "ci95": [-0.03, -0.01], "verdict": "loss"})], scale=100),
-            Bars([Bar(text, 33.3, [text])], [text, text]),
-            Cards([Card(text, texts=[(text, text, True), (text, text, None)], badge=(text, True), note=text)]),
-            Tiles([Tile(text, [(text, "good")], text)]),
+            Cards([Card(text, texts=[(text, text, True), (text, text, None)])]),
             Folded(text, [Paragraph(text)]),
         ]
-        page = as_html(Page(text, text, [Section(text, blocks, text)], sentence=text))
+        page = as_html(Page(text, text, [Section(text, blocks, text)], tiles=[Tile(text, [(text, "good")], text)]))
         assert not re.search(r"<(?:script|a|em|img)\b|@import|url\(", page)
         assert html.unescape(page).count(printable(text, None)) >= 15
         assert "−2.0 [−3.0, −1.0] ▼ loss" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,18 +59,19 @@ def store(tmp_path: Path) -> ImageStore:
     return ImageStore(tmp_path / "images")
 
 
-def test_the_page_begins_with_pictures_and_ends_with_folded_tables(tmp_path: Path, store: ImageStore) -> None:
+def test_the_page_has_answers_curves_and_right_answers_against_chance(tmp_path: Path, store: ImageStore) -> None:
     write_run(tmp_path / "runs" / "llava-clips", right=6)
-    page = write_report(tmp_path / "runs" / "llava-clips", store).read_text()
-    # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
-    sentence = "It answers 60 of 100 questions right, out of 20 about drawings by an artist whom no training shows."
-    assert f"{sentence} Always giving the commonest answer of a kind would have 60." in page
-    order = [page.index(text) for text in ("How many there are", "count 0?", "Right answers by kind", "<details>")]
+    run = tmp_path / "runs" / "llava-clips"
+    page = write_report(run, store, run / "evaluation", run).read_text()
+    parts = ("clips:llava-clips", "<dt>answer", "align: loss", "overall</td>", "<details>")
+    order = [page.index(text) for text in parts]
     assert order == sorted(order)
-    assert page.count("badge good") == page.count("badge bad") == 4
+    # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
+    row = r"<td[^>]*>overall</td><td[^>]*>60.0</td><td[^>]*>60.0</td><td[^>]*>20</td>"
+    assert re.search(row, page)
+    assert page.count('class="badge') == 9, "one answer about each image that is there"
     assert "&lt;b&gt;no&lt;/b&gt;" in page
-    assert "<dd>At the top</dd>" in page
-    assert "python evaluate" in page[page.index("<details>") :]
+    assert "<dt>truth</dt>" in page
 
 
 def test_a_slow_step_shows_progress_and_the_last_step_is_always_logged(
