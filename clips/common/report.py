@@ -41,7 +41,8 @@ def write_report(
     """Write report/index.html of a run, whole or not at all, and return its path.
 
     Args:
-        evaluations: contents with `figures` (name → value, chance, items), `test_set` and perhaps `missing`.
+        evaluations: contents of evaluation*.json or figures.json: `figures` (name → value, chance, items), `test_set`
+            (the set whose figures have plain names) and perhaps `missing`.
         cards: images with what the model says of them.
         facts: what the run is, in words.
         directory: where report/ is put; default: `run_dir`.
@@ -94,10 +95,13 @@ def metric_rows(figures: Mapping[str, Mapping[str, Any]], first: str) -> tuple[l
     for name in dict.fromkeys(name for of_set in sets.values() for name in of_set):
         by_set = [of_set.get(name) for of_set in sets.values()]
         one = next(figure for figure in by_set if figure is not None)
-        values = ["" if figure is None else _shown(figure["value"]) for figure in by_set]
-        rows.append([pretty(name), *values, _shown(one["chance"]), f"{one['items']:,}"])
+        values = ["" if figure is None else _shown(figure) for figure in by_set]
+        rows.append([pretty(name), *values, _shown(one, "chance"), f"{one['items']:,}"])
     return ["metric", *sets, "chance", "items"], rows
 
 
-def _shown(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def _shown(figure: Mapping[str, Any], field: str = "value") -> str:
+    """A number, with its 95 % interval if there is one; empty if it is unknown."""
+    value = figure.get(field)
+    interval = f" [{figure['low']:.1f}, {figure['high']:.1f}]" if field == "value" and "low" in figure else ""
+    return "" if value is None else f"{value:.1f}{interval}" if value >= 10 else f"{value:.2f}{interval}"

@@ -33,22 +33,24 @@ def missing_of(run: RunConfig, split: str) -> str | None:
 
 def write_figures(
     path: Path,
-    figures: dict[str, Figure],
+    figures: Mapping[str, Figure],
+    model: CLIPSModel,
+    skipped: Sequence[str],
     *,
     test_set: str,
-    skipped: Sequence[str],
-    model: CLIPSModel,
     checkpoint: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """JSON with each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
+    """Write each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
 
-    `weights` is their hash by names and values; `checkpoint` which one of the run they are
-    (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
-    made; `image_size`: the side of the square;
-    `limit`: the number of images asked for, null for the whole set. Only whole sets at one square reach a card.
+    Args:
+        test_set: the set whose figures have plain names.
+        checkpoint: which one of the run the weights are (`clips.common.rundir.weights_of`); None if unknown.
+        image_size: side of the square.
+        missing: a test that could not be made.
+        limit: the number of images asked for, None for the whole set. Only whole sets at one square reach a card.
     """
     content = {
         "test_set": test_set,
@@ -62,7 +64,7 @@ def write_figures(
         "skipped": list(skipped[:20]),
         **({"missing": missing} if missing else {}),
     }
-    write_json(Path(path), content)
+    write_json(path, content)
 
 
 def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
 from clips.common.files import read_json_records
-from clips.common.rundir import UNSEEN
 
 if TYPE_CHECKING:
     from mllm.data.images import ImageStore
@@ -82,11 +81,6 @@ def read_questions(path: Path) -> list[Question]:
             )
         )
     return questions
-
-
-def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the set of answers `name` as in figures.json: the unseen artist's are a part of their own."""
-    return {UNSEEN: figures} if name == UNSEEN_ANSWERS else figures
 
 
 def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +15,12 @@ from clips.common import report
 from clips.common.files import read_json, read_json_records
 from clips.common.page import Card, Picture, thumbnail
 from clips.common.rundir import UNSEEN
-from mllm.data.images import ImageStore
 from mllm.data.questions import UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
+
+if TYPE_CHECKING:  # it imports torch, which figures alone do not need
+    from mllm.data.images import ImageStore
 
 
 def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: Path) -> Path:
@@ -27,16 +29,41 @@ def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: 
     `store` has the images of the questions.
     """
     figures = read_json(evaluation / "figures.json")
-    decides = UNSEEN_ANSWERS if UNSEEN in figures else next(iter(figures.get("sets", {})), "answers")
-    path = evaluation / f"{decides}.jsonl"
-    answers = read_json_records(path) if path.is_file() else []
-    measured = {"figures": _measured(figures, answers), "test_set": decides}
+    path = evaluation / f"{UNSEEN_ANSWERS if UNSEEN_ANSWERS in figures['sets'] else figures['test_set']}.jsonl"
     facts = read_json(run_dir / "config.json").get("instruct", {}).get("facts", {})
     words = " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts)
-    return report.write_report(run_dir, [measured], _cards(answers, store), facts=words, directory=directory)
+    cards = _cards(read_json_records(path), store)
+    return report.write_report(run_dir, [figures], cards, facts=words, directory=directory)
 
 
-def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
+def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of a set of answers in the shape of an encoder's evaluation.json.
+
+    Shares are in percent, CIDEr-D and nats as they are. Chance is what the commonest answer of each kind gets.
+
+    Args:
+        name: the set. Figures about the unseen artist are called unseen/FIGURE.
+        scored: what `score` and `kind_means` give.
+        lines: the answers.
+    """
+    chance = right_by_one_answer([line for line in lines if line.get("expected") is not None])
+    figures: dict[str, dict[str, Any]] = {}
+    for kind, row in scored.get("exact_match", {}).items():
+        about = {"value": row["accuracy"], "chance": chance[kind] / row["n"], "low": row["low"], "high": row["high"]}
+        figures[kind] = {field: 100 * share for field, share in about.items()} | {"items": row["n"]}
+    yes_no = dict(scored.get("yes_no", {}))
+    items = yes_no.pop("n", 0)
+    figures |= {f"pope_{figure}": {"value": 100 * share, "items": items} for figure, share in yes_no.items()}
+    for kind, row in scored.get("likelihood", {}).items():
+        figures[f"share_{kind}"] = {"value": 100 * row["share"], "items": row["n"]}
+        figures[f"log_likelihood_{kind}"] = {"value": row["log_likelihood"], "items": row["n"]}
+    if "cider" in scored:
+        figures["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
+    place = f"{UNSEEN}/" if name == UNSEEN_ANSWERS else ""
+    return {place + figure.replace("/", "|"): of_figure for figure, of_figure in figures.items()}
+
+
+def right_by_one_answer(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Kind, and "overall" → right answers of a model that gives each kind's commonest answer."""
     truths: dict[str, Counter[str]] = {}
     for line in answers:
@@ -46,7 +73,7 @@ def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
-    """Return `one_caption`: the best of the 50 most frequent references if it described every image, and its CIDEr-D.
+    """Return the figure of one caption for every image: the best of the 50 most frequent references, and its CIDEr-D.
 
     The best is chosen on a hundred images. A caption of a single image is not scored on that image, where it would be
     its own reference. Empty without references.
@@ -64,22 +91,7 @@ def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
     if not tried:
         return {}
     best = max(tried, key=tried.__getitem__)
-    return {"one_caption": {"caption": best, "cider_d": score(best, references)}}
-
-
-def _measured(figures: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Kind → value and chance (its commonest answer) in percent, and items, of the questions that decide."""
-    figures = figures.get(UNSEEN, figures)
-    commonest = right_by_one_answer([line for line in answers if line.get("expected") is not None])
-    measured = {
-        kind: {"value": 100 * row["accuracy"], "chance": 100 * commonest[kind] / row["n"], "items": row["n"]}
-        for kind, row in figures.get("exact_match", {}).items()
-        if kind in commonest
-    }
-    if "one_caption" in figures:
-        value, chance = (figures[name]["cider_d"] for name in ("cider", "one_caption"))
-        measured["CIDEr-D"] = {"value": value, "chance": chance, "items": figures["cider"]["n"]}
-    return measured
+    return {"cider_d_of_one_caption": {"value": score(best, references), "items": len(references), "caption": best}}
 
 
 def _cards(answers: Sequence[dict[str, Any]], store: ImageStore) -> list[Card]:

@@ -206,13 +206,14 @@ def test_command_writes_llava_s_answers_and_figures(
     assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= answers[0].keys()
     assert (answers[0]["prompt"], answers[0]["model_id"], answers[1]["expected"]) == ("What is it?", "llava", "Yes")
     assert json.loads((out / "figures.json").read_text()) == figures
-    origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment"}
-    assert set(figures) == {"exact_match", "yes_no", "cider", "one_caption"} | origin
+    origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment", "test_set", "unit"}
+    assert set(figures) == {"figures"} | origin
+    assert {"yes_no", "overall", "pope_f1", "cider_d", "cider_d_of_one_caption"} <= figures["figures"].keys()
     (asked,) = figures["sets"].values()
     assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
     assert asked["answers"] == {"file": "answers.jsonl", "sha256": sha256(out / "answers.jsonl")}
     assert figures["scorer"] == scorer_version()
-    assert figures["exact_match"]["overall"]["n"] == 1
+    assert figures["figures"]["overall"]["items"] == 1
 
     digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in out.iterdir()}
@@ -230,7 +231,10 @@ def test_command_writes_llava_s_answers_and_figures(
     evaluate_from_flags(parsed(*common, *own, *elsewhere, "--likelihood"))
     shares = [json.loads(line).get("share") for line in (tmp_path / "kept" / "answers.jsonl").read_text().splitlines()]
     assert shares == [None, 1, None]  # there is one answer, and it has no rival
-    assert json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["likelihood"]["overall"]["n"] == 1
+    assert (
+        json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["figures"]["share_overall"]["items"]
+        == 1
+    )
     with pytest.raises(UserError, match="--questions"):
         evaluate_from_flags(parsed(*common, *elsewhere))
 
@@ -324,12 +328,13 @@ PUBLISHED = [5.372361089019258, 3.061392999540089, 1.3792252890493037, 10.0]
 def test_one_caption_for_all_is_the_floor_of_descriptions() -> None:
     texts = [["a red cat sits", f"cat {i} by a door"] if i % 3 else [f"some dog {i}"] for i in range(300)]
     questions = [Question(id=i, text="?", references=tuple(of_image)) for i, of_image in enumerate(texts)]
-    floor = one_caption([*questions, Question(id=300, text="?", answer="Yes")])["one_caption"]
-    assert floor == {"caption": "a red cat sits", "cider_d": cider(["a red cat sits"] * 300, texts)[0]}
-    assert floor["cider_d"] > cider(["some dog 3"] * 300, texts)[0]
+    floor = one_caption([*questions, Question(id=300, text="?", answer="Yes")])["cider_d_of_one_caption"]
+    best = cider(["a red cat sits"] * 300, texts)[0]
+    assert floor == {"caption": "a red cat sits", "value": best, "items": 300}
+    assert best > cider(["some dog 3"] * 300, texts)[0]
     assert one_caption([Question(id=0, text="?", answer="Yes")]) == {}
     strangers = [Question(id=i, text="?", references=(f"thing{i} stands{i} here{i}",)) for i in range(9)]
-    assert one_caption(strangers)["one_caption"]["cider_d"] == 0.0, "a caption described its own image"
+    assert one_caption(strangers)["cider_d_of_one_caption"]["value"] == 0.0, "a caption described its own image"
 
 
 def test_cider_is_coco_caption_s() -> None:

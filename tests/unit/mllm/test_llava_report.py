@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from clips.common import live
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
-from mllm.evaluation.report import write_report
+from mllm.evaluation.report import figures_of, write_report
 from mllm.evaluation.scores import exact_match_figures
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.log import MetricsLog
@@ -34,9 +34,8 @@ def write_run(run: Path, right: int) -> None:
                 {"question_id": i, "prompt": f"{kind} {i}?", "text": answers[-1], "image": f"{i}.png", "kind": kind,
                  "expected": truth, "correct": i < right}
             )  # fmt: skip
-    figures = {"exact_match": exact_match_figures(questions, answers)}
-    sets = {"answers_unseen": {"questions": {"file": "q", "sha256": "x"}}}
-    content = {"sets": sets, "command": "python evaluate", **figures, "unseen": figures}
+    figures = figures_of("answers_unseen", {"exact_match": exact_match_figures(questions, answers)}, lines)
+    content = {"sets": {"answers": {}, "answers_unseen": {}}, "test_set": "answers", "figures": figures}
     (run / "evaluation" / "figures.json").write_text(json.dumps(content))
     (run / "evaluation" / "answers_unseen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     stages = {}
@@ -67,7 +66,7 @@ def test_the_page_has_answers_curves_and_right_answers_against_chance(tmp_path: 
     order = [page.index(text) for text in parts]
     assert order == sorted(order)
     # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
-    row = r"<td[^>]*>overall</td><td[^>]*>60.0</td><td[^>]*>60.0</td><td[^>]*>20</td>"
+    row = r"<td[^>]*>overall</td><td[^>]*>60.0 \[38.7, 78.1\]</td><td[^>]*>60.0</td><td[^>]*>20</td>"
     assert re.search(row, page)
     assert page.count('class="badge') == 9, "one answer about each image that is there"
     assert "&lt;b&gt;no&lt;/b&gt;" in page
