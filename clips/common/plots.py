@@ -82,6 +82,7 @@ _NAMES = {
     "zero": "zero-shot",
     "tau": "τ",
     "lr": "learning rate",
+    "nearness": "nearness, −100 × mean log rank",
 }
 
 

@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
-from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
-from clips.common.live import in_words, say_next
+from clips.common.live import in_words, say, say_next
 from clips.common.page import table_of
 from clips.common.report import metric_rows
 from clips.common.rundir import METRICS
@@ -195,7 +193,6 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     }
     out = _output(flags, Path(directory), sources)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
-    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, dict[str, Any]] = {}
     answered: dict[str, dict[str, Any]] = {}
@@ -213,11 +210,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
-        console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
+        say(f"{len(answers):,} answers in {in_words(seconds)} → {path}")
     content: dict[str, Any] = {}
     if figures:
         first = next(iter(sets))
-        console.print(table_of(name, *metric_rows(figures, first)))
+        say(table_of(name, *metric_rows(figures, first)))
         # What the figures are of, so that they can be checked.
         content = {
             "model": str(directory),
@@ -238,8 +235,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
                 report = write_report(run_dir, store, out, out if is_own else run_dir)
-                console.print(f"report → {for_rich(str(report))}")
-        console.print(for_rich(f"figures → {out / 'figures.json'}"))
+                say(f"report → {report}")
+        say(f"figures → {out / 'figures.json'}")
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
     return content
 
