@@ -32,7 +32,7 @@ from clips.lab.grid import RECORD
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell, comparison_of, stored_questions
 from mllm.compare.figures import REPORT, computed, stored_files
 from mllm.compare.report import headline
-from mllm.data.questions import UNSEEN_ANSWERS, Question, kind_means
+from mllm.data.questions import UNSEEN_ANSWERS, Question
 from mllm.evaluation.report import figures_of
 from mllm.evaluation.scores import is_right, score, scorer_version
 
@@ -129,7 +129,7 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
                 about |= {"kind": question.kind, "expected": question.answer, "correct": right}
             place = f"answer to {name}, question {question.id}"
             yield from differences({key: line.get(key) for key in about}, about, place)
-        scored = score(of_file, [str(line["text"]) for line in lines]) | kind_means(lines)
+        scored = score(of_file, [str(line["text"]) for line in lines])
         figures |= figures_of(name, scored, lines)
         before |= {UNSEEN: scored} if name == UNSEEN_ANSWERS else scored
     recorded = cell.read("evaluation/figures.json") if questions else before

@@ -10,7 +10,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
@@ -94,17 +93,6 @@ def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> l
         others = [answer for answer in drawn.get(question.kind, ())[:CANDIDATES] if answer != question.answer]
         candidates.append([question.answer, *others][:CANDIDATES] if question.answer else [])
     return candidates
-
-
-def kind_means(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`likelihood`: kind, and "overall", → means over the lines of answers that were measured; empty without any."""
-    scored = [line for line in lines if "share" in line]
-    figures: dict[str, Any] = {}
-    for kind in dict.fromkeys([*(line["kind"] for line in scored), "overall"]) if scored else ():
-        of_kind = [line for line in scored if kind in (line["kind"], "overall")]
-        figures[kind] = {name: fmean(line[name] for line in of_kind) for name in LIKELIHOODS}
-        figures[kind]["n"] = len(of_kind)
-    return {"likelihood": figures} if figures else {}
 
 
 def open_questions(

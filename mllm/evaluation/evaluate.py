@@ -35,7 +35,7 @@ from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, open_questions, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import drawn_at, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import figures_of, one_caption, write_report
@@ -205,7 +205,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             temperature=flags.temperature, seed=flags.seed, candidates=candidates,
         )  # fmt: skip
         lines = [json.loads(answer_line(q, a, name)) | m for q, a, m in zip(questions, answers, measured, strict=True)]
-        figures |= figures_of(key, score(questions, answers) | kind_means(lines), lines) | one_caption(questions)
+        figures |= figures_of(key, score(questions, answers), lines) | one_caption(questions)
         path = answers_file or out / f"{key}.jsonl"
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from clips.common import report
 from clips.common.files import read_json, read_json_records
 from clips.common.page import Card, Picture, thumbnail
 from clips.common.rundir import UNSEEN
-from mllm.data.questions import UNSEEN_ANSWERS, Question, images_of
+from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
 
@@ -43,8 +44,8 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
 
     Args:
         name: the set. Figures about the unseen artist are called unseen/FIGURE.
-        scored: what `score` and `kind_means` give.
-        lines: the answers.
+        scored: what `score` gives.
+        lines: the answers, perhaps with their likelihoods.
     """
     chance = right_by_one_answer([line for line in lines if line.get("expected") is not None])
     figures: dict[str, dict[str, Any]] = {}
@@ -54,9 +55,12 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
     yes_no = dict(scored.get("yes_no", {}))
     items = yes_no.pop("n", 0)
     figures |= {f"pope_{figure}": {"value": 100 * share, "items": items} for figure, share in yes_no.items()}
-    for kind, row in scored.get("likelihood", {}).items():
-        figures[f"share_{kind}"] = {"value": 100 * row["share"], "items": row["n"]}
-        figures[f"log_likelihood_{kind}"] = {"value": row["log_likelihood"], "items": row["n"]}
+    likely = [line for line in lines if "share" in line]
+    for kind in dict.fromkeys([*(line["kind"] for line in likely), "overall"]) if likely else ():
+        of_kind = [line for line in likely if kind in (line["kind"], "overall")]
+        for field in LIKELIHOODS:
+            value = fmean(line[field] for line in of_kind) * (100 if field == "share" else 1)
+            figures[f"{field}_{kind}"] = {"value": value, "items": len(of_kind)}
     if "cider" in scored:
         figures["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
     place = f"{UNSEEN}/" if name == UNSEEN_ANSWERS else ""

@@ -22,12 +22,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from clips.common.files import sha256, write_json
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, read_questions
 from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.report import one_caption
+from mllm.evaluation.report import figures_of, one_caption
 from mllm.evaluation.scores import (
     exact_match_figures,
     exactness,
@@ -136,10 +136,10 @@ def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Load
         assert likelihoods == pytest.approx(expected, rel=1e-3)
         lines.append({"kind": question.kind, **expected})
     assert len({round(line["share"], 4) for line in lines}) > 5  # otherwise equality would say nothing
-    figures = kind_means([*lines, {"text": "of an open question"}])["likelihood"]
+    figures = figures_of("answers", {}, [*lines, {"text": "of an open question"}])
     shares = [line["share"] for line in lines if line["kind"] == "yes_no"]
-    assert figures["yes_no"]["share"] == pytest.approx(sum(shares) / len(shares))
-    assert figures["overall"]["n"] == len(lines)
+    assert figures["share_yes_no"]["value"] == pytest.approx(100 * sum(shares) / len(shares))
+    assert figures["log_likelihood_overall"]["items"] == len(lines)
 
 
 def test_rivals_of_an_answer_are_drawn_by_a_hash() -> None:
