@@ -101,6 +101,7 @@ def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
             picture = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
         except BrokenSample as broken:
             raise UserError(f"{broken}: remove the index, and the pictures are indexed again") from None
-        cards.append(Card(f"{rank} · {match.score:.3f}", [Picture(thumbnail(picture, THUMBNAIL))], note=match.path))
+        pictures = [Picture(thumbnail(picture, THUMBNAIL))]
+        cards.append(Card(f"{rank} · {match.score:.3f}", pictures, [("file", match.path, None)]))
     section = Section("Nearest first", [Cards(cards)], "With the cosine of picture and query.")
     path.write_text(as_html(Page(f"Pictures nearest to “{query}”", "", [section])), encoding="utf-8")

@@ -15,7 +15,7 @@ from clips.common.files import sha256, write_json
 from mllm.compare.commands import fix_plan, train_arguments
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell, stored_questions
 from mllm.compare.figures import REPORT, collect, keep_encoders
-from mllm.data.questions import kind_means, of_set
+from mllm.evaluation.report import figures_of
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
@@ -119,8 +119,8 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
             line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
-        figures |= of_set(name, score(questions, texts) | kind_means(lines))
-    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | figures)
+        figures |= figures_of(name, score(questions, texts), lines)
+    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets, "figures": figures})
 
 
 def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], command: Sequence[str]) -> dict[str, Any]:

@@ -23,12 +23,19 @@ from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, plain_axes
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
-from mllm.evaluation.report import KINDS as KIND_WORDS
 
 WRONG = "#b3261e"
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
 ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained"}
+KIND_WORDS = {
+    "identity": "what a thing is called",
+    "count": "how many there are",
+    "where": "where a thing is",
+    "relation": "how two things stand",
+    "yes_no": "yes or no",
+    "overall": "all questions",
+}
 KINDS = ("identity", "where", "count", "relation")
 """Kinds of the right answers that are shown, from left to right."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clips.common.errors import outlive_readers
-from clips.common.escape import clip, printable
+from clips.common.escape import clip, for_rich, printable
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Name of the environment's value: seconds between two lines of a file, 30 without it."""
@@ -75,6 +75,18 @@ def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> 
         words.append(f"loss {values['loss']:.3g}")
     words += [text.format(values[name]).replace("%", " %") for name, text in WORDS.items() if name in values]
     return ", ".join(words)
+
+
+def say(what: Any) -> None:
+    """Print a line of text, or a table, on stderr; text is no markup and is not wrapped."""
+    from rich.console import Console  # it takes longer to import than a --help may
+
+    outlive_readers()
+    console = Console(emoji=False, stderr=True, width=None if sys.stderr.isatty() else 160)
+    if isinstance(what, str):
+        console.print(for_rich(what), highlight=False, soft_wrap=True)
+    else:
+        console.print(what)
 
 
 def say_next(command: str) -> None:

@@ -67,34 +67,13 @@ class Table:
 class Chart:
     """A plot beside others."""
 
-    draw: Callable[[], Plot]
+    plot: Plot
     words: str
     """What it shows."""
 
     @property
     def png(self) -> bytes:
-        return png(self.draw())
-
-
-@dataclass
-class Bar:
-    """A name, its bar, and what stands beside it."""
-
-    name: str
-    percent: float
-    """Length, in percent of the longest possible bar."""
-    texts: Sequence[str] = ()
-    chance: float | None = None
-    """Place of a mark on the bar, in percent; of a dashed one: `blind`."""
-    blind: float | None = None
-    is_right: bool = False
-
-
-@dataclass
-class Bars:
-    bars: Sequence[Bar]
-    head: Sequence[str] = ()
-    """Names of the columns: the name's, and those of `texts`."""
+        return png(self.plot)
 
 
 @dataclass
@@ -122,22 +101,16 @@ class Picture:
     """A small picture (encoded) on a card."""
 
     png: bytes
-    words: str = ""
-    is_right: bool = False
 
 
 @dataclass
 class Card:
-    """An example: pictures, a line, named texts, and bars."""
+    """An example: pictures, a line, and named texts."""
 
     title: str
     pictures: Sequence[Picture] = ()
     texts: Sequence[tuple[str, str, bool | None]] = ()
     """Name, text, and whether the text is right (None: not judged)."""
-    badge: tuple[str, bool] | None = None
-    """A word before the title, and whether it is good."""
-    bars: Sequence[Bar] = ()
-    note: str = ""
 
 
 @dataclass
@@ -154,11 +127,6 @@ class Tile:
 
 
 @dataclass
-class Tiles:
-    tiles: Sequence[Tile]
-
-
-@dataclass
 class Folded:
     """Blocks behind a summary, which opens them."""
 
@@ -166,7 +134,7 @@ class Folded:
     blocks: Sequence[Block]
 
 
-Block = Paragraph | Bullets | Code | Table | Chart | Bars | Forest | Cards | Tiles | Folded
+Block = Paragraph | Bullets | Code | Table | Chart | Forest | Cards | Folded
 
 
 @dataclass
@@ -182,8 +150,6 @@ class Page:
     note: str
     sections: Sequence[Section]
     tiles: Sequence[Tile] = ()
-    sentence: str = ""
-    """What was found, below the title."""
 
 
 def as_html(page: Page) -> str:

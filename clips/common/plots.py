@@ -22,7 +22,7 @@ GRID = "#e3e6ec"
 class Panel:
     title: str
     lines: list[dict[str, Any]]
-    names: list[str]
+    names: Sequence[str]
 
 
 def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
@@ -82,6 +82,7 @@ _NAMES = {
     "zero": "zero-shot",
     "tau": "τ",
     "lr": "learning rate",
+    "nearness": "nearness, −100 × mean log rank",
 }
 
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import random
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
+from clips.common.page import Card, Picture, thumbnail
+from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
+from clips.data.images import decode_image
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -40,6 +44,8 @@ from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
+POOL, NEAREST = 1000, 5
+"""Images of a test set among whose texts the nearest ones are searched, and how many are shown."""
 
 
 def measure(
@@ -93,6 +99,31 @@ def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
     return rows if protocol != "sentence" or 2 * len(rows) > len(unlabelled) else []
 
 
+@torch.no_grad()
+def nearest_texts(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str, image_size: int
+) -> list[Card]:
+    """Return images of a split, drawn at random, each with the texts of the split that are nearest to it."""
+    items, _ = open_test_set(run.data, split)
+    options = {"image_size": image_size, "workers": run.data.workers, "limit": POOL}
+    images = encode_images(model, items, batch_size=run.eval.batch_size, **options)
+    rows_by_protocol = [(name, retrieval_rows(images, name)) for name in PROTOCOLS]
+    protocol, rows = next(((name, rows) for name, rows in rows_by_protocol if rows), ("", []))
+    texts = [images.captions[row][protocol][0] for row in rows]
+    features = encode_texts(model, tokenizer, texts, batch_size=run.eval.batch_size) if texts else None
+    cards = []
+    for i in random.Random(0).sample(range(len(rows)), min(IMAGES, len(rows))):
+        assert features is not None
+        cosines, nearest = (features @ images.features[rows[i]]).topk(min(NEAREST, len(rows)))
+        found = [
+            (f"cosine {cosine:.2f}", texts[j], True if texts[j] == texts[i] else None)
+            for cosine, j in zip(cosines.tolist(), nearest.tolist(), strict=True)
+        ]
+        picture = thumbnail(decode_image(items.read(images.indices[rows[i]]).image), SIDE)
+        cards.append(Card(texts[i], [Picture(picture)], found))
+    return cards
+
+
 def evaluate(
     model: CLIPSModel,
     tokenizer: CaptionTokenizer,
@@ -118,23 +149,17 @@ def evaluate(
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
-    sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name) for name in names}
-    options: dict[str, Any] = {"image_size": image_size, "batch_size": run.eval.batch_size, "workers": run.data.workers}
-
-    @cache
-    def fitted() -> Callable[[ImageSet], Figure | None]:
-        return probe_images(encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options))
-
     figures, skipped, _ = _measure_sets(
-        model, tokenizer, sets, split,
-        probe=(lambda images: fitted()(images) if labelled_rows(images) else None) if full else None,
+        model, tokenizer, {name: open_test_set(run.data, name) for name in names}, split,
+        probe_train=(lambda: open_test_set(run.data, "train")[0]) if full else None, probe_limit=PROBE_SAMPLES,
         captioned=full, sharded=sharded, limit=None if full else run.eval.max_images,
-        **options,
+        image_size=image_size, batch_size=run.eval.batch_size, workers=run.data.workers,
     )  # fmt: skip
     if out is not None:
+        missing = missing_of(run, split)
         write_figures(
-            out, figures, test_set=split, skipped=skipped, model=model, checkpoint=checkpoint,
-            image_size=image_size, missing=missing_of(run, split),
+            out, figures, model, skipped,
+            test_set=split, checkpoint=checkpoint, image_size=image_size, missing=missing,
         )  # fmt: skip
     return figures
 
@@ -145,27 +170,31 @@ def _measure_sets(
     sets: Mapping[str, TestSetAndClasses],
     first: str,
     *,
-    batch_size: int,
-    probe: Callable[[ImageSet], Figure | None] | None = None,
+    probe_train: Callable[[], TestSet] | None,
+    probe_limit: int | None = None,
     captioned: bool = True,
     sharded: bool = False,
+    limit: int | None,
     **options: Any,
 ) -> tuple[dict[str, Figure], list[str], int]:
     """Figures of all sets, those of `first` under plain names; why images were left out; the number of images.
 
-    Each image is read once and goes through the image tower once.
+    Each image is read once and goes through the image tower once. A linear probe is fitted on the labelled images of
+    `probe_train`, if a set has labels.
     """
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
     count = 0
+    probe = None
     for name, (items, classes) in sets.items():
-        images = encode_images(
-            model, items, batch_size=batch_size, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
-        )
-        of_set = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
-        if probe is not None and (figure := probe(images)) is not None:
-            of_set["linear_probe_top1"] = figure
-        figures |= of_set if name == first else {f"{name}/{figure}": value for figure, value in of_set.items()}
+        read_by = tokenizer if captioned else None
+        images = encode_images(model, items, sharded=sharded, tokenizer=read_by, limit=limit, **options)
+        measured = measure(model, tokenizer, images, classes, batch_size=options["batch_size"], sharded=sharded)
+        if probe_train is not None and labelled_rows(images):
+            probe = probe or probe_images(encode_images(model, probe_train(), limit=probe_limit, **options))
+            probed = probe(images)
+            measured |= {"linear_probe_top1": probed} if probed else {}
+        figures |= measured if name == first else {f"{name}/{figure}": value for figure, value in measured.items()}
         skipped += images.skipped
         count += len(images.indices)
     return figures, skipped, count
@@ -207,27 +236,21 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
-    options: dict[str, Any] = {"image_size": size, "batch_size": batch_size, "workers": run.data.workers}
-    probe = None
-    if flags.probe_train is not None:
-        fitted = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
-
-        def probe(images: ImageSet) -> Figure:
-            if (figure := fitted(images)) is None:
-                raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
-            return figure
-
     figures, skipped, count = _measure_sets(
-        model, loaded.tokenizer, sets, first, probe=probe, limit=flags.limit, **options
-    )
+        model, loaded.tokenizer, sets, first,
+        probe_train=(lambda: _open(flags.probe_train, flags, run)) if flags.probe_train else None, limit=flags.limit,
+        image_size=size, batch_size=batch_size, workers=run.data.workers,
+    )  # fmt: skip
     if not figures:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
+    if flags.probe_train is not None and not any(figure.endswith("linear_probe_top1") for figure in figures):
+        raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
     write_figures(
-        out, figures, test_set=name, skipped=skipped, model=model, checkpoint=loaded.checkpoint,
-        image_size=size, missing=missing, limit=flags.limit,
+        out, figures, model, skipped,
+        test_set=name, checkpoint=loaded.checkpoint, image_size=size, missing=missing, limit=flags.limit,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from clips.common.files import write_json
 from clips.common.page import table_of
-from clips.common.plots import pretty
-from clips.common.rundir import by_test_set
+from clips.common.report import metric_rows
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
 from clips.data.demo import MISSING, is_by_one
@@ -34,22 +33,24 @@ def missing_of(run: RunConfig, split: str) -> str | None:
 
 def write_figures(
     path: Path,
-    figures: dict[str, Figure],
+    figures: Mapping[str, Figure],
+    model: CLIPSModel,
+    skipped: Sequence[str],
     *,
     test_set: str,
-    skipped: Sequence[str],
-    model: CLIPSModel,
     checkpoint: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """JSON with each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
+    """Write each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
 
-    `weights` is their hash by names and values; `checkpoint` which one of the run they are
-    (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
-    made; `image_size`: the side of the square;
-    `limit`: the number of images asked for, null for the whole set. Only whole sets at one square reach a card.
+    Args:
+        test_set: the set whose figures have plain names.
+        checkpoint: which one of the run the weights are (`clips.common.rundir.weights_of`); None if unknown.
+        image_size: side of the square.
+        missing: a test that could not be made.
+        limit: the number of images asked for, None for the whole set. Only whole sets at one square reach a card.
     """
     content = {
         "test_set": test_set,
@@ -63,7 +64,7 @@ def write_figures(
         "skipped": list(skipped[:20]),
         **({"missing": missing} if missing else {}),
     }
-    write_json(Path(path), content)
+    write_json(path, content)
 
 
 def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
@@ -71,15 +72,8 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
 
     `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
     """
-    sets = by_test_set(figures, first)
-    names = list(dict.fromkeys(key for of_set in sets.values() for key in of_set))
-    shown = ([name for name in MATTER if name in names] or names)[:6]
+    names = dict.fromkeys(name.rpartition("/")[2] for name in figures)
+    shown = ([name for name in MATTER if name in names] or [*names])[:6]
     rest = f"All {len(names)} figures are in the JSON file and in the report." if len(names) > len(shown) else None
-    rows = []
-    for name in shown:
-        of_sets = [of_set.get(name) for of_set in sets.values()]
-        one = next(figure for figure in of_sets if figure is not None)
-        values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
-        rows.append((pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}"))
-    head = ("figure", *([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items")
-    return table_of(title, head, rows, " ".join(filter(None, (rest, missing))))
+    chosen = {name: asdict(figures[name]) for plain in shown for name in figures if name.rpartition("/")[2] == plain}
+    return table_of(title, *metric_rows(chosen, first), " ".join(filter(None, (rest, missing))))

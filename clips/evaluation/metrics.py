@@ -26,7 +26,7 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, in percent; log ranks and losses (`in_nats`) in nats, where lower is better."""
+    """One measured number, in percent; log ranks and losses in nats, where lower is better."""
 
     value: float
     chance: float
@@ -158,10 +158,6 @@ def _contrastive_loss(image: Tensor, text: Tensor, logit_scale: float, chunk: in
         for rows, columns in ((image, text), (text, image)):
             total += F.cross_entropy(logit_scale * rows[truth] @ columns.T, truth, reduction="sum").item()
     return Figure(round(total / (2 * len(image)), 4), round(math.log(len(image)), 4), len(image))
-
-
-def in_nats(name: str) -> bool:
-    return "log_rank" in name or "contrastive_loss" in name
 
 
 def choosing_figure(figures: Mapping[str, float]) -> float | None:

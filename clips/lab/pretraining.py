@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from clips.common.files import read_json
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
@@ -91,9 +89,9 @@ def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
     return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
 
 
-def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
+def train(runs: Sequence[PretrainingRun], output: Path, jobs: int) -> dict[PretrainingRun, Path]:
     """Train the runs that are not finished, and return the directory of each run."""
-    runner = Runner([run.cell(output) for run in runs], jobs, console)
+    runner = Runner([run.cell(output) for run in runs], jobs)
     runner.run(runner.cells)
     return {run: output / run.name for run in runs}
 

@@ -20,12 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-
 from clips.common.errors import CommandError, Stopped
-from clips.common.escape import for_rich
 from clips.common.files import lock, read_json, write_json
+from clips.common.live import say
+from clips.common.page import table_of
 from clips.lab.grid import COST, RECORD, Cell, Step
 
 T = TypeVar("T")
@@ -110,11 +108,11 @@ class Commands:
 
 
 class Runner:
-    """The cells of a study on their way; as a table of those that are done."""
+    """The cells of a study on their way."""
 
-    def __init__(self, cells: Sequence[Cell], jobs: int, console: Console) -> None:
+    def __init__(self, cells: Sequence[Cell], jobs: int) -> None:
         """`cells`: rows and columns of the table."""
-        self.cells, self.jobs, self.console = cells, jobs, console
+        self.cells, self.jobs = cells, jobs
         self.commands = Commands(jobs)
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -128,8 +126,13 @@ class Runner:
 
     def print_plan(self, title: str, facts: Mapping[str, str] | None = None) -> None:
         """Print which cells are missing, and further `facts`, a line each."""
-        self.console.print(f"[bold]{for_rich(title)}[/]", highlight=False, soft_wrap=True)
-        self.console.print(self)
+        say(title)
+        columns = list(dict.fromkeys(cell.seed for cell in self.cells))
+        rows: dict[str, dict[str, str]] = {}
+        for cell in self.cells:
+            rows.setdefault(cell.variant, {})[cell.seed] = DONE + cell.result() if cell.is_done() else WAITS
+        texts = [[variant, *(row.get(column, "") for column in columns)] for variant, row in rows.items()]
+        say(table_of("", ["", *columns], texts))
         todo = sum(not cell.is_done() for cell in self.cells)
         lines = {
             **{cell.variant: cell.about for cell in self.cells if cell.about},
@@ -137,32 +140,18 @@ class Runner:
             **(facts or {}),
         }
         for name, value in lines.items():
-            self.console.print(f"  [bold]{for_rich(name):<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)
-
-    def __rich__(self) -> Table:
-        columns = list(dict.fromkeys(cell.seed for cell in self.cells))
-        table = Table("", *map(for_rich, columns), title_justify="left")
-        rows: dict[str, dict[str, str]] = {}
-        for cell in self.cells:
-            text = f"[green]{DONE}{for_rich(cell.result())}[/]" if cell.is_done() else f"[dim]{WAITS}[/]"
-            rows.setdefault(cell.variant, {})[cell.seed] = text
-        for variant, texts in rows.items():
-            table.add_row(for_rich(variant), *(texts.get(column, "") for column in columns))
-        return table
-
-    def _say(self, cell: Cell, doing: str) -> None:
-        self.console.print(for_rich(f"{cell.name}: {doing}"), highlight=False, soft_wrap=True)
+            say(f"  {name:<10} {value}")
 
     def _work(self, cell: Cell) -> None:
-        self._say(cell, LOCK)
+        say(f"{cell.name}: {LOCK}")
         with locked(cell.directory, self.commands) as descriptor:
             for step in cell.steps:
                 if not step.is_done():  # nor by the process that held the lock
-                    self._say(cell, step.name)
+                    say(f"{cell.name}: {step.name}")
                     _note(cell, step)
                     with _timed(cell, step):
                         self._run(cell, step, descriptor)
-        self._say(cell, DONE + cell.result())
+        say(f"{cell.name}: {DONE}{cell.result()}")
 
     def _run(self, cell: Cell, step: Step, descriptor: int) -> None:
         if step.folder:

@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from clips.common.live import say
 from clips.common.page import Page
 from clips.common.rundir import read_metrics
 from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
 from clips.lab.run import Runner
-from clips.studies.variants import DECIDING, SECONDS, Question, Study, Variant, check_counts, terminal
+from clips.studies.variants import DECIDING, SECONDS, Question, Study, Variant, check_counts
 from clips.studies.variants_page import page
 
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
@@ -38,18 +39,18 @@ def compare(
 ) -> dict[str, Any] | None:
     """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
     check_counts(seeds, jobs)
-    console, search = terminal(), search_runs(samples)
+    search = search_runs(samples)
     if dry_run:  # only the search finds the rates, and only the runs of equal samples find the samples of equal time
         cells = [run.cell(output, f"{recipe} × {rate:g}") for (recipe, rate), run in search.items()]
         then = f"{3 * seeds} runs at the best rates, a third of them for equal time"
-        Runner(cells, jobs, console).print_plan(f"the search in {output}", {"then": then})
+        Runner(cells, jobs).print_plan(f"the search in {output}", {"then": then})
         return None
-    directories = train(list(search.values()), output, jobs, console)
+    directories = train(list(search.values()), output, jobs)
     scores = {key: validation_score(directories[run]) for key, run in search.items()}
     best = {recipe: max(MULTIPLIERS, key=lambda rate: scores[recipe, rate]) for recipe in PAIR}
-    console.print(f"kept learning-rate multipliers: {best}")
+    say(f"kept learning-rate multipliers: {best}")
     equal = equal_time_study(best, seeds, samples, samples).runs
-    directories = train([*equal["clips"], *equal["clip"]], output, jobs, console)
+    directories = train([*equal["clips"], *equal["clip"]], output, jobs)
     clips, clip = (min(read_figures(directories[r], ())[SECONDS] for r in equal[name]) for name in ("clips", "clip"))
     longer = int(samples * clips / clip)
     study = replace(equal_time_study(best, seeds, samples, longer), decides=decides)

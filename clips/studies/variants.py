@@ -20,11 +20,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
-
 from clips.common.errors import UserError
-from clips.common.escape import for_rich
 from clips.common.files import read_json
+from clips.common.live import say
 from clips.common.page import Page
 from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
@@ -127,7 +125,7 @@ class Study:
 
         Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
         """
-        runner = Runner(self.cells(output), jobs, terminal())
+        runner = Runner(self.cells(output), jobs)
         for cell in runner.cells:
             cell.check()
         runner.print_plan(f"{self.title}: runs in {output}", {"decides": self.decides})
@@ -189,18 +187,11 @@ class Study:
         return {**asdict(self.variants[name]), "runs": runs}
 
     def _say(self, result: Mapping[str, Any], output: Path) -> None:
-        console = terminal()
         for key, question in result["questions"].items():
-            console.print(f"[bold]({key}) {for_rich(question['title'])}[/]", highlight=False, soft_wrap=True)
+            say(f"({key}) {question['title']}")
             for c in question.get("contrasts", ()):
-                text = f"  {c['a']} − {c['b']}: {show_difference(c)} {c['verdict']}"
-                console.print(for_rich(text), highlight=False, soft_wrap=True)
-        written = f"written to {output}/{self.name}.html and {self.name}.json"
-        console.print(for_rich(written), highlight=False, soft_wrap=True)
-
-
-def terminal() -> Console:
-    return Console(emoji=False, stderr=True)
+                say(f"  {c['a']} − {c['b']}: {show_difference(c)} {c['verdict']}")
+        say(f"written to {output}/{self.name}.html and {self.name}.json")
 
 
 def check_counts(seeds: int, jobs: int) -> None:

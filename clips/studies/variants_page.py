@@ -7,22 +7,14 @@ from typing import Any
 
 from clips.common.live import in_words
 from clips.common.page import Block, Page, Paragraph, Section, Table, Tile
+from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import COLOURS, described, forest
 from clips.lab.report import verdict_class as css_class
 from clips.lab.stats import UNDECIDED, Verdict, show_difference, show_mean
 from clips.studies.variants import SECONDS
 
-NAMES = {
-    "sentence_r1": "retrieval R@1, test sentences",
-    "sentence_nearness": "nearness of test sentences, −100 × mean log rank",
-    "long_r1": "retrieval R@1, full long captions",
-    "part_r1": "retrieval R@1, parts of the long caption",
-    "web_r1": "retrieval R@1, web captions",
-    "zero_shot_top1": "zero-shot accuracy",
-    "linear_probe_top1": "linear probe accuracy",
-}
-WAYS = {"i2t": "image → text", "t2i": "text → image"}
+FIGURES = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Figures that stand beside the deciding figure, after its value on the seen artists."""
 Words = Mapping[Verdict, str]
@@ -32,10 +24,8 @@ BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "und
 
 def called(figure: str) -> str:
     """A figure in words, with its test set if that is not the first."""
-    test_set, _, rest = figure.rpartition("/")
-    protocol, _, way = rest.removesuffix("_r1").partition("_")
-    words = f"{NAMES[f'{protocol}_r1']}, {WAYS[way]}" if way in WAYS else NAMES[rest]
-    return words + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
+    test_set, _, name = figure.rpartition("/")
+    return pretty(name) + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
 def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:
@@ -106,7 +96,7 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
 def means(variants: Mapping[str, Any]) -> Table:
     """A row for each figure that the variants have, a column for each variant."""
     measured = next(iter(variants.values()))["runs"][0]["figures"]
-    named = [*NAMES, *(f"{name.removesuffix('_r1')}_{way}_r1" for name in ("sentence_r1", "long_r1") for way in WAYS)]
+    named = [*FIGURES, *(f"{protocol}_{way}_r1" for protocol in ("sentence", "long") for way in ("i2t", "t2i"))]
     # The set that decides is first, then the first set, whose figures have plain names, then further sets.
     sets = sorted({name.rpartition("/")[0] for name in measured}, key=lambda name: (name != UNSEEN, name))
     figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}

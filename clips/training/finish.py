@@ -5,22 +5,19 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
 from clips.common.errors import never_in_the_way
-from clips.common.escape import for_rich
-from clips.common.live import say_next
+from clips.common.live import say, say_next
+from clips.common.report import write_report
 from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
 from clips.common.tensors import assign_weights
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import evaluate
-from clips.evaluation.examples import collect_examples
+from clips.evaluation.evaluate import evaluate, nearest_texts
 from clips.evaluation.figures import figures_table, missing_of
-from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
+from clips.weights.card import DRAWINGS
 from clips.weights.export import FORMATS, export_all, sample_inputs
 from clips.weights.open_clip import open_clip_lacks
 
@@ -32,29 +29,20 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     with those does it count. One process does this, without a process group: on a large test set it takes longer than
     ranks would wait.
     """
-    console = Console(emoji=False, stderr=True)
     chosen = chosen_checkpoint(run_dir)
     weights = None if chosen is None else weights_of(chosen)
     if chosen is not None and chosen != checkpoints(run_dir)[0]:
         assign_weights(model, checkpoint.load(chosen, "checkpoint").weights(), chosen)
     if chosen is not None and run.train.choose == "best" and split_spec(run.data, "val"):
         count = min(len(open_split(run.data, "val", need_long=False)), run.eval.max_images)
-        console.print(f"the best checkpoint on {count:,} validation images is {chosen.name}: it is exported")
+        say(f"the best checkpoint on {count:,} validation images is {chosen.name}: it is exported")
     size = run.phases[-1].image_size
     held_out = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)
     if split is not None:
-        figures = evaluate(
-            model,
-            tokenizer,
-            run,
-            split,
-            full=True,
-            image_size=size,
-            out=run_dir / "evaluation.json",
-            checkpoint=weights,
-        )
-        console.print(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
+        out = run_dir / "evaluation.json"
+        figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=out, checkpoint=weights)
+        say(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,
@@ -62,20 +50,22 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         checkpoint=weights,
     )  # fmt: skip
     for name, difference in differences.items():
-        console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
+        say(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
     if reason := open_clip_lacks(run.model):
-        console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
+        say(f"export/open_clip: not written: {reason}")
     shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else ())
+        cards = nearest_texts(model, tokenizer, run, shown, size) if shown else ()
+        facts = f"{run.recipe} · {run.samples:,} samples"
+        facts += f" · {DRAWINGS}" if run.data.train == "demo" else ""
+        write_report(run_dir, read_evaluations(run_dir).values(), cards, facts=facts)
     print_next(run, run_dir)
 
 
 def print_next(run: RunConfig, run_dir: Path) -> None:
     report = f"{REPORT}, " if has_report(run_dir) else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
-    text = f"{run_dir} holds the finished run: {report}evaluation.json, metrics.jsonl, export/ ({formats})"
-    Console(emoji=False, stderr=True).print(for_rich(text), highlight=False, soft_wrap=True)
+    say(f"{run_dir} holds the finished run: {report}evaluation.json, metrics.jsonl, export/ ({formats})")
     model = shlex.quote(str(run_dir))
     if run.data.train == "demo":
         say_next(f"bash scripts/train_llava.sh --vision clips:{model}")

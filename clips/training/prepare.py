@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
+from clips.common.live import say
+from clips.common.page import table_of
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
@@ -262,13 +261,9 @@ def print_plan(
         if holds_out(run.data) and not (run_dir / rundir.DATA).is_file():
             rows.append(("  but", "it began when rows were held out, so it has trained on images that now validate"))
 
-    table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
-    for name, text in rows:
-        table.add_row(for_rich(name), for_rich(text))
-    console = Console(emoji=False, stderr=True)
-    console.print(table)
+    say(table_of(f"recipe {run.recipe}", (), rows))
     if beginning is not None:
-        console.print(beginning.table(run))
+        say(beginning.table(run))
 
 
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:

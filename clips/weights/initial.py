@@ -18,10 +18,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from clips.common import rundir
-from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.opening import opening
+from clips.common.page import table_of
 from clips.common.tensors import assign_weights, check_fits, listed
 from clips.config import TRAINING_FIELDS, RunConfig
 from clips.data.tokenizer import CaptionTokenizer
@@ -163,17 +163,13 @@ class Beginning:
     def table(self, run: RunConfig) -> Table:
         """For the terminal, with what differs from the recipe of `run`."""
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
-        table = Table("parameters of", "from the file", "new", title=for_rich(title), title_justify="left")
-        for part in self.given | self.new:
-            table.add_row(part, f"{self.given.get(part, 0):,}", f"{self.new.get(part, 0):,}")
-        for note in self.notes:
-            table.add_row("on the way", for_rich(note))
-        for what, names in self.left_over.items():
-            table.add_row("left over", for_rich(f"{what}: {listed(names)}"))
+        rows = [(p, f"{self.given.get(p, 0):,}", f"{self.new.get(p, 0):,}") for p in self.given | self.new]
+        rows += [("on the way", note, "") for note in self.notes]
+        rows += [("left over", f"{what}: {listed(names)}", "") for what, names in self.left_over.items()]
         standard = {path: _at(recipe(run.recipe), path) for path in self.architecture}
         if lines := rundir.difference(standard, {path: _at(run, path) for path in self.architecture}):
-            table.add_row(f"differs from {run.recipe}", for_rich(", ".join(lines)))
-        return table
+            rows.append((f"differs from {run.recipe}", ", ".join(lines), ""))
+        return table_of(title, ("parameters of", "from the file", "new"), rows, names=3)
 
     def save(self, run_dir: Path) -> None:
         write_json(run_dir / rundir.INIT_FROM, dataclasses.asdict(self))

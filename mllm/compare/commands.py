@@ -14,7 +14,7 @@ from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json, replacing, sha256
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import UNSEEN, difference, refuse
+from clips.common.rundir import deciding_name, difference, refuse
 from clips.common.runtime import choose_device, unused_port
 from clips.lab.grid import RECORD, Cell, Step, fix
 from mllm.compare.comparison import (
@@ -117,9 +117,9 @@ def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
     record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
-        figures = read_json(cell.figures)
-        overall = figures.get(UNSEEN, figures).get("exact_match", {}).get("overall")
-        return f", {overall['accuracy']:.1%} right" if overall else ""
+        figures = read_json(cell.figures).get("figures", {})  # a cell of an earlier version has none
+        overall = figures.get(deciding_name("overall", figures))
+        return f", {overall['value']:.1f}% right" if overall else ""
 
     check = partial(check_cell, comparison, cell)
     return Cell(cell.encoder, cell.run, cell.directory, tuple(steps), check, record=record, result=result)

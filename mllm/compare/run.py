@@ -18,13 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from clips import parser as pretraining_parser
 from clips.common.errors import CommandError, UserError
-from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256
 from clips.common.flags import given
+from clips.common.live import say
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
 from clips.lab.pretraining import pretraining_cell
@@ -65,13 +63,10 @@ PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
-    console = Console(emoji=False, stderr=True)
-    compare(comparison_from_flags(flags), console, sys.argv, dry_run=flags.dry_run)
+    compare(comparison_from_flags(flags), sys.argv, dry_run=flags.dry_run)
 
 
-def compare(
-    comparison: Comparison, console: Console, command: Sequence[str] = (), *, dry_run: bool = False
-) -> Path | None:
+def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: bool = False) -> Path | None:
     """Run what is missing and write the report; returns the page's path. With `dry_run` only print the plan."""
     check_request(comparison)
     cells, encoders = comparison.cells, comparison.pretrained
@@ -86,7 +81,7 @@ def compare(
     planned = [lab_cell(comparison, cell) for cell in cells]
     check_inputs(comparison, encoders)
     share = f" ({comparison.budget_share:.0%} of the stages' own)" if comparison.budget_share < 1 else ""
-    plan_runner = Runner([*pretraining, *planned], comparison.jobs, console)
+    plan_runner = Runner([*pretraining, *planned], comparison.jobs)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
     facts = {}
     for variant, samples in samples_of_cells(comparison, cells).items():
@@ -102,9 +97,9 @@ def compare(
     image_folder = comparison.question_files()[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
     digest = sha256(fixed)
-    console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {digest}", highlight=False, soft_wrap=True)
+    say(f"fixed in {fixed}, SHA-256 {digest}")
     planned = [replace(cell, record={**(cell.record or {}), "plan": digest}) for cell in planned]
-    runner = Runner([*pretraining, *planned], comparison.jobs, console)
+    runner = Runner([*pretraining, *planned], comparison.jobs)
     runner.run(pretraining)
     check_same_samples(encoders)
     runner.run(planned)
@@ -113,7 +108,7 @@ def compare(
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
     note = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
     note += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
-    console.print(for_rich(note), highlight=False, soft_wrap=True)
+    say(note)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
         raise CommandError(

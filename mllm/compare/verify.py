@@ -25,13 +25,15 @@ from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import printable
 from clips.common.files import read_json, sha256
 from clips.common.page import print_table
+from clips.common.rundir import UNSEEN
 from clips.lab import archive
 from clips.lab.archive import ENDING, differences
 from clips.lab.grid import RECORD
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell, comparison_of, stored_questions
 from mllm.compare.figures import REPORT, computed, stored_files
 from mllm.compare.report import headline
-from mllm.data.questions import Question, kind_means, of_set
+from mllm.data.questions import UNSEEN_ANSWERS, Question
+from mllm.evaluation.report import figures_of
 from mllm.evaluation.scores import is_right, score, scorer_version
 
 _NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
@@ -112,7 +114,8 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
     expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = sha256(comparison.output / PLAN)
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
-    figures: dict[str, Any] = {"scorer": scorer_version()}
+    figures: dict[str, Any] = {}
+    before: dict[str, Any] = {"scorer": scorer_version()}  # as earlier versions wrote it
     for name, of_file in questions.items():
         path = cell.evaluation / f"{name}.jsonl"
         lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
@@ -126,9 +129,14 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
                 about |= {"kind": question.kind, "expected": question.answer, "correct": right}
             place = f"answer to {name}, question {question.id}"
             yield from differences({key: line.get(key) for key in about}, about, place)
-        figures |= of_set(name, score(of_file, [str(line["text"]) for line in lines]) | kind_means(lines))
-    recorded = cell.read("evaluation/figures.json") if questions else figures
-    yield from differences({name: recorded.get(name) for name in figures}, figures, "figures.json")
+        scored = score(of_file, [str(line["text"]) for line in lines])
+        figures |= figures_of(name, scored, lines)
+        before |= {UNSEEN: scored} if name == UNSEEN_ANSWERS else scored
+    recorded = cell.read("evaluation/figures.json") if questions else before
+    if "figures" in recorded:
+        recorded |= recorded["figures"]
+        before = figures | {"scorer": scorer_version()}
+    yield from differences({name: recorded.get(name) for name in before}, before, "figures.json")
 
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:

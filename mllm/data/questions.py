@@ -10,12 +10,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
 from clips.common.files import read_json_records
-from clips.common.rundir import UNSEEN
 
 if TYPE_CHECKING:
     from mllm.data.images import ImageStore
@@ -84,11 +82,6 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the set of answers `name` as in figures.json: the unseen artist's are a part of their own."""
-    return {UNSEEN: figures} if name == UNSEEN_ANSWERS else figures
-
-
 def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:
     """Of each question its answer, and the others of its kind among `every`, at most CANDIDATES, drawn by a hash."""
     pairs = {(question.kind, question.answer) for question in every if question.answer}
@@ -100,17 +93,6 @@ def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> l
         others = [answer for answer in drawn.get(question.kind, ())[:CANDIDATES] if answer != question.answer]
         candidates.append([question.answer, *others][:CANDIDATES] if question.answer else [])
     return candidates
-
-
-def kind_means(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`likelihood`: kind, and "overall", → means over the lines of answers that were measured; empty without any."""
-    scored = [line for line in lines if "share" in line]
-    figures: dict[str, Any] = {}
-    for kind in dict.fromkeys([*(line["kind"] for line in scored), "overall"]) if scored else ():
-        of_kind = [line for line in scored if kind in (line["kind"], "overall")]
-        figures[kind] = {name: fmean(line[name] for line in of_kind) for name in LIKELIHOODS}
-        figures[kind]["n"] = len(of_kind)
-    return {"likelihood": figures} if figures else {}
 
 
 def open_questions(

@@ -18,29 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
-from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
-from clips.common.live import in_words, say_next
+from clips.common.live import in_words, say, say_next
 from clips.common.page import table_of
-from clips.common.rundir import METRICS, UNSEEN
+from clips.common.report import metric_rows
+from clips.common.rundir import METRICS
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.captions import TEST, TEST_IMAGES
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, of_set, open_questions, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import drawn_at, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
-from mllm.evaluation.report import one_caption, write_report
+from mllm.evaluation.report import figures_of, one_caption, write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.load import CACHE, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -150,21 +148,6 @@ def _naming(question: Question) -> Iterator[None]:
         raise UserError(f"question {question.id}: {error}") from None
 
 
-def figures_table(figures: dict[str, Any], title: str) -> Table:
-    rows = [
-        (kind, f"{row['accuracy']:.1%}", f"{row['low']:.1%} … {row['high']:.1%}", f"{row['n']:,}")
-        for kind, row in figures.get("exact_match", {}).items()
-    ]
-    rows += [(f"yes/no: {name}", f"{v:.1%}", "", "") for name, v in figures.get("yes_no", {}).items() if name != "n"]
-    for kind, row in figures.get("likelihood", {}).items():
-        nats = f"{row['log_likelihood']:.2f} a token"
-        rows.append((f"probability of the right answer: {kind}", f"{row['share']:.1%}", nats, f"{row['n']:,}"))
-    if "cider" in figures:
-        rows.append(("CIDEr-D of descriptions", f"{figures['cider']['cider_d']:.2f}", "", f"{figures['cider']['n']:,}"))
-        rows.append(("CIDEr-D of one caption for all", f"{figures['one_caption']['cider_d']:.2f}", "", ""))
-    return table_of(title, ("kind", "right", "95 % interval", "questions"), rows)
-
-
 # ---------------------------------------------------------------------------------------------- the command
 def answer_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called `name`; `auto` is bfloat16 if the device computes in bfloat16."""
@@ -210,9 +193,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     }
     out = _output(flags, Path(directory), sources)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
-    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, Any]] = {}
     answered: dict[str, dict[str, Any]] = {}
     for key, questions in sets.items():
         begin = time.perf_counter()
@@ -223,18 +205,18 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             temperature=flags.temperature, seed=flags.seed, candidates=candidates,
         )  # fmt: skip
         lines = [json.loads(answer_line(q, a, name)) | m for q, a, m in zip(questions, answers, measured, strict=True)]
-        figures |= of_set(key, score(questions, answers) | kind_means(lines) | one_caption(questions))
+        figures |= figures_of(key, score(questions, answers), lines) | one_caption(questions)
         path = answers_file or out / f"{key}.jsonl"
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
-        console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
-    for title, part in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN))):
-        if part:
-            console.print(figures_table(part, title))
+        say(f"{len(answers):,} answers in {in_words(seconds)} → {path}")
+    content: dict[str, Any] = {}
     if figures:
+        first = next(iter(sets))
+        say(table_of(name, *metric_rows(figures, first)))
         # What the figures are of, so that they can be checked.
-        figures = {
+        content = {
             "model": str(directory),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": model_digest(resolve(directory, "model")),
@@ -243,17 +225,20 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             "flags": vars(flags),
             "command": shlex.join(sys.argv),
             "environment": environment(model.device, world_size=1),
-        } | figures
-        write_json(out / "figures.json", figures)
+            "test_set": first,
+            "unit": "percent; log likelihoods: nats",
+            "figures": figures,
+        }
+        write_json(out / "figures.json", content)
         run_dir, is_whole = Path(directory).parent, _part(vars(flags)) == ""
         is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
-                report = write_report(run_dir, store, out if is_own else None)
-                console.print(f"report → {for_rich(str(report))}")
-        console.print(for_rich(f"figures → {out / 'figures.json'}"))
+                report = write_report(run_dir, store, out, out if is_own else run_dir)
+                say(f"report → {report}")
+        say(f"figures → {out / 'figures.json'}")
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
-    return figures
+    return content
 
 
 def _part(flags: Mapping[str, Any]) -> str:

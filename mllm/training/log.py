@@ -19,7 +19,8 @@ from clips.common.flops import forward_flops, training_flops
 from clips.common.live import LiveLine, progress_line
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
-from clips.common.plots import Panel, curves_plot
+from clips.common.plots import curves_plot
+from clips.common.report import curves
 from clips.common.runtime import peak_memory_gb
 from clips.common.trackers import Trackers, loggers
 from mllm.encoders.encoder import KINDS
@@ -203,15 +204,8 @@ class MetricsLog(TrainerCallback):
 
 
 def write_curves(run_dir: Path) -> None:
-    """Draw curves.png: each stage's loss and TFLOP/s of a device over its samples. A failure is one line on stderr."""
+    """Draw curves.png, the curves of each stage over its samples. A failure is one line on stderr."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
-        by_stage: dict[str, list[dict[str, Any]]] = {}
-        for line in rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []:
-            by_stage.setdefault(line["stage"], []).append(line)
-        panels = [
-            Panel(f"{stage}: {name}", of_stage, [name])
-            for stage, of_stage in by_stage.items()
-            for name in ("loss", "tflops")
-        ]
+        panels = curves(run_dir)
         if panels:
             save_plot(curves_plot(panels), run_dir / "curves.png")

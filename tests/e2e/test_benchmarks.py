@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import random_model, script_parser, tiny_run
 from PIL import Image
-from rich.console import Console
 from tiny_mllm import pictures, write_export, write_llava_on
 
 from clips.data.tokenizer import build_tokenizer
@@ -209,7 +208,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "questions.jsonl").write_text(lines)
     planned = lab_cell(comparison, cell)
-    Runner([planned], 1, Console(quiet=True)).run([planned])
+    Runner([planned], 1).run([planned])
     assert failed_steps([planned]) == []
     assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
     assert json.loads((cell.directory / "cost.json").read_text())["questions"] > 0

@@ -25,7 +25,6 @@ from launched import (
     trace,
     write_shard,
 )
-from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +62,6 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
     assert done.returncode == 0, done.stdout
     run_dir = tmp_path / "runs/demo-debug"
     assert_finished(run_dir)
-    assert Image.open(run_dir / "report/curves.png").width > 100
     figures = json.loads((run_dir / "evaluation.json").read_text())["figures"]
     assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= figures.keys()
 

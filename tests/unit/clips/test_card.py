@@ -75,7 +75,7 @@ def test_the_code_of_a_card_runs_beside_it(
 def write_evaluation(run_dir: Path, model: CLIPSModel, *, limit: int | None = None) -> dict:
     figures = {"sentence_i2t_r1": Figure(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Figure(7.8, 0.2, 500)}
     figures["sentence_i2t_r5"] = Figure(45.6, 1.0, 500)
-    write_figures(run_dir / "evaluation.json", figures, test_set="test", skipped=[], model=model, limit=limit)
+    write_figures(run_dir / "evaluation.json", figures, model, [], test_set="test", limit=limit)
     return json.loads((run_dir / "evaluation.json").read_text())
 
 

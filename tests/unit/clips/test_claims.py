@@ -189,9 +189,9 @@ def test_the_unseen_artist_decides_and_seeds_that_are_added_leave_nothing_decide
     assert {c["verdict"] for c in claim["contrasts"]} == {"loss"}
     assert claim["contrasts"][0]["figures"]["sentence_r1"]["mean"] > 10  # stands beside it
     page = (tmp_path / "claims.html").read_text()
-    assert "the difference in retrieval R@1, test sentences (unseen artist)" in page
+    assert "the difference in sentence R@1 (unseen artist)" in page
     sets = (" (unseen artist)", "", " (photos)")
-    rows = [page.index(f">retrieval R@1, test sentences{which}</td>") for which in sets]
+    rows = [page.index(f">sentence R@1{which}</td>") for which in sets]
     assert rows == sorted(rows)
     for value in ("32.0 ± 1.6", "7.0 ± 1.6"):
         assert value in page
@@ -228,6 +228,6 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
     assert contrast["figures"]["sentence_r1"]["mean"] == 0
-    assert "nearness of test sentences" in (tmp_path / "claims.html").read_text()
+    assert "sentence nearness, −100" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")

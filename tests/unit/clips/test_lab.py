@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE
-from rich.console import Console
 
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import printable
 from clips.common.page import (
-    Bar,
-    Bars,
     Bullets,
     Card,
     Cards,
@@ -30,15 +27,12 @@ from clips.common.page import (
     Section,
     Table,
     Tile,
-    Tiles,
     as_html,
 )
 from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class, write_report
 from clips.lab.run import Commands, Runner, failed_steps, locked
-
-QUIET = Console(quiet=True)
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -69,7 +63,7 @@ def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Pa
     first = cell(tmp_path / "first", "one")
     other = Cell("b", "seed 0", tmp_path / "other", (), check=refuse)
     with pytest.raises(UserError, match="other settings"):
-        Runner([first, other], 1, QUIET).run([first, other])
+        Runner([first, other], 1).run([first, other])
     assert not first.directory.exists()
     with pytest.raises(UserError, match="sample"):  # of a pretraining run: settings that the command would refuse
         PretrainingRun("demo", "a-seed0", 0, 0).cell(tmp_path)
@@ -77,27 +71,26 @@ def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Pa
 
 def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_folder(tmp_path: Path) -> None:
     fragile = cell(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
-    runner = Runner([fragile], 1, QUIET)
+    runner = Runner([fragile], 1)
     with pytest.raises(CommandError, match=r"c ended with exit code 1.*\n  all is lost"):
         runner.run([fragile])  # "two" ends the study, "one" has not
     ((name, log),) = failed_steps([fragile])
     assert (name, log.read_text().strip()) == ("one", "all is lost")
     (log.parent / "left behind").write_text("")
     good = cell(tmp_path / "c", "one", "two", may_fail="one")
-    runner = Runner([good], 1, QUIET)
+    runner = Runner([good], 1)
     runner.run([good])
     assert failed_steps([good]) == []
     assert [path.name for path in log.parent.iterdir()] == ["log.txt"]
 
 
-def test_the_plan_says_which_cells_are_done(tmp_path: Path) -> None:
+def test_the_plan_says_which_cells_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [cell(tmp_path / str(i), "one") for i in range(2)]
     cells[0].directory.mkdir()
     (cells[0].directory / "one").write_text("")
-    with (tmp_path / "printed").open("w") as file:
-        Runner(cells, 1, Console(file=file, width=120)).print_plan("a study", {"each": "60 samples"})
-    text = (tmp_path / "printed").read_text()
-    for part in ("1 of 2 to run, 1 at a time", "60 samples", "done", "waits"):
+    Runner(cells, 1).print_plan("a [bold]study", {"each": "60 samples"})
+    text = capsys.readouterr().err
+    for part in "a [bold]study", *("1 of 2 to run, 1 at a time", "60 samples", "done", "waits"):
         assert part in text
 
 
@@ -143,12 +136,10 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
             Code(text),
             Table([text, ""], [[text, "reproduced"]], verdict_class({"reproduced": "good"})),
             forest([(text, {"mean": -0.02, "ci95": [-0.03, -0.01], "verdict": "loss"})], scale=100),
-            Bars([Bar(text, 33.3, [text])], [text, text]),
-            Cards([Card(text, texts=[(text, text, True), (text, text, None)], badge=(text, True), note=text)]),
-            Tiles([Tile(text, [(text, "good")], text)]),
+            Cards([Card(text, texts=[(text, text, True), (text, text, None)])]),
             Folded(text, [Paragraph(text)]),
         ]
-        page = as_html(Page(text, text, [Section(text, blocks, text)], sentence=text))
+        page = as_html(Page(text, text, [Section(text, blocks, text)], tiles=[Tile(text, [(text, "good")], text)]))
         assert not re.search(r"<(?:script|a|em|img)\b|@import|url\(", page)
         assert html.unescape(page).count(printable(text, None)) >= 15
         assert "−2.0 [−3.0, −1.0] ▼ loss" in page

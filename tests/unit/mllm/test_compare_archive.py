@@ -31,6 +31,8 @@ from mllm.compare.comparison import PLAN, Comparison
 from mllm.compare.comparison import comparison_of as comparison_of_plan
 from mllm.compare.report import page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
+from mllm.data.questions import Question
+from mllm.evaluation.scores import score, scorer_version
 
 __all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
@@ -99,7 +101,7 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     lines = [json.loads(line) for line in changed.open()]
     lines[0]["share"] = 1.0
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert any("figures.json.likelihood.identity.share" in line for line in verify(comparison.output).differs)
+    assert any("figures.json.share_identity.value" in line for line in verify(comparison.output).differs)
     with pytest.raises(UserError, match="share/where"):
         plan_of(comparison_of(place, decides="share/colour"))
 
@@ -111,8 +113,8 @@ def answer_better_and_hide_it(output: Path) -> None:
 
     def own(figures: dict) -> None:
         figures["sets"]["question"]["answers"]["sha256"] = sha256(output / ANSWERS)
-        for kind in figures["exact_match"].values():
-            kind["accuracy"] = 1.0
+        for kind in figures["figures"].values():
+            kind["value"] = 100.0
 
     def hashes(report: dict) -> None:
         report["files"] = {name: sha256(output / name) for name in report["files"]}
@@ -140,6 +142,19 @@ def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable
         pack_from_flags(str(output))
     assert failed.value.exit_code == 1
     assert not list(output.parent.glob("*.tar.xz"))
+
+
+def test_figures_of_an_earlier_version_are_read(output: Path) -> None:
+    """They had accuracies by kind, and hashes of files that are changed here."""
+    for path in output.glob("cells/*/evaluation/figures.json"):
+        lines = [json.loads(line) for line in path.with_name("question.jsonl").open()]
+        questions = [Question(id=0, text="?", kind=line["kind"], answer=line["expected"]) for line in lines]
+        scored = score(questions, [line["text"] for line in lines])
+        path.write_text(json.dumps({"scorer": scorer_version()} | scored))
+        assert scored["exact_match"]["overall"]["n"] == len(lines)
+    assert not [line for line in verify(output).differs if "figures.json." in line and "cells[" not in line]
+    edit(path, lambda figures: figures["exact_match"]["where"].update(accuracy=2.0))
+    assert any("figures.json.exact_match.where.accuracy" in line for line in verify(output).differs)
 
 
 def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import script_parser
-from rich.console import Console
 from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place, reported
 
 from clips.common.errors import UserError
@@ -36,9 +35,6 @@ from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
 from mllm.model.projector import save_projector
 from mllm.training.prepare import PROJECTOR, prepare
-
-QUIET = Console(quiet=True)
-
 
 __all__ = ["made", "place"]  # fixtures
 
@@ -66,7 +62,7 @@ def check_cells(comparison: Comparison, *numbers: int) -> None:
 
 def checked(comparison: Comparison) -> None:
     """Everything that is refused before anything runs."""
-    compare(comparison, QUIET, dry_run=True)
+    compare(comparison, dry_run=True)
 
 
 def shown(report: dict) -> str:

@@ -22,12 +22,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from clips.common.files import sha256, write_json
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, candidates_of, draw_evenly, kind_means, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, read_questions
 from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.report import one_caption
+from mllm.evaluation.report import figures_of, one_caption
 from mllm.evaluation.scores import (
     exact_match_figures,
     exactness,
@@ -136,10 +136,10 @@ def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Load
         assert likelihoods == pytest.approx(expected, rel=1e-3)
         lines.append({"kind": question.kind, **expected})
     assert len({round(line["share"], 4) for line in lines}) > 5  # otherwise equality would say nothing
-    figures = kind_means([*lines, {"text": "of an open question"}])["likelihood"]
+    figures = figures_of("answers", {}, [*lines, {"text": "of an open question"}])
     shares = [line["share"] for line in lines if line["kind"] == "yes_no"]
-    assert figures["yes_no"]["share"] == pytest.approx(sum(shares) / len(shares))
-    assert figures["overall"]["n"] == len(lines)
+    assert figures["share_yes_no"]["value"] == pytest.approx(100 * sum(shares) / len(shares))
+    assert figures["log_likelihood_overall"]["items"] == len(lines)
 
 
 def test_rivals_of_an_answer_are_drawn_by_a_hash() -> None:
@@ -206,13 +206,14 @@ def test_command_writes_llava_s_answers_and_figures(
     assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= answers[0].keys()
     assert (answers[0]["prompt"], answers[0]["model_id"], answers[1]["expected"]) == ("What is it?", "llava", "Yes")
     assert json.loads((out / "figures.json").read_text()) == figures
-    origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment"}
-    assert set(figures) == {"exact_match", "yes_no", "cider", "one_caption"} | origin
+    origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment", "test_set", "unit"}
+    assert set(figures) == {"figures"} | origin
+    assert {"yes_no", "overall", "pope_f1", "cider_d", "cider_d_of_one_caption"} <= figures["figures"].keys()
     (asked,) = figures["sets"].values()
     assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
     assert asked["answers"] == {"file": "answers.jsonl", "sha256": sha256(out / "answers.jsonl")}
     assert figures["scorer"] == scorer_version()
-    assert figures["exact_match"]["overall"]["n"] == 1
+    assert figures["figures"]["overall"]["items"] == 1
 
     digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in out.iterdir()}
@@ -230,7 +231,10 @@ def test_command_writes_llava_s_answers_and_figures(
     evaluate_from_flags(parsed(*common, *own, *elsewhere, "--likelihood"))
     shares = [json.loads(line).get("share") for line in (tmp_path / "kept" / "answers.jsonl").read_text().splitlines()]
     assert shares == [None, 1, None]  # there is one answer, and it has no rival
-    assert json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["likelihood"]["overall"]["n"] == 1
+    assert (
+        json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["figures"]["share_overall"]["items"]
+        == 1
+    )
     with pytest.raises(UserError, match="--questions"):
         evaluate_from_flags(parsed(*common, *elsewhere))
 
@@ -324,12 +328,13 @@ PUBLISHED = [5.372361089019258, 3.061392999540089, 1.3792252890493037, 10.0]
 def test_one_caption_for_all_is_the_floor_of_descriptions() -> None:
     texts = [["a red cat sits", f"cat {i} by a door"] if i % 3 else [f"some dog {i}"] for i in range(300)]
     questions = [Question(id=i, text="?", references=tuple(of_image)) for i, of_image in enumerate(texts)]
-    floor = one_caption([*questions, Question(id=300, text="?", answer="Yes")])["one_caption"]
-    assert floor == {"caption": "a red cat sits", "cider_d": cider(["a red cat sits"] * 300, texts)[0]}
-    assert floor["cider_d"] > cider(["some dog 3"] * 300, texts)[0]
+    floor = one_caption([*questions, Question(id=300, text="?", answer="Yes")])["cider_d_of_one_caption"]
+    best = cider(["a red cat sits"] * 300, texts)[0]
+    assert floor == {"caption": "a red cat sits", "value": best, "items": 300}
+    assert best > cider(["some dog 3"] * 300, texts)[0]
     assert one_caption([Question(id=0, text="?", answer="Yes")]) == {}
     strangers = [Question(id=i, text="?", references=(f"thing{i} stands{i} here{i}",)) for i in range(9)]
-    assert one_caption(strangers)["one_caption"]["cider_d"] == 0.0, "a caption described its own image"
+    assert one_caption(strangers)["cider_d_of_one_caption"]["value"] == 0.0, "a caption described its own image"
 
 
 def test_cider_is_coco_caption_s() -> None:

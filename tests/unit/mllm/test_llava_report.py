@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from clips.common import live
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
-from mllm.evaluation.report import write_report
+from mllm.evaluation.report import figures_of, write_report
 from mllm.evaluation.scores import exact_match_figures
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.log import MetricsLog
@@ -33,9 +34,8 @@ def write_run(run: Path, right: int) -> None:
                 {"question_id": i, "prompt": f"{kind} {i}?", "text": answers[-1], "image": f"{i}.png", "kind": kind,
                  "expected": truth, "correct": i < right}
             )  # fmt: skip
-    figures = {"exact_match": exact_match_figures(questions, answers)}
-    sets = {"answers_unseen": {"questions": {"file": "q", "sha256": "x"}}}
-    content = {"sets": sets, "command": "python evaluate", **figures, "unseen": figures}
+    figures = figures_of("answers_unseen", {"exact_match": exact_match_figures(questions, answers)}, lines)
+    content = {"sets": {"answers": {}, "answers_unseen": {}}, "test_set": "answers", "figures": figures}
     (run / "evaluation" / "figures.json").write_text(json.dumps(content))
     (run / "evaluation" / "answers_unseen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     stages = {}
@@ -58,18 +58,19 @@ def store(tmp_path: Path) -> ImageStore:
     return ImageStore(tmp_path / "images")
 
 
-def test_the_page_begins_with_pictures_and_ends_with_folded_tables(tmp_path: Path, store: ImageStore) -> None:
+def test_the_page_has_answers_curves_and_right_answers_against_chance(tmp_path: Path, store: ImageStore) -> None:
     write_run(tmp_path / "runs" / "llava-clips", right=6)
-    page = write_report(tmp_path / "runs" / "llava-clips", store).read_text()
-    # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
-    sentence = "It answers 60 of 100 questions right, out of 20 about drawings by an artist whom no training shows."
-    assert f"{sentence} Always giving the commonest answer of a kind would have 60." in page
-    order = [page.index(text) for text in ("How many there are", "count 0?", "Right answers by kind", "<details>")]
+    run = tmp_path / "runs" / "llava-clips"
+    page = write_report(run, store, run / "evaluation", run).read_text()
+    parts = ("clips:llava-clips", "<dt>answer", "align: loss", "overall</td>", "<details>")
+    order = [page.index(text) for text in parts]
     assert order == sorted(order)
-    assert page.count("badge good") == page.count("badge bad") == 4
+    # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
+    row = r"<td[^>]*>overall</td><td[^>]*>60.0 \[38.7, 78.1\]</td><td[^>]*>60.0</td><td[^>]*>20</td>"
+    assert re.search(row, page)
+    assert page.count('class="badge') == 9, "one answer about each image that is there"
     assert "&lt;b&gt;no&lt;/b&gt;" in page
-    assert "<dd>At the top</dd>" in page
-    assert "python evaluate" in page[page.index("<details>") :]
+    assert "<dt>truth</dt>" in page
 
 
 def test_a_slow_step_shows_progress_and_the_last_step_is_always_logged(
