@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import pkgutil
 import re
@@ -15,12 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script_parser
-
-from mllm.training.arguments import parser as llava_parser
+from conftest import ROOT
 
 PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-FLAGS = ROOT / "tests" / "data" / "flags.json"
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
 HELP = f"""
 import runpy, sys
@@ -34,13 +29,6 @@ for script in sys.argv[1:]:
 """
 
 
-def parsers_of(script: Path) -> dict[str, argparse.ArgumentParser]:
-    """The parser of a script under "", and those of its subcommands under their names."""
-    top = llava_parser() if script.stem == "train_llava" else script_parser(script.stem)
-    below = [action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-    return {"": top} | (below[0] if below else {})
-
-
 def test_help_imports_nothing_heavy() -> None:
     """`--help`, and so a wrong flag, answers without importing what takes seconds."""
     done = subprocess.run(
@@ -51,44 +39,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.count("usage:") == len(PYTHON_SCRIPTS)
 
 
-def test_every_flag_is_documented_with_its_default() -> None:
-    for script in PYTHON_SCRIPTS:
-        for parser in parsers_of(script).values():
-            assert not parser.allow_abbrev
-            for action in parser._actions:
-                if (
-                    action.option_strings
-                    and not action.required
-                    and action.dest != "help"
-                    and action.help != "==SUPPRESS=="
-                ):
-                    entry = parser._get_formatter()
-                    entry.add_argument(action)
-                    text = " ".join(entry.format_help().split())
-                    assert text.count("(default: ") == 1, (script.name, text)
-
-
 def test_the_function_that_a_script_names_is_there() -> None:
     functions = re.findall(r'start\(parser, "([\w.:]+)"\)', "".join(script.read_text() for script in PYTHON_SCRIPTS))
     assert functions
     assert all(callable(pkgutil.resolve_name(function)) for function in functions)
-
-
-def flags_of(script: Path) -> dict[str, object]:
-    """Flag → its default, of a script and of its subcommands."""
-    defaults = {}
-    for name, parser in parsers_of(script).items():
-        for action in parser._actions:
-            if action.help != argparse.SUPPRESS and action.dest != "help":
-                flag = action.option_strings[-1] if action.option_strings else action.dest.upper()
-                of_machine = flag == "--jobs" and action.default == os.cpu_count()
-                defaults[f"{name} {flag}".strip()] = "this machine's" if of_machine else action.default
-    return json.loads(json.dumps(defaults, default=str))
-
-
-def test_the_flags_and_their_defaults_are_frozen() -> None:
-    """A change here is a change of the commands that people use; `python tests/unit/test_scripts.py` writes it down."""
-    assert {script.stem: flags_of(script) for script in PYTHON_SCRIPTS} == json.loads(FLAGS.read_text())
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:
@@ -170,7 +124,3 @@ def test_ranks_of_a_script_take_a_free_port(tmp_path: Path) -> None:
     assert port != "29500"
     with socket.socket() as probe:
         probe.bind(("", int(port)))
-
-
-if __name__ == "__main__":
-    FLAGS.write_text(json.dumps({path.stem: flags_of(path) for path in PYTHON_SCRIPTS}, indent=1) + "\n")
