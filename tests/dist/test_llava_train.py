@@ -293,5 +293,3 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     monkeypatch.setattr("mllm.model.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
     with pytest.raises(UserError, match=r"4 bits: .*layer 0 .*24 × 48"):
         quantize(layer, 4, torch.float32, CPU)
-
-

@@ -19,17 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import (
-    assert_saved_at_the_end,
-    deepspeed,
-    endless,
-    last_step,
-    latest,
-    started,
-    torchrun,
-    trace,
-    wait_for,
-)
+from launched import assert_saved_at_the_end, deepspeed, endless, last_step, latest, started, torchrun, trace, wait_for
 from processes import rank, wait_until_gone
 
 from clips.common.runtime import unused_port

@@ -143,11 +143,7 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
 
 @pytest.mark.parametrize(
     ("attack", "kind", "said"),
-    [
-        ("endless", UserError, "ranges"),
-        ("packed", UserError, "gzip"),
-        ("drip", CommandError, "bytes came"),
-    ],
+    [("endless", UserError, "ranges"), ("packed", UserError, "gzip"), ("drip", CommandError, "bytes came")],
 )
 def test_an_answer_is_bounded_by_what_was_asked(
     server: RangeServer, monkeypatch: pytest.MonkeyPatch, attack: str, kind: type, said: str

@@ -18,10 +18,7 @@ import torch
 from PIL import Image
 from tiny_mllm import write_siglip
 from torch import Tensor
-from transformers import (
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-)
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights
