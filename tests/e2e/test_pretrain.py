@@ -203,12 +203,3 @@ def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_fla
     done = run([*longer, "--dry-run"])
     assert_said(done, 0, "goes on from")
     assert "rows were held out" not in done.text
-
-
-def test_eight_images_hold_nothing_out(tmp_path: Path) -> None:
-    with_captions(tmp_path / "mine.tar", 8)
-    size = ("--samples", "16", "--batch-size", "8", "--output", tmp_path, "--name", "mine")
-    done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", *size))
-    assert_said(done, 0, "8 samples", "no image is held out of 8, fewer than 100")
-    assert "the best checkpoint" not in done.text
-    assert (tmp_path / "mine/export/native/model.safetensors").is_file()

@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 
 from clips.common.hub import model_digest
-from clips.common.paths import cache_root, inside, is_plain
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_root() == Path.home() / ".cache" / "clips-mllm"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_root() == tmp_path / "clips-mllm"
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "own"))
-    assert cache_root() == tmp_path / "own"
+from clips.common.paths import inside, is_plain
 
 
 @pytest.fixture

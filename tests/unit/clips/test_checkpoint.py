@@ -83,17 +83,6 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not fired.exists()
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", '"text"', '{"model.safetensors": "0"}'])
-def test_a_directory_of_something_else_is_refused(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / "MANIFEST.json").write_text(manifest)
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="--resume"):
-        checkpoint.load(tmp_path)
-    with pytest.raises(UserError, match=r"--resume .*nowhere"):
-        checkpoint.load(tmp_path / "nowhere")
-
-
 def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "LATEST"
     files.write_atomically(file, "old\n")

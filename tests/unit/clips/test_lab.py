@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from clips.common.page import (
 )
 from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
-from clips.lab.report import forest, verdict_class, write_report
+from clips.lab.report import forest, verdict_class
 from clips.lab.run import Commands, Runner, failed_steps, locked
 
 QUIET = Console(quiet=True)
@@ -90,17 +89,6 @@ def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_fo
     assert [path.name for path in log.parent.iterdir()] == ["log.txt"]
 
 
-def test_the_plan_says_which_cells_are_done(tmp_path: Path) -> None:
-    cells = [cell(tmp_path / str(i), "one") for i in range(2)]
-    cells[0].directory.mkdir()
-    (cells[0].directory / "one").write_text("")
-    with (tmp_path / "printed").open("w") as file:
-        Runner(cells, 1, Console(file=file, width=120)).print_plan("a study", {"each": "60 samples"})
-    text = (tmp_path / "printed").read_text()
-    for part in ("1 of 2 to run, 1 at a time", "60 samples", "done", "waits"):
-        assert part in text
-
-
 def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
     commands = Commands(1)
     with locked(tmp_path / "cell", commands) as lock:
@@ -153,13 +141,3 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
         assert html.unescape(page).count(printable(text, None)) >= 15
         assert "−2.0 [−3.0, −1.0] ▼ loss" in page
         assert 'class="wrap verdict good"' in page
-
-
-def test_a_page_that_fails_leaves_the_json_and_can_be_made_again(tmp_path: Path) -> None:
-    page = Page("title", "", [])
-    (tmp_path / "study.html").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_report({"a": 1}, tmp_path, "study", lambda: page)
-    assert json.loads((tmp_path / "study.json").read_text()) == {"a": 1}
-    (tmp_path / "study.html").rmdir()
-    assert write_report({"a": 1}, tmp_path, "study", lambda: page).is_file()

@@ -38,15 +38,6 @@ def test_a_set_is_what_its_shards_say(tmp_path: Path) -> None:
     assert shards.counts.tolist() == [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [4, 2]]
 
 
-def test_a_changed_shard_is_seen(tmp_path: Path) -> None:
-    urls = make(tmp_path / "data")
-    open_shards(urls)
-    for count in (9, 7):
-        write(Path(urls[2]), count)
-        assert open_shards(urls).counts[2].tolist() == [count, 0]
-        assert len(list((tmp_path / "data").glob(".*.idx.safetensors"))) == 6, "and so is the outdated index"
-
-
 def test_an_index_that_is_gone_is_made_again(tmp_path: Path) -> None:
     make(tmp_path / "data")
     source = open_source(str(tmp_path / "data"), FIELDS, need_long=True)

@@ -242,12 +242,6 @@ def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
 
 
-def test_a_format_without_a_place_for_a_system_text_refuses_one(model: ChatModel) -> None:
-    plain = ChatModel(model.model, model.processor, model.directory, "plain")
-    with pytest.raises(UserError, match="system text"):
-        ChatSession(plain, system="Be kind.")
-
-
 def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) -> None:
     write_llm(tmp_path / "llm", hidden_size=64, max_position_embeddings=512)  # whole blocks of 64
     vision = load_vision("clips", runs=place / "runs")

@@ -97,17 +97,6 @@ def test_no_message_of_a_server_is_written(run: Run, tmp_path: Path, message: st
     assert list((tmp_path / "out").glob("*.parquet")) == []
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--batch-size", "0"), ("--part-size", "-1"), ("--max-new-tokens", "0"), ("--max-left-out-share", "nan")],
-)
-def test_what_would_wait_or_write_nothing_is_refused(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, value: str
-) -> None:
-    assert run(write_pairs(tmp_path / "a.tar", 2), "endpoint:http://127.0.0.1:9/v1", flag, value) == 2
-    assert flag in capsys.readouterr().err
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("path", ["drip", "flood", "zip"])
 def test_a_list_of_models_without_end(
