@@ -87,9 +87,7 @@ def test_the_two_modes_learn_differently(found: dict[int, dict], ranks: int) -> 
 
 @RANKS
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(
-    found: dict[int, dict], ranks: int, stage: int
-) -> None:
+def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(found, ranks, stage):
     finite = [[True] * (BATCH // (MICRO * ranks)) for _ in range(ranks)]
     finite[-1][1] = False
     assert found[ranks][f"poisoned{stage}"] == {"finite": finite, "agreed": False}

@@ -44,9 +44,7 @@ STAGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(
-    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(kind, place, monkeypatch):
     whole, broken = f"runs/{kind}-whole", f"runs/{kind}-broken"
     flags = [*STAGES[kind], "--max_steps", "9"]
     run(place, monkeypatch, *flags, "--output_dir", whole)
@@ -98,9 +96,7 @@ def test_checkpointing_and_accumulation_change_nothing(place: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(place, monkeypatch):
     original = TrainingModel.forward
 
     def forward(self, **batch):
@@ -244,9 +240,7 @@ def arguments() -> TrainArguments:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_evaluation(
-    bits: int, place: Path, arguments: TrainArguments
-) -> None:
+def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_evaluation(bits, place, arguments):
     model = build(place)
     original = model.model.language_model.layers[0].self_attn.q_proj.weight.detach().clone()
     quantize(model.model.language_model, bits, torch.float32, CPU)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from lab_runs import run_main
@@ -21,9 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*settings, f'data.further_tests=[{{"name": "unseen", "data": "{made / "val"}"}}]']
 
 
-def test_finished_runs_are_never_run_again(
-    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_runs_are_never_run_again(tmp_path, data, monkeypatch, capsys):
     output = tmp_path / "claims"
     flags = ["claims", "--claims", "b,e", "--seeds", "2", "--samples", "64", "--output", output]
     flags += ["--llava-report", tmp_path / "none.json", "--set", *data]

@@ -101,9 +101,7 @@ def stopped(place: Path) -> Path:
         ("trained.safetensors", "bare"),
     ],
 )
-def test_row_23_the_trainer_s_files_are_read_as_data(
-    name: str, how: str, stopped: Path, place: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_23_the_trainer_s_files_are_read_as_data(name, how, stopped, place, mark, tmp_path, monkeypatch):
     """Sealed by whoever planted it."""
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run" / "align" / "checkpoint-2" / name
@@ -189,9 +187,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_row_23_a_pickle_on_every_route(
-    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path
-) -> None:
+def test_row_23_a_pickle_on_every_route(route, refused, place, models, mark, tmp_path):
     file = tmp_path / "weights.bin"
     bomb.plant(file, mark)
     made = {"FILE": lambda: file}
@@ -229,9 +225,7 @@ REMOTE = ("language model", "vision tower", "chat", "convert")
 
 
 @pytest.mark.parametrize("route", REMOTE)
-def test_row_24_a_model_that_asks_for_its_own_code(
-    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_24_a_model_that_asks_for_its_own_code(route, refused, place, models, mark, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks at a terminal, where it is let
     sources = {
         "LLM": place / "llm",

@@ -92,9 +92,7 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
-def test_row_05_a_damaged_checkpoint(
-    how: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     path = run_dir / "align/checkpoint-4/optimizer.pt"
     data = bytearray(path.read_bytes())
@@ -154,9 +152,7 @@ def test_what_is_sealed_and_is_not_what_it_should_be(kind: str, whole: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LOADED)
-def test_what_is_sealed_and_does_not_fit_the_run(
-    kind: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_sealed_and_does_not_fit_the_run(kind, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     checkpoint = run_dir / "align/checkpoint-4"
     name, damage, message = LOADED[kind]

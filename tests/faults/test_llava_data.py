@@ -94,9 +94,7 @@ def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkey
     ("images", "text"),
     [(["0.png"], "<image>\n<image>\nWhat?"), (["0.png", "1.png"], "<image>\nWhat?"), (["0.png"], "What?")],
 )
-def test_row_22_placeholders_that_are_not_the_pictures(
-    images: list, text: str, place: Path, batches: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_22_placeholders_that_are_not_the_pictures(images, text, place, batches, monkeypatch):
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
     code, output = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))

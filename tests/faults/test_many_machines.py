@@ -162,9 +162,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back_and_ctrl_c_
 # ------------------------------------------------------------------------------------------------- torchrun
 
 
-def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
-    whole: list[dict[str, Any]], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(whole, shards, tmp_path):
     """Two launchers that meet at one address, as on two hosts; the one of rank 0 has to get the run's lock again."""
     run_dir = tmp_path / "r"
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{unused_port()}", "--rdzv-id=test")

@@ -72,9 +72,7 @@ GLOBAL = ("train.accumulation=2", "train.contrastive=global")
 
 
 @pytest.mark.parametrize(("fault", "stage", "settings"), [("nan", 0, ()), ("nan", 3, ()), ("inf", 2, GLOBAL)])
-def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
-    fault: str, stage: int, settings: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(fault, stage, settings, shards, tmp_path):
     flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=40", *settings)
     done = run(torchrun(*faulty(fault, "1", tmp_path, shards, *flags)))
     assert done.code != 0
@@ -93,17 +91,13 @@ def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
 
 
 @pytest.mark.parametrize("launch", [deepspeed, torchrun])
-def test_row_10_a_killed_rank_ends_the_others(
-    launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_10_a_killed_rank_ends_the_others(launch, shards, tmp_path):
     text = ended(launch(*endless(tmp_path, shards)), tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGKILL))
     assert "rank 0: a collective of step" in text
     assert "No sign of life from rank 1" in text
 
 
-def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards, tmp_path):
     """It hangs before the reduction of gradients, which DeepSpeed does in groups of its own."""
     command = ["tests/faulty_run.py", "hang", "1", *endless(tmp_path, shards, "--timeout-minutes", "0.15")[1:]]
     log = tmp_path / "log"
@@ -133,9 +127,7 @@ def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[s
     assert "exitcode  : 4" in text
 
 
-def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(shards, tmp_path):
     words = deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1"))
     text = ended(words, tmp_path)
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in text

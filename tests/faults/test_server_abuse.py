@@ -159,9 +159,7 @@ def test_row_28_the_key_and_the_name(chat: ChatModel) -> None:
             assert get(f"{address}/health", Host=host).status_code == 400
 
 
-def test_row_28_a_defect_shows_the_client_no_trace(
-    chat: ChatModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_row_28_a_defect_shows_the_client_no_trace(chat, monkeypatch, capfd):
     """Before the first token and in the middle of a stream; the log has the text of the error."""
 
     def broken(self: ChatSession, *_: object) -> Iterator[str]:

@@ -48,9 +48,7 @@ def widened(path: Path, part: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_row_25_both_shapes_are_said(
-    kind: str, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_25_both_shapes_are_said(kind, places, tmp_path, monkeypatch):
     source, part, (script, *words) = WRONG[kind]
     place, models = places
     served = script in ("chat.py", "search.py")

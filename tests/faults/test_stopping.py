@@ -7,8 +7,6 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import warm
@@ -32,9 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
-def test_ranks_without_their_launcher_save_and_end(
-    launch: Callable[..., list[str]], generation: int, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_ranks_without_their_launcher_save_and_end(launch, generation, shards, tmp_path):
     """`deepspeed` itself (the second generation above a rank), or torchrun, killed with -9.
 
     It was started in the background by a shell that has ended, which is nobody's wish to stop.
@@ -61,9 +57,7 @@ def test_ranks_without_their_launcher_save_and_end(
     assert_saved_at_the_end(run_dir)
 
 
-def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(shards, tmp_path):
     log = tmp_path / "log"
     with started(deepspeed(*endless(tmp_path, shards)), log) as process:
         wait_for(lambda: last_step(tmp_path / "r") >= 3, process, log)
@@ -95,9 +89,7 @@ if [ "$1 $2" = "show hostnames" ]; then echo localhost; fi
 """
 
 
-def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(shards, tmp_path):
     """srun and scontrol stand in for a cluster; torchrun, its two launchers and the training are real."""
     programs = tmp_path / "bin"
     programs.mkdir()

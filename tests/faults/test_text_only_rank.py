@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_llava import INSTRUCT, START, TRAIN, launch, losses, results, run, write_place
@@ -13,9 +11,7 @@ from mllm.data.sampler import EpochSampler
 pytestmark = pytest.mark.slow
 
 
-def test_row_26_text_alone_on_one_rank_of_zero3_trains_as_one_rank_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_26_text_alone_on_one_rank_of_zero3_trains_as_one_rank_does(tmp_path, monkeypatch):
     """Against one rank without DeepSpeed; every weight trains."""
     place = write_place(tmp_path)
     flags = [*INSTRUCT, *START, "--group_by_modality_length", "False"]

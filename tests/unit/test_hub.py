@@ -45,9 +45,7 @@ LAYOUTS = {
         ("transformers", "WEIGHT_FILES", [LAYOUTS["transformers"][i] for i in (0, 1, 2, 4, 5)]),
     ],
 )  # fmt: skip
-def test_what_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
-) -> None:
+def test_what_is_fetched(tmp_path, monkeypatch, model, weights, expected):
     def download(name: str, **patterns: list[str]) -> str:
         for file in filter_repo_objects(LAYOUTS[name.removeprefix("owner/")], **patterns):
             (tmp_path / file).parent.mkdir(exist_ok=True)

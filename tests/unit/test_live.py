@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,9 +50,7 @@ def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: py
 
 
 @pytest.mark.parametrize(("jumps", "told"), [(False, False), (True, True)])
-def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], jumps: bool, told: bool
-) -> None:
+def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(tmp_path, capsys, jumps, told):
     """Every healthy run of the demo warned of a spike: loss 6.504 (usually 6.389), gradient norm 8.362 (3.199)."""
     figures: dict[str, Any] = {"loss": 6.504, "usual_loss": 6.389, "loss_jumps": jumps}
     figures |= {"step": 214, "grad_norm": 8.362, "usual_grad_norm": 3.199, "action": "continue"}

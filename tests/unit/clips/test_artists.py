@@ -65,9 +65,7 @@ def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artists.util, "find_spec", lambda name: None)
 
 
-def test_what_npm_brings_counts_when_it_is_what_is_pinned(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monkeypatch):
     content = package({"icons": {"dog-face": {"body": '<rect width="10" height="5" fill="red"/>'}}})
     mine = pin(monkeypatch, content)
     log = tmp_path / "log"
@@ -96,9 +94,7 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(
         ("import time; time.sleep(60)", "npm cannot be run: .*timed out"),
     ],
 )
-def test_npm_that_cannot_fetch_says_why(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, reason: str
-) -> None:
+def test_npm_that_cannot_fetch_says_why(cache, tmp_path, monkeypatch, does, reason):
     assert pin(monkeypatch, package({"icons": {}})).tarball.name == "me-mine-1.0.0.tgz"
     monkeypatch.setattr(artists, "TIMEOUT_S", 0.5 if "sleep" in does else 60)
     npm_that(tmp_path, monkeypatch, does)
@@ -108,9 +104,7 @@ def test_npm_that_cannot_fetch_says_why(
         drawings("mine", {"dog": "dog_face"})
 
 
-def test_without_npm_one_artist_draws_and_it_is_said(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_npm_one_artist_draws_and_it_is_said(cache, tmp_path, monkeypatch, capfd):
     no_npm(monkeypatch)
     folder = ensure_demo(tmp_path / "data", sizes=SIZES)
     assert f"warning: {MISSING} (there is no npm here" in capfd.readouterr().err

@@ -40,9 +40,7 @@ def tokenizer_run(*, pre_norm: bool = False) -> RunConfig:
 
 
 @pytest.mark.parametrize("tower", ["ViT", "pre_norm"])
-def test_the_code_of_a_card_runs_beside_it(
-    tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_of_a_card_runs_beside_it(tower, tmp_path, monkeypatch, capsys):
     run = tokenizer_run(pre_norm=tower == "pre_norm")
     model = random_model(run)
     place = tmp_path / "mine" / "export"

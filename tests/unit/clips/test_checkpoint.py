@@ -50,9 +50,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "bit", "missing", "empty"])
-def test_a_damaged_one_is_refused_and_the_previous_used(
-    tmp_path: Path, file: str, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, capsys):
     write(tmp_path, 1)
     bad = write(tmp_path, 2)
     target = bad / file

@@ -127,9 +127,7 @@ def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, sid
 @pytest.mark.parametrize(
     ("size", "kept", "orientation"), [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), ((1600, 1200), {4, 8}, 6)]
 )
-def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kept: set[int], orientation: int
-) -> None:
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch, size, kept, orientation):
     """The same crop as from the whole picture, wherever it lies and however the picture is turned."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation

@@ -162,9 +162,7 @@ def sequence(found: list[dict]) -> dict[int, tuple[object, ...]]:
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(data=st.data(), sort=st.sampled_from(["one", "mixed"]), seed=st.integers(0, 3))
-def test_any_split_into_ranks_workers_and_accumulation_gives_the_same_samples(
-    data, sort, seed, source, mix, tokenizer
-) -> None:
+def test_any_split_into_ranks_workers_and_accumulation_gives_the_same_samples(data, sort, seed, source, mix, tokenizer):
     """The real loader over resumed stretches of one run, each split in another way; a mix has epochs of its parts."""
     run = dropping(a_run())
     run = replace(

@@ -274,9 +274,7 @@ def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
     ],
     ids=["comma", "quote", "whole"],
 )
-def test_rows_that_are_left_out_are_counted_by_every_command(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: list[str], left: int, said: str
-) -> None:
+def test_rows_that_are_left_out_are_counted_by_every_command(tmp_path, caplog, rows, left, said):
     path = csv_of(tmp_path / "t.csv", rows)
     for _ in range(2):  # the second time the copy is there
         say_once.cache_clear()

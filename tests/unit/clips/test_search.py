@@ -34,9 +34,7 @@ def model(place: Path) -> CLIPS:
     return CLIPS.from_pretrained(place / "runs" / "clips", device="cpu")
 
 
-def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
-    model: CLIPS, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model, place, tmp_path, caplog):
     index = model.index(place / "pictures")
     assert len(caplog.messages) == 1
     assert "broken.jpg" in caplog.text, "the unreadable picture is named"
@@ -76,9 +74,7 @@ def test_a_kept_index_is_made_once_and_anew_after_a_change(model: CLIPS, tmp_pat
     assert [len(model.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
 
 
-def test_the_command_indexes_once_and_shows_pictures(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_indexes_once_and_shows_pictures(place, tmp_path, monkeypatch, capsys):
     words = ["--model", place / "runs/clips", "--pictures", place / "pictures", "--k", "3", "--device", "cpu"]
     env = {"CLIPS_MLLM_CACHE": str(tmp_path / "cache")}
     first = run_python("scripts/search.py", "a dog", *words, "--output", tmp_path / "found.html", env=env)

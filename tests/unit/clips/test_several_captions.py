@@ -149,9 +149,7 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
 @pytest.mark.parametrize(
     "name", ["captions.txt", "results.csv", "t.jsonl", "paths.parquet", "bytes.parquet", "l.jsonl"]
 )
-def test_the_rows_of_an_image_are_gathered(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_shuffled: bool
-) -> None:
+def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
     """A row for each caption: no caption is lost, and no image is its own negative."""
     pairs = [(i, k) for i in range(IMAGES) for k in range(EACH)]
     random.Random(0).shuffle(pairs) if is_shuffled else None

@@ -44,9 +44,7 @@ def test_tiles_and_videos_have_their_squares_and_tokens() -> None:
         Planned("gpt-5", VISION)
 
 
-def test_both_stages_with_what_comes_before_their_first_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_stages_with_what_comes_before_their_first_step(monkeypatch, capsys):
     """6 N operations a token for forward and backward, 2 N for checkpointing; attention and encoder come on top."""
     monkeypatch.setitem(LANGUAGE_MODELS, "vicuna-7b", LANGUAGE_MODELS["vicuna-7b"] | {"num_hidden_layers": 2})
     print_stages(Planned("vicuna-7b", VISION), Machine("h100", 8, 0.2), lora=False)

@@ -102,9 +102,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize(("kind", "version"), [(kind, version) for kind in ASKED for version in ASKED[kind]])
-def test_every_reader_asks_as_training_did(
-    kind: str, version: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_reader_asks_as_training_did(kind, version, clips, tmp_path, monkeypatch):
     llm = language_model(tmp_path / "llm", kind, version)
     vision = load_vision("clips", runs=clips)
     model, processor = build_model(vision, llm)

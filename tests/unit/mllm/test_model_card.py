@@ -18,9 +18,7 @@ from mllm.training.finish import card, trained_on
 place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
 
 
-def test_the_code_of_a_card_runs_beside_it(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_of_a_card_runs_beside_it(place, monkeypatch, capsys):
     directory = place / "runs" / "llava" / "model"
     written = (directory / "README.md").read_text(encoding="utf-8")
     assert "\n# llava\n" in written

@@ -99,9 +99,7 @@ def test_no_message_of_a_server_is_written(run: Run, tmp_path: Path, message: st
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("path", ["drip", "flood", "zip"])
-def test_a_list_of_models_without_end(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
+def test_a_list_of_models_without_end(run, tmp_path, capsys, monkeypatch, path):
     monkeypatch.setattr(recaption, "LISTING", 1 if path == "drip" else 30)
     with serving() as captioner:
         assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", f"/{path}")) == 2

@@ -219,9 +219,7 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
 # ---------------------------------------------------------------------------------------------- the saved model
 
 
-def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(
-    chat: ChatModel, place: Path, tmp_path: Path
-) -> None:
+def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(chat, place, tmp_path):
     directory = place / "runs" / "llava" / "model"
     newline = read_weights(directory / "mm_projector.bin")["model.image_newline"]
     assert torch.equal(newline, chat.model.model.image_newline)

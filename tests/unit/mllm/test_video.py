@@ -322,9 +322,7 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callabl
         generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
 
 
-def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(
-    model: ChatModel, place: Path, tmp_path: Path
-) -> None:
+def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(model, place, tmp_path):
     """Which is vLLM's, too. The pipeline's nested list makes one square of each: other tokens, other texts."""
     names = ["0.png", "1.png"]
     _, [answer] = answers_of(model, [{"image": names, "text": TEXT}], place / "images", tmp_path / "questions.jsonl")
