@@ -1,7 +1,5 @@
 """Pairs as img2dataset leaves them, and a small OpenAI-style server that captions them as a test says."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

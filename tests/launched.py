@@ -1,7 +1,5 @@
 """What the tests of the pretraining command share: starting and watching real processes, small real data."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Which processes of a training run live: its ranks, its launchers, what has outlived them."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

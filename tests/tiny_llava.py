@@ -1,7 +1,5 @@
 """What the tests of LLaVA training share: a folder with all that both stages need, and both ways of starting one."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

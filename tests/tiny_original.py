@@ -4,8 +4,6 @@ Written from what LLaVA's code (haotian-liu/LLaVA, transformers 4.37.2) saves an
 mllm/model/original.py or mllm/model/convert.py.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A shop of drawn products in the layouts of published sets: tar shards with JSON members, and the hub's Parquet."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -7,8 +7,6 @@ python zero_worker.py hold OUT                                        # bytes th
 OTHER: an outcome to go on from in the middle of its kinds that no `:` follows, or "none".
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from dataclasses import replace

@@ -3,8 +3,6 @@
 "global" must give what one whole batch gives, "micro" the average of the micro-batches' own gradients.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A step that is left out leaves no trace: bit for bit, in every ZeRO stage, two ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Both stages really trained: resumed against uninterrupted, one rank against two, ZeRO-3, adapters, 4 and 8 bits."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a process of a group ends: with its own exit code, whatever its last collectives still do."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """ZeRO 0-3 and CPU offload against each other, resumed against uninterrupted, one rank against two; real DeepSpeed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

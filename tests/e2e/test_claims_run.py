@@ -1,7 +1,5 @@
 """scripts/compare_pretraining.py with real, tiny runs: to the page, and run again."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

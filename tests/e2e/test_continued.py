@@ -1,7 +1,5 @@
 """Runs that go on: after their end, from an older checkpoint, after a kill beside a write; and the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The pretraining command as people start, stop, kill, misuse and continue it. Real processes, tiny debug twins."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

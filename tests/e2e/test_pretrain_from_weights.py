@@ -1,7 +1,5 @@
 """The commands with weights from elsewhere: `--init-from`, going on without them, freezing, evaluating, exporting."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """`bash scripts/quickstart.sh photos` as a user types it, on a miniature of the set; its trainings are a few steps."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """scripts/serve.py as a user starts it, asked by the official client; how it ends."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

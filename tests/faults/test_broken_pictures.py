@@ -1,7 +1,5 @@
 """Faults in pictures, through the real training command: skipped, bounded, or decoded right."""
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A corpus of bad pictures and records through everything that reads data: exact counts, bounded memory, an end."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows 23 and 24: code in a pickle and code beside a model; on every route it is refused, and nothing of it is run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Rows 2, 4 and 5 of the LLaVA half, and checkpoints whose seal is right and whose content is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

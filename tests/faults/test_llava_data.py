@@ -1,7 +1,5 @@
 """Rows 20 to 22: samples that are too long, tokens typed in text, placeholders without pictures; in real runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A host is a loopback address with an sshd of its own, on a port that needs no ri
 Everything below that sshd is the host's: it dies as one. The hosts share the file system, as those of a cluster do.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -4,8 +4,6 @@ And what the watchdog does about spikes and slow ranks (docs/training.md). Real 
 signal can do stands in tests/faulty_run.py.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

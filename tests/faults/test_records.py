@@ -1,7 +1,5 @@
 """Faults in shards, records and paths, through the real commands: named, skipped and counted, or refused."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Rows 1 to 8 of the faults: a run is killed, stopped, damaged, changed, and goes on. Real processes, tiny twins."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Rows 27 and 28, and the memory of a full queue: what strangers send to a server that really runs."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

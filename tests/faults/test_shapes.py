@@ -1,7 +1,5 @@
 """Row 25: weights of another shape than their place needs; the message names both shapes."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Two ranks without a launcher above them, which would end one rank when the other
 rank 0 where its value is to count for both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A launcher that dies and leaves its ranks behind, a second start meanwhile, a scheduler's signal, the sbatch file."""
 
-from __future__ import annotations
-
 import os
 import platform
 import signal

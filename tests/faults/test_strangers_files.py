@@ -1,7 +1,5 @@
 """Rows 29 to 31: wrong model directories, odd files and targets, a launcher that is gone."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Row 26: under ZeRO-3 one rank has pictures and the other one has none; every rank still meets in every gather."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_llava import INSTRUCT, START, TRAIN, launch, losses, results, run, write_place

@@ -4,8 +4,6 @@ The original package needs transformers 4.37 and is not installed here; tests/ti
 and its computation.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Texts and captions in rows without padding: the outputs and gradients of padded sequences, one text at a time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 

@@ -1,7 +1,5 @@
 """How the modules may know each other: no circle, one direction, one narrow seam, no script run by a library."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """tools/benchmark.py compares like with like, and times what it says."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Commands: what they print can be pasted and piped; a wrong flag names the nearest."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """What README and docs say can be typed and followed: commands parse, links lead on, walks name what is there."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

@@ -1,7 +1,5 @@
 """clips/common/flags.py: the one way in which every command reads its flags."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Models by hub id: which files are fetched, and every command on the cache that a download leaves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

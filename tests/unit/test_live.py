@@ -1,7 +1,5 @@
 """What a person reads while a training runs."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """The ground floor's small helpers: the cache folder, paths below a root, a hash over files."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What both halves take from a run directory: differences, the lock, lines cut short, whether it is finished."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

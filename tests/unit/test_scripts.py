@@ -1,7 +1,5 @@
 """What every script keeps to, and what the installer and the launchers do on a machine that lacks something."""
 
-from __future__ import annotations
-
 import os
 import pkgutil
 import re

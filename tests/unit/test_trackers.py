@@ -1,7 +1,5 @@
 """--report_to: the same loggers in both halves."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The sets of drawings: every thing has enough hands, only pinned bytes count, and without npm one artist draws all."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

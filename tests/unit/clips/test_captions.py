@@ -1,7 +1,5 @@
 """clips/data/tokenizer.py against slow references, hard sentences and stock open_clip."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

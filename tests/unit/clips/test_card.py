@@ -1,7 +1,5 @@
 """Model cards of exports: they parse, their code runs, their figures are of these weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The check of pretraining pairs counts and prints what is there."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

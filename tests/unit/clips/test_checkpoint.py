@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, refused when damaged, never silently started over."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

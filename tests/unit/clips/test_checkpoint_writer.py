@@ -1,7 +1,5 @@
 """Checkpoints beside the training: one at a time, of the moment they were begun, retried; which stay; rewinding."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """Studies of variants: what differs between the runs, the verdicts, and the page."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The flags of scripts/pretrain_clips.py, and the configuration that they describe."""
 
-from __future__ import annotations
-
 import pytest
 
 from clips.common.errors import UserError

@@ -1,7 +1,5 @@
 """The configuration: validated, rebuilt from its JSON form, changed and compared by field."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

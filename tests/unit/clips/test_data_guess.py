@@ -1,7 +1,5 @@
 """A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every kind of picture is decoded to the picture that was encoded; hostile bytes break one sample, not the run."""
 
-from __future__ import annotations
-
 import math
 import random
 from functools import cache

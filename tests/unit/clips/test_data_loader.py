@@ -1,7 +1,5 @@
 """Batches are a pure function of (seed, position), whatever the ranks, workers and breakages."""
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The order of samples: a permutation per epoch, a pure function, small at a billion samples."""
 
-from __future__ import annotations
-
 import pickle
 import random
 import tracemalloc

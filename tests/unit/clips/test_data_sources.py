@@ -1,7 +1,5 @@
 """Tar shards and tables: what is there is found, what is damaged is named, what climbs out is refused."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """`from clips import CLIPS`: the towers' own features, whatever form pictures and texts come in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Text from data is read as it is in every medium: nothing in it acts."""
 
-from __future__ import annotations
-
 import html
 import io
 import re

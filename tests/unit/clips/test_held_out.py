@@ -1,7 +1,5 @@
 """A share is held out by image, whatever rows, keys and order a set has."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

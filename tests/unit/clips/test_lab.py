@@ -1,7 +1,5 @@
 """The experiment engine: what is never run twice, failures, locks, the plan, the table and the page."""
 
-from __future__ import annotations
-
 import html
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What the meter counts, and what it leaves out."""
 
-from __future__ import annotations
-
 import torch
 
 from clips.training.meter import Meter

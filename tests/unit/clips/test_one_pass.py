@@ -1,8 +1,6 @@
 """The full evaluation reads, decodes and encodes each picture of a test set once; its figures are those of a plain loop
 over single pictures."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections import Counter

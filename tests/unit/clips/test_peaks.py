@@ -1,7 +1,5 @@
 """What MFU is a share of."""
 
-from __future__ import annotations
-
 import torch
 
 from clips.common.peaks import peak_flops, stated_peak

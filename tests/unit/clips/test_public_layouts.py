@@ -3,8 +3,6 @@
 Names of files, columns and members are the publishers'; the pictures are drawn here.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

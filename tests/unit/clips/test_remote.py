@@ -1,7 +1,5 @@
 """Data behind URLs, from a real HTTP server that fails: what is read equals local files, and copies have a size."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

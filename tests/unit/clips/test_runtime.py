@@ -1,7 +1,5 @@
 """The settings of a process on a CPU: freed memory that is kept, bf16 that is tried."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

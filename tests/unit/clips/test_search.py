@@ -1,7 +1,5 @@
 """A folder of pictures is indexed, saved, opened and searched by text and by picture; and pictures behind addresses."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fields that hold a list: which caption a step draws, and what the long one is made of."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

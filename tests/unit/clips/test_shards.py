@@ -1,7 +1,5 @@
 """The indexes of a set of shards: made once, and made again when a shard changes."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

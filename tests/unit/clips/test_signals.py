@@ -1,7 +1,5 @@
 """What a rank outlives, and what it stops for."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

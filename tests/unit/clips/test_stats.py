@@ -1,7 +1,5 @@
 """Intervals and verdicts against simulations, definitions and closed forms."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """When a loss or gradient norm counts as a spike, and a rank as slow."""
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path

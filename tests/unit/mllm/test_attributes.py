@@ -1,7 +1,5 @@
 """Attributes become questions: balance, counts, held-out rows, what is left out, hostile values, all layouts."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

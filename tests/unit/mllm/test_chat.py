@@ -1,7 +1,5 @@
 """The chat of a tiny real model: prompts are training's, cached answers those computed afresh, streams clean."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The check finds what would stop a training, and says so."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What plan_run.py says of LLaVA's stages: sizes as published, what fits, what is refused."""
 
-from __future__ import annotations
-
 import pytest
 
 from clips.common.errors import UserError

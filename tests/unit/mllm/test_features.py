@@ -1,7 +1,5 @@
 """Feature cache against fresh features, and the training forward against the stock one."""
 
-from __future__ import annotations
-
 import shutil
 from unittest.mock import Mock
 

@@ -1,7 +1,5 @@
 """One format from training to every reader: evaluation, chat, server and stock transformers ask with the same ids."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import pickle

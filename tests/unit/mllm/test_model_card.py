@@ -1,7 +1,5 @@
 """The card of a saved LLaVA model: it parses, its code runs, it names no place of this machine."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """LLaVA's published data in their own layouts, opened by the commands of docs/photographs.md."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Recaptioning in one process: what is written, what is left out, what ends the command."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

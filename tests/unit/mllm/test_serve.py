@@ -1,7 +1,5 @@
 """The server over HTTP, with a tiny real model in this process: answers, refusals, clients that leave or are slow."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Iterator

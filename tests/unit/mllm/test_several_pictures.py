@@ -4,8 +4,6 @@ The routes must agree to the letter, and the training's loss must be the stock m
 walk them: the one that sees a picture in a square, and the one that sees it in tiles.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

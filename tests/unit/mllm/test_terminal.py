@@ -1,7 +1,5 @@
 """The terminal's commands, dropped files, bad pictures, and one answer for a script."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

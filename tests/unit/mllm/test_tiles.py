@@ -1,7 +1,5 @@
 """Pictures in tiles: layout and ids as LLaVA-NeXT's own code and transformers', and every part that must know tiles."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Videos: frames within bounds, tokens as LLaVA-OneVision's and transformers', and every route that takes them."""
 
-from __future__ import annotations
-
 import copy
 import html
 import importlib.util

@@ -1,7 +1,5 @@
 """The vision registry: every encoder equals its original and what stock LLaVA computes; the rest is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
