@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -119,13 +119,17 @@ def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
 
 
 def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], extension: str = "png") -> Path:
+    rows = enumerate({extension: picture, **rest} for picture, rest in samples)
+    return write_tar(path, ((f"{i:05d}.{name}", data) for i, row in rows for name, data in row.items()))
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for i, (picture, rest) in enumerate(samples):
-            for name, data in {extension: picture, **rest}.items():
-                member = tarfile.TarInfo(f"{i:05d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return path
 
 

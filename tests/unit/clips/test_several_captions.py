@@ -1,10 +1,8 @@
 """Fields that hold a list: which caption a step draws, and what the long one is made of."""
 
 import csv
-import io
 import json
 import random
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
@@ -15,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from bad_corpus import encode
+from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, UserError
@@ -37,14 +36,9 @@ FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
 
 def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     """A shard with a sample for each entry of `captions`."""
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for i, value in enumerate(captions):
-            picture = encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0)))
-            for name, data in ((f"{i:03}.png", picture), (f"{i:03}.json", json.dumps({key: value}).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return folder / "a.tar"
+    pictures = [encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0))) for i in range(len(captions))]
+    texts = [{"json": json.dumps({key: value}).encode()} for value in captions]
+    return write_shard(folder / "a.tar", list(zip(pictures, texts, strict=True)))
 
 
 def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Source:
