@@ -1,4 +1,4 @@
-"""Rows 23 and 24: code in a pickle and code beside a model; on every route it is refused, and nothing of it is run."""
+"""Rows 23 to 25: code in a pickle, code beside a model, weights of another shape; refused on every route."""
 
 import json
 import shutil
@@ -10,13 +10,14 @@ from pathlib import Path
 import bomb
 import pytest
 import torch
+from launched import small_data
 from safetensors.torch import load_file
 from serve_process import write_models
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
 from tiny_original import write_base, write_lora, write_tower
 
 from clips.common.files import check_seal, seal
-from clips.common.tensors import only_data
+from clips.common.tensors import only_data, read_weights, write_weights
 
 TWO_STEPS = ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "4"]
 ZERO = {2: [*ALIGN, *TWO_STEPS], 3: [*INSTRUCT, *START, *TWO_STEPS]}
@@ -234,3 +235,52 @@ def test_row_24_a_model_that_asks_for_its_own_code(route, refused, place, models
         route, {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
     )
     assert not mark.exists()
+
+
+# ---------------------------------------------------------------------------------------------- other shapes
+
+
+VIT, PATCHES = "runs/clips-demo/export/hf_vit", "patch_embeddings.projection.weight"
+OUT = ["--output_dir", "runs/x"]
+WRONG = {  # what is wrong → (its copy is made from, the end of the tensor's name, the command; {} is the copy)
+    "projector": (
+        "start.bin",
+        "mm_projector.0.weight",
+        ["train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "{}"],
+    ),
+    "encoder": (VIT, PATCHES, ["train_llava.py", *ALIGN, "--vision_tower", "hf:{}"]),
+    "init_from": (VIT, PATCHES, ["pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "{}"]),
+    "language_model": ("llm", "0.mlp.up_proj.weight", ["train_llava.py", *ALIGN, "--model_name_or_path", "{}"]),
+    "whole_model": ("runs/llava/model", "multi_modal_projector.linear_1.weight", ["chat.py", "--model", "{}"]),
+    "native_encoder": ("runs/clips-demo/export/native", "patch_embed.weight", ["search.py", "a cat", "--model", "{}"]),
+}
+
+
+def widened(path: Path, part: str) -> tuple[str, str]:
+    """Give the matrix in `path` whose name ends so one more row; returns both shapes, the file's first."""
+    tensors = read_weights(path)
+    name = next(name for name in tensors if name.endswith(part))
+    rows, *rest = tensors[name].shape
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    write_weights(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    return str((rows + 1, *rest)), str((rows, *rest))
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_row_25_both_shapes_are_said(kind, place, models, tmp_path, monkeypatch):
+    source, part, (script, *words) = WRONG[kind]
+    served = script in ("chat.py", "search.py")
+    original, copied = (models if served else place) / source, tmp_path / Path(source).name
+    (shutil.copytree if original.is_dir() else shutil.copy)(original, copied)
+    shapes = widened(copied / "model.safetensors" if copied.is_dir() else copied, part)
+    more = {
+        "train_llava.py": OUT,
+        "pretrain_clips.py": small_data(tmp_path / "data") if kind == "init_from" else [],
+        "chat.py": ["--device", "cpu", "--prompt", "Hello"],
+        "search.py": ["--device", "cpu", "--pictures", "runs"],
+    }
+    words = [word.replace("{}", str(copied)) for word in words]
+    code, output = command(place, monkeypatch, script, *words, *more[script])
+    assert code == 2, output
+    assert all(shape in output for shape in shapes), output
+    assert "Traceback" not in output
