@@ -46,6 +46,11 @@ def write_place(root: Path) -> Path:
     return shutil.copytree(_made_place(), root, dirs_exist_ok=True)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("llava"))
+
+
 @functools.cache
 def _made_place() -> Path:
     root = Path(tempfile.mkdtemp())

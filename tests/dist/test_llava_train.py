@@ -8,7 +8,8 @@ import pytest
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run, write_place
+import tiny_llava
+from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -21,14 +22,11 @@ from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
 from mllm.training.trainer import LlavaTrainer, TrainingModel
 
+place = tiny_llava.place  # a fixture
+
 CPU = torch.device("cpu")
 CAPTIONS = ["--mm_projector_init", "captions"]
 LORA = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.2"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 # ---------------------------------------------------------------------------------------------- resume

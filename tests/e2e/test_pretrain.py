@@ -1,6 +1,5 @@
 """The pretraining command as people start, stop, kill, misuse and continue it. Real processes, tiny debug twins."""
 
-import csv
 import json
 import subprocess
 from pathlib import Path
@@ -109,52 +108,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
 
 
 # A user's own pictures
-
-
-def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
-    """50 pictures with two captions each, one of them damaged, under names of the user's own choice."""
-    photos = pictures(50, "JPEG")
-    photos[7] = (photos[7][0][:100], *photos[7][1:])
-    shard = [(p, {"json": json.dumps({"alt": w, "recaption": t}).encode()}) for p, w, t in photos]
-    write_shard(tmp_path / "shards/my-00000.tar", shard[:25], "jpg")
-    write_shard(tmp_path / "shards/my-00001.tar", shard[25:], "jpg")
-    (tmp_path / "table/pictures").mkdir(parents=True)
-    with (tmp_path / "table/mine.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "alt", "recaption"])
-        for i, (picture, web, long) in enumerate(photos):
-            (tmp_path / f"table/pictures/{i}.jpg").write_bytes(picture)
-            table.writerow([f"pictures/{i}.jpg", web, long])
-    data = {"shards": f"{tmp_path}/shards/my-{{00000..00001}}.tar", "table": f"{tmp_path}/table/mine.csv"}
-    fields = {
-        "shards": ("--fields", "image=jpg", "web=json:alt", "long=json:recaption"),
-        "table": ("--fields", "image=file", "web=alt", "long=recaption"),
-    }
-
-    def train(kind: str) -> list[str]:
-        splits = ("--data", data[kind], "--val-data", data[kind], "--test-data", data[kind])
-        size = ("--samples", "100", "--batch-size", "10")
-        return python(SCRIPT, "--name", kind, "--output", tmp_path / "runs", *splits, *fields[kind], *size)
-
-    def measure(kind: str) -> list[str]:
-        model = ("--model", tmp_path / "runs" / kind, "--data", data[kind], *fields[kind])
-        return python("scripts/evaluate_clips.py", *model, "--output", tmp_path / f"{kind}.json")
-
-    trained = run_all({kind: train(kind) for kind in data})
-    for kind, done in trained.items():
-        assert done.code == 0, done.text
-        assert_finished(tmp_path / "runs" / kind)
-        skipped = lines(tmp_path / "runs" / kind, "skipped.jsonl")
-        assert len(skipped) == trace(tmp_path / "runs" / kind)[-1]["skipped"] == 2, "two epochs see the damaged one"
-        assert {line["key"].rpartition("#")[2] for line in skipped} == {
-            "00007" if kind == "shards" else "7 (pictures/7.jpg)"
-        }  # fmt: skip
-    for kind, done in run_all({kind: measure(kind) for kind in data}).items():
-        assert done.code == 0, done.text
-        assert "49 images, 1 skipped" in done.text
-        figures = json.loads((tmp_path / f"{kind}.json").read_text())["figures"]
-        assert figures["web_t2i_r1"]["items"] == 49
-        assert 0 <= figures["web_t2i_r1"]["value"] <= 100
 
 
 def with_captions(path: Path, count: int) -> Path:

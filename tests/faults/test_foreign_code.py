@@ -9,25 +9,23 @@ from pathlib import Path
 
 import bomb
 import pytest
+import tiny_llava
 import torch
 from launched import small_data
 from safetensors.torch import load_file
 from serve_process import write_models
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run
 from tiny_original import write_base, write_lora, write_tower
 
 from clips.common.files import check_seal, seal
 from clips.common.tensors import only_data, read_weights, write_weights
 
+place = tiny_llava.place  # a fixture
+
 TWO_STEPS = ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "4"]
 ZERO = {2: [*ALIGN, *TWO_STEPS], 3: [*INSTRUCT, *START, *TWO_STEPS]}
 """ZeRO stage → a LLaVA stage that trains under it by default."""
 PLANTED = {2: "zero_pp_rank_1_mp_rank_00_optim_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
 from conftest import ROOT, run_group
 from launched import lines, started, wait_for
 from llava_worker import at_seal, keep
 from processes import of_run, wait_until_gone
-from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run, write_place
+from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run
 
 from clips.common.errors import UserError
 from clips.common.files import MANIFEST, check_seal, seal
@@ -23,12 +24,9 @@ from clips.common.tensors import write_weights
 from mllm.training import trainer
 from mllm.training.checkpoints import check_content
 
+place = tiny_llava.place  # a fixture
+
 FLAGS = [*ALIGN, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "4"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")

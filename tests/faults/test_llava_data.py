@@ -4,20 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
-from tiny_llava import INSTRUCT, START, TRAIN, command, conversation, launch, losses, results, run, write_place
+from tiny_llava import INSTRUCT, START, TRAIN, command, conversation, launch, losses, results, run
 from transformers import AutoTokenizer
 
 from mllm.data.sampler import EpochSampler
 from mllm.training.trainer import LlavaTrainer
 
+place = tiny_llava.place  # a fixture
 TOKENS = 16
 """Of one picture, by the tiny encoder."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from serve_process import (
     CHAT,
     Running,
     ask,
+    assert_ends,
     client_of,
     data_url,
     get,
@@ -176,3 +178,9 @@ def test_row_28_a_defect_shows_the_client_no_trace(chat, monkeypatch, capfd):
         monkeypatch.undo()
         assert post(address, CHAT).status_code == 200
     assert capfd.readouterr().err.count("RuntimeError: secret") >= 2
+
+
+def test_a_signal_ends_it_also_while_it_answers(server: Running) -> None:
+    """The last test of this server."""
+    assert "llava (runs/llava/model): 16 tokens for each picture" in server.output()
+    assert_ends(server, signal.SIGTERM, -signal.SIGTERM)

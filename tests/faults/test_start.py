@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny_llava
 from conftest import ROOT
 from launched import ENV, lines
-from tiny_llava import ALIGN, INSTRUCT, START, write_place
+from tiny_llava import ALIGN, INSTRUCT, START
 
 from clips.common.runtime import unused_port
 
+place = tiny_llava.place  # a fixture
 pytestmark = pytest.mark.slow
 
 SECONDS = 60
@@ -233,11 +235,6 @@ def assert_named(ranks: Ranks, rank: int, code: int = 1) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- LLaVA stages
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("start"))
 
 
 STAGES = {

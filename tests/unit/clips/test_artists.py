@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from clips.common.errors import UserError
-from clips.common.rundir import UNSEEN
-from clips.config import DataConfig, Fields
 from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
-from clips.data.demo import MISSING, demo_split, ensure_demo
-from clips.data.sources import open_source
-from clips.data.splits import deciding_set, held_out_sets
-
-SIZES = {"train": 4, "val": 2, "test": 2, UNSEEN: 2}
 
 
 @pytest.fixture
@@ -56,11 +49,6 @@ def npm_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None
     program.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{does}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
-
-
-def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artists.shutil, "which", lambda name: None)
-    monkeypatch.setattr(artists.util, "find_spec", lambda name: None)
 
 
 def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monkeypatch):
@@ -100,23 +88,3 @@ def test_npm_that_cannot_fetch_says_why(cache, tmp_path, monkeypatch, does, reas
     assert "write" in does or not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind
     with pytest.raises(UserError, match="the drawings of Mine are not in"):
         drawings("mine", {"dog": "dog_face"})
-
-
-def test_without_npm_one_artist_draws_and_it_is_said(cache, tmp_path, monkeypatch, capfd):
-    no_npm(monkeypatch)
-    folder = ensure_demo(tmp_path / "data", sizes=SIZES)
-    assert f"warning: {MISSING} (there is no npm here" in capfd.readouterr().err
-    assert MISSING[1:] in (folder / "README.md").read_text()
-    assert not (folder / UNSEEN).exists()
-    data = DataConfig(demo_dir=str(folder))
-    for split in ("train", "val", "test"):
-        source = open_source(demo_split(folder, split), Fields(), need_long=True)
-        assert len(source) == SIZES[split]
-        assert {t["artist"] for i in range(len(source)) for t in source.read(i).extra["objects"]} == {OPENMOJI}
-    monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    assert held_out_sets(data) == ["test"]
-    assert deciding_set(data) == "test"
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    ensure_demo(folder, sizes=SIZES)
-    assert (folder / "manifest.json").stat().st_mtime_ns == before  # nor is it said again
-    assert capfd.readouterr().err == ""

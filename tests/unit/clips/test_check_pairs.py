@@ -78,20 +78,6 @@ def test_the_exit_is_that_of_the_training(data: Path) -> None:
     check_pairs(run_on(data, limit=0.05))
 
 
-def test_rows_that_are_left_out_count_as_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for i in range(11):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    rows = ["image,web,long", *(f"{i}.png,w,l" for i in range(12)), *["a.png,w, w,l"] * 3000]
-    (tmp_path / "t.csv").write_text("\n".join(rows))
-    for _ in range(2):
-        with pytest.raises(BrokenDataError, match="3,001 of 3,012"):
-            check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.01))
-    assert check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.999)).faults == {"missing image": 1}
-    assert "11.png" in capsys.readouterr().out
-    with pytest.raises(BrokenDataError, match=r"99\.[67]%"):
-        check_pairs(run_on(tmp_path / "t.csv", fields=COLUMNS, limit=0.99), limit=4)
-
-
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, jobs: int) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

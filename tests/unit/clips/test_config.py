@@ -126,15 +126,6 @@ def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path:
         RunConfig.load(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "null", '{"recipe": 3}'])
-def test_an_unreadable_config_file_is_a_users_error(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError):
-        RunConfig.load(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"missing\.json"):
-        RunConfig.load(tmp_path / "missing.json")
-
-
 def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
     auto, bf16, fp32 = (tiny_run().override([f"train.precision={name}"]) for name in ("auto", "bf16", "fp32"))
     assert difference(bf16, auto) == difference(fp32, auto) == []

@@ -95,12 +95,6 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
     assert texts(opened(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
 
 
-def test_pictures_by_url_are_refused_with_img2dataset(tmp_path: Path) -> None:
-    table = write_csv(tmp_path / "t.csv", [("URL", "TEXT"), ("https://host.example/a/0.png", "w")])
-    with pytest.raises(UserError, match="img2dataset"):
-        opened(table)
-
-
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)

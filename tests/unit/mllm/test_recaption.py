@@ -96,13 +96,10 @@ def test_no_message_of_a_server_is_written(run: Run, tmp_path: Path, message: st
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("path", ["drip", "flood", "zip"])
-def test_a_list_of_models_without_end(run, tmp_path, capsys, monkeypatch, path):
-    monkeypatch.setattr(recaption, "LISTING", 1 if path == "drip" else 30)
+def test_a_list_of_models_without_end(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with serving() as captioner:
-        assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", f"/{path}")) == 2
-    told = {"drip": "within 1 seconds", "flood": "4,194,304 bytes", "zip": "lists no models"}
-    assert told[path] in capsys.readouterr().err
+        assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", "/flood")) == 2
+    assert "4,194,304 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(60)
