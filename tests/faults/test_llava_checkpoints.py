@@ -13,9 +13,8 @@ import pytest
 import tiny_llava
 import torch
 from conftest import ROOT, run_group
-from launched import lines, started, wait_for
+from launched import lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import at_seal, keep
-from processes import of_run, wait_until_gone
 from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run
 
 from clips.common.errors import UserError

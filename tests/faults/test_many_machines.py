@@ -17,8 +17,19 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import assert_saved_at_the_end, deepspeed, endless, last_step, latest, started, torchrun, trace, wait_for
-from processes import rank, wait_until_gone
+from launched import (
+    assert_saved_at_the_end,
+    deepspeed,
+    endless,
+    last_step,
+    latest,
+    rank,
+    started,
+    torchrun,
+    trace,
+    wait_for,
+    wait_until_gone,
+)
 
 from clips.common.runtime import unused_port
 

@@ -19,14 +19,15 @@ from launched import (
     lines,
     pictures,
     python,
+    rank,
     recap,
     run,
     started,
     torchrun,
     wait_for,
+    wait_until_gone,
     write_shard,
 )
-from processes import rank, wait_until_gone
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

@@ -27,8 +27,8 @@ from launched import (
     torchrun,
     trace,
     wait_for,
+    wait_until_gone,
 )
-from processes import wait_until_gone
 
 pytestmark = pytest.mark.slow
 LAST_STEP = 72

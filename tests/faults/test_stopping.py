@@ -16,13 +16,15 @@ from launched import (
     deepspeed,
     endless,
     last_step,
+    of_run,
     python,
+    rank,
     run,
     started,
     torchrun,
     wait_for,
+    wait_until_gone,
 )
-from processes import of_run, rank, wait_until_gone
 
 pytestmark = pytest.mark.slow
 

@@ -1,17 +1,25 @@
-"""What every script keeps to, and what the installer and the launchers do on a machine that lacks something."""
+"""What every script keeps to: flags, output, what is the newest; installer and launchers on a machine that lacks something."""
 
 import os
 import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_group
+
+from clips.common.files import write_json
+from clips.common.flags import Parser, add_options, from_flags, given, option
+from clips.recipes import debug_twin, recipe
+from clips.weights.load import _newest_run, newest_export
 
 PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
@@ -122,3 +130,96 @@ def test_ranks_of_a_script_take_a_free_port(tmp_path: Path) -> None:
     assert port != "29500"
     with socket.socket() as probe:
         probe.bind(("", int(port)))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch_size: int = option(8, "samples of a step")
+    limit: int | None = option(None, "only so many", "--at-most")
+    kind: Literal["a", "b"] = option("a", "which kind")
+    words: tuple[str, ...] = option(("x", "y"), "which words")
+    cache: bool = option(True, "compute everything again")
+    lora_enable: bool = option(False, "as LLaVA spells it", underscores=True)
+    own: str = "not a flag"
+
+
+def parser() -> Parser:
+    p = Parser("A command.")
+    p.add_argument("--model", help="which model (default: the newest)")
+    add_options(p, Sizes)
+    return p
+
+
+def test_the_fields_of_a_dataclass_are_flags() -> None:
+    def read(*words: str) -> Sizes:
+        return from_flags(Sizes, parser().parse_args(words))
+
+    assert read() == Sizes()
+    assert read("--batch-size", "2", "--at-most=3", "--kind", "b") == Sizes(2, 3, "b")
+    assert read("--words", "p", "--words", "q", "r").words == ("p", "q", "r")
+    assert read("--batch_size=2", "--no_cache", "--lora-enable") == Sizes(2, cache=False, lora_enable=True)
+    assert read("--lora_enable", "False").lora_enable is False
+    assert given(parser(), ["--batch-size", "8", "--at-most", "3"]) == {"batch_size", "limit"}
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), {"--batches": "--batch-size", "--pretrained": "--model", "--zzz": ""}.items()
+)
+def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args([word, "3"])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert word in text
+    assert hint in text
+
+
+@pytest.mark.slow
+def test_the_package_brings_its_templates(tmp_path: Path) -> None:
+    """As `pip install .` puts it somewhere without the repository."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("clips", "mllm"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target]
+    installed = run_group([*map(str, pip), str(source)], timeout=300)
+    assert installed.returncode == 0, installed.stderr
+    templates = [path.relative_to(ROOT) for part in ("clips", "mllm") for path in (ROOT / part).rglob("templates/*")]
+    assert templates
+    assert [path for path in templates if not (target / path).is_file()] == []
+
+
+PRINTS = """
+import sys
+from clips.common.errors import run_command
+def main():
+    for _ in range(100_000):
+        print("a line of a table")
+sys.exit(run_command(main))
+"""
+
+
+def test_a_reader_that_ends_early_is_no_traceback() -> None:
+    """As in `| head -c 1`."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", PRINTS], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        assert command.wait(60) in (0, 128 + signal.SIGPIPE)
+
+
+def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:
+    """Its configuration says so; the name says nothing."""
+    for name, run, time in (("my-debug", recipe("demo"), 1), ("twin", debug_twin(recipe("demo")), 2)):
+        (tmp_path / name / "export" / "hf_vit").mkdir(parents=True)
+        run.save(tmp_path / name / "config.json")
+        for file in ("LATEST", "export/hf_vit/config.json"):
+            write_json(tmp_path / name / file, {})
+            os.utime(tmp_path / name / file, (time, time))
+    assert _newest_run(tmp_path) == tmp_path / "my-debug"
+    assert newest_export(tmp_path, "clips") == tmp_path / "my-debug" / "export"
