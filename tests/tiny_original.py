@@ -30,24 +30,10 @@ CLASSES = {
     "LlavaMistralForCausalLM": ("llava_mistral", MistralConfig, MistralForCausalLM),
     "LlavaQwenForCausalLM": ("llava_qwen", Qwen2Config, Qwen2ForCausalLM),
 }
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "rope_theta": 20000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
+TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+TEXT |= {"initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_theta": 20000.0}
+TEXT |= {"rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16"}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TOWER |= {"image_size": 32, "patch_size": 8}
 LORA_R, LORA_ALPHA = 4, 8

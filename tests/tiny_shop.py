@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-TEXTS = [
+TEXTS = (
     "gender",
     "masterCategory",
     "subCategory",
@@ -21,7 +21,7 @@ TEXTS = [
     "season",
     "usage",
     "productDisplayName",
-]
+)
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 STRINGS = [(name, pa.string()) for name in TEXTS]
 HUB = pa.schema([("id", pa.int64()), ("year", pa.float64()), *STRINGS, ("image", PICTURE)])

@@ -29,8 +29,6 @@ CAPTIONS = ["--mm_projector_init", "captions"]
 LORA = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.2"]
 
 
-# ---------------------------------------------------------------------------------------------- resume
-
 STAGES = {
     "align_from_captions": [*ALIGN, *CAPTIONS],
     "lora_4bit": [*INSTRUCT, *LORA, *START, "--bits", "4"],
@@ -113,9 +111,6 @@ def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, m
     assert not (place / "runs/mixed/instruct").exists()
 
 
-# ---------------------------------------------------------------------------------------------- two ranks
-
-
 ZERO2 = {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
 ZERO3 = ZERO2 | {f"stage3_{name}": "auto" for name in ("prefetch_bucket_size", "param_persistence_threshold")}
 ZERO3 |= {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9, "stage": 3}
@@ -190,9 +185,6 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
         assert first.keys() == second.keys()
         for key, tensor in first.items():
             torch.testing.assert_close(second[key], tensor, atol=2e-3, rtol=2e-3, msg=key)
-
-
-# ---------------------------------------------------------------------------------------------- adapters and bits
 
 
 def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:

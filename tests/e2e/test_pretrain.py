@@ -27,9 +27,6 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 
-# It runs
-
-
 def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
     """Of the paper's four, which differ in sizes alone, the smallest."""
     recipes = ["demo", "small_clip", "s16"]
@@ -76,9 +73,6 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
     assert not (tmp_path / "out").exists()
 
 
-# It is misused
-
-
 def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
@@ -105,9 +99,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
         assert not (tmp_path / "out" / name.replace(" ", "-") / "config.json").exists(), (
             "mended, the name is still free"
         )
-
-
-# A user's own pictures
 
 
 def with_captions(path: Path, count: int) -> Path:

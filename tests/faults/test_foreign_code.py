@@ -39,9 +39,6 @@ def test_the_bomb_goes_off_where_code_is_run(tmp_path: Path) -> None:
     bomb.works(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- DeepSpeed's files
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ZERO)
 def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark: Path) -> None:
@@ -76,9 +73,6 @@ def test_row_23_another_library_s_torch_load_runs_nothing_either(tmp_path: Path,
     for _ in range(2):  # the second time after the first one was left by its error
         with pytest.raises(Exception, match="Weights only load failed"), only_data():
             torch.load(tmp_path / "states.pt", weights_only=False)
-
-
-# ---------------------------------------------------------------------------------------------- the Trainer's files
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +110,6 @@ def test_row_23_the_trainer_s_files_are_read_as_data(name, how, stopped, place, 
     assert str(path) in output
     assert "move it elsewhere" in output
     assert "Traceback" not in output
-
-
-# ---------------------------------------------------------------------------------------------- models and projectors
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +191,6 @@ def test_row_23_a_pickle_on_every_route(route, refused, place, models, mark, tmp
     assert not (place / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------- remote code
 CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import *\nclass Foreign(PreTrainedModel): pass\n"
 AUTO = {"AutoConfig": "foreign.Foreign", "AutoModel": "foreign.Foreign", "AutoModelForCausalLM": "foreign.Foreign"}
 AUTO |= {"AutoProcessor": "foreign.Foreign", "AutoTokenizer": ["foreign.Foreign", None]}
@@ -233,9 +223,6 @@ def test_row_24_a_model_that_asks_for_its_own_code(route, refused, place, models
         route, {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
     )
     assert not mark.exists()
-
-
-# ---------------------------------------------------------------------------------------------- other shapes
 
 
 VIT, PATCHES = "runs/clips-demo/export/hf_vit", "patch_embeddings.projection.weight"

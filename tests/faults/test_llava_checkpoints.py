@@ -100,9 +100,6 @@ def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     assert_equal(run_dir, whole)
 
 
-# ---------------------------------------------------------------------------------------------- sealed all the same
-
-
 def change(**fields: object) -> Callable[[Path], None]:
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 

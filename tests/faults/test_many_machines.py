@@ -55,9 +55,6 @@ def assert_the_same(run_dir: Path, whole: list[dict[str, Any]]) -> None:
     assert steps[:60] == whole[: len(steps)]
 
 
-# ------------------------------------------------------------------------------------------- deepspeed --hostfile
-
-
 @dataclass
 class Hosts:
     """Two sshd, and what reaches them: host-a at 127.0.0.1, host-b at 127.0.0.2."""
@@ -166,9 +163,6 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back_and_ctrl_c_
             break
     assert_saved_at_the_end(run_dir)
     assert_the_same(run_dir, whole)
-
-
-# ------------------------------------------------------------------------------------------------- torchrun
 
 
 def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(whole, shards, tmp_path):

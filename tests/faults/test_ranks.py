@@ -156,9 +156,6 @@ def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[
     assert f"(pid(s) {killed[0]})" in text
 
 
-# What the watchdog does
-
-
 @pytest.fixture(scope="module")
 def skipped(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that skipped the spike of step 41, with Muon under ZeRO-2, and its last checkpoints, of every step."""

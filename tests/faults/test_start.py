@@ -83,9 +83,6 @@ def assert_done(ranks: list[tuple[int, str]]) -> None:
         assert code == 0, output
 
 
-# ------------------------------------------------------------------------------------------------------- pretraining
-
-
 def pretraining(out: Path, shards: tuple[str, ...], *flags: str) -> tuple[str, ...]:
     return ("pretrain", "--debug", "--name", "r", "--output", str(out), *shards, *flags)
 
@@ -184,8 +181,6 @@ def test_a_timeout_that_is_none_is_refused(minutes: str) -> None:
     assert f"--timeout-minutes {minutes}: " in text
 
 
-# -------------------------------------------------------------------------------------------------------- lost ranks
-
 PARTS = ("the beginning", "the connection", "the comparison", "the group", "the collective", "the work")
 HOW = ("SIGKILL", "SIGSTOP", "SIGINT", "os._exit")
 TRAININGS = (("the engine", "SIGKILL", 1), ("the data", "SIGSTOP", 0))
@@ -232,9 +227,6 @@ def assert_named(ranks: Ranks, rank: int, code: int = 1) -> None:
     assert ranks[rank][1].count("error: ") == 1, ranks[rank][1]
     assert f"rank {1 - rank} " in ranks[rank][1].partition("error: ")[2], ranks[rank][1]
     assert "Traceback" not in ranks[rank][1]
-
-
-# ------------------------------------------------------------------------------------------------------- LLaVA stages
 
 
 STAGES = {

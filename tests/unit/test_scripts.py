@@ -1,4 +1,4 @@
-"""What every script keeps to: flags, output, what is the newest; installer and launchers on a machine that lacks something."""
+"""What every script keeps to: flags, output, what is the newest; launchers; the installer."""
 
 import os
 import pkgutil
@@ -62,9 +62,6 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
             text = path.read_text(errors="replace")
             names += [f"{name}: {match.group()}" for match in re.finditer(f"{machine}|{registry}", text)]
     assert not names
-
-
-# ------------------------------------------------------------------------------------------------------ shell scripts
 
 
 def sourced(command: str, path: Path, **env: str) -> subprocess.CompletedProcess[str]:

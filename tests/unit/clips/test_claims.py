@@ -43,9 +43,6 @@ def differing(a: RunConfig, b: RunConfig) -> set[str]:
     return {line.split(":")[0] for line in differing_fields(a, b)}
 
 
-# --- the runs
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_runs_configuration_is_what_its_command_makes(name: str) -> None:
     """On it rests that a finished run is recognised, and that the result's configurations are true."""
@@ -141,9 +138,6 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
     assert not (tmp_path / "out").exists()
 
 
-# --- the verdicts
-
-
 def compare_report(path: Path, entries: list[dict[str, Any]]) -> Path:
     path.write_text(json.dumps({"differences": entries}), encoding="utf-8")
     return path
@@ -167,9 +161,6 @@ def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path)
     for broken in ([], others, [{"a": "clips", "b": "clip", "metric": "accuracy"}]):
         with pytest.raises(UserError, match=r"report\.json .*clips and clip"):
             judge_llava(compare_report(path, broken))
-
-
-# --- from finished runs to the page
 
 
 def test_the_unseen_artist_decides_and_seeds_that_are_added_leave_nothing_decided(tmp_path: Path) -> None:

@@ -15,14 +15,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7.616e9,
 }
 """Parameters of the language models."""
-VISION = {
-    "hidden_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 768,
-    "image_size": 224,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
+VISION |= {"image_size": 224, "patch_size": 14}
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)

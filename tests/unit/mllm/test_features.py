@@ -47,9 +47,6 @@ def assert_close(cached, expected):
     assert ((cached - expected).abs() <= limit).all()
 
 
-# ---------------------------------------------------------------------------------------------- cache
-
-
 def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
     encoder, (store, names) = parts[0], store
     monkeypatch.setattr(features_module, "FILE_BYTES", 1)  # one batch a file
@@ -111,9 +108,6 @@ def test_broken_picture(parts, store, tmp_path):
     for name in ("bad.png", "gone.png"):
         with pytest.raises(UserError, match=f"^picture {name} .*mend it or take"):
             cache.fill([name])
-
-
-# ---------------------------------------------------------------------------------------------- training forward
 
 
 def batch_of(processor, names, folder):

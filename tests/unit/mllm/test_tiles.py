@@ -79,9 +79,6 @@ def chat(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
 
 
-# ---------------------------------------------------------------------------------------------- the layout
-
-
 def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
     canvases = tuple((height, width) for height, width in grid_pinpoints(text, side))
     return Layout((side // patch) ** 2, side, canvases)
@@ -140,9 +137,6 @@ def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: P
         assert squares.shape == (layout.squares((height, width)), 3, 32, 32)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
     """For every orientation, and where the picture is decoded smaller."""
@@ -157,9 +151,6 @@ def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
     with pytest.raises(Exception, match=r"image: .* above the limit"):
         decoded_size(file.getvalue(), max_pixels=100)
     assert MAX_PIXELS > 203 * 301
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values") -> dict[str, Any]:
@@ -212,9 +203,6 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
     text = {name: batch[name][2:] for name in ("input_ids", "labels", "attention_mask")}
     _, without = gradients(chat.model, text, features=True)
     assert torch.equal(without["image_newline"], torch.zeros_like(without["image_newline"]))
-
-
-# ---------------------------------------------------------------------------------------------- the saved model
 
 
 def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(chat, place, tmp_path):

@@ -63,9 +63,6 @@ def grey(count: int, side: int = 32) -> list[np.ndarray]:
     return [np.full((side, side, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------- frames
-
-
 def test_indices_are_transformers() -> None:
     """Where a video has fewer frames than are drawn, transformers refuses; here frames repeat."""
     for total in (1, 2, 7, 8, 9, 30, 1001):
@@ -107,9 +104,6 @@ def test_large_frames_are_divided_and_turned_ones_upright(monkeypatch: pytest.Mo
     [turned] = frames_of(bytes(data), 1, **LIMITS)
     assert turned.shape == (80, 48, 3)
     assert turned[:30].mean() < 20 < 230 < turned[50:].mean()
-
-
-# ---------------------------------------------------------------------------------------------- faults
 
 
 def refused(data: bytes, seconds: float = 60) -> str:
@@ -171,8 +165,6 @@ def test_a_decoder_that_crashes_costs_its_video_alone(monkeypatch: pytest.Monkey
         assert reason in refused(b"any")
 
 
-# ---------------------------------------------------------------------------------------------- tokens
-
 FRAMES, TEXT = 4, "What comes second?"
 
 
@@ -212,9 +204,6 @@ def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None
         videos=[np.stack([np.asarray(frame) for frame in frames])], do_sample_frames=False, return_tensors="pt"
     )["pixel_values_videos"][0]
     assert torch.equal(image_pixels(model.processor.image_processor, frames), stock)
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 def records() -> list[dict[str, Any]]:
@@ -275,9 +264,6 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
     path.write_text(json.dumps([{"video": "a.mp4", "conversations": turns}]))
     with pytest.raises(UserError, match=r"sample 0 .*takes no videos: train it with .* --frames_upbound 8"):
         LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens))
-
-
-# ---------------------------------------------------------------------------------------------- answers
 
 
 @pytest.fixture(scope="module")
