@@ -1,7 +1,6 @@
-"""What a training tells: the same loggers in both halves, the live line, spikes."""
+"""What a training tells: the same loggers in both halves, the live line."""
 
 import io
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,15 +108,3 @@ def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: py
     line.show("done", final=True)
     line.close()
     assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"
-
-
-@pytest.mark.parametrize(("jumps", "told"), [(False, False), (True, True)])
-def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(tmp_path, capsys, jumps, told):
-    """Every healthy run of the demo warned of a spike: loss 6.504 (usually 6.389), gradient norm 8.362 (3.199)."""
-    figures: dict[str, Any] = {"loss": 6.504, "usual_loss": 6.389, "loss_jumps": jumps}
-    figures |= {"step": 214, "grad_norm": 8.362, "usual_grad_norm": 3.199, "action": "continue"}
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True, report_to=())
-    log.spike(figures, [["a"]])
-    log.close()
-    assert json.loads((tmp_path / "spikes.jsonl").read_text())["step"] == 214
-    assert ("warning: spike at step 214" in capsys.readouterr().err) == told

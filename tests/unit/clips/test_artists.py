@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clips.common.errors import UserError
 from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
 
@@ -70,21 +68,3 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monke
     mine.tarball.write_bytes(content[:-1])  # damaged since: fetched again
     assert fetch_sets(["mine"]) == ""
     assert mine.tarball.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("does", "reason"),
-    [
-        ("sys.exit('npm error code EAI_AGAIN')", "npm cannot fetch them: npm error code EAI_AGAIN"),
-        ("Path('me-mine-1.0.0.tgz').write_bytes(b'other')", "npm brought other files than the pinned ones: @me/mine"),
-        ("import time; time.sleep(60)", "npm cannot be run: .*timed out"),
-    ],
-)
-def test_npm_that_cannot_fetch_says_why(cache, tmp_path, monkeypatch, does, reason):
-    assert pin(monkeypatch, package({"icons": {}})).tarball.name == "me-mine-1.0.0.tgz"
-    monkeypatch.setattr(artists, "TIMEOUT_S", 0.5 if "sleep" in does else 60)
-    npm_that(tmp_path, monkeypatch, does)
-    assert re.match(reason, fetch_sets(["mine"]))
-    assert "write" in does or not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind
-    with pytest.raises(UserError, match="the drawings of Mine are not in"):
-        drawings("mine", {"dog": "dog_face"})

@@ -19,11 +19,8 @@ from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
     CLAIMS,
-    LONGER,
-    SENTENCE_LONGER,
     VARIANTS,
     judge_llava,
-    on_photographs,
     reproduce,
     variant_study,
 )
@@ -86,25 +83,6 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     assert config.optim.weight_decay == 0.3
     assert config.data.fields.long == f"json:{WITH_ERRORS};txt"
     assert variant_run("sentence", 0, ("data.fields.long=json:other",)).config().data.fields.long == "json:other"
-
-
-def test_the_claims_on_photographs_take_their_recipes() -> None:
-    settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
-    names = ["web", "half", "captioner", "web_longer", "sentence_longer"]
-    study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
-    assert on_photographs()["b"].contrasts[-1] == ("captioner", "web")
-    assert on_photographs()["f"].contrasts[0] == ("captioner", "web_longer")
-    assert study.runs["sentence_longer"][0].config().model.captioner is None
-    assert study.runs["sentence_longer"][1].samples == SENTENCE_LONGER * 6_400
-    assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
-    assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
-    assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
-    for name, expected in (("web", "small_clip"), ("half", "small_captioner"), ("captioner", "small_captioner")):
-        config = study.runs[name][0].config()
-        assert (config.recipe, study.variants[name].recipe) == (expected, expected)
-        assert config.data.fields == Fields(web="json:captions", long="json:captions;txt")
-        phase = recipe(expected).phases[0]
-        assert (config.phases[0].batch_size, config.phases[0].lr) == (phase.batch_size, phase.lr)
 
 
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:

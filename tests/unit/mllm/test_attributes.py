@@ -3,7 +3,6 @@
 import csv
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -238,19 +237,6 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
         build(tmp_path / "none", "--data", table, "--image-root", tmp_path / "my pictures", "--columns", "shade")
     with pytest.raises(UserError, match="--image COLUMN"):
         build(tmp_path / "none", "--data", write_csv(tmp_path / "b.csv", products(4)))
-
-
-def test_a_cell_that_is_a_picture_is_packed(tmp_path: Path) -> None:
-    """As bytes alone, without the path that the datasets library puts beside them."""
-    rows = [row | {"image": picture(number=row["id"])} for row in products(60)]
-    rows[7]["image"] = rows[7]["image"][:200]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "shop.parquet")
-    out = build(tmp_path / "out", "--data", tmp_path / "shop.parquet", "--pack")
-    records = json.loads((out / "instruct.json").read_text())
-    for record in records:
-        ImageStore(out / "train.tar").load(record["image"])
-    summary = (out / "summary.txt").read_text()
-    assert sorted(re.findall(r"left out (\d) that are broken", summary)) == ["0", "1"]
 
 
 def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
