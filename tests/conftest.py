@@ -25,6 +25,8 @@ import pytest
 import torch
 import warm
 from filelock import FileLock
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from clips.common.runtime import unused_port
 from clips.config import (
@@ -60,6 +62,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if collect_ignore_glob:
         count = len(list((ROOT / "tests" / "gpu").glob("test_*.py")))
         terminalreporter.write_line(f"tests/gpu: {count} files NOT RUN, torch sees no GPU here", yellow=True)
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts by torch's formulas; `FlopCounterMode` follows modules, too, and so keeps what a checkpoint lets go."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if counted := flop_registry.get(func._overloadpacket):
+            count = counted(*args, **(kwargs or {}), out_val=out)
+            # A fused kernel computes scores a second time in its backward pass, the fifth of five products.
+            self.flops += count * 4 // 5 if "attention_backward" in func.__name__ else count
+        return out
 
 
 def tiny_run(

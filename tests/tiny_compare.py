@@ -12,11 +12,9 @@ import pytest
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.files import sha256, write_json
-from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_names
-from mllm.compare.commands import train_arguments
-from mllm.compare.comparison import Comparison, evaluation_settings
+from mllm.compare.commands import fix_plan, train_arguments
+from mllm.compare.comparison import PLAN, Comparison, EncoderCell, stored_questions
 from mllm.compare.figures import REPORT, collect, keep_encoders
-from mllm.compare.plan import asked_questions, fix_plan, stored_questions
 from mllm.data.questions import kind_means, of_set
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
@@ -71,7 +69,7 @@ def comparison_of(output: Path, **options: object) -> Comparison:
 def finish(comparison: Comparison) -> Comparison:
     """Fix it, and write every cell; an encoder's models are right as often as SKILL says."""
     fix_plan(comparison)
-    for cell in cells_of(comparison):
+    for cell in comparison.cells:
         write_cell(comparison, cell, SKILL[cell.kind])
     return comparison
 
@@ -104,20 +102,20 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
         "vision": cell.vision,
         "pretraining_seed": cell.pretraining_seed,
         "seed": cell.seed,
-        "evaluation": evaluation_settings(comparison),
+        "evaluation": comparison.evaluation_settings(),
         "plan": sha256(comparison.output / PLAN),
     }
     for name, content in write.items():
         (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
+    rng = np.random.default_rng([comparison.names.index(cell.encoder), cell.seed])
     cell.evaluation.mkdir()
     sets, figures = {}, {}
     for name, path in stored_questions(comparison.output).items():
-        questions = asked_questions(comparison, path)
+        questions = comparison.asked(path)
         texts = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
         answers = cell.evaluation / f"{name}.jsonl"
         lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, texts, strict=True)]
-        for line in lines if "likelihood" in evaluation_settings(comparison) else ():
+        for line in lines if "likelihood" in comparison.evaluation_settings() else ():
             line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
@@ -133,6 +131,6 @@ def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], comma
 
 def reported(comparison: Comparison) -> dict[str, Any]:
     """report.json, written and read again."""
-    report = collected(comparison, {cell: {} for cell in cells_of(comparison)}, ["scripts/compare_encoders.py"])
+    report = collected(comparison, {cell: {} for cell in comparison.cells}, ["scripts/compare_encoders.py"])
     write_json(comparison.output / REPORT, report)
     return json.loads((comparison.output / REPORT).read_text())

@@ -30,10 +30,9 @@ from clips.model.clips import CLIPSModel
 from clips.weights.export import write_native
 from clips.weights.hf_vit import write_hf_vit
 from mllm.encoders.registry import load_vision
-from mllm.model.flops import LlavaFlops
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
-from mllm.training.log import Work
+from mllm.training.log import Work, costs_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ViT": {},
@@ -142,8 +141,7 @@ def tiny_work() -> Work:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
     model.model.vision_tower.requires_grad_(False)
-    flops = LlavaFlops(model, image_size=224, image_tokens=4, features=True)
-    return Work(flops, torch.device("cpu"), 1, packed=False)
+    return Work(costs_of(model, image_size=0), torch.device("cpu"), 1, packed=False)
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

@@ -32,8 +32,8 @@ from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import read_json, sha256, write_atomically, write_json
 from clips.common.flags import Parser
 from clips.lab.stats import show_difference, show_mean
+from mllm.compare.report import difference_text, mean_and_sd, percent_text
 from mllm.compare.verify import opened, verified
-from mllm.compare.words import difference_text, mean_and_sd, percent_text
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced", "undecided": "undecided"}

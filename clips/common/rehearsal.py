@@ -2,7 +2,7 @@
 
 Inside a `Rehearsal` tensors on "meta" behave as a GPU's: autocast casts by the GPU's lists, attention takes the GPU's
 fused kernel. What would make a GPU's host wait, or mix devices, raises. Bytes are counted as torch's caching allocator
-hands them out. FLOPs are counted by torch's own formulas.
+hands them out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
 HALF = ("linear", "matmul", "__matmul__", "bmm", "baddbmm", "mm", "addmm", "einsum", "conv2d", "conv_transpose2d")
@@ -66,7 +65,7 @@ def rehearsed_ranks(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Bytes and FLOPs of one rank's step, as rehearsed without an optimizer and with every weight whole."""
+    """Bytes of one rank's step, as rehearsed without an optimizer and with every weight whole."""
 
     parameters: int
     """Those that train."""
@@ -76,7 +75,6 @@ class Rehearsed:
     """Of the optimizer: two fp32 numbers a parameter for AdamW, one for Muon."""
     peak: int
     """At the fullest moment of forward and backward pass, weights and gradients included."""
-    flops: int
 
     def on_rank(self, zero: Mapping[str, Any], ranks: int) -> int:
         """Return the bytes that one of `ranks` GPUs needs under `zero`, the `zero_optimization` of an engine.
@@ -192,12 +190,12 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 class Rehearsal(TorchDispatchMode):
-    """Counts the bytes and FLOPs of what runs inside, and raises Waits where a GPU would wait or refuse."""
+    """Counts the bytes of what runs inside, and raises Waits where a GPU would wait or refuse."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
-        """Bytes now, at the fullest moment, and floating-point operations."""
+        self.live = self.peak = 0
+        """Bytes now, and at the fullest moment."""
         self._known: set[int] = set()
         self._gpu = AsOnGpu()
 
@@ -231,11 +229,6 @@ class Rehearsal(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
-        counted = flop_registry.get(func._overloadpacket)
-        if counted is not None:
-            count = counted(*args, **kwargs, out_val=out)
-            # A fused kernel computes scores a second time in its backward pass, the fifth of five products.
-            self.flops += count * 4 // 5 if "attention_backward" in func.__name__ else count
         return out
 
     def _count(self, tensor: Tensor) -> None:

@@ -39,7 +39,7 @@ def forward_passes(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[B
         return
     held = list(batches)
     random_states, outputs = zip(*(_features(engine, batch) for batch in held), strict=True)
-    tokens = sum(engine.task.shape(batch).predicted for batch in held)
+    tokens = sum(batch["counts"].predicted for batch in held)
     for batch, state, part in zip(held, random_states, parts_of_whole(outputs, tokens), strict=True):
         state.replay()
         yield batch, *engine(to_device(batch, engine.device), part)

@@ -12,8 +12,7 @@ from clips.common.page import print_table
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
 from clips.config import RunConfig
-from clips.training.prepare import flops_per_sample
-from clips.training.rehearsal import rehearse
+from clips.training.rehearsal import flops_per_sample, rehearse
 
 HEAD = ("phase", "micro-batches", "memory of a rank, GB", "GFLOP a sample", "steps", "days", "GPU hours")
 
@@ -44,7 +43,7 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
         if not machine.fits(memory):
             too_large.append(phase.name)
 
-        flops = flops_per_sample(run, phase)
+        flops = flops_per_sample(run, phase, machine.gpus)
         days_of_phase = machine.days(phase.seen * flops)
         days += days_of_phase
         rows.append([

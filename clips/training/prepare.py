@@ -26,7 +26,6 @@ from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
-from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -198,57 +197,29 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
-    """The mean cost of a sample of a batch on one rank, what is computed a second time included."""
-    share, shape = run.task.caption_share, usual_shape(run, phase.image_size)
-    chunk = run.task.caption_chunk // phase.batch_size
-    without = replace(shape, caption=0, predicted=0)
-    return int(share * _flops(run, shape, chunk) + (1 - share) * _flops(run, without, chunk))
+def full_batch(
+    run: RunConfig, image_size: int, samples: int, device: torch.device, *, words: int | None = None, share: float = 1
+) -> Batch:
+    """Return a micro-batch in the layout of clips/data/loader.py, without padding.
 
+    Its images are on `device` ("meta" too), and all else is on the host.
 
-def _flops(run: RunConfig, shape: BatchShape, chunk: int) -> int:
-    train = run.train
-    repeated = repeated_flops(
-        run.model, shape, checkpointing=train.activation_checkpointing, chunk=chunk, freeze=train.freeze
-    )
-    if run.train.whole_step:
-        forward = forward_flops(run.model, shape)
-        repeated += forward["vision"] + forward["text"]
-    return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
-
-
-def usual_shape(run: RunConfig, image_size: int, samples: int = 1) -> BatchShape:
-    """As samples are before the data is known: with masked padding a text is taken to fill half its context."""
-    return _shape(run, image_size, samples, run.model.text.context_length // (2 if run.model.text.trim else 1))
-
-
-def _shape(run: RunConfig, image_size: int, samples: int, words: int, ranks: int = 1) -> BatchShape:
-    """With texts of `words` slots each and captions of full length."""
-    captioner = run.model.captioner
-    caption = captioner.length if captioner is not None and run.task.captions else 0
-    texts, predicted = (words,) * len(run.task.texts), samples * max(0, caption - 1)
-    return BatchShape(samples, image_size, texts, caption, predicted=predicted, world_size=ranks)
-
-
-def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
-    """A micro-batch of `samples` whose texts and captions all have full length."""
-    return _shape(run, phase.image_size, samples, run.model.text.context_length, ranks)
-
-
-def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch:
-    """A micro-batch in the layout of clips/data/loader.py, without padding.
-
-    Its pictures are on `device` ("meta" too), and all else is on the host.
+    Args:
+        words: Slots of each text; None: the whole context.
+        share: Share of the samples that have a caption, each of full length.
     """
-    slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
-    batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
-    size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
-    batch["images"] = torch.empty(shape.samples, 3, size, size, dtype=torch.uint8, device=device)
-    seen = vision.kept_tokens(size)
+    vision, captioner = run.model.vision, run.model.captioner
+    words = words or run.model.text.context_length
+    batch: Batch = {name: torch.full((samples, words), 5) for name in run.task.texts}
+    batch["images"] = torch.empty(samples, 3, image_size, image_size, dtype=torch.uint8, device=device)
+    seen = vision.kept_tokens(image_size)
     if vision.patch_dropout:
-        batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
-    if captioner is not None and captioner.image_token_keep < 1 and shape.caption:
-        batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(shape.samples, -1)
+        batch["patches"] = torch.arange(seen).expand(samples, -1)
+    if captioner is not None and run.task.captions:
+        batch["caption"] = torch.full((samples, captioner.length), 5)
+        batch["caption"][round(share * samples) :] = 0
+        if captioner.image_token_keep < 1:
+            batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(samples, -1)
     return batch
 
 

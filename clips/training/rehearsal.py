@@ -17,7 +17,7 @@ from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.model.clips import CLIPSModel, Outputs
 from clips.training.engine import parameter_groups
 from clips.training.grad_cache import forward_passes
-from clips.training.prepare import full_batch, fullest_shape
+from clips.training.prepare import full_batch
 from clips.training.task import Part, Task
 
 
@@ -44,17 +44,15 @@ class _Engine:
 def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
     """Rehearse a step of rank 0 of `ranks` under ZeRO `stage`; texts and captions have full length.
 
-    Precision "auto" is bf16, as on a GPU. Raises Waits, or torch's error of "meta".
+    Raises Waits, or torch's error of "meta".
     """
-    if run.train.precision == "auto":
-        run = replace(run, train=replace(run.train, precision="bf16"))
     task = built(run, phase)
     groups = parameter_groups(task, run.optim)
     trained = sum(p.numel() for group in groups for p in group["params"])
     by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
-    batch = task.counted(full_batch(run, fullest_shape(run, phase, micro, ranks), META))
+    batch = task.counted(full_batch(run, phase.image_size, micro, META))
     engine: Any = _Engine(task, run)
 
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
@@ -71,14 +69,30 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
             torch.empty(min(trained, BUCKET), device=META)
 
     state = FP32 * (2 * trained - by_muon)
-    return Rehearsed(trained, weights, FP32 * trained, state, rehearsal.peak, rehearsal.flops)
+    return Rehearsed(trained, weights, FP32 * trained, state, rehearsal.peak)
 
 
 def built(run: RunConfig, phase: PhaseConfig) -> Task:
-    """The model of `run` on "meta", as the engine sets it up for the largest pictures of `phase`."""
+    """The model of `run` on "meta", as the engine sets it up for the largest pictures of `phase`.
+
+    Precision "auto" is bf16, as on a GPU.
+    """
+    if run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="bf16"))
     with torch.device(META):
         model = CLIPSModel(run.model, pad_id=0)
         model.visual.set_image_size(phase.image_size)
     model.freeze(run.train.freeze)
     model.set_activation_checkpointing(run.train.activation_checkpointing)
     return Task(model, run)
+
+
+def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
+    """Return the mean FLOPs of a sample of one rank's micro-batch, what is computed a second time included.
+
+    With masked padding a text is taken to fill half of its context.
+    """
+    micro = micro_batch_size(phase, run.train.accumulation, ranks)
+    words = run.model.text.context_length // (2 if run.model.text.trim else 1)
+    batch = full_batch(run, phase.image_size, micro, META, words=words, share=run.task.caption_share)
+    return built(run, phase).flops(batch, repeated=True) // micro

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clips.common.flops import forward_flops, training_flops
 from clips.common.runtime import autocast
 from clips.config import RunConfig
-from clips.model.clips import CLIPSModel, Counts, Kept, Outputs
-from clips.model.flops import BatchShape, training_flops
+from clips.model.clips import CLIPSModel, Kept, Outputs
+from clips.model.layers import Blocks
 from clips.model.text import word_slots
 from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
@@ -77,25 +78,51 @@ class Task(nn.Module):
             "counts": self.model.counts(batch["images"], _texts(batch), batch.get("caption"), self._kept(batch))
         }
 
-    def shape(self, batch: dict[str, Any]) -> BatchShape:
-        """What the FLOPs of `batch` depend on; on the host, unless it is `counted`."""
-        caption = batch.get("caption") if self.model.captioner is not None else None
-        counts: Counts = self.counted(batch)["counts"]
-        return BatchShape(
-            samples=len(batch["images"]),
-            image_size=batch["images"].shape[-1],
-            texts=[ids.shape[1] for ids in _texts(batch)],
-            words=counts.texts,
-            caption=0 if caption is None else caption.shape[1],
-            captioned=None if caption is None else counts.captioned,
-            captioner_tokens=None if caption is None else counts.captioner,
-            predicted=0 if caption is None else counts.predicted,
-            world_size=world_size() * self.contrasted,
-        )
+    def flops(self, batch: dict[str, Any], *, repeated: bool = False) -> int:
+        """Return the FLOPs of the forward and backward pass over `batch`; on the host, unless it is `counted`.
 
-    def flops(self, batch: dict[str, Any]) -> int:
-        """Of the forward and backward pass over `batch` (clips/model/flops.py); as for `shape`."""
-        return sum(training_flops(self.model.config, self.shape(batch), self.freeze).values())
+        Args:
+            repeated: Include what a step computes a second time to save memory, which counts for no MFU.
+        """
+        vision, text, captioner = self.model.visual, self.model.text, self.model.captioner
+        counts, kept, texts = self.counted(batch)["counts"], self._kept(batch), _texts(batch)
+        B, pixels = len(batch["images"]), vision.config.tokens(batch["images"].shape[-1])
+        patches = pixels if kept.patches is None else kept.patches.shape[1]
+        slots = patches + vision.config.prefix_tokens
+        sees, reads = self.freeze != "vision", self.freeze != "text"
+
+        total = B * pixels * training_flops(vision.patch_embed, False)
+        total += B * training_flops(vision.proj, sees) + len(texts) * B * training_flops(text.proj, reads)
+        # Each text: this rank's images against all texts, and its texts against all images.
+        total += len(texts) * 3 * 4 * B * B * world_size() * self.contrasted * self.model.config.embed_dim
+        for tower, trains, tokens, pairs in (
+            (vision, sees, B * slots, B * slots**2),
+            (text, reads, sum(counts.texts), sum(B * ids.shape[1] ** 2 for ids in texts)),
+        ):
+            forward = tokens * forward_flops(tower.blocks) + len(tower.blocks) * pairs * 4 * tower.config.width
+            total += 3 * forward if trains else forward
+            if repeated:
+                total += _checkpointed(tower.blocks, forward, tokens) if trains else 0
+                total += forward if self.contrasted > 1 else 0
+        if captioner is None or "caption" not in batch:
+            return total
+
+        images = patches if kept.image_tokens is None else kept.image_tokens.shape[1]
+        web, positions = texts[0].shape[1] - (text.config.pool == "cls"), batch["caption"].shape[1] - 1
+        slots, last = images + web + positions, captioner.blocks[-1].get_submodule
+        total += counts.captioned * images * training_flops(captioner.image_proj, sees)
+        total += counts.captioned * web * training_flops(captioner.text_proj, reads)
+        pairs = counts.captioned * slots * ((len(captioner.blocks) - 1) * slots + positions)
+        # The last block computes queries, projection and MLP only for the positions that predict.
+        skipped = counts.captioner - counts.predicted
+        forward = counts.captioner * forward_flops(captioner.blocks) + pairs * 4 * captioner.config.width
+        forward -= skipped * (forward_flops(last("attn.proj")) + forward_flops(last("mlp")))
+        head = counts.predicted * forward_flops(captioner.head)
+        total += 3 * (forward + head)
+        if repeated:
+            total += _checkpointed(captioner.blocks, forward, counts.captioner, skipped)
+            total += head if B * positions > self.config.caption_chunk else 0
+        return total
 
     def _kept(self, batch: dict[str, Any]) -> Kept:
         """The tokens that the loader drew for each sample. KeyError where the configuration drops some and it did not:
@@ -136,6 +163,16 @@ class Task(nn.Module):
                 return contrastive, contrastive.detach()
             outputs = zip([*features, out.logit_scale], part.gradients, strict=True)
             return torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), part.value
+
+
+def _checkpointed(blocks: Blocks, forward: int, tokens: int, skipped: int = 0) -> int:
+    """Return the FLOPs of activation checkpointing: all of a block but its last product, which no gradient needs.
+
+    Args:
+        skipped: Those of the tokens that the last block leaves out.
+    """
+    products = [forward_flops(block.get_submodule("mlp.fc2")) for block in blocks]
+    return forward - tokens * sum(products) + skipped * products[-1] if blocks.activation_checkpointing else 0
 
 
 def _texts(batch: dict[str, Any]) -> list[Tensor]:

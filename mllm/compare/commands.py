@@ -1,34 +1,48 @@
-"""The cells for the engine: command lines of each encoder and each cell, and the settings that they come to."""
+"""What runs: the commands of each encoder and each cell, the settings that they come to, and compare.json."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from clips.common.files import read_json
+from clips.common.files import read_json, replacing, sha256
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import UNSEEN, difference, refuse
-from clips.common.runtime import unused_port
-from clips.lab.grid import RECORD, Cell, Step
-from clips.lab.pretraining import pretraining_cell
-from mllm.compare.benchmarks import benchmark_step
-from mllm.compare.cells import RECIPES, EncoderCell, PretrainedEncoder
+from clips.common.runtime import choose_device, unused_port
+from clips.lab.grid import RECORD, Cell, Step, fix
 from mllm.compare.comparison import (
+    COLUMNS,
+    FORMAT,
+    LATER,
+    NOT_FIXED,
+    PLAN,
+    QUESTIONS,
     QUICK_PRETRAINING,
+    RECIPES,
     Comparison,
-    asks_questions,
-    budget_share,
-    evaluation_settings,
-    question_limit,
-)
+    EncoderCell,
+    PretrainedEncoder,
+    deciding,
+    kinds_of,
+    of_deciding_column,
+)  # fmt: skip
+from mllm.compare.figures import benchmark_folder, benchmark_results
 from mllm.data.captions import count_records
+from mllm.data.questions import read_questions
+from mllm.evaluation.scores import scorer_version
 from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.prepare import data_of, encoder_of, open_data
+from mllm.training.prepare import START_IMAGES, data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
+
+MODEL = "llava_hf"
+"""What lmms-eval calls a stock LLaVA model of transformers."""
 
 
 # ------------------------------------------------------------------------------------------- both stages of a cell
@@ -38,7 +52,7 @@ def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[s
     flags += ["--output_dir", str(cell.directory), "--device", comparison.device]
     flags += [*comparison.train_flags, *dict(comparison.variants).get(cell.variant, ())]
     flags += ["--both_stages"]  # the same flags for both: each stage passes over the other's
-    share = budget_share(comparison)
+    share = comparison.budget_share
     if share < 1:
         full = parse_train_arguments(flags).resolve(comparison.gpus)
         name = STAGES[stage].name
@@ -77,12 +91,8 @@ def dataset_size(arguments: TrainArguments) -> int:
 
 
 # ------------------------------------------------------------------------------------------- cells for the engine
-def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
-    """Each cell with its steps: both stages, the answers, the benchmarks."""
-    return [_lab_cell(comparison, cell) for cell in cells]
-
-
-def _lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
+def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
+    """A cell with its steps: both stages, the answers, the benchmarks."""
     launcher = [sys.executable]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
@@ -93,18 +103,18 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
         command = [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, number)]
         done = cell.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file))
-    if asks_questions(comparison):
-        limit = question_limit(comparison)
+    if comparison.asks_questions:
+        limit = comparison.question_limit
         command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
         command += ["--output", str(cell.evaluation), "--device", comparison.device]
         command += ["--questions", str(comparison.questions)] if comparison.questions else []
         command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
         command += ["--limit", str(limit)] if limit else []
-        command += ["--likelihood"] * ("likelihood" in evaluation_settings(comparison))
+        command += ["--likelihood"] * ("likelihood" in comparison.evaluation_settings())
         steps.append(Step("evaluation", tuple(command), cell.figures.is_file))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
-    record["evaluation"] = evaluation_settings(comparison)
+    record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
         figures = read_json(cell.figures)
@@ -132,7 +142,7 @@ def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
     mend = "Give the comparison another --output, or remove"
     refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
     evaluated = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
-    changes = difference(evaluated, evaluation_settings(comparison)) if evaluated else []
+    changes = difference(evaluated, comparison.evaluation_settings()) if evaluated else []
     refuse(changes, f"cell {cell.name} was asked otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
 
 
@@ -154,7 +164,76 @@ def _config_of(flags: list[str]) -> RunConfig:
     return config_from_flags(pretraining_parser().parse_args(flags))
 
 
-def encoder_cell(comparison: Comparison, encoder: PretrainedEncoder) -> Cell:
-    """The pretraining run of an encoder, for the engine."""
-    flags = pretrain_flags(comparison, encoder)
-    return pretraining_cell(encoder.directory, flags, f"{encoder.kind}, pretraining", encoder.seed)
+def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
+    """lmms-eval on the saved model, which is a stock transformers model, in the precision of the cell's answers."""
+    device, dtype = choose_device(comparison.device), comparison.evaluation_settings()["dtype"]
+    folder = benchmark_folder(cell, task)
+    command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
+    # lmms-eval's own default for device_map, "", is an error in transformers.
+    command += ["--model_args", f"pretrained={cell / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
+    command += ["--include_path", str(comparison.include_path)] if comparison.include_path else []
+    command += ["--output_path", str(folder), "--log_samples"]
+    return Step(task, tuple(command), lambda: bool(benchmark_results(cell, [task])), folder=folder, may_fail=True)
+
+
+# ------------------------------------------------------------------------------------------- the plan
+def fix_plan(comparison: Comparison) -> dict[str, Any]:
+    """Write compare.json, unless a cell has begun by the plan that is there, and copy the question files.
+
+    Returns the plan as it is asked for now.
+    """
+    plan, output = plan_of(comparison), comparison.output
+    with replacing(output / QUESTIONS) as copies:
+        for name, path in comparison.question_files()[0].items():
+            shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
+    begun = len(list((output / "cells").glob(f"*/{RECORD}")))  # also of encoders and seeds that are not asked for now
+    fix(output / PLAN, plan, begun)
+    return plan
+
+
+def plan_of(comparison: Comparison) -> dict[str, Any]:
+    """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
+    cells = comparison.cells
+    files = comparison.question_files()[0]
+    samples = samples_of_cells(comparison, cells)
+    questions = {name: comparison.asked(path) for name, path in files.items()}
+    stages = {stage.name: number for number, stage in STAGES.items()}
+    given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
+    for name in LATER:
+        if not given[name]:
+            del given[name]
+    flags = json.loads(json.dumps(given))
+    return {
+        "format": FORMAT,
+        "comparison": flags,
+        "decides": deciding(comparison, of_deciding_column(questions)),
+        "is_demo": comparison.is_demo,
+        "budget": {
+            "share": comparison.budget_share,
+            "samples": samples.pop(""),
+            "projector": {name: _projector(train_arguments(comparison, cells[0], n)) for name, n in stages.items()},
+            **({"samples of variants": samples} if samples else {}),
+        },
+        "questions": {
+            name: {
+                "file": path.name,
+                "column": COLUMNS.get(name, name),
+                "sha256": sha256(path),
+                "questions": len(read_questions(path)),
+                "asked": len(questions[name]),
+                "kinds": kinds_of(questions[name]),
+            }
+            for name, path in files.items()
+        },
+        "scorer": scorer_version(),
+    }
+
+
+def _projector(arguments: TrainArguments) -> str:
+    """Which projector, and how it starts: the same in every cell."""
+    start = "from stage 1" if arguments.stage == 2 else "random"
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        start = f"from {arguments.pretrain_mm_mlp_adapter}"
+    elif arguments.stage == 1 and arguments.mm_projector_init == "captions":
+        start = f"fitted in closed form to the captions of {min(dataset_size(arguments), START_IMAGES):,} samples"
+    return f"{arguments.mm_projector_type}, {start}"

@@ -1,4 +1,19 @@
-"""What a comparison of encoders asks for, flag by flag, and what follows: its data, its budget, its questions.
+"""What is compared: the flags of a comparison, the cells that follow from them, and what its plan fixes before them.
+
+OUTPUT/compare.json is the plan:
+
+    format       1
+    comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, nor how fast)
+    decides      the figure that the comparison is made for, of the deciding column: `accuracy`, `log_likelihood` or
+                 `share`, or one of them as FIGURE/KIND, or `cider_d`
+    is_demo      whether the cells train on the demo's data
+    budget       the share of each stage's samples, the samples (of variants too), and how each stage's projector starts
+    questions    name → file, column (what sort of pictures), SHA-256, questions, how many are asked, of which kinds
+    scorer       which scorer (`mllm.evaluation.scores.scorer_version`)
+    cells_begun  cells that had begun when this was written: 0, or nothing was fixed before
+
+OUTPUT/questions/NAME.jsonl is a copy of the file that CELL/evaluation/NAME.jsonl answers, so that a finished comparison
+can be verified alone.
 
 Imports that need torch are inside the functions that train: verifying needs no torch.
 """
@@ -6,17 +21,23 @@ Imports that need torch are inside the functions that train: verifying needs no 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from clips.common.files import sha256
+from clips.common.errors import UserError
+from clips.common.files import read_json, sha256
 from clips.common.flags import Parser, add_options, from_flags, option
-from mllm.data.questions import LIKELIHOODS
+from clips.common.rundir import METRICS, UNSEEN, read_metrics
+from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
+from mllm.encoders.registry import parse_vision_name
 from mllm.training.stages import STAGES
 
 ENCODERS = ("clips", "clip", "random", "blind")
@@ -33,6 +54,23 @@ DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.
 """The flag that trains on other data than the demo's, for both stages or for one."""
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""
+RECIPES = {"clips": "demo", "clip": "clip_baseline"}
+"""Encoders that are pretrained if they are missing → recipe."""
+PLAN = "compare.json"
+LLAVA_STEP = 1000
+"""Between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
+
+So no two runs on different encoders share a seed, and a comparison with more seeds goes on from the cells it has.
+"""
+QUESTIONS = "questions"
+FORMAT = 1
+NOT_FIXED = {*("output", "jobs", "device", "questions", "image_folder", "include_path", "decides")}
+"""Fields of `Comparison` that say where and how fast. The plan itself says which questions, and what decides."""
+LATER = {"variants", "first_seed"}
+"""Fields that came after the first plans were kept, so a plan leaves them out where they are empty or 0."""
+SEEN = "seen"
+COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
+"""File of answers to the demo's questions → the sort of its pictures. Any other file is a sort of its own."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -52,6 +90,80 @@ def _variant(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _option(kind: Any, default: Any, text: str) -> Any:
     return option(default, text, type=kind, nargs=None, action="store")
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """An encoder that the comparison pretrains itself: a run of scripts/pretrain_clips.py."""
+
+    kind: str
+    seed: int
+    directory: Path
+
+
+@dataclass(frozen=True)
+class EncoderCell:
+    """One run on one encoder: a run directory with both stages, the answers and the costs."""
+
+    encoder: str
+    kind: str
+    argument: str
+    """What the registry makes the encoder from (mllm/encoders/registry.py): clips and runs/x of clips:runs/x."""
+    pretraining_seed: int
+    seed: int
+    """The LLaVA seed: of the projector, the adapters, the order, and of `random`."""
+    directory: Path
+    variant: str = ""
+
+    @property
+    def run(self) -> str:
+        first = f"seed {self.pretraining_seed}"
+        return first if self.seed == self.pretraining_seed else f"{first}, LLaVA seed {self.seed}"
+
+    @property
+    def vision(self) -> str:
+        return f"{self.kind}:{self.argument}" if self.argument else self.kind
+
+    @property
+    def pretraining_run(self) -> Path | None:
+        """The run directory of an encoder trained here, once it is there; None for any other encoder."""
+        return Path(self.argument) if self.kind in RECIPES and Path(self.argument or "-").is_dir() else None
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def evaluation(self) -> Path:
+        return self.directory / "evaluation"
+
+    @property
+    def figures(self) -> Path:
+        return self.evaluation / "figures.json"
+
+    def read(self, name: str) -> dict[str, Any]:
+        return read_json(self.directory / name)
+
+    def fingerprint(self) -> str:
+        return self.read("config.json")["instruct"]["trains"]["vision_fingerprint"]
+
+
+class Arm(NamedTuple):
+    """One column of the report: an encoder, and the variant of the training on it."""
+
+    name: str
+    encoder: str
+    variant: str
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.-]+", "-", f"{self.encoder}-{self.variant}").strip("-")
+
+
+def is_pretrained_anew(encoder: str) -> bool:
+    """Whether each pretraining seed has an encoder of its own under this name."""
+    kind, argument = parse_vision_name(encoder)
+    return ("{seed}" in argument and kind not in ("random", "blind")) or (kind in RECIPES and not argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +220,120 @@ class Comparison:
         metavar="FIGURE",
     )
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether the cells train on the demo data.
+
+        The words are searched, not parsed: a parser would act on the `--help` of an archive that is verified.
+        """
+        words = chain(self.train_flags, *(flags for _, flags in self.variants))
+        return not any(map(DATA_FLAG.match, words))
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether the cells answer questions, and not only benchmarks."""
+        return self.is_demo or self.questions is not None
+
+    @property
+    def budget_share(self) -> float:
+        return self.budget or (SHARE if self.quick or self.is_demo else 1.0)
+
+    @property
+    def question_limit(self) -> int | None:
+        """Questions of each file that every cell is asked; None: all."""
+        own = self.questions is not None or not self.is_demo
+        return self.limit or (LIMIT if self.quick or not own else None)
+
+    def question_files(self) -> tuple[dict[str, Path], Path | None]:
+        """Name of the answers → question file, and the folder of the pictures. Builds the demo if it is missing.
+
+        No files if there are benchmarks alone.
+        """
+        from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
+
+        if not self.asks_questions:
+            return {}, None
+        if self.questions is not None:
+            return {self.questions.stem: self.questions}, self.image_folder
+        demo = ensure_any_llava_demo(DEMO_DIR)
+        return demo_questions(demo), demo / IMAGES
+
+    def asked(self, path: Path) -> list[Question]:
+        """The questions of a file that every cell is asked, in their order."""
+        return draw_evenly(read_questions(path), self.question_limit)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What decides which questions a cell answers, and how."""
+        from clips.common.runtime import choose_device
+        from mllm.evaluation.evaluate import answer_dtype
+
+        dtype = answer_dtype("auto", choose_device(self.device))
+        questions, limit = self.questions, self.question_limit
+        return {
+            "questions": questions.name if questions else "the demo's",
+            "limit": limit,
+            "dtype": str(dtype).removeprefix("torch."),
+            **({"sha256": sha256(questions)} if questions else {}),
+            **({"drawn": DRAWN} if limit is not None else {}),
+            **({"likelihood": True} if (self.decides or "").startswith(LIKELIHOODS) else {}),
+        }
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Each encoder without a variant, then with each; called by kind if no other encoder is of this kind."""
+        kinds = [parse_vision_name(encoder)[0] for encoder in self.encoders]
+        names = [k if kinds.count(k) == 1 else e for k, e in zip(kinds, self.encoders, strict=True)]
+        arms = [Arm(name, encoder, "") for name, encoder in zip(names, self.encoders, strict=True)]
+        return arms + [Arm(f"{arm.name}, {name}", arm.encoder, name) for name, _ in self.variants for arm in arms]
+
+    @property
+    def names(self) -> list[str]:
+        return [arm.name for arm in self.arms]
+
+    @property
+    def runs(self) -> int:
+        """LLaVA runs of each encoder: one more than pretraining seeds, if these can be told apart from LLaVA seeds."""
+        nested = self.seeds > 1 and any(map(is_pretrained_anew, self.encoders))
+        return self.llava_runs or self.seeds + nested
+
+    @property
+    def cells(self) -> list[EncoderCell]:
+        """Run by run, so that whole comparisons are there early. Raises UserError for an unknown encoder."""
+        cells = []
+        for run in range(self.runs):
+            pretraining = self.first_seed + run % self.seeds
+            seed = pretraining + LLAVA_STEP * (run // self.seeds)
+            suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
+            for arm in self.arms:
+                kind, argument = self._vision_of(arm.encoder, pretraining)
+                directory = self.output / "cells" / f"{arm.folder}-{suffix}"
+                cells.append(EncoderCell(arm.name, kind, argument, pretraining, seed, directory, arm.variant))
+        return cells
+
+    def _vision_of(self, encoder: str, seed: int) -> tuple[str, str]:
+        """(kind, argument) of an encoder in the cells of a pretraining seed, which replaces `{seed}`."""
+        kind, argument = parse_vision_name(encoder)
+        if kind in RECIPES and not argument:
+            argument = str(self._directory_of(kind, seed))
+        elif kind in ("random", "blind") and not argument:  # the architecture of the CLIPS encoder beside them
+            given = next((name for name in self.encoders if parse_vision_name(name)[0] == "clips"), "clips")
+            argument = self._vision_of(given, seed)[1]
+        return kind, argument.replace("{seed}", str(seed))
+
+    def _directory_of(self, kind: str, seed: int) -> Path:
+        return self.output / "encoders" / f"{kind}-seed{seed}"
+
+    @property
+    def pretrained(self) -> list[PretrainedEncoder]:
+        """Every encoder that the cells need from here, whether or not it is there already."""
+        needed = {cell.argument for cell in self.cells}
+        encoders = [
+            PretrainedEncoder(kind, seed, self._directory_of(kind, seed))
+            for kind in RECIPES
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+        ]
+        return [encoder for encoder in encoders if str(encoder.directory) in needed]
+
 
 def flags_of(parser: Parser) -> None:
     """Add the flags of a comparison to `parser`."""
@@ -116,7 +342,7 @@ def flags_of(parser: Parser) -> None:
 
 
 def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
-    """The comparison that `flags` ask for; mllm/compare/checks.py asks whether they fit each other."""
+    """The comparison that `flags` ask for; mllm/compare/run.py asks whether they fit each other."""
     from clips.common.runtime import choose_device
 
     one_at_a_time = choose_device(flags.device).type == "cuda" or (os.cpu_count() or 1) < 2
@@ -130,58 +356,53 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     )
 
 
-# ------------------------------------------------------------------------------------------- what follows
-def is_demo(comparison: Comparison) -> bool:
-    """Whether the cells train on the demo data.
-
-    The words are searched, not parsed: a parser would act on the `--help` of an archive that is verified.
-    """
-    words = chain(comparison.train_flags, *(flags for _, flags in comparison.variants))
-    return not any(map(DATA_FLAG.match, words))
+def samples_seen(run: Path) -> dict[str, int]:
+    """Samples and steps of a pretraining run's last logged step. Raises UserError if none was logged."""
+    lines = read_metrics(run, "train")
+    if not lines:
+        raise UserError(f"{run / METRICS} holds no training step: remove {run}, then it is pretrained again")
+    return {"samples": lines[-1]["samples"], "steps": lines[-1]["step"]}
 
 
-def asks_questions(comparison: Comparison) -> bool:
-    """Whether the cells answer questions, and not only benchmarks."""
-    return is_demo(comparison) or comparison.questions is not None
+# ------------------------------------------------------------------------------------------- the plan
+def columns_of(files: Iterable[str]) -> list[str]:
+    """The sorts of pictures that files of questions are about; the sort that decides, of unseen artists, is first."""
+    columns = dict.fromkeys(COLUMNS.get(name, name) for name in files)
+    return sorted(columns, key=lambda column: column != UNSEEN)
 
 
-def budget_share(comparison: Comparison) -> float:
-    return comparison.budget or (SHARE if comparison.quick or is_demo(comparison) else 1.0)
+def of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
+    columns = columns_of(by_file)
+    return [q for name, questions in by_file.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 
 
-def question_limit(comparison: Comparison) -> int | None:
-    """Questions of each file that every cell is asked; None: all."""
-    own = comparison.questions is not None or not is_demo(comparison)
-    return comparison.limit or (LIMIT if comparison.quick or not own else None)
+def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
+    """The comparison of `plan`, with what it left in `output`; UserError for flags of another version."""
+    flags = plan.get("comparison")
+    known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
+    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | LATER != known:
+        raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return Comparison(output=output, decides=plan.get("decides"), **given)
 
 
-def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:
-    """Name of the answers → question file, and the folder of the pictures. Builds the demo if it is missing.
-
-    No files if there are benchmarks alone.
-    """
-    from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
-
-    if not asks_questions(comparison):
-        return {}, None
-    if comparison.questions is not None:
-        return {comparison.questions.stem: comparison.questions}, comparison.image_folder
-    demo = ensure_any_llava_demo(DEMO_DIR)
-    return demo_questions(demo), demo / IMAGES
+def stored_questions(output: Path) -> dict[str, Path]:
+    """Name of the answers → copy of the question file, in the order in which they are compared."""
+    return {path.stem: path for path in sorted((output / QUESTIONS).glob("*"))}
 
 
-def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
-    """What decides which questions a cell answers, and how."""
-    from clips.common.runtime import choose_device
-    from mllm.evaluation.evaluate import answer_dtype
+def kinds_of(questions: Iterable[Question]) -> dict[str, int]:
+    """Kind → questions that have an answer."""
+    return dict(Counter(question.kind for question in questions if question.answer is not None))
 
-    dtype = answer_dtype("auto", choose_device(comparison.device))
-    questions, limit = comparison.questions, question_limit(comparison)
-    return {
-        "questions": questions.name if questions else "the demo's",
-        "limit": limit,
-        "dtype": str(dtype).removeprefix("torch."),
-        **({"sha256": sha256(questions)} if questions else {}),
-        **({"drawn": DRAWN} if limit is not None else {}),
-        **({"likelihood": True} if (comparison.decides or "").startswith(LIKELIHOODS) else {}),
-    }
+
+def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | None:
+    """The figure that decides; None if nothing is asked. UserError for a figure that the questions do not give."""
+    questions = list(questions)
+    kinds = list(kinds_of(questions))
+    suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]
+    figures = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
+    figures += ["cider_d"] * any(question.references for question in questions)
+    if comparison.decides is not None and comparison.decides not in figures:
+        raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no figure'}")
+    return comparison.decides or next(iter(figures), None)

@@ -23,9 +23,9 @@ from clips import (
 )
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
-from mllm.compare.cells import EncoderCell, cells_of
 from mllm.compare.commands import train_arguments
-from mllm.compare.comparison import Comparison, is_demo
+from mllm.compare.comparison import Comparison, EncoderCell
+from mllm.compare.figures import PROBE
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
@@ -33,8 +33,6 @@ from mllm.training.prepare import encoder_of
 Labelled = list[tuple[bytes, str]]
 """Encoded images and their classes."""
 DEMO = DataConfig(train="demo")
-PROBE = "probe_tokens_top1"
-"""Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
 
 
 def measure_encoders(comparison: Comparison, device: torch.device) -> dict[EncoderCell, dict[str, dict[str, Any]]]:
@@ -43,12 +41,12 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
     The linear probe is measured here, on the demo, in the same way for every encoder. Retrieval and zero-shot come from
     the encoder's own run directory (evaluation*.json). Random, blind and foreign encoders have none.
     """
-    measured, on_demo = {}, is_demo(comparison)
+    measured, on_demo = {}, comparison.is_demo
     train, tests = [], {}
     if on_demo:
         train = _labelled("train", PROBE_SAMPLES)
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
-    for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=None if on_demo else True):
+    for cell in tqdm(comparison.cells, desc="linear probes", unit="encoder", disable=None if on_demo else True):
         figures: dict[str, dict[str, Any]] = {}
         for name, evaluation in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
             if name == "evaluation":

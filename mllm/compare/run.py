@@ -5,7 +5,7 @@ scripts. docs/design.md walks through a cell.
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
     OUTPUT/cells/random-seed2.log   what it printed         OUTPUT/report.{json,html}
-    OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: mllm/compare/plan.py
+    OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: comparison.py
 """
 
 from __future__ import annotations
@@ -16,24 +16,51 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from clips.common.errors import CommandError
+from clips import parser as pretraining_parser
+from clips.common.errors import CommandError, UserError
 from clips.common.escape import for_rich
-from clips.common.files import sha256
+from clips.common.files import read_json, sha256
+from clips.common.flags import given
+from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
+from clips.lab.pretraining import pretraining_cell
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
-from mllm.compare.cells import PLAN, cells_of, encoders_to_pretrain, is_pretrained_anew, llava_runs
-from mllm.compare.checks import check_inputs, check_request, check_same_samples, load_encoders
-from mllm.compare.commands import encoder_cell, lab_cells, samples_of_cells
-from mllm.compare.comparison import Comparison, asks_questions, budget_share, comparison_from_flags, question_files
-from mllm.compare.figures import collect, keep_encoders
-from mllm.compare.plan import fix_plan, power_in_words
+from mllm.compare.commands import (
+    fix_plan,
+    lab_cell,
+    pretrain_config,
+    pretrain_flags,
+    samples_of_cells,
+    train_arguments,
+)
+from mllm.compare.comparison import (
+    PLAN,
+    RECIPES,
+    Comparison,
+    EncoderCell,
+    PretrainedEncoder,
+    comparison_from_flags,
+    deciding,
+    is_pretrained_anew,
+    samples_seen,
+)
+from mllm.compare.figures import collect, keep_encoders, power_in_words
 from mllm.compare.probe import measure_encoders
-from mllm.compare.report import page
-from mllm.compare.words import design_in_words
+from mllm.compare.report import design_in_words, page
+from mllm.data.questions import open_questions
+from mllm.training.arguments import flags_of_stage
+from mllm.training.arguments import parser as training_parser
+from mllm.training.prepare import encoder_of
+from mllm.training.stages import STAGES
+
+TRAINING_OWN = ("stage", "seed", "vision_tower", "output_dir", "device")
+PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
+"""Flags of the two scripts that the comparison itself sets."""
 
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
@@ -47,27 +74,32 @@ def compare(
 ) -> Path | None:
     """Run what is missing and write the report; returns the page's path. With `dry_run` only print the plan."""
     check_request(comparison)
-    cells, encoders = cells_of(comparison), encoders_to_pretrain(comparison)
-    pretraining = [encoder_cell(comparison, encoder) for encoder in encoders]
+    cells, encoders = comparison.cells, comparison.pretrained
+    pretraining = [
+        pretraining_cell(
+            encoder.directory, pretrain_flags(comparison, encoder), f"{encoder.kind}, pretraining", encoder.seed
+        )
+        for encoder in encoders
+    ]
     for cell in pretraining:
         cell.check()
-    planned = lab_cells(comparison, cells)
+    planned = [lab_cell(comparison, cell) for cell in cells]
     check_inputs(comparison, encoders)
-    share = f" ({budget_share(comparison):.0%} of the stages' own)" if budget_share(comparison) < 1 else ""
+    share = f" ({comparison.budget_share:.0%} of the stages' own)" if comparison.budget_share < 1 else ""
     plan_runner = Runner([*pretraining, *planned], comparison.jobs, console)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
     facts = {}
     for variant, samples in samples_of_cells(comparison, cells).items():
         seen = ", ".join(f"{stage} {n:,} samples" for stage, n in samples.items())
         facts[f"a cell, {variant}" if variant else "a cell"] = seen + share
-    facts |= {"design": design_in_words(anew, llava_runs(comparison))}
-    facts |= {"power": power_in_words(comparison)} if asks_questions(comparison) else {}
+    facts |= {"design": design_in_words(anew, comparison.runs)}
+    facts |= {"power": power_in_words(comparison)} if comparison.asks_questions else {}
     plan_runner.print_plan(f"comparison of encoders in {comparison.output}", facts)
     if dry_run:
         return None
     (comparison.output / "cells").mkdir(parents=True, exist_ok=True)
     load_encoders(comparison, encoders, cells)
-    image_folder = question_files(comparison)[1]
+    image_folder = comparison.question_files()[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
     digest = sha256(fixed)
     console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {digest}", highlight=False, soft_wrap=True)
@@ -89,3 +121,82 @@ def compare(
             f"and the same command tries again:\n{failed}"
         )
     return written
+
+
+# ------------------------------------------------------------------------------- refused before anything runs
+def check_request(comparison: Comparison) -> None:
+    """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
+    c = comparison
+    if min(c.seeds, c.jobs, c.gpus, 1 if c.limit is None else c.limit) < 1:
+        raise UserError("--seeds, --jobs, --gpus and --limit must be at least 1")
+    if c.first_seed < 0:
+        raise UserError(f"--first-seed {c.first_seed} must be at least 0")
+    if c.budget is not None and not 0 < c.budget <= 1:
+        raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
+    if c.llava_runs is not None and c.llava_runs < c.seeds:
+        raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used")
+    if min(c.jobs, c.gpus) > 1:
+        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them")
+
+    arms = c.arms
+    if len({arm.folder for arm in arms}) < max(2, len(arms)):
+        names = ", ".join(arm.name for arm in arms)
+        raise UserError(f"{names or 'no encoder'}: give at least two different --encoders or --variants")
+
+    own = [("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN))]
+    for option, flags in [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]:
+        for stage in STAGES.values():
+            words = flags_of_stage(list(flags), stage.name)
+            own.append((option, given(training_parser(), words) & set(TRAINING_OWN)))
+    for option, names_of_flags in own:
+        for name in sorted(names_of_flags):
+            raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
+
+    if c.questions is None and not c.is_demo and not c.benchmarks:
+        raise UserError(
+            "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
+            "give --questions (and --image-folder), or --benchmarks"
+        )
+
+
+def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:
+    """Raise UserError for what would end the comparison hours later: encoders and questions."""
+    for encoder in encoders:
+        objective = pretrain_config(comparison, encoder).task.objective
+        if objective != encoder.kind:
+            raise UserError(f"--pretrain-flags: {encoder.kind} would be trained with the objective {objective}")
+    if comparison.questions is not None:
+        questions, _ = open_questions(comparison.questions, comparison.image_folder, comparison.question_limit)
+        if not any(question.answer is not None or question.references for question in questions):
+            raise UserError(f"{comparison.questions} has neither answers nor references: there is nothing to compare")
+        deciding(comparison, questions)
+
+
+def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[EncoderCell]) -> None:
+    """Load each encoder once that is not made here, as the cells do, before hours go into the others."""
+    made_here = {encoder.directory for encoder in encoders}
+    for cell in cells[: len(comparison.encoders)]:
+        if Path(cell.argument) not in made_here:
+            encoder_of(train_arguments(comparison, cell, min(STAGES)))
+
+
+def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:
+    """UserError unless all encoders of a seed saw the same samples in as many steps of the same batches."""
+    firsts: dict[int, Path] = {}
+    for encoder in sorted(encoders, key=lambda encoder: [*RECIPES].index(encoder.kind)):
+        run = encoder.directory
+        first = firsts.setdefault(encoder.seed, run)
+        changes = difference(_what_was_seen(first), _what_was_seen(run))
+        refuse(changes, f"{run} is no fair baseline of {first}, they saw different things", "Give another --output")
+
+
+def _what_was_seen(run: Path) -> dict[str, Any]:
+    config = read_json(run / "config.json")
+    rates = ("lr", "muon_lr")  # each has its own best ones
+    return {
+        "data": config["data"],
+        "seed": config["train"]["seed"],
+        "image tower": config["model"]["vision"],
+        "phases": [{k: v for k, v in phase.items() if k not in rates} for phase in config["phases"]],
+        "samples and steps seen": samples_seen(run),
+    }

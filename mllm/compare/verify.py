@@ -28,11 +28,9 @@ from clips.common.page import print_table
 from clips.lab import archive
 from clips.lab.archive import ENDING, differences
 from clips.lab.grid import RECORD
-from mllm.compare.cells import PLAN, EncoderCell, cells_of
-from mllm.compare.comparison import Comparison
+from mllm.compare.comparison import PLAN, Comparison, EncoderCell, comparison_of, stored_questions
 from mllm.compare.figures import REPORT, computed, stored_files
-from mllm.compare.plan import asked_questions, comparison_of, stored_questions
-from mllm.compare.words import headline
+from mllm.compare.report import headline
 from mllm.data.questions import Question, kind_means, of_set
 from mllm.evaluation.scores import is_right, score, scorer_version
 
@@ -80,7 +78,7 @@ def verify(output: Path) -> Verification:
 
 def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
     result = Verification(report)
-    cells = cells_of(comparison)
+    cells = comparison.cells
     directories = [path.name for path in (comparison.output / "cells").glob("*") if path.is_dir()]
     files = stored_questions(comparison.output)
     result.differs += _other("cell", directories, [cell.name for cell in cells])
@@ -91,7 +89,7 @@ def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
     if result.differs:
         return result
 
-    questions = {name: asked_questions(comparison, path) for name, path in files.items()}
+    questions = {name: comparison.asked(path) for name, path in files.items()}
     for cell in cells:
         result.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, questions)]
         result.answers += sum(map(len, questions.values()))

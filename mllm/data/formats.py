@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 
+TEMPLATE = Path(__file__).parent / "templates" / "chat.jinja"
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"
 CHOOSE = "choose --version (evaluation, chat, server and check_data.py: --conv-mode)"
@@ -67,56 +69,15 @@ class Format:
         With `videos` it takes video parts too. `plain`, which is for alignment only, has none.
         """
         assert self.keeps_question, "a model is never saved with the template of plain"
-        first = self.first
-        before, after = self.system or ("", "")
-        question = f"{_quote(self.lead)} + body + {_quote(self.middle)}"
-        write_question = f"{{{{ {question} }}}}"
+        first, system = self.first, list(self.system or ())
         if self.prefix_space:
             first = f"{self.bos} {first.removeprefix(self.bos)}"
-            before = f"{self.bos} {before.removeprefix(self.bos)}"
-            write_question = (
-                f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
-                f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
-                "{%- endfor -%}"
-            )
-
-        write_system = f"{{{{ {_quote(before)} + body + {_quote(after)} }}}}"
-        if self.system is None:
-            write_system = "{{ raise_exception('This chat format has no system role') }}"
-        video = ""
-        is_moved = f"body.split('{IMAGE_TOKEN}') | length == 2"
-        if videos:  # the space as after an image
-            video = (
-                "{%- elif part['type'] == 'video' -%}"
-                f"{{%- set parts.images = parts.images + '{VIDEO_TOKEN}{' ' * self.prefix_space}\\n' -%}}"
-            )
-            is_moved += " and message['content'] is string"  # a list has them in their order
-        return (
-            "{%- for message in messages -%}"
-            "{%- if message['content'] is string -%}{%- set body = message['content'] | trim -%}"
-            "{%- else -%}{%- set parts = namespace(images='', text='') -%}"
-            "{%- for part in message['content'] -%}"
-            f"{{%- if part['type'] == 'text' -%}}{{%- set parts.text = parts.text + part['text'] -%}}"
-            f"{{%- elif part['type'] == 'image' -%}}{{%- set parts.images = parts.images + '{IMAGE_TOKEN}\\n' -%}}"
-            f"{video}{{%- endif -%}}{{%- endfor -%}}"
-            "{%- set body = (parts.images + (parts.text | trim)) | trim -%}{%- endif -%}"
-            f"{{%- if message['role'] == 'user' and {is_moved} -%}}"
-            f"{{%- set body = ('{IMAGE_TOKEN}\\n' + (body | replace('{IMAGE_TOKEN}', '') | trim)) | trim -%}}"
-            "{%- endif -%}"
-            f"{{%- if message['role'] == 'system' -%}}{write_system}"
-            "{%- elif message['role'] == 'user' -%}"
-            f"{{{{ {_quote(first)} if loop.first else ('' if messages[loop.index0 - 1]['role'] == 'system' "
-            f"else {_quote(self.next)}) }}}}"
-            f"{write_question}"
-            f"{{%- else -%}}{{{{ {_quote(self.lead)} + body + {_quote(self.end)} }}}}"
-            f"{{{{ {_quote(self.tail)} if loop.last else '' }}}}"
-            "{%- endif -%}{%- endfor -%}"
-        )
-
-
-def _quote(text: str) -> str:
-    """`text` as a Jinja string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+            system[:1] = [f"{self.bos} {text.removeprefix(self.bos)}" for text in system[:1]]
+        literals = {name: getattr(self, name) for name in ("middle", "end", "next", "tail", "lead")}
+        literals |= {"first": first, "system": system, "spaced": self.prefix_space, "videos": videos}
+        # JSON's strings, lists, true and false are those of Jinja too.
+        sets = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in literals.items()]
+        return "\n".join([*sets, TEMPLATE.read_text(encoding="utf-8")])
 
 
 def _header(role: str) -> str:

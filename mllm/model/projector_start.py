@@ -206,7 +206,7 @@ def sharpen(
         loss += ((tokens.mean(dim=(0, 1)) - centre) / spread).square().sum()
         if places is not None:
             of_token, of_words = places
-            loss += 2 * F.cross_entropy((20 * cosines @ of_words.T).flatten(0, 1), of_token[chosen].flatten())
+            loss += 2 * F.cross_entropy((8 * cosines @ of_words.T).flatten(0, 1), of_token[chosen].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,24 +4,77 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from clips.common import rundir
 from clips.common.errors import never_in_the_way
+from clips.common.flops import forward_flops, training_flops
 from clips.common.live import LiveLine, progress_line
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
 from clips.common.plots import Panel, curves_plot
 from clips.common.runtime import peak_memory_gb
 from clips.common.trackers import Trackers, loggers
-from mllm.model.flops import LlavaFlops
+from mllm.encoders.encoder import KINDS
 from mllm.model.packing import pairs_of
+from mllm.model.tiles import Layout, Llava
 from mllm.training.arguments import TrainArguments
+
+
+def costs_of(model: Llava, image_size: int) -> dict[str, int]:
+    """Return the FLOPs of forward and backward pass of each unit of work, whose parts train as they are set now.
+
+    What a step runs and does not use is not counted: an encoder's pooler, and the zero image that a batch without
+    images sends through the encoder (mllm/model/forward.py). Of a mixture of experts every expert is counted.
+
+    Args:
+        image_size: Side of a square that the encoder sees, in pixels; 0 if its features are cached.
+    """
+    inner: Any = model.model
+    tower, projector, language_model = inner.vision_tower, inner.multi_modal_projector, inner.language_model
+    sees = _trains(tower)
+    into = sees or _trains(projector) or _trains(language_model.get_input_embeddings())
+    learns = into or _trains(language_model)
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    square = Layout.of(model.config).square * training_flops(projector, sees)
+    return {
+        "pictures": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
+        "positions": training_flops(_blocks(language_model), into),
+        "pairs": (3 if learns else 1) * 4 * text.num_hidden_layers * text.num_attention_heads * head,
+        "predicted": training_flops(model.lm_head, learns),
+    }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the blocks of a transformer: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
+    """Return the FLOPs of one square through all blocks of an encoder, and back through those whose output is used."""
+    (patches,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
+    blocks = _blocks(tower)
+    count = (image_size // patches.kernel_size[0]) ** 2
+    tokens = count + KINDS[tower.config.model_type].prefix_tokens(tower.config)
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    used = max(layer if layer >= 0 else len(blocks) + 1 + layer for layer in layers)
+    total = count * training_flops(patches, False)
+    for index, block in enumerate(blocks):
+        passes = 3 if patches.weight.requires_grad and index < used else 1
+        total += passes * tokens * (forward_flops(block) + 4 * tokens * tower.config.hidden_size)
+    return total
 
 
 class Work:
@@ -30,27 +83,27 @@ class Work:
     If batches are `packed` (mllm/model/packing.py), padding costs nothing.
     """
 
-    def __init__(self, flops: LlavaFlops, device: torch.device, world_size: int, packed: bool) -> None:
-        self.flops, self.device, self.world_size, self.packed = flops, device, world_size, packed
+    def __init__(self, costs: Mapping[str, int], device: torch.device, world_size: int, packed: bool) -> None:
+        self.costs, self.device, self.world_size, self.packed = costs, device, world_size, packed
         self.peak = peak_flops(device)
-        self.pictures = self.tokens = self.positions = self.pairs = self.predicted = 0
+        self.tokens = 0
+        self.counts = dict.fromkeys(costs, 0)
+        """Squares of images; positions of sequences; pairs of query and key, causal or not; tokens that are learned."""
 
     def add(self, inputs: dict[str, Any]) -> None:
         """Count one batch in the layout of `Collator` (mllm/training/trainer.py)."""
         samples, length = inputs["input_ids"].shape
         counts = inputs["counts"]
-        self.pictures += sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
         self.tokens += counts.real
-        self.predicted += counts.learned
-        self.positions += counts.row if self.packed else samples * length
-        self.pairs += pairs_of(samples, length, counts.shared if self.packed else 0)
+        pictures = (len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
+        self.counts["pictures"] += sum(pictures)
+        self.counts["positions"] += counts.row if self.packed else samples * length
+        self.counts["pairs"] += pairs_of(samples, length, counts.shared if self.packed else 0)
+        self.counts["predicted"] += counts.learned
 
     def total(self) -> int:
         """FLOPs so far."""
-        parts = self.flops.parts(
-            pictures=self.pictures, positions=self.positions, pairs=self.pairs, predicted=self.predicted
-        )
-        return sum(parts.values())
+        return sum(count * self.costs[unit] for unit, count in self.counts.items())
 
     def over_all_ranks(self) -> tuple[int, int]:
         """(FLOPs, tokens) so far. Collective."""

@@ -341,7 +341,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
 def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
     """The number of the nearest of `PLACES` for each of `tokens` image tokens [N], and the places' directions [P, D].
 
-    A direction is the mean of those of the place's words, as the reader was taught. None unless the tokens are a square
+    A direction is the mean of the place's words without what all places share, as the reader was taught. None unless the tokens are a square
     grid. words [V, D] are the word embeddings.
     """
     side = math.isqrt(tokens)
@@ -352,4 +352,5 @@ def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerB
     units = F.normalize(words.float() - words.float().mean(dim=0))
     ids = [tokenizer(f" {place}", add_special_tokens=False)["input_ids"] for place in PLACES]
     directions = F.normalize(torch.stack([units[of_place].mean(dim=0) for of_place in ids]))
+    directions = F.normalize(directions - directions.mean(dim=0))
     return torch.cdist(grid, torch.tensor([*PLACES.values()])).argmin(dim=1), directions

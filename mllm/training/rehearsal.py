@@ -32,12 +32,12 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
 from mllm.encoders.encoder import select_features
-from mllm.model.flops import LlavaFlops
 from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import PICTURES_AT_ONCE
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
+from mllm.training.log import Work, costs_of
 from mllm.training.lora import add_lora
 from mllm.training.plan import steps_of
 from mllm.training.prepare import start_bytes
@@ -126,10 +126,6 @@ class Planned:
         model.to(torch.bfloat16).requires_grad_(False)
         return llava_of(model)
 
-    def flops(self, model: Llava) -> LlavaFlops:
-        size = self.vision["image_size"]
-        return LlavaFlops(model, image_size=size, image_tokens=self.layout.square, features=False)
-
 
 def staged(
     model: Llava, arguments: TrainArguments, *, features: bool = False, tower: bool = False, padded: bool = False
@@ -187,7 +183,7 @@ def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) 
         training(**batch)["loss"].backward()
     count = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
-    return Rehearsed(count, weights, gradients, 2 * FP32 * count, rehearsal.peak, rehearsal.flops)
+    return Rehearsed(count, weights, gradients, 2 * FP32 * count, rehearsal.peak)
 
 
 def rehearse_features(model: Llava) -> int:
@@ -220,7 +216,8 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
                 gradient_checkpointing=True, feature_cache=False, lora_enable=lora and number == 2,
             ).resolve(machine.gpus)  # fmt: skip
             training = staged(planned.build(), arguments).to(torch.bfloat16)
-            step = rehearse(training, batch_of(training, micro, stage=number), stage=zero["stage"])
+            batch = batch_of(training, micro, stage=number)
+            step = rehearse(training, batch, stage=zero["stage"])
             memory = step.on_rank(zero, machine.gpus)
             if machine.fits(memory):
                 break
@@ -230,10 +227,12 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
                 "more --gpus, a --kind with more memory, or a smaller --language-model"
             )
 
-        layout = planned.layout
-        shape = {"length": layout.most + WORDS[number], "pictures": layout.most_squares, "predicted": ANSWERS[number]}
-        twice = planned.flops(planned.build())(samples=1, **shape)["language_model"]  # by gradient checkpointing
-        flops = sum(planned.flops(training.llava)(samples=1, **shape).values()) + twice
+        size = planned.vision["image_size"]
+        work = Work(costs_of(training.llava, size), META, 1, training.packed)
+        work.add(batch)
+        forward = costs_of(planned.build(), size)  # nothing of it trains
+        twice = sum(forward[unit] * work.counts[unit] for unit in ("positions", "pairs"))  # gradient checkpointing
+        flops = (work.total() + twice) / micro
         days_of_stage = machine.days(SAMPLES[number] * flops)
         days += days_of_stage
         total = sum(count for count, _ in count_parameters(training.model).values())

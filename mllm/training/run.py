@@ -32,12 +32,11 @@ from clips.common.runtime import bound_kernel_caches, environment, init_distribu
 from clips.common.signals import stopped_by
 from clips.common.start import Start
 from mllm.data.sampler import EpochSampler
-from mllm.model.flops import LlavaFlops
 from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import check_content, newest, step_of, writing
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
-from mllm.training.log import MetricsLog, Work, write_curves
+from mllm.training.log import MetricsLog, Work, costs_of, write_curves
 from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.trainer import LlavaTrainer, StepCallback, TrainingModel, training_arguments
@@ -120,13 +119,8 @@ def train(prepared: Prepared, checkpoint: Path | None, start: Start, console: Co
     start.at("the projector's start and the engine")
     assert_freeze(prepared.model, prepared.freeze)
     model = TrainingModel(prepared.model, features=arguments.caches_features)
-    flops = LlavaFlops(
-        model.llava,
-        image_size=prepared.vision.image_size,
-        image_tokens=prepared.vision.num_tokens,
-        features=arguments.caches_features,
-    )
-    work = Work(flops, device, start.ranks, model.packed)
+    costs = costs_of(model.llava, 0 if arguments.caches_features else prepared.vision.image_size)
+    work = Work(costs, device, start.ranks, model.packed)
     steps = StepCallback(start)
     sampler = EpochSampler(
         prepared.dataset.modality_lengths,

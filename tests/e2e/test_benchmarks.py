@@ -22,10 +22,9 @@ from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.lab.run import Runner, failed_steps
 from clips.weights.open_clip import write_open_clip
-from mllm.compare.benchmarks import benchmark_folder, benchmark_results
-from mllm.compare.cells import PLAN, EncoderCell
-from mllm.compare.commands import lab_cells
-from mllm.compare.comparison import Comparison
+from mllm.compare.commands import lab_cell
+from mllm.compare.comparison import PLAN, Comparison, EncoderCell
+from mllm.compare.figures import benchmark_folder, benchmark_results
 from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
 
 BENCH = Path(f"{sys.prefix}-bench") / "bin" / "python"
@@ -204,7 +203,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "mine.json").write_text("[{}]")
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "questions.jsonl").write_text(lines)
-    (planned,) = lab_cells(comparison, [cell])
+    planned = lab_cell(comparison, cell)
     Runner([planned], 1, Console(quiet=True)).run([planned])
     assert failed_steps([planned]) == []
     assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]

@@ -23,7 +23,8 @@ from clips.common.rundir import UNSEEN
 from clips.data.demo import MISSING
 from clips.lab.report import write_report
 from mllm.compare.comparison import Comparison
-from mllm.compare.probe import PROBE, measure_encoders
+from mllm.compare.figures import PROBE
+from mllm.compare.probe import measure_encoders
 from mllm.compare.report import page as report_page
 from mllm.compare.verify import verify
 from mllm.data.demo import DEMO_DIR, IMAGES

@@ -18,8 +18,8 @@ from clips.common.page import as_html
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.variants import judge
+from mllm.compare.comparison import comparison_of
 from mllm.compare.figures import computed
-from mllm.compare.plan import comparison_of
 from mllm.compare.report import page
 from mllm.compare.verify import opened
 

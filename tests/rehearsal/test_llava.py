@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FlopCounter
 from torch import Tensor
 from transformers import DynamicCache
 
 from clips.common.rehearsal import META, Rehearsal
 from mllm.evaluation.batches import pixel_inputs
-from mllm.model.flops import LlavaFlops
 from mllm.model.load import CACHE
-from mllm.model.packing import pairs_of
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
-from mllm.training.rehearsal import LANGUAGE_MODELS, WORDS, Planned, batch_of, rehearse, rehearse_features, staged
+from mllm.training.log import Work, costs_of
+from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, batch_of, rehearse, rehearse_features, staged
 from mllm.training.trainer import TrainingModel
 
 pytestmark = pytest.mark.slow
@@ -62,14 +62,13 @@ def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tupl
     name, stage, lora, checkpointing = case
     training = made(name, stage, lora=lora, checkpointing=checkpointing)
     batch = batch_of(training, 4)
-    step = rehearse(training, batch)
+    with FlopCounter() as counted:
+        step = rehearse(training, batch)
     assert step.peak / 1e9 == pytest.approx(GB[case], rel=0.02)
     if not checkpointing:
-        flops = LlavaFlops(training.llava, image_size=336, image_tokens=576, features=False)
-        counts = batch["counts"]
-        pairs = pairs_of(4, 576 + WORDS[2], counts.shared)
-        parts = flops.parts(pictures=4, positions=counts.row, pairs=pairs, predicted=counts.learned)
-        assert sum(parts.values()) == pytest.approx(step.flops, rel=0.01)
+        work = Work(costs_of(training.llava, 336), META, 1, training.packed)
+        work.add(batch)
+        assert work.total() == pytest.approx(counted.flops, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_no_kind_of_batch_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     """But one: for models that train padded, transformers looks for padding itself."""
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: kind == "padded")
     training = made("smollm2-135m", 2, **({} if kind == "text" else {kind: True}))
-    assert rehearse(training, batch_of(training, 4, pictures=kind != "text")).flops > 0
+    rehearse(training, batch_of(training, 4, pictures=kind != "text"))
     trained = {name for name, p in training.named_parameters() if p.grad is not None}
     assert any("vision_tower" in name for name in trained) == (kind == "tower")
 
@@ -157,19 +156,20 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
     squares = torch.empty(layout.most_squares, 3, side, side, device=META)
     inputs = pixel_inputs([(squares, layout.sizes[0] if tiles else (side, side))], llava)
     ids, cache = ids.to(META), DynamicCache(config=text)
-    with Rehearsal() as rehearsal, torch.no_grad():
+    with Rehearsal(), torch.no_grad():
         for module in training.model.modules():
             if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
                 module.merge()
         llava.model.language_model.set_attn_implementation("sdpa")
-        merging = rehearsal.flops
-        first = llava(input_ids=ids, **inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        reading = rehearsal.flops - merging
+        with FlopCounter() as counted:
+            first = llava(input_ids=ids, **inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         following = first.logits[:, -1].argmax(-1, keepdim=True)
         second = llava(input_ids=following, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     assert first.logits.shape == second.logits.shape == (1, 1, text.vocab_size)
     assert cache.get_seq_length() == ids.shape[1] + 1
-    flops = LlavaFlops(llava.requires_grad_(False), image_size=side, image_tokens=layout.square, features=False)
-    shape = dict(samples=1, length=ids.shape[1], pictures=layout.most_squares, predicted=1)
-    adapters = sum(2 * p.numel() * ids.shape[1] for name, p in llava.named_parameters() if ".lora_" in name)
-    assert sum(flops(**shape).values()) - adapters == pytest.approx(reading, rel=0.01)
+    length = ids.shape[1]
+    counts = {"pictures": layout.most_squares, "positions": length, "pairs": length**2, "predicted": 1}
+    costs = costs_of(llava.requires_grad_(False), side)
+    adapters = sum(2 * p.numel() * length for name, p in llava.named_parameters() if ".lora_" in name)
+    flops = sum(costs[unit] * count for unit, count in counts.items()) - adapters
+    assert flops == pytest.approx(counted.flops, rel=0.01)

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FlopCounter
 from torch.fx.experimental import _config as fx_config
 
-from clips.common.rehearsal import META, Rehearsal, Waits
+from clips.common.rehearsal import META, Rehearsal, Waits, rehearsed_ranks
 from clips.config import RunConfig, TaskConfig
 from clips.data.loader import micro_batch_size
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import predict, text_features
 from clips.evaluation.testsets import Item
-from clips.model.flops import forward_flops, repeated_flops, training_flops
 from clips.recipes import recipe, with_tower
 from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.losses import info_nce
-from clips.training.prepare import fullest_shape
+from clips.training.prepare import full_batch
 from clips.training.rehearsal import built, rehearse
 
 pytestmark = pytest.mark.slow
@@ -62,23 +62,19 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tuple) -> None:
-    """In the first phase; the FLOPs from shapes are those of torch's own counter."""
+    """In the first phase; the FLOPs by layers are those of torch's own counter."""
     name, kind, gpus, settings = case
     run = variant(name, kind, settings)
-    phase, count = run.phases[0], run.train.accumulation
-    whole = count > 1 and run.train.contrastive == "global"
-    step = rehearse(run, phase, gpus)
+    phase = run.phases[0]
+    with FlopCounter() as counted:
+        step = rehearse(run, phase, gpus)
     assert step.peak / 1e9 == pytest.approx(CASES[case], rel=0.02, abs=6e-4)
-    assert step.weights == pytest.approx(4 * sum(p.numel() for p in built(run, phase).parameters()), rel=0.01)
-    shape = fullest_shape(run, phase, micro_batch_size(phase, count, gpus), gpus)
-    shape = replace(shape, world_size=gpus * (count if whole else 1))
-    flops = sum(training_flops(run.model, shape, run.train.freeze).values())
-    settings = {"checkpointing": run.train.activation_checkpointing, "chunk": run.task.caption_chunk}
-    flops += repeated_flops(run.model, shape, **settings, freeze=run.train.freeze)
-    if whole:
-        forward = forward_flops(run.model, shape)
-        flops = count * (flops + forward["vision"] + forward["text"])
-    assert flops == pytest.approx(step.flops, rel=2e-3)
+    task, count = built(run, phase), run.train.accumulation
+    assert step.weights == pytest.approx(4 * sum(p.numel() for p in task.parameters()), rel=0.01)
+    with rehearsed_ranks(gpus):
+        batch = full_batch(run, phase.image_size, micro_batch_size(phase, count, gpus), META)
+        flops = task.flops(batch, repeated=True) * (count if run.train.whole_step else 1)
+    assert flops == pytest.approx(counted.flops, rel=2e-3)
 
 
 def test_zero_splits_state_gradients_and_weights() -> None:

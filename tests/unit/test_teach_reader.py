@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from clips import PLACES
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256
-from mllm.model.llm import LanguageModel, load_llm
+from mllm.model.llm import READER, LanguageModel, load_llm
+from mllm.training.stages import DEMO_LAYERS
 from tools import teach_reader
 from tools.teach_reader import GRID, KINDS, PLACES_OF_CELLS, Imagination, Reader, Sample
 
@@ -107,6 +108,21 @@ def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, mo
     flags.seed = 1
     with pytest.raises(UserError, match="another --output"):
         teach_reader.teach(again, flags, WORDS)
+
+
+def test_the_packaged_reader_is_the_one_that_its_page_describes() -> None:
+    facts, file = read_json(READER / "reader.json"), READER / "adapter_model.safetensors"
+    assert file.stat().st_size <= 8_000_000
+    assert facts["sha256"] == sha256(file)
+    assert facts["sha256"] in (READER / "README.md").read_text()
+    assert facts["layers"] == DEMO_LAYERS
+    read, plain = (load_llm(layers=DEMO_LAYERS, reader=reader) for reader in ("default", "none"))
+    changed = [
+        name
+        for name, weight in plain.model.named_parameters()
+        if not torch.equal(weight, read.model.get_parameter(name))
+    ]
+    assert len(changed) == 7 * 8, "the linear weights of eight layers"
 
 
 def test_held_out_words_and_the_demos_are_in_no_training() -> None:

@@ -19,10 +19,10 @@ def test_engines_hold_what_is_said_in_every_stage(tmp_path: Path) -> None:
     done = run_python(ROOT / "tests" / "zero_worker.py", "hold", out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     count = sum(p.numel() for p in random_model(tiny_run()).parameters())
-    step = Rehearsed(count, weights=4 * count, gradients=4 * count, state=8 * count, peak=8 * count, flops=0)
+    step = Rehearsed(count, weights=4 * count, gradients=4 * count, state=8 * count, peak=8 * count)
     for name, ranks in torch.load(out, weights_only=True).items():
         zero = STAGES[name] | {"reduce_bucket_size": 0}
-        rehearsed = step if zero["stage"] < 2 else Rehearsed(count, 4 * count, 4 * count, 8 * count, 4 * count, 0)
+        rehearsed = step if zero["stage"] < 2 else Rehearsed(count, 4 * count, 4 * count, 8 * count, 4 * count)
         expected = rehearsed.on_rank(zero, ranks=2)
         if name == "zero3":
             expected -= 4 * count  # all of this model stays gathered

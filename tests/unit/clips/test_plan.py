@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from conftest import ROOT, run_python
 
 from clips.common.errors import UserError
 from clips.common.peaks import CARDS, Machine, stated_peak
-from clips.model.flops import forward_flops
 from clips.recipes import recipe
 from clips.training.plan import print_memory, print_pretraining
-from clips.training.prepare import flops_per_sample, usual_shape
 from clips.training.rehearsal import rehearse
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
@@ -43,14 +39,6 @@ def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixtu
     print_memory(run, 8, {"stage": 0})
     step = rehearse(run, run.phases[0], 8)
     assert f"{step.on_rank({}, 8) / 1e9:.3g} GB" in capsys.readouterr().err
-
-
-def test_cut_steps_pay_one_more_forward_pass_of_the_towers() -> None:
-    run = recipe("b16")
-    cut = replace(run, train=replace(run.train, accumulation=4, contrastive="global"))
-    forward = forward_flops(run.model, usual_shape(run, run.phases[0].image_size))
-    more = flops_per_sample(cut, cut.phases[0]) - flops_per_sample(run, run.phases[0])
-    assert more == forward["vision"] + forward["text"]
 
 
 @pytest.mark.slow

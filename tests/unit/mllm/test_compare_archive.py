@@ -26,11 +26,9 @@ from clips.common.files import read_json, sha256
 from clips.common.page import as_html
 from clips.lab import archive
 from clips.lab.archive import unpack
-from mllm.compare.cells import PLAN, cells_of
-from mllm.compare.commands import lab_cells
-from mllm.compare.comparison import Comparison
-from mllm.compare.plan import comparison_of as comparison_of_plan
-from mllm.compare.plan import fix_plan, plan_of
+from mllm.compare.commands import fix_plan, lab_cell, plan_of
+from mllm.compare.comparison import PLAN, Comparison
+from mllm.compare.comparison import comparison_of as comparison_of_plan
 from mllm.compare.report import page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 
@@ -82,8 +80,8 @@ def test_an_untouched_comparison_verifies(output: Path) -> None:
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
     comparison = finish(comparison_of(place, decides="log_likelihood/where"))
-    cells = {cell.name: cell for cell in cells_of(comparison)}
-    assert all("--likelihood" in lab.steps[-1].command for lab in lab_cells(comparison, [*cells.values()]))
+    cells = {cell.name: cell for cell in comparison.cells}
+    assert all("--likelihood" in lab_cell(comparison, cell).steps[-1].command for cell in cells.values())
     report = reported(comparison)
     means = {}
     for name, cell in cells.items():
@@ -165,7 +163,7 @@ def test_the_plan_stands_before_the_first_cell(made: Path, tmp_path: Path, monke
     assert asked["kinds"] == {"identity": 12, "where": 12, "yes_no": 12}
     assert asked["sha256"] == sha256(made / "question.jsonl")
     again = comparison_of_plan(plan, comparison.output)
-    assert [cell.directory for cell in cells_of(again)] == [cell.directory for cell in cells_of(comparison)]
+    assert [cell.directory for cell in again.cells] == [cell.directory for cell in comparison.cells]
     with pytest.raises(UserError, match="--decides accuracy/count"):
         fix_plan(dataclasses.replace(comparison, decides="accuracy/count"))
 

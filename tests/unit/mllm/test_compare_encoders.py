@@ -19,23 +19,18 @@ from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finis
 from clips.common.errors import UserError
 from clips.common.page import as_html
 from clips.recipes import recipe
-from mllm.compare.benchmarks import benchmark_folder, benchmark_results
-from mllm.compare.cells import (
-    RECIPES,
-    PretrainedEncoder,
-    cells_of,
+from mllm.compare.commands import check_cell, fix_plan, lab_cell, pretrain_config, stage_samples, train_arguments
+from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags
+from mllm.compare.figures import (
+    benchmark_folder,
+    benchmark_results,
+    compare_scores,
     encoder_groups,
-    encoder_names,
-    encoders_to_pretrain,
-    llava_runs,
+    item_scores,
+    read_answers,
 )
-from mllm.compare.checks import check_request, check_same_samples, load_encoders
-from mllm.compare.commands import check_cell, lab_cells, pretrain_config, stage_samples, train_arguments
-from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings, question_limit
-from mllm.compare.figures import compare_scores, item_scores, read_answers
-from mllm.compare.plan import fix_plan
 from mllm.compare.report import floors, page, sentence
-from mllm.compare.run import compare
+from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
@@ -64,7 +59,7 @@ def finished(original: Comparison, place: Path) -> Comparison:
 
 def check_cells(comparison: Comparison, *numbers: int) -> None:
     """All cells, or those of these numbers."""
-    for number, cell in enumerate(cells_of(comparison)):
+    for number, cell in enumerate(comparison.cells):
         if not numbers or number in numbers:
             check_cell(comparison, cell)
 
@@ -89,7 +84,7 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
     )
     for stage, dataset_size in ((1, 12), (2, 16)):
         seen = {}
-        for cell in cells_of(comparison):
+        for cell in comparison.cells:
             arguments = train_arguments(comparison, cell, stage)
             prepared = prepare(arguments, torch.device("cpu"), None)
             sampler = EpochSampler(
@@ -107,16 +102,16 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
             seen[cell] = (trains, list(sampler), prepared.dataset[0]["input_ids"], weights)
             assert sorted(seen[cell][1]) == list(range(dataset_size))
         for seed in range(comparison.seeds):
-            first, *others = [seen[cell] for cell in cells_of(comparison) if cell.seed == seed]
+            first, *others = [seen[cell] for cell in comparison.cells if cell.seed == seed]
             for other in others:
                 assert other[:3] == first[:3]
                 assert other[3].keys() == first[3].keys()
                 assert all(torch.equal(other[3][name], first[3][name]) for name in first[3])
-        a, b = (seen[cell] for cell in cells_of(comparison) if cell.encoder == "blind")
+        a, b = (seen[cell] for cell in comparison.cells if cell.encoder == "blind")
         assert a[1] != b[1]
         started = [name for name in a[3] if "projector" in name or "lora_A" in name]
         assert any(not torch.equal(a[3][name], b[3][name]) for name in started)
-    seeds = [cell for cell in cells_of(comparison) if cell.encoder == "random"]
+    seeds = [cell for cell in comparison.cells if cell.encoder == "random"]
     assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in seeds}) == 2
 
 
@@ -143,12 +138,12 @@ def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tm
 
 
 def pretrained(comparison: Comparison) -> set[str]:
-    return {encoder.directory.name for encoder in encoders_to_pretrain(comparison)}
+    return {encoder.directory.name for encoder in comparison.pretrained}
 
 
 def test_names_stand_for_directories(tmp_path: Path) -> None:
     def visions(comparison: Comparison) -> dict[str, str]:
-        return {cell.name: cell.vision for cell in cells_of(comparison)}
+        return {cell.name: cell.vision for cell in comparison.cells}
 
     comparison = Comparison(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
     assert [*visions(comparison)][:5] == ["clips-seed0", "clip-seed0", "random-seed0", "blind-seed0", "clips-seed1"]
@@ -163,20 +158,20 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
         f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(5, 10)
     }
     both = Comparison(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
-    assert encoder_names(both) == ["clips:a", "clips:b", "blind"]
+    assert both.names == ["clips:a", "clips:b", "blind"]
 
 
 def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
     """One run more than encoders by default; more of either kind of seed keep the cells that are there."""
     comparison = Comparison(encoders=("clips", "hf:some/model", "random", "blind"), output=tmp_path)
-    clips = [cell for cell in cells_of(comparison) if cell.encoder == "clips"]
+    clips = [cell for cell in comparison.cells if cell.encoder == "clips"]
     assert [(cell.pretraining_seed, cell.seed) for cell in clips] == [(s, s) for s in range(5)] + [(0, 1000)]
     assert clips[5].vision == clips[0].vision == f"clips:{tmp_path}/encoders/clips-seed0"
     few = dataclasses.replace(comparison, seeds=3)
     grid = dataclasses.replace(comparison, llava_runs=10)
-    assert set(cells_of(few)[:12]) < set(cells_of(comparison)) < set(cells_of(grid))
+    assert set(few.cells[:12]) < set(comparison.cells) < set(grid.cells)
     fixed = Comparison(encoders=("hf:some/model", "blind"), output=tmp_path)
-    assert len(cells_of(fixed)) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
+    assert len(fixed.cells) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
     groups = {name: encoder_groups(comparison, name).tolist() for name in ("clips", "hf", "random", "blind")}
     assert groups["clips"] == encoder_groups(comparison, "clips", "random").tolist() == [0, 1, 2, 3, 4, 0]
     assert groups["random"] == encoder_groups(comparison, "hf", "random").tolist() == [0, 1, 2, 3, 4, 5]
@@ -185,20 +180,20 @@ def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
 
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = comparison_of(place), comparison_of(place, quick=True)
-    cell = cells_of(full)[0]
+    cell = full.cells[0]
     budgets = (full, quick, dataclasses.replace(quick, budget=0.25))
     assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 6, 3]
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
     assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (20, 80)
     given = comparison_from_flags(script_parser("compare_encoders").parse_args(["--quick"]))
-    assert (given.encoders, given.seeds, llava_runs(given)) == (("clips", "random"), 1, 4)
-    assert [evaluation_settings(comparison)["limit"] for comparison in (full, quick)] == [None, 400]
+    assert (given.encoders, given.seeds, given.runs) == (("clips", "random"), 1, 4)
+    assert [comparison.evaluation_settings()["limit"] for comparison in (full, quick)] == [None, 400]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
-    assert (budget_share(demo), question_limit(demo)) == (0.5, 400)
+    assert (demo.budget_share, demo.question_limit) == (0.5, 400)
     here = dataclasses.replace(full, encoders=("clips", "clip"))
     short = dataclasses.replace(here, quick=True)
     for comparison, samples in ((here, 96_000), (short, 48_000)):
-        encoders = encoders_to_pretrain(comparison)
+        encoders = comparison.pretrained
         assert {pretrain_config(comparison, encoder).samples for encoder in encoders} == {samples}
 
 
@@ -212,8 +207,8 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
     given = comparison_from_flags(script_parser("compare_encoders").parse_args(words))
     fields = ("output", "train_flags", "questions", "image_folder", "device")
     comparison = finish(dataclasses.replace(given, **{name: getattr(comparison_of(place), name) for name in fields}))
-    assert encoder_names(comparison) == ["clips", "blind", "clips, tiles", "blind, tiles"]
-    cells = {cell.name: cell for cell in cells_of(comparison)}
+    assert comparison.names == ["clips", "blind", "clips, tiles", "blind, tiles"]
+    cells = {cell.name: cell for cell in comparison.cells}
     plain, tiled = cells["clips-clips-run-seed1"], cells["clips-clips-run-tiles-seed1"]
     assert (plain.vision, plain.seed, plain.variant) == (tiled.vision, tiled.seed, "")
     now, then = (train_arguments(comparison, cell, 2) for cell in (plain, tiled))
@@ -232,7 +227,7 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
 
 def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
     check_cells(finished)
-    cell = cells_of(finished)[5]
+    cell = finished.cells[5]
     changed = dataclasses.replace(finished, train_flags=(*FLAGS, "--instruct.learning_rate", "0.5"))
     with pytest.raises(UserError, match=r"instruct.learning_rate: .* → 0.5"):
         check_cells(changed)
@@ -255,18 +250,18 @@ def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: P
     mended.write_text(finished.questions.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match="sha256"):
         check_cells(dataclasses.replace(finished, questions=mended))
-    shutil.rmtree(cells_of(finished)[0].evaluation)
+    shutil.rmtree(finished.cells[0].evaluation)
     check_cells(shorter, 0)
-    first = lab_cells(shorter, cells_of(shorter))[0]
+    first = lab_cell(shorter, shorter.cells[0])
     (missing,) = [step for step in first.steps if not step.is_done()]
     assert [Path(word).name for word in missing.command[1:4]] == ["evaluate_llava.py", "--model", "model"]
     assert missing.command[-2:] == ("--limit", "7")
 
 
 def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
-    path = cells_of(finished)[2].evaluation / "question.jsonl"
+    path = finished.cells[2].evaluation / "question.jsonl"
     path.write_text(path.read_text().replace("where?", "Where, please?"))
-    with pytest.raises(UserError, match=f"{cells_of(finished)[2].name} answered other questions"):
+    with pytest.raises(UserError, match=f"{finished.cells[2].name} answered other questions"):
         read_answers(finished)
 
 
@@ -307,13 +302,13 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
         checked(comparison_of(place, questions=place / "mine.jsonl"))
     comparison = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
     with pytest.raises(UserError, match="nowhere"):
-        load_encoders(comparison, [], cells_of(comparison))
+        load_encoders(comparison, [], comparison.cells)
 
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
     comparison = comparison_of(place, encoders=("clips", "clip"))
     tiny = dataclasses.replace(comparison, pretrain_flags=("--debug",))
-    encoder = encoders_to_pretrain(comparison)[0]
+    encoder = comparison.pretrained[0]
     encoder.directory.mkdir(parents=True)
     pretrain_config(tiny, encoder).save(encoder.directory / "config.json")
     with pytest.raises(UserError, match="other settings"):
@@ -353,7 +348,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
             | {"text": f"a red cat number {i} on grass" if good else "nothing"}
             for i in range(12)
         ]
-        for cell, good in zip(cells_of(comparison), (True, False) * 5, strict=True)
+        for cell, good in zip(comparison.cells, (True, False) * 5, strict=True)
     }
     scores = item_scores(comparison, answers)
     assert list(scores) == ["cider_d"]
@@ -371,13 +366,13 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
 def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
     """Its file as lmms-eval 0.7.3 writes it: task → "metric,filter" → value, with standard errors beside."""
     comparison = dataclasses.replace(finished, benchmarks=("gqa",))
-    cells = cells_of(comparison)
-    assert not any(cell.is_done() for cell in lab_cells(comparison, cells))
+    cells = comparison.cells
+    assert not any(lab_cell(comparison, cell).is_done() for cell in cells)
     for cell in cells:
         value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
         errors = {"exact_match_stderr,none": 0.01, "exact_match_stderr_clustered,none": "N/A"}
         write_benchmark(cell.directory, "gqa", {"gqa": {"alias": "gqa", "exact_match,none": value, **errors}})
-    assert all(cell.is_done() for cell in lab_cells(comparison, cells))
+    assert all(lab_cell(comparison, cell).is_done() for cell in cells)
     members = {"mmmu": {"alias": "mmmu", " ": " "}, "mmmu_val": {"mmmu_acc,none": 0.3, "mmmu_acc,strict": 0.2}}
     write_benchmark(cells[0].directory, "mmmu", members)  # a group has no score of its own
     assert benchmark_results(cells[0].directory, ("mmmu",)) == {

@@ -10,9 +10,8 @@ from conftest import ROOT
 
 from clips.common.files import read_json
 from clips.lab.stats import interval, over_groups, verdict
-from mllm.compare.cells import llava_runs
 from mllm.compare.comparison import LIMIT, Comparison
-from mllm.compare.plan import (
+from mllm.compare.figures import (
     ANSWER_VARIANCE,
     ENCODER_VARIANCE,
     OF_QUESTIONS,
@@ -20,7 +19,7 @@ from mllm.compare.plan import (
     RUN_VARIANCE,
     detectable_difference,
 )
-from mllm.compare.words import design_in_words
+from mllm.compare.report import design_in_words
 
 STORED = read_json(ROOT / "tests" / "data" / "lab" / "real" / "encoders.json")["encoders"]
 BY_SEED = [
@@ -54,7 +53,7 @@ def test_designs_in_words_and_what_they_see(
 ) -> None:
     """With 400 questions (the default), 800 and 6,400."""
     comparison = Comparison(seeds=seeds, llava_runs=runs)
-    assert design_in_words(seeds, llava_runs(comparison)) == design
+    assert design_in_words(seeds, comparison.runs) == design
     assert [100 * detectable_difference(comparison, n) for n in (LIMIT, 800, 6400)] == pytest.approx(points, abs=0.1)
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     assert f"| {design} | {' | '.join(map(str, points))} |" in page
@@ -64,7 +63,7 @@ def test_designs_in_words_and_what_they_see(
 def test_simulated_comparisons_of_the_default_design_find_it_in_80_of_100(questions: int) -> None:
     """Luck of pretrainings and of LLaVA runs is that of whole models: no number of questions averages it out."""
     comparison, rng = Comparison(), np.random.default_rng(0)
-    runs, wins, tries = llava_runs(comparison), 0, 600
+    runs, wins, tries = comparison.runs, 0, 600
     groups = np.arange(runs) % comparison.seeds
     seen = detectable_difference(comparison, questions)
     for _ in range(tries):

@@ -30,6 +30,7 @@ from mllm.model.projector_start import (
     start_from_captions,
     telling_words,
 )
+from mllm.training.prepare import places_of_tokens
 
 
 def make(kind="mlp2x_gelu", width=24, dim=64, seed=0):
@@ -171,6 +172,16 @@ def test_sharpened_tokens_point_at_what_they_show_and_at_their_place(kind):
     assert spread == pytest.approx(1, abs=0.2)
     if kind == "linear":
         assert torch.equal(projector.linear_2.weight, torch.eye(64))
+
+
+def test_places_of_tokens_are_those_of_a_square_grid():
+    words = torch.randn(200, 16)
+    of_token, directions = places_of_tokens(36, words, lambda text, **_: {"input_ids": [len(text), ord(text[1])]})
+    rows = of_token.view(6, 6).tolist()
+    assert (rows[0][0], rows[0][5], rows[5][0], rows[5][5], rows[2][3]) == (0, 1, 2, 3, 4), "in PLACES' order"
+    assert directions.shape == (5, 16)
+    assert (directions @ directions.T - torch.eye(5)).max() < 0.6, "told apart"
+    assert places_of_tokens(35, words, None) is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])

@@ -1,0 +1,44 @@
+"""Counts the FLOPs of a training step by the layers of a model: the one count of both halves, from which MFU follows.
+
+A multiply-add counts twice. Linear layers, convolutions and attention are counted, as `torch.utils.flop_counter` does;
+what is computed a second time to save memory is not (PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def forward_flops(module: nn.Module) -> int:
+    """Return the FLOPs of one token through the linear layers and convolutions of `module`."""
+    return sum(_product(layer) for layer in _layers(module))
+
+
+def training_flops(module: nn.Module, learns: bool) -> int:
+    """Return the FLOPs of one token forward and backward, as `forward_flops`.
+
+    A layer computes a gradient of its weights if they train, and one of its input if something in front of it trains.
+
+    Args:
+        learns: The input of `module` needs a gradient.
+    """
+    total = 0
+    for layer in _layers(module):
+        trains = layer.weight.requires_grad
+        total += (1 + learns + trains) * _product(layer)
+        learns |= trains
+    return total
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
+    return (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+
+
+def _product(layer: nn.Linear | nn.Conv2d) -> int:
+    """Return the FLOPs of one vector; quantised and sharded weights have the sizes of what they stand for."""
+    if isinstance(layer, nn.Conv2d):
+        return 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size)
+    return 2 * layer.in_features * layer.out_features
