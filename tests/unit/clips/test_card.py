@@ -1,12 +1,14 @@
-"""Model cards of exports: they parse, their code runs, their figures are of these weights."""
+"""Model cards of exports and of LLaVA models: they parse, their code runs, their figures are of these weights."""
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_chat
 import torch
 from conftest import random_model, tiny_run
 from huggingface_hub import ModelCard
@@ -89,3 +91,22 @@ def test_a_card_holds_figures_of_these_weights_only(tmp_path: Path) -> None:
         assert results == {("test", 12.3), ("unseen", 7.8)}
     for card in export(tmp_path / "export", run, model, evaluations=others).values():
         assert not ModelCard(card).data.eval_results
+
+
+place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
+
+
+def test_the_code_of_a_llava_card_runs_beside_it(place, monkeypatch, capsys):
+    directory = place / "runs" / "llava" / "model"
+    written = (directory / "README.md").read_text(encoding="utf-8")
+    assert "\n# llava\n" in written
+    data = ModelCard(written).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert (data.base_model, data.license) == (None, None)  # a directory is no base that others have
+    (block,) = re.findall(r"^```python\n(.*?)^```", written, flags=re.DOTALL | re.MULTILINE)
+    shutil.copytree(directory, place / "elsewhere")
+    shutil.copy(place / "images" / "0.png", place / "elsewhere" / "picture.png")
+    monkeypatch.chdir(place / "elsewhere")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert capsys.readouterr().out.strip() == names["answer"][0]["generated_text"].strip() != ""

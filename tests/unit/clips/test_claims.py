@@ -1,4 +1,4 @@
-"""Studies of variants: what differs between the runs, the verdicts, and the page."""
+"""Studies of variants: what differs between the runs, the verdicts, the page, and a study of real, tiny runs."""
 
 import json
 from dataclasses import replace
@@ -7,12 +7,12 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from lab_runs import with_figures
+from lab_runs import run_main, with_figures
 
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
 from clips.config import difference as differing_fields
-from clips.data.demo import WITH_ERRORS, split_scene
+from clips.data.demo import WITH_ERRORS, ensure_demo, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
@@ -198,3 +198,33 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     assert "nearness of test sentences" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name small data; the validation split is also an artist never trained on."""
+    made = ensure_demo(tmp_path_factory.mktemp("data"), sizes={"train": 300, "val": 40, "test": 80})
+    settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
+    return [*settings, f'data.further_tests=[{{"name": "unseen", "data": "{made / "val"}"}}]']
+
+
+@pytest.mark.slow
+def test_finished_runs_are_never_run_again(tmp_path, data, monkeypatch, capsys):
+    output = tmp_path / "claims"
+    flags = ["claims", "--claims", "b,e", "--seeds", "2", "--samples", "64", "--output", output]
+    flags += ["--llava-report", tmp_path / "none.json", "--set", *data]
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    result = json.loads((output / "claims.json").read_text())
+    runs = [run for variant in result["variants"].values() for run in variant["runs"]]
+    assert {run["name"] for run in runs} == {f"{n}-seed{s}" for n in ("web", "sentence", "captioner") for s in (0, 1)}
+    for run in runs:
+        assert (run["config"]["train"]["seed"], run["config"]["phases"][0]["samples"]) == (run["seed"], 64)
+        assert 0 <= run["figures"]["unseen/long_r1"] <= 100
+    assert result["questions"]["e"]["verdict"] == "not run"
+    assert "python scripts/compare_encoders.py" in (output / "claims.html").read_text()
+
+    capsys.readouterr()
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    assert "0 of 6 to run" in capsys.readouterr().err
+    again = json.loads((output / "claims.json").read_text())
+    assert (again["variants"], again["seconds"]) == (result["variants"], result["seconds"])
