@@ -4,8 +4,6 @@ import csv
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from bad_corpus import encode
 from PIL import Image
@@ -96,16 +94,6 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    hub = tmp_path / "hub"
-    (hub / "data").mkdir(parents=True)
-    (hub / "README.md").write_text("---\n")
-    for split in ("train", "test"):
-        cells = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
-        table = pa.table({"image": cells, "text": [f"{split} {i}" for i in range(3)]})
-        pa.parquet.write_table(table, hub / f"data/{split}-00000-of-00001.parquet")
-    assert texts(opened(hub)) == ["train 0", "train 1", "train 2"], "the test split is not trained on"
-    assert "test-00000-of-00001.parquet left for tests" in caplog.text
-
     for suffix in (".csv", ".jsonl"):
         folder = tmp_path / f"imagefolder{suffix}" / "train"
         pictures(folder)

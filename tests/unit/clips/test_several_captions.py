@@ -17,18 +17,17 @@ from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, UserError
-from clips.config import OTHERS, DataConfig, Fields
+from clips.config import OTHERS, Fields
 from clips.data.check import check_pairs
 from clips.data.guess import say_once
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
-from clips.data.splits import check_readable, open_split
+from clips.data.splits import check_readable
 from clips.evaluation.encode import ImageSet
 from clips.evaluation.evaluate import retrieval_rows
 from clips.evaluation.testsets import SourceSet
 from clips.recipes import recipe
-from clips.training.cli import config_from_flags, parser
 from mllm.data.captions import CaptionStore
 
 FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
@@ -229,49 +228,3 @@ def test_rows_that_do_not_fit_are_a_share_of_rows(tmp_path: Path) -> None:
     run = recipe("small")
     with pytest.raises(BrokenDataError, match=r"are broken, 1\.6%"):
         check_pairs(replace(run, data=replace(run.data, train=str(path), max_broken_share=0.01)))
-
-
-def karpathy(folder: Path, entries: list[dict[str, object]]) -> Path:
-    (folder / "dataset.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    return folder / "dataset.json"
-
-
-def test_karpathys_file_trains_chooses_and_measures(tmp_path: Path) -> None:
-    sentences = [{"raw": f"caption {i}", "tokens": []} for i in range(7)]
-    (tmp_path / "val2014").mkdir()
-    names = {"a.png": "test", "b.png": "restval", "c.png": "train", "d.png": "val"}
-    for name in names:
-        (tmp_path / "val2014" / name).write_bytes(encode(Image.new("RGB", (8, 8))))
-    entries = [
-        {"filepath": "val2014", "filename": name, "split": split, "sentences": sentences}
-        for name, split in names.items()
-    ]
-    path = karpathy(tmp_path, entries)
-
-    run = config_from_flags(parser().parse_args(["--karpathy", str(path), "--image-root", str(tmp_path)]))
-    assert run.recipe == "small"
-    keys = {split: [item.read(i).key for i in range(len(item))] for split, item in opened_splits(run.data).items()}
-    assert {split: [key.split("/")[-1][:5] for key in of_split] for split, of_split in keys.items()} == {
-        "train": ["b.png", "c.png"], "val": ["d.png"], "test": ["a.png"],
-    }  # fmt: skip
-    item = SourceSet(open_split(run.data, "test", need_long=False)).read(0)
-    assert item.captions["sentence"] == [f"caption {i}" for i in range(5)]
-    assert not item.captions["part"]
-
-    with pytest.raises(UserError, match="restval, test, train, val"):
-        opened(f"{path}#validation")
-    with pytest.raises(UserError, match="--image-root"):
-        opened(path.rename(tmp_path / "val2014" / "moved.json").with_name("moved.json#test"))
-    with pytest.raises(UserError, match="pictures is there"):
-        opened(f"{karpathy(tmp_path, [entries[0] | {'filepath': '..'}])}#test")
-    for splits in ([None], [None, "train"]):
-        karpathy(tmp_path, [entries[0] | {"split": split} for split in splits])
-        with pytest.raises(UserError, match="Karpathy split file"):
-            opened(f"{path}#test")
-    path.write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="Karpathy"):
-        opened(f"{path}#test")
-
-
-def opened_splits(data: DataConfig) -> dict[str, Source]:
-    return {split: open_split(data, split, need_long=split == "train") for split in ("train", "val", "test")}

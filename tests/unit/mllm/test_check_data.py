@@ -89,9 +89,6 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     assert "4 of 4 samples checked would be trained on" in printed.out
     named = f"--stage 2 --data_path {data / 'good.json'} --image_folder {data / 'images'}"
     assert named in printed.err, "without a stage the next step was refused"
-    (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
-    check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "pairs.csv")]))
-    assert f"--vision clips --data_path {data / 'pairs.csv'}" in capsys.readouterr().err, "for both stages"
     (data / "odd.jsonl").write_text('{"image": "a.png", "alt words": "a dog"}\n')
     fields = ["--fields", "web=alt words"]
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "odd.jsonl"), *fields]))
