@@ -6,7 +6,6 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-import bomb
 import pytest
 import torch
 
@@ -68,19 +67,6 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
         checkpoint.load(bad)
     write(tmp_path, 2)  # trained again, the same step replaces the bad one
     assert checkpoint.latest(tmp_path).state.step == 2
-
-
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    """Alone, and in the place of a weight file in a directory with right hashes."""
-    fired, path = tmp_path / "fired", write(tmp_path / "run", 1)
-    bomb.write_pickle(tmp_path / "model.pt", fired)
-    with pytest.raises(UserError, match=r"--resume .*model\.pt.*directory"):
-        checkpoint.load(tmp_path / "model.pt")
-    bomb.write_pickle(path / "model.safetensors", fired)
-    files.seal(path)
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        checkpoint.load(path).weights()
-    assert not fired.exists()
 
 
 def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
