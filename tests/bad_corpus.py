@@ -4,8 +4,6 @@
 most memory that it took. A new consumer of data becomes one more entry in ROUTES.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

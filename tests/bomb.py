@@ -1,7 +1,5 @@
 """A pickle that leaves a mark when it is run, in every form that a checkpoint may have."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

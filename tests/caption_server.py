@@ -1,12 +1,8 @@
 """Pairs as img2dataset leaves them, and a small OpenAI-style server that captions them as a test says."""
 
-from __future__ import annotations
-
 import contextlib
-import gzip
 import json
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,33 +28,27 @@ def echo(text: str) -> str:
 @contextlib.contextmanager
 def serving(answer: Callable[[str], str | dict | bytes | int | None] = echo) -> Iterator[str]:
     """The captioner's name. `answer` gives a caption, a choice, bytes that are sent without end, the status of half a
-    JSON, or None to hang up. In the place of /v1, /drip and /flood list models without end, and /zip compresses them.
+    JSON, or None to hang up. In the place of /v1, /flood lists models without end.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        def reply(self, content: bytes, status: int = 200, encoding: str = "identity") -> None:
+        def reply(self, content: bytes, status: int = 200) -> None:
             self.send_response(status)
-            self.send_header("Content-Encoding", encoding)
             self.send_header("Content-Type", "text/html" if content[:1] == b"<" else "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
-        def repeat(self, content: bytes, pause: float = 0) -> None:
+        def repeat(self, content: bytes) -> None:
             self.send_response(200)
             self.end_headers()
             with contextlib.suppress(OSError):  # the client has left
                 while True:
                     self.wfile.write(content)
-                    time.sleep(pause)
 
         def do_GET(self) -> None:
-            if self.path == "/drip/models":
-                return self.repeat(b" ", 0.1)
             if self.path == "/flood/models":
                 return self.repeat(b" " * 2**16)
-            if self.path == "/zip/models":
-                return self.reply(gzip.compress(b'{"data": [{"id": "tiny"}]}'), encoding="gzip")
             return self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
 
         def do_POST(self) -> None:

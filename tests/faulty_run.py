@@ -12,8 +12,6 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

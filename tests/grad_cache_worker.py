@@ -3,8 +3,6 @@
 python grad_cache_worker.py OUT
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

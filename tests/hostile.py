@@ -1,7 +1,5 @@
 """Texts that data may hold and that act in one medium or another instead of being read."""
 
-from __future__ import annotations
-
 HOSTILE = {
     "mathematics": "from $5_a^{b$ to $6 \\frac{ \\alpha_{x}^{y} $$ $\\invalid$",
     "html": "<script>alert(1)</script> & &amp; &#60; <b>bold</b> <img src=x onerror=alert(1)> </div></main>",

@@ -1,7 +1,5 @@
 """Finished pretraining runs without a training, as the studies of variants read them, and commands in this process."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """What the tests of the pretraining command share: starting and watching real processes, small real data."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -11,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -121,13 +119,17 @@ def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
 
 
 def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], extension: str = "png") -> Path:
+    rows = enumerate({extension: picture, **rest} for picture, rest in samples)
+    return write_tar(path, ((f"{i:05d}.{name}", data) for i, row in rows for name, data in row.items()))
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for i, (picture, rest) in enumerate(samples):
-            for name, data in {extension: picture, **rest}.items():
-                member = tarfile.TarInfo(f"{i:05d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return path
 
 
@@ -222,3 +224,28 @@ def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(bytes(data))
+
+
+def of_run(out: Path) -> list[psutil.Process]:
+    """Those whose command names the output directory `out`."""
+
+    def is_ours(process: psutil.Process) -> bool:
+        try:
+            return str(out) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.process_iter() if is_ours(process)]
+
+
+def wait_until_gone(out: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while of_run(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert of_run(out) == []
+
+
+def rank(out: Path, number: int) -> psutil.Process:
+    """The training process of a rank."""
+    processes = [process for process in of_run(out) if process.environ().get("RANK") == str(number)]
+    return min(processes, key=psutil.Process.create_time)  # its workers came later

@@ -5,8 +5,6 @@ python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is
 python llava_worker.py each 0 [flags] + [flags] + …: several stages, one after the other, in the same processes.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -4,8 +4,6 @@ COMMAND: pretrain or llava, with its flags, or start: a start of a few parts, wi
 the rest are in the environment: no launcher stands above the ranks, which would end the others if one fails.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

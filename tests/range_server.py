@@ -1,7 +1,5 @@
 """A real HTTP server for files of a folder: ranges, tags, counts, and the ways in which servers fail."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The server in a thread and as a process, with its tiny models; questions of the official client and of strangers."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

@@ -3,8 +3,6 @@
 python tests/small_demo.py several|one SCRIPT FLAG ...
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

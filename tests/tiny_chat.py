@@ -1,7 +1,5 @@
 """A tiny LLaVA-style model in a folder, loaded for talks: fixtures that a test module imports by name; its answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

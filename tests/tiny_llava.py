@@ -1,7 +1,5 @@
 """What the tests of LLaVA training share: a folder with all that both stages need, and both ways of starting one."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -46,6 +44,11 @@ TRAIN = ROOT / "scripts" / "train_llava.py"
 def write_place(root: Path) -> Path:
     """`root` with an encoder, a language model, data of 20 pictures and 12 text-only samples, and a projector."""
     return shutil.copytree(_made_place(), root, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @functools.cache

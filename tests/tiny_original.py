@@ -4,52 +4,25 @@ Written from what LLaVA's code (haotian-liu/LLaVA, transformers 4.37.2) saves an
 mllm/model/original.py or mllm/model/convert.py.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import make_tokenizer, write_sentencepiece
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 CLASSES = {
-    "LlavaLlamaForCausalLM": ("llava_llama", LlamaConfig, LlamaForCausalLM),
-    "LlavaMistralForCausalLM": ("llava_mistral", MistralConfig, MistralForCausalLM),
-    "LlavaQwenForCausalLM": ("llava_qwen", Qwen2Config, Qwen2ForCausalLM),
+    "LlavaLlamaForCausalLM": ("llava_llama", transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "LlavaMistralForCausalLM": ("llava_mistral", transformers.MistralConfig, transformers.MistralForCausalLM),
+    "LlavaQwenForCausalLM": ("llava_qwen", transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
 }
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "rope_theta": 20000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
+TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+TEXT |= {"initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_theta": 20000.0}
+TEXT |= {"rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16"}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TOWER |= {"image_size": 32, "patch_size": 8}
 LORA_R, LORA_ALPHA = 4, 8
@@ -59,15 +32,17 @@ def write_tower(directory: Path) -> dict[str, Tensor]:
     """A CLIP vision tower as the hub has it; returns its tensors (fp32, whose values half precision holds)."""
     directory.mkdir(parents=True)
     torch.manual_seed(0)
-    config = CLIPVisionConfig(**TOWER)
+    config = transformers.CLIPVisionConfig(**TOWER)
     tensors = {
         f"vision_model.{name}": (torch.randn(tensor.shape) * 0.2).half().float()
-        for name, tensor in CLIPVisionModel(config).state_dict().items()
+        for name, tensor in transformers.CLIPVisionModel(config).state_dict().items()
         if not name.endswith("position_ids")
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(directory)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        directory
+    )
     return tensors
 
 
@@ -77,7 +52,7 @@ def write_base(directory: Path, cls: str = "LlavaLlamaForCausalLM", *, legacy: b
     Qwen has a byte-level tokenizer with a chat template of its own.
     """
     _, config_cls, model_cls = CLASSES[cls]
-    if config_cls is Qwen2Config:
+    if config_cls is transformers.Qwen2Config:
         make_tokenizer("gpt2").save_pretrained(directory)
     else:
         write_sentencepiece(directory, legacy=legacy, specials=False)
@@ -85,7 +60,7 @@ def write_base(directory: Path, cls: str = "LlavaLlamaForCausalLM", *, legacy: b
         named |= {"unk_token": "<unk>", "pad_token": "<unk>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(named))
     torch.manual_seed(1)
-    fields = TEXT | {"vocab_size": len(AutoTokenizer.from_pretrained(directory))}
+    fields = TEXT | {"vocab_size": len(transformers.AutoTokenizer.from_pretrained(directory))}
     tensors = model_cls(config_cls(**fields)).half().state_dict()
     torch.save(tensors, directory / "pytorch_model.bin")
     fields |= {"model_type": config_cls.model_type, "architectures": [model_cls.__name__]}
@@ -230,7 +205,7 @@ def llava_logits(
     language = model_cls(config_cls(**TEXT, vocab_size=config["vocab_size"])).eval()
     known = language.state_dict().keys()
     language.load_state_dict({n: t.float() for n, t in tensors.items() if n in known})
-    vision = CLIPVisionModel(CLIPVisionConfig(**TOWER)).eval()
+    vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER)).eval()
     own = vision.state_dict()
     vision.load_state_dict(own | {
         name: tower[f"vision_model.{name.removeprefix('vision_model.')}"].float()

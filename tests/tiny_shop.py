@@ -1,19 +1,18 @@
 """A shop of drawn products in the layouts of published sets: tar shards with JSON members, and the hub's Parquet."""
 
-from __future__ import annotations
-
 import io
 import json
 import random
-import tarfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import launched
 import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-TEXTS = [
+TEXTS = (
     "gender",
     "masterCategory",
     "subCategory",
@@ -22,7 +21,7 @@ TEXTS = [
     "season",
     "usage",
     "productDisplayName",
-]
+)
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 STRINGS = [(name, pa.string()) for name in TEXTS]
 HUB = pa.schema([("id", pa.int64()), ("year", pa.float64()), *STRINGS, ("image", PICTURE)])
@@ -52,13 +51,9 @@ def picture(kind: str = "JPEG", number: int = 0) -> bytes:
 
 def write_tar(path: Path, rows: list[dict[str, Any]], number: str = "id") -> Path:
     """KEY.jpg and KEY.json; a picture for each `number`."""
-    with tarfile.open(path, "w") as archive:
-        for row in rows:
-            for ending, content in (("jpg", picture(number=row[number])), ("json", json.dumps(row).encode())):
-                info = tarfile.TarInfo(f"{row['id']}.{ending}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return path
+    pictures = [(f"{row['id']}.jpg", picture(number=row[number])) for row in rows]
+    texts = [(f"{row['id']}.json", json.dumps(row).encode()) for row in rows]
+    return launched.write_tar(path, chain(*zip(pictures, texts, strict=True)))
 
 
 def write_hub(folder: Path, rows: list[dict[str, Any]]) -> Path:

@@ -1,7 +1,5 @@
 """A tiny tokenizer of each kind that language models have, and the names of the conversation formats."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,13 +1,11 @@
 """Started under torchrun for two ranks: a tiny model in each ZeRO stage; rank 0 saves to OUT what was found.
 
 python zero_worker.py train OUT OTHER KIND[:FROZEN_TOWER|:dropping] …  # how it trains (test_zero.py)
-python zero_worker.py leave_out OUT                                   # steps that are left out (test_leave_out.py)
+python zero_worker.py leave_out OUT                                   # steps that are left out (test_zero.py)
 python zero_worker.py hold OUT                                        # bytes that each rank holds (test_memory.py)
 
 OTHER: an outcome to go on from in the middle of its kinds that no `:` follows, or "none".
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterable

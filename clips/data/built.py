@@ -15,9 +15,9 @@ STAMP = "manifest.json"
 def ensure_built(
     directory: Path, settings: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
 ) -> Path:
-    """Build `directory` by `write(temporary folder)` unless it is stamped with `wanted`; returns `directory`.
+    """Build `directory` by `write(temporary folder)` unless it is stamped with `settings`; returns `directory`.
 
-    `wanted` is JSON that decides the content, with a version; facts that `write` returns are stamped beside it.
+    `settings` is JSON that decides the content, with a version; facts that `write` returns are stamped beside it.
     An older build is replaced. Of several processes one builds while the others wait. Raises UserError if the folder
     holds something else than `what`, or cannot be written.
     """
@@ -42,7 +42,7 @@ def ensure_built(
 
 
 def built_as(directory: Path) -> dict[str, Any] | None:
-    """The `wanted` that `directory` was built with; None if it was not built here."""
+    """The `settings` that `directory` was built with; None if it was not built here."""
     try:
         stamp = from_json(read_bytes(directory / STAMP))
         built = stamp["built"]

@@ -39,7 +39,7 @@ LONGEST_TEXT = 1 << 18
 
 
 def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
-    """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
+    """`fields` for data with the fields `names`. A part that nobody named and that is missing is taken from NAMES.
 
     `lists` are the fields that hold lists: without a long caption, the captions of a list serve for both parts. A long
     caption is guessed by its own names only. If the web caption is guessed, the default place of long captions counts

@@ -133,7 +133,7 @@ class CaptionTokenizer:
         return torch.from_numpy(self._framed(encoded, lengths, int(lengths.max(initial=0)) + 2))
 
     def _framed(self, encoded: list[list[int]], lengths: np.ndarray, width: int) -> np.ndarray:
-        """bos, the first `kept[i]` ids of each text, eos, padding: int64 [B, width]."""
+        """bos, the first `lengths[i]` ids of each text, eos, padding: int64 [B, width]."""
         rows = np.full((len(encoded), width), self.pad_id, dtype=np.int64)
         column = np.arange(width)
         ids = chain.from_iterable(text[:count] for text, count in zip(encoded, lengths.tolist(), strict=True))

@@ -74,8 +74,8 @@ class Captioner(nn.Module):
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
 
-        `predicts`: the positions that are wanted, the first ones of each caption; None: all. `predicted`: how many are
-        wanted; `count`: how many of all tokens, the prefix included, are visible or wanted. Without them a GPU is
+        `predicts_BT`: the positions that are wanted, the first ones of each caption; None: all. `predicted`: how many
+        are wanted; `count`: how many of all tokens, the prefix included, are visible or wanted. Without them a GPU is
         waited for.
         """
         prefix = self.prefix(patches_BND, states_BMD)

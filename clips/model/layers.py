@@ -74,7 +74,7 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], computed_BL: Tensor | None, count: int | None, visible: Tensor | None) -> Packed:
-        """`computed`: which slots are rows, None: all; `count`: how many, without which a GPU is waited for."""
+        """`computed_BL`: which slots are rows, None: all; `count`: how many, without which a GPU is waited for."""
         places = None
         if computed_BL is not None:
             flat = computed_BL.flatten()

@@ -256,7 +256,7 @@ def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, An
     """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
     Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if it holds figures of other questions than
-    `wanted` (file, SHA-256 and number of each set). Only a whole evaluation replaces whatever is in its own place.
+    `sources` (file, SHA-256 and number of each set). Only a whole evaluation replaces whatever is in its own place.
     """
     part = _part(vars(flags))
     if not flags.output:

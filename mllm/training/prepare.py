@@ -339,10 +339,10 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
 
 
 def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
-    """The number of the nearest of `PLACES` for each of `tokens` image tokens [N], and the places' directions [P, D].
+    """Return the number of the nearest of `PLACES` for each image token [N], and the places' directions [P, D].
 
-    A direction is the mean of the place's words without what all places share, as the reader was taught. None unless the tokens are a square
-    grid. words [V, D] are the word embeddings.
+    A direction is the mean of the place's words without what all places share, as the reader was taught. Return None
+    unless `tokens` is a square grid. words [V, D] are the word embeddings.
     """
     side = math.isqrt(tokens)
     if side**2 != tokens:

@@ -3,8 +3,6 @@
 "global" must give what one whole batch gives, "micro" the average of the micro-batches' own gradients.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any
@@ -87,9 +85,7 @@ def test_the_two_modes_learn_differently(found: dict[int, dict], ranks: int) -> 
 
 @RANKS
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(
-    found: dict[int, dict], ranks: int, stage: int
-) -> None:
+def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(found, ranks, stage):
     finite = [[True] * (BATCH // (MICRO * ranks)) for _ in range(ranks)]
     finite[-1][1] = False
     assert found[ranks][f"poisoned{stage}"] == {"finite": finite, "agreed": False}

@@ -1,7 +1,5 @@
 """Both stages really trained: resumed against uninterrupted, one rank against two, ZeRO-3, adapters, 4 and 8 bits."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +8,8 @@ import pytest
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run, write_place
+import tiny_llava
+from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -23,17 +22,12 @@ from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
 from mllm.training.trainer import LlavaTrainer, TrainingModel
 
+place = tiny_llava.place  # a fixture
+
 CPU = torch.device("cpu")
 CAPTIONS = ["--mm_projector_init", "captions"]
 LORA = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.2"]
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
-
-
-# ---------------------------------------------------------------------------------------------- resume
 
 STAGES = {
     "align_from_captions": [*ALIGN, *CAPTIONS],
@@ -44,9 +38,7 @@ STAGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(
-    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(kind, place, monkeypatch):
     whole, broken = f"runs/{kind}-whole", f"runs/{kind}-broken"
     flags = [*STAGES[kind], "--max_steps", "9"]
     run(place, monkeypatch, *flags, "--output_dir", whole)
@@ -98,9 +90,7 @@ def test_checkpointing_and_accumulation_change_nothing(place: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(place, monkeypatch):
     original = TrainingModel.forward
 
     def forward(self, **batch):
@@ -119,9 +109,6 @@ def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, m
     with pytest.raises(UserError, match=r"between other parts:\n  vision tower's weights: \"\w+\" → \"\w+\""):
         run(place, monkeypatch, *INSTRUCT, *out, "--vision", "random")
     assert not (place / "runs/mixed/instruct").exists()
-
-
-# ---------------------------------------------------------------------------------------------- two ranks
 
 
 ZERO2 = {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
@@ -200,9 +187,6 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
             torch.testing.assert_close(second[key], tensor, atol=2e-3, rtol=2e-3, msg=key)
 
 
-# ---------------------------------------------------------------------------------------------- adapters and bits
-
-
 def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     image_id = model.config.image_token_id
     generator = torch.Generator().manual_seed(0)
@@ -244,9 +228,7 @@ def arguments() -> TrainArguments:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_evaluation(
-    bits: int, place: Path, arguments: TrainArguments
-) -> None:
+def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_evaluation(bits, place, arguments):
     model = build(place)
     original = model.model.language_model.layers[0].self_attn.q_proj.weight.detach().clone()
     quantize(model.model.language_model, bits, torch.float32, CPU)
@@ -293,5 +275,3 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     monkeypatch.setattr("mllm.model.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
     with pytest.raises(UserError, match=r"4 bits: .*layer 0 .*24 × 48"):
         quantize(layer, 4, torch.float32, CPU)
-
-

@@ -1,7 +1,5 @@
 """One rank of a machine opens the data for all: others wait beyond a collective's timeout, and open nothing."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Validation by several ranks: each encodes its share of the batches, and rank 0 has the figures of a single rank."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

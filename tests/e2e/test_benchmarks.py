@@ -41,9 +41,6 @@ def run_bench(*arguments: str | Path, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# ------------------------------------------------------------------------------------------------------ clip_benchmark
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip export with weights that are not zero anywhere."""
@@ -149,8 +146,6 @@ def figures_of(export: Path, out: Path, *flags: str | Path) -> dict[str, float]:
     evaluate_from_flags(script_parser("evaluate_clips").parse_args(list(map(str, words))))
     return {name: figure["value"] for name, figure in json.loads(out.read_text(encoding="utf-8"))["figures"].items()}
 
-
-# ----------------------------------------------------------------------------------------------------------- lmms-eval
 
 TASK = """\
 task: {name}

@@ -1,7 +1,5 @@
 """Runs that go on: after their end, from an older checkpoint, after a kill beside a write; and the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -86,9 +84,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: Path, shards: tuple[str, 
     assert "is of another run" in done.text
 
 
-def test_a_run_that_went_on_after_its_end_is_finished_anew(
-    whole: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_run_that_went_on_after_its_end_is_finished_anew(whole, shards, tmp_path):
     """Killed after the last checkpoint and before the export: the old export is nobody's."""
     out = shutil.copytree(whole, tmp_path / "out")
     run_dir, log = out / "r", tmp_path / "log"

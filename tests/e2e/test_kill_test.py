@@ -5,8 +5,6 @@ would. Everything is watched from outside (metrics.jsonl, the checkpoints' direc
 KILLS in the environment gives another number of kills, SEED another choice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

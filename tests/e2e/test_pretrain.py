@@ -1,8 +1,5 @@
 """The pretraining command as people start, stop, kill, misuse and continue it. Real processes, tiny debug twins."""
 
-from __future__ import annotations
-
-import csv
 import json
 import subprocess
 from pathlib import Path
@@ -27,9 +24,6 @@ from launched import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-# It runs
 
 
 def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -77,9 +71,6 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
     assert not (tmp_path / "out").exists()
 
 
-# It is misused
-
-
 def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
@@ -106,55 +97,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
         assert not (tmp_path / "out" / name.replace(" ", "-") / "config.json").exists(), (
             "mended, the name is still free"
         )
-
-
-# A user's own pictures
-
-
-def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
-    """50 pictures with two captions each, one of them damaged, under names of the user's own choice."""
-    photos = pictures(50, "JPEG")
-    photos[7] = (photos[7][0][:100], *photos[7][1:])
-    shard = [(p, {"json": json.dumps({"alt": w, "recaption": t}).encode()}) for p, w, t in photos]
-    write_shard(tmp_path / "shards/my-00000.tar", shard[:25], "jpg")
-    write_shard(tmp_path / "shards/my-00001.tar", shard[25:], "jpg")
-    (tmp_path / "table/pictures").mkdir(parents=True)
-    with (tmp_path / "table/mine.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "alt", "recaption"])
-        for i, (picture, web, long) in enumerate(photos):
-            (tmp_path / f"table/pictures/{i}.jpg").write_bytes(picture)
-            table.writerow([f"pictures/{i}.jpg", web, long])
-    data = {"shards": f"{tmp_path}/shards/my-{{00000..00001}}.tar", "table": f"{tmp_path}/table/mine.csv"}
-    fields = {
-        "shards": ("--fields", "image=jpg", "web=json:alt", "long=json:recaption"),
-        "table": ("--fields", "image=file", "web=alt", "long=recaption"),
-    }
-
-    def train(kind: str) -> list[str]:
-        splits = ("--data", data[kind], "--val-data", data[kind], "--test-data", data[kind])
-        size = ("--samples", "100", "--batch-size", "10")
-        return python(SCRIPT, "--name", kind, "--output", tmp_path / "runs", *splits, *fields[kind], *size)
-
-    def measure(kind: str) -> list[str]:
-        model = ("--model", tmp_path / "runs" / kind, "--data", data[kind], *fields[kind])
-        return python("scripts/evaluate_clips.py", *model, "--output", tmp_path / f"{kind}.json")
-
-    trained = run_all({kind: train(kind) for kind in data})
-    for kind, done in trained.items():
-        assert done.code == 0, done.text
-        assert_finished(tmp_path / "runs" / kind)
-        skipped = lines(tmp_path / "runs" / kind, "skipped.jsonl")
-        assert len(skipped) == trace(tmp_path / "runs" / kind)[-1]["skipped"] == 2, "two epochs see the damaged one"
-        assert {line["key"].rpartition("#")[2] for line in skipped} == {
-            "00007" if kind == "shards" else "7 (pictures/7.jpg)"
-        }  # fmt: skip
-    for kind, done in run_all({kind: measure(kind) for kind in data}).items():
-        assert done.code == 0, done.text
-        assert "49 images, 1 skipped" in done.text
-        figures = json.loads((tmp_path / f"{kind}.json").read_text())["figures"]
-        assert figures["web_t2i_r1"]["items"] == 49
-        assert 0 <= figures["web_t2i_r1"]["value"] <= 100
 
 
 def with_captions(path: Path, count: int) -> Path:
@@ -201,12 +143,3 @@ def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_fla
     done = run([*longer, "--dry-run"])
     assert_said(done, 0, "goes on from")
     assert "rows were held out" not in done.text
-
-
-def test_eight_images_hold_nothing_out(tmp_path: Path) -> None:
-    with_captions(tmp_path / "mine.tar", 8)
-    size = ("--samples", "16", "--batch-size", "8", "--output", tmp_path, "--name", "mine")
-    done = run(python(SCRIPT, "--data", tmp_path / "mine.tar", *size))
-    assert_said(done, 0, "8 samples", "no image is held out of 8, fewer than 100")
-    assert "the best checkpoint" not in done.text
-    assert (tmp_path / "mine/export/native/model.safetensors").is_file()

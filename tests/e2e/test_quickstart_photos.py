@@ -1,16 +1,12 @@
 """`bash scripts/quickstart.sh photos` as a user types it, on a miniature of the set; its trainings are a few steps."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import warm
@@ -85,46 +81,11 @@ def test_a_folder_of_tars_keeps_its_own_test(tmp_path: Path) -> None:
     assert "--vision clips:runs/photos" in calls
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A hub with one small file, or with nothing."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        files = [{"type": "file", "path": "a.parquet", "size": 3, "oid": "0" * 40}]
-        is_there = self.path.startswith("/api/datasets/")
-        body = json.dumps(files if is_there else {}).encode()
-        self.send_response(200 if is_there else 404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@pytest.mark.parametrize(
-    ("env", "reason"),
-    [
-        ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
-        ({"HF_ENDPOINT": "{hub}/nothing"}, "Error: Repository not found."),
-        ({"HF_ENDPOINT": "{hub}"}, "NotADirectoryError: "),
-    ],
-)
-def test_why_nothing_was_downloaded_is_said(tmp_path: Path, env: dict[str, str], reason: str) -> None:
-    """No network, no such data set, a folder that cannot be written."""
-    root = repository(tmp_path / "repo")
-    (root / "data").mkdir()
-    (root / "data" / "fashion").write_text("")
+def test_why_nothing_was_downloaded_is_said(tmp_path: Path) -> None:
     hf = f'case "$1" in */hf) shift; exec {sys.executable} -m huggingface_hub.cli.hf "$@" ;; esac'
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        hub = f"http://127.0.0.1:{server.server_port}"
-        env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | {
-            name: value.format(hub=hub) for name, value in env.items()
-        }
-        done = quickstart(root, hf, "", **env)
-        server.shutdown()
+    done = quickstart(repository(tmp_path / "repo"), hf, "", HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     first, last = done.stderr.splitlines()[-2:]
     assert first.startswith("error: no photographs from the Hugging Face hub. ")
-    assert reason in first
+    assert "offline mode is enabled" in first
     assert last.endswith("bash scripts/quickstart.sh")

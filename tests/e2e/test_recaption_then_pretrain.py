@@ -1,7 +1,5 @@
 """A user's pairs become long captions and a pretraining, by the words of docs/recaption.md; kills cost nothing."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import signal

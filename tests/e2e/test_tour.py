@@ -1,7 +1,5 @@
 """What the README and the notebook show of Python, run as they stand, on tiny models in place of the quickstart's."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """scripts/train_llava.sh as a user runs it, on a tiny language model; the result loads where this project cannot."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,6 +1,4 @@
-"""Rows 23 and 24: code in a pickle and code beside a model; on every route it is refused, and nothing of it is run."""
-
-from __future__ import annotations
+"""Rows 23 to 25: code in a pickle, code beside a model, weights of another shape; refused on every route."""
 
 import json
 import shutil
@@ -11,24 +9,23 @@ from pathlib import Path
 
 import bomb
 import pytest
+import tiny_llava
 import torch
+from launched import small_data
 from safetensors.torch import load_file
 from serve_process import write_models
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run
 from tiny_original import write_base, write_lora, write_tower
 
 from clips.common.files import check_seal, seal
-from clips.common.tensors import only_data
+from clips.common.tensors import only_data, read_weights, write_weights
+
+place = tiny_llava.place  # a fixture
 
 TWO_STEPS = ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "4"]
 ZERO = {2: [*ALIGN, *TWO_STEPS], 3: [*INSTRUCT, *START, *TWO_STEPS]}
 """ZeRO stage → a LLaVA stage that trains under it by default."""
 PLANTED = {2: "zero_pp_rank_1_mp_rank_00_optim_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture
@@ -40,9 +37,6 @@ def mark(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_bomb_goes_off_where_code_is_run(tmp_path: Path) -> None:
     bomb.works(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------- DeepSpeed's files
 
 
 @pytest.mark.slow
@@ -81,9 +75,6 @@ def test_row_23_another_library_s_torch_load_runs_nothing_either(tmp_path: Path,
             torch.load(tmp_path / "states.pt", weights_only=False)
 
 
-# ---------------------------------------------------------------------------------------------- the Trainer's files
-
-
 @pytest.fixture(scope="module")
 def stopped(place: Path) -> Path:
     """A run of stage 1 with a checkpoint of step 2, on one rank without DeepSpeed."""
@@ -101,9 +92,7 @@ def stopped(place: Path) -> Path:
         ("trained.safetensors", "bare"),
     ],
 )
-def test_row_23_the_trainer_s_files_are_read_as_data(
-    name: str, how: str, stopped: Path, place: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_23_the_trainer_s_files_are_read_as_data(name, how, stopped, place, mark, tmp_path, monkeypatch):
     """Sealed by whoever planted it."""
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run" / "align" / "checkpoint-2" / name
@@ -121,9 +110,6 @@ def test_row_23_the_trainer_s_files_are_read_as_data(
     assert str(path) in output
     assert "move it elsewhere" in output
     assert "Traceback" not in output
-
-
-# ---------------------------------------------------------------------------------------------- models and projectors
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +175,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_row_23_a_pickle_on_every_route(
-    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path
-) -> None:
+def test_row_23_a_pickle_on_every_route(route, refused, place, models, mark, tmp_path):
     file = tmp_path / "weights.bin"
     bomb.plant(file, mark)
     made = {"FILE": lambda: file}
@@ -207,7 +191,6 @@ def test_row_23_a_pickle_on_every_route(
     assert not (place / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------- remote code
 CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import *\nclass Foreign(PreTrainedModel): pass\n"
 AUTO = {"AutoConfig": "foreign.Foreign", "AutoModel": "foreign.Foreign", "AutoModelForCausalLM": "foreign.Foreign"}
 AUTO |= {"AutoProcessor": "foreign.Foreign", "AutoTokenizer": ["foreign.Foreign", None]}
@@ -229,9 +212,7 @@ REMOTE = ("language model", "vision tower", "chat", "convert")
 
 
 @pytest.mark.parametrize("route", REMOTE)
-def test_row_24_a_model_that_asks_for_its_own_code(
-    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_24_a_model_that_asks_for_its_own_code(route, refused, place, models, mark, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks at a terminal, where it is let
     sources = {
         "LLM": place / "llm",
@@ -242,3 +223,49 @@ def test_row_24_a_model_that_asks_for_its_own_code(
         route, {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
     )
     assert not mark.exists()
+
+
+VIT, PATCHES = "runs/clips-demo/export/hf_vit", "patch_embeddings.projection.weight"
+OUT = ["--output_dir", "runs/x"]
+WRONG = {  # what is wrong → (its copy is made from, the end of the tensor's name, the command; {} is the copy)
+    "projector": (
+        "start.bin",
+        "mm_projector.0.weight",
+        ["train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "{}"],
+    ),
+    "encoder": (VIT, PATCHES, ["train_llava.py", *ALIGN, "--vision_tower", "hf:{}"]),
+    "init_from": (VIT, PATCHES, ["pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "{}"]),
+    "language_model": ("llm", "0.mlp.up_proj.weight", ["train_llava.py", *ALIGN, "--model_name_or_path", "{}"]),
+    "whole_model": ("runs/llava/model", "multi_modal_projector.linear_1.weight", ["chat.py", "--model", "{}"]),
+    "native_encoder": ("runs/clips-demo/export/native", "patch_embed.weight", ["search.py", "a cat", "--model", "{}"]),
+}
+
+
+def widened(path: Path, part: str) -> tuple[str, str]:
+    """Give the matrix in `path` whose name ends so one more row; returns both shapes, the file's first."""
+    tensors = read_weights(path)
+    name = next(name for name in tensors if name.endswith(part))
+    rows, *rest = tensors[name].shape
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    write_weights(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    return str((rows + 1, *rest)), str((rows, *rest))
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_row_25_both_shapes_are_said(kind, place, models, tmp_path, monkeypatch):
+    source, part, (script, *words) = WRONG[kind]
+    served = script in ("chat.py", "search.py")
+    original, copied = (models if served else place) / source, tmp_path / Path(source).name
+    (shutil.copytree if original.is_dir() else shutil.copy)(original, copied)
+    shapes = widened(copied / "model.safetensors" if copied.is_dir() else copied, part)
+    more = {
+        "train_llava.py": OUT,
+        "pretrain_clips.py": small_data(tmp_path / "data") if kind == "init_from" else [],
+        "chat.py": ["--device", "cpu", "--prompt", "Hello"],
+        "search.py": ["--device", "cpu", "--pictures", "runs"],
+    }
+    words = [word.replace("{}", str(copied)) for word in words]
+    code, output = command(place, monkeypatch, script, *words, *more[script])
+    assert code == 2, output
+    assert all(shape in output for shape in shapes), output
+    assert "Traceback" not in output

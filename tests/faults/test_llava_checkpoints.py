@@ -1,7 +1,5 @@
 """Rows 2, 4 and 5 of the LLaVA half, and checkpoints whose seal is right and whose content is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -12,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
 from conftest import ROOT, run_group
-from launched import lines, started, wait_for
+from launched import lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import at_seal, keep
-from processes import of_run, wait_until_gone
-from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run, write_place
+from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run
 
 from clips.common.errors import UserError
 from clips.common.files import MANIFEST, check_seal, seal
@@ -25,12 +23,9 @@ from clips.common.tensors import write_weights
 from mllm.training import trainer
 from mllm.training.checkpoints import check_content
 
+place = tiny_llava.place  # a fixture
+
 FLAGS = [*ALIGN, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "4"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +87,7 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
-def test_row_05_a_damaged_checkpoint(
-    how: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     path = run_dir / "align/checkpoint-4/optimizer.pt"
     data = bytearray(path.read_bytes())
@@ -105,9 +98,6 @@ def test_row_05_a_damaged_checkpoint(
     assert "checkpoint-4 is not usable (optimizer.pt does not match its SHA-256" in output
     assert f"goes on from {run_dir / 'align/checkpoint-2'}" in output
     assert_equal(run_dir, whole)
-
-
-# ---------------------------------------------------------------------------------------------- sealed all the same
 
 
 def change(**fields: object) -> Callable[[Path], None]:
@@ -154,9 +144,7 @@ def test_what_is_sealed_and_is_not_what_it_should_be(kind: str, whole: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LOADED)
-def test_what_is_sealed_and_does_not_fit_the_run(
-    kind: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_sealed_and_does_not_fit_the_run(kind, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     checkpoint = run_dir / "align/checkpoint-4"
     name, damage, message = LOADED[kind]

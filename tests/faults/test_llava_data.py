@@ -1,24 +1,20 @@
-"""Rows 20 to 22: samples that are too long, tokens typed in text, placeholders without pictures; in real runs."""
-
-from __future__ import annotations
+"""Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without pictures, text alone; real runs."""
 
 import json
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
-from tiny_llava import INSTRUCT, START, command, conversation, run, write_place
+from tiny_llava import INSTRUCT, START, TRAIN, command, conversation, launch, losses, results, run
 from transformers import AutoTokenizer
 
+from mllm.data.sampler import EpochSampler
 from mllm.training.trainer import LlavaTrainer
 
+place = tiny_llava.place  # a fixture
 TOKENS = 16
 """Of one picture, by the tiny encoder."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture
@@ -94,9 +90,7 @@ def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkey
     ("images", "text"),
     [(["0.png"], "<image>\n<image>\nWhat?"), (["0.png", "1.png"], "<image>\nWhat?"), (["0.png"], "What?")],
 )
-def test_row_22_placeholders_that_are_not_the_pictures(
-    images: list, text: str, place: Path, batches: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_22_placeholders_that_are_not_the_pictures(images, text, place, batches, monkeypatch):
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
     code, output = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
@@ -105,3 +99,23 @@ def test_row_22_placeholders_that_are_not_the_pictures(
     assert "Traceback" not in output
     assert not batches
     assert not (place / "runs/wrong").exists()
+
+
+@pytest.mark.slow
+def test_row_26_text_alone_on_one_rank_of_zero3_trains_as_one_rank_does(place, monkeypatch):
+    """Against one rank without DeepSpeed; every weight trains."""
+    flags = [*INSTRUCT, *START, "--group_by_modality_length", "False"]
+    flags += ["--per_device_train_batch_size", "1", "--num_train_epochs", "1"]
+    order = list(EpochSampler([1] * 32, batch_size=1, chunks=4, seed=0, group_by_modality_length=False))
+    is_text = [index >= 20 for index in order]
+    assert any(is_text[i] != is_text[i + 1] for i in range(0, 32, 2))  # rank 0 and rank 1 of one forward pass
+    run(place, monkeypatch, *flags, "--output_dir", "runs/one")
+    done = launch(place, TRAIN, *flags, "--output_dir", "runs/two")
+    assert done.returncode == 0, done.stderr
+    one, two = losses(place / "runs/one"), losses(place / "runs/two")
+    assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 9))
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=2e-4)
+    first, second = results(place / "runs/one"), results(place / "runs/two")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=2e-3, rtol=2e-3, msg=name)

@@ -4,8 +4,6 @@ A host is a loopback address with an sshd of its own, on a port that needs no ri
 Everything below that sshd is the host's: it dies as one. The hosts share the file system, as those of a cluster do.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -25,12 +23,13 @@ from launched import (
     endless,
     last_step,
     latest,
+    rank,
     started,
     torchrun,
     trace,
     wait_for,
+    wait_until_gone,
 )
-from processes import rank, wait_until_gone
 
 from clips.common.runtime import unused_port
 
@@ -54,9 +53,6 @@ def assert_the_same(run_dir: Path, whole: list[dict[str, Any]]) -> None:
     steps = trace(run_dir)
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert steps[:60] == whole[: len(steps)]
-
-
-# ------------------------------------------------------------------------------------------- deepspeed --hostfile
 
 
 @dataclass
@@ -169,12 +165,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back_and_ctrl_c_
     assert_the_same(run_dir, whole)
 
 
-# ------------------------------------------------------------------------------------------------- torchrun
-
-
-def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
-    whole: list[dict[str, Any]], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(whole, shards, tmp_path):
     """Two launchers that meet at one address, as on two hosts; the one of rank 0 has to get the run's lock again."""
     run_dir = tmp_path / "r"
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{unused_port()}", "--rdzv-id=test")

@@ -1,34 +1,43 @@
 """Rows 9 to 13: one rank, or one of its workers, fails: all end with a reason, and no process is left.
 
-And what the watchdog does about spikes and slow ranks (docs/training.md). Real launchers, real processes; what no
-signal can do stands in tests/faulty_run.py.
+Also launchers that die, a scheduler's signal, the sbatch file, and what the watchdog does about spikes and slow ranks
+(docs/training.md). Real launchers, real processes; what no signal can do stands in tests/faulty_run.py.
 """
 
-from __future__ import annotations
-
 import os
+import platform
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import warm
+from conftest import ROOT
 from launched import (
+    ENV,
+    SCRIPT,
     assert_said,
+    assert_saved_at_the_end,
     deepspeed,
     endless,
+    last_step,
     lines,
+    of_run,
     pictures,
     python,
+    rank,
     recap,
     run,
     started,
     torchrun,
     wait_for,
+    wait_until_gone,
     write_shard,
 )
-from processes import rank, wait_until_gone
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -72,9 +81,7 @@ GLOBAL = ("train.accumulation=2", "train.contrastive=global")
 
 
 @pytest.mark.parametrize(("fault", "stage", "settings"), [("nan", 0, ()), ("nan", 3, ()), ("inf", 2, GLOBAL)])
-def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
-    fault: str, stage: int, settings: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(fault, stage, settings, shards, tmp_path):
     flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=40", *settings)
     done = run(torchrun(*faulty(fault, "1", tmp_path, shards, *flags)))
     assert done.code != 0
@@ -93,17 +100,13 @@ def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
 
 
 @pytest.mark.parametrize("launch", [deepspeed, torchrun])
-def test_row_10_a_killed_rank_ends_the_others(
-    launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_10_a_killed_rank_ends_the_others(launch, shards, tmp_path):
     text = ended(launch(*endless(tmp_path, shards)), tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGKILL))
     assert "rank 0: a collective of step" in text
     assert "No sign of life from rank 1" in text
 
 
-def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards, tmp_path):
     """It hangs before the reduction of gradients, which DeepSpeed does in groups of its own."""
     command = ["tests/faulty_run.py", "hang", "1", *endless(tmp_path, shards, "--timeout-minutes", "0.15")[1:]]
     log = tmp_path / "log"
@@ -133,9 +136,7 @@ def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[s
     assert "exitcode  : 4" in text
 
 
-def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
-    shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(shards, tmp_path):
     words = deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1"))
     text = ended(words, tmp_path)
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in text
@@ -163,9 +164,6 @@ def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[
 
     text = ended(deepspeed(*endless(tmp_path, shards, "--set", "data.workers=1")), tmp_path, kill)
     assert f"(pid(s) {killed[0]})" in text
-
-
-# What the watchdog does
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +211,89 @@ def test_each_rank_s_own_time_tells_the_slow_one(shards: tuple[str, ...], tmp_pa
         assert line["step_seconds"] >= 0.3
         assert line["data_wait_share"] > 0.2, "of the rank that waits longest, whatever else the machine does"
         assert line["peak_memory_gb"] > 0.1
+
+
+@pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
+def test_ranks_without_their_launcher_save_and_end(launch, generation, shards, tmp_path):
+    """`deepspeed` itself (the second generation above a rank), or torchrun, killed with -9.
+
+    It was started in the background by a shell that has ended, which is nobody's wish to stop.
+    """
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    words = launch(*endless(tmp_path, shards))
+    start = ["bash", "-c", 'nohup "$@" &', "-", str(warm.program(tmp_path)), *words[words[0] == sys.executable :]]
+    with log.open("wb") as out:  # the shell ends at once
+        subprocess.run(start, cwd=ROOT, env=ENV | {warm.ADDRESS: warm.start()}, stdout=out, stderr=out, check=True)
+    try:
+        wait_for(lambda: last_step(run_dir) >= 5, None, log)
+        above = rank(tmp_path, 0).parents()[generation - 1]
+        if launch is deepspeed:
+            again = run(python(*endless(tmp_path, shards)))
+            assert again.code == 2
+            assert f"process {rank(tmp_path, 0).pid} under launcher " in again.text
+            assert f"{above.pid} on host {platform.node()}" in again.text
+        above.kill()
+        wait_until_gone(tmp_path)
+    finally:
+        for process in of_run(tmp_path):
+            process.kill()
+    assert "the launcher is gone" in log.read_text()
+    assert_saved_at_the_end(run_dir)
+
+
+def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(shards, tmp_path):
+    log = tmp_path / "log"
+    with started(deepspeed(*endless(tmp_path, shards)), log) as process:
+        wait_for(lambda: last_step(tmp_path / "r") >= 3, process, log)
+        rank(tmp_path, 1).send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 128 + signal.SIGUSR1
+        wait_until_gone(tmp_path)
+    assert "stopped by SIGUSR1; a checkpoint was saved" in log.read_text()
+    assert_saved_at_the_end(tmp_path / "r")
+
+
+SRUN = """#!/bin/bash
+# As srun: the command once per node, signals passed on to each, the highest exit code.
+tasks=()
+for _ in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+highest=0
+for task in "${tasks[@]}"; do
+  while :; do
+    wait "$task"; code=$?
+    kill -0 "$task" 2>/dev/null || break
+  done
+  if [ "$code" -gt "$highest" ]; then highest=$code; fi
+done
+exit "$highest"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$(dirname "$0")/scontrol.log"
+if [ "$1 $2" = "show hostnames" ]; then echo localhost; fi
+"""
+
+
+def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(shards, tmp_path):
+    """srun and scontrol stand in for a cluster; torchrun, its two launchers and the training are real."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    launcher = f'#!/bin/sh\nexec {warm.program(tmp_path)} -m torch.distributed.run "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": launcher}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
+    env = job | {"PATH": f"{programs}:{os.environ['PATH']}", warm.ADDRESS: warm.start()}
+    batch = ["bash", "scripts/slurm/train.sbatch"]
+    with started([*batch, *endless(tmp_path, shards)], tmp_path / "log", env) as process:
+        wait_for(lambda: last_step(tmp_path / "r") >= 3, process, tmp_path / "log")
+        process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as `--signal=B:USR1@120` asks
+        assert process.wait(90) != 0
+        wait_until_gone(tmp_path)
+    assert_saved_at_the_end(tmp_path / "r")
+    calls = (programs / "scontrol.log").read_text().splitlines()
+    assert calls == ["show hostnames here", "requeue 7"]
+
+    mistake = run([*batch, SCRIPT, "--recipe", "no-such-recipe"], env=env)
+    assert mistake.code != 0
+    calls = (programs / "scontrol.log").read_text().splitlines()
+    assert "requeue 7" not in calls[2:], "what fails by itself would fail again"

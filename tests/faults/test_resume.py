@@ -1,7 +1,5 @@
 """Rows 1 to 8 of the faults: a run is killed, stopped, damaged, changed, and goes on. Real processes, tiny twins."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -29,8 +27,8 @@ from launched import (
     torchrun,
     trace,
     wait_for,
+    wait_until_gone,
 )
-from processes import wait_until_gone
 
 pytestmark = pytest.mark.slow
 LAST_STEP = 72
@@ -90,9 +88,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -
     assert times(whole / "r") == before
 
 
-def test_row_06_never_from_zero_when_no_checkpoint_is_good(
-    killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_06_never_from_zero_when_no_checkpoint_is_good(killed, shards, tmp_path):
     out = shutil.copytree(killed, tmp_path / "out")
     for name in checkpoints(out / "r"):
         flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
@@ -102,9 +98,7 @@ def test_row_06_never_from_zero_when_no_checkpoint_is_good(
     assert (out / "r/metrics.jsonl").read_bytes() == before
 
 
-def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
-    killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(killed, shards, tmp_path):
     out = shutil.copytree(killed, tmp_path / "out")
     flags = (SCRIPT, *shards, *THREE_PHASES, "--output", str(out))
     pickle = tmp_path / "model.pt"
@@ -158,9 +152,7 @@ def test_row_03_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp
     assert state(run_dir)["step"] == last_step(run_dir)
 
 
-def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
-    killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(killed, shards, tmp_path):
     """The system refuses to let any file grow beyond 1 MiB; the weights take 8. The next save waits at the latest.
 
     One rank writes, beside the training, and both ranks hear of it.
@@ -241,18 +233,14 @@ def on_two_ranks(killed: Path, shards: tuple[str, ...], tmp_path_factory: pytest
     return out
 
 
-def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(
-    killed: Path, on_two_ranks: Path
-) -> None:
+def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(killed, on_two_ranks):
     *_, previous, newest = checkpoints(killed / "r")
     text = (on_two_ranks / "log").read_text()
     assert f"{newest} is not usable (model.safetensors does not match" in text
     assert f"{previous} (" in text
 
 
-def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
-    whole: Path, on_two_ranks: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(whole, on_two_ranks, shards, tmp_path):
     """One rank to the end, and 1 → 2 → 1 ranks under kills: every position of the run has the same sample's key."""
     out = shutil.copytree(on_two_ranks, tmp_path / "out")
     done = run(python(*recording(out, shards)))

@@ -1,10 +1,9 @@
 """Rows 27 and 28, and the memory of a full queue: what strangers send to a server that really runs."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from serve_process import (
     CHAT,
     Running,
     ask,
+    assert_ends,
     client_of,
     data_url,
     get,
@@ -159,9 +159,7 @@ def test_row_28_the_key_and_the_name(chat: ChatModel) -> None:
             assert get(f"{address}/health", Host=host).status_code == 400
 
 
-def test_row_28_a_defect_shows_the_client_no_trace(
-    chat: ChatModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_row_28_a_defect_shows_the_client_no_trace(chat, monkeypatch, capfd):
     """Before the first token and in the middle of a stream; the log has the text of the error."""
 
     def broken(self: ChatSession, *_: object) -> Iterator[str]:
@@ -180,3 +178,9 @@ def test_row_28_a_defect_shows_the_client_no_trace(
         monkeypatch.undo()
         assert post(address, CHAT).status_code == 200
     assert capfd.readouterr().err.count("RuntimeError: secret") >= 2
+
+
+def test_a_signal_ends_it_also_while_it_answers(server: Running) -> None:
+    """The last test of this server."""
+    assert "llava (runs/llava/model): 16 tokens for each picture" in server.output()
+    assert_ends(server, signal.SIGTERM, -signal.SIGTERM)

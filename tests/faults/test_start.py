@@ -4,8 +4,6 @@ Two ranks without a launcher above them, which would end one rank when the other
 rank 0 where its value is to count for both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -13,17 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny_llava
 from conftest import ROOT
 from launched import ENV, lines
-from tiny_llava import ALIGN, INSTRUCT, START, write_place
+from tiny_llava import ALIGN, INSTRUCT, START
 
 from clips.common.runtime import unused_port
 
+place = tiny_llava.place  # a fixture
 pytestmark = pytest.mark.slow
 
 SECONDS = 60
@@ -84,9 +83,6 @@ def assert_done(ranks: list[tuple[int, str]]) -> None:
         assert code == 0, output
 
 
-# ------------------------------------------------------------------------------------------------------- pretraining
-
-
 def pretraining(out: Path, shards: tuple[str, ...], *flags: str) -> tuple[str, ...]:
     return ("pretrain", "--debug", "--name", "r", "--output", str(out), *shards, *flags)
 
@@ -123,9 +119,7 @@ def test_a_lock_that_rank_0_does_not_get_ends_both(shards: tuple[str, ...], tmp_
         ("fewer samples", ("the training data", "rank 0: 64 samples", "rank 1: 63 samples")),
     ],
 )
-def test_row_32_a_fact_that_must_be_equal_is_named_with_both_values(
-    fact: str, words: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_row_32_a_fact_that_must_be_equal_is_named_with_both_values(fact, words, shards, tmp_path):
     ranks = two_ranks(ROOT, ("nothing", fact), *pretraining(tmp_path, shards))
     assert_ended(ranks, *words)
     assert not lines(tmp_path / "r")
@@ -157,9 +151,7 @@ def test_rank_0_says_whether_the_run_is_finished(trained: Path, shards: tuple[st
 
 
 @pytest.mark.parametrize(("left_over", "word"), [({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
-def test_variables_of_a_launcher_that_is_gone_are_named(
-    left_over: dict[str, str], word: str, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_variables_of_a_launcher_that_is_gone_are_named(left_over, word, shards, tmp_path):
     code, text = alone(left_over, *pretraining(tmp_path, shards))
     assert code == 2
     assert f"no {word}" in text or f", {word}" in text
@@ -189,8 +181,6 @@ def test_a_timeout_that_is_none_is_refused(minutes: str) -> None:
     assert f"--timeout-minutes {minutes}: " in text
 
 
-# -------------------------------------------------------------------------------------------------------- lost ranks
-
 PARTS = ("the beginning", "the connection", "the comparison", "the group", "the collective", "the work")
 HOW = ("SIGKILL", "SIGSTOP", "SIGINT", "os._exit")
 TRAININGS = (("the engine", "SIGKILL", 1), ("the data", "SIGSTOP", 0))
@@ -198,9 +188,7 @@ Ranks = list[tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def lost(
-    shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[str, str, int], Future[Ranks]]]:
+def lost(shards, tmp_path_factory):
     """(part, how, rank that is lost there) → what two ranks end with. Most of the time all of them only wait."""
     cases = {(part, how, odd): ("start",) for part in PARTS for how in HOW for odd in (0, 1)}
     for case in TRAININGS:
@@ -218,9 +206,7 @@ def facts_of(fact: str, odd: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("part", PARTS)
-def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
-    part: str, how: str, lost: dict[tuple[str, str, int], Future[Ranks]]
-) -> None:
+def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(part, how, lost):
     for odd in (0, 1):
         ranks = lost[part, how, odd].result()
         assert_named(ranks, 1 - odd, code=130 if how == "SIGINT" and part not in PARTS[:2] else 1)
@@ -231,9 +217,7 @@ def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(
 
 
 @pytest.mark.parametrize("case", TRAININGS)
-def test_row_32_a_rank_that_is_lost_before_a_training_is_named(
-    case: tuple[str, str, int], lost: dict[tuple[str, str, int], Future[Ranks]]
-) -> None:
+def test_row_32_a_rank_that_is_lost_before_a_training_is_named(case, lost):
     assert_named(lost[case].result(), 1 - case[2])
 
 
@@ -243,14 +227,6 @@ def assert_named(ranks: Ranks, rank: int, code: int = 1) -> None:
     assert ranks[rank][1].count("error: ") == 1, ranks[rank][1]
     assert f"rank {1 - rank} " in ranks[rank][1].partition("error: ")[2], ranks[rank][1]
     assert "Traceback" not in ranks[rank][1]
-
-
-# ------------------------------------------------------------------------------------------------------- LLaVA stages
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_place(tmp_path_factory.mktemp("start"))
 
 
 STAGES = {
@@ -276,9 +252,7 @@ def test_an_error_of_one_rank_ends_a_stage_of_both(stage: int, part: str, place:
         ("a version", ("ranks do not agree on", "rank 1: 9.9")),
     ],
 )
-def test_a_fact_of_a_stage_that_must_be_equal_is_named(
-    stage: int, fact: str, words: tuple[str, ...], place: Path
-) -> None:
+def test_a_fact_of_a_stage_that_must_be_equal_is_named(stage, fact, words, place):
     flags = ("--output_dir", f"runs/{stage}-{fact[:4]}", "--cache_dir", f"cache-{stage}-{fact[:4]}")
     assert_ended(two_ranks(place, ("nothing", fact), *STAGES[stage], *flags), *words)
 

@@ -1,7 +1,5 @@
 """Rows 29 to 31: wrong model directories, odd files and targets, a launcher that is gone."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -108,9 +106,7 @@ def test_row_30_odd_names_are_names(tmp_path: Path) -> None:
         assert expand(str(tmp_path / name)) == [str(tmp_path / name)]
 
 
-def test_row_30_a_target_is_asked_for_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_30_a_target_is_asked_for_before_any_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     for target in (tmp_path / "file" / "out", Path("/proc/out"), tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match="nothing can be written to"):
@@ -128,9 +124,7 @@ def test_row_30_a_terminal_that_knows_ascii_alone_gets_the_text() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 \\xb1 2\n", "")
 
 
-def test_row_30_a_cache_that_cannot_be_made_names_its_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_30_a_cache_that_cannot_be_made_names_its_variable(tmp_path, monkeypatch, capsys):
     """As with a HOME that nobody may write."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)

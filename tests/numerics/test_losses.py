@@ -1,7 +1,5 @@
 """Losses against plain slow references, and on two real ranks against one."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ The original package needs transformers 4.37 and is not installed here; tests/ti
 and its computation.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -388,11 +386,3 @@ def test_convert_py_and_a_talk_with_what_it_wrote(tmp_path, capsys, monkeypatch)
         convert(original, converted, "transformers")
     with pytest.raises(UserError, match=r"--to llava .* original LLaVA"):
         convert(original, tmp_path / "llava-x", "llava")
-
-
-def test_other_commands_name_convert_py(tmp_path, parts):
-    lora = next(iter(parts[0]))
-    command = rf"python scripts/convert\.py {lora} {lora.name}-hf --to transformers --base LANGUAGE_MODEL$"
-    for load in (load_llm, lambda place: load_llava(place, CPU)):
-        with pytest.raises(UserError, match=f"model: .*{command}"):
-            load(str(lora))

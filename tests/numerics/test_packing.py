@@ -1,7 +1,5 @@
 """Packed rows against padded batches: the same loss, and the same gradient in every part that trains."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from pathlib import Path

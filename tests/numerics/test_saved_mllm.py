@@ -1,7 +1,5 @@
 """Saved models in a process that has only the stock libraries: same logits, and the pipeline answers."""
 
-from __future__ import annotations
-
 import html
 import json
 import subprocess

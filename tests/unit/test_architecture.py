@@ -1,9 +1,8 @@
 """How the modules may know each other: no circle, one direction, one narrow seam, no script run by a library."""
 
-from __future__ import annotations
-
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -139,3 +138,37 @@ def test_only_these_files_use_these_names(names: set[str], files: set[str]) -> N
         if any(name == wanted or name.startswith(f"{wanted}.") for name in used for wanted in names):
             users.add(str(path.relative_to(ROOT)))
     assert users == files
+
+
+FOREIGN = {"ast", "bos", "dir", "eos", "ext", "generate", "legacy", "linear", "mllm", "nohup", "partial", "plain"}
+FOREIGN |= {"block_type", "build_vision_projector", "labels_for_regress", "proj_type", "sample_distorted_bounding_box"}
+FOREIGN |= {"unpad", "unseen"}
+"""What docstrings name of other libraries and programs, and values."""
+
+
+def is_text(node: ast.AST) -> bool:
+    """A docstring, or one behind an assignment."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def words(tree: ast.AST) -> set[str]:
+    """All words of the code: names, and those in strings that are no docstrings."""
+    texts = {node.value for node in ast.walk(tree) if is_text(node)}
+    fields = ("id", "attr", "arg", "name", "asname", "module", "value")
+    found = (getattr(node, field, "") for node in ast.walk(tree) if node not in texts for field in fields)
+    return {word for text in found if isinstance(text, str) for word in re.findall(r"\w+", text)}
+
+
+def test_names_in_docstrings_exist() -> None:
+    """A name in back-quotes is a word of its file's code; one with an underscore, of the project's."""
+    code = {module: words(tree) for module, tree in TREES.items()}
+    known = FOREIGN | {word for of_file in code.values() for word in of_file if "_" in word}
+    stale = []
+    for module, tree in TREES.items():
+        text = "\n".join(node.value.value for node in ast.walk(tree) if is_text(node))
+        for name in re.findall(r"`([a-z_]+)(?:\[.*?\])?`", text):
+            stale += [f"{module}: {name}"] * (name not in known | code[module])
+        for name in re.findall(r"`((?:clips|mllm)[.\w]+)`", text):
+            place, _, last = name.rpartition(".")
+            stale += [f"{module}: {name}"] * (name not in FILES and last not in code.get(place, ()))
+    assert stale == []

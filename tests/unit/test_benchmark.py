@@ -1,7 +1,5 @@
 """tools/benchmark.py compares like with like, and times what it says."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +63,7 @@ def test_a_stock_step_trains() -> None:
 
 
 @pytest.mark.slow
-def test_both_programs_and_the_parts_run(
-    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_programs_and_the_parts_run(demo, monkeypatch, capsys):
     pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install 'open_clip_torch[training]'")
     monkeypatch.setitem(benchmark.SIZES, "demo", ("demo", 8, 10))
     monkeypatch.setattr(benchmark, "ensure_demo", lambda place: demo)

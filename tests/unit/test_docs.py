@@ -1,7 +1,5 @@
 """What README and docs say can be typed and followed: commands parse, links lead on, walks name what is there."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re
@@ -125,15 +123,3 @@ def test_all_rows_of_the_faults_are_tests_and_listed() -> None:
         for name, number in re.findall(r"^def (test_row_(\d+)_\w+)\(", file.read_text(), re.MULTILINE):
             tests.setdefault(int(number), set()).add(name)
     assert listed == tests
-
-
-def test_each_walk_of_the_design_names_what_its_files_hold() -> None:
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    walks = re.findall(r"^## (?:How|What) .*?(?=^## )", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(walks) == 3
-    for walk in walks:
-        files = set(re.findall(r"`([\w/]+\.py)`", walk))
-        assert 5 <= len(files) <= 12
-        code = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-        names = {part for name in re.findall(r"`([A-Za-z_][\w.]*)`", walk) for part in name.split(".")}
-        assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()

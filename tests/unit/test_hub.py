@@ -1,7 +1,5 @@
 """Models by hub id: which files are fetched, and every command on the cache that a download leaves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -45,9 +43,7 @@ LAYOUTS = {
         ("transformers", "WEIGHT_FILES", [LAYOUTS["transformers"][i] for i in (0, 1, 2, 4, 5)]),
     ],
 )  # fmt: skip
-def test_what_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
-) -> None:
+def test_what_is_fetched(tmp_path, monkeypatch, model, weights, expected):
     def download(name: str, **patterns: list[str]) -> str:
         for file in filter_repo_objects(LAYOUTS[name.removeprefix("owner/")], **patterns):
             (tmp_path / file).parent.mkdir(exist_ok=True)

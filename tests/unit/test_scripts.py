@@ -1,26 +1,27 @@
-"""What every script keeps to, and what the installer and the launchers do on a machine that lacks something."""
+"""What every script keeps to: flags, output, what is the newest; launchers; the installer."""
 
-from __future__ import annotations
-
-import argparse
-import json
 import os
 import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from conftest import ROOT, script_parser
+from conftest import ROOT, run_group
 
-from mllm.training.arguments import parser as llava_parser
+from clips.common.files import write_json
+from clips.common.flags import Parser, add_options, from_flags, given, option
+from clips.recipes import debug_twin, recipe
+from clips.weights.load import _newest_run, newest_export
 
 PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-FLAGS = ROOT / "tests" / "data" / "flags.json"
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
 HELP = f"""
 import runpy, sys
@@ -34,13 +35,6 @@ for script in sys.argv[1:]:
 """
 
 
-def parsers_of(script: Path) -> dict[str, argparse.ArgumentParser]:
-    """The parser of a script under "", and those of its subcommands under their names."""
-    top = llava_parser() if script.stem == "train_llava" else script_parser(script.stem)
-    below = [action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-    return {"": top} | (below[0] if below else {})
-
-
 def test_help_imports_nothing_heavy() -> None:
     """`--help`, and so a wrong flag, answers without importing what takes seconds."""
     done = subprocess.run(
@@ -51,44 +45,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.count("usage:") == len(PYTHON_SCRIPTS)
 
 
-def test_every_flag_is_documented_with_its_default() -> None:
-    for script in PYTHON_SCRIPTS:
-        for parser in parsers_of(script).values():
-            assert not parser.allow_abbrev
-            for action in parser._actions:
-                if (
-                    action.option_strings
-                    and not action.required
-                    and action.dest != "help"
-                    and action.help != "==SUPPRESS=="
-                ):
-                    entry = parser._get_formatter()
-                    entry.add_argument(action)
-                    text = " ".join(entry.format_help().split())
-                    assert text.count("(default: ") == 1, (script.name, text)
-
-
 def test_the_function_that_a_script_names_is_there() -> None:
     functions = re.findall(r'start\(parser, "([\w.:]+)"\)', "".join(script.read_text() for script in PYTHON_SCRIPTS))
     assert functions
     assert all(callable(pkgutil.resolve_name(function)) for function in functions)
-
-
-def flags_of(script: Path) -> dict[str, object]:
-    """Flag → its default, of a script and of its subcommands."""
-    defaults = {}
-    for name, parser in parsers_of(script).items():
-        for action in parser._actions:
-            if action.help != argparse.SUPPRESS and action.dest != "help":
-                flag = action.option_strings[-1] if action.option_strings else action.dest.upper()
-                of_machine = flag == "--jobs" and action.default == os.cpu_count()
-                defaults[f"{name} {flag}".strip()] = "this machine's" if of_machine else action.default
-    return json.loads(json.dumps(defaults, default=str))
-
-
-def test_the_flags_and_their_defaults_are_frozen() -> None:
-    """A change here is a change of the commands that people use; `python tests/unit/test_scripts.py` writes it down."""
-    assert {script.stem: flags_of(script) for script in PYTHON_SCRIPTS} == json.loads(FLAGS.read_text())
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:
@@ -102,9 +62,6 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
             text = path.read_text(errors="replace")
             names += [f"{name}: {match.group()}" for match in re.finditer(f"{machine}|{registry}", text)]
     assert not names
-
-
-# ------------------------------------------------------------------------------------------------------ shell scripts
 
 
 def sourced(command: str, path: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -172,5 +129,94 @@ def test_ranks_of_a_script_take_a_free_port(tmp_path: Path) -> None:
         probe.bind(("", int(port)))
 
 
-if __name__ == "__main__":
-    FLAGS.write_text(json.dumps({path.stem: flags_of(path) for path in PYTHON_SCRIPTS}, indent=1) + "\n")
+@dataclass(frozen=True)
+class Sizes:
+    batch_size: int = option(8, "samples of a step")
+    limit: int | None = option(None, "only so many", "--at-most")
+    kind: Literal["a", "b"] = option("a", "which kind")
+    words: tuple[str, ...] = option(("x", "y"), "which words")
+    cache: bool = option(True, "compute everything again")
+    lora_enable: bool = option(False, "as LLaVA spells it", underscores=True)
+    own: str = "not a flag"
+
+
+def parser() -> Parser:
+    p = Parser("A command.")
+    p.add_argument("--model", help="which model (default: the newest)")
+    add_options(p, Sizes)
+    return p
+
+
+def test_the_fields_of_a_dataclass_are_flags() -> None:
+    def read(*words: str) -> Sizes:
+        return from_flags(Sizes, parser().parse_args(words))
+
+    assert read() == Sizes()
+    assert read("--batch-size", "2", "--at-most=3", "--kind", "b") == Sizes(2, 3, "b")
+    assert read("--words", "p", "--words", "q", "r").words == ("p", "q", "r")
+    assert read("--batch_size=2", "--no_cache", "--lora-enable") == Sizes(2, cache=False, lora_enable=True)
+    assert read("--lora_enable", "False").lora_enable is False
+    assert given(parser(), ["--batch-size", "8", "--at-most", "3"]) == {"batch_size", "limit"}
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), {"--batches": "--batch-size", "--pretrained": "--model", "--zzz": ""}.items()
+)
+def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args([word, "3"])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert word in text
+    assert hint in text
+
+
+@pytest.mark.slow
+def test_the_package_brings_its_templates(tmp_path: Path) -> None:
+    """As `pip install .` puts it somewhere without the repository."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("clips", "mllm"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target]
+    installed = run_group([*map(str, pip), str(source)], timeout=300)
+    assert installed.returncode == 0, installed.stderr
+    templates = [path.relative_to(ROOT) for part in ("clips", "mllm") for path in (ROOT / part).rglob("templates/*")]
+    assert templates
+    assert [path for path in templates if not (target / path).is_file()] == []
+
+
+PRINTS = """
+import sys
+from clips.common.errors import run_command
+def main():
+    for _ in range(100_000):
+        print("a line of a table")
+sys.exit(run_command(main))
+"""
+
+
+def test_a_reader_that_ends_early_is_no_traceback() -> None:
+    """As in `| head -c 1`."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", PRINTS], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        assert command.wait(60) in (0, 128 + signal.SIGPIPE)
+
+
+def test_a_debug_run_is_never_the_newest_encoder(tmp_path: Path) -> None:
+    """Its configuration says so; the name says nothing."""
+    for name, run, time in (("my-debug", recipe("demo"), 1), ("twin", debug_twin(recipe("demo")), 2)):
+        (tmp_path / name / "export" / "hf_vit").mkdir(parents=True)
+        run.save(tmp_path / name / "config.json")
+        for file in ("LATEST", "export/hf_vit/config.json"):
+            write_json(tmp_path / name / file, {})
+            os.utime(tmp_path / name / file, (time, time))
+    assert _newest_run(tmp_path) == tmp_path / "my-debug"
+    assert newest_export(tmp_path, "clips") == tmp_path / "my-debug" / "export"

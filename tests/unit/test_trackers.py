@@ -1,7 +1,6 @@
-"""--report_to: the same loggers in both halves."""
+"""What a training tells: the same loggers in both halves, the live line."""
 
-from __future__ import annotations
-
+import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_mllm import tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from clips.common import live
 from clips.common.errors import UserError
+from clips.common.live import LiveLine
 from clips.common.trackers import loggers
 from clips.recipes import recipe
 from clips.training.cli import parser as pretraining
@@ -73,3 +74,37 @@ def test_an_unknown_logger_and_a_missing_package_are_named(monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install trackio"):
         loggers("trackio")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int = 200) -> io.StringIO:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(live, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
+    return stream
+
+
+def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = on(Terminal(), monkeypatch, columns=20)
+    line = LiveLine()
+    line.show("a long first line that is cut")
+    line.show("short")
+    line.say("stays")
+    line.show("again")
+    line.close()
+    assert "a long first line …" in printed.getvalue()
+    assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
+
+
+def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, now = on(io.StringIO(), monkeypatch), [0.0]
+    monkeypatch.setattr(live, "monotonic", lambda: now[0])
+    line = LiveLine()
+    for now[0] in range(100):
+        line.show(f"at {now[0]} s")
+    line.show("done", final=True)
+    line.close()
+    assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"

@@ -1,12 +1,9 @@
 """The sets of drawings: every thing has enough hands, only pinned bytes count, and without npm one artist draws all."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
 import json
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -14,16 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clips.common.errors import UserError
-from clips.common.rundir import UNSEEN
-from clips.config import DataConfig, Fields
 from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
-from clips.data.demo import MISSING, demo_split, ensure_demo
-from clips.data.sources import open_source
-from clips.data.splits import deciding_set, held_out_sets
-
-SIZES = {"train": 4, "val": 2, "test": 2, UNSEEN: 2}
 
 
 @pytest.fixture
@@ -60,14 +49,7 @@ def npm_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None
     monkeypatch.setenv("PATH", str(program.parent))
 
 
-def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artists.shutil, "which", lambda name: None)
-    monkeypatch.setattr(artists.util, "find_spec", lambda name: None)
-
-
-def test_what_npm_brings_counts_when_it_is_what_is_pinned(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monkeypatch):
     content = package({"icons": {"dog-face": {"body": '<rect width="10" height="5" fill="red"/>'}}})
     mine = pin(monkeypatch, content)
     log = tmp_path / "log"
@@ -86,45 +68,3 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(
     mine.tarball.write_bytes(content[:-1])  # damaged since: fetched again
     assert fetch_sets(["mine"]) == ""
     assert mine.tarball.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("does", "reason"),
-    [
-        ("sys.exit('npm error code EAI_AGAIN')", "npm cannot fetch them: npm error code EAI_AGAIN"),
-        ("Path('me-mine-1.0.0.tgz').write_bytes(b'other')", "npm brought other files than the pinned ones: @me/mine"),
-        ("import time; time.sleep(60)", "npm cannot be run: .*timed out"),
-    ],
-)
-def test_npm_that_cannot_fetch_says_why(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, reason: str
-) -> None:
-    assert pin(monkeypatch, package({"icons": {}})).tarball.name == "me-mine-1.0.0.tgz"
-    monkeypatch.setattr(artists, "TIMEOUT_S", 0.5 if "sleep" in does else 60)
-    npm_that(tmp_path, monkeypatch, does)
-    assert re.match(reason, fetch_sets(["mine"]))
-    assert "write" in does or not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind
-    with pytest.raises(UserError, match="the drawings of Mine are not in"):
-        drawings("mine", {"dog": "dog_face"})
-
-
-def test_without_npm_one_artist_draws_and_it_is_said(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    no_npm(monkeypatch)
-    folder = ensure_demo(tmp_path / "data", sizes=SIZES)
-    assert f"warning: {MISSING} (there is no npm here" in capfd.readouterr().err
-    assert MISSING[1:] in (folder / "README.md").read_text()
-    assert not (folder / UNSEEN).exists()
-    data = DataConfig(demo_dir=str(folder))
-    for split in ("train", "val", "test"):
-        source = open_source(demo_split(folder, split), Fields(), need_long=True)
-        assert len(source) == SIZES[split]
-        assert {t["artist"] for i in range(len(source)) for t in source.read(i).extra["objects"]} == {OPENMOJI}
-    monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    assert held_out_sets(data) == ["test"]
-    assert deciding_set(data) == "test"
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    ensure_demo(folder, sizes=SIZES)
-    assert (folder / "manifest.json").stat().st_mtime_ns == before  # nor is it said again
-    assert capfd.readouterr().err == ""

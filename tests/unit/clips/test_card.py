@@ -1,14 +1,14 @@
-"""Model cards of exports: they parse, their code runs, their figures are of these weights."""
-
-from __future__ import annotations
+"""Model cards of exports and of LLaVA models: they parse, their code runs, their figures are of these weights."""
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_chat
 import torch
 from conftest import random_model, tiny_run
 from huggingface_hub import ModelCard
@@ -40,9 +40,7 @@ def tokenizer_run(*, pre_norm: bool = False) -> RunConfig:
 
 
 @pytest.mark.parametrize("tower", ["ViT", "pre_norm"])
-def test_the_code_of_a_card_runs_beside_it(
-    tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_of_a_card_runs_beside_it(tower, tmp_path, monkeypatch, capsys):
     run = tokenizer_run(pre_norm=tower == "pre_norm")
     model = random_model(run)
     place = tmp_path / "mine" / "export"
@@ -93,3 +91,22 @@ def test_a_card_holds_figures_of_these_weights_only(tmp_path: Path) -> None:
         assert results == {("test", 12.3), ("unseen", 7.8)}
     for card in export(tmp_path / "export", run, model, evaluations=others).values():
         assert not ModelCard(card).data.eval_results
+
+
+place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
+
+
+def test_the_code_of_a_llava_card_runs_beside_it(place, monkeypatch, capsys):
+    directory = place / "runs" / "llava" / "model"
+    written = (directory / "README.md").read_text(encoding="utf-8")
+    assert "\n# llava\n" in written
+    data = ModelCard(written).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert (data.base_model, data.license) == (None, None)  # a directory is no base that others have
+    (block,) = re.findall(r"^```python\n(.*?)^```", written, flags=re.DOTALL | re.MULTILINE)
+    shutil.copytree(directory, place / "elsewhere")
+    shutil.copy(place / "images" / "0.png", place / "elsewhere" / "picture.png")
+    monkeypatch.chdir(place / "elsewhere")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert capsys.readouterr().out.strip() == names["answer"][0]["generated_text"].strip() != ""

@@ -1,18 +1,19 @@
-"""Checkpoints: written whole or not at all, refused when damaged, never silently started over."""
+"""Checkpoints: written whole or not at all, beside the training, refused when damaged, never silently started over."""
 
-from __future__ import annotations
-
+import json
+import shutil
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
-import bomb
 import pytest
 import torch
 
 from clips.common import files
 from clips.common.errors import UserError
+from clips.common.rundir import checkpoints, chosen_weights
 from clips.weights import checkpoint
-from clips.weights.checkpoint import TrainState
+from clips.weights.checkpoint import TrainState, Writer
 
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -50,9 +51,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "bit", "missing", "empty"])
-def test_a_damaged_one_is_refused_and_the_previous_used(
-    tmp_path: Path, file: str, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, capsys):
     write(tmp_path, 1)
     bad = write(tmp_path, 2)
     target = bad / file
@@ -70,30 +69,6 @@ def test_a_damaged_one_is_refused_and_the_previous_used(
     assert checkpoint.latest(tmp_path).state.step == 2
 
 
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    """Alone, and in the place of a weight file in a directory with right hashes."""
-    fired, path = tmp_path / "fired", write(tmp_path / "run", 1)
-    bomb.write_pickle(tmp_path / "model.pt", fired)
-    with pytest.raises(UserError, match=r"--resume .*model\.pt.*directory"):
-        checkpoint.load(tmp_path / "model.pt")
-    bomb.write_pickle(path / "model.safetensors", fired)
-    files.seal(path)
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        checkpoint.load(path).weights()
-    assert not fired.exists()
-
-
-@pytest.mark.parametrize("manifest", ["[]", "{}", '"text"', '{"model.safetensors": "0"}'])
-def test_a_directory_of_something_else_is_refused(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / "MANIFEST.json").write_text(manifest)
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="--resume"):
-        checkpoint.load(tmp_path)
-    with pytest.raises(UserError, match=r"--resume .*nowhere"):
-        checkpoint.load(tmp_path / "nowhere")
-
-
 def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "LATEST"
     files.write_atomically(file, "old\n")
@@ -105,3 +80,82 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(file, "new and longer\n")
     assert file.read_text() == "old\n"
+
+
+WEIGHTS = {"a": torch.ones(5)}
+
+
+def state(step: int) -> TrainState:
+    return TrainState(seed=0, step=step, samples=8 * step)
+
+
+def save(run_dir: Path, *steps: int, keep: int = 99) -> list[Path]:
+    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), keep) for step in steps]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name[5:]) for path in reversed(checkpoints(run_dir))]
+
+
+def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, whole = threading.Event(), checkpoint.save_file
+
+    def waiting(*arguments: object) -> None:
+        assert goes_on.wait(30)
+        whole(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", waiting)
+    now = state(3)
+    now.logit_scale.append((24, 1.5))
+    with Writer(tmp_path, keep=2) as writer:
+        writer.begin(WEIGHTS, WEIGHTS, now)
+        now.step, now.samples = 4, 32
+        now.logit_scale.append((32, 2.5))
+        with pytest.raises(RuntimeError, match="being written still"):
+            writer.begin(WEIGHTS, WEIGHTS, now)
+        assert not writer.has_failed()
+        assert checkpoint.latest(tmp_path) is None, "what is not whole does not count"
+        goes_on.set()
+        assert writer.wait() is None
+    saved = checkpoint.latest(tmp_path).state
+    assert (saved.step, saved.samples, [tuple(pair) for pair in saved.logit_scale]) == (3, 24, [(24, 1.5)])
+
+
+def test_whoever_leaves_waits_for_the_write(tmp_path: Path) -> None:
+    def fails() -> None:
+        with Writer(tmp_path, keep=2) as writer:
+            writer.begin({"a": torch.ones(1_000_000)}, WEIGHTS, state(1))
+            raise KeyError("another error")
+
+    before = threading.active_count()
+    with pytest.raises(KeyError):
+        fails()
+    assert checkpoint.latest(tmp_path).state.step == 1
+    assert threading.active_count() == before
+
+
+def test_what_a_checkpoint_says_of_its_weights_is_not_hashed(tmp_path: Path) -> None:
+    assert chosen_weights(tmp_path) is None
+    _, second = save(tmp_path, 1, 2)
+    weights = chosen_weights(tmp_path)
+    assert weights == {
+        "step": 2, "samples": 16, "sha256": json.loads((second / "MANIFEST.json").read_text())["model.safetensors"]
+    }  # fmt: skip
+    (second / "MANIFEST.json").write_text("{")
+    assert chosen_weights(tmp_path)["sha256"] is None
+    shutil.rmtree(second)
+    assert chosen_weights(tmp_path)["step"] == 1
+
+
+def test_the_best_validated_checkpoint_is_chosen_and_stays(tmp_path: Path) -> None:
+    values = {1: 20.0, 2: 30.0, 3: 25.0}
+    for step, value in values.items():
+        save(tmp_path, step)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "eval", "step": step, "choosing": value}) + "\n")
+    assert chosen_weights(tmp_path)["step"] == 2
+    checkpoint.save(tmp_path, WEIGHTS, WEIGHTS, state(4), 1)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["4", "2"]
+    assert chosen_weights(tmp_path)["step"] == 2, "the newest one was never validated"
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 2}\n')
+    assert chosen_weights(tmp_path)["step"] == 4, "a run that does not choose stands for its newest checkpoint"

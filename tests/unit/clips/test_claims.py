@@ -1,6 +1,4 @@
-"""Studies of variants: what differs between the runs, the verdicts, and the page."""
-
-from __future__ import annotations
+"""Studies of variants: what differs between the runs, the verdicts, the page, and a study of real, tiny runs."""
 
 import json
 from dataclasses import replace
@@ -9,23 +7,20 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from lab_runs import with_figures
+from lab_runs import run_main, with_figures
 
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
 from clips.config import difference as differing_fields
-from clips.data.demo import WITH_ERRORS, split_scene
+from clips.data.demo import WITH_ERRORS, ensure_demo, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
     CLAIMS,
-    LONGER,
-    SENTENCE_LONGER,
     VARIANTS,
     judge_llava,
-    on_photographs,
     reproduce,
     variant_study,
 )
@@ -43,9 +38,6 @@ def variant_run(name: str, seed: int, settings: tuple[str, ...] = (), samples: i
 
 def differing(a: RunConfig, b: RunConfig) -> set[str]:
     return {line.split(":")[0] for line in differing_fields(a, b)}
-
-
-# --- the runs
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -93,25 +85,6 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     assert variant_run("sentence", 0, ("data.fields.long=json:other",)).config().data.fields.long == "json:other"
 
 
-def test_the_claims_on_photographs_take_their_recipes() -> None:
-    settings = ("data.train=a.tar", "data.fields.web=json:captions", "data.fields.long=json:captions;txt")
-    names = ["web", "half", "captioner", "web_longer", "sentence_longer"]
-    study = variant_study(names, range(5, 10), 6_400, settings, "small", **ABOUT)
-    assert on_photographs()["b"].contrasts[-1] == ("captioner", "web")
-    assert on_photographs()["f"].contrasts[0] == ("captioner", "web_longer")
-    assert study.runs["sentence_longer"][0].config().model.captioner is None
-    assert study.runs["sentence_longer"][1].samples == SENTENCE_LONGER * 6_400
-    assert study.runs["web_longer"][1].samples == LONGER * 6_400 == LONGER * study.runs["web"][1].samples
-    assert study.runs["web_longer"][1].settings == study.runs["web"][1].settings
-    assert [study.runs["half"][0].seed, study.runs["half"][-1].seed] == [5, 9]
-    for name, expected in (("web", "small_clip"), ("half", "small_captioner"), ("captioner", "small_captioner")):
-        config = study.runs[name][0].config()
-        assert (config.recipe, study.variants[name].recipe) == (expected, expected)
-        assert config.data.fields == Fields(web="json:captions", long="json:captions;txt")
-        phase = recipe(expected).phases[0]
-        assert (config.phases[0].batch_size, config.phases[0].lr) == (phase.batch_size, phase.lr)
-
-
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
     sentences = [text for number in range(500) for text in split_scene("train", number, 0)[1].sentences]
     tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=recipe("demo").model.text.vocab_size)
@@ -143,9 +116,6 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
     assert not (tmp_path / "out").exists()
 
 
-# --- the verdicts
-
-
 def compare_report(path: Path, entries: list[dict[str, Any]]) -> Path:
     path.write_text(json.dumps({"differences": entries}), encoding="utf-8")
     return path
@@ -169,9 +139,6 @@ def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path)
     for broken in ([], others, [{"a": "clips", "b": "clip", "metric": "accuracy"}]):
         with pytest.raises(UserError, match=r"report\.json .*clips and clip"):
             judge_llava(compare_report(path, broken))
-
-
-# --- from finished runs to the page
 
 
 def test_the_unseen_artist_decides_and_seeds_that_are_added_leave_nothing_decided(tmp_path: Path) -> None:
@@ -231,3 +198,33 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     assert "sentence nearness, −100" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name small data; the validation split is also an artist never trained on."""
+    made = ensure_demo(tmp_path_factory.mktemp("data"), sizes={"train": 300, "val": 40, "test": 80})
+    settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
+    return [*settings, f'data.further_tests=[{{"name": "unseen", "data": "{made / "val"}"}}]']
+
+
+@pytest.mark.slow
+def test_finished_runs_are_never_run_again(tmp_path, data, monkeypatch, capsys):
+    output = tmp_path / "claims"
+    flags = ["claims", "--claims", "b,e", "--seeds", "2", "--samples", "64", "--output", output]
+    flags += ["--llava-report", tmp_path / "none.json", "--set", *data]
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    result = json.loads((output / "claims.json").read_text())
+    runs = [run for variant in result["variants"].values() for run in variant["runs"]]
+    assert {run["name"] for run in runs} == {f"{n}-seed{s}" for n in ("web", "sentence", "captioner") for s in (0, 1)}
+    for run in runs:
+        assert (run["config"]["train"]["seed"], run["config"]["phases"][0]["samples"]) == (run["seed"], 64)
+        assert 0 <= run["figures"]["unseen/long_r1"] <= 100
+    assert result["questions"]["e"]["verdict"] == "not run"
+    assert "python scripts/compare_encoders.py" in (output / "claims.html").read_text()
+
+    capsys.readouterr()
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    assert "0 of 6 to run" in capsys.readouterr().err
+    again = json.loads((output / "claims.json").read_text())
+    assert (again["variants"], again["seconds"]) == (result["variants"], result["seconds"])

@@ -1,7 +1,5 @@
 """train.compile: each block is one graph, and one compilation serves every length and batch size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

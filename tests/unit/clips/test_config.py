@@ -1,7 +1,5 @@
 """The configuration: validated, rebuilt from its JSON form, changed and compared by field."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -38,29 +36,19 @@ def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
         ("train.seed=one", r"config\.train\.seed must be int"),
         ("train.precision=fp64", "choose one of: auto, bf16, fp32"),
         ("optim.betas=[0.9, null]", r"optim\.betas\.1"),
-        ("model.vision.width=30", "divisible by 4"),
-        ("phases.0.image_size=40", "image size 40 is not a multiple of the patch size 16"),
+        ("model.vision.heads=3", "width 128 is not divisible by heads 3"),
+        ("phases.0.image_size=44", "image size 44 is not a multiple of the patch size 10"),
         ("phases=[]", "at least one phase"),
         ("task.synthetic_share=1.5", "synthetic_share"),
+        ("model.captioner=null", "task.caption_weight"),
+        ("model.embed_dim=0", "embed_dim"),
+        ("model.vision.patch_dropout=1", "patch_dropout"),
+        ("optim.clip_grad=1", "clip_grad"),
     ],
 )
 def test_wrong_values_are_named(assignment: str, noun: str) -> None:
     with pytest.raises(UserError, match=noun):
-        tiny_run().override([assignment])
-
-
-@pytest.mark.parametrize(
-    ("name", "assignment", "noun"),
-    [
-        ("demo", "model.captioner=null", "task.caption_weight"),
-        ("demo", "model.embed_dim=0", "embed_dim"),
-        ("demo", "model.vision.patch_dropout=1", "patch_dropout"),
-        ("demo", "optim.clip_grad=1", "clip_grad"),
-    ],
-)
-def test_a_model_and_its_objective_must_fit(name: str, assignment: str, noun: str) -> None:
-    with pytest.raises(UserError, match=noun):
-        recipe(name).override([assignment])
+        recipe("demo").override([assignment])
 
 
 def test_at_least_one_token_is_kept() -> None:
@@ -126,15 +114,6 @@ def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=f"'{re.escape(objective)}' was removed; commit aa82178b is the last"):
         RunConfig.load(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize("text", ["{", "null", '{"recipe": 3}'])
-def test_an_unreadable_config_file_is_a_users_error(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError):
-        RunConfig.load(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"missing\.json"):
-        RunConfig.load(tmp_path / "missing.json")
 
 
 def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:

@@ -1,24 +1,17 @@
 """A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import Fields
-from clips.data.guess import guess_fields, say_once
-from clips.data.loader import make_loader
+from clips.data.guess import guess_fields
 from clips.data.sources import Source, open_source
-from clips.data.tokenizer import build_tokenizer
-from clips.recipes import debug_twin, recipe
 
 
 def picture(value: int = 0) -> bytes:
@@ -62,22 +55,6 @@ def test_the_default_layout_is_never_guessed_anew() -> None:
     assert (both.web, both.long) == ("alt", "long_caption")
 
 
-@pytest.mark.parametrize(("delimiter", "encoding"), [(";", "cp1252"), ("\t", "utf-8-sig")])
-def test_separators_and_encodings(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, encoding: str
-) -> None:
-    pictures(tmp_path / "fotos")
-    rows = [(f"fotos/{i}.png", f"Größe {i}, “groß”; naïve") for i in range(3)]
-    table = write_csv(tmp_path / "t.csv", [("file_name", "caption"), *rows], encoding, delimiter)
-    assert texts(opened(table)) == [text for _, text in rows]
-    assert f"separated by {delimiter!r}" in caplog.text
-    assert "--fields overrules" in caplog.text
-    caplog.clear()
-    say_once.cache_clear()  # as in another run, which finds the index
-    assert len(opened(table)) == 3
-    assert ("read as cp1252" in caplog.text) == (encoding == "cp1252")
-
-
 def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Semicolons, cp1252, backslashes, umlauts in a folder, numbered captions."""
     pictures(tmp_path / "größe/fotos")
@@ -94,22 +71,6 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "a.png").write_bytes(picture())
     with pytest.raises(UserError, match="leads out"):
         opened(tmp_path / "out.csv").read(0)
-
-
-def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
-    pictures(tmp_path)
-    rows = [("image", "text"), *((f"{i}.png", f"Größe {i}") for i in range(3))]
-    table = write_csv(tmp_path / "t.csv", rows, "cp1252", ";")
-    with pytest.raises(UserError, match="no long captions") as refused:
-        opened(table, need_long=True)
-    assert "--recipe small_clip" in str(refused.value)
-    assert "recaption.py" in str(refused.value)
-    run = debug_twin(recipe("clip_baseline")).override(["data.workers=0"])
-    tokenizer = build_tokenizer("wordpiece", [text for _, text in rows] * 3, vocab_size=64)
-    source = opened(table, need_long=run.task.captions)
-    batch = next(iter(make_loader(source, tokenizer, run, rank=0, world_size=1)))
-    assert {tokenizer.decode(row) for row in batch["web"]} == {"große 0", "große 1", "große 2"}  # uncased
-    assert not {"sub", "caption"} & batch.keys()
 
 
 def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,23 +93,7 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
     assert texts(opened(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
 
 
-def test_pictures_by_url_are_refused_with_img2dataset(tmp_path: Path) -> None:
-    table = write_csv(tmp_path / "t.csv", [("URL", "TEXT"), ("https://host.example/a/0.png", "w")])
-    with pytest.raises(UserError, match="img2dataset"):
-        opened(table)
-
-
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    hub = tmp_path / "hub"
-    (hub / "data").mkdir(parents=True)
-    (hub / "README.md").write_text("---\n")
-    for split in ("train", "test"):
-        cells = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
-        table = pa.table({"image": cells, "text": [f"{split} {i}" for i in range(3)]})
-        pa.parquet.write_table(table, hub / f"data/{split}-00000-of-00001.parquet")
-    assert texts(opened(hub)) == ["train 0", "train 1", "train 2"], "the test split is not trained on"
-    assert "test-00000-of-00001.parquet left for tests" in caplog.text
-
     for suffix in (".csv", ".jsonl"):
         folder = tmp_path / f"imagefolder{suffix}" / "train"
         pictures(folder)

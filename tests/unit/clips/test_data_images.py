@@ -1,7 +1,5 @@
 """Every kind of picture is decoded to the picture that was encoded; hostile bytes break one sample, not the run."""
 
-from __future__ import annotations
-
 import math
 import random
 from functools import cache
@@ -125,12 +123,9 @@ def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, sid
 
 
 @pytest.mark.parametrize(
-    ("size", "kept", "orientation"),
-    [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), ((1600, 1200), {4, 8}, 6)],
+    ("size", "kept", "orientation"), [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), ((1600, 1200), {4, 8}, 6)]
 )
-def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kept: set[int], orientation: int
-) -> None:
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch, size, kept, orientation):
     """The same crop as from the whole picture, wherever it lies and however the picture is turned."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation

@@ -1,19 +1,15 @@
 """A share is held out by image, whatever rows, keys and order a set has."""
 
-from __future__ import annotations
-
 import csv
-import io
-import json
 import random
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from bad_corpus import encode
+from launched import recap, write_shard
 from PIL import Image
 
 from clips.config import DataConfig, MixPart
@@ -55,13 +51,7 @@ def parquet_of_bytes(folder: Path, rows: list[Row]) -> Path:
 
 
 def tar_of_members(folder: Path, rows: list[Row]) -> Path:
-    with tarfile.open(folder / "t.tar", "w") as tar:
-        for k, (i, text) in enumerate(rows):
-            for name, data in ((f"{k:05}.png", picture(i)), (f"{k:05}.txt", text.encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return folder / "t.tar"
+    return write_shard(folder / "t.tar", [(picture(i), {"txt": text.encode()}) for i, text in rows])
 
 
 def sides(data: DataConfig) -> dict[str, set[bytes]]:
@@ -106,13 +96,10 @@ def test_tables_in_two_folders_and_samples_without_a_long_caption(tmp_path: Path
     images = sides(DataConfig(train=f"{tmp_path}/t.csv;{tmp_path}/pictures/t.csv", held_out=0.1))
     assert len(images["train"]) + len(images["val"]) == IMAGES
 
-    with tarfile.open(tmp_path / "l.tar", "w") as tar:
-        for i in range(IMAGES):
-            members = {"png": picture(i), "json": json.dumps({"org_caption": f"w {i}"}).encode(), "txt": b"Long one."}
-            for ending in members if i % 3 else ("png", "json"):
-                member = tarfile.TarInfo(f"{i:05}.{ending}")
-                member.size = len(members[ending])
-                tar.addfile(member, io.BytesIO(members[ending]))
+    texts = [recap(f"w {i}", "Long one.") for i in range(IMAGES)]
+    for text in texts[::3]:
+        del text["txt"]
+    write_shard(tmp_path / "l.tar", [(picture(i), text) for i, text in enumerate(texts)])
     data = DataConfig(train=str(tmp_path / "l.tar"), held_out=0.1)
     train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
     keys = {split: {part.read(i).key for i in range(len(part))} for split, part in (("t", train), ("v", val))}

@@ -1,9 +1,7 @@
-"""The experiment engine: what is never run twice, failures, locks, the plan, the table and the page."""
-
-from __future__ import annotations
+"""The experiment engine: what is never run twice, failures, locks, the page; text from data acts nowhere."""
 
 import html
-import json
+import io
 import re
 import subprocess
 import sys
@@ -13,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE
+from markdown_it import MarkdownIt
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from clips.common.errors import CommandError, UserError
-from clips.common.escape import printable
+from clips.common.escape import LONGEST, clip, for_markdown, for_rich, one_line, printable
 from clips.common.page import (
     Bullets,
     Card,
@@ -31,7 +32,7 @@ from clips.common.page import (
 )
 from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
-from clips.lab.report import forest, verdict_class, write_report
+from clips.lab.report import forest, verdict_class
 from clips.lab.run import Commands, Runner, failed_steps, locked
 
 
@@ -82,16 +83,6 @@ def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_fo
     runner.run([good])
     assert failed_steps([good]) == []
     assert [path.name for path in log.parent.iterdir()] == ["log.txt"]
-
-
-def test_the_plan_says_which_cells_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [cell(tmp_path / str(i), "one") for i in range(2)]
-    cells[0].directory.mkdir()
-    (cells[0].directory / "one").write_text("")
-    Runner(cells, 1).print_plan("a [bold]study", {"each": "60 samples"})
-    text = capsys.readouterr().err
-    for part in "a [bold]study", *("1 of 2 to run, 1 at a time", "60 samples", "done", "waits"):
-        assert part in text
 
 
 def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
@@ -146,11 +137,36 @@ def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) ->
         assert 'class="wrap verdict good"' in page
 
 
-def test_a_page_that_fails_leaves_the_json_and_can_be_made_again(tmp_path: Path) -> None:
-    page = Page("title", "", [])
-    (tmp_path / "study.html").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_report({"a": 1}, tmp_path, "study", lambda: page)
-    assert json.loads((tmp_path / "study.json").read_text()) == {"a": 1}
-    (tmp_path / "study.html").rmdir()
-    assert write_report({"a": 1}, tmp_path, "study", lambda: page).is_file()
+GFM = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+each = pytest.mark.parametrize("name", HOSTILE)
+
+
+@each
+def test_markdown_reads_as_the_text(name: str) -> None:
+    text = clip(HOSTILE[name])
+    for before, after in (("", ""), ("- ", ""), ("said: ", " and more"), ("| a |\n| --- |\n| ", " |")):
+        page = GFM.render(f"{before}{for_markdown(text)}{after}\n")
+        assert not re.search("<(?!/?(p|ul|li|table|thead|tbody|tr|th|td)>)", page), page
+        around = "a" if "---" in before else before.strip("-# ")
+        shown = " ".join(html.unescape(re.sub("<[^>]*>", " ", page)).split())
+        assert shown == " ".join(f"{around} {one_line(text)} {after.strip('|')}".split())
+
+
+def test_markdown_leaves_alone_what_does_not_act() -> None:
+    text = "+1.2 [+0.3, +2.1] < 0.0001 hf:google/vit_base"
+    assert for_markdown(text) == text
+
+
+@each
+def test_a_terminal_shows_it_and_carries_nothing_out(name: str) -> None:
+    text = HOSTILE[name]
+    for shown in (printable(text), one_line(text)):
+        shown.encode("utf-8")
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)
+        assert len(shown) <= LONGEST
+    table = RichTable("a", title=for_rich(text))
+    table.add_row(for_rich(text))
+    console = Console(file=io.StringIO(), width=5000)
+    console.print(f"[bold]{for_rich(text)}[/bold]", highlight=False, soft_wrap=True)
+    assert console.file.getvalue().rstrip("\n") == one_line(text)
+    console.print(table)

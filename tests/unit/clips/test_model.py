@@ -1,7 +1,5 @@
 """Towers and captioner: published sizes, masks entry by entry, padding, resolutions, generation."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

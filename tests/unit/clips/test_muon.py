@@ -1,7 +1,5 @@
 """Muon's step on matrices of one shape at a time is DeepSpeed's own, which takes them one after the other."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,6 @@
 """The full evaluation reads, decodes and encodes each picture of a test set once; its figures are those of a plain loop
 over single pictures."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections import Counter
@@ -65,9 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return replace(tiny, data=data, eval=EvalConfig(batch_size=4))
 
 
-def test_each_picture_is_read_decoded_and_encoded_once(
-    run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_picture_is_read_decoded_and_encoded_once(run, tokenizer, tmp_path, monkeypatch):
     read: Counter[str] = Counter()
     opened: Counter[bytes] = Counter()
     encoded: list[int] = []
@@ -205,9 +201,7 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
 
 
 @pytest.mark.parametrize("inputs", ["tokens", "queries"])
-def test_the_figures_are_those_of_a_loop_over_single_pictures(
-    inputs: str, run: RunConfig, tokenizer: CaptionTokenizer
-) -> None:
+def test_the_figures_are_those_of_a_loop_over_single_pictures(inputs, run, tokenizer):
     captioner = replace(run.model.captioner, inputs=inputs)
     run = replace(run, model=replace(run.model, captioner=captioner))
     model = random_model(run).eval()

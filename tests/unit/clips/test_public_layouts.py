@@ -3,11 +3,7 @@
 Names of files, columns and members are the publishers'; the pictures are drawn here.
 """
 
-from __future__ import annotations
-
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from bad_corpus import encode
+from launched import write_tar
 from PIL import Image
 
 from clips.common.errors import UserError
@@ -42,15 +39,6 @@ def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
     pa.parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
 def run_of(*flags: str | Path) -> RunConfig:
     return config_from_flags(parser().parse_args(list(map(str, flags))), {})
 
@@ -72,7 +60,7 @@ def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
         for i in range(count):
             members[f"{i:09}.jpg"] = jpeg(i)
             members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
-        write_tar(tmp_path / f"{split}/{split}-00000.tar", members)
+        write_tar(tmp_path / f"{split}/{split}-00000.tar", members.items())
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
     assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
 
@@ -135,9 +123,11 @@ def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
         hub |= {f"{key}.jpg": jpeg(i), f"{key}.txt": caption.encode()}
         account = json.dumps(img2dataset_json(key, caption=caption)).encode()
         fetched |= {f"{key}.jpg": jpeg(i), f"{key}.json": account, f"{key}.txt": caption.encode()}
-    write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub)
-    write_tar(tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"})
-    write_tar(tmp_path / "cc3m/00000.tar", fetched)
+    write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub.items())
+    write_tar(
+        tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"}.items()
+    )
+    write_tar(tmp_path / "cc3m/00000.tar", fetched.items())
     write_parquet(tmp_path / "cc3m/00000.parquet", 3, img2dataset_json("000000000", caption=caption))
     (tmp_path / "cc3m/00000_stats.json").write_text("{}")
     for data in (tmp_path / "cc3m-wds/cc3m-train-*.tar", tmp_path / "cc3m"):
@@ -172,7 +162,7 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
         members[f"{key}.jpg"] = jpeg(i)
         members[f"{key}.json"] = json.dumps(img2dataset_json(key, **columns)).encode()
         members[f"{key}.txt"] = row["re_caption"].encode()
-    write_tar(tmp_path / "recap/00000.tar", members)
+    write_tar(tmp_path / "recap/00000.tar", members.items())
     run = run_of("--recipe", "b16", "--data", tmp_path / "recap")
     assert texts(opened(run)) == [Texts(("dog.jpg",), ("A dog runs. It is brown.",))] * 3
 

@@ -1,7 +1,5 @@
 """The table of what can be trained, against the paper's numbers; the schedules against slow formulas."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import get_args

@@ -1,7 +1,5 @@
 """Data behind URLs, from a real HTTP server that fails: what is read equals local files, and copies have a size."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -143,15 +141,9 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
 
 @pytest.mark.parametrize(
     ("attack", "kind", "said"),
-    [
-        ("endless", UserError, "ranges"),
-        ("packed", UserError, "gzip"),
-        ("drip", CommandError, "bytes came"),
-    ],
+    [("endless", UserError, "ranges"), ("packed", UserError, "gzip"), ("drip", CommandError, "bytes came")],
 )
-def test_an_answer_is_bounded_by_what_was_asked(
-    server: RangeServer, monkeypatch: pytest.MonkeyPatch, attack: str, kind: type, said: str
-) -> None:
+def test_an_answer_is_bounded_by_what_was_asked(server, monkeypatch, attack, kind, said):
     """In bytes and in time: little of an endless answer is read, and none is unpacked."""
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     server.fault = lambda method, name, before: attack

@@ -1,15 +1,18 @@
-"""The settings of a process on a CPU: freed memory that is kept, bf16 that is tried."""
+"""A process: kept memory, bf16 that is tried, signals, its exit code; the peaks that cards state."""
 
-from __future__ import annotations
-
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 
 from clips.common import runtime
+from clips.common.peaks import peak_flops, stated_peak
+from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 
 FAULTS = """
 import resource, torch
@@ -45,3 +48,86 @@ def test_a_processor_that_claims_bf16_is_tried(ratio: float, has: bool, monkeypa
 def test_the_ratio_of_two_products_is_that_of_this_processor() -> None:
     emulates = not runtime.claims_bf16(torch.device("cpu"))
     assert runtime._product_ratio() > 8 or not emulates
+
+
+COLLECTIVES_UNDER_WAY = """
+import sys
+import torch, torch.distributed as dist
+from clips.common.runtime import init_distributed
+init_distributed(torch.device("cpu"))
+for _ in range(2000):
+    dist.all_reduce(torch.zeros(100_000), async_op=True)
+sys.exit(7)
+"""
+
+
+def test_a_process_that_ends_amid_collectives_has_its_own_exit_code() -> None:
+    """gloo's threads let go of tensors when Python has ended, and torch then aborts: 134, and a run counts as lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTIVES_UNDER_WAY], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 7, done.stderr
+
+
+def test_the_name_that_fits_best_counts() -> None:
+    assert stated_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert stated_peak("NVIDIA H100 PCIe") == 756e12
+    assert stated_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert stated_peak("NVIDIA GH200 480GB") == 989e12
+    assert stated_peak("NVIDIA L40S") == 362e12
+    assert stated_peak("Some Card 7") is None
+
+
+def test_nobody_states_the_peak_of_a_cpu() -> None:
+    """A measured one was below what training reached: "158 % of the processor's peak"."""
+    assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) -> None:
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
+    stop = StopSignal()
+    try:
+        assert stop.requested == 0
+        os.kill(os.getpid(), number)
+        assert stop.requested == number
+        assert stopped_by(stop.requested).exit_code == 128 + number
+    finally:
+        stop.restore()
+    assert signal.getsignal(number) == stop.before[number]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == 0
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launcher_that_was_killed_before_its_rank_began_is_missed() -> None:
+    """`deepspeed` ends at once; its own launcher, which init adopts, then starts the rank."""
+    rank = "from clips.common.signals import LAUNCHERS, has_lost; print(has_lost(LAUNCHERS))"
+    launcher = 'while [ "$(ps -o ppid= $$)" -eq "$3" ]; do sleep 0.01; done; "$0" -c "$1"; exit'
+    words = [launcher, sys.executable, rank, "deepspeed.launcher.launch"]
+    env = os.environ | {"CROSS_SIZE": "1", "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", 'bash -c "$@" $$ &', "deepspeed", *words]
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
+    code = (
+        "import sys; from clips.common.signals import StopSignal; stop = StopSignal()\n"
+        "print('ready', flush=True); input(); stop.requested\n"
+        "print('a step', file=sys.stderr, flush=True); sys.exit(7)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.communicate("\n")
+    assert process.returncode == 7

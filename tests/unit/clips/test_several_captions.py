@@ -1,12 +1,8 @@
 """Fields that hold a list: which caption a step draws, and what the long one is made of."""
 
-from __future__ import annotations
-
 import csv
-import io
 import json
 import random
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
@@ -17,24 +13,21 @@ import pyarrow.parquet
 import pytest
 import torch
 from bad_corpus import encode
-from conftest import script_parser
+from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, UserError
-from clips.config import OTHERS, DataConfig, Fields
-from clips.data.check import check_from_flags, check_pairs
+from clips.config import OTHERS, Fields
+from clips.data.check import check_pairs
 from clips.data.guess import say_once
-from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
-from clips.data.sources import MAX_CAPTION, Source, open_source
-from clips.data.splits import check_readable, open_split
-from clips.data.tokenizer import build_tokenizer
+from clips.data.sources import Source, open_source
+from clips.data.splits import check_readable
 from clips.evaluation.encode import ImageSet
 from clips.evaluation.evaluate import retrieval_rows
 from clips.evaluation.testsets import SourceSet
-from clips.recipes import debug_twin, recipe
-from clips.training.cli import config_from_flags, parser
+from clips.recipes import recipe
 from mllm.data.captions import CaptionStore
 
 FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
@@ -42,14 +35,9 @@ FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
 
 def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     """A shard with a sample for each entry of `captions`."""
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for i, value in enumerate(captions):
-            picture = encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0)))
-            for name, data in ((f"{i:03}.png", picture), (f"{i:03}.json", json.dumps({key: value}).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return folder / "a.tar"
+    pictures = [encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0))) for i in range(len(captions))]
+    texts = [{"json": json.dumps({key: value}).encode()} for value in captions]
+    return write_shard(folder / "a.tar", list(zip(pictures, texts, strict=True)))
 
 
 def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Source:
@@ -64,11 +52,6 @@ def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
     own = Texts(("one",), ("Long a", "one.", "Long b."))
     assert own.pair() == ("one", "Long a. Long b.")
     assert Texts(("one",), ("one",)).pair() == ("one", "one"), "a single long caption is the user's own word"
-
-
-def test_a_list_has_the_length_of_a_caption(tmp_path: Path) -> None:
-    texts = opened(shard(tmp_path, [["w" * 100] * 100_000]), need_long=False).texts(0)
-    assert sum(map(len, texts.web)) == MAX_CAPTION
 
 
 def test_a_check_counts_what_a_step_would_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +140,7 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
 @pytest.mark.parametrize(
     "name", ["captions.txt", "results.csv", "t.jsonl", "paths.parquet", "bytes.parquet", "l.jsonl"]
 )
-def test_the_rows_of_an_image_are_gathered(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_shuffled: bool
-) -> None:
+def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
     """A row for each caption: no caption is lost, and no image is its own negative."""
     pairs = [(i, k) for i in range(IMAGES) for k in range(EACH)]
     random.Random(0).shuffle(pairs) if is_shuffled else None
@@ -247,94 +228,3 @@ def test_rows_that_do_not_fit_are_a_share_of_rows(tmp_path: Path) -> None:
     run = recipe("small")
     with pytest.raises(BrokenDataError, match=r"are broken, 1\.6%"):
         check_pairs(replace(run, data=replace(run.data, train=str(path), max_broken_share=0.01)))
-
-
-def test_batches_are_those_of_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
-    captions = [[f"picture {i} caption {k}" for k in range(5)] for i in range(16)]
-    source = opened(shard(tmp_path, captions))
-    tokenizer = build_tokenizer("wordpiece", source.captions(), vocab_size=300)
-    run = debug_twin(recipe("demo"))
-    run = run.override([f"model.text.vocab_size={tokenizer.vocab_size}", "phases.0.samples=64"])
-
-    whole = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
-    resumed = list(make_loader(source, tokenizer, run, rank=0, world_size=1, step=3))
-    halves = [list(make_loader(source, tokenizer, run, rank=rank, world_size=2)) for rank in (0, 1)]
-    for one, again in zip(whole[3:], resumed, strict=True):
-        assert all((one[name] == again[name]).all() for name in ("web", "sub", "caption"))
-    for one, *parts in zip(whole, *halves, strict=True):
-        assert one["keys"] == [key for part in parts for key in part["keys"]]
-
-    drawn: dict[str, set[tuple[int, ...]]] = {}
-    for batch in whole:
-        for key, web in zip(batch["keys"], batch["web"].tolist(), strict=True):
-            drawn.setdefault(key, set()).add(tuple(web))
-    assert max(map(len, drawn.values())) > 1, "epochs draw anew"
-
-
-def karpathy(folder: Path, entries: list[dict[str, object]]) -> Path:
-    (folder / "dataset.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    return folder / "dataset.json"
-
-
-def test_karpathys_file_trains_chooses_and_measures(tmp_path: Path) -> None:
-    sentences = [{"raw": f"caption {i}", "tokens": []} for i in range(7)]
-    (tmp_path / "val2014").mkdir()
-    names = {"a.png": "test", "b.png": "restval", "c.png": "train", "d.png": "val"}
-    for name in names:
-        (tmp_path / "val2014" / name).write_bytes(encode(Image.new("RGB", (8, 8))))
-    entries = [
-        {"filepath": "val2014", "filename": name, "split": split, "sentences": sentences}
-        for name, split in names.items()
-    ]
-    path = karpathy(tmp_path, entries)
-
-    run = config_from_flags(parser().parse_args(["--karpathy", str(path), "--image-root", str(tmp_path)]))
-    assert run.recipe == "small"
-    keys = {split: [item.read(i).key for i in range(len(item))] for split, item in opened_splits(run.data).items()}
-    assert {split: [key.split("/")[-1][:5] for key in of_split] for split, of_split in keys.items()} == {
-        "train": ["b.png", "c.png"], "val": ["d.png"], "test": ["a.png"],
-    }  # fmt: skip
-    item = SourceSet(open_split(run.data, "test", need_long=False)).read(0)
-    assert item.captions["sentence"] == [f"caption {i}" for i in range(5)]
-    assert not item.captions["part"]
-
-    with pytest.raises(UserError, match="restval, test, train, val"):
-        opened(f"{path}#validation")
-    with pytest.raises(UserError, match="--image-root"):
-        opened(path.rename(tmp_path / "val2014" / "moved.json").with_name("moved.json#test"))
-    with pytest.raises(UserError, match="pictures is there"):
-        opened(f"{karpathy(tmp_path, [entries[0] | {'filepath': '..'}])}#test")
-    for splits in ([None], [None, "train"]):
-        karpathy(tmp_path, [entries[0] | {"split": split} for split in splits])
-        with pytest.raises(UserError, match="Karpathy split file"):
-            opened(f"{path}#test")
-    path.write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="Karpathy"):
-        opened(f"{path}#test")
-
-
-def opened_splits(data: DataConfig) -> dict[str, Source]:
-    return {split: open_split(data, split, need_long=split == "train") for split in ("train", "val", "test")}
-
-
-def test_karpathys_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.png").write_bytes(picture(0))
-    sentences = [{"raw": f"caption {i}"} for i in range(3)]
-    names = {"train": "a.png", "restval": "a.png", "val": "a.png", "test": "gone.png"}
-    entries = [{"filename": name, "split": split, "sentences": sentences} for split, name in names.items()]
-    path = karpathy(tmp_path, entries)
-    words = ["--karpathy", str(path)]
-    with pytest.raises(BrokenDataError, match="1 of 4 samples are broken"):
-        check_from_flags(script_parser("check_data").parse_args(words))
-    karpathy(tmp_path, entries[:3])
-    check_from_flags(script_parser("check_data").parse_args(words))
-    assert f"--name mine --karpathy {path}" in "".join(capsys.readouterr())
-
-
-def test_evaluation_and_alignment_take_each_caption_as_a_sentence(tmp_path: Path) -> None:
-    path = shard(tmp_path, [[f"c{i} {k}" for k in range(7)] for i in range(2)])
-    item = SourceSet(opened(path, need_long=False)).read(1)
-    assert item.captions["sentence"] == [f"c1 {k}" for k in range(5)]
-    assert item.captions["web"] == ["c1 0"]
-    record = next(CaptionStore(path).records())
-    assert record["conversations"][1]["value"] == "c0 0", "joined captions would repeat each other"

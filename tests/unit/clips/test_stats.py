@@ -1,7 +1,5 @@
 """Intervals and verdicts against simulations, definitions and closed forms."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 
@@ -170,9 +168,7 @@ def test_verdicts_of_drawn_answers_are_those_of_the_simulation() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("pictures", [40, 347])
-def test_intervals_err_in_5_percent_whatever_makes_the_variance(
-    seeds: int, pictures: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_intervals_err_in_5_percent_whatever_makes_the_variance(seeds, pictures, monkeypatch):
     """100 mixtures of what seeds, pictures and single answers add; of the intervals alone, also with few seeds."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
@@ -226,9 +222,7 @@ def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: floa
 
 
 @pytest.mark.parametrize(("seeds", "pictures"), [(2, 40), (3, 80), (5, 400)])
-def test_what_a_comparison_sees_is_seen_in_four_of_five(
-    seeds: int, pictures: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, pictures, monkeypatch):
     """Of the intervals alone; tests/unit/mllm/test_power.py simulates verdicts."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     rng, runs, shared, luck = np.random.default_rng(6), 1e-4, 0.5e-4, 1e-4

@@ -1,12 +1,11 @@
 """When a loss or gradient norm counts as a spike, and a rank as slow."""
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from clips.recipes import recipe
 from clips.training import watchdog
 from clips.training.engine import Agreed
 from clips.training.log import RunLog
+from clips.training.meter import Meter
 from clips.weights.checkpoint import TrainState
 
 
@@ -79,3 +79,10 @@ def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: 
         log.record("train", {"step": 3, "samples": 30, "loss": 1.0})
     assert "No space left" in str(ended.value)
     log.close()
+
+
+def test_broken_samples_are_pairs_however_they_were_pinned() -> None:
+    """An older torch pins a tuple as a list, which no dict takes: too many broken samples were a TypeError."""
+    measuring = Meter(torch.device("cpu"), TrainState(seed=0))
+    measuring.add({"loss": torch.zeros(())}, [["a.tar#0", "image: cut off"], ["a.tar#0", "image: cut off"]])
+    assert list(dict.fromkeys(measuring.skipped)) == [("a.tar#0", "image: cut off")]

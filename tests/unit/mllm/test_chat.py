@@ -1,7 +1,5 @@
 """The chat of a tiny real model: prompts are training's, cached answers those computed afresh, streams clean."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from pathlib import Path
@@ -240,12 +238,6 @@ def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     list(session.ask(question, (), Sampling(max_new_tokens=100)))
     assert 500 < session.last.prompt_tokens < 512
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
-
-
-def test_a_format_without_a_place_for_a_system_text_refuses_one(model: ChatModel) -> None:
-    plain = ChatModel(model.model, model.processor, model.directory, "plain")
-    with pytest.raises(UserError, match="system text"):
-        ChatSession(plain, system="Be kind.")
 
 
 def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) -> None:

@@ -1,7 +1,5 @@
 """Labels of every format against a slow per-byte reference, and prompts against the saved chat template."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """What plan_run.py says of LLaVA's stages: sizes as published, what fits, what is refused."""
 
-from __future__ import annotations
-
 import pytest
 
 from clips.common.errors import UserError
@@ -17,14 +15,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7.616e9,
 }
 """Parameters of the language models."""
-VISION = {
-    "hidden_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 768,
-    "image_size": 224,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
+VISION |= {"image_size": 224, "patch_size": 14}
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -44,9 +36,7 @@ def test_tiles_and_videos_have_their_squares_and_tokens() -> None:
         Planned("gpt-5", VISION)
 
 
-def test_both_stages_with_what_comes_before_their_first_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_stages_with_what_comes_before_their_first_step(monkeypatch, capsys):
     """6 N operations a token for forward and backward, 2 N for checkpointing; attention and encoder come on top."""
     monkeypatch.setitem(LANGUAGE_MODELS, "vicuna-7b", LANGUAGE_MODELS["vicuna-7b"] | {"num_hidden_layers": 2})
     print_stages(Planned("vicuna-7b", VISION), Machine("h100", 8, 0.2), lora=False)

@@ -1,7 +1,5 @@
 """Feature cache against fresh features, and the training forward against the stock one."""
 
-from __future__ import annotations
-
 import shutil
 from unittest.mock import Mock
 
@@ -47,9 +45,6 @@ def assert_close(cached, expected):
     assert cached.shape == expected.shape
     limit = 2**-11 * expected.abs() + 1e-5 * expected.abs().max()  # float16, and another batch size
     assert ((cached - expected).abs() <= limit).all()
-
-
-# ---------------------------------------------------------------------------------------------- cache
 
 
 def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
@@ -113,9 +108,6 @@ def test_broken_picture(parts, store, tmp_path):
     for name in ("bad.png", "gone.png"):
         with pytest.raises(UserError, match=f"^picture {name} .*mend it or take"):
             cache.fill([name])
-
-
-# ---------------------------------------------------------------------------------------------- training forward
 
 
 def batch_of(processor, names, folder):

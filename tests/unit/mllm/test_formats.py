@@ -1,7 +1,5 @@
 """One format from training to every reader: evaluation, chat, server and stock transformers ask with the same ids."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import pickle
@@ -102,9 +100,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize(("kind", "version"), [(kind, version) for kind in ASKED for version in ASKED[kind]])
-def test_every_reader_asks_as_training_did(
-    kind: str, version: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_reader_asks_as_training_did(kind, version, clips, tmp_path, monkeypatch):
     llm = language_model(tmp_path / "llm", kind, version)
     vision = load_vision("clips", runs=clips)
     model, processor = build_model(vision, llm)

@@ -1,7 +1,5 @@
 """Token ids of LLaVA-1.5 itself: its tokenisation, written out on bare SentencePiece, against training here."""
 
-from __future__ import annotations
-
 import random
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Language models: special tokens, embeddings, chat template, where they come from, what is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 

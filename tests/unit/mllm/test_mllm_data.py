@@ -1,7 +1,5 @@
 """LLaVA data: records, pictures, order, collation; and the demo data made of it."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

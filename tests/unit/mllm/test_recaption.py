@@ -1,7 +1,5 @@
 """Recaptioning in one process: what is written, what is left out, what ends the command."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -97,27 +95,11 @@ def test_no_message_of_a_server_is_written(run: Run, tmp_path: Path, message: st
     assert list((tmp_path / "out").glob("*.parquet")) == []
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--batch-size", "0"), ("--part-size", "-1"), ("--max-new-tokens", "0"), ("--max-left-out-share", "nan")],
-)
-def test_what_would_wait_or_write_nothing_is_refused(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, value: str
-) -> None:
-    assert run(write_pairs(tmp_path / "a.tar", 2), "endpoint:http://127.0.0.1:9/v1", flag, value) == 2
-    assert flag in capsys.readouterr().err
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("path", ["drip", "flood", "zip"])
-def test_a_list_of_models_without_end(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    monkeypatch.setattr(recaption, "LISTING", 1 if path == "drip" else 30)
+def test_a_list_of_models_without_end(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with serving() as captioner:
-        assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", f"/{path}")) == 2
-    told = {"drip": "within 1 seconds", "flood": "4,194,304 bytes", "zip": "lists no models"}
-    assert told[path] in capsys.readouterr().err
+        assert run(write_pairs(tmp_path / "a.tar", 2), captioner.replace("/v1", "/flood")) == 2
+    assert "4,194,304 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(60)

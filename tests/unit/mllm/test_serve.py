@@ -1,7 +1,5 @@
 """The server over HTTP, with a tiny real model in this process: answers, refusals, clients that leave or are slow."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +11,6 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from serve_process import (
-    BAD,
     BLUE,
     CHAT,
     LONG,
@@ -85,13 +82,6 @@ def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "length"]
     assert [chunk.usage for chunk in chunks][-2:] == [None, whole.usage]
     assert len({chunk.id for chunk in chunks}) == 1
-
-
-@pytest.mark.parametrize("name", ["tools", "functions", "a tool that must be called", "JSON as an answer"])
-def test_what_the_model_cannot_do_is_refused(address: str, name: str) -> None:
-    body, word = BAD[name]
-    response = post(address, body)
-    assert (response.status_code, word in response.json()["error"]["message"]) == (400, True)
 
 
 def test_other_paths_models_and_types(address: str) -> None:

@@ -4,8 +4,6 @@ The routes must agree to the letter, and the training's loss must be the stock m
 walk them: the one that sees a picture in a square, and the one that sees it in tiles.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial
@@ -70,9 +68,7 @@ def expected(stock: Callable[..., str], files: list[Path]) -> str:
     return stock(TEXT, *files)
 
 
-def test_evaluation(
-    model: ChatModel, place: Path, expected: str, stock: Callable[..., str], files: list[Path], tmp_path: Path
-) -> None:
+def test_evaluation(model, place, expected, stock, files, tmp_path):
     """Pictures stand before the text, or at the places that the text names; both batched with other questions."""
     placed = {"image": list(NAMES), "text": f"<image>\n<image>\n{TEXT}"}
     between = {"image": list(NAMES), "text": f"<image> and <image>: {TEXT}"}
@@ -89,9 +85,7 @@ def test_evaluation(
         read_questions(path)
 
 
-def test_chat_and_terminal(
-    model: ChatModel, files: list[Path], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_and_terminal(model, files, expected, capsys):
     session = ChatSession(model)
     images = [load_image(str(path)) for path in files]
     assert "".join(session.ask(TEXT, images, SHORT)) == expected

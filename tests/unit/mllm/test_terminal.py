@@ -1,15 +1,11 @@
 """The terminal's commands, dropped files, bad pictures, and one answer for a script."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import bad_corpus
 import pytest
 import tiny_chat
-from conftest import ROOT, script_parser
+from conftest import script_parser
 from PIL import Image
 from serve_process import png
 from tiny_chat import SHORT, turn_text
@@ -107,12 +103,3 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"missing\.png"):
         chat_from_flags(parser.parse_args([*common, "--prompt", "What?", "--image", "missing.png"]))
-
-
-def test_a_closed_input_is_named(model: ChatModel) -> None:
-    """It was an AttributeError."""
-    command = f"{sys.executable} {ROOT / 'scripts' / 'chat.py'} --device cpu --model {model.directory}"
-    bash = {"shell": True, "executable": "/bin/bash", "capture_output": True, "errors": "replace", "timeout": 300}
-    closed = subprocess.run(f"{command} <&-", **bash)
-    assert closed.returncode == 2
-    assert "--prompt" in closed.stderr

@@ -1,7 +1,5 @@
 """Pictures in tiles: layout and ids as LLaVA-NeXT's own code and transformers', and every part that must know tiles."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -18,10 +16,7 @@ import torch
 from PIL import Image
 from tiny_mllm import write_siglip
 from torch import Tensor
-from transformers import (
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-)
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights
@@ -84,9 +79,6 @@ def chat(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
 
 
-# ---------------------------------------------------------------------------------------------- the layout
-
-
 def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
     canvases = tuple((height, width) for height, width in grid_pinpoints(text, side))
     return Layout((side // patch) ** 2, side, canvases)
@@ -145,9 +137,6 @@ def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: P
         assert squares.shape == (layout.squares((height, width)), 3, 32, 32)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
     """For every orientation, and where the picture is decoded smaller."""
@@ -162,9 +151,6 @@ def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
     with pytest.raises(Exception, match=r"image: .* above the limit"):
         decoded_size(file.getvalue(), max_pixels=100)
     assert MAX_PIXELS > 203 * 301
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values") -> dict[str, Any]:
@@ -219,12 +205,7 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
     assert torch.equal(without["image_newline"], torch.zeros_like(without["image_newline"]))
 
 
-# ---------------------------------------------------------------------------------------------- the saved model
-
-
-def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(
-    chat: ChatModel, place: Path, tmp_path: Path
-) -> None:
+def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(chat, place, tmp_path):
     directory = place / "runs" / "llava" / "model"
     newline = read_weights(directory / "mm_projector.bin")["model.image_newline"]
     assert torch.equal(newline, chat.model.model.image_newline)

@@ -1,7 +1,5 @@
 """Videos: frames within bounds, tokens as LLaVA-OneVision's and transformers', and every route that takes them."""
 
-from __future__ import annotations
-
 import copy
 import html
 import importlib.util
@@ -65,9 +63,6 @@ def grey(count: int, side: int = 32) -> list[np.ndarray]:
     return [np.full((side, side, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------- frames
-
-
 def test_indices_are_transformers() -> None:
     """Where a video has fewer frames than are drawn, transformers refuses; here frames repeat."""
     for total in (1, 2, 7, 8, 9, 30, 1001):
@@ -109,9 +104,6 @@ def test_large_frames_are_divided_and_turned_ones_upright(monkeypatch: pytest.Mo
     [turned] = frames_of(bytes(data), 1, **LIMITS)
     assert turned.shape == (80, 48, 3)
     assert turned[:30].mean() < 20 < 230 < turned[50:].mean()
-
-
-# ---------------------------------------------------------------------------------------------- faults
 
 
 def refused(data: bytes, seconds: float = 60) -> str:
@@ -173,8 +165,6 @@ def test_a_decoder_that_crashes_costs_its_video_alone(monkeypatch: pytest.Monkey
         assert reason in refused(b"any")
 
 
-# ---------------------------------------------------------------------------------------------- tokens
-
 FRAMES, TEXT = 4, "What comes second?"
 
 
@@ -214,9 +204,6 @@ def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None
         videos=[np.stack([np.asarray(frame) for frame in frames])], do_sample_frames=False, return_tensors="pt"
     )["pixel_values_videos"][0]
     assert torch.equal(image_pixels(model.processor.image_processor, frames), stock)
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 def records() -> list[dict[str, Any]]:
@@ -279,9 +266,6 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
         LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens))
 
 
-# ---------------------------------------------------------------------------------------------- answers
-
-
 @pytest.fixture(scope="module")
 def stock(model: ChatModel, place: Path) -> Callable[..., str]:
     """The stock pipeline's answer to TEXT about files. It draws the frames of a video itself."""
@@ -322,9 +306,7 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callabl
         generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
 
 
-def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(
-    model: ChatModel, place: Path, tmp_path: Path
-) -> None:
+def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(model, place, tmp_path):
     """Which is vLLM's, too. The pipeline's nested list makes one square of each: other tokens, other texts."""
     names = ["0.png", "1.png"]
     _, [answer] = answers_of(model, [{"image": names, "text": TEXT}], place / "images", tmp_path / "questions.jsonl")

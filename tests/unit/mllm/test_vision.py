@@ -1,7 +1,5 @@
 """The vision registry: every encoder equals its original and what stock LLaVA computes; the rest is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -11,26 +9,10 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from tiny_mllm import SHAPES, tiny_tokenizer, write_run
-from transformers import (
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from clips.common.errors import UserError
 from clips.config import RunConfig
@@ -65,13 +47,15 @@ def images():
 
 def stock_tokens(encoder, pixel_values):
     """What the projector of a stock model gets, seen by a hook on it."""
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=encoder.config,
-        text_config=LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
+        text_config=transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ),
         vision_feature_layer=encoder.select_layer,
         vision_feature_select_strategy=encoder.select_feature,
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = transformers.LlavaForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(encoder.model.state_dict())
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -84,7 +68,7 @@ def stock_token_count(encoder):
     """How many placeholders a stock processor puts for one image."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    processor = LlavaProcessor(
+    processor = transformers.LlavaProcessor(
         image_processor=encoder.image_processor,
         tokenizer=tokenizer,
         patch_size=encoder.patch_size,
@@ -246,17 +230,19 @@ def hf_directory(directory, kind):
     if kind == "clip":
         vision = SMALL | {"intermediate_size": 64}
         text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text))
-        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
+        processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     elif kind == "siglip":
-        model = SiglipVisionModel(SiglipVisionConfig(**SMALL, intermediate_size=64))
-        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, intermediate_size=64))
+        processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     elif kind == "dinov2":
-        model = Dinov2Model(Dinov2Config(**SMALL | {"image_size": 48}))
-        processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL | {"image_size": 48}))
+        processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
     else:
-        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3))
-        processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+        model = transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3)
+        )
+        processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
     randomised(model).save_pretrained(directory)
     processor.save_pretrained(directory)
     return getattr(model, "vision_model", model), processor
