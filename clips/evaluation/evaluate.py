@@ -105,7 +105,7 @@ def nearest_texts(
 ) -> list[Card]:
     """Return images of a split, drawn at random, each with the texts of the split that are nearest to it."""
     items, _ = open_test_set(run.data, split)
-    options = {"image_size": image_size, "workers": run.data.workers, "limit": POOL}
+    options: dict[str, Any] = {"image_size": image_size, "workers": run.data.workers, "limit": POOL}
     images = encode_images(model, items, batch_size=run.eval.batch_size, **options)
     rows_by_protocol = [(name, retrieval_rows(images, name)) for name in PROTOCOLS]
     protocol, rows = next(((name, rows) for name, rows in rows_by_protocol if rows), ("", []))
