@@ -26,18 +26,8 @@ from clips.config import Activation, CaptionerConfig, ImagePool, TextConfig, Vis
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.vision import VisionTower
-from clips.weights.layouts import (
-    ACTIVATIONS,
-    CLIP_TEXT,
-    LINEARS,
-    OPEN_CLIP_PAIR,
-    OPEN_CLIP_TEXT,
-    OPEN_CLIP_VISION,
-    PAIR,
-    TIMM,
-    VISION_LAYOUTS,
-    Layout,
-)
+from clips.weights import layouts
+from clips.weights.layouts import Layout
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, of pictures from 0 to 1."""
@@ -131,10 +121,10 @@ def read_transformers(directory: Path) -> InitialWeights:
     from clips.common.opening import NO_CODE, loading
 
     kind = read_json(directory / "config.json")["model_type"]
-    if kind not in VISION_LAYOUTS:
+    if kind not in layouts.VISION_LAYOUTS:
         raise UserError(
             f"{directory} holds a transformers model of kind {kind!r}, which maps onto no tower here; those that do: "
-            f"{', '.join(VISION_LAYOUTS)}"
+            f"{', '.join(layouts.VISION_LAYOUTS)}"
         )
     with loading("config.json", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
@@ -150,12 +140,12 @@ def read_transformers(directory: Path) -> InitialWeights:
     except NotPlain as reason:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
-    layout = VISION_LAYOUTS[kind]
+    layout = layouts.VISION_LAYOUTS[kind]
     if not getattr(config, "qkv_bias", True):
         layout = replace(layout, unbiased=("attn.qkv",))
     tokenizer = _clip_tokenizer(directory, text.vocab_size) if text else None
     foreign = Source(read_model(directory), directory).whole(
-        f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, CLIP_TEXT, tokenizer
+        f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, layouts.CLIP_TEXT, tokenizer
     )
     if not (directory / EMBEDDING).is_file():
         return foreign
@@ -249,7 +239,7 @@ class Source:
         layout: Layout,
         normalisation: Normalisation,
         text: TextConfig | None = None,
-        text_layout: Layout = CLIP_TEXT,
+        text_layout: Layout = layouts.CLIP_TEXT,
         tokenizer: CaptionTokenizer | None = None,
     ) -> InitialWeights:
         """All that this project has of a model; `normalisation` is that of the pictures it was trained with."""
@@ -260,8 +250,8 @@ class Source:
         tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
         if text is not None:
             tensors |= {f"text.{name}": tensor for name, tensor in self.tower(text, text_layout)[0].items()}
-            is_open_clip = text_layout is OPEN_CLIP_TEXT
-            for name, tensor in self.take(OPEN_CLIP_PAIR if is_open_clip else PAIR).items():
+            is_open_clip = text_layout is layouts.OPEN_CLIP_TEXT
+            for name, tensor in self.take(layouts.OPEN_CLIP_PAIR if is_open_clip else layouts.PAIR).items():
                 tensors[name] = tensor.T if is_open_clip and tensor.ndim == 2 else tensor
             tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
         return InitialWeights(
@@ -376,14 +366,14 @@ def _vision_config(stock: Any, kind: str) -> VisionConfig:
 
 def _same_fields(stock: Any) -> dict[str, Any]:
     """The fields of both towers in a configuration of transformers → ours; raises NotPlain."""
-    require(stock.hidden_act in ACTIVATIONS, f"its activation is {stock.hidden_act}")
+    require(stock.hidden_act in layouts.ACTIVATIONS, f"its activation is {stock.hidden_act}")
     hidden = getattr(stock, "intermediate_size", None) or int(stock.hidden_size * stock.mlp_ratio)
     return {
         "width": stock.hidden_size,
         "layers": stock.num_hidden_layers,
         "heads": stock.num_attention_heads,
         "mlp_ratio": _mlp_ratio(hidden, stock.hidden_size),
-        "activation": ACTIVATIONS[stock.hidden_act],
+        "activation": layouts.ACTIVATIONS[stock.hidden_act],
         "norm_eps": stock.layer_norm_eps,
     }
 
@@ -409,7 +399,7 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
 
     has_cls = model.cls_token is not None
     config = VisionConfig(
-        **_block_fields(model.blocks, TIMM),
+        **_block_fields(model.blocks, layouts.TIMM),
         image_size=_side(model.patch_embed.img_size),
         patch_size=_side(model.patch_embed.patch_size),
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
@@ -419,19 +409,19 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
         pool="cls" if has_cls and model.global_pool == "token" else "mean",
     )
 
-    modules = {ours: theirs for ours, theirs in TIMM.modules.items() if ours != "norm"}
+    modules = {ours: theirs for ours, theirs in layouts.TIMM.modules.items() if ours != "norm"}
     for name in ("fc_norm", "norm"):
         if isinstance(getattr(model, name), nn.LayerNorm):
             modules["norm"] = name
-    unbiased = tuple(name for name in LINEARS if model.blocks[0].get_submodule(name).bias is None)
-    return config, replace(TIMM, modules=modules, unbiased=unbiased)
+    unbiased = tuple(name for name in layouts.LINEARS if model.blocks[0].get_submodule(name).bias is None)
+    return config, replace(layouts.TIMM, modules=modules, unbiased=unbiased)
 
 
 def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
     """The settings and names of open_clip's own image tower; raises NotPlain if it is more than a plain ViT."""
     require(type(visual).__name__ == "VisionTransformer", f"its image tower is a {type(visual).__name__}, not a ViT")
     config = VisionConfig(
-        **_block_fields(visual.transformer.resblocks, OPEN_CLIP_VISION),
+        **_block_fields(visual.transformer.resblocks, layouts.OPEN_CLIP_VISION),
         image_size=_side(visual.image_size),
         patch_size=_side(visual.conv1.kernel_size),
         pre_norm=not isinstance(visual.ln_pre, nn.Identity),
@@ -439,10 +429,10 @@ def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
         patch_bias=False,
         pool="mean" if visual.pool_type == "avg" else "cls",
     )
-    modules = dict(OPEN_CLIP_VISION.modules)
+    modules = dict(layouts.OPEN_CLIP_VISION.modules)
     if len(visual.ln_post.weight) != config.width:  # the norm of an attention pooling
         del modules["norm"]
-    return config, replace(OPEN_CLIP_VISION, modules=modules)
+    return config, replace(layouts.OPEN_CLIP_VISION, modules=modules)
 
 
 def open_clip_text(text: Any) -> TextConfig:
@@ -450,7 +440,7 @@ def open_clip_text(text: Any) -> TextConfig:
     has_cls = text.cls_emb is not None
     require(has_cls or text.pool_type in ("last", "argmax", "eos"), f"it reads a text by pool_type {text.pool_type!r}")
     return TextConfig(
-        **_block_fields(text.transformer.resblocks, OPEN_CLIP_TEXT),
+        **_block_fields(text.transformer.resblocks, layouts.OPEN_CLIP_TEXT),
         context_length=len(text.positional_embedding),
         vocab_size=text.vocab_size,
         pad_mask=has_cls,
@@ -463,7 +453,7 @@ def _block_fields(blocks: Any, layout: Layout) -> dict[str, Any]:
     """The fields of both towers, read off a library's blocks; raises NotPlain."""
     first = blocks[0]
     fc1 = first.get_submodule(layout.block["mlp.fc1"])
-    if layout is not TIMM:
+    if layout is not layouts.TIMM:
         for block in blocks:
             require(type(block).__name__ == "ResidualAttentionBlock", f"its blocks are {type(block).__name__}")
     return {
@@ -471,7 +461,7 @@ def _block_fields(blocks: Any, layout: Layout) -> dict[str, Any]:
         "layers": len(blocks),
         "heads": first.attn.num_heads,
         "mlp_ratio": _mlp_ratio(fc1.out_features, fc1.in_features),
-        "activation": _activation(first.mlp.act if layout is TIMM else first.mlp.gelu),
+        "activation": _activation(first.mlp.act if layout is layouts.TIMM else first.mlp.gelu),
         "norm_eps": first.get_submodule(layout.block["norm1"]).eps,
     }
 
