@@ -64,8 +64,9 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
 def check_layers(config: Any, place: Path) -> None:
     """Raise UserError for more layers than MOST_LAYERS in a configuration."""
     for name, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, int) and value > MOST_LAYERS and LAYERS.fullmatch(name):
-            raise UserError(f"{place}: {name} is {value:,}, more than {MOST_LAYERS:,}")
+        for number in (value if isinstance(value, list) else [value]) if LAYERS.fullmatch(name) else ():
+            if isinstance(number, int) and number > MOST_LAYERS:
+                raise UserError(f"{place}: {name} is {number:,}, more than {MOST_LAYERS:,}")
         check_layers(value, place)
 
 

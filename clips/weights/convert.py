@@ -26,7 +26,7 @@ from clips.weights.export import Features, model_features, native_features, open
 from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.initial import read_initial
 from clips.weights.load import LoadedModel, load_model
-from clips.weights.open_clip import CLIPA_CONTEXT, import_open_clip, open_clip_lacks, write_open_clip
+from clips.weights.open_clip import CLIPA_CONTEXT, open_clip_lacks, write_open_clip
 
 LIMIT = 1e-5
 """Largest difference of an L2-normalised feature, fp32, that counts as none."""
@@ -93,8 +93,8 @@ def _write(source: str, directory: Path, to: str) -> dict[str, float]:
 
     _make_official(directory)
     differences = _compared(expected, open_clip_features(directory, images, ids))
-    again, tokenizer = import_open_clip(directory)
-    features = model_features(again, images, tokenizer.for_tower(list(TEXTS), again.config.text))
+    again = load_model(directory)
+    features = model_features(again.model, images, again.tokenizer.for_tower(list(TEXTS), again.model.config.text))
     return differences | {f"read back, {name}": value for name, value in _compared(expected, features).items()}
 
 

@@ -8,9 +8,11 @@ open_clip's directories are read in clips/weights/open_clip.py.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,18 @@ from torch import Tensor, nn
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.tensors import listed, read_model, read_safetensors
-from clips.config import Activation, ImagePool, TextConfig, VisionConfig
+from clips.config import Activation, CaptionerConfig, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.vision import VisionTower
-from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT, LINEARS, OPEN_CLIP_VISION, TIMM, VISION_LAYOUTS, Layout
+from clips.weights import layouts
+from clips.weights.layouts import Layout
 
-PAIR = {
-    "visual.proj.weight": ("visual_projection.weight",),
-    "text.proj.weight": ("text_projection.weight",),
-    "logit_scale": ("logit_scale",),
-}
-"""The tensors of a whole CLIP outside its towers."""
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, of pictures from 0 to 1."""
 EMBEDDING = "embedding.safetensors"
 """The projection beside an image tower that this project exported."""
+CLIP_VOCABULARY = 49_408
 HALF = (0.5, 0.5, 0.5)
 NORMALISED: dict[str, Normalisation] = {
     "vit": (HALF, HALF),
@@ -50,19 +49,45 @@ class NotPlain(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
-    """The parts of a foreign model that this project has; tensors are fp32 and under the names of `CLIPSModel`."""
+class InitialWeights:
+    """The parts of a model that this project has; tensors are fp32 and under the names of `CLIPSModel`."""
 
+    source: str = ""
+    """As it was asked for."""
     kind: str
     vision: VisionConfig
     text: TextConfig | None = None
+    captioner: CaptionerConfig | None = None
+    tokenizer: CaptionTokenizer | None = None
+    """That of `text`."""
+    tokenizer_kind: str = ""
     embed_dim: int | None = None
     """None: the file has no projections into a space of two towers."""
     tensors: dict[str, Tensor]
-    left_over: dict[str, list[str]]
+    left_over: dict[str, list[str]] = field(default_factory=dict)
     """What it is → names in the file."""
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
     """Changes of the weights on the way, for people."""
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """Path in the run's configuration → value there, for the parts that the file holds."""
+        towers = {"model.vision": self.vision, "model.text": self.text, "model.captioner": self.captioner}
+        found: dict[str, Any] = {path: asdict(part) for path, part in towers.items() if part is not None}
+        if self.tokenizer_kind:
+            found["captions.tokenizer"] = self.tokenizer_kind
+        if self.embed_dim is not None:
+            found["model.embed_dim"] = self.embed_dim
+        return found
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the tensors and their names, independent of file, format and place."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +102,15 @@ class PlainViT:
 
 
 def kind_of(directory: Path) -> str | None:
-    """ "transformers" or "timm", by the config.json in `directory`; None if it is neither."""
+    """ "open_clip", "transformers" or "timm", by the configuration in `directory`; None if it is none of them."""
+    if (directory / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
+        return "open_clip"
     config = read_json(directory / "config.json")
     # This project's own configuration has neither; timm's has no model_type.
     return "transformers" if "model_type" in config else "timm" if "architecture" in config else None
 
 
-def read_transformers(directory: Path) -> Foreign:
+def read_transformers(directory: Path) -> InitialWeights:
     """The image tower of a ViT, DINOv2, CLIP or SigLIP; both towers and the temperature of a whole CLIP.
 
     An image tower that this project exported brings its projection. Raises UserError for other kinds, for settings
@@ -94,10 +121,10 @@ def read_transformers(directory: Path) -> Foreign:
     from clips.common.opening import NO_CODE, loading
 
     kind = read_json(directory / "config.json")["model_type"]
-    if kind not in VISION_LAYOUTS:
+    if kind not in layouts.VISION_LAYOUTS:
         raise UserError(
             f"{directory} holds a transformers model of kind {kind!r}, which maps onto no tower here; those that do: "
-            f"{', '.join(VISION_LAYOUTS)}"
+            f"{', '.join(layouts.VISION_LAYOUTS)}"
         )
     with loading("config.json", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
@@ -113,35 +140,21 @@ def read_transformers(directory: Path) -> Foreign:
     except NotPlain as reason:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
-    source = Source(read_model(directory), directory)
-    layout = VISION_LAYOUTS[kind]
+    layout = layouts.VISION_LAYOUTS[kind]
     if not getattr(config, "qkv_bias", True):
         layout = replace(layout, unbiased=("attn.qkv",))
-    tensors, notes = _folded_tower(source, vision, layout, _normalisation(directory, kind))
-    embed_dim = None
-    if text is not None:
-        text_tensors = source.take(CLIP_TEXT.names(text.layers), CLIP_TEXT.prefix)
-        tensors |= {f"text.{name}": tensor for name, tensor in text_tensors.items()}
-        tensors |= source.take(PAIR)
-        tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
-        embed_dim = config.projection_dim
-    if (directory / EMBEDDING).is_file():
-        tensors["visual.proj.weight"], pool = read_embedding(directory)
-        vision = replace(vision, pool=pool)
-        embed_dim = len(tensors["visual.proj.weight"])
-
-    return Foreign(
-        kind=f"transformers, {kind}",
-        vision=vision,
-        text=text,
-        embed_dim=embed_dim,
-        tensors=tensors,
-        left_over=source.left_over(layout),
-        notes=notes,
+    tokenizer = _clip_tokenizer(directory, text.vocab_size) if text else None
+    foreign = Source(read_model(directory), directory).whole(
+        f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, layouts.CLIP_TEXT, tokenizer
     )
+    if not (directory / EMBEDDING).is_file():
+        return foreign
+    projection, pool = read_embedding(directory)
+    tensors = foreign.tensors | {"visual.proj.weight": projection}
+    return replace(foreign, vision=replace(vision, pool=pool), tensors=tensors, embed_dim=len(projection))
 
 
-def read_timm(directory: Path) -> Foreign:
+def read_timm(directory: Path) -> InitialWeights:
     """The image tower of a plain `VisionTransformer`, from a directory as timm saves it or as it is on the hub.
 
     Raises UserError as `read_transformers` does.
@@ -158,10 +171,8 @@ def read_timm(directory: Path) -> Foreign:
     except NotPlain as reason:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
-    source = Source(read_model(directory), directory)
     normalisation = (stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"])
-    tensors, notes = _folded_tower(source, vision, layout, normalisation)
-    return Foreign(kind="timm", vision=vision, tensors=tensors, left_over=source.left_over(layout), notes=notes)
+    return Source(read_model(directory), directory).whole("timm", vision, layout, normalisation)
 
 
 def plain_vit(module: Any) -> PlainViT:
@@ -174,13 +185,22 @@ def plain_vit(module: Any) -> PlainViT:
         return plain_vit(module.trunk)
 
     if type(module).__module__.startswith("open_clip."):
-        config, layout = _open_clip_tower(module)
+        config, layout = open_clip_tower(module)
         last_block = module.transformer.resblocks[-1]
     else:
         config, layout = _timm_tower(module)
         last_block = module.blocks[-1]
-    tensors, _ = Source(module.state_dict(), type(module).__name__).image_tower(config, layout)
+    source = Source(module.state_dict(), type(module).__name__)
+    tensors, _ = source.tower(config, layout)
+    source.left_over(layout)
     return PlainViT(config=config, tensors=tensors, last_block=last_block)
+
+
+def _clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
+    """The tokenizer of a transformers CLIP; if it is missing, CLIP's own for a vocabulary of its size."""
+    if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
+        return build_tokenizer("clip")
+    return CaptionTokenizer.load(directory)
 
 
 def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
@@ -212,16 +232,52 @@ class Source:
             tensors[ours] = copies[0] if len(copies) == 1 else torch.cat(copies)
         return tensors
 
-    def image_tower(self, vision: VisionConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors of `VisionTower`, all but its projection, and notes on what was done to them."""
-        has = {"cls_token": vision.cls, "pre_norm": vision.pre_norm, "patch_embed.bias": vision.patch_bias}
-        absent = tuple(name for name, is_there in has.items() if not is_there)
-        names = {n: theirs for n, theirs in layout.names(vision.layers).items() if not n.startswith(absent)}
+    def whole(
+        self,
+        kind: str,
+        vision: VisionConfig,
+        layout: Layout,
+        normalisation: Normalisation,
+        text: TextConfig | None = None,
+        text_layout: Layout = layouts.CLIP_TEXT,
+        tokenizer: CaptionTokenizer | None = None,
+    ) -> InitialWeights:
+        """All that this project has of a model; `normalisation` is that of the pictures it was trained with."""
+        tower, notes = self.tower(vision, layout)
+        if fold_normalisation(tower, vision, normalisation):
+            mean = ", ".join(f"{value:.3g}" for value in normalisation[0])
+            notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
+        tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
+        if text is not None:
+            tensors |= {f"text.{name}": tensor for name, tensor in self.tower(text, text_layout)[0].items()}
+            is_open_clip = text_layout is layouts.OPEN_CLIP_TEXT
+            for name, tensor in self.take(layouts.OPEN_CLIP_PAIR if is_open_clip else layouts.PAIR).items():
+                tensors[name] = tensor.T if is_open_clip and tensor.ndim == 2 else tensor
+            tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+        return InitialWeights(
+            kind=kind,
+            vision=vision,
+            text=text,
+            tokenizer=tokenizer,
+            tokenizer_kind="" if tokenizer is None else "clip" if tokenizer.is_clip else "bert",
+            embed_dim=len(tensors["visual.proj.weight"]) if text else None,
+            tensors=tensors,
+            left_over=self.left_over(layout),
+            notes=notes,
+        )
+
+    def tower(self, config: VisionConfig | TextConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors of a tower, all but its projection, and notes on what was done to them."""
+        absent: tuple[str, ...] = ()
+        if isinstance(config, VisionConfig):
+            has = {"cls_token": config.cls, "pre_norm": config.pre_norm, "patch_embed.bias": config.patch_bias}
+            absent = tuple(name for name, is_there in has.items() if not is_there)
+        names = {n: theirs for n, theirs in layout.names(config.layers).items() if not n.startswith(absent)}
         tensors = self.take(names, layout.prefix)
         notes = []
 
         for module in layout.unbiased:
-            for i in range(vision.layers):
+            for i in range(config.layers):
                 name = f"blocks.{i}.{module}"
                 tensors[f"{name}.bias"] = torch.zeros(len(tensors[f"{name}.weight"]))
         if "attn.qkv" in layout.unbiased:
@@ -229,10 +285,10 @@ class Source:
 
         scales = {
             f"blocks.{i}.{ours}": (f"{layout.blocks}.{i}.{theirs}",)
-            for i in range(vision.layers)
+            for i in range(config.layers)
             for ours, theirs in layout.scales.items()
         }
-        if any(name.endswith(scale) for name in self.weights for (scale,) in scales.values()):
+        if any(scale in self.weights or layout.prefix + scale in self.weights for (scale,) in scales.values()):
             for module, scale in self.take(scales, layout.prefix).items():
                 tensors[f"{module}.weight"] *= scale[:, None]
                 tensors[f"{module}.bias"] *= scale
@@ -240,10 +296,10 @@ class Source:
 
         for name in ("cls_token", "pos_embed"):  # timm and transformers keep them with axes of length 1 in front
             if name in tensors:
-                tensors[name] = tensors[name].reshape(-1, vision.width).squeeze(0)
-        patches = (vision.image_size // vision.patch_size) ** 2
-        if vision.cls and len(tensors["pos_embed"]) == patches:  # the CLS token has no position there
-            tensors["pos_embed"] = torch.cat([torch.zeros(1, vision.width), tensors["pos_embed"]])
+                tensors[name] = tensors[name].reshape(-1, config.width).squeeze(0)
+        if isinstance(config, VisionConfig) and config.cls and len(tensors["pos_embed"]) == config.tokens():
+            # the CLS token has no position there
+            tensors["pos_embed"] = torch.cat([torch.zeros(1, config.width), tensors["pos_embed"]])
         return tensors, notes
 
     def left_over(self, layout: Layout) -> dict[str, list[str]]:
@@ -257,17 +313,6 @@ class Source:
             shapes = [f"{name} {tuple(self.weights[name].shape)}" for name in unknown]
             raise UserError(f"the weights in {self.place} hold what has no place here: {listed(shapes)}")
         return groups
-
-
-def _folded_tower(
-    source: Source, vision: VisionConfig, layout: Layout, normalisation: Normalisation
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of `CLIPSModel.visual`, all but its projection, and notes on what was done to them."""
-    tensors, notes = source.image_tower(vision, layout)
-    if fold_normalisation(tensors, vision, normalisation):
-        mean = ", ".join(f"{value:.3g}" for value in normalisation[0])
-        notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
-    return {f"visual.{name}": tensor for name, tensor in tensors.items()}, notes
 
 
 def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, normalisation: Normalisation) -> bool:
@@ -321,14 +366,14 @@ def _vision_config(stock: Any, kind: str) -> VisionConfig:
 
 def _same_fields(stock: Any) -> dict[str, Any]:
     """The fields of both towers in a configuration of transformers → ours; raises NotPlain."""
-    require(stock.hidden_act in ACTIVATIONS, f"its activation is {stock.hidden_act}")
+    require(stock.hidden_act in layouts.ACTIVATIONS, f"its activation is {stock.hidden_act}")
     hidden = getattr(stock, "intermediate_size", None) or int(stock.hidden_size * stock.mlp_ratio)
     return {
         "width": stock.hidden_size,
         "layers": stock.num_hidden_layers,
         "heads": stock.num_attention_heads,
         "mlp_ratio": _mlp_ratio(hidden, stock.hidden_size),
-        "activation": ACTIVATIONS[stock.hidden_act],
+        "activation": layouts.ACTIVATIONS[stock.hidden_act],
         "norm_eps": stock.layer_norm_eps,
     }
 
@@ -348,70 +393,77 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
     """
     kind = type(model).__name__
     require(kind == "VisionTransformer", f"it is a {kind}, not a plain VisionTransformer")
-    require(model.reg_token is None, "it has register tokens")
-    require(model.pos_embed is not None, "it has no absolute position embedding")
-    require(isinstance(model.patch_drop, nn.Identity), "it drops patches")
-    require(isinstance(model.patch_embed.norm, nn.Identity), "it has a LayerNorm in its patch embedding")
     for block in model.blocks:
         parts = [type(part).__name__ for part in (block, block.attn, block.mlp)]
         require(parts == ["Block", "Attention", "Mlp"], f"its blocks are made of {', '.join(parts)}")
-        extra = [block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm]
-        require(all(isinstance(part, nn.Identity) for part in extra), "it normalises inside attention or MLP")
-        require(getattr(block.attn, "gate", None) is None, "its attention is gated")
 
-    first = model.blocks[0]
     has_cls = model.cls_token is not None
     config = VisionConfig(
-        width=model.embed_dim,
-        layers=len(model.blocks),
-        heads=first.attn.num_heads,
+        **_block_fields(model.blocks, layouts.TIMM),
         image_size=_side(model.patch_embed.img_size),
         patch_size=_side(model.patch_embed.patch_size),
-        mlp_ratio=_mlp_ratio(first.mlp.fc1.out_features, model.embed_dim),
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
         pos_embed="learned",
         patch_bias=model.patch_embed.proj.bias is not None,
         cls=has_cls,
-        activation=_activation(first.mlp.act),
         pool="cls" if has_cls and model.global_pool == "token" else "mean",
-        norm_eps=first.norm1.eps,
     )
 
-    modules = {ours: theirs for ours, theirs in TIMM.modules.items() if ours != "norm"}
+    modules = {ours: theirs for ours, theirs in layouts.TIMM.modules.items() if ours != "norm"}
     for name in ("fc_norm", "norm"):
         if isinstance(getattr(model, name), nn.LayerNorm):
             modules["norm"] = name
-    unbiased = tuple(name for name in LINEARS if first.get_submodule(name).bias is None)
-    return config, replace(TIMM, modules=modules, unbiased=unbiased)
+    unbiased = tuple(name for name in layouts.LINEARS if model.blocks[0].get_submodule(name).bias is None)
+    return config, replace(layouts.TIMM, modules=modules, unbiased=unbiased)
 
 
-def _open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
+def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
     """The settings and names of open_clip's own image tower; raises NotPlain if it is more than a plain ViT."""
     require(type(visual).__name__ == "VisionTransformer", f"its image tower is a {type(visual).__name__}, not a ViT")
-    require(isinstance(visual.patch_dropout, nn.Identity), "it drops patches")
-    blocks = visual.transformer.resblocks
-    for block in blocks:
-        require(type(block).__name__ == "ResidualAttentionBlock", f"its blocks are {type(block).__name__}")
-
-    first = blocks[0]
-    width = visual.conv1.weight.shape[0]
     config = VisionConfig(
-        width=width,
-        layers=len(blocks),
-        heads=first.attn.num_heads,
+        **_block_fields(visual.transformer.resblocks, layouts.OPEN_CLIP_VISION),
         image_size=_side(visual.image_size),
         patch_size=_side(visual.conv1.kernel_size),
-        mlp_ratio=_mlp_ratio(first.mlp.c_fc.out_features, width),
         pre_norm=not isinstance(visual.ln_pre, nn.Identity),
         pos_embed="learned",
         patch_bias=False,
-        activation=_activation(first.mlp.gelu),
-        norm_eps=first.ln_1.eps,
+        pool="mean" if visual.pool_type == "avg" else "cls",
     )
-    modules = dict(OPEN_CLIP_VISION.modules)
-    if len(visual.ln_post.weight) != width:  # the norm of an attention pooling
+    modules = dict(layouts.OPEN_CLIP_VISION.modules)
+    if len(visual.ln_post.weight) != config.width:  # the norm of an attention pooling
         del modules["norm"]
-    return config, replace(OPEN_CLIP_VISION, modules=modules)
+    return config, replace(layouts.OPEN_CLIP_VISION, modules=modules)
+
+
+def open_clip_text(text: Any) -> TextConfig:
+    """The settings of open_clip's own text tower; raises NotPlain if it is more than a plain transformer."""
+    has_cls = text.cls_emb is not None
+    require(has_cls or text.pool_type in ("last", "argmax", "eos"), f"it reads a text by pool_type {text.pool_type!r}")
+    return TextConfig(
+        **_block_fields(text.transformer.resblocks, layouts.OPEN_CLIP_TEXT),
+        context_length=len(text.positional_embedding),
+        vocab_size=text.vocab_size,
+        pad_mask=has_cls,
+        causal=text.attn_mask is not None,
+        pool="cls" if has_cls or text.pool_type == "last" else "eos",
+    )
+
+
+def _block_fields(blocks: Any, layout: Layout) -> dict[str, Any]:
+    """The fields of both towers, read off a library's blocks; raises NotPlain."""
+    first = blocks[0]
+    fc1 = first.get_submodule(layout.block["mlp.fc1"])
+    if layout is not layouts.TIMM:
+        for block in blocks:
+            require(type(block).__name__ == "ResidualAttentionBlock", f"its blocks are {type(block).__name__}")
+    return {
+        "width": fc1.in_features,
+        "layers": len(blocks),
+        "heads": first.attn.num_heads,
+        "mlp_ratio": _mlp_ratio(fc1.out_features, fc1.in_features),
+        "activation": _activation(first.mlp.act if layout is layouts.TIMM else first.mlp.gelu),
+        "norm_eps": first.get_submodule(layout.block["norm1"]).eps,
+    }
 
 
 def _activation(module: nn.Module) -> Activation:

@@ -51,7 +51,7 @@ def write_hf_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Pat
     )
     own = {name.removeprefix("text."): tensor for name, tensor in state.items() if name.startswith("text.")}
     own["token_embed.weight"] = _moved(own["token_embed.weight"], towards)
-    tensors |= {CLIP_TEXT.prefix + name: tensor for name, tensor in CLIP_TEXT.write(own, text.layers).items()}
+    tensors |= CLIP_TEXT.write(own, text.layers)
     tensors |= {"visual_projection.weight": state["visual.proj.weight"], "text_projection.weight": own["proj.weight"]}
     tensors["logit_scale"] = logit_scale_parameter(model)
     settings: dict[str, Any] = {

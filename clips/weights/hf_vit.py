@@ -8,6 +8,7 @@ LayerNorm of the pooled tokens. A tower that came without a projection has no su
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
         else:
             config = transformers.SiglipVisionConfig(**common, vision_use_head=False)
     layout = VISION_LAYOUTS[config.model_type]
+    if name == "ViTModel":
+        layout = replace(layout, prefix="")
     stored = layout.write(tensors, vision.layers)
-    prefix = "" if name == "ViTModel" else layout.prefix
-    return getattr(transformers, name), config, {prefix + n: tensor.detach().float() for n, tensor in stored.items()}
+    return getattr(transformers, name), config, {name: tensor.detach().float() for name, tensor in stored.items()}
 
 
 def write_hf_vit(tower: VisionTower, directory: Path) -> None:

@@ -7,9 +7,7 @@ tokenizer too; the recipe gives all others. init_from.json in the run directory 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +22,15 @@ from clips.common.opening import opening
 from clips.common.page import table_of
 from clips.common.tensors import assign_weights, check_fits, listed
 from clips.config import TRAINING_FIELDS, RunConfig
-from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower, resample_positions
 from clips.recipes import recipe
-from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
-from clips.weights.load import LoadedModel, clip_tokenizer, load_model
+from clips.weights.foreign import InitialWeights, kind_of
+from clips.weights.load import READERS, LoadedModel, load_model
 
 FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING_FIELDS.items()))
 """Fields that the recipe or `--set` may change; positions are made or resampled for an image size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialWeights:
-    source: str
-    """As it was asked for."""
-    kind: str
-    architecture: dict[str, Any]
-    """Path in the run's configuration → value there, for the parts that the file holds."""
-    tensors: dict[str, Tensor]
-    """Under the names of `CLIPSModel`."""
-    tokenizer: CaptionTokenizer | None = None
-    left_over: dict[str, list[str]] = field(default_factory=dict)
-    """What it is → names in the file."""
-    notes: list[str] = field(default_factory=list)
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the tensors and their names, independent of file, format and place."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
@@ -73,55 +46,33 @@ def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
     else:
         directory = resolve(name, what, ANY_WEIGHTS)
         kind = kind_of(directory)
-        if (directory / "open_clip_config.json").is_file():  # the same model for transformers may lie beside it
-            kind = "open_clip"
-    if kind == "timm":
-        with opening(what, directory):
-            return _of_foreign(name, directory, read_timm(directory))
-    if kind == "transformers":
-        with opening(what, directory):
-            return _of_foreign(name, directory, read_transformers(directory))
-    return _of_loaded(name, kind or "this project's", load_model(directory))
+    if kind is None:
+        return _of_loaded(name, load_model(directory))
+    with opening(what, directory):
+        weights = READERS[kind](directory)
+        _check_sizes(weights, directory)
+    return dataclasses.replace(weights, source=name)
 
 
-def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
-    architecture: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
-    tokenizer = None
-    with torch.device("meta"):  # the run would build a model of these sizes
-        towers: dict[str, nn.Module] = {"visual.": VisionTower(foreign.vision, 0)}
-        if foreign.text is not None:
-            towers["text."] = TextTower(foreign.text, 0, 0)
+def _check_sizes(weights: InitialWeights, directory: Path) -> None:
+    """Raise UserError as `check_fits`: the run would build a model of these sizes."""
+    with torch.device("meta"):
+        towers: dict[str, nn.Module] = {"visual.": VisionTower(weights.vision, 0)}
+        if weights.text is not None:
+            towers["text."] = TextTower(weights.text, 0, 0)
     for start, tower in towers.items():
-        own = {n.removeprefix(start): t for n, t in foreign.tensors.items() if n.startswith(start)}
+        own = {n.removeprefix(start): t for n, t in weights.tensors.items() if n.startswith(start)}
         own.pop("proj.weight", None)
         check_fits(tower, own, directory)
 
-    if foreign.embed_dim is not None:
-        architecture["model.embed_dim"] = foreign.embed_dim
-    if foreign.text is not None:
-        architecture["model.text"] = dataclasses.asdict(foreign.text)
-        architecture["captions.tokenizer"] = "clip"
-        tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
-    return InitialWeights(
-        source=name, kind=foreign.kind, architecture=architecture, tensors=foreign.tensors, tokenizer=tokenizer,
-        left_over=foreign.left_over, notes=foreign.notes,
-    )  # fmt: skip
 
-
-def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
+def _of_loaded(name: str, loaded: LoadedModel) -> InitialWeights:
     config = loaded.model.config
-    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    architecture: dict[str, Any] = {
-        "model.vision": dataclasses.asdict(config.vision),
-        "model.text": dataclasses.asdict(config.text),
-        "captions.tokenizer": loaded.run.captions.tokenizer,
-        "model.embed_dim": config.embed_dim,
-    }
-    if config.captioner is not None:
-        architecture["model.captioner"] = dataclasses.asdict(config.captioner)
     return InitialWeights(
-        source=name, kind=kind, architecture=architecture, tensors=tensors, tokenizer=loaded.tokenizer
-    )
+        source=name, kind="this project's", vision=config.vision, text=config.text, captioner=config.captioner,
+        tokenizer=loaded.tokenizer, tokenizer_kind=loaded.run.captions.tokenizer, embed_dim=config.embed_dim,
+        tensors={name: tensor.detach() for name, tensor in loaded.model.state_dict().items()},
+    )  # fmt: skip
 
 
 def check_agrees(run: RunConfig, initial: InitialWeights) -> None:

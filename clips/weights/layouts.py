@@ -12,6 +12,18 @@ from clips.config import Activation
 QKV = ("attn.q", "attn.k", "attn.v")
 """Formats with separate matrices of queries, keys and values: they are joined here, in this order."""
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PAIR = {
+    "visual.proj.weight": ("visual_projection.weight",),
+    "text.proj.weight": ("text_projection.weight",),
+    "logit_scale": ("logit_scale",),
+}
+"""transformers' tensors of a whole CLIP outside its towers."""
+OPEN_CLIP_PAIR = {
+    "visual.proj.weight": ("visual.proj",),
+    "text.proj.weight": ("text.text_projection",),
+    "logit_scale": ("logit_scale",),
+}
+"""open_clip's, where the projections are transposed."""
 POSITION_IDS = {
     "embeddings.position_ids": "the numbers 0, 1, 2, …",
     "text_model.embeddings.position_ids": "the numbers 0, 1, 2, …",
@@ -56,7 +68,7 @@ class Layout:
     def write(self, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
         """`tensors` of a tower under the names there, without those that the format has no name for."""
         return {
-            theirs: part
+            self.prefix + theirs: part
             for ours, names in self.names(layers).items()
             if ours in tensors
             for theirs, part in zip(names, tensors[ours].chunk(len(names)), strict=True)
@@ -152,6 +164,7 @@ TIMM = Layout(
     left_over={"head.": "classifier", "attn_pool.": "attention pooling"},
 )
 OPEN_CLIP_VISION = Layout(
+    prefix="visual.",
     tensors={"cls_token": "class_embedding", "pos_embed": "positional_embedding"},
     modules={"patch_embed": "conv1", "pre_norm": "ln_pre", "norm": "ln_post"},
     blocks="transformer.resblocks",
@@ -164,9 +177,11 @@ OPEN_CLIP_VISION = Layout(
         "mlp.fc2": "mlp.c_proj",
     },
     scales={"attn.proj": "ls_1.gamma", "mlp.fc2": "ls_2.gamma"},
+    left_over={"proj": "projection", "attn_pool": "attention pooling", "ln_post": "its LayerNorm"},
 )
 OPEN_CLIP_TEXT = replace(
     OPEN_CLIP_VISION,
+    prefix="text.",
     tensors={"token_embed.weight": "token_embedding.weight", "pos_embed": "positional_embedding"},
     modules={"norm": "ln_final"},
 )

@@ -23,14 +23,15 @@ from clips.common.rundir import (
 )
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
-from clips.weights.foreign import kind_of, read_transformers
-from clips.weights.open_clip import import_open_clip
+from clips.weights.foreign import kind_of, read_timm, read_transformers
+from clips.weights.open_clip import read_open_clip
 
 NATIVE_WEIGHTS = "model.safetensors"
-CLIP_VOCABULARY = 49_408
+READERS = {"open_clip": read_open_clip, "transformers": read_transformers, "timm": read_timm}
+"""Kind of a directory (`kind_of`) → its reader."""
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -93,11 +94,8 @@ Loaded = tuple[CLIPSModel, RunConfig, CaptionTokenizer, dict[str, Any] | None]
 
 
 def _load(path: Path) -> Loaded:
-    if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
-        model, tokenizer = import_open_clip(path)
-        return model, _imported_run(model.config, tokenizer), tokenizer, None
-    if kind_of(path) is not None:
-        return *_load_clip(path), None
+    if (kind := kind_of(path)) is not None:
+        return *_load_foreign(path, kind), None
     for directory in (path, path / "native", path / "export" / "native"):
         if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
             if directory == path / "export" / "native" and not is_current(path / "export"):
@@ -124,25 +122,18 @@ def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
     return model.eval(), run, tokenizer, weights_of(saved.path)
 
 
-def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
-    """A whole CLIP of transformers; UserError if it has no text tower."""
-    foreign = read_transformers(directory) if kind_of(directory) == "transformers" else None
-    if foreign is None or foreign.text is None or foreign.embed_dim is None:
+def _load_foreign(directory: Path, kind: str) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+    """A whole CLIP of another library; UserError if it has no text tower."""
+    foreign = READERS[kind](directory)
+    if foreign.text is None or foreign.tokenizer is None or foreign.embed_dim is None:
         raise UserError(
             f"{directory} holds an image tower alone, and this needs a text tower that fits it: train one with "
             f"`python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}`"
         )
-    tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
+    tokenizer = foreign.tokenizer
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
     model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), foreign.tensors, directory)
     return model.eval(), _imported_run(config, tokenizer), tokenizer
-
-
-def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
-    """The tokenizer of a transformers CLIP; if it is missing, CLIP's own for a vocabulary of its size."""
-    if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
-        return build_tokenizer("clip")
-    return CaptionTokenizer.load(directory)
 
 
 def _newest_run(runs: Path) -> Path:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,27 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
-from clips.common.tensors import build_for, read_weights, write_weights
-from clips.config import Activation, ModelConfig, PositionTable, TextConfig, VisionConfig
+from clips.common.opening import loading
+from clips.common.tensors import read_weights, write_weights
+from clips.config import ModelConfig, PositionTable, TextConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
-from clips.weights.foreign import NORMALISED, Source, fold_normalisation, positions_with_bias
+from clips.weights.foreign import (
+    NORMALISED,
+    InitialWeights,
+    NotPlain,
+    Source,
+    open_clip_text,
+    open_clip_tower,
+    plain_vit,
+    positions_with_bias,
+    require,
+)
 from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
 
-STOCK_EPS = 1e-5
-"""LayerNorm's eps where open_clip's configuration names none."""
 POSITION_TOLERANCE = 1e-4
 """How far positions in fp32 may be from a sin-cos table plus a constant to count as that."""
 NO_PATCH_BIAS = 1e-5
@@ -39,46 +47,11 @@ CLIPA_CONTEXT = 32
 """Slots of CLIPA's text towers, by which alone their configurations differ from those of CLIPS."""
 BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
 """Values of `hf_tokenizer_name` that mean this project's BERT tokenizer."""
-VISION_FIELDS = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0}
-TEXT_FIELDS = {"width": 512, "heads": 8, "layers": 12, "vocab_size": 49_408, "mlp_ratio": 4.0}
-"""Fields of the same name and meaning in both configurations → open_clip's default."""
-KNOWN = {
-    "model_cfg": {
-        *("embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu"),
-        *("init_logit_scale", "nonscalar_logit_scale", "output_dict"),
-    },
-    "vision_cfg": {
-        *VISION_FIELDS,
-        *("head_width", "no_ln_pre", "pos_embed_type", "pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
-        *("output_tokens", "attn_pooler_queries", "attn_pooler_heads"),
-    },
-    "text_cfg": {
-        *TEXT_FIELDS,
-        *("context_length", "embed_cls", "no_causal_mask", "pool_type", "norm_kwargs", "act_kwargs"),
-        *("pad_id", "eos_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
-        *("output_tokens", "final_ln_after_pool"),
-    },
-}
-"""Fields of open_clip's configuration that are read here, or change nothing of a plain tower. Others must be PLAIN."""
-PLAIN = (None, False, 0, "linear", "default")
-"""Values of fields such as `proj_type` and `block_type` that mean "nothing special"."""
+VISION_FIELDS = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
+TEXT_FIELDS = ("width", "heads", "layers", "vocab_size", "mlp_ratio")
+"""Fields of the same name and meaning in both configurations."""
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 """Entries of OpenAI's and older files that are settings or fixed masks."""
-TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
-"""Name here → open_clip's, of the tensors that are transposed there."""
-
-
-def _names(config: ModelConfig) -> dict[str, str]:
-    """Name here → open_clip's, of all tensors there but that of an `embed_cls`."""
-    absent = ("patch_embed.bias",) if config.vision.pre_norm else ("patch_embed.bias", "pre_norm")
-    vision = OPEN_CLIP_VISION.names(config.vision.layers)
-    text = OPEN_CLIP_TEXT.names(config.text.layers)
-    return {
-        **{f"visual.{ours}": f"visual.{theirs}" for ours, (theirs,) in vision.items() if not ours.startswith(absent)},
-        **{f"text.{ours}": f"text.{theirs}" for ours, (theirs,) in text.items()},
-        **TRANSPOSED,
-        "logit_scale": "logit_scale",
-    }
 
 
 def logit_scale_parameter(model: CLIPSModel) -> Tensor:
@@ -160,16 +133,15 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
 
 def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
     """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
-    state = model.state_dict()
-    bias = state.get("visual.patch_embed.bias")
-    prefix_tokens = model.config.vision.prefix_tokens
-    state["visual.pos_embed"] = positions_with_bias(model.visual.positions(), bias, prefix_tokens)
-    state["logit_scale"] = logit_scale_parameter(model)
-    for name in TRANSPOSED:
-        state[name] = state[name].T
-    tensors = {theirs: state[ours] for ours, theirs in _names(model.config).items()}
+    visual, text = dict(plain_vit(model.visual).tensors), model.text.state_dict()
+    bias = visual.pop("patch_embed.bias", None)
+    visual["pos_embed"] = positions_with_bias(visual["pos_embed"], bias, model.config.vision.prefix_tokens)
+    tensors = OPEN_CLIP_VISION.write(visual, model.config.vision.layers)
+    tensors |= OPEN_CLIP_TEXT.write(text, model.config.text.layers)
+    tensors |= {"visual.proj": visual["proj.weight"].T, "text.text_projection": text["proj.weight"].T}
+    tensors["logit_scale"] = logit_scale_parameter(model)
     if has_cls_parameter(model.config.text):
-        tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
+        tensors["text.cls_emb"] = text["token_embed.weight"][tokenizer.cls_id]
 
     directory.mkdir(parents=True, exist_ok=True)
     if not tokenizer.is_clip:
@@ -179,14 +151,12 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
     write_weights(tensors, directory / "open_clip_model.safetensors")
 
 
-def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
+def read_open_clip(directory: Path) -> InitialWeights:
     """Read a checkpoint in open_clip's format: an export, an official checkpoint, any plain model of open_clip.
 
-    Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. The mean and deviation
-    of its pictures go into the patch convolution. Tokenizer files may be missing if the configuration names BERT's, or
-    none: CLIP's. Raises UserError naming a field that no tower here has, and weights that are missing or too many.
+    Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. Tokenizer files may be
+    missing if the configuration names BERT's, or none: CLIP's. Raises UserError as `read_transformers` does.
     """
-    directory = Path(directory)
     config = read_open_clip_config(directory)
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
     if not files:
@@ -195,74 +165,51 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     if "positional_embedding" in weights:  # the layout of open_clip's class CLIP: text tensors are at the top
         weights = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in weights.items()}
     tokenizer = _open_clip_tokenizer(directory, config.text)
+    preprocess = read_json(directory / "open_clip_config.json").get("preprocess_cfg", {})
+    mean, std = NORMALISED["clip"]  # open_clip's own default
+    normalisation = preprocess.get("mean") or mean, preprocess.get("std") or std
 
     source = Source(weights, files[0])
-    tensors = source.take({ours: (theirs,) for ours, theirs in _names(config).items()})
-    for name in TRANSPOSED:
-        tensors[name] = tensors[name].T
-    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
     if has_cls_parameter(config.text):
         cls_embedding = source.take({"cls": ("text.cls_emb",)})["cls"]
-        tensors["text.token_embed.weight"][tokenizer.cls_id] = cls_embedding
-    source.left_over(OPEN_CLIP_VISION)
+    foreign = source.whole(
+        "open_clip", config.vision, OPEN_CLIP_VISION, normalisation, config.text, OPEN_CLIP_TEXT, tokenizer
+    )
+    if has_cls_parameter(config.text):
+        foreign.tensors["text.token_embed.weight"][tokenizer.cls_id] = cls_embedding
+    return _with_fixed_positions(foreign, weights["visual.positional_embedding"], files[0])
 
+
+def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -> InitialWeights:
+    """The model with its fixed table [1 + N, D] and patch bias in place of learned positions, if they are that."""
+    vision, tensors = foreign.vision, dict(foreign.tensors)
     positions = tensors.pop("visual.pos_embed")
-    precision = weights["visual.positional_embedding"].dtype
-    vision, bias = _recognise_positions(positions, precision, config.vision, files[0])
-    if vision.pos_embed == "learned":
-        tensors["visual.pos_embed"] = positions
-    else:
-        tensors["visual.cls_token"] += positions[0]  # the tables' first row is zero
-    if vision.patch_bias:
-        tensors["visual.patch_embed.bias"] = bias
-    vision = _fold_preprocessing(directory, tensors, vision)
-
-    config = dataclasses.replace(config, vision=vision)
-    model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), tensors, files[0])
-    return model.eval(), tokenizer
-
-
-def _recognise_positions(
-    positions: Tensor, precision: torch.dtype, vision: VisionConfig, path: Path
-) -> tuple[VisionConfig, Tensor]:
-    """Which table `positions` [1 + N, D] are, and the patch bias [D] that was added to it; `precision`: in the file.
-
-    Returns `vision` with both; `patch_bias` is false if there is no bias, as with learned positions.
-    """
-    grid = vision.image_size // vision.patch_size
-    if positions.shape != (1 + grid**2, vision.width):
+    shape = (1 + vision.tokens(), vision.width)
+    if positions.shape != shape:
         raise UserError(
-            f"{path}: visual.positional_embedding has shape {tuple(positions.shape)}, but "
-            f"{(1 + grid**2, vision.width)} follows from image_size, patch_size and width of open_clip_config.json"
+            f"{path}: visual.positional_embedding has shape {tuple(positions.shape)}, but {shape} follows from "
+            "image_size, patch_size and width of open_clip_config.json"
         )
     # What a value of this size is rounded by in the file: up to 5e-4 in fp16, 4e-3 in bf16.
-    rounding = torch.finfo(precision).eps * positions.abs().max().item()
+    rounding = torch.finfo(stored.dtype).eps * stored.abs().max().item()
     fits: list[tuple[float, Any, Any]] = []
     for table in typing.get_args(PositionTable) if vision.width % 4 == 0 else ():
-        rest = positions[1:] - sincos_positions(vision.width, grid, table)[1:]
+        rest = positions[1:] - sincos_positions(vision.width, vision.image_size // vision.patch_size, table)[1:]
         bias = rest.mean(dim=0)
         fits.append(((rest - bias).abs().max().item(), table, bias))
     no_fit: tuple[float, Any, Any] = (math.inf, None, None)
     distance, table, bias = min(fits, key=lambda fit: fit[0], default=no_fit)
     if not distance <= max(POSITION_TOLERANCE, rounding):
-        return dataclasses.replace(vision, pos_embed="learned", patch_bias=False), torch.zeros(vision.width)
-    has_bias = bias.abs().max().item() > max(NO_PATCH_BIAS, rounding)
-    return dataclasses.replace(vision, pos_embed=table, patch_bias=has_bias), bias
-
-
-def _fold_preprocessing(directory: Path, tensors: dict[str, Tensor], vision: VisionConfig) -> VisionConfig:
-    """Make `tensors` take pictures normalised as here; `vision` with the patch bias that this may need."""
-    stock = read_json(directory / "open_clip_config.json").get("preprocess_cfg", {})
-    mean, std = NORMALISED["clip"]  # open_clip's own default
-    normalisation = tuple(stock.get("mean") or mean), tuple(stock.get("std") or std)
-    names = ("patch_embed.weight", "patch_embed.bias", "pos_embed")
-    tower = {name: tensors[f"visual.{name}"] for name in names if f"visual.{name}" in tensors}
-    if normalisation != (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)) and vision.pos_embed != "learned":
-        vision = dataclasses.replace(vision, patch_bias=True)  # a fixed table cannot take the constant
-        tower.setdefault("patch_embed.bias", torch.zeros(vision.width))
-    fold_normalisation(tower, vision, normalisation)
-    tensors |= {f"visual.{name}": tensor for name, tensor in tower.items()}
-    return vision
+        return foreign
+    tensors["visual.cls_token"] += positions[0]  # the tables' first row is zero
+    # A constant that the pictures' normalisation put there is no rounding.
+    least = max(NO_PATCH_BIAS, rounding) if torch.equal(positions, stored.float()) else 0
+    has_bias = bias.abs().max().item() > least
+    if has_bias:
+        tensors["visual.patch_embed.bias"] = bias
+    return dataclasses.replace(
+        foreign, vision=dataclasses.replace(vision, pos_embed=table, patch_bias=has_bias), tensors=tensors
+    )
 
 
 def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer:
@@ -293,86 +240,48 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
 
 
 def read_open_clip_config(directory: Path) -> ModelConfig:
-    """The model in `directory`/open_clip_config.json; UserError names a field that no tower here has.
+    """The model in `directory`/open_clip_config.json, read off open_clip's own without weights.
 
-    Only `import_open_clip` finds out which positions are fixed, `patch_bias`, and the normalisation of pictures.
+    Only `read_open_clip` finds out which positions are fixed, and `patch_bias`. Raises UserError for what no tower here
+    has.
     """
     path = directory / "open_clip_config.json"
-    try:
-        return _model_config(from_json(read_bytes(path))["model_cfg"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an open_clip configuration of a model with two towers: {error!r}") from None
+    with loading("open_clip", directory):
+        stock = from_json(read_bytes(path))["model_cfg"]
+        try:
+            return _model_config(stock)
+        except NotPlain as reason:
+            raise UserError(f"{path}: {reason}, which no tower here has") from None
 
 
-def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
-    """open_clip's `model_cfg` → ModelConfig, with open_clip's defaults."""
-    vision, text = stock["vision_cfg"], stock["text_cfg"]
-    for part, fields in (("model_cfg", stock), ("vision_cfg", vision), ("text_cfg", text)):
-        for name, value in fields.items():
-            _require(name in KNOWN[part] or value in PLAIN, part, name, value)
-    has_cls_emb = bool(text.get("embed_cls"))
-    pool_type = text.get("pool_type", "argmax")
-    _require(not has_cls_emb or bool(stock.get("custom_text")), "text_cfg", "embed_cls", True)
-    _require(has_cls_emb or pool_type in ("last", "argmax", "eos"), "text_cfg", "pool_type", pool_type)
-    is_clips = pool_type == "last" and not has_cls_emb
+def _model_config(stock: dict[str, Any]) -> ModelConfig:
+    """open_clip's `model_cfg` → ModelConfig; raises NotPlain."""
+    from open_clip import CustomTextCLIP
+
+    vision, text = dict(stock["vision_cfg"]), dict(stock["text_cfg"])
+    for part, name in ((vision, "timm_model_name"), (text, "hf_model_name")):  # they would be built by other libraries
+        require(not part.get(name), f"{name} is {part.get(name)!r}")
+    is_clips = text.get("pool_type") == "last" and not text.get("embed_cls")
     kwargs = text.get("tokenizer_kwargs") or {}
-    _require(set(kwargs) <= ({"strip_sep_token"} if is_clips else set()), "text_cfg", "tokenizer_kwargs", kwargs)
-    if is_clips and "tokenizer_mode" not in text and text.get("context_length") == CLIPA_CONTEXT:
-        raise UserError(
-            f"text_cfg.context_length is {CLIPA_CONTEXT} and there is no tokenizer_mode: this is a CLIPA model, whose "
-            'texts are laid out in another way; a CLIPS model of this length says tokenizer_mode "clips"'
-        )
-    image_pool = vision.get("pool_type", "tok")
-    _require(image_pool in ("tok", "avg"), "vision_cfg", "pool_type", image_pool)
-    after_pool = bool(vision.get("final_ln_after_pool"))  # for one token it is the same
-    _require(after_pool or image_pool == "tok", "vision_cfg", "final_ln_after_pool", after_pool)
-    for name in ("image_size", "layers"):
-        _require(isinstance(vision.get(name, 1), int), "vision_cfg", name, vision.get(name))
-    # Files converted from the JAX original of CLIPS leave eps and the kind of GELU at open_clip's defaults, although
-    # theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
-    eps = LAYER_NORM_EPS if is_clips else STOCK_EPS
-    quick = bool(stock.get("quick_gelu"))
-    of_vision = _same_fields("vision_cfg", vision, VISION_FIELDS, quick, "gelu", eps)
-    of_text = _same_fields("text_cfg", text, TEXT_FIELDS, quick, "gelu_tanh" if is_clips else "gelu", eps)
-    return ModelConfig(
-        vision=VisionConfig(
-            **of_vision,
-            heads=of_vision["width"] // vision.get("head_width", 64),
-            pre_norm=not vision.get("no_ln_pre", False),
-            pos_embed="sincos" if vision.get("pos_embed_type") == "sin_cos_2d" else "learned",
-            patch_bias=False,
-            pool="cls" if image_pool == "tok" else "mean",
-        ),
-        text=TextConfig(
-            **of_text,
-            context_length=text.get("context_length", 77) + has_cls_emb,
-            pad_mask=has_cls_emb,
-            causal=not text.get("no_causal_mask", False),
-            pool="cls" if has_cls_emb or is_clips else "eos",
-        ),
-        captioner=None,
-        embed_dim=stock["embed_dim"],
-    )
-
-
-def _same_fields(
-    part: str, fields: Mapping[str, Any], defaults: Mapping[str, float], quick: bool, activation: Activation, eps: float
-) -> dict[str, Any]:
-    """The fields that both towers have; `activation` and `eps` where the file names none."""
-    act_kwargs = fields.get("act_kwargs") or {}
-    norm_kwargs = fields.get("norm_kwargs") or {}
-    _require(set(act_kwargs) <= (set() if quick else {"approximate"}), part, "act_kwargs", act_kwargs)
-    _require(set(norm_kwargs) <= {"eps"}, part, "norm_kwargs", norm_kwargs)
-    if quick:
-        activation = "quick_gelu"
-    elif act_kwargs:
-        activation = "gelu_tanh" if act_kwargs["approximate"] == "tanh" else "gelu"
-    same = {name: type(default)(fields.get(name, default)) for name, default in defaults.items()}
-    return {**same, "activation": activation, "norm_eps": float(norm_kwargs.get("eps", eps))}
-
-
-def _require(condition: bool, part: str, name: str, value: object) -> None:
-    if not condition:
-        raise UserError(f"{part}.{name} is {value!r}: no tower here has that")
+    require(set(kwargs) <= ({"strip_sep_token"} if is_clips else set()), f"tokenizer_kwargs is {kwargs}")
+    if is_clips:
+        if "tokenizer_mode" not in text and text.get("context_length") == CLIPA_CONTEXT:
+            raise UserError(
+                f"text_cfg.context_length is {CLIPA_CONTEXT} and there is no tokenizer_mode: this is a CLIPA model, "
+                'whose texts are laid out in another way; a CLIPS model of this length says tokenizer_mode "clips"'
+            )
+        # Files converted from the JAX original of CLIPS leave eps and the kind of GELU at open_clip's defaults,
+        # although theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
+        for part in (vision, text):
+            part["norm_kwargs"] = {"eps": LAYER_NORM_EPS} | (part.get("norm_kwargs") or {})
+        if not stock.get("quick_gelu"):
+            text["act_kwargs"] = text.get("act_kwargs") or {"approximate": "tanh"}
+    vision["pos_embed_type"] = "learnable"  # open_clip would compute a table of any size
+    fields = {name: value for name, value in stock.items() if name != "custom_text"}
+    with torch.device("meta"):
+        model = CustomTextCLIP(**fields | {"vision_cfg": vision, "text_cfg": text})
+    config, layout = open_clip_tower(model.visual)
+    require("norm" in layout.modules and model.visual.attn_pool is None, "it pools by attention")
+    after_pool = model.visual.final_ln_after_pool or model.visual.pool_type == "tok"  # for one token it is the same
+    require(after_pool and model.visual.pool_type != "none", "it does not pool before its last LayerNorm")
+    return ModelConfig(vision=config, text=open_clip_text(model.text), captioner=None, embed_dim=stock["embed_dim"])

@@ -22,8 +22,7 @@ from clips.model.clips import CLIPSModel
 from clips.recipes import with_tower
 from clips.weights.export import ExportError, export_all
 from clips.weights.hf_clip import clip_model_lacks
-from clips.weights.load import load_native
-from clips.weights.open_clip import import_open_clip
+from clips.weights.load import load_model, load_native
 
 TEXTS = [
     "a red dog",
@@ -226,7 +225,8 @@ def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
     model, run, tokenizer = build("bert", pad_mask=pad_mask, **vision)
     export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
     folder = tmp_path / "export/open_clip"
-    read, read_tokenizer = import_open_clip(folder)
+    loaded = load_model(folder)
+    read, read_tokenizer = loaded.model, loaded.tokenizer
     assert read.config == replace(run.model, captioner=None)
     ids = read_tokenizer(TEXTS, 20, trim=False)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
     weights = read_weights(folder / "open_clip_model.safetensors")
     weights["visual.positional_embedding"][3] += 0.1
     write_weights(weights, folder / "open_clip_model.safetensors")
-    assert import_open_clip(folder)[0].config.vision.pos_embed == "learned"
+    assert load_model(folder).model.config.vision.pos_embed == "learned"
 
 
 def test_torch_files_are_read_and_files_without_weights_refused(tmp_path):

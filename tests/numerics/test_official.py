@@ -18,7 +18,6 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import bert_vocabulary
 from clips.weights.export import export_all
 from clips.weights.load import load_model
-from clips.weights.open_clip import import_open_clip
 from mllm.encoders.registry import load_vision
 
 BERT = bert_vocabulary().parent
@@ -185,11 +184,11 @@ def test_what_is_no_clips_checkpoint_is_refused(tmp_path):
     w = write_official(directory, weights="safetensors")
     write_weights(w | {"visual.extra": torch.ones(1)}, directory / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=r"no place here: visual\.extra"):
-        import_open_clip(directory)
+        load_model(directory)
     del w["ln_final.bias"]
     write_weights(w, directory / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=r"lack text\.ln_final\.bias"):
-        import_open_clip(directory)
+        load_model(directory)
     write_weights(official_weights(), directory / "open_clip_model.safetensors")
     path = directory / "open_clip_config.json"
     whole = json.loads(path.read_text())
@@ -202,4 +201,4 @@ def test_what_is_no_clips_checkpoint_is_refused(tmp_path):
         model = whole["model_cfg"] | {part: whole["model_cfg"][part] | fields}
         path.write_text(json.dumps(whole | {"model_cfg": model}))
         with pytest.raises(UserError, match=message):
-            import_open_clip(directory)
+            load_model(directory)
