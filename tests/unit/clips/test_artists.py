@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clips.common.errors import UserError
 from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
 
@@ -68,3 +69,15 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monke
     mine.tarball.write_bytes(content[:-1])  # damaged since: fetched again
     assert fetch_sets(["mine"]) == ""
     assert mine.tarball.read_bytes() == content
+
+
+def test_what_is_not_pinned_does_not_count_and_why_nothing_came_is_said(cache, tmp_path, monkeypatch):
+    pin(monkeypatch, package({"icons": {}}))
+    for does, reason in (
+        ("sys.exit('npm error code EAI_AGAIN')", "npm cannot fetch them: npm error code EAI_AGAIN"),
+        ("Path('me-mine-1.0.0.tgz').write_bytes(b'other')", "npm brought other files than the pinned ones: @me/mine"),
+    ):
+        npm_that(tmp_path, monkeypatch, does)
+        assert fetch_sets(["mine"]).startswith(reason)
+        with pytest.raises(UserError, match="the drawings of Mine are not in"):
+            drawings("mine", {"dog": "dog_face"})
