@@ -50,21 +50,21 @@ def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
 ) -> None:
     monkeypatch.setattr(teach_reader, "WARMUP", 2)
     monkeypatch.setattr(teach_reader, "EVERY", 160)
-    flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=160, seed=0, rank=8, questions=2)
+    flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=160, seed=0, rank=32, questions=2)
     reader, rng = Reader(cut_model(llm_path)), random.Random(1)
     imagination = Imagination(reader.llm, held_out=False, words=WORDS)
     samples = [imagination.sample("is_value", rng) for _ in range(8)]
     before = loss(reader, samples)
     teach_reader.teach(reader, flags, WORDS)
     assert loss(reader, samples) < before - 1
-    taught = {name: weight.detach().clone() for name, weight in reader.weights.items()}
+    taught = loss(reader, samples)
     teach_reader.save(reader, flags, WORDS)
     adapter = tmp_path / "adapter"
     facts = read_json(adapter / "reader.json")
     assert facts["sha256"] == sha256(adapter / "adapter_model.safetensors")
-    assert facts["rank"] == 8
+    assert facts["rank"] == 32
 
-    merged, plain = cut_model(llm_path, adapter), cut_model(llm_path)
+    merged = cut_model(llm_path, adapter)
     assert merged.source.endswith(f"(--reader {adapter})")
     merged.model.save_pretrained(tmp_path / "merged")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -72,14 +72,9 @@ def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
     by_peft = PeftModel.from_pretrained(cut_model(llm_path).model, str(adapter))
     for model in (stock, by_peft):
         torch.testing.assert_close(model(ids).logits, merged.model(ids).logits)
-    for name, weight in taught.items():
-        change, kept = (
-            w - plain.model.get_parameter(f"{name}.weight")
-            for w in (weight, merged.model.get_parameter(f"{name}.weight"))
-        )
-        torch.testing.assert_close(
-            (change - kept).norm() ** 2, change.norm() ** 2 - kept.norm() ** 2, rtol=0.02, atol=0
-        )
+    for name, weight in reader.weights.items():
+        torch.testing.assert_close(merged.model.get_parameter(f"{name}.weight"), weight)
+    assert loss(reader, samples) < taught + 0.3 * (before - taught), "half of the rank keeps most"
     with pytest.raises(UserError, match=r"not of these layers.*layers\.2"):
         load_llm(str(llm_path), reader=str(adapter))
 
