@@ -57,8 +57,8 @@ def test_a_runs_configuration_is_what_its_command_makes(name: str) -> None:
 
 FREE = {
     "a": {"captions.strategy", "captions.sentence_share"},
-    "b": {"recipe", "task.objective", "task.caption_share", "task.synthetic_share", "task.caption_weight", "model.captioner",
-          "phases.0.lr", "phases.0.muon_lr"},
+    "b": {"recipe", "task.objective", "task.synthetic_share", "task.caption_weight", "task.caption_share",
+          "model.captioner", "phases.0.lr", "phases.0.muon_lr"},
     "c": {"captions.strategy", "captions.sub_caption_tokens"},
     "d": {"task.synthetic_share"},
 }  # fmt: skip
