@@ -66,7 +66,7 @@ def demo() -> RunConfig:
         recipe="demo",
         model=PRESETS["demo"],
         captions=CaptionsConfig(tokenizer="wordpiece"),
-        # A third keeps the names and most of the retrieval, and a step takes 0.8 times as long (docs/speed.md).
+        # A third keeps the retrieval and loses some names, and a step takes 0.8 times as long (docs/speed.md).
         task=TaskConfig(caption_share=0.33),
         data=DataConfig(workers=1),
         # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does.
