@@ -29,8 +29,8 @@ DEMO_NORMAL = {
     "relation": (33, 55),
     "yes_no": (72, 92),
 }
-"""Figure → the range in percent on the unseen artist's pictures: encoders of three seeds and answers of two
-(docs/results.md), widened by what another seed gives."""
+"""Figure → the range in percent on the unseen artist's pictures: the quickstarts of three seeds (docs/results.md),
+widened by what another seed gives."""
 PHOTOS_NORMAL = {
     "web_i2t_r1": (18, 30),
     "web_t2i_r1": (19, 31),
