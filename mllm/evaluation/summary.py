@@ -41,7 +41,7 @@ PHOTOS_NORMAL = {
     "usage": (81, 96),
     "yes_no": (76, 92),
 }
-"""The same on the shop's photographs: one seed on 7,983 of them (docs/photographs.md), widened as three seeds without
+"""The same on the shop's photographs: two seeds on 7,983 of them (docs/photographs.md), widened as three seeds without
 the reader spread."""
 SHOWN = ("identity", "where", "article_type", "base_colour", "yes_no")
 """The kinds of question of which the first one is shown."""
