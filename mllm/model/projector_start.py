@@ -95,10 +95,7 @@ def word_evidence(
     where the caption holds it and −1 where not, p its share of the captions: how many times likelier it is here than
     anywhere. It comes with a standard deviation of 1 over the tokens.
     """
-    held = torch.zeros(len(captions), len(words), dtype=torch.double, device=features.device)
-    place = {word: k for k, word in enumerate(words)}
-    for row, caption in zip(held, captions, strict=True):
-        row[[place[token] for token in set(caption) if token in place]] = 1
+    held = _held(captions, words).to(features.device, torch.double)
     rows = features.flatten(0, 1).double()
     mean = rows.mean(dim=0)
     centred = rows - mean
@@ -183,10 +180,7 @@ def sharpen(
     words = [token for token, count in seen.most_common() if FEWEST <= count <= len(captions) / 2][:MOST_WORDS]
     if not words:
         return
-    number = {token: k for k, token in enumerate(words)}
-    held = torch.zeros(len(captions), len(words), dtype=torch.bool)
-    for row, caption in zip(held, captions, strict=True):
-        row[[number[token] for token in set(caption) if token in number]] = True
+    held = _held(captions, words)
     directions = F.normalize(vocabulary[words] - centre)
     bias = nn.Parameter(torch.logit(held.float().mean(dim=0)) - 4)
     layers = trainable_layers(projector).values()
@@ -211,6 +205,15 @@ def sharpen(
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def _held(captions: Sequence[Sequence[int]], words: Sequence[int]) -> Tensor:
+    """Return whether each of n captions holds each of K words, bool [n, K]."""
+    column = {word: k for k, word in enumerate(words)}
+    held = torch.zeros(len(captions), len(words), dtype=torch.bool)
+    for row, caption in zip(held, captions, strict=True):
+        row[[column[token] for token in set(caption) if token in column]] = True
+    return held
 
 
 def _regular(covariance: Tensor, ridge: float) -> Tensor:
