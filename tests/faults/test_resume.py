@@ -90,8 +90,8 @@ def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -
 
 def test_row_06_never_from_zero_when_no_checkpoint_is_good(killed, shards, tmp_path):
     out = shutil.copytree(killed, tmp_path / "out")
-    for name in checkpoints(out / "r"):
-        flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
+    for file in (out / "r/checkpoints").glob("step-*/optimizer.safetensors"):  # a kill may leave half of an old one
+        flip_bit(file)
     before = (out / "r/metrics.jsonl").read_bytes()
     done = run(python(SCRIPT, *shards, *THREE_PHASES, "--output", out))
     assert_said(done, 5, "no usable checkpoint", "another --name")
