@@ -21,7 +21,7 @@ from mllm.training import run as running
 from mllm.training import trainer
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.run import run_stage
-from mllm.training.trainer import LlavaTrainer
+from mllm.training.task import LlavaTrainer
 
 
 def stop_in_step(step: int) -> None:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from clips.common import rundir, runtime, start
 from clips.common.errors import UserError, run_command
+from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
-from clips.training import cli, loop, prepare
-from clips.training.engine import Engine
+from clips.training import cli, prepare, pretraining
 from mllm.data.dataset import LlavaDataset
 from mllm.training import features, run, trainer
 from mllm.training import prepare as preparing
@@ -120,15 +120,15 @@ FACTS: dict[str, Callable[[], object]] = {
     # What is seen in the run directory
     "no config.json": lambda: without("config.json"),
     "no done.json": lambda: without("done.json"),
-    "finished": lambda: setattr(loop, "is_finished", lambda _: True),
+    "finished": lambda: setattr(pretraining, "is_finished", lambda _: True),
     "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: shorter(LlavaDataset),
     # An error of one rank, in each part of the start
     "fails at the device": lambda: setattr(runtime, "choose_device", failing),
-    "fails at the group": lambda: setattr(loop, "init_distributed", failing),
-    "fails at the run directory": lambda: setattr(loop, "open_run_dir", failing),
+    "fails at the group": lambda: setattr(pretraining, "init_distributed", failing),
+    "fails at the run directory": lambda: setattr(pretraining, "open_run_dir", failing),
     "fails at the lock": lambda: setattr(rundir, "hold", failing),
     "fails at the data": lambda: setattr(prepare, "open_split", failing),
     "fails at the tokenizer": lambda: setattr(prepare.CaptionTokenizer, "load", failing),

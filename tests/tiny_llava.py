@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed.utils.groups
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, run_group
@@ -98,6 +100,7 @@ def process_kept() -> Iterator[None]:
         os.environ.update(environment)
         if dist.is_initialized():
             dist.destroy_process_group()
+        importlib.reload(deepspeed.utils.groups)  # it keeps groups for the life of a process
 
 
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:

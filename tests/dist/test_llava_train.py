@@ -20,7 +20,7 @@ from mllm.model.quantize import dequantize, quantize
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
-from mllm.training.trainer import LlavaTrainer, TrainingModel
+from mllm.training.task import LlavaTrainer, TrainingModel
 
 place = tiny_llava.place  # a fixture
 

@@ -10,7 +10,7 @@ from tiny_llava import INSTRUCT, START, TRAIN, command, conversation, launch, lo
 from transformers import AutoTokenizer
 
 from mllm.data.sampler import EpochSampler
-from mllm.training.trainer import LlavaTrainer
+from mllm.training.task import LlavaTrainer
 
 place = tiny_llava.place  # a fixture
 TOKENS = 16

@@ -23,7 +23,7 @@ from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
-from mllm.training.trainer import Collator, TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 TALKS: list[list[tuple[str, ...]]] = [
     [("<image>\nWhat is in the picture?", "A red cat."), ("And behind it?", "Two dogs, a cat and a picture of dogs.")],

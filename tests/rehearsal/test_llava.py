@@ -21,7 +21,7 @@ from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.log import Work, costs_of
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, batch_of, rehearse, rehearse_features, staged
-from mllm.training.trainer import TrainingModel
+from mllm.training.task import TrainingModel
 
 pytestmark = pytest.mark.slow
 

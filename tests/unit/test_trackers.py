@@ -15,9 +15,9 @@ from clips.common import live
 from clips.common.errors import UserError
 from clips.common.live import LiveLine
 from clips.common.trackers import loggers
+from clips.engine.log import RunLog
 from clips.recipes import recipe
 from clips.training.cli import parser as pretraining
-from clips.training.log import RunLog
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.log import MetricsLog
 

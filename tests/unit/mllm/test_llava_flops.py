@@ -23,7 +23,7 @@ from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.log import Work, costs_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
-from mllm.training.trainer import TrainingModel
+from mllm.training.task import TrainingModel
 
 CASES = {
     "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
@@ -83,7 +83,7 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
     else:
         inputs["pixel_values"] = pixels
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training(**inputs)["loss"].backward()
+        training(inputs)[0].backward()
     costs = costs_of(llava_of(model), 0 if arguments.caches_features else vision.image_size)
     work = Work(costs, torch.device("cpu"), 1, training.packed)
     work.add(inputs | {"counts": Counts.of(inputs, llava.config.image_token_id)})

@@ -26,7 +26,7 @@ from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
 from mllm.training.arguments import TrainArguments
 from mllm.training.prepare import data_of
-from mllm.training.trainer import Collator
+from mllm.training.task import Collator
 
 TOKENS = 3
 OPTIONS = {"align": 50, "instruct": 50, "text_only": 6, "per_kind": 20}

@@ -27,7 +27,7 @@ from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, 
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, print_plan
 from mllm.training.stages import PARTS, STAGES, freeze_table
-from mllm.training.trainer import training_arguments
+from mllm.training.task import training_arguments
 
 
 @pytest.fixture(scope="module")
