@@ -22,7 +22,7 @@ from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.training import cli, prepare, pretraining
 from mllm.data.dataset import LlavaDataset
-from mllm.training import features, run, trainer
+from mllm.training import features, run
 from mllm.training import prepare as preparing
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 
@@ -138,7 +138,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "fails at the parts": lambda: setattr(preparing, "load_vision", failing),
     "fails at the features": lambda: setattr(features.FeatureCache, "fill", failing),
     "fails at the projector's start": lambda: setattr(run, "fit_to_captions", failing),
-    "fails at the trainer": lambda: setattr(trainer.LlavaTrainer, "create_optimizer", failing),
+    "fails at the trainer": lambda: setattr(run, "make_optimizer", failing),
     "SIGKILL at the engine": lambda: setattr(Engine, "__init__", lambda *_: lost("SIGKILL")),
     "SIGSTOP at the data": lambda: setattr(prepare, "check_readable", lambda *_: lost("SIGSTOP")),
     "a full disk at the end": lambda: setattr(run, "write_results", with_full_disk(run.write_results)),

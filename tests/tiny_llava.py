@@ -110,9 +110,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
         run_stage(parse_train_arguments(list(flags)))
 
 
-def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks through the real deepspeed launcher; a hang ends as a failure."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+def launch(place: Path, script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Ranks through the real deepspeed launcher; a hang ends as a failure."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(unused_port()), str(script), *words]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return run_group(command, cwd=place, env=env, timeout=300)

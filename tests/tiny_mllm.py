@@ -15,13 +15,10 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
-    ViTConfig,
 )
 
 from clips.config import ModelConfig, RunConfig, TaskConfig, TextConfig, VisionConfig

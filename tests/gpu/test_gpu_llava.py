@@ -13,8 +13,8 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.quantize import quantize
 from mllm.training.arguments import parse_train_arguments
+from mllm.training.flops import costs_of
 from mllm.training.freeze import apply_freeze, llava_of
-from mllm.training.log import costs_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
 from mllm.training.task import TrainingModel
