@@ -18,18 +18,49 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clips.common.errors import NotFiniteError
+from clips.common.errors import NotFiniteError, UserError
+from clips.common.files import from_json, read_bytes
 from clips.common.runtime import import_deepspeed
 from clips.common.signals import STOP_SIGNALS
 from clips.engine.zero_state import ZeroState
 
 Batch = dict[str, Any]
+OF_THE_TRAINING = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "bf16", "fp16"),
+)
+"""DeepSpeed's settings that a run's configuration or flags decide."""
+
+
+def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
+    """Return DeepSpeed's settings in the file that `flag` names; none without a file, which is ZeRO 0.
+
+    Raises UserError for an unreadable file, and for a setting of OF_THE_TRAINING that is not left "auto".
+    """
+    if path is None:
+        return {}
+    try:
+        config = from_json(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path} is not a readable JSON file: {error}") from None
+    if taken := [name for name in OF_THE_TRAINING if not _is_auto(config.pop(name, "auto"))]:
+        raise UserError(f"{flag} {path} holds {', '.join(taken)}, which the run's own settings decide: leave them out")
+    return config
+
+
+def _is_auto(value: Any) -> bool:
+    """Say whether a setting or section leaves its choice open, as in LLaVA's files."""
+    if not isinstance(value, dict):
+        return value == "auto"
+    given = {"enabled": value["enabled"]} if "enabled" in value else value.get("params", {})
+    return value.get("type", "AdamW") in ("AdamW", "WarmupLR") and all(_is_auto(choice) for choice in given.values())
 
 
 class Objective(nn.Module):
@@ -38,6 +69,10 @@ class Objective(nn.Module):
     `forward(batch, told)` turns a micro-batch on the device into (loss, detached parts with the "loss" to be logged).
     The engine averages losses over the micro-batches of a step and over the ranks.
     """
+
+    def alone(self) -> nn.Module:
+        """Return the module in whose forward pass a rank waits for no other one, below ZeRO-3."""
+        return self
 
     def counted(self, batch: Batch) -> Batch:
         """Return a micro-batch, which is on the host, with the counts for which the device would be waited for."""

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,33 +19,11 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
-from clips.common.errors import UserError
-from clips.common.files import from_json, read_bytes
 from clips.config import ModelConfig, OptimConfig, RunConfig
 from clips.engine.engine import Agreed, Batch, Engine
 from clips.engine.loop import accumulate
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.training.task import Task
-
-DEFAULT_DS_CONFIG = {"zero_optimization": {"stage": 0}}
-OF_THE_RUN = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "bf16", "fp16"),
-)
-"""DeepSpeed's settings that the run configuration decides."""
-
-
-def read_ds_config(path: str | None) -> dict[str, Any]:
-    """The engine settings of `--ds-config`; keys that belong to the RunConfig are refused."""
-    if path is None:
-        return json.loads(json.dumps(DEFAULT_DS_CONFIG))
-    try:
-        config = from_json(read_bytes(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--ds-config {path} is not a readable JSON file: {error}") from None
-    if taken := [key for key in config if key in OF_THE_RUN]:
-        raise UserError(f"--ds-config {path} holds {', '.join(taken)}, which the run configuration sets (--set)")
-    return config
 
 
 def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -31,14 +31,14 @@ from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine import checkpoint, watchdog
 from clips.engine.checkpoint import TrainState, Writer
-from clips.engine.engine import Agreed, Batch, Engine
+from clips.engine.engine import Agreed, Batch, Engine, read_ds_config
 from clips.engine.log import RunLog
 from clips.engine.loop import Training, crosses, keys_of_all_ranks, train
 from clips.evaluation.evaluate import evaluate
 from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
-from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of, read_ds_config
+from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
 from clips.training.plan import print_memory
 from clips.training.prepare import (
     Options,
@@ -94,7 +94,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     has_begun = start.of_rank_0((options.run_dir / "config.json").exists())
     run = with_precision(run, options.run_dir, device)
     run = replace(run, train=replace(run.train, precision=start.of_rank_0(run.train.precision)))
-    ds_config = read_ds_config(options.ds_config)
+    ds_config = read_ds_config(options.ds_config, "--ds-config")
     start.agree(facts_of_run(run, options, previous, ds_config))
     is_trained = previous is not None and previous.state.samples == run.samples
     if start.of_rank_0(is_trained and is_finished(options.run_dir) and has_report(options.run_dir)):

@@ -58,6 +58,9 @@ class Task(Objective):
                 return self.model(batch["images"], _texts(batch), None, self._kept(batch), batch.get("counts"))
             return self._loss(batch, part)
 
+    def alone(self) -> CLIPSModel:
+        return self.model
+
     def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Part | None]:
         """Return what each micro-batch's loss is told of the whole batch, if the contrastive loss runs over it."""
         return [None] * len(batches) if self.contrasted == 1 else grad_cache.told(engine, batches)

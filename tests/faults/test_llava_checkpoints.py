@@ -1,10 +1,13 @@
 """Rows 2, 4 and 5 of the LLaVA half, and a checkpoint whose seal is right and whose content is not."""
 
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from conftest import ROOT, run_group
 from launched import lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import keep_at
-from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, losses, results, run
 
 from clips.common.files import check_seal, seal
 from clips.common.tensors import write_weights
@@ -36,6 +39,11 @@ def whole(place: Path) -> Path:
 
 def kept(whole: Path, target: Path) -> Path:
     return shutil.copytree(whole.with_name("whole-kept"), target)
+
+
+def anywhere(place: Path, flags: Sequence[str]) -> list[str]:
+    """Flags for a process that is started in another directory than `place`."""
+    return [str(place / flag) if (place / flag).exists() else flag for flag in flags]
 
 
 def assert_equal(run_dir: Path, whole: Path) -> None:
@@ -73,7 +81,7 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1, output
     assert "the checkpoint of step 6 cannot be written" in output
-    assert "The older checkpoints are intact" in output
+    assert "The older ones are intact" in output
     assert "Traceback" not in output
     assert check_seal(run_dir / "align/checkpoints/step-00000004")
     assert not (run_dir / "align/checkpoints/step-00000006").exists()
@@ -94,6 +102,27 @@ def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     assert "step-00000004 is not usable (optimizer.safetensors does not match its SHA-256" in output
     assert f"goes on from {run_dir / 'align/checkpoints/step-00000002'}" in output
     assert_equal(run_dir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_row_01_a_stage_killed_at_random_moments_comes_to_the_same_weights(stage, place, tmp_path, monkeypatch):
+    """Four kills: in a step, in a save or in the start, wherever the run is then."""
+    flags = [*(ALIGN if stage == "align" else [*INSTRUCT, *START, "--lora_enable", "--lora_dropout", "0.2"])]
+    flags += ["--max_steps", "120", "--save_steps", "7", "--vision_tower", f"clips:{place}/runs/clips-demo"]
+    flags = anywhere(place, flags)
+    undisturbed, killed = place / f"runs/{stage}-in-peace", place / f"runs/{stage}-killed"
+    run(place, monkeypatch, *flags, "--output_dir", str(undisturbed))
+    moments = random.Random(stage)
+    for number in range(4):
+        until = moments.randint(5, 25) + 20 * number
+        with started([sys.executable, str(TRAIN), *flags, "--output_dir", str(killed)], tmp_path / "log") as process:
+            wait_for(lambda last=until: len(lines(killed)) >= last, process, tmp_path / "log")
+            time.sleep(moments.random() / 20)
+            process.kill()
+        assert not (killed / stage / "done.json").exists(), "all kills fall before the end"
+    run(place, monkeypatch, *flags, "--output_dir", str(killed))
+    assert_equal(killed, undisturbed)
 
 
 @pytest.mark.slow
@@ -118,7 +147,7 @@ def test_workers_end_with_a_killed_process(place: Path, tmp_path: Path) -> None:
     out, log = place / "runs" / "orphaned", tmp_path / "log"
     flags = (*ALIGN, "--feature_cache", "False", "--dataloader_num_workers", "2", "--num_train_epochs", "1000")
     flags += ("--vision_tower", f"clips:{place}/runs/clips-demo", "--output_dir", str(out))
-    flags = [str(place / flag) if (place / flag).exists() else flag for flag in flags]
+    flags = anywhere(place, flags)
     with started([sys.executable, str(TRAIN), *flags], log) as train:
         wait_for(lambda: len(lines(out)) >= 2 and len(of_run(out)) >= 3, train, log)
         train.kill()
