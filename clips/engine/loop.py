@@ -17,7 +17,7 @@ from clips.common.signals import StopSignal, stopped_by
 from clips.engine.checkpoint import TrainState, Writer
 from clips.engine.engine import Agreed, Batch, Engine
 from clips.engine.log import RunLog
-from clips.engine.meter import Meter
+from clips.engine.meter import Meter, summary
 from clips.engine.watchdog import OwnTime
 
 
@@ -71,8 +71,8 @@ class Training:
         """Measure on the validation data. Collective."""
 
 
-def train(training: Training, log: RunLog, writer: Writer, profiler: profile | None = None) -> Meter:
-    """Take every step from the state on to the end; return the meter with the figures of all of them. Collective.
+def train(training: Training, log: RunLog, writer: Writer, profiler: profile | None = None) -> dict[str, float]:
+    """Take every step from the state on to the end; return the speeds of all of them. Collective.
 
     Raises Stopped after a signal, behind a checkpoint, and NotFiniteError with the samples whose loss is not finite.
     """
@@ -125,7 +125,10 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
     batches.close()
     await_checkpoint(writer)
     stop.restore()
-    return meter
+    figures = meter.whole(state)
+    if state.samples > meter.first:
+        log.say(summary(state.samples - meter.first, figures))
+    return figures
 
 
 def accumulate(engine: Engine, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -153,9 +153,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     ):
         if training.owes_validation():
             training.validate(log)
-        meter = train(training, log, writer, profiler)
-        if state.samples > meter.first:
-            log.say(meter.summary(state))
+        train(training, log, writer, profiler)
         trained = plain_model(engine, run)
     shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
     if trained is not None:

@@ -29,7 +29,6 @@ from torch import nn
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.escape import for_rich
 from clips.common.files import write_json
-from clips.common.live import in_words
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import environment, init_distributed, meet_on, shutdown
@@ -76,6 +75,8 @@ def run_stage(flags: TrainArguments) -> None:
 
         start.at("the run directory")
         record_config(prepared, write=start.rank == 0)
+        if start.rank == 0:
+            checkpoint.remove_leftovers(prepared.stage_dir)
         if start.of_rank_0((prepared.stage_dir / "done.json").is_file()):
             console.print(f"stage {arguments.stage} is finished already: {for_rich(str(prepared.stage_dir))}")
             start.close()
@@ -89,7 +90,6 @@ def run_stage(flags: TrainArguments) -> None:
                         with writing(f"the results cannot be written to {prepared.run_dir}"):
                             write_results(prepared, summary)
                 dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
-            print_summary(summary, arguments.stage, console)
     if start.rank == 0:
         write_curves(prepared.run_dir)  # last: a plot that fails costs nothing
     print_next(arguments.stage, prepared.run_dir, console)
@@ -150,7 +150,7 @@ def train(
         profiled(stage_dir / "profile", arguments.profile, device) as profiler,
         Writer(stage_dir, arguments.save_total_limit) as writer,
     ):
-        figures = train_loop(stage, log, writer, profiler).whole(state)
+        figures = train_loop(stage, log, writer, profiler)
     return {
         "stage": arguments.description.name,
         "steps": state.step,
@@ -173,17 +173,6 @@ def put_back(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter]) -> Non
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:
-    peak = f"{summary['mfu']:.0%} of the GPU's peak, " if "mfu" in summary else ""
-    console.print(
-        f"stage {number} ({summary['stage']}): trained for {in_words(summary['train_seconds'])}, after "
-        f"{in_words(summary['prepare_seconds'])} of preparation: {summary['samples_per_s']:.1f} samples/s, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {peak}{summary['peak_memory_gb']:.1f} GB",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def newest(stage_dir: Path) -> Checkpoint | None:

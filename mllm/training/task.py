@@ -29,6 +29,7 @@ from mllm.model.tiles import Llava, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
 from mllm.training.flops import costs_of, units_of
 from mllm.training.freeze import llava_of, parameter_groups
+from mllm.training.stages import PARTS
 
 
 class TrainingModel(Objective):
@@ -200,8 +201,8 @@ class Stage(Training):
         torch.manual_seed(hash((self.arguments.seed, self.state.step, dist.get_rank())))
 
     def rates(self) -> dict[str, float]:
-        factor = self.factor(self.state.step)
-        return {part: rate * factor for part, rate in self.arguments.rates.items()}
+        factor, peaks = self.factor(self.state.step), self.arguments.rates
+        return {part: peaks[part] * factor for part in reversed(PARTS)}  # the language model's first: it is logged
 
 
 def steps_of(arguments: TrainArguments, samples: int) -> int:
