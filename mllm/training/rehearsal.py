@@ -139,8 +139,8 @@ def staged(
     with torch.device(model.device):
         whole: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
     apply_freeze(whole, freeze)
-    image_size = model.config.vision_config.image_size
-    return TrainingModel(whole, features=features, image_size=image_size, packed=not padded).train()
+    vision: Any = model.config.vision_config
+    return TrainingModel(whole, features=features, image_size=vision.image_size, packed=not padded).train()
 
 
 def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
