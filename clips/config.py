@@ -415,7 +415,7 @@ class OptimConfig:
     """How the flag `--batch-size` scales the recipe's learning rates: with the batch, its square root, or not.
     `phases.*.lr` is the rate that is trained with."""
     clip_grad: float = 0.0
-    """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/engine.py."""
+    """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/optim.py."""
     muon_momentum: float = 0.95
     layer_decay: float = 1.0
     """The rate of a tower's layer, as a share of the layer's above it; below 1 the lower layers of given weights stay

@@ -5,7 +5,7 @@
     runs/NAME/data.json       number and hash of the training data; a run goes on with the same data only
     runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; a kill may cut the last line
-    runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
+    runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/engine/checkpoint.py)
     runs/NAME/export/, report/, evaluation*.json
                               made of the weights of one checkpoint, which each of them names
     runs/NAME/.lock           held by the process that trains here; names the process and its host

@@ -7,12 +7,9 @@ file is executed (`weights_only=True`), and unfit weights are refused by name, w
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +25,6 @@ from clips.common.hub import WEIGHT_FILES
 M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
@@ -96,13 +92,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
 
 
-def read_torch(path: Path, *, mapped: bool = False) -> Any:
-    """The content of a torch file: tensors, plain values, instances of the classes of `only_data`.
-
-    `mapped` leaves tensors on the disk if the format allows. Raises UserError if the file is damaged or holds more.
-    """
+def read_torch(path: Path) -> Any:
+    """The content of a torch file: tensors and plain values. Raises UserError if it is damaged or holds more."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it is not a plain file of tensors and may hold pickled code "
@@ -116,22 +109,6 @@ def unpickling_reason(error: pickle.UnpicklingError) -> str:
     """torch's finding, without the part of its message that says how to run the code."""
     match = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
     return match[0] if match else first_line(error)
-
-
-@contextmanager
-def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, no `torch.load` of this process runs code from a file, not even in another library.
-
-    Files may hold instances of `classes`, built from their attributes.
-    """
-    before = {name: os.environ.pop(name, None) for name in (FORCE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
-    os.environ[FORCE] = "1"  # torch's own switch, stronger than the `weights_only=False` that DeepSpeed passes
-    try:
-        with torch.serialization.safe_globals(list(classes)):
-            yield
-    finally:
-        os.environ.pop(FORCE)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:

@@ -140,8 +140,8 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
         raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
 
     # These import all of torch and deepspeed: not before the flags are known to be right.
-    from clips.training.loop import pretrain
     from clips.training.prepare import Options
+    from clips.training.pretraining import pretrain
 
     options = Options(
         run_dir=_run_dir(flags),

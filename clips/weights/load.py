@@ -24,8 +24,8 @@ from clips.common.rundir import (
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer
+from clips.engine import checkpoint
 from clips.model.clips import CLIPSModel
-from clips.weights import checkpoint
 from clips.weights.foreign import kind_of, read_timm, read_transformers
 from clips.weights.open_clip import read_open_clip
 

@@ -22,7 +22,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import one_line
 from mllm.data.captions import raw_records
-from mllm.data.conversation import ConversationEncoder
+from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
@@ -205,12 +205,16 @@ class LlavaDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the sample `index`; `~index` is the same sample, of which nothing is learned."""
+        if index < 0:
+            sample = self[~index]
+            return sample | {"labels": [IGNORE] * len(sample["labels"])}
         record = self.records[index]
         sizes, images = self.tokens.read(record.images, self.store)
         encoded = self.encoder.encode(record.turns, images, record.name)
         self._truncated[index] = encoded.truncated
         sample = {
-            "index": index,
+            "key": record.name,
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "images": list(record.images),
