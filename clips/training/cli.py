@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.common.flags import SET, Parser
+from clips.common.flags import SET, Parser, at_least
 from clips.common.start import Start
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
@@ -109,7 +108,7 @@ def parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument(
         "--profile",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="STEPS",
         help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
@@ -136,8 +135,6 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
 
         given = read_initial(flags.init_from).architecture
     run = config_from_flags(flags, given)
-    if flags.profile < 0:
-        raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
 
     # These import all of torch and deepspeed: not before the flags are known to be right.
     from clips.training.loop import pretrain
@@ -197,35 +194,31 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
     given = _recorded(flags) if given is None else given
     has_captioner = run.model.captioner is not None  # it is taken over only where the recipe has one
-    parts = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
+    values = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
     for path, name in TRAINING_FIELDS.items():
-        if path in parts:
-            parts[path] = parts[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
-    assignments = [f"{path}={json.dumps(value)}" for path, value in parts.items()]
-    if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
-        patch = given["model.vision"]["patch_size"]
-        assignments += [f"phases.{i}.image_size={patch * (2 + i)}" for i in range(len(run.phases))]
-    if flags.samples is not None:
-        assignments += [f"phases.*.samples={flags.samples}"]
-        # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
-        warmups = [phase.warmup_samples * flags.samples // phase.samples for phase in run.phases]
-        assignments += [f"phases.{i}.warmup_samples={warmup}" for i, warmup in enumerate(warmups)]
-    if flags.batch_size is not None:
-        assignments.append(f"phases.*.batch_size={flags.batch_size}")
-        if flags.batch_size > 0:  # else the configuration itself says what is wrong
-            optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
-            for i, phase in enumerate(run.phases):
-                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
-                assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
+        if path in values:
+            values[path] = values[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
     if flags.on_spike is not None:
-        assignments.append(f"train.on_spike={flags.on_spike}")
-    run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
+        values["train.on_spike"] = flags.on_spike
+    if flags.batch_size:
+        optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
+    for i, phase in enumerate(run.phases):
+        if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
+            values[f"phases.{i}.image_size"] = given["model.vision"]["patch_size"] * (2 + i)
+        if flags.samples is not None:
+            values[f"phases.{i}.samples"] = flags.samples
+            # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
+            values[f"phases.{i}.warmup_samples"] = phase.warmup_samples * flags.samples // phase.samples
+        if flags.batch_size is not None:
+            values[f"phases.{i}.batch_size"] = flags.batch_size
+            if flags.batch_size > 0:  # else the configuration itself says what is wrong
+                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
+                values |= {f"phases.{i}.{rate}": getattr(phase, rate) * factor for rate in ("lr", "muon_lr")}
+    run = run.override(flags.set, values)
     if flags.init_from is not None and flags.tower != "clips":
         raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")
     if run.train.init_from != flags.init_from:
         raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
     if not run.data.train:
-        raise UserError(
-            f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (README, “Your own data”)"
-        )
+        raise UserError(f"recipe {run.recipe} needs data: --data 'shards/*.tar', or a table (docs/data.md)")
     return run
