@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, attribution, drawings, fetch_sets, packages
-from clips.data.built import built_as, ensure_built
 
 VERSION = 7
 """Raise it if scenes, texts or files change: older folders are then built anew."""
@@ -572,8 +572,7 @@ def ensure_demo(
     """Build the demo data into `directory` as `ensure_built` does, unless the same is there; returns the directory.
 
     If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
-    a warning says so. Such a folder is then kept; `again` tries to fetch once more. Raises UserError if packages are
-    missing, if the folder holds something else, or if it cannot be written.
+    a warning says so. Such a folder is then kept; `again` tries to fetch once more.
     """
     directory = Path(directory)
     by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
