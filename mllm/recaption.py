@@ -330,9 +330,6 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too much left out."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    if min(flags.part_size, flags.batch_size, flags.max_new_tokens) < 1 or not 0 <= flags.max_left_out_share <= 1:
-        least = "--part-size, --batch-size and --max-new-tokens must be at least 1"
-        raise UserError(f"{least}, and --max-left-out-share a share from 0 to 1")
     output: Path = flags.output
     check_target(output)
     kind, _, name = flags.captioner.partition(":")

@@ -2,7 +2,7 @@
 """Measure a LLaVA-style model on the demo's held-out questions, or let it answer your own (LLaVA's question.jsonl)."""
 
 from clips.common.errors import start
-from clips.common.flags import Parser
+from clips.common.flags import Parser, at_least
 
 
 def parser() -> Parser:
@@ -21,7 +21,9 @@ def parser() -> Parser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
     p.add_argument("--seed", type=int, default=0, help="seed of drawn answers")
     p.add_argument(
-        "--limit", type=int, help="so many questions of each file, drawn evenly over kinds and answers (default: all)"
+        "--limit",
+        type=at_least(1),
+        help="questions of each file, drawn evenly over kinds and answers (default: all)",
     )
     p.add_argument("--likelihood", action="store_true", help="also measure how likely the right answers are")
     dtypes = ("auto", "float32", "bfloat16")

@@ -2,7 +2,7 @@
 """Search among pictures by a text or by a picture: a folder is indexed once, then each search takes a moment."""
 
 from clips.common.errors import start
-from clips.common.flags import Parser
+from clips.common.flags import Parser, at_least
 
 
 def parser() -> Parser:
@@ -16,9 +16,9 @@ def parser() -> Parser:
     p.add_argument(
         "--model", metavar="DIR_OR_HUB_ID", help="run or export of an encoder (default: the newest run under runs/)"
     )
-    p.add_argument("--k", type=int, default=10, help="how many pictures to show")
+    p.add_argument("--k", type=at_least(1), default=10, help="how many pictures to show")
     p.add_argument("--output", metavar="FILE", help="HTML page with the pictures (default: none, paths are printed)")
-    p.add_argument("--jobs", type=int, default=0, help="processes that read pictures; 0 reads in this process")
+    p.add_argument("--jobs", type=at_least(0), default=0, help="processes that read pictures; 0 reads in this process")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 

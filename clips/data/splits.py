@@ -95,9 +95,7 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
     spec = split_spec(data, split)
     if not spec:
         flag = {"train": "--data", "val": "--val-data"}.get(split, "--test-data")
-        raise UserError(
-            f"this run names no {split} data; give it with {flag} (a folder of tar shards, a pattern, a table)"
-        )
+        raise UserError(f"this run names no {split} data; give {flag} (a folder of tar shards, a pattern, a table)")
     if spec == "mix":
         return _open_mix(data, need_long)
     if data.train == "demo":

@@ -31,8 +31,7 @@ def pretraining_cell(
 ) -> Cell:
     """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
 
-    The cell's check raises UserError if `directory` holds a run with other settings. Raises UserError for flags that
-    the script would refuse.
+    The cell's check raises UserError if `directory` holds a run with other settings.
     """
     config = config_from_flags(parser().parse_args(list(flags)))
 

@@ -122,10 +122,6 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
     c = comparison
-    if min(c.seeds, c.jobs, c.gpus, 1 if c.limit is None else c.limit) < 1:
-        raise UserError("--seeds, --jobs, --gpus and --limit must be at least 1")
-    if c.first_seed < 0:
-        raise UserError(f"--first-seed {c.first_seed} must be at least 0")
     if c.budget is not None and not 0 < c.budget <= 1:
         raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
     if c.llava_runs is not None and c.llava_runs < c.seeds:
@@ -148,10 +144,7 @@ def check_request(comparison: Comparison) -> None:
             raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
 
     if c.questions is None and not c.is_demo and not c.benchmarks:
-        raise UserError(
-            "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
-            "give --questions (and --image-folder), or --benchmarks"
-        )
+        raise UserError("the demo's questions say nothing about models of other data: give --questions or --benchmarks")
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:
