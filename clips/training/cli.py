@@ -220,5 +220,5 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     if run.train.init_from != flags.init_from:
         raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
     if not run.data.train:
-        raise UserError(f"recipe {run.recipe} needs data: --data 'shards/*.tar', or a table (docs/data.md)")
+        raise UserError(f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (docs/data.md)")
     return run
