@@ -254,8 +254,6 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
-    if (flags.text is None) == (flags.image is None):
-        raise UserError("say what to look for: a text, or a picture with --image")
     picture = flags.image
     if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
         picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files

@@ -293,10 +293,8 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
     left_out = Counter(pair.reason for pair in pairs if pair.reason)
     if len(pairs) - len(good) > limit * len(pairs) or not good:
         last = [pair for pair in pairs if pair.reason][-1]
-        raise BrokenDataError(
-            f"of {len(pairs):,} pairs {dict(left_out)} would be left out, and nothing of them is written. The last is "
-            f"{last.key}: {last.reason} {clip(one_line(last.detail), 200)}. --max-left-out-share allows more"
-        )
+        what = f"of {len(pairs):,} pairs {dict(left_out)} would be left out, more than --max-left-out-share"
+        raise BrokenDataError(f"{what}: {last.key}: {last.reason} {clip(one_line(last.detail), 200)}")
     return good, left_out
 
 

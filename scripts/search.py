@@ -7,10 +7,9 @@ from clips.common.flags import Parser, at_least
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument(
-        "text", nargs="?", help="what to look for, or the file of a picture (default: none, --image is looked for)"
-    )
-    p.add_argument("--image", metavar="PATH_OR_URL", help="picture whose like is looked for, instead of a text")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("text", nargs="?", help="what to look for, or the file of a picture (default: none, see --image)")
+    what.add_argument("--image", metavar="PATH_OR_URL", help="picture whose like is looked for, instead of a text")
     p.add_argument("--pictures", default="data/llava_demo/images", help="folder of pictures, with the folders in it")
     p.add_argument("--index", metavar="FILE", help="the index, made if missing (default: one in the cache)")
     p.add_argument(

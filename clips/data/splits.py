@@ -110,10 +110,8 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
 def check_readable(source: Source, most: float) -> None:
     """Raise BrokenDataError if more than the share `most` of the rows of `source` do not fit their tables' headers."""
     if source.unreadable > most * source.rows:
-        raise BrokenDataError(
-            f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table, above "
-            f"data.max_broken_share = {most:.1%}: mend their commas and quotes"
-        )
+        what = f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table"
+        raise BrokenDataError(f"{what}, above data.max_broken_share = {most:.1%}: mend their commas and quotes")
 
 
 def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:

@@ -156,10 +156,8 @@ class ChatSession:
         prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
         if context is not None and len(prompt.ids) >= context:
-            raise ContextError(
-                f"the talk takes {len(prompt.ids):,} tokens with this question, and the model reads {context:,} at "
-                f"most ({self.model.layout} for each picture): ask shorter or start anew"
-            )
+            limit = f"{context:,} at most ({self.model.layout} for each picture)"
+            raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start anew")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(prompt, sampling, streamer, start)
 

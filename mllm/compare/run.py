@@ -111,10 +111,7 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     say(note)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
-        raise CommandError(
-            "lmms-eval left no scores, or scored questions that it could not answer; the report goes without them, "
-            f"and the same command tries again:\n{failed}"
-        )
+        raise CommandError(f"lmms-eval left no scores, or scored what it could not answer; try again:\n{failed}")
     return written
 
 

@@ -137,11 +137,9 @@ def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: 
             names[part][identity] = row.image
     both = [identity for identity in names["test"] if identity in names["train"]]
     if both:
-        raise UserError(
-            f"--test-data: {len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}: "
-            f"{names['test'][both[0]]} is {names['train'][both[0]]}. Take them out, or give --held-out instead; "
-            "--key COLUMN tells equal pictures apart, --key image does so by their names"
-        )
+        what = f"{len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}"
+        pair = f"{names['test'][both[0]]} is {names['train'][both[0]]}"
+        raise UserError(f"--test-data: {what}: {pair}. Take them out, give --held-out, or tell them apart by --key")
     return rows
 
 

@@ -119,10 +119,8 @@ class ConversationEncoder:
         if self.max_length is not None and truncated:
             room = self.max_length - sum(tokens)
             if room < 0:
-                raise UserError(
-                    f"{sample}: its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context "
-                    f"(model_max_length) of {self.max_length}: raise it, or use fewer tokens per image"
-                )
+                what = f"its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context"
+                raise UserError(f"{sample}: {what}: raise model_max_length above {self.max_length}")
             # Other tokens are dropped from the end, never those of an image.
             texts = [position for position, token in enumerate(ids) if token not in self.placeholder_ids]
             dropped = set(texts[room:])
