@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from clips.common.errors import UserError, run_command
@@ -35,7 +36,8 @@ def launch(words: list[str]) -> None:
     numbers = [last.stage] if last.stage else list(STAGES)
     python = os.environ.get("PYTHON") or sys.executable
     command = [python]
-    if (ranks := count_ranks(last.device)) > 1:  # on a free port: another training may have deepspeed's own
+    ranks = count_ranks(last.device)
+    if ranks > 1:  # on a free port: another training may have deepspeed's own
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -67,9 +69,9 @@ def count_ranks(device: str) -> int:
     return int(number or 1)
 
 
-def run(command: list[str], env: os._Environ[str] | dict[str, str]) -> None:
+def run(command: list[str], env: Mapping[str, str]) -> None:
     """Run `command` and end with its exit code if it fails; Ctrl-C is for the command, which then saves and ends."""
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run(command, env=env).returncode
     if code != 0:
         sys.exit(code if code > 0 else 128 - code)
