@@ -21,9 +21,7 @@ def parser() -> Parser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
     p.add_argument("--seed", type=int, default=0, help="seed of drawn answers")
     p.add_argument(
-        "--limit",
-        type=at_least(1),
-        help="questions of each file, drawn evenly over kinds and answers (default: all)",
+        "--limit", type=at_least(1), help="questions of each file, drawn evenly over kinds and answers (default: all)"
     )
     p.add_argument("--likelihood", action="store_true", help="also measure how likely the right answers are")
     dtypes = ("auto", "float32", "bfloat16")

@@ -224,10 +224,7 @@ class Description:
 
 
 def draw_scene(
-    rng: random.Random,
-    concepts: Sequence[str],
-    image_size: int = IMAGE_SIZE,
-    looks: Look = LOOKS["test"],
+    rng: random.Random, concepts: Sequence[str], image_size: int = IMAGE_SIZE, looks: Look = LOOKS["test"]
 ) -> Scene:
     """Place the given (different) concepts, at most three, and draw a background."""
     background = rng.choice(list(BACKGROUNDS))

@@ -22,12 +22,7 @@ PRETRAINING = "pretraining"
 
 
 def pretraining_cell(
-    directory: Path,
-    flags: Sequence[str],
-    variant: str,
-    seed: int,
-    *,
-    is_done: Callable[[Path], bool] = is_finished,
+    directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
 ) -> Cell:
     """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
 

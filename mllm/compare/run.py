@@ -28,14 +28,7 @@ from clips.common.runtime import choose_device
 from clips.lab.pretraining import pretraining_cell
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
-from mllm.compare.commands import (
-    fix_plan,
-    lab_cell,
-    pretrain_config,
-    pretrain_flags,
-    samples_of_cells,
-    train_arguments,
-)
+from mllm.compare.commands import fix_plan, lab_cell, pretrain_config, pretrain_flags, samples_of_cells, train_arguments
 from mllm.compare.comparison import (
     PLAN,
     RECIPES,

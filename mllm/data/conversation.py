@@ -24,14 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import (
-    IMAGE_TOKEN,
-    VIDEO_TOKEN,
-    control_pattern,
-    control_tokens,
-    get_format,
-    token_id,
-)
+from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, control_pattern, control_tokens, get_format, token_id
 from mllm.data.video import NO_VIDEOS, VideoTokens
 
 IGNORE = -100
