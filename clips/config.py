@@ -633,9 +633,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
             task = value.get("task")
             objective = task.get("objective") if isinstance(task, dict) else None
             what = f"{where}.task.objective {objective!r}"
-            _require(
-                objective not in RETIRED_OBJECTIVES, f"{what} was removed; commit aa82178b is the last one that has it"
-            )
+            _require(objective not in RETIRED_OBJECTIVES, f"{what} was removed; commit aa82178b is the last with it")
         fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
         unknown = sorted(fields.keys() - hints.keys())
         _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")

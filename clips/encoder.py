@@ -260,10 +260,8 @@ def search_from_flags(flags: argparse.Namespace) -> None:
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
-    print(
-        printable(f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"),
-        file=sys.stderr,
-    )
+    found = f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"
+    print(printable(found), file=sys.stderr)
     query = flags.text if picture is None else _open(picture)
     matches = index.search(query, flags.k)
     for match in matches:

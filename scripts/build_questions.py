@@ -15,9 +15,7 @@ def parser() -> Parser:
     p.add_argument("--image", help="tables: column of the pictures (default: by its name, such as image or path)")
     p.add_argument("--image-root", help="tables: folder of image paths (default: the table's)")
     p.add_argument("--columns", nargs="+", help="columns to ask about (default: those with few values)")
-    p.add_argument(
-        "--ask", nargs="+", default=[], metavar="COLUMN=TEXT", help="questions, such as colour='What colour is it?'"
-    )
+    p.add_argument("--ask", nargs="+", default=[], metavar="COLUMN=TEXT", help="such as colour='What colour is it?'")
     p.add_argument("--min-count", type=at_least(1), default=20, help="leave out values of fewer training rows")
     p.add_argument("--limit", type=at_least(1), help="pictures of the training, drawn by seed (default: all)")
     p.add_argument("--per-kind", type=at_least(1), default=300, help="test questions of each kind")

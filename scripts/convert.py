@@ -35,9 +35,7 @@ def parser() -> Parser:
         help="their vision tower, where it is not at the place that FROM names; for --to llava the name to write "
         "down for it (default: a copy of its own)",
     )
-    llava.add_argument(
-        "--conv-mode", default="auto", help="conversation format to save with it; auto is its tokenizer's, else v1"
-    )
+    llava.add_argument("--conv-mode", default="auto", help="conversation format; auto is its tokenizer's, else v1")
     return p
 
 

@@ -7,9 +7,7 @@ from clips.common.flags import Parser
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="run, native or open_clip export (default: the newest run under runs/)"
-    )
+    p.add_argument("--model", metavar="DIR_OR_HUB_ID", help="run or export (default: the newest run under runs/)")
     p.add_argument("--data", help="test data: shards, a table, or one image folder per class (default: the run's own)")
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="fields of --data")
     p.add_argument("--karpathy", help="Karpathy split JSON of COCO or Flickr30K, instead of --data")

@@ -20,9 +20,7 @@ def parser() -> Parser:
     p.add_argument("--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
     p.add_argument("--seed", type=int, default=0, help="seed of drawn answers")
-    p.add_argument(
-        "--limit", type=at_least(1), help="questions of each file, drawn evenly over kinds and answers (default: all)"
-    )
+    p.add_argument("--limit", type=at_least(1), help="questions of each file, drawn evenly over kinds (default: all)")
     p.add_argument("--likelihood", action="store_true", help="also measure how likely the right answers are")
     dtypes = ("auto", "float32", "bfloat16")
     p.add_argument("--dtype", choices=dtypes, default="auto", help="auto is bfloat16 if the device computes in it")

@@ -75,9 +75,7 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str]:
     images = np.unique(hashes)
     chosen = images[images < data.held_out * 2.0**64][:MOST_HELD_OUT]
     if len(images) < FEWEST_IMAGES or not 1 < len(chosen) < len(images):
-        few = (
-            f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives validation images)"
-        )
+        few = f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives others)"
         return chosen[:0], few
     rows = np.isin(hashes, chosen).sum()
     return chosen, f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data gives others)"

@@ -20,13 +20,8 @@ from clips.recipes import RECIPES, debug_twin, recipe, with_tower
 
 
 def parser() -> Parser:
-    p = Parser(
-        "Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
-        "triples with --data."
-    )
-    p.add_argument(
-        "--recipe", help=f"what to train: {', '.join(RECIPES)} (default: demo, or small for data of your own)"
-    )
+    p = Parser("Pretrain a CLIPS encoder: the demo, or your own image / web caption / long caption triples (--data).")
+    p.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: demo, or small for data of your own)")
     p.add_argument(
         "--tower",
         default="clips",
@@ -74,9 +69,7 @@ def parser() -> Parser:
         "(default: image=jpg;jpeg;png;webp web=json:org_caption long=txt)",
     )
     p.add_argument("--image-root", help="tables: the folder that image paths are relative to (default: the table's)")
-    p.add_argument(
-        "--samples", type=int, help="samples to see in each phase; the warm-up keeps its share (default: the recipe's)"
-    )
+    p.add_argument("--samples", type=int, help="samples of each phase, whose warm-up follows (default: the recipe's)")
     p.add_argument(
         "--batch-size",
         type=int,
@@ -99,9 +92,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
     p.add_argument("--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs")
-    p.add_argument(
-        "--resume", default="auto", help="auto (go on where the run stopped), never, or a checkpoint directory"
-    )
+    p.add_argument("--resume", default="auto", help="auto: go on where the run stopped; never; or a checkpoint")
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
     p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")

@@ -212,9 +212,7 @@ class Comparison:
         "questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's and with --quick)",
         type=at_least(1),
     )
-    benchmarks: tuple[str, ...] = _option(
-        _names, (), "tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme"
-    )
+    benchmarks: tuple[str, ...] = _option(_names, (), "tasks of lmms-eval, with commas: gqa,pope,textvqa_val,mme")
     include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
     decides: str | None = option(
         None,
