@@ -19,11 +19,7 @@ def parser() -> Parser:
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument(
-        "--output",
-        help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME; "
-        "NAME ends with a hash of --data)",
-    )
+    p.add_argument("--output", help="JSON file (default: evaluation-DATA.json in --model, or in runs/OWNER--NAME)")
     return p
 
 

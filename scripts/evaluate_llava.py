@@ -10,11 +10,7 @@ def parser() -> Parser:
     p.add_argument("--model", help="model directory or hub id (default: the newest runs/*/model)")
     p.add_argument("--questions", help="your own questions: question.jsonl (default: the demo's held-out ones)")
     p.add_argument("--image-folder", help="folder or uncompressed tar of your pictures")
-    p.add_argument(
-        "--output",
-        help="folder for answers and figures, or with --questions the answers' .jsonl file (default: evaluation/ "
-        "beside the model; your questions and --limit have folders of their own in it)",
-    )
+    p.add_argument("--output", help="folder, or the answers' .jsonl file (default: evaluation/ beside the model)")
     p.add_argument("--batch-size", type=int, default=32, help="questions answered together")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     p.add_argument("--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain")

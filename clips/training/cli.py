@@ -38,27 +38,11 @@ def parser() -> Parser:
         "the datasets library, or a folder of pictures with texts beside them "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
-    data.add_argument(
-        "--mix",
-        nargs="+",
-        action="extend",
-        metavar="NAME=SHARE:DATA",
-        help="several sets in place of --data, each seen as often as its share says",
-    )
-    data.add_argument(
-        "--karpathy",
-        metavar="FILE",
-        help="COCO, Flickr8k or Flickr30K by A. Karpathy's JSON: train and restval train, val chooses, test measures",
-    )
+    data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="sets, seen by their shares")
+    data.add_argument("--karpathy", metavar="FILE", help="COCO or Flickr by A. Karpathy's JSON: all splits as it says")
+    p.add_argument("--val-data", help="validation data (default: the demo's, a share that small holds out, or none)")
     p.add_argument(
-        "--val-data",
-        help="validation data, evaluated during training (default: the demo's, a share that small holds out, or none)",
-    )
-    p.add_argument(
-        "--test-data",
-        nargs="+",
-        metavar="DATA",
-        help="test data, evaluated at the end; further sets as NAME=DATA behind it (default: the demo's, or none)",
+        "--test-data", nargs="+", metavar="DATA", help="first DATA, then NAME=DATA (default: the demo's, or none)"
     )
     p.add_argument(
         "--fields",
@@ -70,23 +54,10 @@ def parser() -> Parser:
     )
     p.add_argument("--image-root", help="tables: the folder that image paths are relative to (default: the table's)")
     p.add_argument("--samples", type=int, help="samples of each phase, whose warm-up follows (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, help="samples of a step; learning rates follow (default: the recipe's)")
+    p.add_argument("--init-from", metavar="WEIGHTS", help="run, export, hub id or timm:NAME (default: random weights)")
     p.add_argument(
-        "--batch-size",
-        type=int,
-        help="samples per optimizer step, over all ranks; the learning rates follow by the recipe's own rule, "
-        "optim.lr_scaling (default: the recipe's)",
-    )
-    p.add_argument(
-        "--init-from",
-        metavar="WEIGHTS",
-        help="begin with these weights: a run, an export, an official CLIPS or open_clip checkpoint, a transformers "
-        "model, timm:NAME_OR_DIR; a directory or a hub id (default: at random)",
-    )
-    p.add_argument(
-        "--on-spike",
-        choices=("continue", "skip"),
-        help="when a step's loss or gradient norm stands far above the recent ones: continue (it is only recorded), "
-        "or skip its update (default: the recipe's, continue)",
+        "--on-spike", choices=("continue", "skip"), help="spikes: record, or skip too (default: the recipe's)"
     )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -97,13 +68,7 @@ def parser() -> Parser:
     p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
     p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    p.add_argument(
-        "--profile",
-        type=at_least(0),
-        default=0,
-        metavar="STEPS",
-        help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
-    )
+    p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps whose time profile/ shows")
     p.add_argument("--report-to", default=TENSORBOARD, help=REPORT_TO)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
