@@ -36,10 +36,7 @@ SHOWN = 5
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read name → tensor (on the CPU) from a .safetensors file or a torch file.
-
-    Raises UserError if the file is missing, damaged, holds pickled code, or holds no weights.
-    """
+    """Read name → tensor (on the CPU) from a .safetensors file or a torch file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
@@ -52,21 +49,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no weights: expected names with tensors, found {type(content).__name__}")
-
-    tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
-    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise UserError(f"{path} holds no weights: {listed(wrong)} are not tensors")
-    return tensors
+    tensors = dict(content) if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no weights: expected names with tensors")
+    return {str(name).removeprefix("module."): value for name, value in tensors.items()}
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: one file, or several with an index; safetensors first.
-
-    Raises UserError if there are none, and for a damaged or missing file.
-    """
+    """All tensors of a model directory: one file, or several with an index; safetensors first."""
     path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
@@ -97,10 +87,8 @@ def read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code "
-            f"({unpickling_reason(error)}). Nothing in it was run"
-        ) from None
+        why = f"it may hold pickled code ({unpickling_reason(error)})"
+        raise UserError(f"{path} was refused: {why}. Nothing in it was run") from None
     except Exception as error:  # torch's reader raises nearly every built-in exception on damaged bytes
         raise UserError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
 

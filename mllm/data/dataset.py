@@ -168,8 +168,7 @@ class LlavaDataset(Dataset):
 
     Where the tokens of a picture depend on its size, a sample has `image_sizes` too: (height, width) of each, for which
     the picture's header is read. Construction checks every record (see `RecordReader`). For bad samples,
-    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`. Raises
-    UserError if no sample is left.
+    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`.
     """
 
     def __init__(
@@ -195,9 +194,7 @@ class LlavaDataset(Dataset):
         if self.skipped and (on_bad_sample == "error" or not self.records):
             mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
             first = [f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED]]
-            raise UserError(
-                f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{''.join(first)}"
-            )
+            raise UserError(f"{data_path}: {len(self.skipped):,} samples cannot be trained on, {mend}:{''.join(first)}")
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 

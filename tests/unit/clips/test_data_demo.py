@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from clips.common.errors import UserError
+from clips.common.files import ensure_built
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import demo
 from clips.data.artists import OPENMOJI, SIDE
-from clips.data.built import ensure_built
 from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,

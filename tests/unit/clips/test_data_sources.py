@@ -23,9 +23,9 @@ from clips.config import Fields
 from clips.data import sidecar as sidecar_module
 from clips.data.guess import say_once
 from clips.data.sample import BrokenSample
-from clips.data.shards import open_shards
 from clips.data.sources import Source, expand, open_source
 from clips.data.splits import check_readable
+from clips.data.tar import open_shards
 
 FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 

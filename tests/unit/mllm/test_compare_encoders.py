@@ -268,8 +268,6 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
     ("options", "flag"),
     [
         ({"encoders": ("clips",)}, "--encoders"),
-        ({"first_seed": -1}, "--first-seed -1"),
-        ({"limit": 0}, "--limit"),
         ({"train_flags": ("--align.vision=blind",)}, "--vision_tower"),
         ({"pretrain_flags": ("--recipe=s16", "--data", "x")}, "--pretrain-flags: --recipe"),
         ({"train_flags": FLAGS}, "--questions"),
