@@ -111,7 +111,7 @@ def test_order_is_that_of_transformers(chat: ChatModel) -> None:
     stock, counts = model.model.pack_image_features(parts, torch.tensor(sizes), "default", newline)
     assert counts.tolist() == [layout.tokens(size) for size in sizes]
     assert torch.equal(layout.arranged(cells, newline, sizes), torch.cat(stock))
-    with pytest.raises(ValueError, match="squares, but pictures"):
+    with pytest.raises(ValueError, match="squares, but images"):
         layout.arranged(cells[1:], newline, sizes)
 
 
