@@ -25,14 +25,14 @@ MOST_VALUES = 10_000
 class Limits:
     """The limits of a server. Each field is the flag `--max-FIELD` of serve.py. Raises UserError if one is too low."""
 
-    body_bytes: int = option(32 * 2**20, "bytes of one request, pictures included")
-    image_bytes: int = option(10 * 2**20, "bytes of one encoded picture")
-    image_pixels: int = option(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
-    images: int = option(20, "pictures of one request")
-    squares: int = option(100, "squares that the encoder reads for one request: tiles of pictures, frames of videos")
-    prompt_chars: int = option(100_000, "characters of all texts of one request")
+    body_bytes: int = option(32 * 2**20, "bytes of one request, including its images")
+    image_bytes: int = option(10 * 2**20, "bytes of one encoded image")
+    image_pixels: int = option(32_000_000, "pixels of one image (at most clips.data.images.MAX_PIXELS)")
+    images: int = option(20, "images in one request")
+    squares: int = option(100, "squares that the encoder reads for one request: tiles of images, frames of videos")
+    prompt_chars: int = option(100_000, "characters of all texts in one request")
     new_tokens: int = option(1024, "tokens of one answer")
-    waiting: int = option(16, "requests that wait while another one is answered; more are refused")
+    waiting: int = option(16, "requests that may wait while another one is answered; more are refused")
     body_seconds: float = option(30.0, "seconds that a request's body may take to arrive")
     seconds: float = option(120.0, "seconds that one answer may take before it is cut off")
 
@@ -89,7 +89,7 @@ def read_video(data: bytes, frames: int) -> list[Image.Image]:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add --model and the flags that `mllm.chat.model.model_options` reads."""
     add = parser.add_argument
-    add("--model", metavar="DIR_OR_HUB_ID", help="model to talk with (default: the newest runs/*/model)")
+    add("--model", metavar="DIR_OR_HUB_ID", help="model to chat with (default: the newest runs/*/model)")
     add("--conv-mode", default="auto", help="conversation format: auto (as trained), v1, chatml, llama_3 or plain")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-4bit", action="store_true", help="load the language model in 4 bits (bitsandbytes)")

@@ -319,10 +319,7 @@ def ensure_llava_demo(
 
 
 def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/demo") -> Path:
-    """Build the files with `ensure_llava_demo`, unless there are some of this version and scenes. Return the directory.
-
-    The existing files may have any size.
-    """
+    """Build the files with `ensure_llava_demo`, unless there are any of this version and scenes. Return `directory`."""
     ensure_any_demo(demo_dir)
     built = built_as(Path(directory)) or {}
     if (built.get("version"), built.get("scenes")) != (VERSION, built_as(Path(demo_dir))):

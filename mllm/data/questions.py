@@ -80,10 +80,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:
-    """Return for each question its answer, then other answers of its kind in `every`, at most `CANDIDATES` in all.
-
-    Their order is pseudo-random but fixed, by a hash of the answer. A question without an answer has no candidates.
-    """
+    """Return each question's answer and others of its kind in `every`, at most `CANDIDATES`, in fixed random order."""
     pairs = {(question.kind, question.answer) for question in every if question.answer}
     drawn: dict[str, list[str]] = {}
     for kind, answer in sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).digest()):

@@ -165,8 +165,7 @@ def logit_difference(
 ) -> float:
     """Return the largest difference between the logits of the stock model and of LLaVA, relative to their spread.
 
-    The input is an image of random pixels and a real question. `tower` is the vision tower of the original model.
-    Raises UserError if the difference is too large.
+    The input is random pixels and a real question; `tower` is LLaVA's. Raises UserError if the logits are not equal.
     """
     encoder = ConversationEncoder(processor.tokenizer, "auto", model.config.image_seq_length)
     ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)

@@ -95,7 +95,7 @@ def load_llm(
 
     Args:
         version: conversation format (mllm/data/formats.py), which sets chat template and end token and is saved with
-            the tokenizer. "auto" keeps the model's own template, or takes "v1" if there is none; "plain" changes none.
+            the tokenizer. "auto" keeps the model's template, or takes "v1" without one; "plain" changes nothing.
         layers: "8,2" keeps the first 8 and the last 2 layers.
         reader: folder of a PEFT adapter to merge into these layers, or "default" for that of the default model's "6,2".
         videos: add `<video>` to the tokenizer too.
@@ -150,9 +150,9 @@ def ready_for_images(
 
 
 def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
-    """Keep only the `first` first and the `last` last layers of `model`, and return how many layers it had.
+    """Keep only the `first` first and the `last` last layers of a stock `model`, and return how many it had.
 
-    The result is a stock model. Nothing happens if it has no more layers. Raises UserError if they are in no one list.
+    A model without more layers is not changed. Raises UserError if the layers are not in a single list.
     """
     config, decoder = model.config.get_text_config(), model.base_model
     total = config.num_hidden_layers

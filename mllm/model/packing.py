@@ -48,10 +48,10 @@ def marked(input_ids: Tensor, *ids: int) -> Tensor:
 
 
 def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *image_ids: int) -> Tensor:
-    """Return P, a scalar: how many positions at the start of all samples of a batch [B, L] are the same.
+    """Return P, a scalar: how many positions at the start of all samples of a batch [B, L] are equal.
 
-    Shared positions are neither learned nor of an image. Each sample keeps at least one position of its own after them,
-    which is not learned either, because its prediction is made at the last shared position.
+    They are neither learned nor of an image. Each sample keeps a position of its own after them, which is not learned
+    either, because its token is predicted at the last shared position.
     """
     if len(input_ids) == 1:
         return torch.zeros((), dtype=torch.long, device=input_ids.device)
