@@ -275,7 +275,7 @@ class Comparison:
 
     @property
     def runs(self) -> int:
-        """LLaVA runs per encoder. One more than pretraining seeds, if any, separates their variance from LLaVA's."""
+        """LLaVA runs per encoder: by default --seeds, and one more if encoders are pretrained for each seed."""
         nested = self.seeds > 1 and any(map(is_pretrained_anew, self.encoders))
         return self.llava_runs or self.seeds + nested
 
