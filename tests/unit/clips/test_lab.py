@@ -152,11 +152,6 @@ def test_markdown_reads_as_the_text(name: str) -> None:
         assert shown == " ".join(f"{around} {one_line(text)} {after.strip('|')}".split())
 
 
-def test_markdown_leaves_alone_what_does_not_act() -> None:
-    text = "+1.2 [+0.3, +2.1] < 0.0001 hf:google/vit_base"
-    assert for_markdown(text) == text
-
-
 @each
 def test_a_terminal_shows_it_and_carries_nothing_out(name: str) -> None:
     text = HOSTILE[name]
