@@ -23,6 +23,8 @@ from launched import (
     write_shard,
 )
 
+from clips.data.demo import MISSING
+
 pytestmark = pytest.mark.slow
 
 
@@ -56,8 +58,11 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
     assert done.returncode == 0, done.stdout
     run_dir = tmp_path / "runs/demo-debug"
     assert_finished(run_dir)
-    figures = json.loads((run_dir / "evaluation.json").read_text())["figures"]
-    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= figures.keys()
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= evaluation["figures"].keys()
+    # Without npm one artist draws the demo, which every place says.
+    assert (done.stdout.count(f"warning: {MISSING}"), evaluation["missing"]) == (1, MISSING)
+    assert MISSING in (run_dir / "report" / "index.html").read_text()
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:

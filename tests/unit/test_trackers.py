@@ -97,14 +97,3 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     line.close()
     assert "a long first line …" in printed.getvalue()
     assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
-
-
-def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, now = on(io.StringIO(), monkeypatch), [0.0]
-    monkeypatch.setattr(live, "monotonic", lambda: now[0])
-    line = LiveLine()
-    for now[0] in range(100):
-        line.show(f"at {now[0]} s")
-    line.show("done", final=True)
-    line.close()
-    assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"

@@ -91,16 +91,6 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
         pretrain("--batch-size", "0")
 
 
-def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
-    full = recipe("b16")
-    run = pretrain("--recipe", "b16", "--data", "x.tar", "--samples", "1000000")
-    for small, large in zip(run.phases, full.phases, strict=True):
-        assert small.samples == 1_000_000
-        assert small.warmup_samples / small.samples == pytest.approx(large.warmup_samples / large.samples, abs=1e-6)
-    run = pretrain("--samples", "1280", "--set", "phases.0.warmup_samples=5")
-    assert run.phases[0].warmup_samples == 5, "--set has the last word"
-
-
 def test_paper_recipes_ask_for_data_and_their_debug_twins_do_not() -> None:
     with pytest.raises(UserError, match="recipe l14 needs training data: --data"):
         pretrain("--recipe", "l14")

@@ -5,17 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from bad_corpus import encode
-from PIL import Image
+from bad_corpus import square as picture
 
 from clips.common.errors import UserError
 from clips.config import Fields
 from clips.data.guess import guess_fields
 from clips.data.sources import Source, open_source
-
-
-def picture(value: int = 0) -> bytes:
-    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def pictures(folder: Path, count: int = 3) -> None:

@@ -14,8 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from bad_corpus import encode
-from PIL import Image
+from bad_corpus import square as picture
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
@@ -32,10 +31,6 @@ FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def picture(value: int = 0) -> bytes:
-    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
@@ -241,17 +236,6 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         with pytest.raises(BrokenSample, match=r"gone\.png"):
             source.read(3)
         assert len(list(source.captions())) == 6
-
-
-def test_pictures_inside_parquet(tmp_path: Path) -> None:
-    rows = [
-        {"image": {"bytes": picture(i), "path": None}, "raw": picture(i), "alt": f"w {i}", "long": "L."} for i in (0, 1)
-    ]
-    path = write_table(tmp_path / "t.parquet", rows)
-    for column in ("image", "raw"):
-        source = open_tar(path, Fields(image=column, web="alt", long="long"))
-        assert [source.read(i).image for i in (0, 1)] == [picture(0), picture(1)]
-        assert list(source.captions()) == ["w 0", "L.", "w 1", "L."]
 
 
 def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:

@@ -53,18 +53,6 @@ def texts(source: Source) -> list[Texts]:
     return [source.read(i).texts for i in range(len(source))]
 
 
-def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
-    """undefined443/coco-karpathy-wds."""
-    for split, count in (("train", 3), ("val", 2), ("test", 1)):
-        members = {}
-        for i in range(count):
-            members[f"{i:09}.jpg"] = jpeg(i)
-            members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
-        write_tar(tmp_path / f"{split}/{split}-00000.tar", members.items())
-    run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
-    assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
-
-
 @pytest.mark.parametrize("name", ["coco", "flickr8k"])
 def test_karpathys_files(name: str, tmp_path: Path) -> None:
     """caption_datasets.zip: COCO's pictures lie in two folders, and restval is training data."""

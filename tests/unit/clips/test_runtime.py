@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, run_python
 
 from clips.common import runtime
-from clips.common.peaks import peak_flops, stated_peak
+from clips.common.peaks import stated_peak
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 
 FAULTS = """
@@ -76,11 +76,6 @@ def test_the_name_that_fits_best_counts() -> None:
     assert stated_peak("NVIDIA GH200 480GB") == 989e12
     assert stated_peak("NVIDIA L40S") == 362e12
     assert stated_peak("Some Card 7") is None
-
-
-def test_nobody_states_the_peak_of_a_cpu() -> None:
-    """A measured one was below what training reached: "158 % of the processor's peak"."""
-    assert peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -1,4 +1,4 @@
-"""A finished comparison computed again from its raw answers; its archive; what is fixed before the first cell."""
+"""A finished comparison computed again from its raw answers; its archive and pages; what is fixed before."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from mllm.compare.report import page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 from mllm.data.questions import Question
 from mllm.evaluation.scores import score, scorer_version
+from tools.update_docs import take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
@@ -73,11 +74,13 @@ def replace(path: Path, before: str, after: str) -> None:
 # --------------------------------------------------------------------------------------------------------- verified
 
 
-def test_an_untouched_comparison_verifies(output: Path) -> None:
+def test_an_untouched_comparison_verifies(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verification = verify(output)
     assert verification.differs == []
     assert verification.answers == 4 * 36
     assert "kept" in verification.kept
+    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
+    assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4, "another scorer here is named"
 
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
@@ -96,6 +99,7 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     words = r"clips is \d\.\d\d nats per token \[.*\] above clip: log likelihood, where\."
     assert row["verdict"] == "undecided"  # of three seeds
     assert re.fullmatch(words, sentence(row | {"verdict": "win"}))
+    assert "CIDEr-D" in sentence(row | {"verdict": "win", "metric": "cider_d"})
     assert verify(comparison.output).differs == []
     changed = cells["random-seed1"].evaluation / "question.jsonl"
     lines = [json.loads(line) for line in changed.open()]
@@ -155,11 +159,6 @@ def test_figures_of_an_earlier_version_are_read(output: Path) -> None:
     assert not [line for line in verify(output).differs if "figures.json." in line and "cells[" not in line]
     edit(path, lambda figures: figures["exact_match"]["where"].update(accuracy=2.0))
     assert any("figures.json.exact_match.where.accuracy" in line for line in verify(output).differs)
-
-
-def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
-    assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
@@ -273,3 +272,45 @@ def test_a_damaged_or_too_large_archive_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "bomb").write_bytes(lzma.compress(bytes(30_000_000), preset=1))
     with pytest.raises(UserError, match="5,000,000 bytes"):
         unpack(tmp_path / "bomb", tmp_path / "place", MEMBER)
+
+
+PAGE = """# Page
+
+<!-- figures: compare
+| kind | blind | random | random − blind |
+|---|---|---|---|
+| all | {blind: accuracy} | {random: accuracy} | {random − blind: accuracy} |
+-->
+<!-- /figures -->
+"""
+
+
+def test_the_pages_of_this_repository_hold_the_figures_of_their_files() -> None:
+    assert update_pages(check=True) == []
+
+
+def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, tmp_path: Path) -> None:
+    """From raw answers to a table: the figures in the page are those that were computed again."""
+    comparison = finish(comparison_of(place, encoders=("random:clips-run", "blind:clips-run"), seeds=2))
+    report = reported(comparison)
+    root = tmp_path / "root"
+    (root / "docs" / "results").mkdir(parents=True)
+    (root / "README.md").write_text("# Readme\n")
+    (root / "docs" / "page.md").write_text(PAGE)
+    packed = place / "out.tar.xz"
+    pack(comparison.output, packed)
+    target = take(packed, "compare", root)
+    content = json.loads(target.read_text())
+    assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
+    assert not {"cells", "examples", "files"} & content.keys()
+    assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
+    update_pages(check=False, root=root)
+    shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
+    assert shown in (root / "docs" / "page.md").read_text().partition("-->")[2]
+
+    report["encoders"]["random"]["metrics"]["accuracy"]["mean"] += 0.1
+    (comparison.output / "report.json").write_text(json.dumps(report))
+    pack(comparison.output, packed)
+    with pytest.raises(CommandError, match="is not what its report says"):
+        take(packed, "compare", root)
+    assert json.loads(target.read_text()) == content
