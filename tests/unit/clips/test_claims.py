@@ -16,14 +16,7 @@ from clips.data.demo import WITH_ERRORS, ensure_demo, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
-from clips.studies.claims import (
-    BLOCK_TOKENS,
-    CLAIMS,
-    VARIANTS,
-    judge_llava,
-    reproduce,
-    variant_study,
-)
+from clips.studies.claims import BLOCK_TOKENS, CLAIMS, VARIANTS, judge_llava, reproduce, variant_study
 from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")

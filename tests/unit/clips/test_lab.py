@@ -17,19 +17,7 @@ from rich.table import Table as RichTable
 
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import LONGEST, clip, for_markdown, for_rich, one_line, printable
-from clips.common.page import (
-    Bullets,
-    Card,
-    Cards,
-    Code,
-    Folded,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    Tile,
-    as_html,
-)
+from clips.common.page import Bullets, Card, Cards, Code, Folded, Page, Paragraph, Section, Table, Tile, as_html
 from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class

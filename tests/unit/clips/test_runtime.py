@@ -6,19 +6,23 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, FlopCounter, run_python
 
 from clips.common import runtime
 from clips.common.errors import UserError
 from clips.common.peaks import CARDS, Machine, stated_peak
+from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
+from clips.data.loader import to_device
 from clips.recipes import recipe
 from clips.training.plan import print_memory, print_pretraining
-from clips.training.rehearsal import rehearse
+from clips.training.prepare import full_batch
+from clips.training.rehearsal import built, rehearse
 
 FAULTS = """
 import resource, torch
@@ -155,6 +159,20 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     with pytest.raises(UserError, match="does not fit"):
         print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero1")
     assert "8,192" in capsys.readouterr().out
+
+
+def test_the_flops_that_a_plan_shows_are_counted_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """Torch's formulas count a step whose texts fill half of their context."""
+    run = recipe("s16").override(["phases.*.batch_size=256"])
+    phase = run.phases[0]
+    print_pretraining(replace(run, phases=(phase,)), Machine("h100", 1, 0.2), "zero0")
+    (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {phase.name}"))
+    task = built(run, phase)
+    words, share = run.model.text.context_length // 2, run.task.caption_share
+    batch = task.counted(full_batch(run, phase.image_size, phase.batch_size, META, words=words, share=share))
+    with rehearsed_ranks(1), FlopCounter() as counted:
+        task(to_device(batch, META))[0].backward()
+    assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / phase.batch_size / 1e9, abs=0.05)
 
 
 def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from mllm.data.questions import open_questions
 from mllm.encoders.registry import load_vision
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.check_data import check_data, check_from_flags
-from mllm.training.prepare import open_data
+from mllm.training.prepare import data_of, open_data
 
 CONTEXT = 120
 
