@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import sys
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -165,20 +164,17 @@ def _good(bad: int) -> int:
 def write_shards(folder: Path) -> tuple[str, dict[str, str]]:
     """Shards with one sample of each kind; what to open, and the outcome of each key."""
     plain = {"img": good_picture(0), "json": b'{"org_caption": "a web caption"}', "txt": b"Long one. Long two."}
+    from launched import write_tar  # which imports from here
+
     samples = [(f"picture {name}", plain | {"img": data}, outcome) for name, (data, outcome) in pictures().items()]
     for name, (text, outcome) in CAPTIONS.items():
         samples.append((f"web {name}", plain | {"json": json.dumps({"org_caption": text}).encode()}, outcome))
     for part, kinds in (("json", JSONS), ("txt", TEXTS)):
         samples += [(f"{part} {name}", plain | {part: data}, outcome) for name, (data, outcome) in kinds.items()]
     samples += [(f"good {i}", plain | {"img": good_picture(i)}, USED) for i in range(_good(len(samples)))]
-    folder.mkdir(parents=True)
     for part in range(2):
-        with tarfile.open(folder / f"{part}.tar", "w") as tar:
-            for key, members, _ in samples[part::2]:
-                for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        parts = ((f"{key}.{name}", data) for key, members, _ in samples[part::2] for name, data in members.items())
+        write_tar(folder / f"{part}.tar", parts)
     return str(folder), {key: outcome for key, _, outcome in samples}
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -155,9 +154,7 @@ def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
+    return bad_corpus.encode(Image.new("RGB", size, colour))
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:

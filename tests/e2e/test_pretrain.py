@@ -87,7 +87,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
     cases: dict[str, tuple[list[str], list[str]]] = {
         "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
-        "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
         "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
         "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "multiple of 3"]),
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),

@@ -14,7 +14,7 @@ from bad_corpus import encode
 from launched import pictures, recap, write_shard
 from PIL import Image
 
-from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
@@ -192,14 +192,6 @@ def test_processes_find_what_one_finds(data: Path, capsys: pytest.CaptureFixture
 def test_a_process_that_dies_is_one_sentence() -> None:
     with pytest.raises(CommandError, match="fewer than --jobs 2"):
         check(lambda _: os._exit(1), range(9), 2)
-
-
-def test_the_exit_is_that_of_the_training(data: Path) -> None:
-    with pytest.raises(BrokenDataError, match="13 of 300") as raised:
-        check_pairs(run_on(data, limit=0.01))
-    assert raised.value.exit_code == 4
-    assert "--set data.max_broken_share" in str(raised.value)
-    check_pairs(run_on(data, limit=0.05))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

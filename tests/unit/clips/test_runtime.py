@@ -187,4 +187,3 @@ def test_the_command() -> None:
     done = run_python(SCRIPT, "--recipe", "s16", "--gpus", "512")
     assert done.returncode == 0, done.stderr
     assert "s16 on 512 × H100 of 80 GB" in done.stdout
-    assert run_python(SCRIPT, "--engine", "zero9").returncode == 2
