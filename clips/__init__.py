@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
-    from clips.data.built import built_as, ensure_built
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
     from clips.data.guess import NAMES
     from clips.data.images import (

@@ -6,11 +6,13 @@ Recipes (`clips/recipes.py`) are functions that return a `RunConfig`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,9 +54,7 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
     for entry in entries[1:]:
         name, has_name, data = entry.partition("=")
         if not (name and has_name and data):
-            raise UserError(
-                f"--test-data {entry!r}: every set behind the first is NAME=DATA, as in flickr=flickr.jsonl"
-            )
+            raise UserError(f"--test-data {entry!r}: behind the first set give NAME=DATA, as in flickr=flickr.jsonl")
         further.append(NamedSet(name=name, data=data))
     return entries[0], tuple(further)
 
@@ -415,7 +415,7 @@ class OptimConfig:
     """How the flag `--batch-size` scales the recipe's learning rates: with the batch, its square root, or not.
     `phases.*.lr` is the rate that is trained with."""
     clip_grad: float = 0.0
-    """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/engine.py."""
+    """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/optim.py."""
     muon_momentum: float = 0.95
     layer_decay: float = 1.0
     """The rate of a tower's layer, as a share of the layer's above it; below 1 the lower layers of given weights stay
@@ -567,9 +567,14 @@ class RunConfig:
         except (OSError, ValueError, UserError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
-    def override(self, assignments: list[str]) -> RunConfig:
-        """Apply `a.b.c=value` assignments; the value is JSON or text, and phases have an index or `*`."""
+    def override(self, assignments: list[str], values: Mapping[str, Any] | None = None) -> RunConfig:
+        """Set `values`, path → value, then apply `a.b.c=value` assignments, all at once: one alone may not fit the run.
+
+        The value of an assignment is JSON or text, and phases have an index or `*`.
+        """
         tree = json.loads(json.dumps(self.to_dict()))
+        for path, value in (values or {}).items():
+            _assign(tree, path.split("."), copy.deepcopy(value), path)
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
             _require(bool(separator), f"--set {assignment!r} must look like part.field=value")
@@ -628,9 +633,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
             task = value.get("task")
             objective = task.get("objective") if isinstance(task, dict) else None
             what = f"{where}.task.objective {objective!r}"
-            _require(
-                objective not in RETIRED_OBJECTIVES, f"{what} was removed; commit aa82178b is the last one that has it"
-            )
+            _require(objective not in RETIRED_OBJECTIVES, f"{what} was removed; commit aa82178b is the last with it")
         fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
         unknown = sorted(fields.keys() - hints.keys())
         _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")

@@ -113,10 +113,7 @@ class CLIPS:
             return self._transform(_open(image))
         size = self.image_size
         if image.shape != (3, size, size) or not image.is_floating_point():
-            raise ValueError(
-                f"a tensor is taken for what `preprocess` gives, normalised floats of shape [3, {size}, {size}]; "
-                f"found {image.dtype} of shape {list(image.shape)}. Give raw pictures as PIL images or arrays"
-            )
+            raise ValueError(f"give floats [3, {size}, {size}] of `preprocess`, not {image.dtype} {list(image.shape)}")
         return image.to("cpu", torch.float32)
 
     def tokenize(self, texts: Iterable[str] | str) -> Tensor:
@@ -246,9 +243,7 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     if not isinstance(image, (str, Path)):
         raise TypeError(f"a picture is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     if not is_remote(str(image)) and Path(image).is_dir():
-        raise UserError(
-            f"{image} is a folder: give it alone, or the pictures in it, such as Path(folder).glob('*.jpg')"
-        )
+        raise UserError(f"{image} is a folder: give it alone, or the pictures in it (Path(folder).glob('*.jpg'))")
     try:
         if is_remote(str(image)):
             return decode_image(read_range(str(image), 0, min(remote_facts(str(image))[0], MAX_BYTES + 1)))
@@ -259,22 +254,14 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
-    if (flags.text is None) == (flags.image is None):
-        raise UserError("say what to look for: a text, or a picture with --image")
-    if flags.k < 1:
-        raise UserError(f"--k {flags.k} shows no picture: give 1 or more")
-    if flags.jobs < 0:
-        raise UserError(f"--jobs {flags.jobs} must be at least 0")
     picture = flags.image
     if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
         picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
-    print(
-        printable(f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"),
-        file=sys.stderr,
-    )
+    found = f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"
+    print(printable(found), file=sys.stderr)
     query = flags.text if picture is None else _open(picture)
     matches = index.search(query, flags.k)
     for match in matches:

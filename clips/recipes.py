@@ -101,8 +101,8 @@ def clip_baseline() -> RunConfig:
 def small() -> RunConfig:
     """CLIPS without its captioner on some thousands to a few hundred thousand photographs: an hour on a laptop.
 
-    At equal time it retrieves better than with the captioner (docs/claims.md). docs/photographs.md has the curves by
-    which its sizes and rates were chosen.
+    At equal time it retrieves better than with the captioner (docs/claims.md). docs/photographs.md of commit 09df7532
+    has the curves by which its sizes and rates were chosen.
 
     python scripts/pretrain_clips.py --name mine --data 'shards/*.tar'
     """

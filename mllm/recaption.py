@@ -293,10 +293,8 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
     left_out = Counter(pair.reason for pair in pairs if pair.reason)
     if len(pairs) - len(good) > limit * len(pairs) or not good:
         last = [pair for pair in pairs if pair.reason][-1]
-        raise BrokenDataError(
-            f"of {len(pairs):,} pairs {dict(left_out)} would be left out, and nothing of them is written. The last is "
-            f"{last.key}: {last.reason} {clip(one_line(last.detail), 200)}. --max-left-out-share allows more"
-        )
+        what = f"of {len(pairs):,} pairs {dict(left_out)} would be left out, more than --max-left-out-share"
+        raise BrokenDataError(f"{what}: {last.key}: {last.reason} {clip(one_line(last.detail), 200)}")
     return good, left_out
 
 
@@ -330,9 +328,6 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too much left out."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    if min(flags.part_size, flags.batch_size, flags.max_new_tokens) < 1 or not 0 <= flags.max_left_out_share <= 1:
-        least = "--part-size, --batch-size and --max-new-tokens must be at least 1"
-        raise UserError(f"{least}, and --max-left-out-share a share from 0 to 1")
     output: Path = flags.output
     check_target(output)
     kind, _, name = flags.captioner.partition(":")

@@ -2,7 +2,7 @@
 """Attributes become questions: a table or tar shards with attribute columns → LLaVA's training files and a test."""
 
 from clips.common.errors import start
-from clips.common.flags import Parser
+from clips.common.flags import Parser, at_least
 
 
 def parser() -> Parser:
@@ -15,12 +15,10 @@ def parser() -> Parser:
     p.add_argument("--image", help="tables: column of the pictures (default: by its name, such as image or path)")
     p.add_argument("--image-root", help="tables: folder of image paths (default: the table's)")
     p.add_argument("--columns", nargs="+", help="columns to ask about (default: those with few values)")
-    p.add_argument(
-        "--ask", nargs="+", default=[], metavar="COLUMN=TEXT", help="questions, such as colour='What colour is it?'"
-    )
-    p.add_argument("--min-count", type=int, default=20, help="values that fewer training rows have are left out")
-    p.add_argument("--limit", type=int, help="pictures of the training, drawn by seed (default: all)")
-    p.add_argument("--per-kind", type=int, default=300, help="test questions of each kind")
+    p.add_argument("--ask", nargs="+", default=[], metavar="COLUMN=TEXT", help="such as colour='What colour is it?'")
+    p.add_argument("--min-count", type=at_least(1), default=20, help="leave out values of fewer training rows")
+    p.add_argument("--limit", type=at_least(1), help="pictures of the training, drawn by seed (default: all)")
+    p.add_argument("--per-kind", type=at_least(1), default=300, help="test questions of each kind")
     p.add_argument("--caption", help="column of captions, which stage 1 learns (default: none)")
     p.add_argument("--pack", action="store_true", help="copy pictures and captions to train.tar and test.tar")
     p.add_argument("--long", help="with --pack: long captions, such as 'A {colour} {kind}, {use}.' (default: none)")

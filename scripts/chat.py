@@ -11,12 +11,7 @@ from mllm.chat.limits import add_model_flags
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     add_model_flags(p)
-    p.add_argument(
-        "--image",
-        action="append",
-        metavar="PATH",
-        help="picture of the first question (or video, if the model takes videos); repeatable",
-    )
+    p.add_argument("--image", action="append", metavar="PATH", help="picture or video of the question; repeatable")
     p.add_argument("--prompt", help="print the answer to this question and end")
     p.add_argument("--system", help="system text (default: the conversation format's own)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")

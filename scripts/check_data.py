@@ -7,8 +7,8 @@ Exit 2 if something would stop a training, 4 if more samples are broken than a t
 import argparse
 import sys
 
-from clips.common.errors import UserError, run_command
-from clips.common.flags import Parser
+from clips.common.errors import run_command
+from clips.common.flags import Parser, at_least
 from mllm import DEFAULT_LLM
 
 
@@ -20,8 +20,8 @@ def parser() -> Parser:
     what.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="pairs: several sets")
     what.add_argument("--karpathy", metavar="FILE", help="pairs: all splits of A. Karpathy's JSON")
     what.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
-    p.add_argument("--limit", type=int, help="check only so many samples, drawn at random (default: all)")
-    p.add_argument("--jobs", type=int, default=1, help="processes that read and decode")
+    p.add_argument("--limit", type=at_least(1), help="check only so many samples, drawn at random (default: all)")
+    p.add_argument("--jobs", type=at_least(1), default=1, help="processes that read and decode")
     pairs = p.add_argument_group("pairs, as pretrain_clips.py takes them")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
@@ -37,9 +37,6 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
-    for name, value in (("--limit", flags.limit), ("--jobs", flags.jobs)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value} must be at least 1")
     if flags.conversations is None:
         from clips.data.check import check_from_flags
     else:

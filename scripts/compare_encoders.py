@@ -14,11 +14,7 @@ def parser() -> Parser:
     flags_of(p)
     p.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     alone = p.add_argument_group("finished comparisons (these run nothing)")
-    alone.add_argument(
-        "--verify",
-        metavar="DIR",
-        help="compute every figure again from the raw answers of this output directory or archive, without a model",
-    )
+    alone.add_argument("--verify", metavar="DIR", help="compute a directory or archive again from its answers")
     alone.add_argument("--pack", metavar="DIR", help="verify this output directory and pack it into DIR.tar.xz")
     return p
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from clips.common.errors import run_command
-from clips.common.flags import SET, Parser
+from clips.common.flags import SET, Parser, at_least
 
 
 def parser() -> Parser:
@@ -15,9 +15,9 @@ def parser() -> Parser:
     def add(name: str, words: str, samples: int) -> Parser:
         study: Parser = studies.add_parser(name, help=words, description=words)
         study.add_argument("--output", default=f"runs/{name}", help="folder of the runs and of the result")
-        study.add_argument("--seeds", type=int, default=5, help="runs of each variant; fewer give no verdicts")
+        study.add_argument("--seeds", type=at_least(2), default=5, help="runs of each variant; fewer give no verdicts")
         study.add_argument("--samples", type=int, default=samples, help="samples that each run sees")
-        study.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
+        study.add_argument("--jobs", type=at_least(1), default=2, help="runs beside each other, which share the cores")
         study.add_argument("--decides", default="sentence_r1", help="the figure that decides, or sentence_nearness")
         study.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
         return study

@@ -14,30 +14,21 @@ def parser() -> Parser:
     p.add_argument(
         "source",
         metavar="FROM",
-        help="a run, an export, an official CLIPS or open_clip checkpoint, a transformers CLIP, each a directory or a "
-        "hub id; for --to transformers also an image tower of transformers or timm:NAME_OR_DIR, or an original LLaVA "
-        "checkpoint; for --to llava a saved LLaVA-style model",
+        help="a run, an export, a CLIP of open_clip or transformers: a directory or a hub id; --to transformers: also "
+        "an image tower, timm:NAME_OR_DIR, or an original LLaVA; --to llava: a saved LLaVA-style model",
     )
     p.add_argument("target", metavar="TO", help="the directory to write, which must not exist")
     p.add_argument(
         "--to",
         choices=("native", "open_clip", "official", "transformers", "llava"),
         default="native",
-        help="format: this project's, open_clip's, that of the official CLIPS checkpoints, or the image tower as "
-        "ViTModel, CLIPVisionModel or SiglipVisionModel; for LLaVA models transformers or llava",
+        help="format; official is that of the CLIPS checkpoints, and LLaVA models have transformers and llava",
     )
     p.add_argument("--check", action="store_true", help="show that it can be done and write nothing")
     llava = p.add_argument_group("LLaVA models")
     llava.add_argument("--base", metavar="DIR_OR_HUB_ID", help="what LoRA adapters or an mm_projector.bin belong to")
-    llava.add_argument(
-        "--vision-tower",
-        metavar="DIR_OR_HUB_ID",
-        help="their vision tower, where it is not at the place that FROM names; for --to llava the name to write "
-        "down for it (default: a copy of its own)",
-    )
-    llava.add_argument(
-        "--conv-mode", default="auto", help="conversation format to save with it; auto is its tokenizer's, else v1"
-    )
+    llava.add_argument("--vision-tower", metavar="DIR_OR_HUB_ID", help="their vision tower (default: that in FROM)")
+    llava.add_argument("--conv-mode", default="auto", help="conversation format; auto is its tokenizer's, else v1")
     return p
 
 

@@ -7,9 +7,7 @@ from clips.common.flags import Parser
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="run, native or open_clip export (default: the newest run under runs/)"
-    )
+    p.add_argument("--model", metavar="DIR_OR_HUB_ID", help="run or export (default: the newest run under runs/)")
     p.add_argument("--data", help="test data: shards, a table, or one image folder per class (default: the run's own)")
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="fields of --data")
     p.add_argument("--karpathy", help="Karpathy split JSON of COCO or Flickr30K, instead of --data")
@@ -21,11 +19,7 @@ def parser() -> Parser:
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument(
-        "--output",
-        help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME; "
-        "NAME ends with a hash of --data)",
-    )
+    p.add_argument("--output", help="JSON file (default: evaluation-DATA.json in --model, or in runs/OWNER--NAME)")
     return p
 
 

@@ -5,7 +5,7 @@
 #   PYTHON=EXE       the Python that makes it, 3.10 or newer (default: python3)
 #   TORCH_INDEX=URL  the index of a CUDA build of torch, as pytorch.org names it: for a driver before CUDA 13
 #
-# No C++ compiler is needed: clips/training/engine.py says how DeepSpeed's own kernels are avoided.
+# No C++ compiler is needed: clips/engine/engine.py says how DeepSpeed's own kernels are avoided.
 
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

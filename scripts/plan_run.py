@@ -10,13 +10,8 @@ from clips.common.flags import SET, Parser
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
-    p.add_argument(
-        "what",
-        nargs="?",
-        default="pretrain",
-        choices=("pretrain", "llava"),
-        help="pretrain a recipe, or both LLaVA stages on its image tower",
-    )
+    words = "pretrain a recipe, or both LLaVA stages on its image tower"
+    p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
     p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
     p.add_argument("--kind", default="h100", help="a name from clips/common/peaks.py, such as h100, a100, rtx4090")

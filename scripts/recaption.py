@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from clips.common.errors import start
-from clips.common.flags import Parser
+from clips.common.flags import Parser, at_least
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,9 +16,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, required=True, help="folder for the parts")
     p.add_argument("--captioner", required=True, help="hf:ID_OR_DIR or endpoint:URL[,URL][#MODEL]")
     p.add_argument("--prompt", type=Path, help="file of the prompt; {web} marks the web caption (default: built in)")
-    p.add_argument("--part-size", type=int, default=5000, help="pairs of a part, which is what a stop may cost")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="longest caption, in tokens")
-    p.add_argument("--batch-size", type=int, default=32, help="pairs that the model, or each server, gets at once")
+    p.add_argument("--part-size", type=at_least(1), default=5000, help="pairs of a part, which is what a stop may cost")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=256, help="longest caption, in tokens")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="pairs that the model or each server gets")
     p.add_argument("--max-left-out-share", type=float, default=0.3, help="a part that loses more is not written")
     return p
 

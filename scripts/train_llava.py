@@ -1,18 +1,80 @@
 #!/usr/bin/env python
-"""Train one stage of a LLaVA-style model (scripts/train_llava.sh runs both and the evaluation)."""
+"""Train one stage of a LLaVA-style model; behind --launch (scripts/train_llava.sh) both stages and the evaluation."""
 
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
-from clips.common.errors import run_command
+from clips.common.errors import UserError, run_command
+
+SCRIPTS = Path(__file__).resolve().parent
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--launch"]:
+        return launch(sys.argv[2:])
     from mllm.training.arguments import parse_train_arguments
 
     arguments = parse_train_arguments(sys.argv[1:])
     from mllm.training.run import run_stage
 
-    run_stage(arguments)
+    return run_stage(arguments)
+
+
+def launch(words: list[str]) -> None:
+    """Run each stage of these flags in processes of its own, then the evaluation if it has questions to ask."""
+    from mllm.training.arguments import flags_of_stage, parser
+    from mllm.training.stages import STAGES
+
+    flags = {number: parser().parse_args(flags_of_stage(words, stage.name)) for number, stage in STAGES.items()}
+    last = flags[2]
+    numbers = [last.stage] if last.stage else list(STAGES)
+    python = os.environ.get("PYTHON") or sys.executable
+    command = [python]
+    ranks = count_ranks(last.device)
+    if ranks > 1:  # on a free port: another training may have deepspeed's own
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        command += f"-m deepspeed.launcher.runner --hostfile none --num_gpus {ranks} --master_port {port}".split()
+    is_model = numbers != [1] and not last.dry_run
+    # The demo's questions say nothing about a model that was trained on other data.
+    evaluates = is_model and not any(stage.data_path or stage.karpathy for stage in flags.values())
+    for number in numbers:
+        # The stage names a next step only if none follows here, and both stages ignore the other's flags.
+        env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or number != numbers[-1] else {}
+        more = ["--stage", str(number), *["--both_stages"] * (len(numbers) > 1)]
+        run([*command, str(SCRIPTS / "train_llava.py"), *words, *more], os.environ | env)
+    kind, colon, _ = last.vision_tower.partition(":")  # openai/clip-… is hf:openai/clip-…
+    place = Path(last.output_dir or f"runs/llava-{'hf' if not colon and '/' in kind else kind}")
+    # Of a model that learned captions the run holds images that it has not seen.
+    if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):
+        script = str(SCRIPTS / "evaluate_llava.py")
+        run([python, script, "--model", str(place / "model"), "--device", last.device], os.environ)
+
+
+def count_ranks(device: str) -> int:
+    """Return NUM_GPUS, by default the number of GPUs that nvidia-smi lists for a `device` that is not the CPU."""
+    number = os.environ.get("NUM_GPUS", "")
+    if not number and device != "cpu" and shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        return len(listing.stdout.splitlines())
+    if number and not number.isdecimal():
+        raise UserError(f"NUM_GPUS={number} must be a number of GPUs")
+    return int(number or 1)
+
+
+def run(command: list[str], env: Mapping[str, str]) -> None:
+    """Run `command` and end with its exit code if it fails; Ctrl-C is for the command, which then saves and ends."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    code = subprocess.run(command, env=env).returncode
+    if code != 0:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":

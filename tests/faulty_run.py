@@ -30,8 +30,9 @@ import torch
 from clips.common import ranks
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
-from clips.training import cli, grad_cache, loop, prepare
-from clips.training.engine import Engine
+from clips.engine import loop
+from clips.engine.engine import Engine
+from clips.training import cli, prepare, pretraining, task
 
 SOON = 5
 AT = 40
@@ -41,8 +42,8 @@ SAVED = 34
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
-real_loader, real_to_device, real_decoded = loop.make_loader, grad_cache.to_device, Preprocess.decoded
-real_due = loop.due
+real_loader, real_to_device, real_decoded = pretraining.make_loader, task.to_device, Preprocess.decoded
+real_crosses = loop.crosses
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +81,10 @@ def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -
     return real_decoded(preprocess, data, key, rng)
 
 
-def hanging(real: Callable[[Engine, torch.Tensor], None], engine: Engine, loss: torch.Tensor) -> None:
-    first = next(engine.model.parameters())  # the last one to get a gradient
+def hanging(real: Callable[..., None], engine: Engine, loss: torch.Tensor, **options: Any) -> None:
+    first = next(engine.task.parameters())  # the last one to get a gradient
     first.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGSTOP))
-    real(engine, loss)
+    real(engine, loss, **options)
 
 
 def other_machine_with(folder: str) -> None:
@@ -106,19 +107,19 @@ def main() -> None:
         elif flags.fault.startswith("data="):
             other_machine_with(flags.fault.removeprefix("data="))
         elif flags.fault == "slow":
-            loop.make_loader = late
+            pretraining.make_loader = late
         elif flags.fault == "hang":
             real = Engine.backward
-            Engine.backward = lambda engine, loss: hanging(real, engine, loss)
+            Engine.backward = lambda engine, loss, **options: hanging(real, engine, loss, **options)
         elif flags.fault == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
         elif flags.fault == "record":
             file = Path(flags.output) / flags.name / "keys.jsonl"
-            grad_cache.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
+            task.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
             if flags.fault.startswith("spike"):
-                loop.due = lambda every, state, phase: state.step >= SAVED and real_due(every, state, phase)
-            grad_cache.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
+                loop.crosses = lambda every, *samples: samples[1] >= SAVED * BATCH and real_crosses(every, *samples)
+            task.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 
 

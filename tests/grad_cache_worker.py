@@ -15,9 +15,9 @@ from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
-from clips.data.loader import to_device
-from clips.training.engine import Engine
-from clips.training.grad_cache import forward_passes
+from clips.engine.engine import Engine
+from clips.engine.loop import accumulate
+from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.task import Task
 
 CPU = torch.device("cpu")
@@ -95,15 +95,10 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
-    losses: list[dict[str, torch.Tensor]] = []
-    for _, loss, parts in forward_passes(engine, batches):
-        engine.backward(loss)
-        losses.append(parts)
-        if len(losses) < engine.accumulation:
-            engine.step()
+    losses = accumulate(engine, [engine.task.counted(batch) for batch in batches])
     agreed = engine.agree(torch.stack([parts["loss"] for parts in losses]).mean(), stop=0)
     engine.step(leave_out=not agreed.finite)
-    engine.limit_logit_scale()
+    limit_logit_scale(engine)
     return losses, agreed.finite
 
 
@@ -119,13 +114,13 @@ def mean_of(found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 def build(case: Case) -> Engine:
     run = a_run(case, BATCH // (MICRO * dist.get_world_size()))
-    return Engine(Task(random_model(run), run), run, CPU, {"zero_optimization": {"stage": case.stage}})
+    return make_engine(Task(random_model(run), run), run, CPU, {"zero_optimization": {"stage": case.stage}})
 
 
 def train(case: Case) -> dict[str, Any]:
     engine, logged = build(case), []
     for step in range(STEPS):
-        engine.set_lr(1e-2, 2e-2)
+        engine.set_rates(rates_of(1e-2, 2e-2))
         found, is_finite = take_step(engine, micro_batches(case, engine, step))
         assert is_finite
         logged.append(mean_of(found))
@@ -152,11 +147,11 @@ def replayed(stage: int) -> dict[str, bool]:
     model, features = random_model(run), []
     model.visual.blocks[0].mlp.act = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Dropout(0.5))
     model.register_forward_hook(lambda module, inputs, out: features.append(out.image_features.detach()))
-    engine = Engine(Task(model, run), run, CPU, {"zero_optimization": {"stage": stage}})
+    engine = make_engine(Task(model, run), run, CPU, {"zero_optimization": {"stage": stage}})
     batches = list(micro_batches(case, engine, 0))
     take_step(engine, batches)
     first, second = features[: len(batches)], features[len(batches) :]
-    engine.features(to_device(batches[-1], CPU))
+    engine(batches[-1], features_only=True)
     return {
         "same": all(torch.equal(*pair) for pair in zip(first, second, strict=True)),
         "random": not torch.equal(second[-1], features[-1]),

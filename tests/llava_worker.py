@@ -1,6 +1,6 @@
 """Started through the deepspeed launcher or alone: scripts/train_llava.py, to which something happens at a step.
 
-python llava_worker.py keep STEP [flags]: the sealed checkpoint of STEP is copied beside the run, to OUTPUT_DIR-kept.
+python llava_worker.py keep STEP [flags]: once the checkpoint of STEP is whole, the run is copied to OUTPUT_DIR-kept.
 python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
 python llava_worker.py each 0 [flags] + [flags] + …: several stages, one after the other, in the same processes.
 """
@@ -10,51 +10,54 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from clips.common.errors import run_command
 from clips.common.runtime import init_distributed, shutdown
+from clips.engine import checkpoint
 from mllm.training import run as running
-from mllm.training import trainer
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.run import run_stage
-from mllm.training.trainer import LlavaTrainer
+from mllm.training.task import Stage
 
 
 def stop_in_step(step: int) -> None:
-    """Send this process SIGTERM when `LlavaTrainer` is in optimizer step `step` (1-based)."""
-    original = LlavaTrainer.training_step
+    """Send this process SIGTERM when a stage is in optimizer step `step` (1-based)."""
+    original = Stage.begin_step
 
-    def training_step(self, *arguments, **options):
-        if self.state.global_step + 1 == step:
+    def begin_step(self: Stage) -> None:
+        if self.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments, **options)
+        original(self)
 
-    LlavaTrainer.training_step = training_step
+    Stage.begin_step = begin_step
 
 
-def at_seal(step: int, *, before: bool, act) -> None:
-    """`act(checkpoint)` before or after the checkpoint of `step` is sealed, on the rank that seals it."""
-    original = trainer.seal
+def keep_at(step: int) -> None:
+    """Copy the run to a place of its own, as far as it is, once the checkpoint of `step` is whole."""
+    original = checkpoint.save
+
+    def save(run_dir: Path, *rest: Any) -> Path:
+        saved = original(run_dir, *rest)
+        if int(saved.name[5:]) == step:
+            shutil.copytree(run_dir.parent, run_dir.parent.with_name(f"{run_dir.parent.name}-kept"))
+        return saved
+
+    checkpoint.save = save
+
+
+def kill_at(step: int) -> None:
+    """End this process by SIGKILL when the checkpoint of `step` is written and not sealed yet."""
+    original = checkpoint.seal
 
     def seal(directory: Path) -> None:
-        if not before:
-            original(directory)
-        if directory.name == f"checkpoint-{step}":
-            act(directory)
-        if before:
-            original(directory)
+        if directory.name.startswith(f"step-{step:08d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(directory)
 
-    trainer.seal = seal
-
-
-def keep(checkpoint: Path) -> None:
-    """Copy the run, as far as it is, to a place of its own."""
-    run_dir = checkpoint.parents[1]
-    shutil.copytree(run_dir, run_dir.with_name(f"{run_dir.name}-kept"))
+    checkpoint.seal = seal
 
 
 def run_each(words: list[str], local_rank: list[str]) -> None:
@@ -66,8 +69,6 @@ def run_each(words: list[str], local_rank: list[str]) -> None:
         stages.append([]) if word == "+" else stages[-1].append(word)
     for flags in stages:
         run_stage(parse_train_arguments([*flags, *local_rank]))
-        unset_hf_deepspeed_config()  # ZeRO-3's would split the next stage's model while it is loaded
-        AcceleratorState._reset_state(reset_partial_state=True)
     shutdown()
 
 
@@ -76,8 +77,5 @@ if __name__ == "__main__":
     what, step, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if what == "each":
         sys.exit(run_command(lambda: run_each(flags, local_rank)))
-    if what == "keep":
-        at_seal(int(step), before=False, act=keep)
-    else:
-        at_seal(int(step), before=True, act=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    (keep_at if what == "keep" else kill_at)(int(step))
     sys.exit(run_command(lambda: run_stage(parse_train_arguments([*flags, *local_rank]))))

@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from clips.common import rundir, runtime, start
 from clips.common.errors import UserError, run_command
+from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
-from clips.training import cli, loop, prepare
-from clips.training.engine import Engine
+from clips.training import cli, prepare, pretraining
 from mllm.data.dataset import LlavaDataset
-from mllm.training import features, run, trainer
+from mllm.training import features, run
 from mllm.training import prepare as preparing
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 
@@ -120,15 +120,15 @@ FACTS: dict[str, Callable[[], object]] = {
     # What is seen in the run directory
     "no config.json": lambda: without("config.json"),
     "no done.json": lambda: without("done.json"),
-    "finished": lambda: setattr(loop, "is_finished", lambda _: True),
+    "finished": lambda: setattr(pretraining, "is_finished", lambda _: True),
     "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: shorter(LlavaDataset),
     # An error of one rank, in each part of the start
     "fails at the device": lambda: setattr(runtime, "choose_device", failing),
-    "fails at the group": lambda: setattr(loop, "init_distributed", failing),
-    "fails at the run directory": lambda: setattr(loop, "open_run_dir", failing),
+    "fails at the group": lambda: setattr(pretraining, "init_distributed", failing),
+    "fails at the run directory": lambda: setattr(pretraining, "open_run_dir", failing),
     "fails at the lock": lambda: setattr(rundir, "hold", failing),
     "fails at the data": lambda: setattr(prepare, "open_split", failing),
     "fails at the tokenizer": lambda: setattr(prepare.CaptionTokenizer, "load", failing),
@@ -138,7 +138,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "fails at the parts": lambda: setattr(preparing, "load_vision", failing),
     "fails at the features": lambda: setattr(features.FeatureCache, "fill", failing),
     "fails at the projector's start": lambda: setattr(run, "fit_to_captions", failing),
-    "fails at the trainer": lambda: setattr(trainer.LlavaTrainer, "create_optimizer", failing),
+    "fails at the trainer": lambda: setattr(run, "make_optimizer", failing),
     "SIGKILL at the engine": lambda: setattr(Engine, "__init__", lambda *_: lost("SIGKILL")),
     "SIGSTOP at the data": lambda: setattr(prepare, "check_readable", lambda *_: lost("SIGSTOP")),
     "a full disk at the end": lambda: setattr(run, "write_results", with_full_disk(run.write_results)),

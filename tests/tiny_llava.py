@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed.utils.groups
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, run_group
@@ -98,6 +100,7 @@ def process_kept() -> Iterator[None]:
         os.environ.update(environment)
         if dist.is_initialized():
             dist.destroy_process_group()
+        importlib.reload(deepspeed.utils.groups)  # it keeps groups for the life of a process
 
 
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
@@ -107,9 +110,9 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
         run_stage(parse_train_arguments(list(flags)))
 
 
-def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks through the real deepspeed launcher; a hang ends as a failure."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+def launch(place: Path, script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Ranks through the real deepspeed launcher; a hang ends as a failure."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(unused_port()), str(script), *words]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return run_group(command, cwd=place, env=env, timeout=300)

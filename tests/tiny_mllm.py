@@ -15,13 +15,10 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
-    ViTConfig,
 )
 
 from clips.config import ModelConfig, RunConfig, TaskConfig, TextConfig, VisionConfig
@@ -32,7 +29,6 @@ from clips.weights.hf_vit import write_hf_vit
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
-from mllm.training.log import Work, costs_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ViT": {},
@@ -132,16 +128,6 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
     save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
-
-
-def tiny_work() -> Work:
-    """What counts the work of a stage that trains a tiny LLaVA model, of which there are only the shapes."""
-    vision = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    text = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=100)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-    model.model.vision_tower.requires_grad_(False)
-    return Work(costs_of(model, image_size=0), torch.device("cpu"), 1, packed=False)
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

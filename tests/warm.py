@@ -321,7 +321,7 @@ def draw_nothing() -> None:
     from clips.common import page
 
     page.png = lambda *_, **__: PIXEL
-    for name in ("clips.common.report", "mllm.training.log"):
+    for name in ("clips.common.report", "mllm.training.finish"):
         module = sys.modules[name]
         for plot in [it for it in vars(module) if it.endswith("_plot") and it != "save_plot"]:
             setattr(module, plot, lambda *_, **__: None)

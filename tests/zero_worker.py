@@ -17,8 +17,11 @@ import torch.distributed as dist
 from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
-from clips.training.engine import Agreed, Engine
-from clips.training.task import Part, Task
+from clips.engine.engine import Agreed, Engine
+from clips.engine.loop import accumulate
+from clips.training.grad_cache import Part
+from clips.training.optim import limit_logit_scale, make_engine, rates_of
+from clips.training.task import Task
 
 CPU = torch.device("cpu")
 STAGES = {
@@ -63,14 +66,14 @@ def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] =
     model.freeze(variant if variant in ("vision", "text") else "none")
     if weights is not None:
         model.load_state_dict(weights)
-    return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
+    return make_engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:
     losses = []
     rank, share = dist.get_rank(), 8 // dist.get_world_size()
     for step in range(first, last):
-        engine.set_lr(1e-2, 2e-2)
+        engine.set_rates(rates_of(1e-2, 2e-2))
         whole = tiny_batch(step) | drawn_tokens(step)
         batch = {key: value[rank * share : (rank + 1) * share] for key, value in whole.items()}
         loss, _ = engine(batch)
@@ -89,13 +92,13 @@ def temperatures_at_the_limit(engine: Engine) -> list[float]:
     results = []
     for direction in (-1.0, 1.0, 1.0):
         engine.engine.module.direction = direction
-        engine.set_lr(3.0, 0.0)
+        engine.set_rates(rates_of(3.0, 0.0))
         loss, parts = engine({key: value[:4] for key, value in tiny_batch(0).items()})
         results.append(parts["logit_scale"].item())
         engine.backward(loss)
         engine.agree(loss, stop=0)
         engine.step()
-        engine.limit_logit_scale()
+        limit_logit_scale(engine)
     return results
 
 
@@ -182,17 +185,12 @@ OFFLOAD_3 = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
 
 
 def step(engine: Engine, seed: int, *, leave_out: bool = False) -> Agreed:
-    engine.set_lr(1e-2, 2e-2)
+    engine.set_rates(rates_of(1e-2, 2e-2))
     share = 8 // (engine.world_size * ACCUMULATION)
-    losses = []
-    for micro in range(ACCUMULATION):
-        begin = (micro * engine.world_size + dist.get_rank()) * share
-        loss, _ = engine({key: value[begin : begin + share] for key, value in tiny_batch(seed).items()})
-        losses.append(loss.detach())
-        engine.backward(loss)
-        if micro < ACCUMULATION - 1:
-            engine.step()
-    agreed = engine.agree(torch.stack(losses).mean(), stop=0)
+    begins = [(micro * engine.world_size + dist.get_rank()) * share for micro in range(ACCUMULATION)]
+    batches = [{key: value[begin : begin + share] for key, value in tiny_batch(seed).items()} for begin in begins]
+    parts = accumulate(engine, batches)
+    agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
     engine.step(leave_out=leave_out)
     return agreed
 
@@ -240,7 +238,7 @@ def held(zero: dict) -> dict[str, int]:
     inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
     flats = [p for group in inner.param_groups for p in group["params"]]
     state = [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v) and v.ndim]
-    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.model.parameters()]
+    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.task.parameters()]
     copies = flats if engine.stage in (1, 2) else []  # elsewhere they are the weights themselves
     return {"weights": size(weights), "optimizer": size([*state, *copies]), "gradients": gradients}
 

@@ -45,8 +45,7 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
-from clips.training.engine import DEFAULT_DS_CONFIG, Engine
-from clips.training.grad_cache import optimizer_step
+from clips.training.optim import make_engine, optimizer_step, rates_of
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 
@@ -75,8 +74,8 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     source, tokenizer = open_data(run)
     batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
     torch.manual_seed(0)
-    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
-    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
+    engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
     theirs = stock_step(run, tokenizer, device)
     parts = {
         "ours": lambda: [optimizer_step(engine, [batch]) for batch in batches],
@@ -93,9 +92,9 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     loader = make_loader(source, tokenizer, replace(run, data=replace(run.data, workers=0)), rank=0, world_size=1)
     host = next(loader)
     torch.manual_seed(0)
-    engine = Engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, DEFAULT_DS_CONFIG)
-    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
-    task, model, batch = engine.task, engine.model, to_device(host, device)
+    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
+    engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
+    task, model, batch = engine.task, engine.task.model, to_device(host, device)
     kept = Kept(batch.get("patches"), batch.get("image_tokens"))
     texts = [batch[name] for name in run.task.texts]
 

@@ -6,7 +6,7 @@ A block of a page is a comment that holds its text with places for figures, and 
     <!-- figures: compare
     | kind of question | clips | clips − clip [95 %] |
     |---|---|---|
-    | identity | {clips: accuracy/identity} | {clips − clip: accuracy/identity} |
+    | NAME | {clips: IT} | {clips − clip: IT} | ← identity = accuracy/identity; all = accuracy
     -->
     | kind of question | clips | clips − clip [95 %] |
     …
@@ -15,8 +15,8 @@ A block of a page is a comment that holds its text with places for figures, and 
 `compare` is docs/results/compare.json: report.json of scripts/compare_encoders.py, or the result of
 scripts/compare_pretraining.py, without what is long in it. `{WHO: FIGURE}` is a mean
 with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if it is a win or a
-loss. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A line with KIND
-stands for one line of each kind of question.
+loss. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A row with
+an arrow stands for several rows: for each `A = B` behind the arrow one in which A replaces NAME, and B replaces IT.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ LONG = ("cells", "examples", "files")
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """Fields of a figure and of a difference that are taken from report.json."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
-KINDS = ("identity", "count", "where", "relation", "yes_no")
-"""The lines that a line with KIND stands for."""
+ROWS = re.compile(r"^(\|.*\|) ← (.+)\n", re.MULTILINE)
+"""A row of a template that stands for several rows, and the names and values of these."""
 PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 """An encoder may be called by its path, in which {seed} replaces the pretraining seed."""
 
@@ -113,10 +113,11 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         except (KeyError, IndexError, TypeError, StopIteration) as error:
             raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
 
-    def of_each_kind(line: re.Match[str]) -> str:
-        return "".join(line[0].replace("/KIND", f"/{k}").replace("KIND", k.replace("_", "/")) for k in KINDS)
+    def each_row(line: re.Match[str]) -> str:
+        pairs = (pair.partition(" = ") for pair in line[2].split("; "))
+        return "".join(re.sub(r"\bIT\b", value, line[1].replace("NAME", name)) + "\n" for name, _, value in pairs)
 
-    return head + PLACE.sub(figure, re.sub(".*KIND.*\n", of_each_kind, text)) + end
+    return head + PLACE.sub(figure, ROWS.sub(each_row, text)) + end
 
 
 def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:

@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -129,6 +129,17 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of a flag that is a whole number of `least` or more."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
+
+    return number
 
 
 def from_flags(kind: type[T], flags: argparse.Namespace, prefix: str = "", **others: Any) -> T:

@@ -55,10 +55,7 @@ def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path
             if any(directory.glob(pattern)):
                 break
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{what}: {name} is neither a directory nor could it be fetched from the Hugging Face hub "
-            f"({first_line(error)}). Without a network give a local directory."
-        ) from None
+        raise UserError(f"{what}: {name} is no directory here, and the hub says: {first_line(error)}") from None
     return directory
 
 

@@ -50,10 +50,8 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
     except CommandError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{what}: a weight file of {place} may hold pickled code and was refused; nothing in it was run "
-            f"({unpickling_reason(error)})"
-        ) from None
+        why = f"it may hold pickled code ({unpickling_reason(error)})"
+        raise UserError(f"{what}: a weight file of {place} was refused: {why}. Nothing in it was run") from None
     except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
@@ -84,10 +82,7 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
         logging.disable(logging.NOTSET)
     parameters = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if parameters > 2 * stored + MOST_IN_TABLES:
-        raise UserError(
-            f"{what}: {directory}/config.json asks for {parameters:,} parameters, and the weights have {stored:,} "
-            "bytes: they are not of one model"
-        )
+        raise UserError(f"{what}: {directory} has {stored:,} bytes of weights for {parameters:,} parameters")
 
 
 @contextmanager

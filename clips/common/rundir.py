@@ -5,7 +5,7 @@
     runs/NAME/data.json       number and hash of the training data; a run goes on with the same data only
     runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; a kill may cut the last line
-    runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
+    runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/engine/checkpoint.py)
     runs/NAME/export/, report/, evaluation*.json
                               made of the weights of one checkpoint, which each of them names
     runs/NAME/.lock           held by the process that trains here; names the process and its host
@@ -192,10 +192,7 @@ def hold(run_dir: Path) -> None:
     try:
         file = lock(run_dir / ".lock", wait=False)
     except BlockingIOError:
-        raise UserError(
-            f"another process trains in {run_dir}{_holder(run_dir)}: wait for it, stop it, or give "
-            "another --name (--output_dir)"
-        ) from None
+        raise UserError(f"another process trains in {run_dir}{_holder(run_dir)}: wait, or give another name") from None
     except OSError as error:
         raise UserError(f"{run_dir / '.lock'} cannot be locked: {error.strerror}") from None
     file.truncate(0)
@@ -218,10 +215,7 @@ def _holder(run_dir: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped.
-
-    Raises UserError if the file is missing.
-    """
+    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped."""
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")

@@ -42,10 +42,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise UserError(f"--device {name!r} is not known; choose one of: auto, cpu, cuda, cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: torch sees no GPU here (torch.cuda.is_available() is False). "
-            "Use --device cpu, or install a CUDA build of torch and check nvidia-smi"
-        )
+        raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu, or a CUDA build of torch")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -44,34 +44,21 @@ _stores: list[Any] = []
 
 
 def find_ranks() -> tuple[int, int]:
-    """(this process's rank, number of ranks); (0, 1) without a launcher.
-
-    Raises UserError if some of a launcher's variables are there and others are missing, and if torchrun would start
-    ranks again that then hang.
-    """
+    """(this process's rank, number of ranks); (0, 1) without a launcher."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         # The store would hold the dead ranks' addresses (pytorch issue 135712).
-        raise UserError(
-            "torchrun --max-restarts: ranks that are started again would hang. "
-            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
-        )
+        raise UserError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarted ranks hang")
     if not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
         if several := [f"{name}={count}" for name, count in tasks.items() if count != "1"]:
-            raise UserError(
-                f"{several[0]}, but no RANK: each of these processes would train the whole run by itself. Start them "
-                "with torchrun or deepspeed (one per node), or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
-            )
+            raise UserError(f"{several[0]}, but no RANK: start the processes with torchrun or deepspeed, one per node")
         return 0, 1
     values = [os.environ.get(name, "") for name in RANK_VARIABLES]
     rank, ranks, local_rank, _, port = (int(value) if value.isdecimal() else -1 for value in values)
     if not (0 <= rank < ranks and local_rank >= 0 and values[3] and 0 < port < 2**16):
         pairs = zip(RANK_VARIABLES, values, strict=True)
-        raise UserError(
-            f"the environment has {', '.join(f'{name}={value}' if value else f'no {name}' for name, value in pairs)}: "
-            "unset RANK, WORLD_SIZE and LOCAL_RANK to train in one process, or start the ranks with deepspeed or "
-            "torchrun (a rank is below WORLD_SIZE, a port below 65536)"
-        )
+        found = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in pairs)
+        raise UserError(f"the environment has {found}: unset RANK, WORLD_SIZE and LOCAL_RANK, or use a launcher")
     return rank, ranks
 
 
@@ -220,10 +207,7 @@ class Start:
                 )
             except dist.DistError as error:
                 if serves and "EADDRINUSE" in str(error):
-                    raise UserError(
-                        f"port {port} of this machine is taken, by another run perhaps: give the launcher another one, "
-                        f"deepspeed --master_port {port + 1} …"
-                    ) from None
+                    raise UserError(f"port {port} is taken: give deepspeed --master_port {port + 1}") from None
                 text = f"rank {self.rank} does not reach rank 0 at {host}:{port}: {first_line(error)}"
                 if serves or self._failure is not None:
                     raise self._failure or CommandError(text) from None

@@ -7,12 +7,9 @@ file is executed (`weights_only=True`), and unfit weights are refused by name, w
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +25,6 @@ from clips.common.hub import WEIGHT_FILES
 M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
@@ -40,10 +36,7 @@ SHOWN = 5
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read name → tensor (on the CPU) from a .safetensors file or a torch file.
-
-    Raises UserError if the file is missing, damaged, holds pickled code, or holds no weights.
-    """
+    """Read name → tensor (on the CPU) from a .safetensors file or a torch file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
@@ -56,21 +49,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no weights: expected names with tensors, found {type(content).__name__}")
-
-    tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
-    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise UserError(f"{path} holds no weights: {listed(wrong)} are not tensors")
-    return tensors
+    tensors = dict(content) if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no weights: expected names with tensors")
+    return {str(name).removeprefix("module."): value for name, value in tensors.items()}
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: one file, or several with an index; safetensors first.
-
-    Raises UserError if there are none, and for a damaged or missing file.
-    """
+    """All tensors of a model directory: one file, or several with an index; safetensors first."""
     path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
@@ -96,18 +82,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
 
 
-def read_torch(path: Path, *, mapped: bool = False) -> Any:
-    """The content of a torch file: tensors, plain values, instances of the classes of `only_data`.
-
-    `mapped` leaves tensors on the disk if the format allows. Raises UserError if the file is damaged or holds more.
-    """
+def read_torch(path: Path) -> Any:
+    """The content of a torch file: tensors and plain values. Raises UserError if it is damaged or holds more."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code "
-            f"({unpickling_reason(error)}). Nothing in it was run"
-        ) from None
+        why = f"it may hold pickled code ({unpickling_reason(error)})"
+        raise UserError(f"{path} was refused: {why}. Nothing in it was run") from None
     except Exception as error:  # torch's reader raises nearly every built-in exception on damaged bytes
         raise UserError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
 
@@ -116,22 +97,6 @@ def unpickling_reason(error: pickle.UnpicklingError) -> str:
     """torch's finding, without the part of its message that says how to run the code."""
     match = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
     return match[0] if match else first_line(error)
-
-
-@contextmanager
-def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, no `torch.load` of this process runs code from a file, not even in another library.
-
-    Files may hold instances of `classes`, built from their attributes.
-    """
-    before = {name: os.environ.pop(name, None) for name in (FORCE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
-    os.environ[FORCE] = "1"  # torch's own switch, stronger than the `weights_only=False` that DeepSpeed passes
-    try:
-        with torch.serialization.safe_globals(list(classes)):
-            yield
-    finally:
-        os.environ.pop(FORCE)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:

@@ -69,8 +69,7 @@ def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Foun
     share = unfit + (1 - unfit) * found.faults.total() / max(1, found.checked)
     most = run.data.max_broken_share
     if share > most:
-        raise BrokenDataError(
-            f"{found.faults.total() + source.unreadable:,} of {found.checked + source.unreadable:,} samples are "
-            f"broken, {share:.1%}: above data.max_broken_share = {most:.1%} a training stops. {mend_broken(share)}"
-        )
+        broken = found.faults.total() + source.unreadable
+        what = f"{broken:,} of {found.checked + source.unreadable:,} samples are broken, {share:.1%}"
+        raise BrokenDataError(f"{what}: above data.max_broken_share = {most:.1%} training stops. {mend_broken(share)}")
     return found

@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, attribution, drawings, fetch_sets, packages
-from clips.data.built import built_as, ensure_built
 
 VERSION = 7
 """Raise it if scenes, texts or files change: older folders are then built anew."""
@@ -46,10 +46,7 @@ SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "emojione", "emojione-v1", "fxemoji", "fluent-emoji-flat", "streamline")
 HANDS = {"train": TRAINING, "val": ("noto-v1",), "test": TRAINING, UNSEEN: ("twemoji",)}
 """Split → its artists. Tuning uses `val`; `unseen` decides."""
-MISSING = (
-    "the drawings of several artists could not be fetched: these scenes are drawn with OpenMoji alone, and the test of "
-    "unseen artists is missing"
-)
+MISSING = "drawings could not be fetched: OpenMoji alone draws these scenes, the test of unseen artists is missing"
 _PLAIN = (
     "balloon bear bicycle bus cactus camera candle church crown fox frog guitar helicopter house key lemon mushroom "
     "rocket snowflake spider star sun sunflower watermelon"
@@ -224,10 +221,7 @@ class Description:
 
 
 def draw_scene(
-    rng: random.Random,
-    concepts: Sequence[str],
-    image_size: int = IMAGE_SIZE,
-    looks: Look = LOOKS["test"],
+    rng: random.Random, concepts: Sequence[str], image_size: int = IMAGE_SIZE, looks: Look = LOOKS["test"]
 ) -> Scene:
     """Place the given (different) concepts, at most three, and draw a background."""
     background = rng.choice(list(BACKGROUNDS))
@@ -572,8 +566,7 @@ def ensure_demo(
     """Build the demo data into `directory` as `ensure_built` does, unless the same is there; returns the directory.
 
     If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
-    a warning says so. Such a folder is then kept; `again` tries to fetch once more. Raises UserError if packages are
-    missing, if the folder holds something else, or if it cannot be written.
+    a warning says so. Such a folder is then kept; `again` tries to fetch once more.
     """
     directory = Path(directory)
     by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}

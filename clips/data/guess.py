@@ -85,25 +85,19 @@ def guess_delimiter(header: str, url: str) -> str:
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
     """The folder of the first image paths of a table: `root`, the table's folder, or what the user gave.
 
-    If it is not given, it is the current folder if only that one has a picture. Raises UserError if none of the
-    pictures is there, or if they are URLs.
+    If it is not given, it is the current folder if only that one has a picture.
     """
     if not paths:
         return root
     if is_remote(root) or is_remote(paths[0]):
-        raise UserError(
-            f"{where} names pictures by URL: fetch them with img2dataset first, and train on the tar shards that it "
-            "writes (docs/data.md)"
-        )
+        raise UserError(f"{where} names pictures by URL: train on the tar shards of img2dataset (docs/data.md)")
     if any(os.path.exists(os.path.join(root, path)) for path in paths):
         return root
     if not is_given and any(map(os.path.exists, paths)):
         say_once(f"{where}: pictures are looked for in ., the current folder (guessed; --image-root overrules)")
         return "."
-    raise UserError(
-        f"{where}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
-        f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
-    )
+    place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
+    raise UserError(f"{where}: none of the first {len(paths)} pictures is there ({place}): give --image-root")
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:

@@ -90,10 +90,8 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
     """Samples of one rank's micro-batch. Raises UserError if the batch is not divisible."""
     parts = accumulation * world_size
     if phase.batch_size % parts:
-        raise UserError(
-            f"phase {phase.name}: batch_size {phase.batch_size} is not divisible by {world_size} ranks × "
-            f"{accumulation} accumulation steps = {parts}; use a multiple of {parts}, or another train.accumulation"
-        )
+        what = f"{world_size} ranks × train.accumulation {accumulation}"
+        raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is not divisible by {what} = {parts}")
     return phase.batch_size // parts
 
 
@@ -320,10 +318,7 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
         worker = _dead_worker(error, workers)
         if worker is None:
             raise
-        raise CommandError(
-            f"{worker} died, most often because memory (or shared memory, /dev/shm) ran out; "
-            f"use fewer than data.workers = {loader.num_workers}, or a smaller batch"
-        ) from error
+        raise CommandError(f"{worker} died, mostly for want of memory or /dev/shm: use fewer data.workers") from error
     finally:
         del iterator  # a traceback that is kept would keep the workers too
 

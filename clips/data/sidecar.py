@@ -28,10 +28,7 @@ _listing = threading.Lock()
 
 
 def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading; `buffer` is the bytes of one request to a remote file.
-
-    Raises UserError if it cannot be opened; reading a remote file raises as `read_range`.
-    """
+    """Open a local path or an fsspec URL for reading; `buffer` is the bytes of one request to a remote file."""
     try:
         return cast(BinaryIO, RemoteFile(url, buffer)) if is_remote(url) else open_regular(url)
     except (OSError, ImportError, ValueError) as error:

@@ -33,9 +33,8 @@ from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
 from clips.data.sample import BrokenSample, RawSample, Texts
-from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
-from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
+from clips.data.tar import INDEX, ShardIndex, load_index, open_shards, shard_summary
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
@@ -61,16 +60,9 @@ CHOICES = (
 
 
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
-    """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
-
-    Raises UserError if there is no data, if one of `fields` is missing (the message lists the fields found), and with
-    `need_long` if web and long caption are the same field.
-    """
+    """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`."""
     if need_long and fields.web == fields.long:
-        raise UserError(
-            f"data.fields: web and long are both {fields.web!r}, and a long caption is another text than the web one."
-            f"{CHOICES}"
-        )
+        raise UserError(f"data.fields: web and long are both {fields.web!r}, and must be different texts.{CHOICES}")
     files = expand(spec)
     tables = [file for file in files if not file.endswith(".tar")]
     if tables and len(tables) < len(files):
@@ -112,10 +104,7 @@ def _match(pattern: str) -> list[str]:
     else:
         files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not files:
-        raise UserError(
-            f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(TABLES)} and without pictures "
-            "that have a text of their name (a.jpg, a.txt)"
-        )
+        raise UserError(f"no data at {pattern!r}: no file, no folder of .tar, {', '.join(TABLES)} or a.jpg, a.txt")
     return files
 
 

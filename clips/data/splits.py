@@ -75,9 +75,7 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str]:
     images = np.unique(hashes)
     chosen = images[images < data.held_out * 2.0**64][:MOST_HELD_OUT]
     if len(images) < FEWEST_IMAGES or not 1 < len(chosen) < len(images):
-        few = (
-            f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives validation images)"
-        )
+        few = f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives others)"
         return chosen[:0], few
     rows = np.isin(hashes, chosen).sum()
     return chosen, f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data gives others)"
@@ -95,9 +93,7 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
     spec = split_spec(data, split)
     if not spec:
         flag = {"train": "--data", "val": "--val-data"}.get(split, "--test-data")
-        raise UserError(
-            f"this run names no {split} data; give it with {flag} (a folder of tar shards, a pattern, a table)"
-        )
+        raise UserError(f"this run names no {split} data; give {flag} (a folder of tar shards, a pattern, a table)")
     if spec == "mix":
         return _open_mix(data, need_long)
     if data.train == "demo":
@@ -112,10 +108,8 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
 def check_readable(source: Source, most: float) -> None:
     """Raise BrokenDataError if more than the share `most` of the rows of `source` do not fit their tables' headers."""
     if source.unreadable > most * source.rows:
-        raise BrokenDataError(
-            f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table, above "
-            f"data.max_broken_share = {most:.1%}: mend their commas and quotes"
-        )
+        what = f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table"
+        raise BrokenDataError(f"{what}, above data.max_broken_share = {most:.1%}: mend their commas and quotes")
 
 
 def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:

@@ -272,9 +272,7 @@ class _Lines:
         """The next line with its end; empty behind the last one. Raises UserError for one beyond LONGEST_ROW."""
         line = self._back.pop() if self._back else self.text.readline(LONGEST_ROW + 1)
         if len(line) > LONGEST_ROW:
-            raise UserError(
-                f"{self.name}: a row behind row {self.number:,} has more than {LONGEST_ROW:,} bytes: remove it"
-            )
+            raise UserError(f"{self.name}: the row after row {self.number:,} is longer than {LONGEST_ROW:,} bytes")
         self.number += bool(line)
         return line
 

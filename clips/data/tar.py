@@ -10,7 +10,8 @@ import itertools
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
+from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.common.paths import is_plain
 from clips.data.sidecar import open_binary, sidecar
 
 BLOCK = tarfile.BLOCKSIZE
+THREADS = 16
+"""Shards whose indexes are read at once; for remote shards this is waiting for the network."""
 MAX_NAME = 1 << 16
 """Longest extended header in bytes; a longer one is damage."""
 MAX_DIGITS = 18
@@ -76,6 +80,33 @@ def shard_summary(url: str) -> ShardSummary:
     raise AssertionError("the second time returns or raises")
 
 
+@dataclass(frozen=True)
+class ShardSet:
+    indexes: list[str]
+    """Path of each shard's index."""
+    layouts: list[tuple[str, ...]]
+    """The sets of extensions that samples have."""
+    counts: np.ndarray
+    """int64 [shards, layouts]: samples."""
+    problems: list[str]
+    """What could not be used, each with its shard's name."""
+
+
+def open_shards(urls: Sequence[str]) -> ShardSet:
+    """The set of `urls`. Missing indexes are made, with a progress bar, in threads.
+
+    Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(shard_summary, urls)
+        summaries = list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
+
+    layouts = sorted({layout for summary in summaries for layout in summary.layouts})
+    counts = np.array([[summary.layouts.get(layout, 0) for layout in layouts] for summary in summaries], dtype=np.int64)
+    problems = [f"{url}: {line}" for url, summary in zip(urls, summaries, strict=True) for line in summary.problems]
+    return ShardSet([str(summary.index) for summary in summaries], layouts, counts, problems)
+
+
 def load_index(path: Path) -> ShardIndex:
     stored = load_file(path)
     extensions = from_array(stored["meta"])["extensions"]
@@ -92,10 +123,7 @@ def from_array(stored: np.ndarray) -> Any:
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used.
-
-    Raises UserError if there is no member, and for compressed files, links and names that climb out.
-    """
+    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used."""
     problems: list[str] = []
     members: dict[str, tuple[int, int]] = {}
     with open_binary(url) as file:
@@ -152,7 +180,6 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
     """(name, offset of the data, size) of each regular member; appends unusable members to `problems`.
 
     Python's tarfile ends silently at a damaged header; this scan goes on at the next valid header.
-    Raises UserError for compressed files, names that climb out of the shard, and links.
     """
     end = file.seek(0, 2)
     file.seek(0)

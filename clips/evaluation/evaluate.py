@@ -146,8 +146,6 @@ def evaluate(
     `image_size`: the side of the square, default the tower's own. `sharded`: the ranks share the work, and only
     rank 0 returns figures; collective, and not with `full`.
     """
-    if full and sharded:
-        raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
     figures, skipped, _ = _measure_sets(
         model, tokenizer, {name: open_test_set(run.data, name) for name in names}, split,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside
+from clips.common.tensors import listed
 from clips.config import DataConfig
 from clips.data.demo import demo_split
 from clips.data.guess import say_once
@@ -143,10 +144,7 @@ class Classes:
         if are_synsets and not set(names) <= known.keys():
             known = {name: i for i, name in enumerate(names)}
         if unknown := [name for name in names if name not in known]:
-            raise UserError(
-                f"labels that are not in the class list: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
-                f"classes there: {', '.join(self.names[:5])}{' …' if len(self.names) > 5 else ''}"
-            )
+            raise UserError(f"not in the class list: {listed(unknown)}; classes there: {listed(self.names)}")
         return [known[label] for label in labels]
 
 
@@ -166,9 +164,7 @@ def load_classes(spec: str | Path) -> Classes:
         names = tuple(name.strip() for name in content["classes"] if name.strip())
         templates = tuple(content.get("templates") or default_templates())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a class list (one class per line, or JSON with classes and templates): {error!r}"
-        ) from None
+        raise UserError(f"{path} is no class list (a class a line, or JSON with classes): {error!r}") from None
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path} must name at least one class, and none twice")
     if wrong := [template for template in templates if "{}" not in template]:

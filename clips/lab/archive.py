@@ -27,10 +27,7 @@ TOLERANCE = 1e-6
 
 
 def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[str]) -> str:
-    """Write the files `names` of `output` to `archive`; returns the archive's SHA-256.
-
-    Raises UserError for what could not be unpacked again: a name that `allowed` does not match, too many bytes.
-    """
+    """Write the files `names` of `output` to `archive`; returns the archive's SHA-256."""
     for name in names:
         if not allowed.fullmatch(name):
             raise UserError(f"{output}: {name} has a name that an archive cannot hold")
@@ -51,10 +48,7 @@ def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[
 
 
 def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
-    """Write the files of `archive` below `directory`.
-
-    Raises UserError for a damaged file, more than MOST_BYTES, links, and names that `allowed` does not match.
-    """
+    """Write the files of `archive` below `directory`."""
     if not archive.is_file():
         raise UserError(f"there is no archive {archive}")
     try:

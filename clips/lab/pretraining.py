@@ -22,17 +22,11 @@ PRETRAINING = "pretraining"
 
 
 def pretraining_cell(
-    directory: Path,
-    flags: Sequence[str],
-    variant: str,
-    seed: int,
-    *,
-    is_done: Callable[[Path], bool] = is_finished,
+    directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
 ) -> Cell:
     """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
 
-    The cell's check raises UserError if `directory` holds a run with other settings. Raises UserError for flags that
-    the script would refuse.
+    The cell's check raises UserError if `directory` holds a run with other settings.
     """
     config = config_from_flags(parser().parse_args(list(flags)))
 

@@ -93,13 +93,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        patches_BND: Tensor,
-        states_BMD: Tensor,
-        visible_BM: Tensor | None,
-        bos_id: int,
-        eos_id: int,
-        pad_id: int,
+        self, patches_BND: Tensor, states_BMD: Tensor, visible_BM: Tensor | None, bos_id: int, eos_id: int, pad_id: int
     ) -> Tensor:
         """Greedy captions [B, T], `bos` left out, `pad_id` after `eos`.
 

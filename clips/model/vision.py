@@ -100,9 +100,7 @@ class VisionTower(nn.Module):
         `kept_BK`: the patches of each image that are seen, by their places among its N; then there are K tokens for N.
         """
         if images.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images are {tuple(images.shape[2:])}, the tower is set to {self.image_size} px: call set_image_size"
-            )
+            raise ValueError(f"images are {tuple(images.shape[2:])}, not {self.image_size} px: call set_image_size")
         dtype, C = stream_dtype(images.device), self.config.prefix_tokens
         positions = self.positions().to(dtype)
         x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype) + positions[C:]

@@ -16,7 +16,7 @@ from clips.common.page import Page
 from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
 from clips.lab.stats import turned
-from clips.studies.variants import DECIDING, Question, Study, Variant, check_counts, check_settings, seeded_runs
+from clips.studies.variants import DECIDING, Question, Study, Variant, check_settings, seeded_runs
 from clips.studies.variants_page import Words, page
 
 CONTEXT = "model.text.context_length=80"
@@ -171,7 +171,6 @@ def reproduce(
     unknown = [key for key in claims if key not in letters]
     if unknown:
         raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join(letters)}")
-    check_counts(seeds, jobs)
     questions = {key: claim for key, claim in known.items() if key in claims}
     names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
     about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions, "decides": decides}
@@ -217,8 +216,5 @@ def judge_llava(report: Path) -> dict[str, Any]:
             "verdict": row["verdict"] if row["a"] == "clips" else turned(row["verdict"]),
         }
     except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(
-            f"{report} holds no difference in accuracy between clips and clip ({error!r}): write it with "
-            "python scripts/compare_encoders.py, or leave e out of --claims"
-        ) from None
+        raise UserError(f"{report} is no report of compare_encoders.py on clips and clip: {error!r}") from None
     return claim | {"contrasts": [contrast], "verdict": contrast["verdict"]}

@@ -31,7 +31,7 @@ from clips.lab.grid import Cell
 from clips.lab.pretraining import PretrainingRun, read_figures, test_figures
 from clips.lab.report import write_report
 from clips.lab.run import Runner
-from clips.lab.stats import FEWEST_SEEDS, Verdict, difference, show_difference, verdict
+from clips.lab.stats import Verdict, difference, show_difference, verdict
 
 DECIDING = "sentence_r1"
 """The figure that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
@@ -194,14 +194,6 @@ class Study:
         say(f"written to {output}/{self.name}.html and {self.name}.json")
 
 
-def check_counts(seeds: int, jobs: int) -> None:
-    """UserError for counts that a study cannot have."""
-    if seeds < 2:
-        raise UserError(f"--seeds {seeds}: an interval needs at least 2, a verdict {FEWEST_SEEDS}")
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs} must be at least 1")
-
-
 def check_settings(runs: Sequence[PretrainingRun]) -> None:
     """UserError for settings that a run refuses, and for other seeds or samples than those of the study."""
     for run in runs:
@@ -217,10 +209,7 @@ def measured(runs: Sequence[Path]) -> list[str]:
     measurements = [test_figures(run) for run in runs]
     names = [name for name in FIGURES if all(name in figures for figures in measurements)]
     if not names:
-        raise UserError(
-            "the test data give neither retrieval nor zero-shot figures: its samples need `captions` (a list) or a "
-            "`label` in their JSON member; name other test data (data.test)"
-        )
+        raise UserError("data.test gives no figure: samples need `captions` (a list) or a `label` in their JSON")
     return names
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.common.flags import SET, Parser
+from clips.common.flags import SET, Parser, at_least
 from clips.common.start import Start
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
@@ -21,13 +20,8 @@ from clips.recipes import RECIPES, debug_twin, recipe, with_tower
 
 
 def parser() -> Parser:
-    p = Parser(
-        "Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
-        "triples with --data."
-    )
-    p.add_argument(
-        "--recipe", help=f"what to train: {', '.join(RECIPES)} (default: demo, or small for data of your own)"
-    )
+    p = Parser("Pretrain a CLIPS encoder: the demo, or your own image / web caption / long caption triples (--data).")
+    p.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: demo, or small for data of your own)")
     p.add_argument(
         "--tower",
         default="clips",
@@ -44,27 +38,11 @@ def parser() -> Parser:
         "the datasets library, or a folder of pictures with texts beside them "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
-    data.add_argument(
-        "--mix",
-        nargs="+",
-        action="extend",
-        metavar="NAME=SHARE:DATA",
-        help="several sets in place of --data, each seen as often as its share says",
-    )
-    data.add_argument(
-        "--karpathy",
-        metavar="FILE",
-        help="COCO, Flickr8k or Flickr30K by A. Karpathy's JSON: train and restval train, val chooses, test measures",
-    )
+    data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="sets, seen by their shares")
+    data.add_argument("--karpathy", metavar="FILE", help="COCO or Flickr by A. Karpathy's JSON: all splits as it says")
+    p.add_argument("--val-data", help="validation data (default: the demo's, a share that small holds out, or none)")
     p.add_argument(
-        "--val-data",
-        help="validation data, evaluated during training (default: the demo's, a share that small holds out, or none)",
-    )
-    p.add_argument(
-        "--test-data",
-        nargs="+",
-        metavar="DATA",
-        help="test data, evaluated at the end; further sets as NAME=DATA behind it (default: the demo's, or none)",
+        "--test-data", nargs="+", metavar="DATA", help="first DATA, then NAME=DATA (default: the demo's, or none)"
     )
     p.add_argument(
         "--fields",
@@ -75,45 +53,22 @@ def parser() -> Parser:
         "(default: image=jpg;jpeg;png;webp web=json:org_caption long=txt)",
     )
     p.add_argument("--image-root", help="tables: the folder that image paths are relative to (default: the table's)")
+    p.add_argument("--samples", type=int, help="samples of each phase, whose warm-up follows (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, help="samples of a step; learning rates follow (default: the recipe's)")
+    p.add_argument("--init-from", metavar="WEIGHTS", help="run, export, hub id or timm:NAME (default: random weights)")
     p.add_argument(
-        "--samples", type=int, help="samples to see in each phase; the warm-up keeps its share (default: the recipe's)"
-    )
-    p.add_argument(
-        "--batch-size",
-        type=int,
-        help="samples per optimizer step, over all ranks; the learning rates follow by the recipe's own rule, "
-        "optim.lr_scaling (default: the recipe's)",
-    )
-    p.add_argument(
-        "--init-from",
-        metavar="WEIGHTS",
-        help="begin with these weights: a run, an export, an official CLIPS or open_clip checkpoint, a transformers "
-        "model, timm:NAME_OR_DIR; a directory or a hub id (default: at random)",
-    )
-    p.add_argument(
-        "--on-spike",
-        choices=("continue", "skip"),
-        help="when a step's loss or gradient norm stands far above the recent ones: continue (it is only recorded), "
-        "or skip its update (default: the recipe's, continue)",
+        "--on-spike", choices=("continue", "skip"), help="spikes: record, or skip too (default: the recipe's)"
     )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
     p.add_argument("--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs")
-    p.add_argument(
-        "--resume", default="auto", help="auto (go on where the run stopped), never, or a checkpoint directory"
-    )
+    p.add_argument("--resume", default="auto", help="auto: go on where the run stopped; never; or a checkpoint")
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
     p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    p.add_argument(
-        "--profile",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
-    )
+    p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps whose time profile/ shows")
     p.add_argument("--report-to", default=TENSORBOARD, help=REPORT_TO)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
@@ -136,12 +91,10 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
 
         given = read_initial(flags.init_from).architecture
     run = config_from_flags(flags, given)
-    if flags.profile < 0:
-        raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
 
     # These import all of torch and deepspeed: not before the flags are known to be right.
-    from clips.training.loop import pretrain
     from clips.training.prepare import Options
+    from clips.training.pretraining import pretrain
 
     options = Options(
         run_dir=_run_dir(flags),
@@ -197,35 +150,31 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
     given = _recorded(flags) if given is None else given
     has_captioner = run.model.captioner is not None  # it is taken over only where the recipe has one
-    parts = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
+    values = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
     for path, name in TRAINING_FIELDS.items():
-        if path in parts:
-            parts[path] = parts[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
-    assignments = [f"{path}={json.dumps(value)}" for path, value in parts.items()]
-    if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
-        patch = given["model.vision"]["patch_size"]
-        assignments += [f"phases.{i}.image_size={patch * (2 + i)}" for i in range(len(run.phases))]
-    if flags.samples is not None:
-        assignments += [f"phases.*.samples={flags.samples}"]
-        # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
-        warmups = [phase.warmup_samples * flags.samples // phase.samples for phase in run.phases]
-        assignments += [f"phases.{i}.warmup_samples={warmup}" for i, warmup in enumerate(warmups)]
-    if flags.batch_size is not None:
-        assignments.append(f"phases.*.batch_size={flags.batch_size}")
-        if flags.batch_size > 0:  # else the configuration itself says what is wrong
-            optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
-            for i, phase in enumerate(run.phases):
-                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
-                assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
+        if path in values:
+            values[path] = values[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
     if flags.on_spike is not None:
-        assignments.append(f"train.on_spike={flags.on_spike}")
-    run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
+        values["train.on_spike"] = flags.on_spike
+    if flags.batch_size:
+        optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
+    for i, phase in enumerate(run.phases):
+        if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
+            values[f"phases.{i}.image_size"] = given["model.vision"]["patch_size"] * (2 + i)
+        if flags.samples is not None:
+            values[f"phases.{i}.samples"] = flags.samples
+            # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
+            values[f"phases.{i}.warmup_samples"] = phase.warmup_samples * flags.samples // phase.samples
+        if flags.batch_size is not None:
+            values[f"phases.{i}.batch_size"] = flags.batch_size
+            if flags.batch_size > 0:  # else the configuration itself says what is wrong
+                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
+                values |= {f"phases.{i}.{rate}": getattr(phase, rate) * factor for rate in ("lr", "muon_lr")}
+    run = run.override(flags.set, values)
     if flags.init_from is not None and flags.tower != "clips":
         raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")
     if run.train.init_from != flags.init_from:
         raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
     if not run.data.train:
-        raise UserError(
-            f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (README, “Your own data”)"
-        )
+        raise UserError(f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (docs/data.md)")
     return run

@@ -13,10 +13,10 @@ from clips.common.tensors import assign_weights
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
+from clips.engine import checkpoint
 from clips.evaluation.evaluate import evaluate, nearest_texts
 from clips.evaluation.figures import figures_table, missing_of
 from clips.model.clips import CLIPSModel
-from clips.weights import checkpoint
 from clips.weights.card import DRAWINGS
 from clips.weights.export import FORMATS, export_all, sample_inputs
 from clips.weights.open_clip import open_clip_lacks

@@ -1,7 +1,7 @@
-"""A step's micro-batches, each with its loss: the contrastive one over its own samples, or over the whole batch's.
+"""The contrastive loss over the whole batch of a step that is taken in micro-batches: GradCache.
 
-The latter is GradCache (Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Memory Limited
-Setup*, 2021, arXiv 2101.06983). The contrastive loss sees the towers through their features alone, and features are
+Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*, 2021, arXiv
+2101.06983. The contrastive loss sees the towers through their features alone, and features are
 small. So each micro-batch passes the towers without a graph; the loss of all features of the step is taken, and its
 gradient with respect to them; then each micro-batch passes again, with a graph, and Σ ⟨feature, its gradient⟩ has the
 gradient of the whole batch's loss. Activations are held for one micro-batch at a time, the price is one more forward
@@ -13,53 +13,17 @@ Shapes: A micro-batches · B samples of each · W ranks · E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from clips.data.loader import Batch, to_device
+from clips.engine.engine import Batch, Engine
 from clips.model.clips import Outputs
-from clips.training.engine import Agreed, Engine
 from clips.training.losses import contrastive_loss, gather_features, world_size
-from clips.training.task import Part
-
-
-def forward_passes(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
-    """Each of a step's micro-batches with what the engine gives for it: (loss, parts).
-
-    The backward pass of one must be over before the next is asked for. `batches` are those of one step of this rank.
-    """
-    batches = map(engine.task.counted, batches)
-    if engine.run.train.contrastive == "micro" or engine.accumulation == 1:
-        for batch in batches:
-            yield batch, *engine(to_device(batch, engine.device))
-        return
-    held = list(batches)
-    random_states, outputs = zip(*(_features(engine, batch) for batch in held), strict=True)
-    tokens = sum(batch["counts"].predicted for batch in held)
-    for batch, state, part in zip(held, random_states, parts_of_whole(outputs, tokens), strict=True):
-        state.replay()
-        yield batch, *engine(to_device(batch, engine.device), part)
-
-
-def optimizer_step(engine: Engine, batches: Iterable[Batch]) -> Agreed:
-    """Take the loop's step (clips/training/loop.py) without log and verdict, for benchmarks and tests. Collective.
-
-    `batches` are this rank's micro-batches, run.train.accumulation of them.
-    """
-    losses = []
-    for _, loss, parts in forward_passes(engine, batches):
-        engine.backward(loss)
-        losses.append(parts["loss"])
-        if len(losses) < engine.accumulation:
-            engine.step()
-    agreed = engine.agree(torch.stack(losses).mean(), stop=0)
-    engine.step()
-    engine.limit_logit_scale()
-    return agreed
 
 
 class RandomState:
@@ -74,9 +38,30 @@ class RandomState:
         set_device_states(self.devices, self.states)
 
 
-def _features(engine: Engine, batch: Batch) -> tuple[RandomState, Outputs]:
-    state = RandomState(engine.device)
-    return state, engine.features(to_device(batch, engine.device))
+class Part(NamedTuple):
+    """What a micro-batch's loss is told of the whole batch. Means are over micro-batches and ranks."""
+
+    gradients: list[Tensor]
+    """Of the contrastive loss, with respect to the image features and each text's [B, E], and the temperature [1]:
+    Σ ⟨output, its gradient⟩ averages to a loss that has the gradient of the whole batch's."""
+    value: Tensor
+    """Of the contrastive loss: averages to that of the whole batch."""
+    tokens: Tensor
+    """Caption tokens of a micro-batch, on average."""
+    random: RandomState | None = None
+    """The state in which the first pass drew its random numbers."""
+
+
+def told(engine: Engine, batches: Sequence[Batch]) -> list[Part]:
+    """Pass a step's micro-batches without a graph; return what each one's second pass is told. Collective."""
+    states, outputs = [], []
+    for batch in batches:
+        states.append(RandomState(engine.device))
+        with torch.no_grad():
+            outputs.append(engine(batch, features_only=True))
+    tokens = sum(batch["counts"].predicted for batch in batches)
+    parts = parts_of_whole(outputs, tokens)
+    return [part._replace(random=state) for part, state in zip(parts, states, strict=True)]
 
 
 def parts_of_whole(outputs: Sequence[Outputs], tokens: int) -> list[Part]:

@@ -60,7 +60,5 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
         "their context, in the memory all of it; nothing waits for data"
     )
     if too_large:
-        raise UserError(
-            f"phase {', '.join(too_large)} does not fit: {USABLE:.0%} of a GPU's memory can be filled. Try --set "
-            f"train.accumulation={2 * accumulation} train.contrastive=global, --engine zero1, or more --gpus"
-        )
+        mend = f"--set train.accumulation={2 * accumulation} train.contrastive=global, --engine zero1, or more --gpus"
+        raise UserError(f"phase {', '.join(too_large)} does not fit {USABLE:.0%} of a GPU's memory: try {mend}")

@@ -24,8 +24,8 @@ from clips.data.loader import Batch
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.engine import checkpoint
 from clips.model.clips import CLIPSModel
-from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
-from clips.model.clips import CLIPSModel, Outputs
-from clips.training.engine import parameter_groups
-from clips.training.grad_cache import forward_passes
+from clips.engine.loop import accumulate
+from clips.model.clips import CLIPSModel
+from clips.training.grad_cache import Part
+from clips.training.optim import parameter_groups
 from clips.training.prepare import full_batch
-from clips.training.task import Part, Task
+from clips.training.task import Task
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """The forward passes of clips/training/engine.py."""
+    """The passes of clips/engine/engine.py."""
 
     task: Task
     run: RunConfig
@@ -33,12 +34,11 @@ class _Engine:
     def accumulation(self) -> int:
         return self.run.train.accumulation
 
-    def __call__(self, batch: Batch, part: Part | None = None) -> Any:
-        return self.task(batch, part)
+    def __call__(self, batch: Batch, part: Part | None = None, **options: Any) -> Any:
+        return self.task(self.task.to_device(batch, self.device), part, **options)
 
-    @torch.no_grad()
-    def features(self, batch: Batch) -> Outputs:
-        return self.task(batch, features_only=True)
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
 
 
 def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
@@ -63,8 +63,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
         rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
-        for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if run.train.whole_step else 1)):
-            loss.backward()
+        accumulate(engine, [batch] * (run.train.accumulation if run.train.whole_step else 1))
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy
             torch.empty(min(trained, BUCKET), device=META)
 

@@ -10,33 +10,26 @@ size), and their losses and gradients are averaged; with "global" ℓ runs over 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clips.common.flops import forward_flops, training_flops
 from clips.common.runtime import autocast
 from clips.config import RunConfig
+from clips.data.loader import to_device
+from clips.engine.engine import Batch, Engine, Objective
 from clips.model.clips import CLIPSModel, Kept, Outputs
 from clips.model.layers import Blocks
 from clips.model.text import word_slots
+from clips.training import grad_cache
+from clips.training.grad_cache import Part
 from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
 
-class Part(NamedTuple):
-    """What a micro-batch's loss is told of the whole batch. Means are over micro-batches and ranks."""
-
-    gradients: list[Tensor]
-    """Of the contrastive loss, with respect to the image features and each text's [B, E], and the temperature [1]:
-    Σ ⟨output, its gradient⟩ averages to a loss that has the gradient of the whole batch's."""
-    value: Tensor
-    """Of the contrastive loss: averages to that of the whole batch."""
-    tokens: Tensor
-    """Caption tokens of a micro-batch, on average."""
-
-
-class Task(nn.Module):
+class Task(Objective):
     """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss."""
 
     def __init__(self, model: CLIPSModel, run: RunConfig) -> None:
@@ -57,11 +50,24 @@ class Task(nn.Module):
         `part`: of a whole batch; the loss then has that share's gradient, and its value is in the parts alone.
         `features_only`: the model's outputs instead, without the captioner.
         """
+        if part is not None and part.random is not None:
+            part.random.replay()
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with autocast(batch["images"].device, enabled=self.bf16):
             if features_only:
                 return self.model(batch["images"], _texts(batch), None, self._kept(batch), batch.get("counts"))
             return self._loss(batch, part)
+
+    def alone(self) -> CLIPSModel:
+        return self.model
+
+    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Part | None]:
+        """Return what each micro-batch's loss is told of the whole batch, if the contrastive loss runs over it."""
+        return [None] * len(batches) if self.contrasted == 1 else grad_cache.told(engine, batches)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """Return the micro-batch on `device`, its images normalised there."""
+        return to_device(batch, device)
 
     def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
         """[B, T − 1], the token that each position predicts, IGNORE after the last; None where nothing is captioned."""

@@ -50,8 +50,7 @@ def convert_from_flags(flags: argparse.Namespace) -> None:
 def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> dict[str, float]:
     """Write the model `source` to the directory `target` in the format `to`, if it is the same there.
 
-    Returns the largest difference of each feature. `check_only` writes nothing. Raises UserError if `target` exists, if
-    the format has no place for the model, and if a feature differs by more than LIMIT.
+    Returns the largest difference of each feature. `check_only` writes nothing.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")

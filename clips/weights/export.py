@@ -71,8 +71,6 @@ def export_all(
     as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
-    if sample_images.shape[2:] != (size, size):
-        raise ValueError(f"sample images are {tuple(sample_images.shape[2:])}, the export is for {size} pixels")
     vision = dataclasses.replace(run.model.vision, image_size=size)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
     trained = CLIPSModel(run.model, tokenizer.pad_id)

@@ -113,8 +113,7 @@ def kind_of(directory: Path) -> str | None:
 def read_transformers(directory: Path) -> InitialWeights:
     """The image tower of a ViT, DINOv2, CLIP or SigLIP; both towers and the temperature of a whole CLIP.
 
-    An image tower that this project exported brings its projection. Raises UserError for other kinds, for settings
-    that no tower here has, and for weights that are missing or unknown.
+    An image tower that this project exported brings its projection.
     """
     from transformers import AutoConfig
 
@@ -122,10 +121,7 @@ def read_transformers(directory: Path) -> InitialWeights:
 
     kind = read_json(directory / "config.json")["model_type"]
     if kind not in layouts.VISION_LAYOUTS:
-        raise UserError(
-            f"{directory} holds a transformers model of kind {kind!r}, which maps onto no tower here; those that do: "
-            f"{', '.join(layouts.VISION_LAYOUTS)}"
-        )
+        raise UserError(f"{directory}: {kind!r} maps onto no tower here, but: {', '.join(layouts.VISION_LAYOUTS)}")
     with loading("config.json", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
     try:
@@ -155,10 +151,7 @@ def read_transformers(directory: Path) -> InitialWeights:
 
 
 def read_timm(directory: Path) -> InitialWeights:
-    """The image tower of a plain `VisionTransformer`, from a directory as timm saves it or as it is on the hub.
-
-    Raises UserError as `read_transformers` does.
-    """
+    """The image tower of a plain `VisionTransformer`, from a directory as timm saves it or as it is on the hub."""
     import timm
 
     from clips.common.opening import loading

@@ -107,10 +107,7 @@ def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tenso
 
 
 def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
-    """What stock transformers gives before the final LayerNorm, [B, C + N, D], and that LayerNorm.
-
-    Raises UserError when a tensor was not taken.
-    """
+    """What stock transformers gives before the final LayerNorm, [B, C + N, D], and that LayerNorm."""
     import transformers
 
     from clips.common.opening import loading

@@ -36,8 +36,7 @@ FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING
 def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
     """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
 
-    `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME. Raises UserError for anything else, in which
-    `what` names the weights.
+    `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME.
     """
     if name.startswith("timm:"):
         place = name.removeprefix("timm:")
@@ -137,10 +136,7 @@ PARTS = {
 
 
 def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
-    """Put the weights into `model`; its other parts stay as they are.
-
-    Raises UserError listing the tensors that are missing, unknown, or of another shape.
-    """
+    """Put the weights into `model`; its other parts stay as they are."""
     tensors = dict(initial.tensors)
     left_over = dict(initial.left_over)
     notes = list(initial.notes)

@@ -24,8 +24,8 @@ from clips.common.rundir import (
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer
+from clips.engine import checkpoint
 from clips.model.clips import CLIPSModel
-from clips.weights import checkpoint
 from clips.weights.foreign import kind_of, read_timm, read_transformers
 from clips.weights.open_clip import read_open_clip
 
@@ -106,10 +106,7 @@ def _load(path: Path) -> Loaded:
         return _load_checkpoint(checkpoint.load(chosen, "checkpoint"), path)
     if (latest := checkpoint.latest(path)) is not None:
         return _load_checkpoint(latest, path)
-    raise UserError(
-        f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
-        "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"
-    )
+    raise UserError(f"{path} holds no trained model: expected a run, an export, or a CLIP of open_clip or transformers")
 
 
 def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
@@ -126,10 +123,8 @@ def _load_foreign(directory: Path, kind: str) -> tuple[CLIPSModel, RunConfig, Ca
     """A whole CLIP of another library; UserError if it has no text tower."""
     foreign = READERS[kind](directory)
     if foreign.text is None or foreign.tokenizer is None or foreign.embed_dim is None:
-        raise UserError(
-            f"{directory} holds an image tower alone, and this needs a text tower that fits it: train one with "
-            f"`python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}`"
-        )
+        train = f"python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}"
+        raise UserError(f"{directory} is an image tower alone: train a text tower that fits it with `{train}`")
     tokenizer = foreign.tokenizer
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
     model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), foreign.tensors, directory)
@@ -162,10 +157,7 @@ def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
 
 
 def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
-    """The export directory written last under `runs` by a run whose `task.objective` is `objective`.
-
-    UserError if there is none, or if that run has trained on since.
-    """
+    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
     dated = []
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"
@@ -176,8 +168,6 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
         if trained == objective and not is_debug(run_config.parent):
             dated.append((config.stat().st_mtime, config.parents[1]))
     if not dated:
-        raise UserError(
-            f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
-            f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
-        )
+        mend = f"train one with --recipe {recipe}, or name a directory as {objective}:DIR"
+        raise UserError(f"no finished run with task.objective {objective!r} and an export under {runs}/: {mend}")
     return check_current(take_newest(f"{objective} encoder", dated))

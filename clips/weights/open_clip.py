@@ -186,10 +186,7 @@ def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -
     positions = tensors.pop("visual.pos_embed")
     shape = (1 + vision.tokens(), vision.width)
     if positions.shape != shape:
-        raise UserError(
-            f"{path}: visual.positional_embedding has shape {tuple(positions.shape)}, but {shape} follows from "
-            "image_size, patch_size and width of open_clip_config.json"
-        )
+        raise UserError(f"{path}: positional_embedding is {tuple(positions.shape)}, by image_size it would be {shape}")
     # What a value of this size is rounded by in the file: up to 5e-4 in fp16, 4e-3 in bf16.
     rounding = torch.finfo(stored.dtype).eps * stored.abs().max().item()
     fits: list[tuple[float, Any, Any]] = []
@@ -213,10 +210,7 @@ def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -
 
 
 def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer:
-    """The tokenizer in `directory`, or CLIP's or BERT's if the configuration means those and brings no files.
-
-    UserError if it is missing or does not fit the text tower.
-    """
+    """The tokenizer in `directory`, or CLIP's or BERT's if the configuration means those and brings no files."""
     text = read_json(directory / "open_clip_config.json")["model_cfg"]["text_cfg"]
     name = text.get("hf_tokenizer_name")
     has_files = any((directory / file).is_file() for file in ("tokenizer.json", "vocab.txt"))
@@ -227,23 +221,17 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
     else:
         tokenizer = CaptionTokenizer.load(directory)
     if tokenizer.vocab_size > tower.vocab_size:
-        raise UserError(
-            f"{directory}: tokenizer of {tokenizer.vocab_size} ids, text_cfg.vocab_size here is {tower.vocab_size}"
-        )
+        raise UserError(f"{directory}: tokenizer of {tokenizer.vocab_size} ids, text_cfg.vocab_size {tower.vocab_size}")
     eos_id = {"eos": text.get("eos_id", 2), "argmax": tokenizer.vocab_size - 1}.get(text.get("pool_type", "argmax"))
     if tower.pool == "eos" and tokenizer.eos_id != eos_id:
-        raise UserError(
-            f"{directory}: text_cfg.pool_type and eos_id read a text at token {eos_id}, the tokenizer ends it with "
-            f"{tokenizer.eos_id}"
-        )
+        raise UserError(f"{directory}: text_cfg.eos_id is {eos_id}, the tokenizer ends texts with {tokenizer.eos_id}")
     return tokenizer
 
 
 def read_open_clip_config(directory: Path) -> ModelConfig:
     """The model in `directory`/open_clip_config.json, read off open_clip's own without weights.
 
-    Only `read_open_clip` finds out which positions are fixed, and `patch_bias`. Raises UserError for what no tower here
-    has.
+    Only `read_open_clip` finds out which positions are fixed, and `patch_bias`.
     """
     path = directory / "open_clip_config.json"
     with loading("open_clip", directory):
@@ -266,10 +254,7 @@ def _model_config(stock: dict[str, Any]) -> ModelConfig:
     require(set(kwargs) <= ({"strip_sep_token"} if is_clips else set()), f"tokenizer_kwargs is {kwargs}")
     if is_clips:
         if "tokenizer_mode" not in text and text.get("context_length") == CLIPA_CONTEXT:
-            raise UserError(
-                f"text_cfg.context_length is {CLIPA_CONTEXT} and there is no tokenizer_mode: this is a CLIPA model, "
-                'whose texts are laid out in another way; a CLIPS model of this length says tokenizer_mode "clips"'
-            )
+            raise UserError(f"CLIPA (context_length {CLIPA_CONTEXT}, no tokenizer_mode) lays texts out otherwise")
         # Files converted from the JAX original of CLIPS leave eps and the kind of GELU at open_clip's defaults,
         # although theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
         for part in (vision, text):

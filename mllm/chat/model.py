@@ -108,10 +108,7 @@ class ChatModel:
         return f" It was trained on {', '.join(data)}; ask as these data do." if data else ""
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one.
-
-        Raises UserError for a video if the model takes none.
-        """
+        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one."""
         any_size: Size = (1, 1)  # without tiles it does not matter
         matters = bool(self.layout.pinpoints)
         return [

@@ -94,8 +94,6 @@ class ChatSession:
         images: their pictures in the order of the placeholders.
         system: replaces the format's own system text, if set.
         last: statistics of the last answer; None before the first answer.
-
-    Raises UserError for a system text if the format has no place for it.
     """
 
     def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
@@ -133,8 +131,7 @@ class ChatSession:
     ) -> Generator[str, None, None]:
         """Stream the answer to a new question in pieces.
 
-        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as it is. Raises
-        UserError at once for an empty question or a full context; the talk then stays as it was.
+        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as it is.
         """
         if not text.strip() and not images:
             raise UserError("the question is empty")
@@ -159,10 +156,8 @@ class ChatSession:
         prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
         if context is not None and len(prompt.ids) >= context:
-            raise ContextError(
-                f"the talk takes {len(prompt.ids):,} tokens with this question, and the model reads {context:,} at "
-                f"most ({self.model.layout} for each picture): ask shorter or start anew"
-            )
+            limit = f"{context:,} at most ({self.model.layout} for each picture)"
+            raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start anew")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(prompt, sampling, streamer, start)
 

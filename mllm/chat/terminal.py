@@ -35,8 +35,6 @@ def load_image(path: str) -> Image | Video:
     """The picture or video in a file, whose ending says which. Raises UserError with the reason if it fails."""
     shows_video = is_video(path)
     try:
-        if not os.path.isfile(os.path.expanduser(path)):
-            raise UserError("there is no such file")
         with open(os.path.expanduser(path), "rb") as file:
             data = file.read((MAX_VIDEO_BYTES if shows_video else MAX_BYTES) + 1)
         if not shows_video:

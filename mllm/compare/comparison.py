@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256
-from clips.common.flags import Parser, add_options, from_flags, option
+from clips.common.flags import Parser, add_options, at_least, from_flags, option
 from clips.common.rundir import METRICS, UNSEEN, read_metrics
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
 from mllm.encoders.registry import parse_vision_name
@@ -176,48 +176,31 @@ class Comparison:
         "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, in "
         "clips:DIR {seed} is the pretraining seed (default: clips,clip,random,blind; --quick: clips,random)",
     )
-    seeds: int = option(
-        SEEDS, f"encoders of each kind that is pretrained here, one of each seed (default: {SEEDS}, --quick: 1)"
-    )
-    first_seed: int = option(0, "of --seeds that follow each other")
+    seeds: int = option(SEEDS, f"seeds of encoders pretrained here (default: {SEEDS}, --quick: 1)", type=at_least(1))
+    first_seed: int = option(0, "of --seeds that follow each other", type=at_least(0))
     llava_runs: int | None = option(
         None,
         "LLaVA runs of each kind of encoder, on its pretrained encoders in turn (default: one more than --seeds; "
         f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
     )
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
-    jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
+    jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)", type=at_least(1))
     quick: bool = option(False, "clips against random: one encoder of half of the samples, four LLaVA runs")
-    budget: float | None = option(
-        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo and with --quick, else 1)"
-    )
+    budget: float | None = option(None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)")
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
-        (),
-        "each encoder also trains with these further flags: 'tiles=--image_aspect_ratio anyres'",
-        type=_variant,
-        metavar="NAME=FLAGS",
+        (), "trains once more with flags: 'tiles=--image_aspect_ratio anyres'", type=_variant, metavar="NAME=FLAGS"
     )
-    pretrain_flags: tuple[str, ...] = _option(
-        _words, (), "further flags of pretrain_clips.py for all encoders that are trained here, in one string"
-    )
+    pretrain_flags: tuple[str, ...] = _option(_words, (), "further flags of pretrain_clips.py, in one string")
     device: str = option("auto", "auto, cpu or cuda")
-    gpus: int = option(1, "GPUs of each cell (deepspeed launcher)")
+    gpus: int = option(1, "GPUs of each cell (deepspeed launcher)", type=at_least(1))
     questions: Path | None = option(None, "your own questions with answers (default: the demo's)")
     image_folder: Path | None = option(None, "folder or tar of the pictures of --questions")
-    limit: int | None = option(
-        None,
-        "questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's and with --quick)",
-    )
-    benchmarks: tuple[str, ...] = _option(
-        _names, (), "tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme"
-    )
+    limit: int | None = option(None, "questions of a file (default: 400 for the demo and --quick)", type=at_least(1))
+    benchmarks: tuple[str, ...] = _option(_names, (), "tasks of lmms-eval, with commas: gqa,pope,textvqa_val,mme")
     include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
     decides: str | None = option(
-        None,
-        "the figure that decides, fixed before the first cell: accuracy, log_likelihood or share (probability), of a "
-        "kind of question as accuracy/KIND, or cider_d (default: accuracy)",
-        metavar="FIGURE",
+        None, "accuracy, log_likelihood, share, all also as NAME/KIND, or cider_d (default: accuracy)", metavar="FIGURE"
     )
 
     @property

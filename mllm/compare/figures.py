@@ -344,11 +344,7 @@ def compare_scores(
         about = {"items": len(clusters), "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
             groups, estimate = _estimated(comparison, scores, clusters, encoder)
-            summary[encoder][name] = {
-                **over_seeds(scores.mean(1).tolist(), groups),
-                "ci95": estimate.ci95,
-                **about,
-            }
+            summary[encoder][name] = {**over_seeds(scores.mean(1).tolist(), groups), "ci95": estimate.ci95, **about}
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
             groups, estimate = _estimated(comparison, between, clusters, a, b)

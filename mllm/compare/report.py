@@ -206,9 +206,7 @@ def controls(report: Report) -> list[str]:
     fixed, decides = report["fixed"], report["plan"]["decides"]
     what = f"Decided by: {metric_name(decides)}. " if decides else ""
     if fixed["kept"]:
-        lines.append(
-            f"{what}This was fixed before the first cell, and kept to: compare.json, SHA-256 {fixed['sha256']}."
-        )
+        lines.append(f"{what}Fixed before the first cell, and kept to: compare.json, SHA-256 {fixed['sha256']}.")
     else:
         differs = "; ".join(fixed["differs"])
         lines.append(f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}.")

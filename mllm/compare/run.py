@@ -28,14 +28,7 @@ from clips.common.runtime import choose_device
 from clips.lab.pretraining import pretraining_cell
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
-from mllm.compare.commands import (
-    fix_plan,
-    lab_cell,
-    pretrain_config,
-    pretrain_flags,
-    samples_of_cells,
-    train_arguments,
-)
+from mllm.compare.commands import fix_plan, lab_cell, pretrain_config, pretrain_flags, samples_of_cells, train_arguments
 from mllm.compare.comparison import (
     PLAN,
     RECIPES,
@@ -111,10 +104,7 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     say(note)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
-        raise CommandError(
-            "lmms-eval left no scores, or scored questions that it could not answer; the report goes without them, "
-            f"and the same command tries again:\n{failed}"
-        )
+        raise CommandError(f"lmms-eval left no scores, or scored what it could not answer; try again:\n{failed}")
     return written
 
 
@@ -122,10 +112,6 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
     c = comparison
-    if min(c.seeds, c.jobs, c.gpus, 1 if c.limit is None else c.limit) < 1:
-        raise UserError("--seeds, --jobs, --gpus and --limit must be at least 1")
-    if c.first_seed < 0:
-        raise UserError(f"--first-seed {c.first_seed} must be at least 0")
     if c.budget is not None and not 0 < c.budget <= 1:
         raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
     if c.llava_runs is not None and c.llava_runs < c.seeds:
@@ -148,10 +134,7 @@ def check_request(comparison: Comparison) -> None:
             raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
 
     if c.questions is None and not c.is_demo and not c.benchmarks:
-        raise UserError(
-            "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
-            "give --questions (and --image-folder), or --benchmarks"
-        )
+        raise UserError("the demo's questions say nothing about models of other data: give --questions or --benchmarks")
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:

@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clips import ENDINGS, MAX_CAPTION, NAMES, BrokenSample, Table, decode_image, ensure_built, expand, read_members
+from clips import ENDINGS, MAX_CAPTION, NAMES, BrokenSample, Table, decode_image, expand, read_members
 from clips.common.errors import UserError
 from clips.common.escape import printable
-from clips.common.files import from_json
+from clips.common.files import ensure_built, from_json
 from clips.common.paths import can_encode
 from mllm.data.captions import QUESTION
 from mllm.data.demo import ALIGN, INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
@@ -73,9 +73,6 @@ class Column:
 
 def build_from_flags(flags: argparse.Namespace) -> None:
     """scripts/build_questions.py: write the files above to `--output`, unless equal ones are there."""
-    for flag, number in (("--limit", flags.limit), ("--per-kind", flags.per_kind), ("--min-count", flags.min_count)):
-        if number is not None and number < 1:
-            raise UserError(f"{flag} {number} must be at least 1")
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held-out {flags.held_out} must be above 0 and below 1")
     for word in flags.ask:
@@ -140,11 +137,9 @@ def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: 
             names[part][identity] = row.image
     both = [identity for identity in names["test"] if identity in names["train"]]
     if both:
-        raise UserError(
-            f"--test-data: {len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}: "
-            f"{names['test'][both[0]]} is {names['train'][both[0]]}. Take them out, or give --held-out instead; "
-            "--key COLUMN tells equal pictures apart, --key image does so by their names"
-        )
+        what = f"{len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}"
+        pair = f"{names['test'][both[0]]} is {names['train'][both[0]]}"
+        raise UserError(f"--test-data: {what}: {pair}. Take them out, give --held-out, or tell them apart by --key")
     return rows
 
 
@@ -255,8 +250,7 @@ def describe(template: str, cells: Mapping[str, Any]) -> str:
 def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines: list[str]) -> list[Column]:
     """The columns of --columns, else those with two frequent values or more, which half of the training rows have.
 
-    A value is frequent if --min-count training rows have it; other values are left out. Raises UserError if two columns
-    would be one kind of question, and if none can be asked about.
+    A value is frequent if --min-count training rows have it; other values are left out.
     """
     ask = dict(word.partition("=")[::2] for word in flags.ask)
     names = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))

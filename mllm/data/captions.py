@@ -120,10 +120,7 @@ def is_captions(data_path: Path | str) -> bool:
 
 
 def open_store(data_path: Path | str, image_folder: Path | str | None, **captions: Any) -> ImageStore | None:
-    """The pictures of a LLaVA file, or of captions, whose further arguments are those of `CaptionStore`.
-
-    Raises UserError if they cannot be opened.
-    """
+    """The pictures of a LLaVA file, or of captions, whose further arguments are those of `CaptionStore`."""
     if is_captions(data_path):
         return CaptionStore(data_path, image_folder, **captions)
     return ImageStore(image_folder) if image_folder else None

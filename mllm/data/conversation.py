@@ -24,14 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import (
-    IMAGE_TOKEN,
-    VIDEO_TOKEN,
-    control_pattern,
-    control_tokens,
-    get_format,
-    token_id,
-)
+from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, control_pattern, control_tokens, get_format, token_id
 from mllm.data.video import NO_VIDEOS, VideoTokens
 
 IGNORE = -100
@@ -93,8 +86,6 @@ class ConversationEncoder:
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
         self._control = {text: token_id(tokenizer, text) for text in control_tokens(tokenizer)}
-        if IMAGE_TOKEN not in self._control:
-            raise UserError(f"the tokenizer has no special token {IMAGE_TOKEN}: add it before building conversations")
         self.image_id: int = self._control[IMAGE_TOKEN]
         self.video_id: int | None = self._control.get(VIDEO_TOKEN)
         self.placeholder_ids = tuple(id for id in (self.image_id, self.video_id) if id is not None)
@@ -114,21 +105,15 @@ class ConversationEncoder:
         return ConversationEncoder, self._arguments  # the text tokenizers' settings do not survive pickling
 
     def encode(self, turns: Sequence[dict[str, Any]], images: Images, sample: str) -> Encoded:
-        """One training sample; the loss is on every answer and its end token.
-
-        Raises UserError naming `sample` for bad turns, if placeholders and `images` differ in number, and if nothing
-        would be trained.
-        """
+        """One training sample; the loss is on every answer and its end token."""
         tokens = self._image_tokens(images)
         ids, trained = self._ids(self._segments(turns, tokens, sample), tokens, sample)
         truncated = self.max_length is not None and len(ids) > self.max_length
         if self.max_length is not None and truncated:
             room = self.max_length - sum(tokens)
             if room < 0:
-                raise UserError(
-                    f"{sample}: its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context "
-                    f"(model_max_length) of {self.max_length}: raise it, or use fewer tokens per image"
-                )
+                what = f"its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context"
+                raise UserError(f"{sample}: {what}: raise model_max_length above {self.max_length}")
             # Other tokens are dropped from the end, never those of an image.
             texts = [position for position, token in enumerate(ids) if token not in self.placeholder_ids]
             dropped = set(texts[room:])
@@ -289,18 +274,13 @@ PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
 def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str, Any]]:
-    """(role, value) of each turn: [system] human gpt human gpt …; as in LLaVA a leading answer is dropped.
-
-    Raises UserError naming `sample` and the turn.
-    """
+    """(role, value) of each turn: [system] human gpt human gpt …; as in LLaVA a leading answer is dropped."""
     checked = []
     for number, turn in enumerate(turns):
         texts = _texts_of(turn)
         if texts is None:
-            raise UserError(
-                f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
-                f"found {str(turn)[:120]}"
-            )
+            form = '{"from": "human", "gpt" or "system", "value": "text"}'
+            raise UserError(f"{sample}: turn {number} must look like {form}, found {str(turn)[:120]}")
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
@@ -353,10 +333,8 @@ def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list
         pattern = _EDGE
     placeholders = sum(_count_images(value, pattern) for value in human)
     if placeholders != images:
-        raise UserError(
-            f"{sample}: it has {images} image(s) but {placeholders} {IMAGE_TOKEN} placeholder(s) in its human turns: "
-            "give one per image"
-        )
+        what = f"{images} image(s) but {placeholders} {IMAGE_TOKEN} in its human turns"
+        raise UserError(f"{sample}: it has {what}: give one per image")
     return [_parts(role, value, pattern) for role, value in turns]
 
 

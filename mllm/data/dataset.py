@@ -22,7 +22,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import one_line
 from mllm.data.captions import raw_records
-from mllm.data.conversation import ConversationEncoder
+from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
@@ -168,8 +168,7 @@ class LlavaDataset(Dataset):
 
     Where the tokens of a picture depend on its size, a sample has `image_sizes` too: (height, width) of each, for which
     the picture's header is read. Construction checks every record (see `RecordReader`). For bad samples,
-    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`. Raises
-    UserError if no sample is left.
+    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`.
     """
 
     def __init__(
@@ -194,10 +193,8 @@ class LlavaDataset(Dataset):
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
             mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
-            first = [f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED]]
-            raise UserError(
-                f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{''.join(first)}"
-            )
+            first = "".join(f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED])
+            raise UserError(f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{first}")
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 
@@ -205,12 +202,16 @@ class LlavaDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the sample `index`; `~index` is the same sample, of which nothing is learned."""
+        if index < 0:
+            sample = self[~index]
+            return sample | {"labels": [IGNORE] * len(sample["labels"])}
         record = self.records[index]
         sizes, images = self.tokens.read(record.images, self.store)
         encoded = self.encoder.encode(record.turns, images, record.name)
         self._truncated[index] = encoded.truncated
         sample = {
-            "index": index,
+            "key": record.name,
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "images": list(record.images),

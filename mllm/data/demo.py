@@ -32,14 +32,13 @@ from clips import (
     Fields,
     RawSample,
     at_place,
-    built_as,
     capital,
     demo_split,
     ensure_any_demo,
-    ensure_built,
     open_source,
 )
 from clips.common.errors import UserError
+from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 

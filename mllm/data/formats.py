@@ -139,9 +139,7 @@ def format_name(name: str) -> str:
     """The key of FORMATS for `name`. Raises UserError for an unknown name."""
     key = LLAVA_NAMES.get(name, name)
     if key not in FORMATS:
-        raise UserError(
-            f"conversation format {name!r} is not known; choose one of: {', '.join([*FORMATS, *LLAVA_NAMES])}"
-        )
+        raise UserError(f"conversation format {name!r} is none of: {', '.join([*FORMATS, *LLAVA_NAMES])}")
     return key
 
 
@@ -162,9 +160,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     literals = " ".join([chosen.first, chosen.middle, chosen.end, chosen.next])
     missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(control_tokens(tokenizer)))
     if missing:
-        raise UserError(
-            f"conversation format {name} needs the special tokens {', '.join(missing)}: {CHOOSE} auto or v1"
-        )
+        raise UserError(f"conversation format {name} needs {', '.join(missing)} as special tokens: {CHOOSE} auto or v1")
 
     # The tokenizer's bos becomes a part of the pieces, so that ids and template agree.
     bos = _leading_bos(tokenizer)
@@ -209,10 +205,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     own_pieces = _cut(tokenizer)
     rendered = None if own_pieces is None else _renderings(tokenizer, own_pieces.chat_template())
     if own_pieces is None or own is None or rendered is None or own[:4] != rendered[:4]:
-        raise UserError(
-            "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token: "
-            f"{CHOOSE} v1, llama_3 or chatml"
-        )
+        raise UserError(f"the chat template does not treat every turn alike: {CHOOSE} v1, llama_3 or chatml")
     return own_pieces if own == rendered else replace(own_pieces, system=None)
 
 

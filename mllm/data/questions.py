@@ -51,10 +51,7 @@ def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer` and `references`.
-
-    Raises UserError naming the record and the field.
-    """
+    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer` and `references`."""
     questions = []
     for index, line in enumerate(read_json_records(path)):
         if not isinstance(line, dict) or "question_id" not in line:

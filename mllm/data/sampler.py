@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Sampler
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler:
     """The order of an epoch: a pure function of (seed, epoch) and the global batch, not of the number of ranks.
 
     With `group_by_modality_length`, as in LLaVA, a global batch (`batch_size` × `chunks`) holds one modality and
@@ -27,19 +28,31 @@ class EpochSampler(Sampler[int]):
         self.lengths = np.asarray(lengths)
         self.batch_size, self.chunks, self.seed = batch_size, chunks, seed
         self.group = group_by_modality_length
-        self.epoch = 0
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def batches(self, *, rank: int, ranks: int, step: int = 0) -> Iterator[list[int]]:
+        """Yield the micro-batches of one of several ranks from optimizer step `step` on, without end.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration (the Trainer calls this)."""
-        self.epoch = epoch
+        The last step of an epoch may have fewer samples. They are dealt out, and a micro-batch that gets none holds
+        `~index` of one of them: a sample of which nothing is learned.
+        """
+        size = self.batch_size * self.chunks
+        per_epoch = math.ceil(len(self.lengths) / size)
+        for number in itertools.count(step):
+            epoch, place = divmod(number, per_epoch)
+            if place == 0 or number == step:
+                order = self.order(epoch)
+            batch = order[place * size : (place + 1) * size]
+            is_whole = len(batch) == size
+            for chunk in range(rank, self.chunks, ranks):
+                first = chunk * self.batch_size
+                own = batch[first : first + self.batch_size] if is_whole else batch[chunk :: self.chunks]
+                yield own or [~batch[0]]
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+    def order(self, epoch: int) -> list[int]:
+        """Return the order of an epoch, global batch by global batch, each of `chunks` micro-batches."""
+        rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))
-        return iter((self._grouped(order, rng) if self.group else order).tolist())
+        return (self._grouped(order, rng) if self.group else order).tolist()
 
     def _grouped(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         size = self.batch_size * self.chunks

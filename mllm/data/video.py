@@ -21,10 +21,7 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 VIDEO: Size = (0, 0)
 """The size of a video among the sizes of pictures: each of its frames is one square, whatever its size."""
-NO_VIDEOS = (
-    "the model takes no videos: train it with --image_aspect_ratio anyres --frames_upbound 8, where 8 is the number of "
-    "frames"
-)
+NO_VIDEOS = "the model takes no videos: train it with --image_aspect_ratio anyres --frames_upbound 8 (frames)"
 ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 """Endings, in lower case, by which a file counts as a video."""
 MAX_BYTES = 256 * 2**20

@@ -201,7 +201,5 @@ def check_tokens(encoder: VisionEncoder) -> None:
         raise UserError(f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA takes {expected}")
     cells = (encoder.image_size // encoder.patch_size) ** 2
     if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
-        raise UserError(
-            f"vision encoder {encoder.name}: anyres needs a square of {encoder.config.image_size} px with a token for "
-            "each patch and no other: give --mm_vision_select_feature patch, or --image_aspect_ratio pad"
-        )
+        mend = "give --mm_vision_select_feature patch, or --image_aspect_ratio pad"
+        raise UserError(f"vision encoder {encoder.name}: anyres needs a token for each patch and no other: {mend}")

@@ -88,10 +88,7 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
         model_name, _, pretrained = argument.partition("/")
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         if not pretrained:
-            raise UserError(
-                f"open_clip:{model_name} needs its weights: open_clip:{model_name}/TAG with TAG one of "
-                f"{', '.join(tags) or '(none published)'}, or the path of a checkpoint"
-            )
+            raise UserError(f"open_clip:{model_name} needs weights: /TAG, a checkpoint or one of {', '.join(tags)}")
     with loading("vision encoder", f"open_clip:{argument}"):
         visual = open_clip.create_model(model_name, pretrained=pretrained).visual.float().eval()
     if eps is not None:
@@ -142,10 +139,7 @@ LOADERS: dict[str, Loader] = {
 
 # ---------------------------------------------------------------------------------------------- loading
 def _load_export(directory: Path) -> LoadedVision:
-    """A run, an export, or a model directory in transformers' or open_clip's format.
-
-    UserError for a run that has trained on since it was exported.
-    """
+    """A run, an export, or a model directory in transformers' or open_clip's format."""
     if (directory / "export").is_dir():
         check_current(directory / "export")
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
@@ -161,10 +155,7 @@ def _load_export(directory: Path) -> LoadedVision:
         look = _look({"interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
         processor = _image_processor(tower.image_size, tower.image_size, squash=True, **look)
         return _mapped(f"clips:{directory}", tower), processor, str(directory)
-    raise UserError(
-        f"{directory} holds no encoder: expected a run, its export, or a model in the format of transformers (with "
-        "preprocessor_config.json) or open_clip"
-    )
+    raise UserError(f"{directory} holds no encoder: expected a run, an export, or a model of transformers or open_clip")
 
 
 def _load_transformers(directory: Path) -> LoadedVision:
@@ -202,9 +193,7 @@ def _load_transformers(directory: Path) -> LoadedVision:
     picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     ours, theirs = (p(images=picture, return_tensors="pt")["pixel_values"] for p in (processor, stock))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-3):
-        raise UserError(
-            f"vision encoder {directory}: its {type(stock).__name__} does more than resize, crop, normalise"
-        )
+        raise UserError(f"vision encoder {directory}: {type(stock).__name__} does more than resize, crop, normalise")
     return model, processor, str(directory)
 
 
@@ -257,10 +246,7 @@ def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Modu
     fits = mapped.shape == tokens.shape
     difference = (mapped - tokens).abs().max() / tokens.abs().max() if fits else torch.inf
     if not difference <= TOLERANCE:
-        kind = type(model).__name__
-        raise UserError(
-            f"this model is not what transformers' {kind} computes: tokens differ by {float(difference):.1e}"
-        )
+        raise UserError(f"not what transformers' {type(model).__name__} computes: tokens differ by {difference:.1e}")
 
 
 @torch.no_grad()

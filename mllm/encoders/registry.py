@@ -103,10 +103,8 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
 
     is_list = isinstance(canvases, (list, tuple)) and 0 < len(canvases) <= MOST_CANVASES
     if not is_list or not all(map(fits, canvases)):
-        raise UserError(
-            f"--image_grid_pinpoints {text!r} must be pairs (width, height) of multiples of {side} pixels, such as "
-            f"[({side}, {2 * side})], or a range of squares, such as (1x1),...,(2x2), of at most {MOST_TILES} squares"
-        )
+        form = f"[(width, height), …] in multiples of {side} pixels, of at most {MOST_TILES} squares"
+        raise UserError(f"--image_grid_pinpoints {text!r} must be {form}, or a range (1x1),...,(2x2)")
     return [[height, width] for width, height in canvases]
 
 
@@ -123,11 +121,10 @@ def load_vision(
 ) -> VisionEncoder:
     """The encoder `name` (see the top of this file), fp32, in eval mode, without gradients.
 
-    `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean
-    colour (LLaVA-1.5); "anyres" makes the whole picture and tiles of `image_grid_pinpoints` (LLaVA-NeXT; a tile is
-    taken whole, also by an encoder that crops). With `frames`, those of a video, the preprocessing of anyres is
-    LLaVA-OneVision's. `seed` is the seed of `random` and `blind`. Raises UserError for an unknown name (lists the known
-    ones) and for everything that the stock model class cannot hold.
+    `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean colour
+    (LLaVA-1.5); "anyres" makes the whole picture and tiles of `image_grid_pinpoints` (LLaVA-NeXT; a tile is taken
+    whole, also by an encoder that crops). With `frames`, those of a video, the preprocessing of anyres is
+    LLaVA-OneVision's. `seed` is the seed of `random` and `blind`.
     """
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 

@@ -64,10 +64,8 @@ def generate_answers(
     batch's prompts, which are read once, in passes of `batch_size` candidates (`batches.likelihoods`).
 
     `conv_mode` "auto" is the model's trained format. Temperature 0 is greedy, more draws; the same seed and batch size
-    draw the same.
-    Batches are padded on the left (see batches.py), so an answer does not depend on its neighbours up to the
-    arithmetic's rounding.
-    Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
+    draw the same. Batches are padded on the left (see batches.py), so an answer does not depend on its neighbours up to
+    the arithmetic's rounding.
     """
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
@@ -86,10 +84,7 @@ def generate_answers(
                 tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.square)
         ids = encoder.prompt([_turn(question)], tokens, f"question {question.id}")
         if context is not None and len(ids) >= context:
-            raise UserError(
-                f"question {question.id} takes {len(ids)} tokens with its {len(question.images)} picture(s), the "
-                f"model's context is {context}"
-            )
+            raise UserError(f"question {question.id} has {len(ids)} tokens with its pictures, the context is {context}")
         prompts.append(ids)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -161,8 +156,6 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
     Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself.
     """
-    if flags.limit is not None and flags.limit < 1:
-        raise UserError(f"--limit {flags.limit} must be at least 1")
     device = choose_device(flags.device)
     directory = find_model(flags.model) if flags.model else str(newest_model())
     name = model_name(directory)
@@ -178,11 +171,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         if (run_dir / TEST).is_file():
             files, store = {"descriptions": run_dir / TEST}, ImageStore(run_dir / TEST_IMAGES)
         elif data and "demo" not in data:
-            raise UserError(
-                f"{directory} was trained on {', '.join(data)}, so the demo's questions say nothing about it. Give "
-                "your own: --questions question.jsonl --image-folder PICTURES. A line has question_id, image, text and "
-                "answer"
-            )
+            what = f"{directory}, trained on {', '.join(data)}"
+            raise UserError(f"the demo's questions say nothing about {what}: give --questions, --image-folder")
         else:
             demo = ensure_any_llava_demo(DEMO_DIR)
             files, store = demo_questions(demo), ImageStore(demo / IMAGES)
@@ -255,8 +245,7 @@ def _part(flags: Mapping[str, Any]) -> str:
 def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, Any]) -> Path:
     """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
-    Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if it holds figures of other questions than
-    `sources` (file, SHA-256 and number of each set). Only a whole evaluation replaces whatever is in its own place.
+    Beside a file of answers, A.jsonl, it is the folder A. Only a whole evaluation replaces what is in its own place.
     """
     part = _part(vars(flags))
     if not flags.output:

@@ -123,8 +123,6 @@ def convert_llava(
             the name to write down for the tower, which must be that one to the last bit.
         conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" where that has none.
         check_only: write nothing.
-
-    Raises UserError for what the other side cannot hold, if the two sides differ, and if `target` exists.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
@@ -168,8 +166,7 @@ def logit_difference(
 ) -> float:
     """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
 
-    On random pixels and a real question; `tower` is the original's vision tower. UserError if it is more than
-    rounding.
+    On random pixels and a real question; `tower` is the original's vision tower.
     """
     encoder = ConversationEncoder(processor.tokenizer, "auto", model.config.image_seq_length)
     ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)
@@ -235,10 +232,8 @@ def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> Vi
         # In bf16 it was rounded when the model was trained.
         wrong = [n for n, t in stored.items() if not torch.allclose(t.float(), own[n].float(), rtol=1e-2, atol=1e-4)]
     if wrong:
-        raise UserError(
-            f"{original.source}: its copy of the vision tower is not {place} ({len(wrong)} weights differ, such as "
-            f"{wrong[0]}): --vision-tower names another; a trained one has unfreeze_mm_vision_tower in config.json"
-        )
+        mend = "name another by --vision-tower, or set unfreeze_mm_vision_tower in config.json"
+        raise UserError(f"{original.source}: {wrong[0]} of its vision tower is not that of {place}: {mend}")
     if original.tower_is_trained:
         tower.load_state_dict(own | stored)
     return vision
@@ -268,8 +263,7 @@ def to_original(
 ) -> OriginalLlava:
     """A stock model that was read from `directory`, as the original LLaVA keeps it; see `convert_llava`.
 
-    `mm_vision_tower` is missing in its configuration if the tower has no name, see `write_original`. Raises
-    UserError for what LLaVA's classes do not compute.
+    `mm_vision_tower` is missing in its configuration if the tower has no name, see `write_original`.
     """
     config: Any = model.config
     fields = read_json(directory / KEPT / "config.json")
@@ -373,10 +367,7 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json as the tokenizers (0.15) and transformers of LLaVA read them."""
     state = json.loads(backend_with_bos(tokenizer).to_str())
     if {"Metaspace", "Prepend"} & set(re.findall(r'"type":"(\w+)"', json.dumps(state, separators=(",", ":")))):
-        raise UserError(
-            "LLaVA reads a SentencePiece tokenizer from its tokenizer.model, which stock models do not keep: name the "
-            "language model that has it with --base"
-        )
+        raise UserError("LLaVA reads a SentencePiece tokenizer.model: name the language model that has it with --base")
     merges = state["model"].get("merges", [])
     state["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     named = ("bos_token", "eos_token", "unk_token", "pad_token")

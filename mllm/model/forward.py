@@ -73,7 +73,7 @@ def causal_lm_loss(
     inputs_embeds: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
-    num_items: Tensor | int | None = None,
+    num_items: Tensor | float | None = None,
     *,
     learned: int | None = None,
     packing: Packing | None = None,

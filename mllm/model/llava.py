@@ -55,11 +55,7 @@ A video is `{"type": "video", "path": "clip.mp4"}` in `content`, which torchcode
 def build_model(
     vision: VisionEncoder, llm: LanguageModel, *, projector: ProjectorKind = "mlp2x_gelu", seed: int = 0
 ) -> tuple[Llava, LlavaProcessors]:
-    """Assemble model and processor; the weights of both parts are shared, not copied, the projector is new.
-
-    Raises UserError when the stock class would not compute what the language model alone computes (an output layer
-    with bias, scaled or capped logits, …), and when the image does not fit into the context.
-    """
+    """Assemble model and processor; the weights of both parts are shared, not copied, the projector is new."""
     causal = llm.model
     context = llm.context_length
     if context is not None and vision.num_tokens >= context:
@@ -145,14 +141,12 @@ def _check_language_model(llm: LanguageModel, config: Any) -> None:
         stock = type(AutoModel.from_config(config.text_config))
     head = llm.model.get_output_embeddings()
     if stock is not type(llm.model.base_model) or not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(
-            f"language model {llm.source} cannot be saved in a stock LLaVA model: that holds a {stock.__name__} and an "
-            "output layer without bias"
-        )
+        raise UserError(f"language model {llm.source}: LLaVA holds a {stock.__name__} and an output layer without bias")
 
 
 @torch.no_grad()
 def _check_logits(model: Llava, causal: PreTrainedModel, source: str) -> None:
+    """Refuse a language model whose logits the stock class would not compute: scaled or capped ones, for example."""
     ids = torch.arange(1, 9, device=causal.device)[None] % causal.config.vocab_size
     causal.eval()
     ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits

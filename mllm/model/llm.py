@@ -94,11 +94,10 @@ def load_llm(
     """The causal language model `name` (hub id or directory), prepared for images.
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
-    the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
-    are. The format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. `reader` is the
-    folder of a PEFT adapter of these layers, which is merged into their weights, or "default", that of this package for
-    "6,2" of the default model. With `videos` the tokenizer gets `<video>` too. Raises UserError for what cannot be
-    found or loaded, for pickled code, and for models that ask for remote code.
+    the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they are. The
+    format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. `reader` is the folder of a
+    PEFT adapter of these layers, which is merged into their weights, or "default", that of this package for "6,2" of
+    the default model. With `videos` the tokenizer gets `<video>` too.
     """
     version = format_name(version)  # before gigabytes are read
     if re.fullmatch(r"\d+,\d+", layers or "1,0") is None or layers == "0,0":

@@ -48,10 +48,7 @@ def load_llava(
     kind = read_json(Path(directory) / "config.json").get("model_type")
     cls: Any = CLASSES.get(kind or "")
     if cls is None:
-        raise UserError(
-            f"model: {directory} is of model_type {kind}, and only {', '.join(CLASSES)} can be loaded here. A vision "
-            "encoder becomes part of one by scripts/train_llava.sh --vision"
-        )
+        raise UserError(f"model: {directory} has model_type {kind}, not {', '.join(CLASSES)}: train_llava.sh --vision")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.

@@ -114,10 +114,7 @@ class OriginalLlava:
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def language_model(self) -> PreTrainedModel:
-        """The causal language model alone, in the precision of its tensors, which it shares.
-
-        Raises UserError for missing, unknown and misshapen weights.
-        """
+        """The causal language model alone, in the precision of its tensors, which it shares."""
         others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the last is unused where patches stay flat
         own = {
             name: tensor
@@ -184,18 +181,15 @@ def refuse_original(directory: Path, what: str) -> None:
     if is_original_llava(directory):
         place = Path(directory)
         parts = "" if _is_whole(place) else " --base LANGUAGE_MODEL"
-        raise UserError(
-            f"{what}: {place} is a checkpoint of the original LLaVA. Convert it to a stock transformers model first: "
-            f"{shlex.join(['python', 'scripts/convert.py', str(place), f'{place.name}-hf'])} --to transformers{parts}"
-        )
+        words = shlex.join(["python", "scripts/convert.py", str(place), f"{place.name}-hf"])
+        raise UserError(f"{what}: {place} is of the original LLaVA, convert it first: {words} --to transformers{parts}")
 
 
 def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     """Read an original checkpoint of any of the three kinds.
 
     `base` (directory or hub id) is what LLaVA calls --model-base: the language model, or the LLaVA checkpoint, that
-    LoRA adapters or a projector belong to. Nothing pickled is run. Raises UserError where `base` is missing or out of
-    place, for what a stock model cannot hold, and for weights that are damaged, missing, or of no known part.
+    LoRA adapters or a projector belong to. Nothing pickled is run.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")

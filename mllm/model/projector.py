@@ -89,9 +89,8 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
 def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
     """Copy a projector file into `projector`: LLaVA's names or transformers', .safetensors or .bin.
 
-    `newline` [D] becomes that of the file, or keeps its start if the file has none, as one of stage 1 without tiles.
-    A directory means the mm_projector file in it. Raises UserError when the file holds pickled code, another
-    kind of projector, or other widths (with both shapes).
+    `newline` [D] becomes that of the file, or keeps its start if the file has none, as one of stage 1 without tiles. A
+    directory means the mm_projector file in it.
     """
     path = Path(path)
     if path.is_dir():

@@ -42,11 +42,6 @@ def least_squares_init(
     units stay zero.
     """
     x, y = features.double(), targets.double()
-    if x.shape[1:] != (projector.linear_1.in_features,) or y.shape != (len(x), projector.linear_1.out_features):
-        raise ValueError(
-            f"features {tuple(x.shape)} and targets {tuple(y.shape)} do not fit a projector of "
-            f"{projector.linear_1.in_features} → {projector.linear_1.out_features}"
-        )
     if projector_kind(projector) == "mlp2x_gelu":
         weight, bias = _two_signed_directions(x, projector.linear_1.out_features, seed, unused)
         _assign(projector.linear_1, weight, bias)

@@ -12,10 +12,7 @@ from clips.common.errors import UserError
 
 
 def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Replace every linear layer in `model` by one of 4 bits (NF4 with quantised scales, as QLoRA) or 8, in place.
-
-    Raises UserError if the weights of bitsandbytes are not close to the original ones.
-    """
+    """Replace every linear layer in `model` by one of 4 bits (NF4 with quantised scales, as QLoRA) or 8, in place."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):
@@ -51,10 +48,8 @@ def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None
     restored = dequantize_bnb_weight(own, state=getattr(layer, "state", None)).float().to(weight.device)
     error = ((restored - weight.float()).norm() / weight.float().norm()).item()
     if not error < LARGEST_ERROR[bits]:
-        raise UserError(
-            f"{bits} bits: bitsandbytes changes layer {name} ({' × '.join(map(str, weight.shape))}) by {error:.0%} "
-            f"on this {weight.device.type}, so nothing right could be learned: take 16 bits, or a GPU"
-        )
+        where = f"layer {name} {tuple(weight.shape)} by {error:.0%} on this {weight.device.type}"
+        raise UserError(f"{bits} bits: bitsandbytes changes {where}: take 16 bits, or a GPU")
 
 
 @torch.no_grad()

@@ -68,10 +68,7 @@ class Layout:
         vision, frames = config.vision_config, getattr(config, "num_frames", 0)
         most = max(height * width for height, width in pinpoints) // vision.image_size**2
         if config.model_type == "llava_onevision" and most > MOST_TILES_WITH_VIDEO:
-            raise UserError(
-                f"LLaVA-OneVision shrinks pictures in more than {MOST_TILES_WITH_VIDEO} tiles (anyres_max_9), which is "
-                f"not supported here: --image_grid_pinpoints has a canvas of {most}"
-            )
+            raise UserError(f"LLaVA-OneVision takes {MOST_TILES_WITH_VIDEO} tiles, --image_grid_pinpoints has {most}")
         cells = (vision.image_size // vision.patch_size) ** 2
         return cls(cells, vision.image_size, tuple(map(tuple, pinpoints)), frames)
 

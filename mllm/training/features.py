@@ -40,7 +40,7 @@ FILE_BYTES = 256 * 2**20
 
 
 class FeatureCache:
-    """Features of one encoder for the pictures of one store. `mllm.training.trainer.Collator` calls `get`.
+    """Features of one encoder for the pictures of one store. `mllm.training.task.Collator` calls `get`.
 
     A picture's key is the hash of its bytes. A pickled copy in a data worker can `get`, not `fill`.
     """

@@ -12,10 +12,14 @@ from peft import PeftModel
 from rich.console import Console
 
 from clips import is_of_demo
+from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
 from clips.common.live import say_next
+from clips.common.page import save_plot
+from clips.common.plots import curves_plot
+from clips.common.report import curves
 from mllm.data.captions import TEST
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
@@ -50,7 +54,7 @@ def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
             llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
             dequantize(llava, dtype)
-        if not prepared.deepspeed:  # under which every part has one precision already, as a stock model has
+        if not prepared.zero:  # under which every part has one precision already, as a stock model has
             llava = llava.to(dtype)
         save_model(
             llava, prepared.processor, run_dir / "model",
@@ -59,8 +63,8 @@ def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
             base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
         )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
-    for checkpoint in stage_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)
+    (stage_dir / "LATEST").unlink(missing_ok=True)
 
 
 def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[str, str]:
@@ -116,3 +120,11 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
         console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
         if not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
             say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")
+
+
+def write_curves(run_dir: Path) -> None:
+    """Draw curves.png, the curves of each stage over its samples. A failure is one line on stderr."""
+    with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
+        panels = curves(run_dir)
+        if panels:
+            save_plot(curves_plot(panels), run_dir / "curves.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import count_parameters
 from mllm.training.prepare import Prepared
 from mllm.training.stages import PARTS
+from mllm.training.task import steps_of
 
 FEW = 20
 """Optimizer steps below which the plan says that a stage learns next to nothing."""
@@ -34,15 +34,6 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
     return shlex.join(words)
 
 
-def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
-    """Optimizer steps, counted as the Trainer counts them."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(samples / (arguments.per_device_train_batch_size * world_size))
-    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * per_epoch)
-
-
 def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
     """Print the freeze table with counts and rates, then what else matters."""
     arguments = prepared.arguments
@@ -58,7 +49,7 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
         table.append((part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate))
     head = ("part", "trains", "parameters", "trained", "learning rate")
     console.print(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
-    steps = steps_of(arguments, samples, ranks)
+    steps = steps_of(arguments, samples)
     batch = f"{ranks} × {arguments.gradient_accumulation_steps} × {arguments.per_device_train_batch_size}"
     facts = dict(prepared.facts)
     facts["steps"] = (

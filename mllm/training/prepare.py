@@ -46,7 +46,7 @@ from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
-from mllm.training.trainer import Collator
+from mllm.training.task import Collator
 from mllm.training.zero import fitted, zero_stage
 
 PROJECTOR = "mm_projector.bin"
@@ -68,8 +68,8 @@ class Prepared:
 
     arguments: TrainArguments
     device: torch.device
-    deepspeed: dict[str, Any] | None
-    """The engine's settings; None without DeepSpeed."""
+    deepspeed: dict[str, Any]
+    """The engine's settings."""
     model: Llava | PeftModel
     processor: LlavaProcessors
     vision: VisionEncoder
@@ -89,11 +89,10 @@ class Prepared:
 
     @property
     def zero(self) -> int:
-        """The ZeRO stage; 0 without DeepSpeed."""
         return zero_stage(self.deepspeed)
 
 
-def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any] | None) -> Prepared:
+def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any]) -> Prepared:
     """Load and assemble encoder, language model, data and the freeze plan; the result is the same on every rank.
 
     Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
@@ -107,8 +106,9 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     data_path, _ = data_of(arguments)
     vision = encoder_of(arguments)
     store = open_data(arguments, vision)
-    # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
-    half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
+    # fp32 if a weight trains without ZeRO's fp32 masters: an update of 2e-5 is lost in bf16.
+    zero = zero_stage(deepspeed)
+    half = arguments.bf16 and device.type == "cuda" and (zero > 0 or freeze["language_model"] != "full")
     llm = load_llm(
         arguments.model_name_or_path, version=arguments.version, dtype=torch.bfloat16 if half else torch.float32,
         layers=arguments.llm_layers, reader=arguments.reader, videos=bool(vision.frames),
@@ -120,7 +120,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
     dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
     started = load_start(llava, arguments, len(dataset))
-    model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if deepspeed else torch.float32)
+    model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if zero else torch.float32)
     longest = min(max_length, int(1.4 * max(abs(n) for n in dataset.modality_lengths)))  # tokens, 1.4 for a word
     if device.type == "cpu" and arguments.bf16 and longest <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
@@ -137,7 +137,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     }
     width = llava.config.get_text_config().hidden_size
     return Prepared(
-        arguments=arguments, device=device, deepspeed=fitted(deepspeed, width, device),
+        arguments=arguments, device=device, deepspeed=fitted(deepspeed, width),
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
     )  # fmt: skip
 

@@ -36,13 +36,12 @@ from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import PICTURES_AT_ONCE
+from mllm.training.flops import costs_of, units_of
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
-from mllm.training.log import Work, costs_of
 from mllm.training.lora import add_lora
-from mllm.training.plan import steps_of
 from mllm.training.prepare import start_bytes
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
-from mllm.training.trainer import TrainingModel
+from mllm.training.task import TrainingModel, steps_of
 from mllm.training.zero import fitted
 
 FIELDS = (
@@ -140,7 +139,8 @@ def staged(
     with torch.device(model.device):
         whole: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
     apply_freeze(whole, freeze)
-    return TrainingModel(whole, features=features, packed=not padded).train()
+    vision: Any = model.config.vision_config
+    return TrainingModel(whole, features=features, image_size=vision.image_size, packed=not padded).train()
 
 
 def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
         batch["pixel_values"] = torch.randn(squares, 3, vision.image_size, vision.image_size, **half)
     if layout.pinpoints:
         batch["image_sizes"] = [max(layout.sizes, key=layout.tokens)] * samples
-    return batch | {"counts": counts, "num_items_in_batch": torch.tensor(samples * ANSWERS[stage], device=device)}
+    return batch | {"counts": counts}
 
 
 def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) -> Rehearsed:
@@ -180,7 +180,7 @@ def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) 
     with Rehearsal() as rehearsal:
         weights = rehearsal.hold([*training.parameters(), *training.buffers()])
         rehearsal.hold(x for x in batch.values() if isinstance(x, torch.Tensor))
-        training(**batch)["loss"].backward()
+        training(batch)[0].backward()
     count = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
     return Rehearsed(count, weights, gradients, 2 * FP32 * count, rehearsal.peak)
@@ -208,7 +208,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
         zero = {"stage": 0}
         if machine.gpus > 1:
             engine = json.loads((DS_CONFIGS / f"llava_zero{stage.zero}.json").read_text(encoding="utf-8"))
-            zero = (fitted(engine, width, torch.device("cuda")) or {})["zero_optimization"]
+            zero = fitted(engine, width)["zero_optimization"]
         share = DEFAULTS[stage.name]["batch_size"] // machine.gpus
         for micro in (size for size in (16, 8, 4, 2, 1) if share % size == 0 or size == 1):
             arguments = TrainArguments(
@@ -227,19 +227,16 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
                 "more --gpus, a --kind with more memory, or a smaller --language-model"
             )
 
-        size = planned.vision["image_size"]
-        work = Work(costs_of(training.llava, size), META, 1, training.packed)
-        work.add(batch)
-        forward = costs_of(planned.build(), size)  # nothing of it trains
-        twice = sum(forward[unit] * work.counts[unit] for unit in ("positions", "pairs"))  # gradient checkpointing
-        flops = (work.total() + twice) / micro
+        forward, units = costs_of(planned.build(), 0), units_of(batch, packed=training.packed)  # nothing of it trains
+        twice = sum(forward[unit] * units[unit] for unit in ("positions", "pairs"))  # gradient checkpointing
+        flops = (training.flops(batch) + twice) / micro
         days_of_stage = machine.days(SAMPLES[number] * flops)
         days += days_of_stage
         total = sum(count for count, _ in count_parameters(training.model).values())
         rows.append([
             stage.name, f"{total / 1e6:,.0f}", f"{step.parameters / 1e6:,.0f}", str(zero["stage"]),
             f"{arguments.gradient_accumulation_steps} × {micro}", f"{memory / 1e9:.3g}", f"{flops / 1e12:,.2f}",
-            f"{steps_of(arguments, SAMPLES[number], machine.gpus):,}", f"{days_of_stage:.2f}",
+            f"{steps_of(arguments, SAMPLES[number]):,}", f"{days_of_stage:.2f}",
         ])  # fmt: skip
     head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory of a rank, GB", "TFLOP a sample")
     print_table(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows)

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from clips.common.errors import UserError
-from clips.common.files import from_json, read_bytes
 from clips.common.paths import DS_CONFIGS
 from clips.common.runtime import import_deepspeed
+from clips.engine.engine import read_ds_config
 from mllm.training.arguments import TrainArguments
 
 
-def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any] | None:
-    """The engine's settings: the named file, or the stage's own file for several ranks; None without DeepSpeed.
+def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any]:
+    """Return the engine's settings: the named file, the stage's own file for several ranks, else ZeRO 0.
 
-    Raises UserError for an unreadable file, for an optimizer or schedule in it, and for quantised weights under
-    ZeRO-3, which cannot split them.
+    Raises UserError for a file that cannot be used, and for quantised weights under ZeRO-3, which cannot split them.
     """
-    name = arguments.deepspeed
-    if name == "none" or (name is None and world_size == 1):
-        return None
+    path = arguments.deepspeed
     quantized = arguments.bits < 16
-    path = Path(name) if name else DS_CONFIGS / f"llava_zero{2 if quantized else arguments.description.zero}.json"
-    try:
-        config = from_json(read_bytes(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
-    _leave_to_flags(config, path)
+    if path is None and world_size > 1:
+        path = str(DS_CONFIGS / f"llava_zero{2 if quantized else arguments.description.zero}.json")
+    config = read_ds_config(None if path == "none" else path, "--deepspeed")
     if quantized and zero_stage(config) == 3:
         raise UserError(
             f"--bits {arguments.bits} does not go with ZeRO-3: give --deepspeed ds_configs/llava_zero2.json"
@@ -39,21 +32,8 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
     return config
 
 
-def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
-    """Drop `optimizer` and `scheduler` if all their values are "auto"; UserError for other values: flags decide."""
-    for section, kind in {"optimizer": "AdamW", "scheduler": None}.items():
-        given = config.pop(section, {"type": kind})
-        if kind not in (None, given.get("type")) or any(v != "auto" for v in given.get("params", {}).values()):
-            raise UserError(f"--deepspeed {path}: {section} is decided by the flags: remove that section")
-
-
-def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device) -> dict[str, Any] | None:
-    """`config` for this device, with the "auto" sizes that depend on the language model's width.
-
-    transformers fills in these sizes from the config of the wrapped model, and `TrainingModel` has no config.
-    """
-    if config is None:
-        return None
+def fitted(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Return `config` with the "auto" sizes that depend on the language model's width."""
     zero = config.get("zero_optimization", {})
     sizes = {
         "reduce_bucket_size": hidden_size**2,
@@ -61,23 +41,11 @@ def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     filled = {name: sizes[name] if value == "auto" and name in sizes else value for name, value in zero.items()}
-    # On a CPU an offloaded optimizer stays in place, and DeepSpeed's CPU optimizer would have to be compiled.
-    force = {} if device.type == "cuda" else {"zero_force_ds_cpu_optimizer": False}
-    return force | config | {"zero_optimization": filled}
+    return config | {"zero_optimization": filled}
 
 
-def checkpoint_classes() -> list[type]:
-    """The classes in DeepSpeed's checkpoints besides tensors and plain values; loading them runs no code."""
-    library = import_deepspeed()
-    return [
-        library.runtime.zero.config.ZeroStageEnum,
-        library.runtime.fp16.loss_scaler.LossScaler,
-        library.utils.fragment_address,
-    ]
-
-
-def zero_stage(config: dict[str, Any] | None) -> int:
-    return (config or {}).get("zero_optimization", {}).get("stage", 0)
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def whole(model: nn.Module, zero: int) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from conftest import ROOT, random_model, run_python
 from grad_cache_worker import BATCH, CASES_OF, CPU, MICRO, STEPS, Case, a_run, samples, without_bf16
 
 from clips.data.loader import to_device
-from clips.training.engine import build_optimizer, parameter_groups
+from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.task import Task
 
 WORKER = ROOT / "tests" / "grad_cache_worker.py"

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
 from zero_worker import FRESH, stages_of
 
-from clips.training.engine import build_optimizer, parameter_groups
+from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.task import Task
 
 from pathlib import Path

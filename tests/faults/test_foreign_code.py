@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import bomb
@@ -14,18 +13,12 @@ import torch
 from launched import small_data
 from safetensors.torch import load_file
 from serve_process import write_models
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run
+from tiny_llava import ALIGN, INSTRUCT, command
 from tiny_original import write_base, write_lora, write_tower
 
-from clips.common.files import check_seal, seal
-from clips.common.tensors import only_data, read_weights, write_weights
+from clips.common.tensors import read_weights, write_weights
 
 place = tiny_llava.place  # a fixture
-
-TWO_STEPS = ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "4"]
-ZERO = {2: [*ALIGN, *TWO_STEPS], 3: [*INSTRUCT, *START, *TWO_STEPS]}
-"""ZeRO stage → a LLaVA stage that trains under it by default."""
-PLANTED = {2: "zero_pp_rank_1_mp_rank_00_optim_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
 @pytest.fixture
@@ -37,79 +30,6 @@ def mark(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_bomb_goes_off_where_code_is_run(tmp_path: Path) -> None:
     bomb.works(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", ZERO)
-def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark: Path) -> None:
-    """The real launcher on two ranks: a sealed checkpoint with code in it is refused; without, all is bit-equal."""
-    whole, stage = place / "runs" / f"zero{zero}", "align" if zero == 2 else "instruct"
-    done = launch(place, WORKER, "keep", "2", *ZERO[zero], "--output_dir", str(whole))
-    assert done.returncode == 0, done.stderr
-    original = whole.with_name(f"{whole.name}-kept")
-    planted = shutil.copytree(original, whole.with_name("planted"), dirs_exist_ok=True)
-    checkpoint = planted / stage / "checkpoint-2"
-    bomb.plant(checkpoint / "global_step2" / PLANTED[zero], mark)
-    seal(checkpoint)
-    refused = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(planted))
-    assert refused.returncode == 2, refused.stderr
-    assert f"{PLANTED[zero]} was refused" in refused.stderr
-    assert "Nothing in it was run" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert not mark.exists()
-    resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(original))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr  # the launcher says on stdout which rank ended how
-    assert "goes on from" in resumed.stderr
-    assert losses(original) == losses(whole)
-    first, second = results(whole), results(original)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-def test_row_23_another_library_s_torch_load_runs_nothing_either(tmp_path: Path, mark: Path, monkeypatch) -> None:
-    """Whatever it asks for, and whatever the environment does."""
-    bomb.plant(tmp_path / "states.pt", mark)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    for _ in range(2):  # the second time after the first one was left by its error
-        with pytest.raises(Exception, match="Weights only load failed"), only_data():
-            torch.load(tmp_path / "states.pt", weights_only=False)
-
-
-@pytest.fixture(scope="module")
-def stopped(place: Path) -> Path:
-    """A run of stage 1 with a checkpoint of step 2, on one rank without DeepSpeed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mllm.training.run.write_results", lambda *_, **__: None)  # which removes the checkpoints
-        run(place, patch, *ALIGN, "--max_steps", "2", "--save_steps", "2", "--output_dir", "runs/stopped")
-    assert check_seal(place / "runs/stopped/align/checkpoint-2")
-    return place / "runs" / "stopped"
-
-
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        *product(("optimizer.pt", "scheduler.pt", "rng_state.pth"), ("among tensors", "bare")),
-        ("trained.safetensors", "bare"),
-    ],
-)
-def test_row_23_the_trainer_s_files_are_read_as_data(name, how, stopped, place, mark, tmp_path, monkeypatch):
-    """Sealed by whoever planted it."""
-    shutil.copytree(stopped, tmp_path / "run")
-    path = tmp_path / "run" / "align" / "checkpoint-2" / name
-    if how == "bare":
-        bomb.write_pickle(path, mark)
-    else:
-        bomb.plant(path, mark)
-    seal(path.parent)
-    flags = [*ALIGN, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["align"]["trains"]["max_steps"] = 4  # the run is to go on
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    code, output = command(place, monkeypatch, "train_llava.py", *flags)
-    assert code == 2, output
-    assert str(path) in output
-    assert "move it elsewhere" in output
-    assert "Traceback" not in output
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
-"""Rows 2, 4 and 5 of the LLaVA half, and checkpoints whose seal is right and whose content is not."""
+"""Rows 2, 4 and 5 of the LLaVA half, and a checkpoint whose seal is right and whose content is not."""
 
-import json
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,12 @@ import tiny_llava
 import torch
 from conftest import ROOT, run_group
 from launched import lines, of_run, started, wait_for, wait_until_gone
-from llava_worker import at_seal, keep
-from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run
+from llava_worker import keep_at
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, losses, results, run
 
-from clips.common.errors import UserError
-from clips.common.files import MANIFEST, check_seal, seal
+from clips.common.files import check_seal, seal
 from clips.common.tensors import write_weights
-from mllm.training import trainer
-from mllm.training.checkpoints import check_content
+from clips.engine import checkpoint
 
 place = tiny_llava.place  # a fixture
 
@@ -32,14 +31,19 @@ FLAGS = [*ALIGN, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", 
 def whole(place: Path) -> Path:
     """An uninterrupted run; beside it `whole-kept`, as it was when the checkpoint of step 4 was sealed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "seal", trainer.seal)  # undone at the end of the block
-        at_seal(4, before=False, act=keep)
+        patch.setattr(checkpoint, "save", checkpoint.save)  # undone at the end of the block
+        keep_at(4)
         run(place, patch, *FLAGS, "--output_dir", str(place / "runs/whole"))
     return place / "runs" / "whole"
 
 
 def kept(whole: Path, target: Path) -> Path:
     return shutil.copytree(whole.with_name("whole-kept"), target)
+
+
+def anywhere(place: Path, flags: Sequence[str]) -> list[str]:
+    """Flags for a process that is started in another directory than `place`."""
+    return [str(place / flag) if (place / flag).exists() else flag for flag in flags]
 
 
 def assert_equal(run_dir: Path, whole: Path) -> None:
@@ -56,12 +60,12 @@ def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeyp
     words = [sys.executable, str(WORKER), "kill", "4", *FLAGS, "--output_dir", str(killed)]
     done = run_group(words, cwd=place, env=env, timeout=300)
     assert done.returncode == -signal.SIGKILL
-    assert not (killed / "align/checkpoint-4" / MANIFEST).exists()
-    assert check_seal(killed / "align/checkpoint-2")
+    assert not (killed / "align/checkpoints/step-00000004").exists()
+    assert check_seal(killed / "align/checkpoints/step-00000002")
     code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", killed)
     assert not code, output
-    assert f"goes on from {killed / 'align/checkpoint-2'}" in output
-    assert not list((killed / "align").glob("checkpoint-*"))
+    assert f"goes on from {killed / 'align/checkpoints/step-00000002'}" in output
+    assert not (killed / "align/checkpoints").exists()
     assert_equal(killed, whole)
 
 
@@ -77,10 +81,10 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1, output
     assert "the checkpoint of step 6 cannot be written" in output
-    assert "The older checkpoints are intact" in output
+    assert "The older ones are intact" in output
     assert "Traceback" not in output
-    assert check_seal(run_dir / "align/checkpoint-4")
-    assert not (run_dir / "align/checkpoint-6" / MANIFEST).exists()
+    assert check_seal(run_dir / "align/checkpoints/step-00000004")
+    assert not (run_dir / "align/checkpoints/step-00000006").exists()
     run(place, monkeypatch, *FLAGS, "--output_dir", str(run_dir))
     assert_equal(run_dir, whole)
 
@@ -89,72 +93,53 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
 def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
-    path = run_dir / "align/checkpoint-4/optimizer.pt"
+    path = run_dir / "align/checkpoints/step-00000004/optimizer.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data if how == "one bit" else data[:-100])
     code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
     assert not code, output
-    assert "checkpoint-4 is not usable (optimizer.pt does not match its SHA-256" in output
-    assert f"goes on from {run_dir / 'align/checkpoint-2'}" in output
+    assert "step-00000004 is not usable (optimizer.safetensors does not match its SHA-256" in output
+    assert f"goes on from {run_dir / 'align/checkpoints/step-00000002'}" in output
     assert_equal(run_dir, whole)
 
 
-def change(**fields: object) -> Callable[[Path], None]:
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:99])
-
-
-Damage = tuple[str, Callable[[Path], object], str]
-CONTENT: dict[str, Damage] = {
-    "optimizer, truncated": ("optimizer.pt", cut, "is damaged"),
-    "optimizer, missing": ("optimizer.pt", lambda path: path.unlink(), "is missing"),
-    "scheduler, text": ("scheduler.pt", lambda path: path.write_text("hello"), "scheduler.pt"),
-    "random numbers, truncated": ("rng_state.pth", cut, "rng_state"),
-    "state, empty": ("trainer_state.json", lambda path: path.write_text(""), "Expecting value"),
-    "state, another step": ("trainer_state.json", change(global_step=7), "is of step 7, not 4"),
-    "not under DeepSpeed": ("", lambda path: None, "it was written without DeepSpeed"),
-}
-"""Found before anything is loaded."""
-LOADED: dict[str, Damage] = {
-    "optimizer, foreign": ("optimizer.pt", lambda path: torch.save([1, 2], path), "cannot go on from"),
-    "random numbers, foreign": ("rng_state.pth", lambda path: torch.save({"cpu": 1}, path), "cannot go on from"),
-    "weights, other names": ("trained.safetensors", lambda p: write_weights({"a": torch.ones(1)}, p), "other para"),
-    "weights, truncated": ("trained.safetensors", cut, "is damaged"),
-}
-"""Found by the run that goes on."""
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_row_01_a_stage_killed_at_random_moments_comes_to_the_same_weights(stage, place, tmp_path, monkeypatch):
+    """Four kills: in a step, in a save or in the start, wherever the run is then."""
+    flags = [*(ALIGN if stage == "align" else [*INSTRUCT, *START, "--lora_enable", "--lora_dropout", "0.2"])]
+    flags += ["--max_steps", "120", "--save_steps", "7", "--vision_tower", f"clips:{place}/runs/clips-demo"]
+    flags = anywhere(place, flags)
+    undisturbed, killed = place / f"runs/{stage}-in-peace", place / f"runs/{stage}-killed"
+    run(place, monkeypatch, *flags, "--output_dir", str(undisturbed))
+    moments = random.Random(stage)
+    for number in range(4):
+        until = moments.randint(5, 25) + 20 * number
+        with started([sys.executable, str(TRAIN), *flags, "--output_dir", str(killed)], tmp_path / "log") as process:
+            wait_for(lambda last=until: len(lines(killed)) >= last, process, tmp_path / "log")
+            time.sleep(moments.random() / 20)
+            process.kill()
+        assert not (killed / stage / "done.json").exists(), "all kills fall before the end"
+    run(place, monkeypatch, *flags, "--output_dir", str(killed))
+    assert_equal(killed, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CONTENT)
-def test_what_is_sealed_and_is_not_what_it_should_be(kind: str, whole: Path, tmp_path: Path) -> None:
-    """The seal is no signature: another program may have made it. The file is named, and the mend."""
-    checkpoint = kept(whole, tmp_path / "run") / "align/checkpoint-4"
-    name, damage, message = CONTENT[kind]
-    check_content(checkpoint, deepspeed=None, world_size=1)
-    damage(checkpoint / name)
-    with pytest.raises(UserError, match="move it elsewhere") as refused:
-        check_content(checkpoint, deepspeed=[] if kind == "not under DeepSpeed" else None, world_size=1)
-    assert str(refused.value).startswith(f"cannot go on from {checkpoint}")
-    assert message in " ".join(str(refused.value).split())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LOADED)
-def test_what_is_sealed_and_does_not_fit_the_run(kind, place, whole, tmp_path, monkeypatch):
-    run_dir = kept(whole, tmp_path / "run")
-    checkpoint = run_dir / "align/checkpoint-4"
-    name, damage, message = LOADED[kind]
-    damage(checkpoint / name)
-    seal(checkpoint)
-    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+def test_what_is_sealed_and_does_not_fit_the_run(place, whole, tmp_path, monkeypatch):
+    """The seal is no signature: another program may have made it. A checkpoint of the older layout is refused, too."""
+    damaged = kept(whole, tmp_path / "run") / "align/checkpoints/step-00000004"
+    write_weights({"a": torch.ones(1)}, damaged / "model.safetensors")
+    seal(damaged)
+    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", tmp_path / "run")
     assert code == 2, output
-    assert f"cannot go on from {checkpoint}" in output
-    assert message in " ".join(output.split())
+    assert f"cannot go on from {damaged}" in output
+    assert "other parameters than those that train" in output
     assert "Traceback" not in output
+    (tmp_path / "run/align/checkpoint-4").mkdir()
+    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", tmp_path / "run")
+    assert code == 2, output
+    assert "was written by an older version" in output
 
 
 @pytest.mark.slow
@@ -162,7 +147,7 @@ def test_workers_end_with_a_killed_process(place: Path, tmp_path: Path) -> None:
     out, log = place / "runs" / "orphaned", tmp_path / "log"
     flags = (*ALIGN, "--feature_cache", "False", "--dataloader_num_workers", "2", "--num_train_epochs", "1000")
     flags += ("--vision_tower", f"clips:{place}/runs/clips-demo", "--output_dir", str(out))
-    flags = [str(place / flag) if (place / flag).exists() else flag for flag in flags]
+    flags = anywhere(place, flags)
     with started([sys.executable, str(TRAIN), *flags], log) as train:
         wait_for(lambda: len(lines(out)) >= 2 and len(of_run(out)) >= 3, train, log)
         train.kill()

@@ -10,7 +10,7 @@ from tiny_llava import INSTRUCT, START, TRAIN, command, conversation, launch, lo
 from transformers import AutoTokenizer
 
 from mllm.data.sampler import EpochSampler
-from mllm.training.trainer import LlavaTrainer
+from mllm.training.task import TrainingModel
 
 place = tiny_llava.place  # a fixture
 TOKENS = 16
@@ -21,13 +21,13 @@ TOKENS = 16
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Every batch that is trained on, as the model gets it."""
     seen: list[dict] = []
-    original = LlavaTrainer.compute_loss
+    original = TrainingModel.forward
 
-    def compute_loss(self, model, inputs, *rest, **options):
+    def forward(self, inputs, *rest):
         seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return original(self, model, inputs, *rest, **options)
+        return original(self, inputs, *rest)
 
-    monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(TrainingModel, "forward", forward)
     return seen
 
 
@@ -106,7 +106,7 @@ def test_row_26_text_alone_on_one_rank_of_zero3_trains_as_one_rank_does(place, m
     """Against one rank without DeepSpeed; every weight trains."""
     flags = [*INSTRUCT, *START, "--group_by_modality_length", "False"]
     flags += ["--per_device_train_batch_size", "1", "--num_train_epochs", "1"]
-    order = list(EpochSampler([1] * 32, batch_size=1, chunks=4, seed=0, group_by_modality_length=False))
+    order = EpochSampler([1] * 32, batch_size=1, chunks=4, seed=0, group_by_modality_length=False).order(0)
     is_text = [index >= 20 for index in order]
     assert any(is_text[i] != is_text[i + 1] for i in range(0, 32, 2))  # rank 0 and rank 1 of one forward pass
     run(place, monkeypatch, *flags, "--output_dir", "runs/one")

@@ -17,8 +17,7 @@ from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
-from clips.training.engine import Engine
-from clips.training.grad_cache import optimizer_step
+from clips.training.optim import make_engine, optimizer_step, rates_of
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import rehearse
 from clips.training.task import Task
@@ -43,8 +42,8 @@ def moved(seed: int, device: torch.device) -> dict[str, torch.Tensor]:
 
 def losses(run: RunConfig, zero: dict, device: torch.device, steps: int = 4) -> list[float]:
     init_distributed(device)
-    engine = Engine(Task(random_model(run), run), run, device, {"zero_optimization": dict(zero)})
-    engine.set_lr(1e-2, 2e-2)
+    engine = make_engine(Task(random_model(run), run), run, device, {"zero_optimization": dict(zero)})
+    engine.set_rates(rates_of(1e-2, 2e-2))
     values = []
     for step in range(steps):
         agreed = optimizer_step(engine, [moved(step, device)])
@@ -90,8 +89,8 @@ def test_every_stage_trains_the_same(kind: str) -> None:
 def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: str) -> None:
     init_distributed(GPU)
     run = tiny_run(kind=kind)
-    engine = Engine(Task(random_model(run), run), run, GPU, {"zero_optimization": {"stage": 0}})
-    engine.set_lr(1e-2, 2e-2)
+    engine = make_engine(Task(random_model(run), run), run, GPU, {"zero_optimization": {"stage": 0}})
+    engine.set_rates(rates_of(1e-2, 2e-2))
     on_device = {**engine.task.counted(tiny_batch(0)), **moved(0, GPU)}
     agree = engine.agree
 
@@ -156,7 +155,7 @@ def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
     before = torch.cuda.memory_allocated(GPU)
     model = CLIPSModel(run.model, pad_id=0)
     model.visual.set_image_size(112)
-    engine = Engine(Task(model, run), run, GPU, {"zero_optimization": {"stage": 0}})
+    engine = make_engine(Task(model, run), run, GPU, {"zero_optimization": {"stage": 0}})
     for _ in range(2):  # the second step has the optimizer's state of the first
         optimizer_step(engine, [full_batch(run, 112, 64, torch.device("cpu"))])
     measured = torch.cuda.max_memory_allocated(GPU) - before

@@ -21,10 +21,11 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
+from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.training.cli import config_from_flags, parser
-from clips.training.engine import Engine, build_optimizer, parameter_groups
+from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.task import Task
 from clips.weights.convert import convert
 from clips.weights.export import write_native

@@ -110,7 +110,7 @@ def test_a_model_of_open_clip_comes_in_and_goes_out(tmp_path, name):
         ("text_cfg", {"hf_model_name": "roberta"}, "hf_model_name is 'roberta'"),
         ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs is {'clean'"),
         ("text_cfg", {"word_dropout": 0.1}, "unexpected keyword argument 'word_dropout'"),
-        ("text_cfg", {"pool_type": "eos"}, "read a text at token 2, the tokenizer ends it with 49407"),
+        ("text_cfg", {"pool_type": "eos"}, "eos_id is 2, the tokenizer ends texts with 49407"),
         ("text_cfg", {"embed_cls": True}, r"lack text\.cls_emb"),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_tower_that_was_trained_comes_from_the_checkpoint(tmp_path):
     original = write_whole(tmp_path)
     tensors = {n: t + 0.1 if "vision_tower" in n else t for n, t in read_all(original).items()}
     write_tensors(original, tensors, shards=1, safe=True)
-    with pytest.raises(UserError, match=r"its copy of the vision tower is not .*unfreeze_mm_vision_tower"):
+    with pytest.raises(UserError, match="unfreeze_mm_vision_tower"):
         convert_llava(str(original), tmp_path / "converted", "transformers")
     edit_config(original, unfreeze_mm_vision_tower=True)
     convert_llava(str(original), tmp_path / "converted", "transformers")

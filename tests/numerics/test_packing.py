@@ -23,7 +23,7 @@ from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
-from mllm.training.trainer import Collator, TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 TALKS: list[list[tuple[str, ...]]] = [
     [("<image>\nWhat is in the picture?", "A red cat."), ("And behind it?", "Two dogs, a cat and a picture of dogs.")],
@@ -71,7 +71,7 @@ def made(place: Path, *, llm: str = "llama", version: str = "auto") -> tuple[Any
         count = sum(turn["value"].count("<image>") for turn in turns)
         encoded = encoder.encode(turns, count, str(number))
         names = [f"{(number + i) % 4}.png" for i in range(count)]
-        samples.append({"index": 0, "input_ids": encoded.input_ids, "labels": encoded.labels, "images": names})
+        samples.append({"key": "0", "input_ids": encoded.input_ids, "labels": encoded.labels, "images": names})
     load = pixel_loader(store, partial(image_pixels, processor.image_processor))
     return model, Collator(processor.tokenizer.pad_token_id, placeholder_ids(model.config), load)(samples)
 
@@ -82,7 +82,7 @@ def check_equal(model: Any, batch: dict[str, Tensor], num_items: int | None = No
     for packed in (True, False):
         training = TrainingModel(copy.deepcopy(model), features=False, packed=packed)
         assert training.packed is packed
-        loss = training(**batch, num_items_in_batch=num_items)["loss"]
+        loss = training(batch, num_items)[0]
         loss.backward()
         results.append((float(loss.detach()), {name: p.grad for name, p in training.trained().items()}))
     (loss, gradients), (expected, others) = results

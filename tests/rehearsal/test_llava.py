@@ -18,10 +18,10 @@ from mllm.model.load import CACHE
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
 from mllm.training.arguments import TrainArguments
+from mllm.training.flops import costs_of
 from mllm.training.freeze import llava_of
-from mllm.training.log import Work, costs_of
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, batch_of, rehearse, rehearse_features, staged
-from mllm.training.trainer import TrainingModel
+from mllm.training.task import TrainingModel
 
 pytestmark = pytest.mark.slow
 
@@ -66,9 +66,7 @@ def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tupl
         step = rehearse(training, batch)
     assert step.peak / 1e9 == pytest.approx(GB[case], rel=0.02)
     if not checkpointing:
-        work = Work(costs_of(training.llava, 336), META, 1, training.packed)
-        work.add(batch)
-        assert work.total() == pytest.approx(counted.flops, rel=0.01)
+        assert training.flops(batch) == pytest.approx(counted.flops, rel=0.01)
 
 
 @pytest.mark.parametrize(

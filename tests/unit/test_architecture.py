@@ -82,7 +82,7 @@ def test_the_seam_is_the_public_face_the_ground_floor_and_the_lab() -> None:
                 if source == "clips":
                     assert name in clips.FACE, f"{module}: `from clips import {name}` is not on the face"
                 elif source.startswith("clips."):
-                    is_seam = source.startswith(("clips.common", "clips.lab"))
+                    is_seam = source.startswith(("clips.common", "clips.engine", "clips.lab"))
                     assert is_seam, f"{module} reaches past clips' face: {source}.{name}"
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_group
 
 from clips.common.files import write_json
-from clips.common.flags import Parser, add_options, from_flags, given, option
+from clips.common.flags import Parser, add_options, at_least, from_flags, given, option
 from clips.recipes import debug_twin, recipe
 from clips.weights.load import _newest_run, newest_export
 
@@ -112,7 +112,7 @@ def test_the_quickstart_runs_under_a_path_with_a_space(tmp_path: Path) -> None:
 
 def test_ranks_of_a_script_take_a_free_port(tmp_path: Path) -> None:
     """Port 29500 was fixed: a training beside any other job of deepspeed ended in 40 lines of EADDRINUSE."""
-    python = program(tmp_path / "python", f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi; echo "$@"')
+    python = program(tmp_path / "python", f'if [ "$2" = --launch ]; then exec {sys.executable} "$@"; fi; echo "$@"')
     command = ["bash", ROOT / "scripts/train_llava.sh", "--vision", "random", "--stage", "1"]
     env = os.environ | {"PYTHON": str(python), "NUM_GPUS": "2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -136,6 +136,7 @@ class Sizes:
 def parser() -> Parser:
     p = Parser("A command.")
     p.add_argument("--model", help="which model (default: the newest)")
+    p.add_argument("--count", type=at_least(4), help="how many (default: none)")
     add_options(p, Sizes)
     return p
 
@@ -153,7 +154,8 @@ def test_the_fields_of_a_dataclass_are_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), {"--batches": "--batch-size", "--pretrained": "--model", "--zzz": ""}.items()
+    ("word", "hint"),
+    {"--batches": "--batch-size", "--pretrained": "--model", "--zzz": "", "--count": "least 4"}.items(),
 )
 def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

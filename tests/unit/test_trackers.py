@@ -1,6 +1,7 @@
 """What a training tells: the same loggers in both halves, the live line."""
 
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,18 +9,14 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_mllm import tiny_work
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common import live
 from clips.common.errors import UserError
 from clips.common.live import LiveLine
 from clips.common.trackers import loggers
-from clips.recipes import recipe
+from clips.engine.log import RunLog
 from clips.training.cli import parser as pretraining
-from clips.training.log import RunLog
 from mllm.training.arguments import parse_train_arguments
-from mllm.training.log import MetricsLog
 
 
 @pytest.fixture
@@ -46,16 +43,11 @@ def test_both_halves_tell_all_loggers_the_same(tmp_path: Path, calls: list[tuple
     for run in ("demo", "llava"):
         (tmp_path / run).mkdir()
     names = loggers(pretraining().parse_args(words).report_to)
-    log = RunLog(recipe("demo"), tmp_path / "demo", start_step=0, active=True, report_to=names)
-    log.record("train", {"step": 3, "samples": 30, "loss": 1.5})
-    log.close()
-
-    flags = parse_train_arguments(["--stage", "1", *words, "--batch_size", "4"])
-    half, control = MetricsLog(tmp_path / "llava", flags, tiny_work(), active=True), TrainerControl()
-    args, state = TrainingArguments(str(tmp_path), report_to="none"), TrainerState(global_step=3, max_steps=8)
-    half.on_train_begin(args, TrainerState(max_steps=8), control)
-    half.on_log(args, state, control, logs={"loss": 1.5})
-    half.on_train_end(args, state, control)
+    for stage, flags in (("", names), ("align", loggers(parse_train_arguments(["--stage", "1", *words]).report_to))):
+        run_dir = tmp_path / ("llava" if stage else "demo")
+        log = RunLog(run_dir, 100, {}, start_step=0, active=True, report_to=flags, stage=stage)
+        log.record("train", {"step": 3, "samples": 30, "loss": 1.5})
+        log.close()
 
     for board in (tmp_path / "demo/tensorboard", tmp_path / "llava/align/tensorboard"):
         events = EventAccumulator(str(board)).Reload()
@@ -97,3 +89,18 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     line.close()
     assert "a long first line …" in printed.getvalue()
     assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
+
+
+def test_a_slow_step_shows_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of 128 samples printed nothing for eight minutes."""
+    monkeypatch.setenv(live.LINE_SECONDS, "0")
+    log = RunLog(tmp_path, 16, {}, start_step=0, active=True, report_to=(), stage="instruct")
+    log.progress(8)
+    log.record("train", {"step": 2, "samples": 16, "loss": 2.5})
+    log.progress(16)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "instruct: 8 of 16 samples (50 %)"
+    assert last.startswith("instruct: 16 of 16 samples (100 %), 0 s left, loss 2.5")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["stage"] == "instruct"

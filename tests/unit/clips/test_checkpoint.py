@@ -12,8 +12,8 @@ import torch
 from clips.common import files
 from clips.common.errors import UserError
 from clips.common.rundir import checkpoints, chosen_weights
-from clips.weights import checkpoint
-from clips.weights.checkpoint import TrainState, Writer
+from clips.engine import checkpoint
+from clips.engine.checkpoint import TrainState, Writer
 
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 

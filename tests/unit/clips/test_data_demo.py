@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from clips.common.errors import UserError
+from clips.common.files import ensure_built
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import artists, demo
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
-from clips.data.built import ensure_built
 from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,

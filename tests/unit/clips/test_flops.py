@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clips.common.rundir import read_metrics
 from clips.config import Freeze
+from clips.engine.checkpoint import TrainState
+from clips.engine.log import RunLog
+from clips.engine.meter import Meter
 from clips.model.clips import CLIPSModel
-from clips.training.log import RunLog
-from clips.training.meter import Meter
 from clips.training.task import Task
-from clips.weights.checkpoint import TrainState
 
 
 def test_the_log_shows_what_torch_counts(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_log_shows_what_torch_counts(tmp_path: Path) -> None:
                 loss.backward()
                 meter.add(parts, [], task.flops(tiny_batch(seed)))
         state.step = 2
-        log = RunLog(run, tmp_path, start_step=0, active=True, report_to=())
+        log = RunLog(tmp_path, run.samples, {}, start_step=0, active=True, report_to=())
         meter.log(log, state, lr=0.0, grad_norm=None)
         log.close()
     finally:

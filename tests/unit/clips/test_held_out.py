@@ -117,7 +117,7 @@ def test_few_images_and_a_mix_hold_nothing_out(tmp_path: Path) -> None:
     data = DataConfig(train=str(csv_of_paths(tmp_path, layout(5, "shuffled", 8))), held_out=0.05)
     assert len({s.read(i).image for s in [open_split(data, "train", need_long=False)] for i in range(len(s))}) == 8
     assert split_spec(data, "val") is None
-    assert held_out_images(data)[1] == "no image is held out of 8, fewer than 100 (--val-data gives validation images)"
+    assert held_out_images(data)[1] == "no image is held out of 8, fewer than 100 (--val-data gives others)"
     (tmp_path / "many").mkdir()
     many = csv_of_paths(tmp_path / "many", layout(1, "in order"))
     mix = replace(data, train="mix", mix=(MixPart(name="a", share=1, data=str(many)),))

@@ -9,10 +9,11 @@ from conftest import tiny_run
 
 from clips.common.errors import UserError
 from clips.config import PhaseConfig, Schedule
+from clips.engine.checkpoint import TrainState
+from clips.engine.loop import crosses
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
-from clips.training.loop import due, lr_factor, optimizer_steps
-from clips.weights.checkpoint import TrainState
+from clips.training.pretraining import lr_factor, optimizer_steps
 
 PAPER = ("s16", "b16", "l14", "h14")
 # shared by the four: (samples, batch, lr per 256, warm-up samples)
@@ -144,11 +145,10 @@ def test_steps_that_were_left_out_are_no_steps_of_the_optimizer() -> None:
     assert optimizer_steps(run, TrainState(seed=0, step=15, phase=1, phase_step=5, left_out=left_out)) == 3
 
 
-def test_due_once_for_every_multiple_that_a_step_crosses() -> None:
-    p = phase(1000, 0, "cosine", batch=30)
-    hits = [n for n in range(1, 34) if due(100, TrainState(seed=0, samples=30 * n), p)]
+def test_a_step_crosses_each_multiple_once() -> None:
+    hits = [n for n in range(1, 34) if crosses(100, 30 * (n - 1), 30 * n)]
     assert hits == [n for n in range(1, 34) if any(30 * (n - 1) < 100 * k <= 30 * n for k in range(1, 11))]
-    assert not any(due(0, TrainState(seed=0, samples=30 * n), p) for n in range(1, 34))
+    assert not any(crosses(0, 30 * (n - 1), 30 * n) for n in range(1, 34))
 
 
 def test_a_tower_that_others_run_differs_in_its_fields_alone() -> None:

@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clips.common.errors import CommandError
-from clips.recipes import recipe
-from clips.training import watchdog
-from clips.training.engine import Agreed
-from clips.training.log import RunLog
-from clips.training.meter import Meter
-from clips.weights.checkpoint import TrainState
+from clips.engine import watchdog
+from clips.engine.checkpoint import TrainState
+from clips.engine.engine import Agreed
+from clips.engine.log import RunLog
+from clips.engine.meter import Meter
 
 
 def agreed(loss: float, norm: float | None = 1.0) -> Agreed:
@@ -73,7 +72,7 @@ def test_the_limit_is_never_below_what_is_usual_and_follows_the_scale(recent: li
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True)
+    log = RunLog(tmp_path, 100, {}, start_step=0, active=True)
     log.metrics = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by the log
     with pytest.raises(CommandError, match="record of step 3 cannot be written") as ended:
         log.record("train", {"step": 3, "samples": 30, "loss": 1.0})

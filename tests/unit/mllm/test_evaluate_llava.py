@@ -170,7 +170,7 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
     for fields, place_of_images, message in [
         ({"text": "What?", "images": ("0.png",)}, None, r"question 7.*no --image-folder"),
         ({"text": "What?", "images": ("missing.png",)}, store, r"question 7.*missing\.png"),
-        ({"text": "word " * 300}, store, r"question 7 takes \d+ tokens with its 0 picture.*context is 512"),
+        ({"text": "word " * 300}, store, r"question 7 has \d+ tokens with its pictures, the context is 512"),
     ]:
         with pytest.raises(UserError, match=message):
             generate_answers(*loaded, [Question(id=7, **fields)], place_of_images)
@@ -374,7 +374,7 @@ def test_a_model_of_other_data_is_not_asked_about_the_demo(tmp_path: Path, monke
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / FACTS).write_text('{"trained_on": {"align": "align.json", "instruct": "instruct.json"}}')
     monkeypatch.setattr(evaluate, "ensure_any_llava_demo", None)
-    with pytest.raises(UserError, match=r"was trained on align\.json, instruct\.json, so .* --questions"):
+    with pytest.raises(UserError, match=r"trained on align\.json, instruct\.json: .* --questions"):
         evaluate_from_flags(parsed("--model", str(tmp_path / "model"), "--device", "cpu"))
 
 

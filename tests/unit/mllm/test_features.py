@@ -16,7 +16,7 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training import features as features_module
 from mllm.training.features import FeatureCache
-from mllm.training.trainer import Collator
+from mllm.training.task import Collator
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
     assert_close(cache.get(order), fresh(encoder, store, order))
     assert cache.get([]).shape == (0, 16, 32)
     collator = Collator(pad_id=0, image_ids=(99,), load_images=cache.get, image_key="image_features")
-    batch = collator([{"index": 0, "input_ids": [1, 2], "labels": [1, 2], "images": order[:2]}])
+    batch = collator([{"key": "0", "input_ids": [1, 2], "labels": [1, 2], "images": order[:2]}])
     assert torch.equal(batch["image_features"], cache.get(order[:2]))
 
 

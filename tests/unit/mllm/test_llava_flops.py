@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_mllm import SHAPES, tiny_work, write_llm, write_run
+from tiny_mllm import SHAPES, write_llm, write_run
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,11 +19,10 @@ from mllm.model.llava import build_model
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import Counts
 from mllm.training.arguments import parse_train_arguments
-from mllm.training.freeze import apply_freeze, llava_of
-from mllm.training.log import Work, costs_of
+from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
-from mllm.training.trainer import TrainingModel
+from mllm.training.task import TrainingModel
 
 CASES = {
     "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
@@ -75,7 +74,7 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
     freeze = freeze_table(STAGES[number], **options)
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
     apply_freeze(model, freeze)
-    training = TrainingModel(model, features=arguments.caches_features, packed=packed)
+    training = TrainingModel(model, features=arguments.caches_features, image_size=vision.image_size, packed=packed)
     inputs = batch(llava.config.image_token_id, vision.num_tokens)
     pixels = torch.randn(3, 3, vision.image_size, vision.image_size)
     if arguments.caches_features:
@@ -83,29 +82,7 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
     else:
         inputs["pixel_values"] = pixels
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training(**inputs)["loss"].backward()
-    costs = costs_of(llava_of(model), 0 if arguments.caches_features else vision.image_size)
-    work = Work(costs, torch.device("cpu"), 1, training.packed)
-    work.add(inputs | {"counts": Counts.of(inputs, llava.config.image_token_id)})
+        training(inputs)[0].backward()
+    inputs |= {"counts": Counts.of(inputs, llava.config.image_token_id)}
     # Behind a frozen projector keys and values of the first layer need no gradient of their input, which is counted.
-    assert work.total() == pytest.approx(counter.get_total_flops(), rel=0.03 if "frozen" in case else 0)
-
-
-def test_the_work_of_a_rank_adds_up_and_is_told_in_the_field_s_units() -> None:
-    work = tiny_work()
-    inputs = batch(99, 4)
-    inputs |= {"image_features": torch.zeros(3, 4, 16), "counts": Counts.of(inputs, 99)}
-    work.add(inputs)
-    work.add({name: value for name, value in inputs.items() if name != "image_features"})
-    predicted = int((inputs["labels"][:, 1:] != -100).sum())
-    assert work.counts == {"pictures": 3, "positions": 180, "pairs": 2 * 3 * 30**2, "predicted": 2 * predicted}
-    assert work.total() == sum(count * work.costs[unit] for unit, count in work.counts.items())
-    assert work.tokens == 2 * int(inputs["attention_mask"].sum())
-    assert work.over_all_ranks() == (work.total(), work.tokens)
-    assert "mfu" not in work.rates(samples=80, flops=5e12, seconds=10), "nobody states the peak of a CPU"
-    work.world_size, work.peak = 4, 2e12
-    rates = work.rates(samples=80, flops=5e12, seconds=10)
-    assert {name: rates[name] for name in rates if name != "peak_memory_gb"} == {
-        "samples_per_s": 8.0, "samples_per_s_per_gpu": 2.0, "tflops": 0.5, "mfu": 0.25,
-    }  # fmt: skip
-    assert rates["peak_memory_gb"] > 0.1
+    assert training.flops(inputs) == pytest.approx(counter.get_total_flops(), rel=0.03 if "frozen" in case else 0)

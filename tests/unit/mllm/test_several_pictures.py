@@ -28,7 +28,7 @@ from mllm.data.questions import images_of, read_questions
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line
 from mllm.model.tiles import placeholder_ids
-from mllm.training.trainer import Collator, TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 model = tiny_chat.model  # a fixture
 TEXT, NAMES = "What is in the two pictures?", ("0.png", "3.png")
@@ -147,7 +147,7 @@ def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Pa
     with torch.no_grad():
         stock = batch | ({"image_sizes": torch.tensor(batch["image_sizes"])} if layout.pinpoints else {})
         expected = model.model(**stock).loss
-        loss = TrainingModel(model.model, features=False, packed=False)(**batch)["loss"]
+        loss = TrainingModel(model.model, features=False, packed=False)(batch)[0]
     assert torch.allclose(loss, expected, rtol=1e-5)
     short = type(model.encoder)(model.processor.tokenizer, "auto", model.encoder.num_image_tokens, max_length=60)
     with pytest.raises(UserError, match=r"its 4 image\(s\) take \d+ tokens, more than the context"):

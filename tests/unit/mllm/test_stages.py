@@ -7,12 +7,12 @@ import functools
 import io
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from peft import get_peft_model
 from rich.console import Console
 from tiny_mllm import write_llm, write_run
@@ -27,7 +27,7 @@ from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, 
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, print_plan
 from mllm.training.stages import PARTS, STAGES, freeze_table
-from mllm.training.trainer import training_arguments
+from mllm.training.task import schedule
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +203,12 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
     with pytest.raises(UserError, match="--optim other is not supported"):
         arguments("--optim", "other")
     resolved = arguments(*["--stage", "2", "--data_path", "x", "--warmup_steps", "7", "--run_name", "mine"]).resolve(1)
-    made = training_arguments(resolved, Path("runs/none"), torch.device("cpu"), None)
-    assert (made.get_warmup_steps(1000), made.report_to, resolved.run_name) == (7, [], "mine")
+    factor = schedule(resolved, 1000)
+    assert [factor(step) for step in (0, 1, 7, 1000)] == pytest.approx([0, 1 / 7, 1, 0])
+    assert schedule(replace(resolved, warmup_steps=None), 1000)(15) == 0.5, "3 % warm up"
+    for kind in ("reduce_lr_on_plateau", "nothing"):
+        with pytest.raises(UserError, match=f"{kind} is not supported; choose one of: linear, cosine"):
+            schedule(replace(resolved, lr_scheduler_type=kind), 1000)
 
 
 def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, batch: int) -> Non
     resolved = arguments("--data_path", "x", "--batch_size", str(batch)).resolve(1)
     facts = {"language model": "the hub's, its first 2 and last 2 of 30 layers"} if batch == 256 else {}
     prepared: Any = SimpleNamespace(
-        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0, deepspeed=None
+        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0
     )
     print_plan(prepared, 1, Console(file=text, width=200))
     assert "  steps  " in text.getvalue()

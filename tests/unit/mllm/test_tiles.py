@@ -29,7 +29,7 @@ from mllm.model.convert import convert_llava
 from mllm.model.tiles import Layout, placeholder_ids
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
-from mllm.training.trainer import Collator, TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 
 def facts(text: str) -> list[tuple[tuple[int, ...], int, int]]:
@@ -126,7 +126,7 @@ def test_canvases_are_read_as_llava_s_and_bounded() -> None:
 
 
 def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="square"):
+    with pytest.raises(UserError, match="anyres needs a token for each patch"):
         load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", select_feature="full")
     siglip = load_vision(write_siglip(tmp_path / "siglip"), image_aspect_ratio="anyres")  # has no CLS token
     assert siglip.facts["tiles"] == siglip.most_tiles == 4
@@ -175,7 +175,7 @@ def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values")
 def gradients(model: Any, batch: dict[str, Any], **options: bool) -> tuple[float, dict[str, Tensor]]:
     training = TrainingModel(copy.deepcopy(model), **options)
     apply_freeze(training.model, {"vision_tower": "frozen", "projector": "full", "language_model": "full"})
-    loss = training(**batch)["loss"]
+    loss = training(batch)[0]
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in training.trained().items() if p.grad is not None}
 

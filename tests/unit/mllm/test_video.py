@@ -36,7 +36,7 @@ from mllm.encoders.registry import image_pixels, load_vision
 from mllm.evaluation.evaluate import generate_answers
 from mllm.model.tiles import Layout, placeholder_ids, pooled_cells
 from mllm.training.features import FeatureCache
-from mllm.training.trainer import Collator, TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 av = pytest.importorskip("av")
 model = tiny_chat.model  # a fixture
@@ -239,13 +239,13 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.model(**stock, pixel_values_videos=torch.stack([first, second, third])).loss
         for packed in (False, True):
-            loss = TrainingModel(copy.deepcopy(model.model), features=False, packed=packed)(**batch)["loss"]
+            loss = TrainingModel(copy.deepcopy(model.model), features=False, packed=packed)(batch)[0]
             assert torch.allclose(loss, expected, rtol=1e-5)
         vision = load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", frames=FRAMES)
         cache = FeatureCache(vision, store, tmp_path)
         assert cache.fill(["a.mp4", "b.mp4", "1.png"]) == 3
         cached = Collator(pad, image_ids, cache.get, "image_features")([dataset[i] for i in range(3)])
-        loss = TrainingModel(copy.deepcopy(model.model), features=True, packed=False)(**cached)["loss"]
+        loss = TrainingModel(copy.deepcopy(model.model), features=True, packed=False)(cached)[0]
     assert torch.allclose(loss, expected, rtol=2e-3)
     assert vision.fingerprint != load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres").fingerprint
 

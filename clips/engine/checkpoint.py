@@ -46,7 +46,7 @@ class TrainState:
     logit_scale: list[tuple[int, float]] = field(default_factory=list)
     """(samples, logit scale) at each logged step."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last steps of this phase, which a spike is measured by (clips/training/watchdog.py)."""
+    """Losses of the last steps of this phase, which a spike is measured by (clips/engine/watchdog.py)."""
     recent_norms: list[float] = field(default_factory=list)
     """Their gradient norms."""
     left_out: list[int] = field(default_factory=list)

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from clips.common.errors import DivergedError
-from clips.training.engine import Agreed
-from clips.weights.checkpoint import TrainState
+from clips.engine.checkpoint import TrainState
+from clips.engine.engine import Agreed
 
 WINDOW = 32
 """Steps of the phase that are looked back on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from clips.common.live import LiveLine, progress_line
 from clips.common.plots import pretty
 from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
-from clips.config import RunConfig
 
+SKIPPED, SPIKES = "skipped.jsonl", "spikes.jsonl"
 VALIDATED = ("sentence_i2t_r1", "web_i2t_r1", "zero_shot_top1")
 """Figures of a validation that the terminal shows."""
 
@@ -24,22 +24,40 @@ class RunLog:
     """Rank 0's log; on other ranks every method does nothing."""
 
     def __init__(
-        self, run: RunConfig, run_dir: Path, *, start_step: int, active: bool, report_to: Sequence[str] = (TENSORBOARD,)
+        self,
+        run_dir: Path,
+        samples: int,
+        config: Mapping[str, Any],
+        *,
+        start_step: int,
+        active: bool,
+        report_to: Sequence[str] = (TENSORBOARD,),
+        run_name: str | None = None,
+        stage: str = "",
     ) -> None:
-        self.active = active
+        """Open the record of a training of `samples` samples behind step `start_step`.
+
+        Args:
+            config: What the loggers are told of the run.
+            stage: Name of one of several trainings in `run_dir`. Its lines in metrics.jsonl bear it, and all other
+                files are in the folder of this name.
+        """
+        self.active, self.stage = active, stage
         if not active:
             return
         self.run_dir = run_dir
-        names = (METRICS, "skipped.jsonl", "spikes.jsonl")
-        for name in names:
-            keep_lines(run_dir / name, start_step)  # of the checkpoint that is resumed: no step stands twice
-        self.metrics, self.skips, self.spikes = (
-            (run_dir / name).open("a", encoding="utf-8", buffering=1) for name in names
-        )
-        self.trackers = Trackers(report_to, run_dir, run_dir.name, run.to_dict(), start_step)
-        self.line, self.total = LiveLine(), run.samples
+        keep_lines(run_dir / METRICS, start_step, **({"stage": stage} if stage else {}))  # no step stands twice
+        for name in () if stage else (SKIPPED, SPIKES):  # a stage's data is checked before it begins
+            keep_lines(run_dir / name, start_step)
+            (run_dir / name).touch()
+        self.metrics = (run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
+        name = run_name or f"{run_dir.name}/{stage}".rstrip("/")
+        self.trackers = Trackers(report_to, run_dir / stage, name, config, start_step)
+        self.line, self.total = LiveLine(), samples
+        self.newest: dict[str, Any] = {}
+        """The newest figures of training."""
         self.first: tuple[int, float] | None = None
-        """(samples, time) of the first line, from which the time left is told."""
+        """(samples, time) after the first step, from which the time left is told."""
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same scalars to the loggers, and the progress line.
@@ -49,7 +67,8 @@ class RunLog:
         if not self.active:
             return
         with self._writing(values["step"]):
-            self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+            named = {"stage": self.stage} if self.stage else {}
+            self.metrics.write(json.dumps({"kind": kind, **named, "time": round(time.time(), 3), **values}) + "\n")
             scalars = {
                 f"{values.get('split', kind)}/{key}": value
                 for key, value in values.items()
@@ -61,12 +80,19 @@ class RunLog:
             figures = [f"{pretty(name)} {values[name]:.1f} %" for name in VALIDATED if name in values]
             self.say(f"validation after {samples:,} samples: {', '.join(figures) or 'see metrics.jsonl'}")
             return
+        self.newest = values
+
+    def progress(self, samples: int) -> None:
+        """Show the progress line after a step."""
+        if not self.active:
+            return
         now = time.monotonic()
         if self.first is None:
             self.first = (samples, now)
         done = samples - self.first[0]
         left = (now - self.first[1]) / done * (self.total - samples) if done > 0 else None
-        self.line.show(progress_line(values, self.total, left), final=samples >= self.total)
+        words = progress_line(self.newest | {"samples": samples}, self.total, left)
+        self.line.show(f"{self.stage}: {words}".removeprefix(": "), final=samples >= self.total)
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -79,14 +105,18 @@ class RunLog:
             ) from None
 
     def skipped(self, samples: list[tuple[str, str]], step: int) -> None:
-        for key, reason in samples if self.active else []:
-            self.skips.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
+        if self.active and samples:
+            self._append(SKIPPED, [{"step": step, "key": key, "reason": reason} for key, reason in samples])
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        with (self.run_dir / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
     def spike(self, figures: dict[str, Any], keys: list[list[str]]) -> None:
         """A line of spikes.jsonl, `keys` being each rank's samples of the step, and one for a person."""
         if self.active:
             with self._writing(figures["step"]):
-                self.spikes.write(json.dumps(figures | {"keys": keys}) + "\n")
+                self._append(SPIKES, [figures | {"keys": keys}])
             if figures["action"] == "continue" and not figures["loss_jumps"]:
                 return  # a gradient that the loss does not feel belongs to a healthy run
             norm = ""
@@ -105,6 +135,6 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.line.close()
-            for file in (self.metrics, self.skips, self.spikes, self.trackers):
+            for file in (self.metrics, self.trackers):
                 with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
                     file.close()

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
-from clips.training.log import RunLog
-from clips.training.watchdog import OwnTime
-from clips.weights.checkpoint import TrainState
+from clips.engine.checkpoint import TrainState
+from clips.engine.log import RunLog
+from clips.engine.watchdog import OwnTime
 
 
 class Meter:
@@ -30,6 +30,8 @@ class Meter:
         self.started = time.perf_counter()
         self.first = state.samples
         self.waiting_total = 0.0
+        self.flops_total = self.tokens_total = 0
+        """Of this rank, since the meter began."""
         self.reset(state)
 
     def reset(self, state: TrainState) -> None:
@@ -67,8 +69,12 @@ class Meter:
         self.since += spent
         self.started += spent
 
-    def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0) -> None:
-        """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Task.flops`)."""
+    def add(
+        self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0, tokens: int = 0
+    ) -> None:
+        """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Objective.flops`)."""
+        self.flops_total += flops
+        self.tokens_total += tokens
         for key, value in parts.items():
             self.sums[key] = self.sums.get(key, 0) + value.reshape(())
         self.count += 1
@@ -138,11 +144,33 @@ class Meter:
         columns = torch.stack(of_ranks, dim=1).tolist()
         return dict(zip([*losses, *own], columns, strict=True))
 
-    def summary(self, state: TrainState) -> str:
-        """What the training took, in one line."""
-        elapsed = time.perf_counter() - self.started
-        done = state.samples - self.first
-        return (
-            f"trained on {done:,} samples in {in_words(elapsed)}: {done / elapsed:,.0f} samples/s, "
-            f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
-        )
+    def whole(self, state: TrainState) -> dict[str, float]:
+        """Return the speeds of all that was trained since the meter began. Collective."""
+        seconds = time.perf_counter() - self.started
+        totals = torch.tensor([self.flops_total, self.tokens_total], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        tflops, tokens = totals[0].item() / dist.get_world_size() / seconds / 1e12, totals[1].item()
+        speed = (state.samples - self.first) / seconds
+        figures = {
+            "train_seconds": seconds,
+            "samples_per_s": speed,
+            "samples_per_s_per_gpu": speed / dist.get_world_size(),
+            "tokens_per_s": tokens / seconds,
+            "tflops": tflops,
+            "peak_memory_gb": peak_memory_gb(self.device),
+            "data_wait_share": self.waiting_total / seconds,
+            **({"mfu": tflops * 1e12 / self.peak} if self.peak else {}),
+        }
+        return {name: float(f"{value:.4g}") for name, value in figures.items()}
+
+
+def summary(samples: int, figures: dict[str, float]) -> str:
+    """Say in one line what a training of `samples` samples took, by `Meter.whole`."""
+    words = [f"{figures['samples_per_s']:,.1f} samples/s"]
+    if figures["tokens_per_s"]:
+        words.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+    if "mfu" in figures:
+        words.append(f"{figures['mfu']:.0%} of the GPU's peak")
+    words.append(f"{figures['peak_memory_gb']:.1f} GB")
+    words.append(f"{figures['data_wait_share']:.1%} of the time spent waiting for data")
+    return f"trained on {samples:,} samples in {in_words(figures['train_seconds'])}: {', '.join(words)}"

@@ -164,6 +164,20 @@ class ZeroState:
             for key in self._keys(parameter):
                 self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
 
+    def restore_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the fp32 masters of bf16 weights their values; every rank passes all of them.
+
+        The weights that compute are loaded before the engine is built, and the masters are made of those.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.trained.items():
+            value = weights[name].to(self.device, torch.float32)
+            if self.stage == 3:
+                safe_set_local_fp32_param(parameter, self._part(value))
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
     def reset_optimizer(self, steps: int = 0) -> None:
         """Put zero state in the place of whatever there is, as if after `steps` optimizer steps.
 

@@ -1,0 +1,230 @@
+"""The wrapper around DeepSpeed's engine: a task, its optimizer, and what the loop asks of them.
+
+Choices made here, and why
+- Where weights are fp32, bf16 is autocast inside the task's forward pass, so the weights and the optimizer state are
+  exact in every ZeRO stage. With `bf16_weights` they are bf16, and ZeRO keeps fp32 masters: a language model of 7B does
+  not fit otherwise.
+- Optimizers are torch's, with parameter groups of the task's own. DeepSpeed's own Adam would have to be compiled on
+  first use, and decays everything it is given.
+- A checkpoint is gathered by parameter name (clips/engine/zero_state.py) instead of DeepSpeed's own per-rank pickles:
+  it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
+
+DeepSpeed is imported by four files only: this one, zero_state.py, clips/training/muon.py, and clips/common/runtime.py,
+which switches off what would be compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clips.common.errors import NotFiniteError, UserError
+from clips.common.files import from_json, read_bytes
+from clips.common.runtime import import_deepspeed
+from clips.common.signals import STOP_SIGNALS
+from clips.engine.zero_state import ZeroState
+
+Batch = dict[str, Any]
+OF_THE_TRAINING = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "bf16", "fp16"),
+)
+"""DeepSpeed's settings that a run's configuration or flags decide."""
+
+
+def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
+    """Return DeepSpeed's settings in the file that `flag` names; none without a file, which is ZeRO 0.
+
+    Raises UserError for an unreadable file, and for a setting of OF_THE_TRAINING that is not left "auto".
+    """
+    if path is None:
+        return {}
+    try:
+        config = from_json(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path} is not a readable JSON file: {error}") from None
+    if taken := [name for name in OF_THE_TRAINING if not _is_auto(config.pop(name, "auto"))]:
+        raise UserError(f"{flag} {path} holds {', '.join(taken)}, which the run's own settings decide: leave them out")
+    return config
+
+
+def _is_auto(value: Any) -> bool:
+    """Say whether a setting or section leaves its choice open, as in LLaVA's files."""
+    if not isinstance(value, dict):
+        return value == "auto"
+    given = {"enabled": value["enabled"]} if "enabled" in value else value.get("params", {})
+    return value.get("type", "AdamW") in ("AdamW", "WarmupLR") and all(_is_auto(choice) for choice in given.values())
+
+
+class Objective(nn.Module):
+    """A model with its objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss.
+
+    `forward(batch, told)` turns a micro-batch on the device into (loss, detached parts with the "loss" to be logged).
+    The engine averages losses over the micro-batches of a step and over the ranks.
+    """
+
+    def alone(self) -> nn.Module:
+        """Return the module in whose forward pass a rank waits for no other one, below ZeRO-3."""
+        return self
+
+    def counted(self, batch: Batch) -> Batch:
+        """Return a micro-batch, which is on the host, with the counts for which the device would be waited for."""
+        return batch
+
+    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
+        """Return for each of a step's micro-batches what its loss must know of the others. Collective."""
+        return [None] * len(batches)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """Return a micro-batch of the loader with its tensors on `device`."""
+        return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
+
+    def flops(self, batch: Batch) -> int:
+        """Return the FLOPs of the forward and backward pass over a micro-batch, which is on the host."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Batch) -> int:
+        """Return the tokens of a micro-batch that are no padding, where they are told of."""
+        return 0
+
+
+class Agreed(NamedTuple):
+    """What every rank knows of a step before it is taken; the same figures, bit for bit, on every rank."""
+
+    finite: bool
+    """Every loss and gradient."""
+    stopping: int
+    """Number of the signal that somebody was asked to stop by, the highest one; 0 for none."""
+    unsaved: bool
+    """A checkpoint could not be written."""
+    loss: float
+    """Mean over ranks."""
+    grad_norm: float | None
+    """Norm of the gradient of the parameters that AdamW steps, before clipping; None where there is none to be seen.
+    Muon's are left out: the size of its update does not depend on the gradient's, nor is that at hand in ZeRO 1 and 2.
+    """
+
+
+class Engine:
+    """The DeepSpeed engine around an objective: backward, finite check, step, gather and restore."""
+
+    def __init__(
+        self,
+        task: Objective,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        ds_config: Mapping[str, Any],
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        clip_grad: float = 0.0,
+        bf16_weights: bool = False,
+        checkpointed: Mapping[str, nn.Parameter],
+    ) -> None:
+        """Wrap `task`.
+
+        Args:
+            optimizer: With groups that have a "name", and perhaps a "scale" of their learning rate.
+            ds_config: DeepSpeed's settings besides those that are given here.
+            micro_batch: Samples of a micro-batch of one rank.
+            clip_grad: The norm to which gradients are clipped; 0: they are not.
+            bf16_weights: Compute with bf16 weights; needs a ZeRO stage above 0, which keeps fp32 masters.
+            checkpointed: Name in a checkpoint → parameter.
+        """
+        deepspeed = import_deepspeed()
+        self.world_size, self.accumulation, self.device = dist.get_world_size(), accumulation, device
+        sizes: dict[str, list[int]] = {}
+        for group in optimizer.param_groups:
+            sizes.setdefault(group["name"], []).extend(p.numel() for p in group["params"])
+        # Now: DeepSpeed puts its flat tensors in the place of the groups' parameters.
+        muon = {id(p) for group in optimizer.param_groups if group["name"] == "muon" for p in group["params"]}
+        config = {
+            **ds_config,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip_grad,
+            "bf16": {"enabled": bf16_weights},
+            "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's AdamW with groups of our own
+            "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for offload
+            "steps_per_print": 10**9,  # clips/engine/log.py prints
+            "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
+        }
+        task.to(device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=task, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.state = ZeroState(self.engine, checkpointed, muon, device)
+        """The sharded state: to gather for a checkpoint, and to restore from one."""
+        self.stage = self.state.stage
+        self.facts = {
+            "zero_stage": self.stage,
+            "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
+        }
+        """What env.json tells of the engine."""
+
+    def __call__(self, batch: Batch, told: Any = None, **options: Any) -> Any:
+        """Return what the task's forward pass gives for a micro-batch of the loader."""
+        return self.engine(self.task.to_device(batch, self.device), told, **options)
+
+    @property
+    def task(self) -> Any:
+        return self.engine.module
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the learning rate of each parameter group by its name."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]] * group.get("scale", 1.0)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate gradients; behind the `last` micro-batch of a step they are reduced over the ranks."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def step(self, *, leave_out: bool = False) -> None:
+        """Update the weights, once all micro-batches of the step have passed.
+
+        `leave_out`: the gradients are dropped, and weights and optimizer state stay as they are.
+        NotFiniteError where DeepSpeed skips a step: with offload it sees a gradient that `agree` does not hold.
+        """
+        with self.state.leaving_out() if leave_out else contextlib.nullcontext():
+            self.engine.step()
+        if not leave_out and not self.engine.was_step_applied():
+            raise NotFiniteError("a gradient is not finite; DeepSpeed left this step out and no weight was changed")
+
+    def agree(self, loss: Tensor, stop: int, unsaved: bool = False) -> Agreed:
+        """What all ranks know of the step; between the last backward and the step. Collective, the step's only sync.
+
+        `loss`: this rank's mean over the step's micro-batches. Looks at it and at every gradient that this rank
+        holds. DeepSpeed itself would let non-finite gradients into fp32 weights. `stop`: number of the signal that
+        this rank got, 0 for none; `unsaved`: a checkpoint could not be written here.
+        """
+        zero = loss.new_zeros((), dtype=torch.float32)
+
+        def norm_of(gradients: list[Tensor]) -> Tensor:
+            norms = torch._foreach_norm(gradients, dtype=torch.float32) if gradients else [zero]
+            return torch.stack([norm.to(self.device) for norm in norms]).norm()
+
+        adamw, muon = map(norm_of, self.state.gradients())
+        loss = loss.detach().float()
+        broken = ~torch.isfinite(loss + adamw + muon)
+        square = adamw.double().square()
+        if self.stage == 0:
+            square = square / self.world_size  # every rank holds the whole gradient
+        signals = square.new_tensor([unsaved, *(stop == number for number in STOP_SIGNALS)])
+        sums = torch.cat([torch.stack([broken.double(), loss.double(), square]), signals])
+        dist.all_reduce(sums)
+        broken_ranks, total, squares, unsaved_ranks, *stops = sums.tolist()
+        return Agreed(
+            finite=broken_ranks == 0,
+            stopping=max((n for n, ranks in zip(STOP_SIGNALS, stops, strict=True) if ranks), default=0),
+            unsaved=unsaved_ranks > 0,
+            loss=total / self.world_size,
+            grad_norm=math.sqrt(squares) if squares > 0 else None,
+        )

@@ -1,0 +1,190 @@
+"""The training loop of both halves: batches, passes, agreement, step, log, checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import profile
+
+from clips.common.errors import CommandError, NotFiniteError
+from clips.common.peaks import peak_flops
+from clips.common.signals import StopSignal, stopped_by
+from clips.engine.checkpoint import TrainState, Writer
+from clips.engine.engine import Agreed, Batch, Engine
+from clips.engine.log import RunLog
+from clips.engine.meter import Meter, summary
+from clips.engine.watchdog import OwnTime
+
+
+class Training:
+    """What a training brings to the loop besides its engine, whose task has the model and the loss."""
+
+    engine: Engine
+    state: TrainState
+    """The progress; the loop moves it on."""
+    samples: int
+    """Samples of the whole training, in whole steps."""
+    log_every: int
+    """Steps between two lines of the log."""
+    save_every: int
+    """Samples between two checkpoints; 0: only the last step has one."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Return this rank's micro-batches, with the "keys" of their samples, from the state on to the end."""
+        raise NotImplementedError
+
+    def batch_size(self) -> int:
+        """Return the samples of the next step, over all ranks."""
+        raise NotImplementedError
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rate of each parameter group in the next step; the log shows the first one."""
+        raise NotImplementedError
+
+    def begin_step(self) -> None:
+        """Prepare the engine for the next step. Collective."""
+
+    def leaves_out(self, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:
+        """Say whether the update of the step is left out, which all ranks find alike. Collective where it is.
+
+        Args:
+            keys: Of the samples of each of this rank's micro-batches.
+        """
+        return False
+
+    def end_step(self) -> None:
+        """Mend the weights after an update."""
+
+    def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Raise BrokenDataError if too many samples were replaced; `skipped` are those since the last line."""
+
+    def validates(self) -> bool:
+        """Say whether the step that just ended is followed by a validation."""
+        return False
+
+    def validate(self, log: RunLog) -> None:
+        """Measure on the validation data. Collective."""
+
+
+def train(training: Training, log: RunLog, writer: Writer, profiler: profile | None = None) -> dict[str, float]:
+    """Take every step from the state on to the end; return the speeds of all of them. Collective.
+
+    Raises Stopped after a signal, behind a checkpoint, and NotFiniteError with the samples whose loss is not finite.
+    """
+    engine, state = training.engine, training.state
+    stop = StopSignal()
+    # In ZeRO-3 ranks wait for each other's weights inside the model.
+    own_time = OwnTime(engine.task.alone(), engine.device) if engine.stage < 3 else None
+    meter = Meter(engine.device, state, own_time, peak_flops(engine.device))
+    batches = meter.timed(training.batches())
+
+    while state.samples < training.samples:
+        training.begin_step()
+        rates = training.rates()
+        engine.set_rates(rates)
+        step = [engine.task.counted(batch) for batch in islice(batches, engine.accumulation)]
+        parts = accumulate(engine, step)
+        losses = [of_batch["loss"] for of_batch in parts]
+        keys = [batch["keys"] for batch in step]
+        for batch, of_batch in zip(step, parts, strict=True):
+            meter.add(of_batch, batch.get("skipped", []), engine.task.flops(batch), engine.task.tokens(batch))
+
+        agreed = engine.agree(torch.stack(losses).mean(), stop.requested, writer.has_failed())
+        if agreed.unsaved:
+            await_checkpoint(writer)  # raises
+        if not agreed.finite:
+            _end_not_finite(state, losses, keys)
+        engine.step(leave_out=training.leaves_out(agreed, keys, log))
+        training.end_step()
+        if profiler is not None:
+            profiler.step()
+        before = state.samples
+        state.samples += training.batch_size()
+        state.step += 1
+        state.phase_step += 1
+
+        is_last = state.samples >= training.samples
+        saves = crosses(training.save_every, before, state.samples) or is_last or agreed.stopping > 0
+        # A checkpoint needs a line too: the means begin anew after it.
+        if state.step % training.log_every == 0 or saves:
+            training.check_skipped(meter.log(log, state, next(iter(rates.values())), agreed.grad_norm))
+        log.progress(state.samples)
+        with meter.aside():
+            if saves:
+                save(engine, state, writer)
+            if agreed.stopping:  # a validation that is due follows when the run goes on
+                await_checkpoint(writer)
+                raise stopped_by(agreed.stopping)
+            if training.validates():
+                training.validate(log)
+    batches.close()
+    await_checkpoint(writer)
+    stop.restore()
+    figures = meter.whole(state)
+    if state.samples > meter.first:
+        log.say(summary(state.samples - meter.first, figures))
+    return figures
+
+
+def accumulate(engine: Engine, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Take the forward and backward passes of a step's micro-batches; return the detached parts of their losses."""
+    found = []
+    told = engine.task.told(engine, batches)
+    for number, (batch, of_others) in enumerate(zip(batches, told, strict=True), start=1):
+        loss, parts = engine(batch, of_others)
+        engine.backward(loss, last=number == len(batches))
+        found.append(parts)
+    return found
+
+
+def crosses(every: int, before: int, now: int) -> bool:
+    """Say whether a multiple of `every` samples lies behind `before` and not behind `now`; never if `every` is 0."""
+    return every > 0 and now // every > before // every
+
+
+def _end_not_finite(state: TrainState, losses: list[Tensor], keys: list[list[str]]) -> NoReturn:
+    """End the run on every rank, weights untouched, with the samples of the micro-batches that are not finite.
+
+    A contrastive loss runs over all ranks: the samples of one rank break the losses of all.
+    """
+    own = [names for loss, names in zip(losses, keys, strict=True) if not torch.isfinite(loss).all()]
+    broken = keys_of_all_ranks(own)
+    where = "\n".join(f"  rank {rank}: {', '.join(names)}" for rank, names in enumerate(broken) if names)
+    named = "Every loss was finite."
+    if where:
+        named = f"Samples of the micro-batches whose loss is not finite:\n{where}"
+    raise NotFiniteError(
+        f"the loss or a gradient is not finite at step {state.step + 1}; no weight was changed.\n{named}\n"
+        "Look at them with scripts/check_data.py, or lower the learning rate"
+    )
+
+
+def keys_of_all_ranks(keys: list[list[str]]) -> list[list[str]]:
+    """Return the keys of each rank's samples, from those of this rank's micro-batches. Collective."""
+    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, [key for names in keys for key in names])
+    return of_ranks
+
+
+def save(engine: Engine, state: TrainState, writer: Writer) -> None:
+    """Copy the content of a checkpoint to rank 0's memory, and begin to write it. Collective."""
+    await_checkpoint(writer)  # one at a time: in memory, too
+    weights = engine.state.gather_weights()
+    optimizer = engine.state.gather_optimizer()
+    if dist.get_rank() == 0:
+        writer.begin(weights, optimizer, state)
+
+
+def await_checkpoint(writer: Writer) -> None:
+    """Wait until the checkpoint in progress is written. Raises CommandError on every rank if it failed. Collective."""
+    failure = [writer.wait()]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise CommandError(
+            f"{failure[0]}. The older ones are intact: make room, then the same command goes on from the last one"
+        )

@@ -1,0 +1,135 @@
+"""The optimizer of a pretraining run, and the engine around it.
+
+- AdamW is torch's, with parameter groups made here (no decay on biases, norms and the logit scale).
+- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where matrices are whole
+  (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
+  rather than from a JSON section because DeepSpeed would choose the matrices by name; here exactly the blocks'
+  2-D weights get Muon. Its scaling of an update is sqrt(max(1, rows / columns)), torch.optim.Muon's "original".
+- Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch import nn
+
+from clips.config import ModelConfig, OptimConfig, RunConfig
+from clips.engine.engine import Agreed, Batch, Engine
+from clips.engine.loop import accumulate
+from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
+from clips.training.task import Task
+
+
+def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Who is optimised how: "muon" (the blocks' matrices), "decay" (other matrices), "no_decay" (the rest).
+
+    Every trainable parameter is in exactly one group; empty groups are left out. A name has a group for each `scale`,
+    its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon`, which
+    DeepSpeed's ZeRO optimizers read.
+    """
+    members: dict[str, dict[float, list[nn.Parameter]]] = {"muon": {}, "decay": {}, "no_decay": {}}
+    parameter: Any  # nn.Parameter knows of no `use_muon`
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_block = ".blocks." in name and parameter.ndim == 2
+        parameter.use_muon = optim.kind == "muon" and in_block
+        # Positions, queries and the CLS token carry no decay in the reference either: they are no weights of a map.
+        undecayed = ("pos_embed", "queries") + (() if optim.decay_embeddings else ("token_embed.weight",))
+        decays = parameter.ndim >= 2 and not name.endswith(undecayed)
+        kind = "muon" if parameter.use_muon else "decay" if decays else "no_decay"
+        scale = optim.layer_decay ** layers_above(name, task.model.config)
+        members[kind].setdefault(scale, []).append(parameter)
+    groups = []
+    for name, by_scale in members.items():
+        decay = 0.0 if name == "no_decay" else optim.weight_decay
+        for scale, parameters in by_scale.items():
+            groups.append({"name": name, "params": parameters, "lr": 0.0, "scale": scale, "weight_decay": decay})
+    return groups
+
+
+def layers_above(name: str, model: ModelConfig) -> int:
+    """How many layers of its tower lie above a parameter of a Task: 0 for the final norm, the projection and all that
+    is in no tower; all blocks and one more for embeddings and positions."""
+    _, part, *rest = name.split(".")
+    if part not in ("visual", "text") or rest[0] in ("norm", "proj"):
+        return 0
+    layers = model.vision.layers if part == "visual" else model.text.layers
+    return layers - int(rest[1]) if rest[0] == "blocks" else layers + 1
+
+
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
+    if optim.kind == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    from clips.training.muon import BatchedMuon  # here, for its import decorates kernels with torch.compile
+
+    for group in groups:
+        group["use_muon"] = group["name"] == "muon"
+        group.update({"momentum": optim.muon_momentum, "ns_method": "standard"} if group["use_muon"] else adam)
+    return BatchedMuon(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def make_engine(task: Task, run: RunConfig, device: torch.device, ds_config: dict[str, Any]) -> Engine:
+    """Return the engine of a pretraining run, with its optimizer. Collective."""
+    task.model.set_activation_checkpointing(run.train.activation_checkpointing)
+    zero = ds_config.get("zero_optimization", {})
+    if run.optim.kind == "muon" and zero.get("stage") == 3:
+        zero["reduce_scatter"] = False  # DeepSpeed refuses Muon with it: the full gradient is needed
+    engine = Engine(
+        task, build_optimizer(parameter_groups(task, run.optim), run.optim), device, ds_config,
+        micro_batch=run.phases[0].batch_size // (dist.get_world_size() * run.train.accumulation),
+        accumulation=run.train.accumulation, clip_grad=run.optim.clip_grad,
+        checkpointed=dict(task.model.named_parameters()),
+    )  # fmt: skip
+    # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
+    torch._dynamo.config.disable = not run.train.compile
+    if run.train.compile:
+        task.model.compile_blocks()
+    return engine
+
+
+def rates_of(lr: float, muon_lr: float) -> dict[str, float]:
+    """Return the learning rate of each of `parameter_groups`."""
+    return {"decay": lr, "no_decay": lr, "muon": muon_lr}
+
+
+@torch.no_grad()
+def limit_logit_scale(engine: Engine) -> None:
+    """After a step, put the temperature back to its limit where it went beyond.
+
+    The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
+    """
+    for held in engine.state.copies("logit_scale"):
+        held.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> CLIPSModel | None:
+    """Return a copy of the model outside DeepSpeed, for evaluation and export; None but on rank 0 or `everywhere`.
+
+    Collective.
+    """
+    weights = engine.state.gather_weights(everywhere=everywhere)
+    if not weights:
+        return None
+    model = CLIPSModel(run.model, engine.task.model.pad_id)
+    model.load_state_dict(weights)
+    return model.to(engine.device).eval()
+
+
+def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Agreed:
+    """Take the loop's step (clips/engine/loop.py) without log and verdict, for benchmarks and tests. Collective.
+
+    `batches` are this rank's micro-batches, run.train.accumulation of them.
+    """
+    parts = accumulate(engine, [engine.task.counted(batch) for batch in batches])
+    agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
+    engine.step()
+    limit_logit_scale(engine)
+    return agreed

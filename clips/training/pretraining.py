@@ -1,0 +1,293 @@
+"""Pretraining: prepare a run, train it in the loop of both halves, and finish it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clips.common.errors import BrokenDataError, UserError
+from clips.common.escape import printable
+from clips.common.files import write_json
+from clips.common.profile import profiled
+from clips.common.ranks import naming_lost_ranks
+from clips.common.rundir import has_report, is_finished, read_metrics
+from clips.common.runtime import environment, init_distributed, meet_on, shutdown
+from clips.common.start import Start
+from clips.common.tensors import assign_weights
+from clips.config import PhaseConfig, RunConfig
+from clips.data.loader import make_loader, micro_batch_size
+from clips.data.sample import mend_broken
+from clips.data.sources import Source
+from clips.data.splits import split_spec
+from clips.data.tokenizer import CaptionTokenizer
+from clips.engine import checkpoint, watchdog
+from clips.engine.checkpoint import TrainState, Writer
+from clips.engine.engine import Agreed, Batch, Engine, read_ds_config
+from clips.engine.log import RunLog
+from clips.engine.loop import Training, crosses, keys_of_all_ranks, train
+from clips.evaluation.evaluate import evaluate
+from clips.evaluation.metrics import choosing_figure
+from clips.model.clips import CLIPSModel
+from clips.training.finish import finish_run, print_next
+from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
+from clips.training.plan import print_memory
+from clips.training.prepare import (
+    Options,
+    facts_of_data,
+    facts_of_run,
+    open_run_dir,
+    prepare_data,
+    print_plan,
+    read_given_weights,
+    with_precision,
+)
+from clips.training.task import Task
+from clips.weights.initial import Beginning, initialise
+
+
+def lr_factor(phase: PhaseConfig, step: int) -> float:
+    """Share of the peak learning rate at optimizer step `step` of the phase (0-based)."""
+    warmup = phase.warmup_samples / phase.batch_size
+    if step + 1 <= warmup:
+        return (step + 1) / warmup
+    if phase.schedule == "cosine":
+        progress = (step - warmup) / max(1.0, phase.steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if phase.schedule == "constant":
+        return 1.0
+    falling = phase.steps - warmup if phase.schedule == "linear" else phase.steps / 3
+    return min(1.0, (phase.steps - step) / falling)
+
+
+def optimizer_steps(run: RunConfig, state: TrainState) -> int:
+    """Steps taken since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    since = state.step
+    for index in range(state.phase, 0, -1):
+        if run.phases[index].fresh_optimizer:
+            since = state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+            break
+    return since - sum(state.step - since <= step < state.step for step in state.left_out)
+
+
+def pretrain(run: RunConfig, options: Options, start: Start) -> None:
+    """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export.
+
+    The ranks have met in `start`, which ends with the first step.
+    """
+    device = meet_on(start, options.device)
+    start.at("the process group")
+    init_distributed(device, options.timeout_minutes)
+    for phase in run.phases:
+        micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so now
+
+    start.at("the run directory")
+    previous = open_run_dir(run, options)
+    has_begun = start.of_rank_0((options.run_dir / "config.json").exists())
+    run = with_precision(run, options.run_dir, device)
+    run = replace(run, train=replace(run.train, precision=start.of_rank_0(run.train.precision)))
+    ds_config = read_ds_config(options.ds_config, "--ds-config")
+    start.agree(facts_of_run(run, options, previous, ds_config))
+    is_trained = previous is not None and previous.state.samples == run.samples
+    if start.of_rank_0(is_trained and is_finished(options.run_dir) and has_report(options.run_dir)):
+        if start.rank == 0:
+            print_next(run, options.run_dir)
+        start.close()
+        shutdown()
+        return
+
+    start.at("the data and the tokenizer")
+    initial = read_given_weights(run, options) if previous is None else None
+    source, tokenizer = prepare_data(run, options, initial, start, has_begun=has_begun)
+    start.agree(facts_of_data(source, tokenizer, initial))
+
+    start.at("the model")
+    torch.manual_seed(run.train.seed)
+    model = CLIPSModel(run.model, tokenizer.pad_id)
+    model.freeze(run.train.freeze)
+    beginning = initialise(model, initial) if initial is not None else None
+    if start.rank == 0:
+        print_plan(run, model, len(source), options.run_dir, device, start.ranks, previous, beginning)
+    if options.dry_run:
+        start.close()
+        shutdown()
+        if start.rank == 0:
+            print_memory(run, start.ranks, ds_config.get("zero_optimization", {}))
+        return
+    if previous is not None:
+        assign_weights(model, previous.weights(), previous.path)
+    state = previous.state if previous is not None else TrainState(seed=run.train.seed)
+    if beginning is not None:
+        state.began_with = beginning.sha256
+
+    start.at("the engine")
+    engine = make_engine(Task(model, run), run, device, ds_config)
+    if previous is not None:
+        try:
+            engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
+        except KeyError as error:
+            raise UserError(
+                f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
+            ) from None
+    if start.rank == 0:
+        _record(run, options, previous, beginning, engine)
+    start.finish()
+    log = RunLog(
+        options.run_dir, run.samples, run.to_dict(), start_step=state.step, active=start.rank == 0,
+        report_to=options.report_to,
+    )  # fmt: skip
+    training = Pretraining(run, engine, source, tokenizer, state, options.run_dir)
+    with (
+        profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
+        contextlib.closing(log),
+        Writer(options.run_dir, run.train.keep_checkpoints) as writer,
+        naming_lost_ranks(lambda: state.step + 1),
+    ):
+        if training.owes_validation():
+            training.validate(log)
+        train(training, log, writer, profiler)
+        trained = plain_model(engine, run)
+    shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
+    if trained is not None:
+        # The cores of this machine's other ranks are free now.
+        torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
+        finish_run(run, trained, tokenizer, options.run_dir)
+
+
+def _record(
+    run: RunConfig,
+    options: Options,
+    previous: checkpoint.Checkpoint | None,
+    beginning: Beginning | None,
+    engine: Engine,
+) -> None:
+    """Write what tells of the run before its first step."""
+    if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
+        print(printable(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
+    if beginning is not None:
+        beginning.save(options.run_dir)
+    run.save(options.run_dir / "config.json")
+    write_json(options.run_dir / "env.json", environment(engine.device, engine.world_size) | engine.facts)
+
+
+class Pretraining(Training):
+    """What a pretraining run brings to the loop: phases, spikes, validations."""
+
+    def __init__(
+        self, run: RunConfig, engine: Engine, source: Source, tokenizer: CaptionTokenizer, state: TrainState,
+        run_dir: Path,
+    ) -> None:  # fmt: skip
+        self.run, self.engine, self.source, self.tokenizer, self.state = run, engine, source, tokenizer, state
+        self.run_dir = run_dir
+        self.samples, self.log_every, self.save_every = run.samples, run.train.log_every, run.train.checkpoint_every
+
+    @property
+    def phase(self) -> PhaseConfig:
+        """The phase of the newest step, or of the next one once that has begun."""
+        return self.run.phases[self.state.phase]
+
+    def batches(self) -> Iterator[Batch]:
+        return make_loader(
+            self.source, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
+            phase=self.state.phase, step=self.state.phase_step,
+        )  # fmt: skip
+
+    def batch_size(self) -> int:
+        return self.phase.batch_size
+
+    def begin_step(self) -> None:
+        """Move on to the next phase behind the last step of one, and give the tower its image size."""
+        state = self.state
+        if state.phase_step >= self.phase.steps:
+            state.phase += 1
+            state.phase_step = 0
+        visual = self.engine.task.model.visual
+        if visual.image_size != self.phase.image_size:
+            visual.set_image_size(self.phase.image_size)
+        if state.phase_step == 0:
+            self._begin_phase()
+
+    def _begin_phase(self) -> None:
+        self.state.recent_losses = []
+        self.state.recent_norms = []
+        if self.phase.fresh_optimizer:
+            self.engine.state.reset_optimizer()
+
+    def rates(self) -> dict[str, float]:
+        factor = lr_factor(self.phase, self.state.phase_step)
+        return rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
+
+    def leaves_out(self, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:
+        """Record a spike, and leave its update out if the run says so.
+
+        Raises DivergedError if leaving steps out does not help.
+        """
+        state = self.state
+        figures = watchdog.find_spike(state, agreed)
+        if figures is not None:
+            action = self.run.train.on_spike
+            log.spike({"step": state.step + 1, "action": action, **figures}, keys_of_all_ranks(keys))
+            if action == "skip":
+                watchdog.leave_out(state, since=state.step + 1 - 2 * watchdog.PATIENCE)
+                return True
+        watchdog.remember(state, agreed)
+        return False
+
+    def end_step(self) -> None:
+        limit_logit_scale(self.engine)
+
+    def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Raise BrokenDataError if more samples were broken than data.max_broken_share."""
+        state, most = self.state, self.run.data.max_broken_share
+        if state.skipped <= max(10, most * state.samples):
+            return
+        reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
+        raise BrokenDataError(
+            f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
+            f"data.max_broken_share = {most:.1%}; all are listed in skipped.jsonl, the last ones are\n"
+            f"  {reasons}\n{mend_broken(state.skipped / state.samples)} --allow-config-change. "
+            "A run on data without them needs another --name"
+        )
+
+    def validates(self) -> bool:
+        state = self.state
+        crossed = crosses(self.run.train.eval_every, state.samples - self.phase.batch_size, state.samples)
+        return (crossed or state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
+
+    def owes_validation(self) -> bool:
+        """Say whether the run was ended between its checkpoint and the validation of that step. Collective."""
+        step = self.state.step
+        if step == 0 or not self.validates():
+            return False
+        owes = dist.get_rank() == 0 and all(line.get("step") != step for line in read_metrics(self.run_dir, "eval"))
+        told = [owes]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+    def validate(self, log: RunLog) -> None:
+        """Measure retrieval and zero-shot classification on (a part of) the validation split. Collective.
+
+        Every rank encodes its share of pictures and texts; rank 0 has the figures.
+        """
+        begin = time.perf_counter()
+        model = plain_model(self.engine, self.run, everywhere=True)
+        assert model is not None
+        measured = evaluate(
+            model, self.tokenizer, self.run, split="val", full=False, image_size=self.phase.image_size, sharded=True
+        )
+        figures = {name: figure.value for name, figure in measured.items()}
+        choosing = choosing_figure(figures) if self.run.train.choose == "best" else None
+        if choosing is not None:
+            figures["choosing"] = round(choosing, 3)
+        log.record("eval", {
+            "step": self.state.step, "samples": self.state.samples, "split": "val",
+            "validation_seconds": round(time.perf_counter() - begin, 3), **figures,
+        })  # fmt: skip

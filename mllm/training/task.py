@@ -1,0 +1,239 @@
+"""What a LLaVA stage brings to the loop: its model with the loss, its batches, its rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from clips.common.errors import UserError
+from clips.common.runtime import autocast
+from clips.common.signals import start_worker
+from clips.engine.checkpoint import TrainState
+from clips.engine.engine import Batch, Engine, Objective
+from clips.engine.loop import Training
+from mllm.data.conversation import IGNORE
+from mllm.data.dataset import LlavaDataset, pad_rows
+from mllm.data.sampler import EpochSampler
+from mllm.model.forward import causal_lm_loss, embed_inputs
+from mllm.model.packing import PACKED, Counts, Packing, can_pack
+from mllm.model.tiles import Llava, newline_of, placeholder_ids
+from mllm.training.arguments import TrainArguments
+from mllm.training.flops import costs_of, units_of
+from mllm.training.freeze import llava_of, parameter_groups
+from mllm.training.stages import PARTS
+
+
+class TrainingModel(Objective):
+    """The module that the engine wraps: a batch → its loss. `model` is the LLaVA model, plain or as a PeftModel.
+
+    With tiles the newline is a parameter of this module too: under ZeRO-3 a parameter is whole while its module runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, features: bool, image_size: int = 0, packed: bool = True, bf16: bool = False
+    ) -> None:
+        """Wrap `model`.
+
+        Args:
+            features: Batches bring `image_features`, not `pixel_values`.
+            image_size: Side of a square that the encoder sees, in pixels, for the FLOPs.
+            packed: Pack batches (mllm/model/packing.py) if the language model allows it.
+            bf16: Compute in bf16 with weights of any precision (autocast).
+        """
+        super().__init__()
+        self.model = model
+        self.features, self.bf16 = features, bf16
+        self.image_newline = newline_of(self.llava)
+        self.packed = packed and can_pack(self.llava.config.get_text_config())
+        self.costs = costs_of(self.llava, 0 if features else image_size)
+        if self.packed:
+            self.llava.model.language_model.set_attn_implementation(PACKED)
+
+    @property
+    def llava(self) -> Llava:
+        return llava_of(self.model)
+
+    def forward(self, batch: Batch, labels: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch in the layout of `Collator`, and it again without its graph.
+
+        Args:
+            labels: What the sum over labels is divided by; None: their number in this batch.
+        """
+        with autocast(batch["input_ids"].device, enabled=self.bf16):
+            loss = self._loss(batch, labels)
+        return loss, {"loss": loss.detach()}
+
+    def _loss(self, batch: Batch, labels: Tensor | float | None) -> Tensor:
+        llava, ids, mask, features = (
+            self.llava,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch.get("image_features"),
+        )
+        counts, pixels = batch.get("counts"), batch.get("pixel_values")
+        if counts is None:  # without them the host waits for the GPU
+            counts = Counts.of(batch, *placeholder_ids(llava.config))
+        if not self.features and pixels is None:  # a batch without images, see `embed_inputs`
+            side = llava.model.vision_tower.config.image_size
+            pixels = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=ids.device)
+        embeds = embed_inputs(llava, ids, features, pixels, counts.image_tokens, batch.get("image_sizes", ()))
+        packing = Packing.of(mask, counts) if self.packed else None
+        return causal_lm_loss(llava, embeds, mask, batch["labels"], labels, learned=counts.learned, packing=packing)
+
+    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
+        """Return the labels of a micro-batch, on average over the step: its sum over labels is divided by them.
+
+        So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.
+        """
+        own = max(1, sum(batch["counts"].learned for batch in batches))
+        if engine.world_size == 1:
+            return [own / len(batches)] * len(batches)
+        labels = torch.full((), float(own), device=engine.device)  # filled there: nothing waits for the device
+        dist.all_reduce(labels)
+        return [labels / (len(batches) * engine.world_size)] * len(batches)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """Return the batch with its tensors on `device`, the pixels in the encoder's precision."""
+        moved = super().to_device(batch, device)
+        if "pixel_values" in moved:
+            moved["pixel_values"] = moved["pixel_values"].to(self.llava.model.vision_tower.dtype)
+        return moved
+
+    def flops(self, batch: Batch) -> int:
+        """Return the FLOPs of the forward and backward pass over a batch of `Collator`."""
+        return sum(count * self.costs[unit] for unit, count in units_of(batch, packed=self.packed).items())
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["counts"].real
+
+    def train(self, mode: bool = True) -> TrainingModel:
+        """The encoder stays in eval mode unless it trains."""
+        super().train(mode)
+        tower = self.llava.model.vision_tower
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()
+        return self
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples → the arguments of `TrainingModel`: ids, labels and mask [B, L], and `image_key` by `load_images`.
+
+    A batch brings its `counts`, counted before it goes to the device, and the `keys` of its samples, by which an error
+    names those of a loss that is not finite. With `image_sizes` of all pictures where the samples have
+    them. A batch without pictures has no `image_key`; the model makes that safe under ZeRO-3.
+    """
+
+    pad_id: int
+    image_ids: tuple[int, ...]
+    """The placeholders' ids, of images and of videos."""
+    load_images: Callable[[list[str]], Tensor] | None
+    """Names of pictures → their pixels or features; None of a set without pictures."""
+    image_key: str = "pixel_values"
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "input_ids": pad_rows(ids, self.pad_id),
+            "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+            "keys": [sample["key"] for sample in samples],
+        }
+        batch["counts"] = Counts.of(batch, *self.image_ids)
+        names = [name for sample in samples for name in sample["images"]]
+        if names and self.load_images is not None:
+            batch[self.image_key] = self.load_images(names)
+        sizes = [size for sample in samples for size in sample.get("image_sizes", ())]
+        if sizes:
+            batch["image_sizes"] = sizes
+        return batch
+
+
+class Stage(Training):
+    """What a stage brings to the loop besides its engine."""
+
+    def __init__(
+        self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState
+    ) -> None:
+        self.arguments, self.engine, self.dataset, self.collator = arguments, engine, dataset, collator
+        self.state = state
+        self.steps = steps_of(arguments, len(dataset))
+        self.samples = self.steps * arguments.batch_size
+        self.log_every, self.save_every = arguments.logging_steps, arguments.save_steps * arguments.batch_size
+        self.factor = schedule(arguments, self.steps)
+
+    def batches(self) -> Iterator[Batch]:
+        sampler = EpochSampler(
+            self.dataset.modality_lengths,
+            batch_size=self.arguments.per_device_train_batch_size,
+            chunks=self.engine.world_size * self.engine.accumulation,
+            seed=self.arguments.seed,
+            group_by_modality_length=self.arguments.group_by_modality_length,
+        )
+        indices = sampler.batches(rank=dist.get_rank(), ranks=self.engine.world_size, step=self.state.step)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=islice(indices, (self.steps - self.state.step) * self.engine.accumulation),
+            num_workers=self.arguments.dataloader_num_workers,
+            collate_fn=self.collator,
+            worker_init_fn=start_worker,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        return iter(loader)
+
+    def batch_size(self) -> int:
+        return self.arguments.batch_size
+
+    def begin_step(self) -> None:
+        """Seed the dropout of the adapters, so that a stage that goes on draws what it would have drawn."""
+        torch.manual_seed(hash((self.arguments.seed, self.state.step, dist.get_rank())))
+
+    def rates(self) -> dict[str, float]:
+        factor, peaks = self.factor(self.state.step), self.arguments.rates
+        return {part: peaks[part] * factor for part in reversed(PARTS)}  # the language model's first: it is logged
+
+
+def steps_of(arguments: TrainArguments, samples: int) -> int:
+    """Return the optimizer steps of a stage; the last step of an epoch may have fewer samples."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(samples / arguments.batch_size))
+
+
+def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:
+    """Return transformers' schedule: optimizer step (0-based) → share of the peak learning rate.
+
+    Raises UserError for a schedule that is no function of the step alone.
+    """
+    warmup = arguments.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(steps * arguments.warmup_ratio)
+    unused = torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
+    try:
+        made = get_scheduler(arguments.lr_scheduler_type, unused, warmup, steps)
+        return made.lr_lambdas[0]
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"--lr_scheduler_type {arguments.lr_scheduler_type} is not supported; choose one of: linear, cosine, "
+            "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt"
+        ) from None
+
+
+def make_optimizer(model: TrainingModel, arguments: TrainArguments) -> torch.optim.Optimizer:
+    """Return AdamW on the trained weights, a group for each part and kind."""
+    groups = parameter_groups(model, arguments.rates, arguments.weight_decay)
+    # torch's own defaults, spelled out: another version's defaults would change a run. Fused reads and writes the
+    # weights once, not ten times.
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
