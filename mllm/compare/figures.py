@@ -81,8 +81,8 @@ ANSWER_VARIANCE = 5.4e-4
 PICTURE_VARIANCE = 0.1e-4
 """Variances of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
 pretraining runs, and, both for `OF_QUESTIONS` questions, between single answers and between images. Only the last two
-shrink with more questions. tests/unit/mllm/test_power.py computes the sum of the first three over all pairs of
-pretrained encoders in tests/data/lab/real/encoders.json, and the third from the shares of right answers. No crossed
+shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three over all pairs
+of pretrained encoders in tests/data/lab/real/encoders.json, and the third from the shares of right answers. No crossed
 comparison has separated the first two yet, so half of the rest is assumed for each."""
 OF_QUESTIONS = 800
 
