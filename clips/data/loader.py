@@ -91,7 +91,7 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
     parts = accumulation * world_size
     if phase.batch_size % parts:
         what = f"{world_size} ranks × train.accumulation {accumulation}"
-        raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is not divisible by {what} = {parts}")
+        raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is not a multiple of {parts} = {what}")
     return phase.batch_size // parts
 
 
