@@ -23,7 +23,7 @@ from torch import nn
 
 from clips.common.errors import DivergedError
 from clips.engine.checkpoint import TrainState
-from clips.engine.engine import Agreed
+from clips.engine.engine import Reduced
 
 WINDOW = 32
 """Number of steps of the phase to look back on."""
@@ -48,30 +48,30 @@ def limit(recent: Sequence[float]) -> float:
     return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
-def find_spike(state: TrainState, agreed: Agreed) -> dict[str, Any] | None:
+def find_spike(state: TrainState, reduced: Reduced) -> dict[str, Any] | None:
     """Return the values that make the step a spike, or None if it is no spike."""
     loss_limit, norm_limit = limit(state.recent_losses), limit(state.recent_norms)
-    norm = agreed.grad_norm
-    if agreed.loss <= loss_limit and (norm is None or norm <= norm_limit):
+    norm = reduced.grad_norm
+    if reduced.loss <= loss_limit and (norm is None or norm <= norm_limit):
         return None
     return {
-        "loss": agreed.loss,
+        "loss": reduced.loss,
         "usual_loss": median(state.recent_losses),
-        "loss_jumps": agreed.loss > loss_limit,
+        "loss_jumps": reduced.loss > loss_limit,
         "grad_norm": norm,
         "usual_grad_norm": median(state.recent_norms) if state.recent_norms else None,
     }
 
 
-def remember(state: TrainState, agreed: Agreed) -> None:
+def remember(state: TrainState, reduced: Reduced) -> None:
     """Add a step that is taken to the recent ones; a skipped step is never added."""
-    for recent, value in ((state.recent_losses, agreed.loss), (state.recent_norms, agreed.grad_norm)):
+    for recent, value in ((state.recent_losses, reduced.loss), (state.recent_norms, reduced.grad_norm)):
         if value is not None:
             recent.append(value)
             del recent[:-WINDOW]
 
 
-def leave_out(state: TrainState, since: int) -> None:
+def record_skip(state: TrainState, since: int) -> None:
     """Record that the current step is skipped. Raises DivergedError if too many were skipped since step `since`."""
     state.left_out = sorted({*state.left_out, state.step})
     if sum(step >= since for step in state.left_out) > PATIENCE:

@@ -77,7 +77,7 @@ class ZeroState:
             yield members[i][0], held or []  # None stands for a group that was stepped already
 
     @contextmanager
-    def leaving_out(self) -> Iterator[None]:
+    def skipping(self) -> Iterator[None]:
         """Make DeepSpeed's step clear the gradients and leave weights and optimizer state as they are.
 
         Inside the context DeepSpeed is told of an overflow as in fp16, which is its only way to skip a step.
