@@ -96,7 +96,7 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
     if not is_given and any(map(os.path.exists, paths)):
         say_once(f"{where}: pictures are looked for in ., the current folder (guessed; --image-root overrules)")
         return "."
-    place = os.path.join(os.path.abspath(root), paths[0])
+    place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
     raise UserError(f"{where}: none of the first {len(paths)} pictures is there ({place}): give --image-root")
 
 
