@@ -201,7 +201,7 @@ def load(path: Path, what: str = "--resume") -> Checkpoint:
         return _verified(path)
     except ValueError as fault:
         raise UserError(
-            f"{what} {path}: {fault}. Give a whole directory runs/NAME/checkpoints/step-N of this program"
+            f"{what} {path}: {fault}. Give a complete directory runs/NAME/checkpoints/step-N of this program"
         ) from None
 
 

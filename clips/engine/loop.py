@@ -125,7 +125,7 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
     batches.close()
     await_checkpoint(writer)
     stop.restore()
-    figures = meter.whole(state)
+    figures = meter.speeds(state)
     if state.samples > meter.first:
         log.say(summary(state.samples - meter.first, figures))
     return figures

@@ -144,7 +144,7 @@ class Meter:
         columns = torch.stack(by_rank, dim=1).tolist()
         return dict(zip([*losses, *local], columns, strict=True))
 
-    def whole(self, state: TrainState) -> dict[str, float]:
+    def speeds(self, state: TrainState) -> dict[str, float]:
         """Return the mean speeds of training since the meter began. Collective."""
         seconds = time.perf_counter() - self.started
         totals = torch.tensor([self.flops_total, self.tokens_total], dtype=torch.float64, device=self.device)
@@ -165,7 +165,7 @@ class Meter:
 
 
 def summary(samples: int, figures: dict[str, float]) -> str:
-    """Return a line that says what a training on `samples` samples took, from the speeds of `Meter.whole`."""
+    """Return a line that says what a training on `samples` samples took, from its `Meter.speeds`."""
     words = [f"{figures['samples_per_s']:,.1f} samples/s"]
     if figures["tokens_per_s"]:
         words.append(f"{figures['tokens_per_s']:,.0f} tokens/s")

@@ -60,7 +60,7 @@ class ZeroState:
         return parts
 
     def _gradients_by_group(self) -> Iterator[tuple[nn.Parameter, Iterable[Tensor | None]]]:
-        """(a member, the gradients) of each group, whose members are all Muon's or all AdamW's."""
+        """Yield (a member, the gradients) of each group, whose members are all Muon's or all AdamW's."""
         optimizer = self.optimizer
         if self.stage == 0:
             yield from ((parameter, [parameter.grad]) for parameter in self.names.values())

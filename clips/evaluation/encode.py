@@ -198,7 +198,7 @@ def encode_texts(
             text_features(model, tokenizer.for_tower(batch, config), device)
             for batch in my_share(batches, sharded=sharded)
         ]
-    mine = [features.cpu() for features in encoded]  # a GPU is waited for at the end alone
+    mine = [features.cpu() for features in encoded]  # the host waits for the GPU only here, at the end
     return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
 
 

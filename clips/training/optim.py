@@ -1,8 +1,8 @@
 """The optimizer of a pretraining run, and the engine around it.
 
 - AdamW is torch's, with parameter groups made here (no decay on biases, norms and the logit scale).
-- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where matrices are whole
-  (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
+- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where ranks hold full
+  matrices (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
   rather than from a JSON section because DeepSpeed would choose the matrices by name; here exactly the blocks'
   2-D weights get Muon. Its scaling of an update is sqrt(max(1, rows / columns)), torch.optim.Muon's "original".
 - Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
@@ -29,7 +29,7 @@ from clips.training.task import Task
 def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
     """Return the parameter groups "muon" (the blocks' matrices), "decay" (other matrices) and "no_decay" (the rest).
 
-    Every trainable parameter is in exactly one group; empty groups are left out. A name has a group for each `scale`,
+    Every trainable parameter is in exactly one group; empty groups are omitted. A name has a group for each `scale`,
     its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon`, which
     DeepSpeed's ZeRO optimizers read.
     """

@@ -231,10 +231,10 @@ class Pretraining(Training):
         Raises DivergedError if skipping steps does not help.
         """
         state = self.state
-        figures = watchdog.find_spike(state, reduced)
-        if figures is not None:
+        spike = watchdog.find_spike(state, reduced)
+        if spike is not None:
             action = self.run.train.on_spike
-            log.spike({"step": state.step + 1, "action": action, **figures}, keys_of_all_ranks(keys))
+            log.spike({"step": state.step + 1, "action": action, **spike}, keys_of_all_ranks(keys))
             if action == "skip":
                 watchdog.record_skip(state, since=state.step + 1 - 2 * watchdog.PATIENCE)
                 return True

@@ -140,7 +140,7 @@ def read_transformers(directory: Path) -> InitialWeights:
     if not getattr(config, "qkv_bias", True):
         layout = replace(layout, unbiased=("attn.qkv",))
     tokenizer = _clip_tokenizer(directory, text.vocab_size) if text else None
-    foreign = Source(read_model(directory), directory).whole(
+    foreign = Source(read_model(directory), directory).initial_weights(
         f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, layouts.CLIP_TEXT, tokenizer
     )
     if not (directory / EMBEDDING).is_file():
@@ -165,7 +165,7 @@ def read_timm(directory: Path) -> InitialWeights:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
     normalisation = (stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"])
-    return Source(read_model(directory), directory).whole("timm", vision, layout, normalisation)
+    return Source(read_model(directory), directory).initial_weights("timm", vision, layout, normalisation)
 
 
 def plain_vit(module: Any) -> PlainViT:
@@ -225,7 +225,7 @@ class Source:
             tensors[ours] = copies[0] if len(copies) == 1 else torch.cat(copies)
         return tensors
 
-    def whole(
+    def initial_weights(
         self,
         kind: str,
         vision: VisionConfig,
@@ -402,7 +402,7 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
         pool="cls" if has_cls and model.global_pool == "token" else "mean",
     )
 
-    modules = {ours: theirs for ours, theirs in layouts.TIMM.modules.items() if ours != "norm"}
+    modules = {ours: other for ours, other in layouts.TIMM.modules.items() if ours != "norm"}
     for name in ("fc_norm", "norm"):
         if isinstance(getattr(model, name), nn.LayerNorm):
             modules["norm"] = name

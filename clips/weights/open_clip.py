@@ -172,7 +172,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     source = Source(weights, files[0])
     if has_cls_parameter(config.text):
         cls_embedding = source.take({"cls": ("text.cls_emb",)})["cls"]
-    foreign = source.whole(
+    foreign = source.initial_weights(
         "open_clip", config.vision, OPEN_CLIP_VISION, normalisation, config.text, OPEN_CLIP_TEXT, tokenizer
     )
     if has_cls_parameter(config.text):

@@ -54,7 +54,7 @@ def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Count (parameters, trained ones) of each part. Shared tensors count once, 4-bit weights with their original size."""
+    """Count all and trained parameters of each part. Shared tensors count once, 4-bit weights at original size."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)

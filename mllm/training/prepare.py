@@ -125,7 +125,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     if device.type == "cpu" and arguments.bf16 and longest <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
 
-    skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
+    skipped = f", {len(dataset.skipped):,} skipped (skipped.jsonl)" if dataset.skipped else ""
     if isinstance(store, CaptionStore):
         skipped += f", {len(store.test):,} held out" if store.test else ", none held out (few images, or by a flag)"
     facts = {

@@ -106,7 +106,7 @@ class Planned:
         return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
 
     def build(self, device: str = "meta") -> Llava:
-        """Build the model in bf16, nothing of it trainable: without weights, or with random ones on another `device`."""
+        """Build the model in bf16, frozen: without weights, or with random weights on another `device`."""
         text = AutoConfig.for_model(**{"model_type": "llama"} | LANGUAGE_MODELS[self.language_model])
         parts: dict[str, Any] = {"vision_config": ViTConfig(**self.vision), "text_config": text}
         pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
