@@ -199,7 +199,7 @@ class Engine:
             raise NotFiniteError("a gradient is not finite; DeepSpeed skipped this step and no weight was changed")
 
     def agree(self, loss: Tensor, stop: int, unsaved: bool = False) -> Reduced:
-        """Reduce what all ranks must know before the step is taken. Collective; nothing else in a step waits for it.
+        """Reduce what all ranks must know before the step is taken. Collective; the only synchronisation of a step.
 
         `loss` is this rank's mean over the step's micro-batches. It is checked together with every gradient that this
         rank holds, because DeepSpeed itself would let non-finite gradients into fp32 weights. `stop` is the number of

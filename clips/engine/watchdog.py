@@ -49,7 +49,7 @@ def limit(recent: Sequence[float]) -> float:
 
 
 def find_spike(state: TrainState, reduced: Reduced) -> dict[str, Any] | None:
-    """Return the values that make the step a spike, or None if it is no spike."""
+    """Return loss and gradient norm of a spike beside the usual ones, or None if the step is no spike."""
     loss_limit, norm_limit = limit(state.recent_losses), limit(state.recent_norms)
     norm = reduced.grad_norm
     if reduced.loss <= loss_limit and (norm is None or norm <= norm_limit):

@@ -51,8 +51,8 @@ class ZeroState:
         """Return this rank's parts of the reduced gradients, AdamW's and Muon's, after a step's last backward pass.
 
         In ZeRO 1 and 2 DeepSpeed has replaced Muon's gradient by its update by then. With offload the gradients are
-        those on the CPU, and in stage 3 none can be seen; there DeepSpeed itself skips a step whose gradient is not
-        finite (`was_step_applied`).
+        those on the CPU; in stage 3 with offload none can be seen, but DeepSpeed itself skips a step whose gradient is
+        not finite (`was_step_applied`).
         """
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for member, gradients in self._gradients_by_group():

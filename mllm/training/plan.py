@@ -62,7 +62,7 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
     if stage.number == 2 and arguments.small and isinstance(prepared.store, CaptionStore):
         facts["to expect"] = (
             "short sentences in the words of these captions. It mentions what many captions do, and invents the rest. "
-            "For more take a large encoder and language model, --vision hf:… --model_name_or_path …, without --small"
+            "For more take published encoders and models, --vision hf:… --model_name_or_path …, without --small"
         )
     if stage.number == 1 and arguments.reader == "none" and "layers" in facts.get("language model", ""):
         facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
