@@ -68,7 +68,6 @@ def cached_gradients(outputs: Sequence[Outputs], tokens: int) -> list[CachedGrad
     """Return what the second pass of each micro-batch needs of the whole batch. Collective.
 
     `outputs` are those of this rank's micro-batches, without graph; `tokens` counts the tokens of all their captions.
-
     Gradients are scaled so that their mean over micro-batches and ranks, which the engine takes, is the gradient of
     the loss over the whole batch. One micro-batch at a time is compared with all features, so similarities take
     B × A·W·B numbers, not A times as many.
