@@ -172,7 +172,7 @@ def save_model(
     ("Vision encoder" → …, "Stage 1 data" → …), `base_model` the hub id of the language model that was trained on, where
     it has one; for programs, FACTS holds what `vision` is and `trained_on`, stage → data ("demo" or a file's name).
     `beside` are further small files, relative path → content.
-    Under ZeRO-3 call it inside `mllm.training.zero.whole`.
+    Under ZeRO-3 call it inside `mllm.training.zero.full_parameters`.
     """
     directory = Path(directory)
     with replacing(directory) as partial:

@@ -106,7 +106,7 @@ def test_an_own_export_brings_its_captioner_where_the_recipe_has_one(native: Pat
 
     run, model, beginning = begun(initial, "--recipe", "clip_baseline")
     assert run.model.captioner is None
-    assert set(beginning.left_over) == {"captioner, which this run has not"}
+    assert set(beginning.left_over) == {"captioner, which this run does not have"}
     assert "left over" in printed(beginning, run)
 
 
