@@ -11,7 +11,7 @@ Where to find the flat fp32 tensors that the inner (torch) optimizer steps on:
     1, 2    single_partition_of_fp32_groups      bit16_groups    averaged_gradients; with offload the tensor's .grad
     3       fp32_partitioned_groups_flat         fp16_groups     averaged_gradients; with offload out of sight
 
-The names say fp16 and bit16 for historical reasons; here all weights are fp32.
+The names say fp16 and bit16 for historical reasons. The weights are fp32, or bf16 with these fp32 masters.
 """
 
 from __future__ import annotations
