@@ -148,7 +148,7 @@ class PictureFolder:
         self._names, without = self.pairs(folder)
         self.left_out = len(without)
         if without:
-            say_once(f"{folder}: {len(without):,} images are skipped, since they have no text; the first is {without[0]}")
+            say_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
 
     def __len__(self) -> int:
         return len(self._names)

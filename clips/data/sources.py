@@ -166,7 +166,7 @@ class Source:
         return SampleOrder(self.shard_sizes, seed)
 
     def read(self, index: int) -> RawSample:
-        """Read a sample. Raises BrokenSample for a missing, empty or badly encoded part, UserError for a path outside."""
+        """Read a sample. Raises BrokenSample for a missing, empty or misencoded part, UserError for a path that leaves."""
         raise NotImplementedError
 
     def texts(self, index: int) -> Texts:

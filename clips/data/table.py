@@ -120,7 +120,7 @@ class Table:
         return row | self._lists(row)
 
     def by_image(self, columns: Sequence[str]) -> tuple[Any, Any]:
-        """Return the rows sorted by image (the first of `columns` that exists), and where each image begins and ends."""
+        """Return the rows sorted by image (the first of `columns` that exists), and the bounds of each image's rows."""
         column = next((name for name in columns if name in self.columns), "")
         suffix = f".idx.{hashlib.sha256(column.encode()).hexdigest()[:8]}"
         images = np.fromfile(sidecar(self.url, suffix, lambda target: self._number_images(column, target)), np.int32)
