@@ -133,8 +133,8 @@ class VisionConfig:
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         has_fixed_table = self.pos_embed != "learned"
         _require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
-        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false leaves out")
-        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false is no class of others")
+        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false removes")
+        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false has no transformers class")
         check_image_size(self.image_size, self.patch_size)
 
     @property

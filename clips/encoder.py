@@ -129,15 +129,15 @@ class CLIPS:
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """Yield pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
         if isinstance(images, (str, Path)) and Path(images).is_dir():
-            picture_set = PictureSet(Path(images))
-            images = [picture_set.root / name for name in picture_set.files]
+            folder = PictureSet(Path(images))
+            images = [folder.root / name for name in folder.files]
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
         ):
             images = [images]
-        pictures = iter(images)
-        while batch := list(islice(pictures, BATCH)):
-            yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
+        left = iter(images)
+        while batch := list(islice(left, BATCH)):
+            yield torch.stack([self.preprocess(image) for image in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
         """Return L2-normalised features [T, E] on the CPU."""
@@ -164,7 +164,7 @@ class CLIPS:
         the number of processes that read images. Raises UserError if no image can be read.
         """
         items = PictureSet(Path(folder), pattern)
-        encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
+        encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="images")
         for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
         paths = [str(items.root / items.files[i]) for i in encoded.indices]
@@ -236,12 +236,12 @@ def _texts(texts: Iterable[str] | str) -> list[str]:
 def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
-            raise ValueError(f"an array is a picture of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
+            raise ValueError(f"an array is an image of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, (str, Path)):
-        raise TypeError(f"a picture is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     if not is_remote(str(image)) and Path(image).is_dir():
         raise UserError(f"{image} is a folder: give it alone, or the images in it (Path(folder).glob('*.jpg'))")
     try:
@@ -254,21 +254,21 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
-    picture = flags.image
-    if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
-        picture = flags.text  # people try this first, and no encoder was trained on file names
+    image = flags.image
+    if image is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
+        image = flags.text  # people try this first, and no encoder was trained on file names
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
     found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
     print(printable(found), file=sys.stderr)
-    query = flags.text if picture is None else _open(picture)
+    query = flags.text if image is None else _open(image)
     matches = index.search(query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:
         write_page(Path(flags.output), flags.text or flags.image, matches)
-        print(f"the pictures are in {flags.output}")
+        print(f"the images are in {flags.output}")
 
 
 def _listing(folder: Path, index: Path) -> str:

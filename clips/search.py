@@ -98,10 +98,10 @@ def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
     cards = []
     for rank, match in enumerate(matches, start=1):
         try:
-            picture = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
+            image = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
         except BrokenSample as broken:
             raise UserError(f"{broken}: remove the index, and the images are indexed again") from None
-        pictures = [Picture(thumbnail(picture, THUMBNAIL))]
-        cards.append(Card(f"{rank} · {match.score:.3f}", pictures, [("file", match.path, None)]))
+        images = [Picture(thumbnail(image, THUMBNAIL))]
+        cards.append(Card(f"{rank} · {match.score:.3f}", images, [("file", match.path, None)]))
     section = Section("Nearest first", [Cards(cards)], "With the cosine of image and query.")
     path.write_text(as_html(Page(f"Images nearest to “{query}”", "", [section])), encoding="utf-8")

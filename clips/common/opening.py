@@ -55,7 +55,9 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
     except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
-            problem = "it needs Python code of its own (auto_map), which is never run: choose a kind of transformers"
+            problem = (
+                "it needs Python code of its own (auto_map), which is never run: choose a model type of transformers"
+            )
         raise UserError(f"{what}: {place} cannot be loaded: {problem}") from None
 
 

@@ -193,9 +193,9 @@ def save_plot(plot: Plot, path: Path) -> Path:
     return path
 
 
-def thumbnail(picture: Image, side: int) -> bytes:
-    """Return `picture` as PNG, at most `side` pixels wide and high."""
-    small, out = picture.copy(), io.BytesIO()
+def thumbnail(image: Image, side: int) -> bytes:
+    """Return `image` as PNG, at most `side` pixels wide and high."""
+    small, out = image.copy(), io.BytesIO()
     small.thumbnail((side, side))
     small.save(out, "PNG")
     return out.getvalue()

@@ -82,7 +82,7 @@ _NAMES = {
     "zero": "zero-shot",
     "tau": "τ",
     "lr": "learning rate",
-    "nearness": "nearness, −100 × mean log rank",
+    "nearness": "−100 × mean log rank",
 }
 
 

@@ -2,7 +2,7 @@
 
 What one rank measures, finds or reads alone never decides whether a collective follows: rank 0 decides and tells, or
 all ranks compare first. Both go through the store of the process group, not through collectives: a collective that one
-rank leaves out ends after half an hour, and names nobody.
+rank leaves out ends after half an hour and does not say which rank it was.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def _draw_thing(rng: random.Random, concept: str, place: str, image_size: int, l
 
 
 def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
-    """The share of the smaller of two squares that the other square covers."""
+    """Return the share of the smaller of two squares that the other square covers."""
     width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     return max(0, width) * max(0, height) / min(a[2] - a[0], b[2] - b[0]) ** 2
 
@@ -633,13 +633,13 @@ def _write_notes(directory: Path, settings: dict[str, Any], hands: Mapping[str, 
     classes = {"classes": list(CONCEPTS), "templates": PROMPTS}
     (directory / "concepts.json").write_text(json.dumps(classes, indent=2) + "\n")
     (directory / "ATTRIBUTION.md").write_text(
-        f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these "
+        f"# Attribution\n\n{attribution(artists)}\n\nThe images in this folder are scenes composed of these "
         "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
-        "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
+        "CC BY-SA 4.0, so the images are shared under that licence.\n"
     )
     missing = f"{capital(MISSING)}.\n\n" if settings["version"] != VERSION else ""
     (directory / "README.md").write_text(
-        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {settings['image_size']} pixels), "
+        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the image, {settings['image_size']} pixels), "
         "`txt` (the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
         "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing. In train "
         f"`{WITH_ERRORS}` is a long caption that is wrong about each fact in {MISSEEN_SHARE:.0%} of the cases; "

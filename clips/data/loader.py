@@ -152,7 +152,7 @@ class _Shards:
     def __init__(self, source: TarSource, order: SampleOrder, copies: Copies, share: int) -> None:
         self.source, self.order, self.copies, self.share = source, order, copies, share
         self._group: tuple[list[int], list[int]] | None = None
-        self._whole: list[int] = []
+        self._copied: list[int] = []
         self._sizes: dict[int, int] = {}
 
     def at(self, turn: int) -> None:
@@ -160,12 +160,12 @@ class _Shards:
         if group == self._group:
             return
         self._group = group
-        self._whole = [shard for shards in group for shard in self._fitting(shards)]
+        self._copied = [shard for shards in group for shard in self._fitting(shards)]
         self.source.read_copies(self._open)
-        left = iter(self._whole)
+        left = iter(self._copied)
         for _ in range(SHARD_THREADS):
             # Daemons: the process does not wait for them when it ends.
-            threading.Thread(target=self._fetch, args=(self._whole, left), daemon=True).start()
+            threading.Thread(target=self._fetch, args=(self._copied, left), daemon=True).start()
 
     def _fitting(self, shards: list[int]) -> list[int]:
         """Return the first shards that fit into the share; the others are read by ranges."""
@@ -181,9 +181,9 @@ class _Shards:
                 fitting.append(shard)
         return fitting
 
-    def _fetch(self, whole: list[int], left: Iterator[int]) -> None:
+    def _fetch(self, shards: list[int], left: Iterator[int]) -> None:
         for shard in left:
-            if whole is not self._whole:  # the next group has begun
+            if shards is not self._copied:  # the next group has begun
                 return
             # The reader of the file meets the same error and reports it; a file that another process fetches is fine.
             with contextlib.suppress(CommandError, OSError):
@@ -192,7 +192,7 @@ class _Shards:
                     copy.close()
 
     def _open(self, shard: int, *, wait: bool = True) -> BinaryIO | None:
-        if shard not in self._whole:
+        if shard not in self._copied:
             return None
         return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
 

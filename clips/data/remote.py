@@ -132,7 +132,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     data = patiently(url, ask)
     if len(data) > stop - start:
-        raise UserError(f"{url}: its server answers with more than the range; use one that knows ranges")
+        raise UserError(f"{url}: its server answers with more than the range; use one that supports ranges")
     return data
 
 

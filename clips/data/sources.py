@@ -166,7 +166,7 @@ class Source:
         return SampleOrder(self.shard_sizes, seed)
 
     def read(self, index: int) -> RawSample:
-        """Read a sample. Raises BrokenSample for a missing, empty or misencoded part, UserError for a path that leaves."""
+        """Read a sample. Raises BrokenSample for a missing, empty or misencoded part, UserError for a path outside."""
         raise NotImplementedError
 
     def texts(self, index: int) -> Texts:
@@ -212,7 +212,7 @@ class MixedSource(Source):
     """Several sources one after the other; training sees each as often as its share says."""
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
-        """Raises ValueError for shares that `MixedOrder` refuses."""
+        """Join the sources. Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources = list(sources)
         self.shares = list(shares)
         self.files = [file for source in sources for file in source.files]

@@ -115,7 +115,7 @@ class Study:
         more: Mapping[str, Any] | None = None,
         judged: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
-        """Train what is missing, and write NAME.json and NAME.html into `output`, and return the result.
+        """Train what is missing, write NAME.json and NAME.html into `output`, and return the result.
 
         Args:
             page: makes the page of the result.
@@ -203,7 +203,7 @@ def check_settings(runs: Sequence[PretrainingRun]) -> None:
             raise UserError(f"{run.name} {would}: --set may change neither, and --samples must be whole batches")
 
 
-# ------------------------------------------------------------------------------------------- figures and verdicts
+# ------------------------------------------------------------------------------------------- metrics and verdicts
 def measured(runs: Sequence[Path]) -> list[str]:
     """Return the metrics that the test set of every run gave. Raises UserError if there are none."""
     measurements = [test_figures(run) for run in runs]

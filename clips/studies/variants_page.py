@@ -97,7 +97,7 @@ def means(variants: Mapping[str, Any]) -> Table:
     """Return a table with a row for each metric that the variants have and a column for each variant."""
     measured = next(iter(variants.values()))["runs"][0]["figures"]
     named = [*FIGURES, *(f"{protocol}_{way}_r1" for protocol in ("sentence", "long") for way in ("i2t", "t2i"))]
-    # The set that decides is first, then the first set, whose figures have plain names, then further sets.
+    # The set that decides is first, then the first set, whose metrics have plain names, then further sets.
     sets = sorted({name.rpartition("/")[0] for name in measured}, key=lambda name: (name != UNSEEN, name))
     figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
     figures[SECONDS] = "seconds of training, at the run's fastest rate"

@@ -195,7 +195,7 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
     assert contrast["figures"]["sentence_r1"]["mean"] == 0
-    assert "sentence nearness, −100" in (tmp_path / "claims.html").read_text()
+    assert "sentence −100 × mean log rank" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
 
