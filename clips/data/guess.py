@@ -96,8 +96,8 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
     if not is_given and any(map(os.path.exists, paths)):
         say_once(f"{where}: images are looked for in ., the current folder (guessed; --image-root overrules)")
         return "."
-    place = os.path.join(os.path.abspath(root), paths[0])
-    raise UserError(f"{where}: none of the first {len(paths)} images exists ({place}): give --image-root")
+    place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
+    raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ class TextTower(nn.Module):
         for ids in texts:
             L, context = ids.shape[1], self.config.context_length
             if context < L or (context > L and not self.config.trim):
-                raise ValueError(f"texts of {L} slots, a context of {context} ({self.config.pad_mask=})")
+                raise ValueError(f"texts have {L} slots, the tower's context is {context}")
         known = counts or [None] * len(texts)
         batches = [
             Packed.of(ids.shape, self.computed(ids), count, self._mask(ids))

@@ -193,8 +193,8 @@ class LlavaDataset(Dataset):
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
             mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
-            first = [f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED]]
-            raise UserError(f"{data_path}: {len(self.skipped):,} samples cannot be trained on, {mend}:{''.join(first)}")
+            first = "".join(f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED])
+            raise UserError(f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{first}")
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 

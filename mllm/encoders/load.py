@@ -246,7 +246,7 @@ def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Modu
     fits = mapped.shape == tokens.shape
     difference = (mapped - tokens).abs().max() / tokens.abs().max() if fits else torch.inf
     if not difference <= TOLERANCE:
-        raise UserError(f"this is not what {type(model).__name__} computes: tokens differ by {float(difference):.1e}")
+        raise UserError(f"not what transformers' {type(model).__name__} computes: tokens differ by {difference:.1e}")
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class TrainArguments:
     stage: int = flag(0, "1 aligns the projector, 2 tunes on instructions (default: both, one after the other)")
     vision_tower: str = flag(
         "clips",
-        "encoder: clips, clip, caption, random, blind, open_clip:…, hf:… (or owner/name alone), timm:…",
+        "encoder: clips, clip, random, blind, open_clip:…, hf:… (or owner/name alone), timm:…",
         "--vision",
     )
     model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")

@@ -165,7 +165,6 @@ def test_a_test_that_was_trained_on_is_counted_and_refused(tmp_path: Path) -> No
         ("--columns use", "--columns: .*'use', did you mean usage"),
         ("--ask color=Which?", "--ask: .*'color'"),
         ("--ask usage", "--ask 'usage': give COLUMN=TEXT"),
-        ("--limit 0", "--limit 0"),
         ("--held-out 1", "--held-out 1.0"),
         ("--columns rare", "no question for the test"),
         ("--columns yes_no", "column yes_no .* the yes/no questions"),

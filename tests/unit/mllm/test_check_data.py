@@ -115,7 +115,7 @@ def test_what_the_check_finds_is_what_training_leaves_out(data, encoder, capsys)
     assert "surrogate" in faults[6]
     assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
     with pytest.raises(
-        UserError, match=r"more\.json: 9 sample\(s\) cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"
+        UserError, match=r"more\.json: 9 samples cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"
     ):
         LlavaDataset(data / "more.json", encoder, store)
 

@@ -351,7 +351,7 @@ def test_a_model_of_other_data_is_not_asked_about_the_demo(tmp_path: Path, monke
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / FACTS).write_text('{"trained_on": {"align": "align.json", "instruct": "instruct.json"}}')
     monkeypatch.setattr(evaluate, "ensure_any_llava_demo", None)
-    with pytest.raises(UserError, match=r"was trained on align\.json, instruct\.json, so .* --questions"):
+    with pytest.raises(UserError, match=r"trained on align\.json, instruct\.json: .* --questions"):
         evaluate_from_flags(parsed("--model", str(tmp_path / "model"), "--device", "cpu"))
 
 

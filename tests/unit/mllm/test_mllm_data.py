@@ -66,6 +66,7 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
     dataset = LlavaDataset(write(tmp_path / f"data{suffix}", records), encoder, ImageStore(folder))
     assert [dataset[i]["images"] for i in range(3)] == [["sub/0.png"], [], ["sub/0.png", "sub/1.png"]]
     assert [dataset[i]["input_ids"].count(encoder.image_id) for i in range(3)] == [TOKENS, 0, 2 * TOKENS]
+    assert dataset[~2] == dataset[2] | {"labels": [IGNORE] * len(dataset[2]["labels"])}, "nothing is learned of it"
     signs = [length > 0 for length in dataset.modality_lengths]
     assert signs == [True, False, True]
     assert dataset.truncated == 0
@@ -135,6 +136,22 @@ def test_order_is_a_pure_function_of_seed_and_epoch(group):
     assert sampler(group=group) == first
     assert sampler(epoch=1, group=group) != first
     assert sampler(seed=1, group=group) != first
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_any_number_of_ranks_trains_on_the_same_batches(group):
+    """403 samples are 50 steps of 8 and one of 3: with 8 micro-batches five of them learn nothing."""
+    steps: dict[int, list] = {}
+    for chunks in (1, 2, 8):
+        order = EpochSampler(lengths(), batch_size=8 // chunks, chunks=chunks, seed=0, group_by_modality_length=group)
+        for ranks in {1, chunks}:
+            of_ranks = [order.batches(rank=rank, ranks=ranks, step=45) for rank in range(ranks)]
+            parts = [[next(indices) for indices in of_ranks for _ in range(chunks // ranks)] for _ in range(60)]
+            learned = [sorted(i for micro in step for i in micro if i >= 0) for step in parts]
+            assert [sum(i < 0 for micro in step for i in micro) for step in parts][5] == max(0, chunks - 3)
+            assert learned[5:57] == steps.setdefault(1, learned)[5:57], "the same samples in each step"
+    assert [len(step) for step in steps[1]][:8] == [8, 8, 8, 8, 8, 3, 8, 8]
+    assert sorted(i for step in steps[1][6:57] for i in step) == list(range(403)), "an epoch has each sample once"
 
 
 def test_grouping_keeps_modality_and_balances():
