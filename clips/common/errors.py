@@ -27,7 +27,7 @@ from clips.common.paths import CACHE_VARIABLE, cache_root, without_secrets
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
-"""Characters of an error that are printed at most, because an error may list keys and reasons from data."""
+"""Maximum number of characters of an error that are printed; an error may list keys and reasons from data."""
 
 
 class CommandError(Exception):

@@ -25,7 +25,7 @@ from clips.common.tensors import MOST_IN_TABLES, listed, unpickling_reason, weig
 LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_LAYERS = 1024
-"""Most layers of a model, because each layer that is built takes memory even without weights."""
+"""Maximum number of layers, because each layer that is built takes memory even without weights."""
 NO_CODE = {"trust_remote_code": False}
 """Option for every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it
 asks at the terminal and runs the model's code on a "y"."""
@@ -55,9 +55,7 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
     except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
-            problem = (
-                "it needs Python code of its own (auto_map), which is never run: choose a model type of transformers"
-            )
+            problem = "it needs Python code of its own (auto_map), which is never run: choose a transformers model type"
         raise UserError(f"{what}: {place} cannot be loaded: {problem}") from None
 
 

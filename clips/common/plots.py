@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # each chart imports matplotlib, so a training, which draws n
     from matplotlib.figure import Figure as Plot
 
 MAX_POINTS = 1500
-"""Most points that are drawn of a curve."""
+"""Maximum number of points drawn of a curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
 INK = "#3a4150"
 GRID = "#e3e6ec"

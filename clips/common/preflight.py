@@ -16,7 +16,7 @@ from clips.common.escape import one_line, printable
 from clips.common.signals import start_worker
 
 PRINTED = 100
-"""Faults of each kind that are printed at most."""
+"""Maximum number of faults of each kind that are printed."""
 
 
 @dataclass

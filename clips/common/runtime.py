@@ -103,7 +103,7 @@ def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory in GB used so far: of the GPU, or of this process if there is no GPU."""
+    """Return the peak memory in GB so far: of the GPU, or of this process if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

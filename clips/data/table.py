@@ -34,7 +34,7 @@ from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
-"""Most characters of a row of a CSV file."""
+"""Maximum number of characters in a row of a CSV file."""
 csv.field_size_limit(LONGEST_ROW)
 
 

@@ -32,7 +32,7 @@ THREADS = 16
 MAX_NAME = 1 << 16
 """Longest extended header in bytes; a longer one is damage."""
 MAX_DIGITS = 18
-"""Most digits of a size in bytes."""
+"""Maximum number of digits of a size in bytes."""
 MAX_PROBLEMS = 50
 INDEX = ".idx.safetensors"
 """The ending of an index. Not numpy's format: it parses headers with `ast`, which fails now and then if two threads do

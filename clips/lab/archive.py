@@ -21,7 +21,7 @@ from clips.common.files import differing, placing, sha256
 
 ENDING = ".tar.xz"
 MOST_BYTES = 200_000_000
-"""Most bytes that an archive may unpack to."""
+"""Maximum number of bytes that an archive unpacks to."""
 TOLERANCE = 1e-6
 """Relative and absolute, because sums of the same numbers may end in other digits on another machine."""
 
