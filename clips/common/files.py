@@ -58,7 +58,7 @@ def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader or a crash leaves the old text or the new one, never a part."""
+    """Replace `path` by `text`; a reader sees, and a crash leaves, the old text or the new one, never a part."""
     with placing(path) as file:
         file.write(text.encode())
 

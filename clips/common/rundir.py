@@ -108,7 +108,7 @@ def is_current(directory: Path) -> bool:
 
 
 def check_current(export: Path) -> Path:
-    """Return `export`, the export/ of a run. Raises UserError if the run has trained on since."""
+    """Return `export`, the export/ of a run. Raises UserError if the run has trained further since it was made."""
     if not is_current(export):
         command = f"python scripts/export_clips.py --model {shlex.quote(str(export.parent))}"
         raise UserError(f"{export} is not of the run's chosen checkpoint: `{command}` exports it")
