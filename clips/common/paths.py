@@ -1,4 +1,4 @@
-"""Paths of scripts and cached results, an id of this machine, and checks that a path from outside stays below a root."""
+"""Paths of scripts and cached results, an id of this machine, and checks that an outside path stays below a root."""
 
 from __future__ import annotations
 
