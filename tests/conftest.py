@@ -42,7 +42,6 @@ from clips.config import (
     TrainConfig,
     VisionConfig,
 )
-from clips.data.artists import ARTISTS, fetch_sets
 from clips.model.clips import CLIPSModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,27 +208,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    for mark, name in (("cold", warm.COLD), ("draws", warm.DRAWS)):
-        if request.node.get_closest_marker(mark):
-            monkeypatch.setenv(name, "1")
+    if request.node.get_closest_marker("draws"):
+        monkeypatch.setenv(warm.DRAWS, "1")
 
 
 @pytest.fixture
-def one_pixel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are one pixel, as in forked processes (tests/warm.py): drawing them takes most of a report's time."""
-    if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
-
-
-@pytest.fixture(scope="session")
-def several_artists() -> None:
-    """The drawings of every artist are here. Where no npm can fetch them the test counts as expected to fail.
-
-    Not as skipped, which CI counts as failed: a registry that is out of reach is no fault of the code. The reason is
-    named at the end of every run.
-    """
-    if reason := fetch_sets(list(ARTISTS)):
-        pytest.xfail(f"the demo's drawings by several artists are NOT TESTED: {reason}")
+    monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
 
 
 @pytest.fixture(name="unused_port")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from bad_corpus import encode
 from conftest import ROOT, run_group
 from PIL import Image
 
@@ -112,9 +113,9 @@ def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
     for i in range(count):
         picture = Image.new("RGB", (40, 36), ((i * 37) % 256, (i * 91) % 256, (i * 53) % 256))
         picture.paste((255, 255, 255), (i % 30, i % 20, i % 30 + 8, i % 20 + 8))
-        buffer = io.BytesIO()
-        picture.save(buffer, kind)
-        samples.append((buffer.getvalue(), f"stock photo {i}", f"A plain picture. It has number {i}. A box is white."))
+        samples.append(
+            (encode(picture, kind), f"stock photo {i}", f"A plain picture. It has number {i}. A box is white.")
+        )
     return samples
 
 

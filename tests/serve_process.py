@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -155,9 +154,7 @@ def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
+    return bad_corpus.encode(Image.new("RGB", size, colour))
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
@@ -190,7 +187,6 @@ BAD = {
     "a bomb": (with_picture(data_url(bad_corpus.png(50_000, 50_000))), "pixels"),
     "broken base64": (with_picture("data:image/png;base64,!!!"), "base64"),
     "a file": (with_picture("file:///etc/hostname"), "no address"),
-    "a path that climbs out": (with_picture("../../etc/passwd"), "no address"),
     "many pictures": (with_picture(RED, 21), "pictures"),
     "1 MB of text": (CHAT | {"messages": [user("a " * 500_000)]}, "characters"),
     "longer than the context": (CHAT | {"messages": [user("a " * 49_000)]}, "32,768"),
@@ -203,15 +199,12 @@ BAD = {
     ),
     "unknown role": (turns("tool"), "role"),
     "two users": (turns("user", "user"), "turn"),
-    "late system": (turns("user", "system", "user"), "turn"),
     "assistant last": (turns("user", "assistant"), "turn"),
     "no model": ({"messages": [user("Hello")]}, "model"),
     "two answers": (CHAT | {"n": 2}, "n:"),
     "tools": (CHAT | {"tools": [{"type": "function"}]}, "tools"),
-    "functions": (CHAT | {"functions": [{"name": "f"}]}, "functions"),
     "a tool that must be called": (CHAT | {"tool_choice": "required"}, "tool_choice"),
     "JSON as an answer": (CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
-    "wrong JSON": (b'{"model": "llava", ', "JSON"),
     "deep JSON": (b"[" * 100_000, "JSON"),
     "not UTF-8": (b'{"model": "\xff"}', "JSON"),
     "millions of values": (b'{"model": "llava", "messages": [' + b"{}," * 600_000, "JSON values"),

@@ -1,6 +1,5 @@
 """A shop of drawn products in the layouts of published sets: tar shards with JSON members, and the hub's Parquet."""
 
-import io
 import json
 import random
 from itertools import chain
@@ -9,6 +8,7 @@ from typing import Any
 
 import launched
 import pyarrow as pa
+from bad_corpus import encode
 from PIL import Image
 from pyarrow import parquet
 
@@ -44,9 +44,7 @@ def products(count: int) -> list[dict[str, Any]]:
 
 def picture(kind: str = "JPEG", number: int = 0) -> bytes:
     """Other bytes for each number."""
-    data = io.BytesIO()
-    Image.new("RGB", (24, 32), (200, number // 16 % 16 * 16, number % 16 * 16)).save(data, kind)
-    return data.getvalue()
+    return encode(Image.new("RGB", (24, 32), (200, number // 16 % 16 * 16, number % 16 * 16)), kind)
 
 
 def write_tar(path: Path, rows: list[dict[str, Any]], number: str = "id") -> Path:

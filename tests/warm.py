@@ -6,7 +6,7 @@ of one process that only imported. The fork has its own arguments, environment, 
 The processes that it starts are forked as well; torchrun and `deepspeed` fork themselves, so that their ranks are their
 children. Five things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
 computes in one thread, ends without taking its interpreter down, and its charts are one empty pixel, for drawing would
-take four fifths of a tiny run. Mark a test `cold` if the first four matter to it, or `draws`.
+take four fifths of a tiny run. Mark a test `draws` if the last one matters to it.
 CLIPS_TESTS_COLD=1 makes all tests cold.
 """
 

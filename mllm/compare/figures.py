@@ -82,8 +82,8 @@ PICTURE_VARIANCE = 0.1e-4
 """Of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
 pretrainings, and, both at `OF_QUESTIONS` questions, by luck with single answers and with pictures. More questions
 reduce the last two alone. tests/data/lab/real/encoders.json gives the sum of the first three over all pairs of
-pretrained encoders, and the third by the shares of right answers; tests/unit/mllm/test_power.py computes both. No
-crossed comparison has split the rest yet: half is assumed for each."""
+pretrained encoders, and the third by the shares of right answers; tests/unit/mllm/test_compare_archive.py computes
+both. No crossed comparison has split the rest yet: half is assumed for each."""
 OF_QUESTIONS = 800
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_corpus import encode
 from conftest import random_model, script_parser, tiny_run
+from launched import write_tar
 from PIL import Image
 from tiny_mllm import pictures, write_export, write_llava_on
 
@@ -57,9 +57,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(seed: int) -> bytes:
     """A PNG of broad areas, so that pictures differ by more than noise."""
     areas = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(areas).resize((50, 40), Image.Resampling.NEAREST).save(file, "PNG")
-    return file.getvalue()
+    return encode(Image.fromarray(areas).resize((50, 40), Image.Resampling.NEAREST))
 
 
 SETS = {
@@ -73,16 +71,12 @@ def write_retrieval_set(folder: Path, captions: list[list[str]]) -> None:
     (folder / "test").mkdir(parents=True)
     (folder / "dataset_type.txt").write_text("retrieval")
     (folder / "test" / "nshards.txt").write_text("1")
-    entries = []
-    with tarfile.open(folder / "test" / "0.tar", "w") as shard:
-        for i, texts in enumerate(captions):
-            (folder / f"{i}.png").write_bytes(draw(i))
-            for name, content in ((f"{i:04}.png", draw(i)), (f"{i:04}.txt", "\n".join(texts).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                shard.addfile(member, io.BytesIO(content))
-            sentences = [{"raw": text} for text in texts]
-            entries.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
+    entries, members = [], []
+    for i, texts in enumerate(captions):
+        (folder / f"{i}.png").write_bytes(draw(i))
+        members += [(f"{i:04}.png", draw(i)), (f"{i:04}.txt", "\n".join(texts).encode())]
+        entries.append({"filename": f"{i}.png", "split": "test", "sentences": [{"raw": text} for text in texts]})
+    write_tar(folder / "test" / "0.tar", members)
     (folder / "karpathy.json").write_text(json.dumps({"images": entries}))
 
 

@@ -17,7 +17,9 @@ from small_demo import LLAVA_SIZES, shrink
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.rundir import UNSEEN
+from clips.data.artists import ARTISTS, fetch_sets
 from clips.data.demo import ensure_demo
+from mllm.compare.figures import PROBE
 from mllm.data.demo import ensure_llava_demo
 
 pytestmark = pytest.mark.slow
@@ -144,7 +146,7 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
     assert seen[0] == seen[1]
     report = json.loads((output / "report.json").read_text())
     # What is described are the seen artists' pictures; where no npm could fetch the unseen one's there are no others.
-    described = "cider_d@seen" if "unseen" in report["settings"]["columns"] else "cider_d"
+    described = "cider_d@seen" if UNSEEN in report["settings"]["columns"] else "cider_d"
     for encoder in report["encoders"].values():
         (pretraining,) = encoder["pretraining"]
         assert (pretraining["samples"], pretraining["steps"]) == (24, 3)
@@ -152,3 +154,10 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
         assert [encoder["metrics"][name]["items"] for name in ("accuracy", described)] == [4, 4]
     assert "drawings" in (output / "report.html").read_text()
     assert run_main(monkeypatch, "compare_encoders", "--verify", output) == 0
+    page = (output / "report.html").read_text()
+    if reason := fetch_sets(list(ARTISTS)):  # no fault of the code, and no test that may be skipped in silence
+        assert "test of unseen artists is missing" in page
+        pytest.xfail(f"the demo's drawings by several artists are NOT TESTED: {reason}")
+    assert report["settings"]["columns"] == [UNSEEN, "seen"]
+    intrinsic = report["encoders"]["clips"]["intrinsic"]
+    assert {f"{UNSEEN}/{name}" for name in (PROBE, "zero_shot_top1")} <= intrinsic.keys()

@@ -1,6 +1,7 @@
-"""The pretraining command as people start, stop, kill, misuse and continue it. Real processes, tiny debug twins."""
+"""The pretraining command as people start, stop, misuse and continue it, also with weights from elsewhere."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,14 +15,21 @@ from launched import (
     assert_said,
     checkpoints,
     deepspeed,
+    latest,
     lines,
     pictures,
     python,
     run,
     run_all,
+    state,
     trace,
     write_shard,
 )
+
+from clips.common.tensors import read_weights
+from clips.config import RunConfig
+from clips.data.demo import MISSING
+from clips.weights.initial import read_initial
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +64,11 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
     assert done.returncode == 0, done.stdout
     run_dir = tmp_path / "runs/demo-debug"
     assert_finished(run_dir)
-    figures = json.loads((run_dir / "evaluation.json").read_text())["figures"]
-    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= figures.keys()
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= evaluation["figures"].keys()
+    # Without npm one artist draws the demo, which every place says.
+    assert (done.stdout.count(f"warning: {MISSING}"), evaluation["missing"]) == (1, MISSING)
+    assert MISSING in (run_dir / "report" / "index.html").read_text()
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -76,7 +87,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
     cases: dict[str, tuple[list[str], list[str]]] = {
         "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
-        "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
         "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
         "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "multiple of 3"]),
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),
@@ -143,3 +153,45 @@ def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_fla
     done = run([*longer, "--dry-run"])
     assert_said(done, 0, "goes on from")
     assert "rows were held out" not in done.text
+
+
+STEPS = 4
+FLAGS = ("--debug", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.checkpoint_every=16")
+
+
+def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_its_files(shards, tmp_path, monkeypatch):
+    """Two ranks under the deepspeed launcher; then the last checkpoint and the official files are gone."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "numerics")
+    from test_official import write_official
+
+    official, run_dir = tmp_path / "official", tmp_path / "r"
+    write_official(official)
+    initial = read_initial(str(official))
+    flags = (*FLAGS, "train.freeze=vision", "--init-from", str(official), "--ds-config", "ds_configs/zero2.json")
+    command = deepspeed(SCRIPT, "--name", "r", "--output", tmp_path, *shards, *flags)
+    done = run(command)
+    assert done.code == 0, done.text
+    for shown in (f"begins with {official}", "from the file", "differs from demo", "(train.freeze=vision)"):
+        assert done.text.count(shown) == 1, (shown, done.text)
+    record = json.loads((run_dir / "init_from.json").read_text())
+    assert (record["source"], record["sha256"]) == (str(official), initial.sha256)
+    assert state(run_dir)["began_with"] == initial.sha256
+    assert RunConfig.load(run_dir / "config.json").train.init_from == str(official)
+
+    whole = read_weights(latest(run_dir) / "model.safetensors")
+    frozen = {name for name in whole if name.startswith("visual.")} - {"visual.proj.weight"}
+    assert {name for name, value in initial.tensors.items() if torch.equal(whole[name], value)} == frozen
+    losses = [line["loss"] for line in lines(run_dir) if line["kind"] == "train"]
+    assert len(losses) == STEPS
+
+    shutil.rmtree(latest(run_dir))
+    shutil.rmtree(run_dir / "export")
+    shutil.rmtree(official)
+    done = run(command)
+    assert done.code == 0, done.text
+    assert "goes on from" in done.text
+    assert "begins with" not in done.text
+    assert [line["loss"] for line in lines(run_dir) if line["kind"] == "train"] == losses
+    again = read_weights(latest(run_dir) / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert state(run_dir)["began_with"] == initial.sha256

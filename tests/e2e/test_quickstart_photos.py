@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def repository(root: Path) -> Path:
     return root
 
 
-def quickstart(root: Path, python: str, photos: Path | str, **env: str) -> subprocess.CompletedProcess[str]:
+def quickstart(root: Path, python: str, photos: Path) -> subprocess.CompletedProcess[str]:
     """The quickstart in `root` with `python`, a program of bash, as its environment's Python."""
     place = root.parent / "venv"
     (place / "bin").mkdir(parents=True)
@@ -40,7 +39,7 @@ def quickstart(root: Path, python: str, photos: Path | str, **env: str) -> subpr
         path = place / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
         path.chmod(0o755)
-    env = env | {"VENV": str(place), "PHOTOS": str(photos), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {"VENV": str(place), "PHOTOS": str(photos), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env["CLIPS_MLLM_CACHE"] = str(root.parent / "cache")
     command = ["bash", str(root / "scripts" / "quickstart.sh"), "photos"]
     return run_group(command, cwd=root.parent, env=os.environ | env, timeout=900)
@@ -79,13 +78,3 @@ def test_a_folder_of_tars_keeps_its_own_test(tmp_path: Path) -> None:
         f"--data {root}/fashion-train.tar --test-data {root}/fashion-test.tar --key image --output data/photos" in calls
     )
     assert "--vision clips:runs/photos" in calls
-
-
-def test_why_nothing_was_downloaded_is_said(tmp_path: Path) -> None:
-    hf = f'case "$1" in */hf) shift; exec {sys.executable} -m huggingface_hub.cli.hf "$@" ;; esac'
-    done = quickstart(repository(tmp_path / "repo"), hf, "", HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    first, last = done.stderr.splitlines()[-2:]
-    assert first.startswith("error: no photographs from the Hugging Face hub. ")
-    assert "offline mode is enabled" in first
-    assert last.endswith("bash scripts/quickstart.sh")

@@ -1,7 +1,6 @@
 """Rows 27 and 28, and the memory of a full queue: what strangers send to a server that really runs."""
 
 import contextlib
-import io
 import json
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+from bad_corpus import encode
 from PIL import Image
 from serve_process import (
     BAD,
@@ -98,9 +98,7 @@ def costly() -> list[str]:
         ("RGBA", "PNG", {"compress_level": 1}),
         ("RGB", "JPEG", {"progressive": True}),
     ):
-        file = io.BytesIO()
-        Image.new(mode, (side, side)).save(file, kind, **options)
-        urls.append(data_url(file.getvalue(), f"image/{kind.lower()}"))
+        urls.append(data_url(encode(Image.new(mode, (side, side)), kind, **options), f"image/{kind.lower()}"))
     return urls
 
 

@@ -1,6 +1,5 @@
 """Exports against the trained model, in a process that has only the stock libraries."""
 
-import io
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bad_corpus import encode
 from conftest import tiny_run
 from PIL import Image
 
@@ -100,10 +100,8 @@ def pictures():
     rng = np.random.default_rng(0)
     out = []
     for width, height in [(48, 48), (90, 60), (31, 77)]:
-        file = io.BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
-        out.append(file.getvalue())
+        out.append(encode(coarse.resize((width, height), Image.Resampling.BICUBIC)))
     return out
 
 

@@ -82,7 +82,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CLIPS:
     return opened
 
 
-def test_encoders_open_by_hub_id(hub: CLIPS) -> None:
+def test_encoders_open_by_hub_id(hub: CLIPS, tmp_path: Path) -> None:
     for layout in ("native", "open_clip"):
         opened = CLIPS.from_pretrained(f"owner/{layout}", device="cpu")
         torch.testing.assert_close(opened.encode_image(picture()), hub.encode_image(picture()), atol=1e-5, rtol=0)
@@ -90,9 +90,6 @@ def test_encoders_open_by_hub_id(hub: CLIPS) -> None:
         loaded = load_model(f"owner/{layout}", "elsewhere")
         assert loaded.path.name == COMMIT
         assert loaded.home == Path("elsewhere") / f"owner--{layout}", "nothing is written into the hub's cache"
-
-
-def test_vision_encoders_load_by_hub_id(hub: CLIPS, tmp_path: Path) -> None:
     pixels = hub.preprocess(picture())[None]
     expected = load_vision(f"clips:{tmp_path / 'run'}").features(pixels)
     for name in ("clips:owner/hf_vit", "open_clip:hf-hub:owner/open_clip"):

@@ -1,7 +1,6 @@
 """What every script keeps to: flags, output, what is the newest; launchers; the installer."""
 
 import os
-import pkgutil
 import re
 import shlex
 import shutil
@@ -43,12 +42,6 @@ def test_help_imports_nothing_heavy() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("usage:") == len(PYTHON_SCRIPTS)
-
-
-def test_the_function_that_a_script_names_is_there() -> None:
-    functions = re.findall(r'start\(parser, "([\w.:]+)"\)', "".join(script.read_text() for script in PYTHON_SCRIPTS))
-    assert functions
-    assert all(callable(pkgutil.resolve_name(function)) for function in functions)
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:

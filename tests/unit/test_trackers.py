@@ -1,6 +1,7 @@
 """What a training tells: the same loggers in both halves, the live line."""
 
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,12 +91,16 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
 
 
-def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, now = on(io.StringIO(), monkeypatch), [0.0]
-    monkeypatch.setattr(live, "monotonic", lambda: now[0])
-    line = LiveLine()
-    for now[0] in range(100):
-        line.show(f"at {now[0]} s")
-    line.show("done", final=True)
-    line.close()
-    assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"
+def test_a_slow_step_shows_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of 128 samples printed nothing for eight minutes."""
+    monkeypatch.setenv(live.LINE_SECONDS, "0")
+    log = RunLog(tmp_path, 16, {}, start_step=0, active=True, report_to=(), stage="instruct")
+    log.progress(8)
+    log.record("train", {"step": 2, "samples": 16, "loss": 2.5})
+    log.progress(16)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "instruct: 8 of 16 samples (50 %)"
+    assert last.startswith("instruct: 16 of 16 samples (100 %), 0 s left, loss 2.5")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["stage"] == "instruct"

@@ -16,14 +16,7 @@ from clips.data.demo import WITH_ERRORS, ensure_demo, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
-from clips.studies.claims import (
-    BLOCK_TOKENS,
-    CLAIMS,
-    VARIANTS,
-    judge_llava,
-    reproduce,
-    variant_study,
-)
+from clips.studies.claims import BLOCK_TOKENS, CLAIMS, VARIANTS, judge_llava, reproduce, variant_study
 from clips.studies.variants import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
@@ -104,7 +97,6 @@ def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"claims": ["a", "z"]}, "no claim z; known: a, b, c, d, e"),
-        ({"claims": ["f"]}, "no claim f; known: a, b, c, d, e"),
         ({"claims": ["a"], "settings": ["train.seed=7"]}, "seed 7 .*--set"),
         ({"claims": ["a"], "samples": 1_000}, "--samples must be whole batches"),
         ({"claims": ["a", "b"], "settings": ["model.captioner.layers=2"]}, "captioner"),
@@ -155,13 +147,7 @@ def test_the_unseen_artist_decides_and_seeds_that_are_added_leave_nothing_decide
     assert [c["metric"] for c in claim["contrasts"]] == ["unseen/sentence_r1"] * 3
     assert {c["verdict"] for c in claim["contrasts"]} == {"loss"}
     assert claim["contrasts"][0]["figures"]["sentence_r1"]["mean"] > 10  # stands beside it
-    page = (tmp_path / "claims.html").read_text()
-    assert "the difference in sentence R@1 (unseen artist)" in page
-    sets = (" (unseen artist)", "", " (photos)")
-    rows = [page.index(f">sentence R@1{which}</td>") for which in sets]
-    assert rows == sorted(rows)
-    for value in ("32.0 ± 1.6", "7.0 ± 1.6"):
-        assert value in page
+    assert "32.0 ± 1.6" in (tmp_path / "claims.html").read_text()
     stored = json.loads((tmp_path / "claims.json").read_text())
     assert stored["variants"]["half"]["runs"][2]["config"]["train"]["seed"] == 2
     again = reproduce(tmp_path, ["a"], samples=6_400)
@@ -195,7 +181,6 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
     assert contrast["figures"]["sentence_r1"]["mean"] == 0
-    assert "sentence −100 × mean log rank" in (tmp_path / "claims.html").read_text()
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
 

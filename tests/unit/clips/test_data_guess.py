@@ -1,21 +1,31 @@
-"""A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed."""
+"""A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed.
+
+Public sets are in the layouts in which they are published, opened by the commands of docs/photographs.md. Names of
+files, columns and members are the publishers'; the pictures are drawn here.
+"""
 
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from bad_corpus import encode
+from bad_corpus import square as picture
+from launched import write_tar
 from PIL import Image
 
 from clips.common.errors import UserError
-from clips.config import Fields
+from clips.config import Fields, RunConfig
 from clips.data.guess import guess_fields
+from clips.data.loader import make_loader
+from clips.data.sample import Texts
 from clips.data.sources import Source, open_source
-
-
-def picture(value: int = 0) -> bytes:
-    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
+from clips.data.splits import open_split
+from clips.data.tokenizer import build_tokenizer
+from clips.training.cli import config_from_flags, parser
 
 
 def pictures(folder: Path, count: int = 3) -> None:
@@ -24,11 +34,11 @@ def pictures(folder: Path, count: int = 3) -> None:
         (folder / f"{i}.png").write_bytes(picture(i))
 
 
-def opened(spec: Path | str, *, need_long: bool = False, **options: str) -> Source:
+def guessed(spec: Path | str, *, need_long: bool = False, **options: str) -> Source:
     return open_source(str(spec), Fields(), need_long=need_long, **options)
 
 
-def texts(source: Source) -> list[str]:
+def webs(source: Source) -> list[str]:
     assert [source.read(i).image for i in range(len(source))] == [picture(i) for i in range(len(source))]
     return [source.read(i).web for i in range(len(source))]
 
@@ -61,7 +71,7 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "größe\\fotos\\2.png").write_bytes(picture(9))  # a name that is possible here
     rows = [(f"größe\\fotos\\{i}.png", *(f"Schöne Größe {i} {k}" for k in range(5))) for i in range(3)]
     head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
-    source = opened(write_csv(tmp_path / "t.csv", [head, *rows], "cp1252", ";"), need_long=True)
+    source = guessed(write_csv(tmp_path / "t.csv", [head, *rows], "cp1252", ";"), need_long=True)
     assert [source.read(i).image for i in range(3)] == [picture(0), picture(1), picture(9)]
     assert [source.texts(i).web for i in range(3)] == [row[1:] for row in rows]
     assert [source.missing(i) for i in range(3)] == [None] * 3
@@ -70,7 +80,7 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "out.csv").write_text("image,text\n..\\x.png,w\n" + "a.png,w\n")
     (tmp_path / "a.png").write_bytes(picture())
     with pytest.raises(UserError, match="leads out"):
-        opened(tmp_path / "out.csv").read(0)
+        guessed(tmp_path / "out.csv").read(0)
 
 
 def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -79,7 +89,7 @@ def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     pictures(tmp_path / "pics")
     rows = [(f"pics/{i}.png", f"w {i}") for i in range(3)]
     write_csv(tmp_path / "lists/train.csv", [("filepath", "title"), *rows], delimiter="\t")
-    assert texts(opened("lists/train.csv")) == ["w 0", "w 1", "w 2"]
+    assert webs(guessed("lists/train.csv")) == ["w 0", "w 1", "w 2"]
     assert "--image-root overrules" in caplog.text
 
 
@@ -88,9 +98,9 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
     rows = [(f"{i}.png", f"w {i}") for i in range(3)]
     table = write_csv(tmp_path / "t.csv", [("image", "text"), *rows])
     with pytest.raises(UserError, match="--image-root") as refused:
-        opened(table)
+        guessed(table)
     assert "'0.png' was looked for in " + str(tmp_path) in str(refused.value)
-    assert texts(opened(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
+    assert webs(guessed(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
 
 
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,8 +113,8 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCapt
         else:
             (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder.parent / "test").mkdir()
-        source = opened(folder.parent)
-        assert texts(source) == ["w 0", "w 1", "w 2"]
+        source = guessed(folder.parent)
+        assert webs(source) == ["w 0", "w 1", "w 2"]
         assert source.read(1).key.endswith("#1 (1.png)"), "a row's number alone names no picture"
         assert f"train taken, {folder.parent}/test left for tests" in caplog.text
 
@@ -113,8 +123,165 @@ def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptu
     pictures(tmp_path / "urlaub/2024", 4)
     for i, data in enumerate([b"plain", "Größe".encode(), "Größe".encode("cp1252")]):
         (tmp_path / f"urlaub/2024/{i}.txt").write_bytes(data)
-    assert texts(opened(tmp_path / "urlaub")) == ["plain", "Größe", "Größe"]
+    assert webs(guessed(tmp_path / "urlaub")) == ["plain", "Größe", "Größe"]
     assert "1 images without a text are skipped, the first is 2024/3.png" in caplog.text
     pictures(tmp_path / "none")
     with pytest.raises(UserError, match=r"a\.jpg, a\.txt"):
-        opened(tmp_path / "none")
+        guessed(tmp_path / "none")
+
+
+CLIP = ("--set", "task.objective=clip", "task.caption_weight=0", "model.captioner=null")
+FIVE = [f"A dog runs on the grass {i} ." for i in range(5)]
+ALL = Texts(tuple(FIVE), others=True)
+
+
+def jpeg(value: int) -> bytes:
+    return encode(Image.new("RGB", (24, 16), (60 * value % 256, 90 + value // 64, value % 256)), "JPEG", quality=90)
+
+
+def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
+    """`count` rows with pictures as the `datasets` library writes them, unless the row has a `url`."""
+    rows = [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_splits(folder: Path, row: dict[str, Any]) -> None:
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", count, row)
+
+
+def run_of(*flags: str | Path) -> RunConfig:
+    return config_from_flags(parser().parse_args(list(map(str, flags))), {})
+
+
+def opened(run: RunConfig, split: str = "train") -> Source:
+    return open_split(run.data, split, need_long=run.task.captions and split == "train")
+
+
+def texts(source: Source) -> list[Texts]:
+    """The captions of a source, whose pictures are those that were written."""
+    assert [source.read(i).image for i in range(len(source))] == [jpeg(i) for i in range(len(source))]
+    return [source.read(i).texts for i in range(len(source))]
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr8k", "flickr30k"])
+def test_karpathys_files(name: str, tmp_path: Path) -> None:
+    """caption_datasets.zip: COCO's pictures lie in two folders, and restval is training data."""
+    images: list[dict[str, Any]] = []
+    third = "restval" if name == "coco" else "train"
+    for split, numbers in (("train", (0, 1)), (third, (2,)), ("val", (0, 1)), ("test", (0,))):
+        for i in numbers:
+            number = len(images)
+            ids = range(5 * number, 5 * number + 5)
+            words = [{"tokens": text.lower().split()[:-1], "raw": text, "imgid": number} for text in FIVE]
+            sentences = [own | {"sentid": ids[n]} for n, own in enumerate(words)]
+            folder = "train2014" if split == "train" else "val2014"
+            coco = {"filepath": folder, "cocoid": number, "filename": f"COCO_{folder}_{number:012}.jpg"}
+            images.append(coco if name == "coco" else {"filename": f"{1000092795 + number}.jpg"})
+            path = tmp_path / "pictures" / images[-1].get("filepath", "") / images[-1]["filename"]
+            images[-1] |= {"sentids": [*ids], "imgid": number, "sentences": sentences, "split": split}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(i))
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images, "dataset": name}))
+    run = run_of("--karpathy", tmp_path / "dataset.json", "--image-root", tmp_path / "pictures")
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        assert texts(opened(run, split)) == [ALL] * count
+
+
+def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """jxie/flickr8k: a column for each of the five captions."""
+    write_splits(tmp_path, {f"caption_{n}": text for n, text in enumerate(FIVE)})
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
+    assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
+    assert "'caption_0' to 'caption_4' are read as one list, 'caption'" in caplog.text
+    tokenizer = build_tokenizer("wordpiece", FIVE * 3, vocab_size=64)
+    small = run.override(["phases.*.samples=3", "phases.*.batch_size=3", "data.workers=0"])
+    batch = next(iter(make_loader(opened(run), tokenizer, small, rank=0, world_size=1)))
+    assert (len(batch["web"]), len(batch["sub"])) == (3, 3)
+
+
+def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
+    """pixparse/cc3m-wds, all in one folder, and what img2dataset writes: one caption is enough for CLIP."""
+    caption = "a river has burst it 's banks and has spread out onto arable farmland alongside"
+    hub, fetched = {}, {}
+    for i in range(3):
+        key = f"{i:09}"
+        hub |= {f"{key}.jpg": jpeg(i), f"{key}.txt": caption.encode()}
+        account = json.dumps(img2dataset_json(key, caption=caption)).encode()
+        fetched |= {f"{key}.jpg": jpeg(i), f"{key}.json": account, f"{key}.txt": caption.encode()}
+    write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub.items())
+    write_tar(
+        tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"}.items()
+    )
+    write_tar(tmp_path / "cc3m/00000.tar", fetched.items())
+    write_parquet(tmp_path / "cc3m/00000.parquet", 3, img2dataset_json("000000000", caption=caption))
+    (tmp_path / "cc3m/00000_stats.json").write_text("{}")
+    for data in (tmp_path / "cc3m-wds/cc3m-train-*.tar", tmp_path / "cc3m"):
+        held_out = ("--val-data", tmp_path / "cc3m-wds/cc3m-validation-*.tar")
+        run = run_of("--recipe", "s16", "--data", data, *held_out, *CLIP)
+        assert texts(opened(run)) == [Texts((caption,))] * 3
+        assert len(opened(run, "val")) == 1
+        with pytest.raises(UserError, match="no long captions"):
+            opened(run_of("--recipe", "s16", "--data", data))
+
+
+def img2dataset_json(key: str, **columns: str) -> dict[str, Any]:
+    """A JSON member of img2dataset: the table's columns, then its own account."""
+    account = {"url": f"http://images.example/{key}.jpg", "key": key, "status": "success", "error_message": None}
+    sizes = {"width": 24, "height": 16, "original_width": 240, "original_height": 160}
+    return columns | account | sizes | {"exif": "{}", "sha256": "0" * 64}
+
+
+def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) -> None:
+    """UCSC-VLAA/Recap-DataComp-1B."""
+    row = {"url": "http://images.example/a.jpg", "re_caption": "A dog runs. It is brown.", "org_caption": "dog.jpg"}
+    row |= {"sha256": "0" * 64, "key": "0", "re_clip_score": 0.3, "org_clip_score": 0.2}
+    row |= {"re_length": 6, "org_length": 1, "re_gpt4v_score": 5, "org_gpt4v_score": 2}
+    write_parquet(tmp_path / "hub/data/train_data/train-00000-of-00001.parquet", 1, row)
+    with pytest.raises(UserError, match="img2dataset"):
+        opened(run_of("--recipe", "b16", "--data", tmp_path / "hub/data/train_data"))
+
+    members = {}
+    for i in range(3):
+        key = f"{i:09}"
+        columns = {"caption": row["re_caption"], "org_caption": row["org_caption"]}
+        members[f"{key}.jpg"] = jpeg(i)
+        members[f"{key}.json"] = json.dumps(img2dataset_json(key, **columns)).encode()
+        members[f"{key}.txt"] = row["re_caption"].encode()
+    write_tar(tmp_path / "recap/00000.tar", members.items())
+    run = run_of("--recipe", "b16", "--data", tmp_path / "recap")
+    assert texts(opened(run)) == [Texts(("dog.jpg",), ("A dog runs. It is brown.",))] * 3
+
+
+def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
+    """undefined443/coco-karpathy-wds."""
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        members = {}
+        for i in range(count):
+            members[f"{i:09}.jpg"] = jpeg(i)
+            members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
+        write_tar(tmp_path / f"{split}/{split}-00000.tar", members.items())
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
+    assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
+
+
+def test_flickr30k_as_parquet_of_the_hub(tmp_path: Path) -> None:
+    """AnyModal/flickr30k, with Karpathy's splits."""
+    row = {"alt_text": FIVE, "sentids": ["0", "1"], "split": "train", "img_id": "0", "filename": "1000092795.jpg"}
+    write_splits(tmp_path, row | {"original_alt_text": FIVE})
+    run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
+    assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
+
+
+def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:
+    """ashraq/fashion-product-images-small: the shop's name is the web caption, and there is no long one."""
+    row = {"id": 15970, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
+    row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
+    row["productDisplayName"] = "Turtle Check Men Navy Blue Shirt"
+    write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", 200, row)
+    run = run_of("--recipe", "small_clip", "--data", tmp_path)
+    train, val = (len(opened(run, split)) for split in ("train", "val"))
+    assert 0 < val < 20 < train == 200 - val
+    assert opened(run).texts(0) == Texts(("Turtle Check Men Navy Blue Shirt",))
+    assert opened(run).read(0).extra["baseColour"] == "Navy Blue"

@@ -14,9 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from bad_corpus import encode
-from launched import write_shard
-from PIL import Image
+from bad_corpus import square as picture
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
@@ -25,7 +23,6 @@ from clips.data.guess import say_once
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, expand, open_source
 from clips.data.splits import check_readable
-from clips.data.tar import open_shards
 
 FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 
@@ -34,10 +31,6 @@ FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def picture(value: int = 0) -> bytes:
-    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
@@ -128,6 +121,8 @@ def test_an_index_that_cannot_stand_beside_goes_to_the_cache(tmp_path: Path, mon
 def test_it_travels_to_a_worker_and_opens_its_own_files(tmp_path: Path) -> None:
     source = open_tar(shard(tmp_path / "a.tar", 0, 3))
     source.read(0)
+    (index,) = tmp_path.glob(".a.tar.*")
+    index.unlink()  # and makes an index again that is gone
     assert numbers(pickle.loads(pickle.dumps(source))) == [0, 1, 2]
     source.read(0)
     position = source._shard(0).file.tell()
@@ -243,17 +238,6 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         assert len(list(source.captions())) == 6
 
 
-def test_pictures_inside_parquet(tmp_path: Path) -> None:
-    rows = [
-        {"image": {"bytes": picture(i), "path": None}, "raw": picture(i), "alt": f"w {i}", "long": "L."} for i in (0, 1)
-    ]
-    path = write_table(tmp_path / "t.parquet", rows)
-    for column in ("image", "raw"):
-        source = open_tar(path, Fields(image=column, web="alt", long="long"))
-        assert [source.read(i).image for i in (0, 1)] == [picture(0), picture(1)]
-        assert list(source.captions()) == ["w 0", "L.", "w 1", "L."]
-
-
 def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
     for name in "abc":
         (path.parent / f"{name}.png").write_bytes(picture(ord(name)))
@@ -287,35 +271,3 @@ def test_rows_that_are_left_out_are_counted_by_every_command(tmp_path, caplog, r
     if said:
         with pytest.raises(BrokenDataError, match="rows do not fit"):
             check_readable(source, 0.01)
-
-
-SHARD_FIELDS = Fields(image="png", web="web", long="txt")
-
-
-def write(path: Path, count: int, *, without_long: int = 0) -> None:
-    texts = [{"web": b"web"} | ({} if i < without_long else {"txt": b"txt"}) for i in range(count)]
-    write_shard(path, [(b"png", text) for text in texts])
-
-
-def make(folder: Path) -> list[str]:
-    folder.mkdir()
-    for i in range(6):
-        write(folder / f"{i}.tar", i + 1, without_long=2 * (i == 5))
-    return [str(path) for path in sorted(folder.glob("*.tar"))]
-
-
-def test_a_set_is_what_its_shards_say(tmp_path: Path) -> None:
-    shards = open_shards(make(tmp_path / "data"))
-    assert shards.layouts == [("png", "txt", "web"), ("png", "web")]
-    assert shards.counts.tolist() == [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [4, 2]]
-
-
-def test_an_index_that_is_gone_is_made_again(tmp_path: Path) -> None:
-    make(tmp_path / "data")
-    source = open_source(str(tmp_path / "data"), SHARD_FIELDS, need_long=True)
-    keys = [source.read(i).key for i in range(len(source))]
-    assert len(keys) == 1 + 2 + 3 + 4 + 5 + 4
-    for index in (tmp_path / "data").glob(".*"):
-        index.unlink()
-    source = pickle.loads(pickle.dumps(source))
-    assert [source.read(i).key for i in range(len(source))] == keys

@@ -17,19 +17,7 @@ from rich.table import Table as RichTable
 
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import LONGEST, clip, for_markdown, for_rich, one_line, printable
-from clips.common.page import (
-    Bullets,
-    Card,
-    Cards,
-    Code,
-    Folded,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    Tile,
-    as_html,
-)
+from clips.common.page import Bullets, Card, Cards, Code, Folded, Page, Paragraph, Section, Table, Tile, as_html
 from clips.lab.grid import Cell, Step
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class
@@ -150,11 +138,6 @@ def test_markdown_reads_as_the_text(name: str) -> None:
         around = "a" if "---" in before else before.strip("-# ")
         shown = " ".join(html.unescape(re.sub("<[^>]*>", " ", page)).split())
         assert shown == " ".join(f"{around} {one_line(text)} {after.strip('|')}".split())
-
-
-def test_markdown_leaves_alone_what_does_not_act() -> None:
-    text = "+1.2 [+0.3, +2.1] < 0.0001 hf:google/vit_base"
-    assert for_markdown(text) == text
 
 
 @each

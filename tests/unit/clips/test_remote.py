@@ -141,22 +141,22 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
 
 @pytest.mark.parametrize(
     ("attack", "kind", "said"),
-    [("endless", UserError, "ranges"), ("packed", UserError, "gzip"), ("drip", CommandError, "bytes came")],
+    [
+        *(("endless", UserError, "ranges"), ("packed", UserError, "gzip"), ("drip", CommandError, "bytes came")),
+        ("silent", CommandError, "TimeoutError"),
+    ],
 )
 def test_an_answer_is_bounded_by_what_was_asked(server, monkeypatch, attack, kind, said):
     """In bytes and in time: little of an endless answer is read, and none is unpacked."""
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    monkeypatch.setattr(remote, "LISTING_BYTES", 10_000)
     server.fault = lambda method, name, before: attack
     with pytest.raises(kind, match=said):
         remote.read_range(f"{server.url}/0.tar", 100, 200)
+    if attack == "endless":
+        with pytest.raises(UserError, match="no data at"):
+            open_source(f"{server.url}/*.tar", Fields(), need_long=True)
     assert server.sent[attack] < 2**25  # what the sockets hold
-
-
-def test_a_server_that_says_nothing_is_given_up(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 0.1)
-    server.fault = lambda method, name, before: "silent"
-    with pytest.raises(CommandError, match="TimeoutError"):
-        remote.remote_facts(f"{server.url}/0.tar")
 
 
 def test_passwords_and_signatures_stand_in_no_message(server: RangeServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -171,13 +171,6 @@ def test_passwords_and_signatures_stand_in_no_message(server: RangeServer, caplo
         source.read(20)
     assert "trying again" in caplog.text
     assert "secret" not in caplog.text + str(BrokenSample(url, url))
-
-
-def test_a_listing_is_bounded_too(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LISTING_BYTES", 10_000)
-    server.fault = lambda method, name, before: "endless"
-    with pytest.raises(UserError, match="no data at"):
-        open_source(f"{server.url}/*.tar", Fields(), need_long=True)
 
 
 def test_a_shard_that_changes_under_the_run_is_noticed(folder, server, tokenizer, tmp_path: Path) -> None:

@@ -1,18 +1,28 @@
-"""A process: kept memory, bf16 that is tried, signals, its exit code; the peaks that cards state."""
+"""A process: kept memory, bf16 that is tried, signals, its exit code; the peaks of cards, and the plan of a run."""
+
+from __future__ import annotations
 
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, FlopCounter, run_python
 
 from clips.common import runtime
-from clips.common.peaks import peak_flops, stated_peak
+from clips.common.errors import UserError
+from clips.common.peaks import CARDS, Machine, stated_peak
+from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
+from clips.data.loader import to_device
+from clips.recipes import recipe
+from clips.training.plan import print_memory, print_pretraining
+from clips.training.prepare import full_batch
+from clips.training.rehearsal import built, rehearse
 
 FAULTS = """
 import resource, torch
@@ -78,11 +88,6 @@ def test_the_name_that_fits_best_counts() -> None:
     assert stated_peak("Some Card 7") is None
 
 
-def test_nobody_states_the_peak_of_a_cpu() -> None:
-    """A measured one was below what training reached: "158 % of the processor's peak"."""
-    assert peak_flops(torch.device("cpu")) is None
-
-
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) -> None:
     if number == signal.SIGHUP:
@@ -131,3 +136,54 @@ def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
         process.stderr.close()
         process.communicate("\n")
     assert process.returncode == 7
+
+
+SCRIPT = ROOT / "scripts" / "plan_run.py"
+
+
+def test_days_follow_from_flops_and_the_share_of_the_peak() -> None:
+    machine = Machine("h100", 64, mfu=0.2)
+    assert machine.days(86_400 * 64 * 0.2 * 989e12) == pytest.approx(1)
+    assert (machine.fits(72e9), machine.fits(72.1e9)) == (True, False)
+    assert all(stated_peak(name) for name, _ in CARDS.values())
+    for wrong in (("h9", 1, 0.2), ("h100", 0, 0.2), ("h100", 1, 2.0)):
+        with pytest.raises(UserError, match="--"):
+            Machine(*wrong)
+
+
+def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    run = recipe("demo")
+    print_pretraining(run, Machine("h100", 8, 0.2), "zero0")
+    assert "parameters train" in capsys.readouterr().out
+    run = run.override(["phases.*.batch_size=8192"])
+    with pytest.raises(UserError, match="does not fit"):
+        print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero1")
+    assert "8,192" in capsys.readouterr().out
+
+
+def test_the_flops_that_a_plan_shows_are_counted_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """Torch's formulas count a step whose texts fill half of their context."""
+    run = recipe("s16").override(["phases.*.batch_size=256"])
+    phase = run.phases[0]
+    print_pretraining(replace(run, phases=(phase,)), Machine("h100", 1, 0.2), "zero0")
+    (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {phase.name}"))
+    task = built(run, phase)
+    words, share = run.model.text.context_length // 2, run.task.caption_share
+    batch = task.counted(full_batch(run, phase.image_size, phase.batch_size, META, words=words, share=share))
+    with rehearsed_ranks(1), FlopCounter() as counted:
+        task(to_device(batch, META))[0].backward()
+    assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / phase.batch_size / 1e9, abs=0.05)
+
+
+def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    run = recipe("demo")
+    print_memory(run, 8, {"stage": 0})
+    step = rehearse(run, run.phases[0], 8)
+    assert f"{step.on_rank({}, 8) / 1e9:.3g} GB" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command() -> None:
+    done = run_python(SCRIPT, "--recipe", "s16", "--gpus", "512")
+    assert done.returncode == 0, done.stderr
+    assert "s16 on 512 × H100 of 80 GB" in done.stdout

@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from bad_corpus import encode
+from bad_corpus import square
 from launched import write_shard
-from PIL import Image
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, Fields
@@ -35,7 +34,7 @@ FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
 
 def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     """A shard with a sample for each entry of `captions`."""
-    pictures = [encode(Image.new("RGB", (8, 8), (40 * i % 256, 0, 0))) for i in range(len(captions))]
+    pictures = [square(40 * i % 256) for i in range(len(captions))]
     texts = [{"json": json.dumps({key: value}).encode()} for value in captions]
     return write_shard(folder / "a.tar", list(zip(pictures, texts, strict=True)))
 
@@ -94,32 +93,18 @@ def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, ca
 
     table = pa.table({"image": ["a.png"], "caption": [list(FIVE)]})
     pa.parquet.write_table(table, tmp_path / "t.parquet")
-    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8))))
+    (tmp_path / "a.png").write_bytes(square())
     assert opened(tmp_path / "t.parquet").texts(0) == source.texts(0)
 
 
-def test_fields_that_are_given(tmp_path: Path) -> None:
-    rows = [{"image": "a.png", "w": ["u", "v"], "l": ["L one", "v", "L two"]}]
-    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]))
-    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8))))
-    assert opened(tmp_path / "t.jsonl", web="w", long="l").texts(0).pair(1) == ("v", "L one. L two.")
-    assert opened(tmp_path / "t.jsonl", web="w", long=OTHERS).texts(0).pair() == ("u", "v.")
-    with pytest.raises(UserError, match="long"):
-        opened(tmp_path / "t.jsonl", web="w", long="absent")
-
-
 IMAGES, EACH = 12, 5
-
-
-def picture(i: int) -> bytes:
-    return encode(Image.new("RGB", (8, 8), (20 * i % 256, i, 0)))
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
     """A table in the form that its name has in the wild, and its pictures."""
     path = folder / name
     for i in range(IMAGES):
-        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"{i}.png").write_bytes(square(i))
     if path.suffix == ".parquet":
         pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
     elif path.suffix == ".jsonl":
@@ -148,7 +133,7 @@ def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
         {"image": f"{i}.png", "number": k, "caption": f'Größe "{i}", caption {k} .'} for i, k in pairs
     ]
     if name == "bytes.parquet":
-        rows = [row | {"image": {"bytes": picture(i), "path": None}} for row, (i, _) in zip(rows, pairs, strict=True)]
+        rows = [row | {"image": {"bytes": square(i), "path": None}} for row, (i, _) in zip(rows, pairs, strict=True)]
     if name == "l.jsonl":
         rows = [row | {"caption": [row["caption"], f"more {i} {k}"]} for row, (i, k) in zip(rows, pairs, strict=True)]
     path = write_rows(tmp_path, name, rows)
@@ -163,7 +148,7 @@ def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
         captions = [row["caption"] for row, (image, _) in zip(rows, pairs, strict=True) if image == i]
         flat = [text for cell in captions for text in (cell if isinstance(cell, list) else [cell])]
         sample = source.read(number)
-        assert (sample.image, sample.texts) == (picture(i), Texts(tuple(flat), others=True))
+        assert (sample.image, sample.texts) == (square(i), Texts(tuple(flat), others=True))
         assert source.texts(number) == sample.texts
     assert len(SourceSet(source).read(0).captions["sentence"]) == EACH
     assert len(opened(tmp_path)) == IMAGES, "by its folder"

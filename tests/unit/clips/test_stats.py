@@ -223,7 +223,7 @@ def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: floa
 
 @pytest.mark.parametrize(("seeds", "pictures"), [(2, 40), (3, 80), (5, 400)])
 def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, pictures, monkeypatch):
-    """Of the intervals alone; tests/unit/mllm/test_power.py simulates verdicts."""
+    """Of the intervals alone; tests/unit/mllm/test_compare_archive.py simulates verdicts."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     rng, runs, shared, luck = np.random.default_rng(6), 1e-4, 0.5e-4, 1e-4
     seen = detectable(runs + luck, shared, luck, seeds, pictures)

@@ -1,4 +1,4 @@
-"""A finished comparison computed again from its raw answers; its archive; what is fixed before the first cell."""
+"""A finished comparison computed again from raw answers; its archive and pages; what is fixed before; what it sees."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from tiny_compare import comparison_of, finish, made, place, reported
@@ -26,13 +28,23 @@ from clips.common.files import read_json, sha256
 from clips.common.page import as_html
 from clips.lab import archive
 from clips.lab.archive import unpack
+from clips.lab.stats import interval, over_groups, verdict
 from mllm.compare.commands import fix_plan, lab_cell, plan_of
-from mllm.compare.comparison import PLAN, Comparison
+from mllm.compare.comparison import LIMIT, PLAN, Comparison
 from mllm.compare.comparison import comparison_of as comparison_of_plan
-from mllm.compare.report import page, sentence
+from mllm.compare.figures import (
+    ANSWER_VARIANCE,
+    ENCODER_VARIANCE,
+    OF_QUESTIONS,
+    PICTURE_VARIANCE,
+    RUN_VARIANCE,
+    detectable_difference,
+)
+from mllm.compare.report import design_in_words, page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 from mllm.data.questions import Question
 from mllm.evaluation.scores import score, scorer_version
+from tools.update_docs import take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
@@ -73,11 +85,13 @@ def replace(path: Path, before: str, after: str) -> None:
 # --------------------------------------------------------------------------------------------------------- verified
 
 
-def test_an_untouched_comparison_verifies(output: Path) -> None:
+def test_an_untouched_comparison_verifies(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verification = verify(output)
     assert verification.differs == []
     assert verification.answers == 4 * 36
     assert "kept" in verification.kept
+    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
+    assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4, "another scorer here is named"
 
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
@@ -96,6 +110,7 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     words = r"clips is \d\.\d\d nats per token \[.*\] above clip: log likelihood, where\."
     assert row["verdict"] == "undecided"  # of three seeds
     assert re.fullmatch(words, sentence(row | {"verdict": "win"}))
+    assert "CIDEr-D" in sentence(row | {"verdict": "win", "metric": "cider_d"})
     assert verify(comparison.output).differs == []
     changed = cells["random-seed1"].evaluation / "question.jsonl"
     lines = [json.loads(line) for line in changed.open()]
@@ -155,11 +170,6 @@ def test_figures_of_an_earlier_version_are_read(output: Path) -> None:
     assert not [line for line in verify(output).differs if "figures.json." in line and "cells[" not in line]
     edit(path, lambda figures: figures["exact_match"]["where"].update(accuracy=2.0))
     assert any("figures.json.exact_match.where.accuracy" in line for line in verify(output).differs)
-
-
-def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
-    assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
@@ -273,3 +283,104 @@ def test_a_damaged_or_too_large_archive_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "bomb").write_bytes(lzma.compress(bytes(30_000_000), preset=1))
     with pytest.raises(UserError, match="5,000,000 bytes"):
         unpack(tmp_path / "bomb", tmp_path / "place", MEMBER)
+
+
+PAGE = """# Page
+
+<!-- figures: compare
+| kind | blind | random | random − blind |
+|---|---|---|---|
+| all | {blind: accuracy} | {random: accuracy} | {random − blind: accuracy} |
+-->
+<!-- /figures -->
+"""
+
+
+def test_the_pages_of_this_repository_hold_the_figures_of_their_files() -> None:
+    assert update_pages(check=True) == []
+
+
+def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, tmp_path: Path) -> None:
+    """From raw answers to a table: the figures in the page are those that were computed again."""
+    comparison = finish(comparison_of(place, encoders=("random:clips-run", "blind:clips-run"), seeds=2))
+    report = reported(comparison)
+    root = tmp_path / "root"
+    (root / "docs" / "results").mkdir(parents=True)
+    (root / "README.md").write_text("# Readme\n")
+    (root / "docs" / "page.md").write_text(PAGE)
+    packed = place / "out.tar.xz"
+    pack(comparison.output, packed)
+    target = take(packed, "compare", root)
+    content = json.loads(target.read_text())
+    assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
+    assert not {"cells", "examples", "files"} & content.keys()
+    assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
+    update_pages(check=False, root=root)
+    shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
+    assert shown in (root / "docs" / "page.md").read_text().partition("-->")[2]
+
+    report["encoders"]["random"]["metrics"]["accuracy"]["mean"] += 0.1
+    (comparison.output / "report.json").write_text(json.dumps(report))
+    pack(comparison.output, packed)
+    with pytest.raises(CommandError, match="is not what its report says"):
+        take(packed, "compare", root)
+    assert json.loads(target.read_text()) == content
+
+
+STORED = read_json(ROOT / "tests" / "data" / "lab" / "real" / "encoders.json")["encoders"]
+BY_SEED = [
+    [np.array(STORED[name]["metrics"][metric]["by_seed"]) for name in ("clips", "clip", "caption")]
+    for metric in ("accuracy", "accuracy@seen")
+]
+"""Right answers in each run of the pretrained encoders, for two sorts of pictures."""
+
+
+def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None:
+    """One pair is no measure: the largest of these variances is almost four times the smallest."""
+    pairs = [pair for of in BY_SEED for pair in combinations(of, 2)]
+    measured = [float((a - b).var(ddof=1)) for a, b in pairs]
+    assert pytest.approx(np.mean(measured), rel=0.02) == RUN_VARIANCE + ENCODER_VARIANCE + ANSWER_VARIANCE
+    assert max(measured) > 3 * min(measured)
+    luck = [float((a * (1 - a)).mean() + (b * (1 - b)).mean()) / OF_QUESTIONS for a, b in pairs]
+    assert pytest.approx(np.mean(luck), rel=0.02) == ANSWER_VARIANCE
+
+
+@pytest.mark.parametrize(
+    ("seeds", "runs", "design", "points"),
+    [
+        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", (9.7, 8.8, 8.0)),
+        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", (9.4, 8.5, 7.7)),
+        (8, 8, "8 encoders of each kind, 1 LLaVA run on each", (6.7, 6.0, 5.4)),
+        (8, 24, "8 encoders of each kind, 3 LLaVA runs on each", (5.0, 4.7, 4.4)),
+    ],
+)
+def test_designs_in_words_and_what_they_see(
+    seeds: int, runs: int | None, design: str, points: tuple[float, ...]
+) -> None:
+    """With 400 questions (the default), 800 and 6,400."""
+    comparison = Comparison(seeds=seeds, llava_runs=runs)
+    assert design_in_words(seeds, comparison.runs) == design
+    assert [100 * detectable_difference(comparison, n) for n in (LIMIT, 800, 6400)] == pytest.approx(points, abs=0.1)
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| {design} | {' | '.join(map(str, points))} |" in page
+
+
+@pytest.mark.parametrize("questions", [400, 3200])
+def test_simulated_comparisons_of_the_default_design_find_it_in_80_of_100(questions: int) -> None:
+    """Luck of pretrainings and of LLaVA runs is that of whole models: no number of questions averages it out."""
+    comparison, rng = Comparison(), np.random.default_rng(0)
+    runs, wins, tries = comparison.runs, 0, 600
+    groups = np.arange(runs) % comparison.seeds
+    seen = detectable_difference(comparison, questions)
+    for _ in range(tries):
+        ours, theirs = (
+            rng.normal(0, (ENCODER_VARIANCE / 2) ** 0.5, comparison.seeds)[groups, None]
+            + rng.normal(0, (RUN_VARIANCE / 2) ** 0.5, (runs, 1))
+            + rng.normal(0, (PICTURE_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, questions)
+            + rng.normal(0, (ANSWER_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, (runs, questions))
+            for _ in range(2)
+        )
+        ci95 = interval(over_groups(seen + ours - theirs, groups), np.arange(questions)).ci95
+        by_seed = [over_groups(scores, groups).mean(1).tolist() for scores in (seen + ours, theirs)]
+        wins += verdict(ci95, *by_seed) == "win"
+    assert wins / tries == pytest.approx(0.8, abs=0.05)

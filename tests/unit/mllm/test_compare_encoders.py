@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +17,15 @@ from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finis
 from clips.common.errors import UserError
 from clips.common.page import as_html
 from clips.recipes import recipe
-from mllm.compare.commands import check_cell, fix_plan, lab_cell, pretrain_config, stage_samples, train_arguments
+from mllm.compare.commands import check_cell, lab_cell, pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags
 from mllm.compare.figures import (
     benchmark_folder,
     benchmark_results,
-    compare_scores,
     encoder_groups,
-    item_scores,
     read_answers,
 )
-from mllm.compare.report import floors, page, sentence
+from mllm.compare.report import floors, page
 from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
@@ -278,12 +275,6 @@ def test_flags_that_do_not_fit_are_refused(options: dict, flag: str) -> None:
         check_request(Comparison(**{"encoders": ("random", "blind")} | options))
 
 
-def test_commas_alone_are_not_the_default_encoders() -> None:
-    flags = script_parser("compare_encoders").parse_args(["--encoders", ",,", "--device", "cpu"])
-    with pytest.raises(UserError, match=r"no encoder: .*--encoders"):
-        check_request(comparison_from_flags(flags))
-
-
 def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path) -> None:
     checked(comparison_of(place))
     with pytest.raises(UserError, match="--image-folder"):
@@ -326,35 +317,6 @@ def test_a_floor_that_was_not_beaten_is_named() -> None:
         "clips does not beat blind, tiles",
         "clips, tiles does not beat blind",
     ]
-
-
-def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
-    lines = [
-        {"question_id": i, "image": f"{i}.png", "text": "Describe.", "references": [f"a red cat number {i} on grass"]}
-        for i in range(12)
-    ]
-    (place / "described.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=5, questions=place / "described.jsonl")
-    fix_plan(comparison)
-    answers = {
-        cell: [
-            {"question_id": i, "prompt": "Describe.", "image": f"{i}.png", "file": "described"}
-            | {"text": f"a red cat number {i} on grass" if good else "nothing"}
-            for i in range(12)
-        ]
-        for cell, good in zip(comparison.cells, (True, False) * 5, strict=True)
-    }
-    scores = item_scores(comparison, answers)
-    assert list(scores) == ["cider_d"]
-    # As on the demo, which has no descriptions of the deciding column.
-    for metrics in (scores, {"cider_d@seen": scores["cider_d"]}):
-        (name,) = metrics
-        summary, (row,) = compare_scores(comparison, metrics)
-        assert (row["metric"], row["verdict"]) == (name, "win")
-        assert re.fullmatch(r"clips describes \d+\.\d\d CIDEr-D \[.*\] better than clip\.", sentence(row))
-        assert summary[NAMES[1]][name]["mean"] == 0
-        _, (row,) = compare_scores(comparison, metrics, kept=False)
-        assert re.fullmatch(r"clips − clip is undecided: .* \[.*\]\.", sentence(row))
 
 
 def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:

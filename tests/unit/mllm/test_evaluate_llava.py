@@ -17,6 +17,7 @@ import pytest
 import tiny_chat
 import torch
 from conftest import script_parser
+from tiny_mllm import pictures
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
@@ -27,7 +28,7 @@ from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.report import figures_of, one_caption
+from mllm.evaluation.report import figures_of, one_caption, write_report
 from mllm.evaluation.scores import (
     exact_match_figures,
     exactness,
@@ -217,10 +218,7 @@ def test_command_writes_llava_s_answers_and_figures(
 
     digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in out.iterdir()}
-    for flags, where in [
-        (["--limit", "1"], "limit-1"),
-        ([*own, "--limit", "2"], f"mine-{digest}-limit-2"),
-    ]:
+    for flags, where in ((["--limit", "1"], "limit-1"), ([*own, "--limit", "2"], f"mine-{digest}-limit-2")):
         evaluate_from_flags(parsed(*common, *flags))
         assert (out / where / "figures.json").is_file()
     with pytest.raises(UserError, match="other questions"):
@@ -231,10 +229,8 @@ def test_command_writes_llava_s_answers_and_figures(
     evaluate_from_flags(parsed(*common, *own, *elsewhere, "--likelihood"))
     shares = [json.loads(line).get("share") for line in (tmp_path / "kept" / "answers.jsonl").read_text().splitlines()]
     assert shares == [None, 1, None]  # there is one answer, and it has no rival
-    assert (
-        json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())["figures"]["share_overall"]["items"]
-        == 1
-    )
+    kept = json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())
+    assert kept["figures"]["share_overall"]["items"] == 1
     with pytest.raises(UserError, match="--questions"):
         evaluate_from_flags(parsed(*common, *elsewhere))
 
@@ -290,6 +286,33 @@ def test_accuracy_per_kind_with_wilson_s_interval() -> None:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     assert figures["overall"] == pytest.approx({"accuracy": p, "low": centre - half, "high": centre + half, "n": n})
+
+
+def test_chance_is_the_commonest_truth_of_each_kind() -> None:
+    """Seven "One" of ten, and five of ten."""
+    questions, answers = [], []
+    for kind, truths in (("count", ["One", "One", "Two"]), ("where", ["At the top", "Below"])):
+        for i in range(10):
+            questions.append(Question(id=i, text="?", kind=kind, answer=truths[i % len(truths)]))
+            answers.append(questions[-1].answer if i < 6 else "no")
+    lines = [{"kind": question.kind, "expected": question.answer} for question in questions]
+    figure = figures_of("answers_unseen", {"exact_match": exact_match_figures(questions, answers)}, lines)[
+        "unseen/overall"
+    ]
+    assert (figure["value"], figure["chance"], figure["items"]) == pytest.approx((60, 60, 20))
+    assert [figure["low"], figure["high"]] == pytest.approx([38.7, 78.1], abs=0.05)
+
+
+def test_the_page_of_a_run_leaves_out_an_image_that_is_gone(tmp_path: Path) -> None:
+    figures = {"unseen/overall": {"value": 60.0, "chance": 60.0, "low": 38.7, "high": 78.1, "items": 20}}
+    write_json(tmp_path / "figures.json", {"sets": {}, "test_set": "answers", "figures": figures})
+    write_json(tmp_path / "config.json", {})
+    line = {"prompt": "How many?", "text": "<b>no</b>", "expected": "One", "correct": False}
+    lines = [line | {"image": image} for image in (*pictures(tmp_path / "images", 1), "gone.png")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path, ImageStore(tmp_path / "images"), tmp_path, tmp_path).read_text()
+    assert page.count('class="badge') == page.count("&lt;b&gt;no&lt;/b&gt;") == 1
+    assert all(text in page for text in ("60.0 [38.7, 78.1]", "<dt>truth</dt>", "“unseen”"))
 
 
 def test_yes_no_figures_are_pope_s() -> None:

@@ -16,6 +16,7 @@ from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.common.rundir import UNSEEN
 from clips.data.demo import NUMBERS, PLACES, ensure_demo
 from mllm.data.captions import open_store
@@ -23,7 +24,9 @@ from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.data.sampler import EpochSampler
+from mllm.evaluation.summary import print_summary
 from mllm.training.arguments import TrainArguments
 from mllm.training.prepare import data_of
 from mllm.training.task import Collator
@@ -290,6 +293,22 @@ def test_demo_is_deterministic_and_kept(demo, tmp_path):
             assert (again / path.relative_to(directory)).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match="train scenes"):
         ensure_llava_demo(tmp_path / "more", root / "scenes", align=100, instruct=50)
+
+
+def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = Path("runs/demo"), Path("runs/llava-clips/evaluation")
+    for folder in folders:
+        folder.mkdir(parents=True)
+    line = {"kind": "identity", "prompt": "What?", "text": "A cat", "expected": "A dog", "image": "0.jpg"}
+    for place, file, artists in (("", "answers", "seen"), (f"{UNSEEN}/", UNSEEN_ANSWERS, UNSEEN)):
+        write_json(folders[0] / "evaluation.json", {"figures": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
+        write(folders[1] / f"{file}.jsonl", [line | {"correct": False}])
+        print_summary()
+        text = capsys.readouterr().out
+        assert f"pictures by {artists} artists" in text
+        assert "What? – A cat (wrong: A dog)" in text
+        assert ("test of unseen artists is missing" in text) == (artists == "seen")
 
 
 def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypatch):

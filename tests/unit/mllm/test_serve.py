@@ -10,21 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
-from serve_process import (
-    BLUE,
-    CHAT,
-    LONG,
-    RED,
-    ask,
-    client_of,
-    get,
-    models,
-    picture,
-    post,
-    served,
-    user,
-    wait_until,
-)
+from serve_process import BLUE, CHAT, LONG, RED, ask, client_of, get, models, picture, post, served, user, wait_until
 
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling

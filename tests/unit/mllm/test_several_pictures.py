@@ -105,22 +105,13 @@ def test_chat_and_terminal(model, files, expected, capsys):
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:
-    """Also with one picture in an earlier message; more pictures than the context holds are refused unread."""
+    """More pictures than the context holds are refused unread."""
     shown = [picture(data_url(path.read_bytes())) for path in files]
     with served(model, Limits(images=200)) as address:
         client = client_of(address)
         assert ask(client, user(*shown, TEXT)).choices[0].message.content == expected
         for size in ((1, 20_000), (20_000, 1)):
             assert post(address, with_picture(data_url(png(size=size)))).status_code == 200, size
-        turns = [user(shown[0], "One?"), {"role": "assistant", "content": "Yes."}, user(shown[1], TEXT)]
-        session = ChatSession(model)
-        session.turns = [
-            {"from": "human", "value": [{"type": "image"}, {"type": "text", "text": "One?"}]},
-            {"from": "gpt", "value": [{"type": "text", "text": "Yes."}]},
-        ]
-        session.images = [load_image(str(files[0]))]
-        later = "".join(session.ask(TEXT, [load_image(str(files[1]))], SHORT))
-        assert ask(client, *turns).choices[0].message.content == later
         assert post(address, with_picture(shown[0]["image_url"]["url"], 200)).status_code == 400
         assert post(address, CHAT).status_code == 200
     with_tiles = bool(model.layout.pinpoints)

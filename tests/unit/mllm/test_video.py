@@ -323,7 +323,7 @@ def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(mod
     assert response.strip() == answer
 
 
-def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+def test_chat_and_the_page(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
     """A second question reads nothing again."""
     clip = place / "images" / "a.mp4"
     assert dropped_files(str(clip)) == [str(clip)]
@@ -336,8 +336,4 @@ def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> N
     (tmp_path / "no.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="mp4"):
         load_image(str(tmp_path / "no.mp4"))
-
-
-def test_the_page(model: ChatModel, place: Path, expected: str) -> None:
-    message = {"text": TEXT, "files": [str(place / "images" / "a.mp4")]}
-    assert html.unescape([*answers(model, message, [], {}, 0.0, 8)][-1]) == expected
+    assert html.unescape([*answers(model, {"text": TEXT, "files": [str(clip)]}, [], {}, 0.0, 8)][-1]) == expected
