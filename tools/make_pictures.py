@@ -91,7 +91,7 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
         axes.imshow(decode_image((images / answer["image"]).read_bytes()))
         axes.set_axis_off()
         axes.set_title(textwrap.fill(answer["prompt"], 26), fontsize=9, color=INK)
-        below = answer["text"] if answer["correct"] else f"{answer['text']}\nwrong: {answer['expected']}"
+        below = answer["text"] if answer["correct"] else f"{answer['text']}\ncorrect: {answer['expected']}"
         colour = INK if answer["correct"] else WRONG
         axes.text(0.5, -0.06, below, transform=axes.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
     return plot

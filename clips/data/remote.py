@@ -152,7 +152,8 @@ def patiently(url: str, ask: Callable[[], T]) -> T:
             if _is_final(error):
                 raise OSError(causes) from error
             if delay is None:
-                raise CommandError(f"{url} cannot be read: {causes}; the same command tries again") from error
+                what = f"{url} cannot be read: {causes} ({len(DELAYS) + 1} attempts)"
+                raise CommandError(f"{what}; the same command goes on once the network or the store does") from error
             log.warning("%s", without_secrets(f"{url}: {causes}; trying again"))
             time.sleep(delay * SystemRandom().uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")

@@ -94,4 +94,5 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     words = run.model.text.context_length // (2 if run.model.text.trim else 1)
     batch = full_batch(run, phase.image_size, micro, META, words=words, share=run.task.caption_share)
-    return built(run, phase).flops(batch, repeated=True) // micro
+    with rehearsed_ranks(ranks):
+        return built(run, phase).flops(batch, repeated=True) // micro

@@ -202,4 +202,4 @@ def check_tokens(encoder: VisionEncoder) -> None:
     cells = (encoder.image_size // encoder.patch_size) ** 2
     if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
         mend = "give --mm_vision_select_feature patch, or --image_aspect_ratio pad"
-        raise UserError(f"vision encoder {encoder.name}: anyres needs a token for each patch and no other: {mend}")
+        raise UserError(f"vision encoder {encoder.name}: anyres needs a square of one token for each patch: {mend}")

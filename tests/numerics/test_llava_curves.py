@@ -72,7 +72,7 @@ def test_losses_are_the_stored_ones(kind: str, place: Path, monkeypatch: pytest.
     stored = json.loads(STORED.read_text())[kind]
     assert len(stored) == 20
     for step, (now, before) in enumerate(zip(curve_of(kind, place, monkeypatch), stored, strict=True), 1):
-        assert now == pytest.approx(before, rel=1e-6 if kind != "lora_4bit" else 1e-5), f"step {step}"
+        assert now == pytest.approx(before, rel=1e-6), f"step {step}"
 
 
 if __name__ == "__main__":

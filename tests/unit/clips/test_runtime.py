@@ -161,18 +161,19 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     assert "8,192" in capsys.readouterr().out
 
 
-def test_the_flops_that_a_plan_shows_are_counted_ones(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("gpus", [1, 64])
+def test_the_flops_that_a_plan_shows_are_counted_ones(gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Torch's formulas count a step whose texts fill half of their context."""
-    run = recipe("s16").override(["phases.*.batch_size=256"])
+    run = recipe("s16").override([f"phases.*.batch_size={256 * gpus}"])
     phase = run.phases[0]
-    print_pretraining(replace(run, phases=(phase,)), Machine("h100", 1, 0.2), "zero0")
+    print_pretraining(replace(run, phases=(phase,)), Machine("h100", gpus, 0.2), "zero0")
     (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {phase.name}"))
     task = built(run, phase)
     words, share = run.model.text.context_length // 2, run.task.caption_share
-    batch = task.counted(full_batch(run, phase.image_size, phase.batch_size, META, words=words, share=share))
-    with rehearsed_ranks(1), FlopCounter() as counted:
+    batch = task.counted(full_batch(run, phase.image_size, 256, META, words=words, share=share))
+    with rehearsed_ranks(gpus), FlopCounter() as counted:
         task(to_device(batch, META))[0].backward()
-    assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / phase.batch_size / 1e9, abs=0.05)
+    assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / 256 / 1e9, abs=0.05)
 
 
 def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:
