@@ -4,8 +4,8 @@
 
     model = CLIPS.from_pretrained("runs/demo")
 
-Each name is imported at its first use, so `import clips` costs nothing. `mllm` takes only these names,
-`clips.common` and `clips.lab` from this package (a test).
+Each name is imported at its first use, so `import clips` costs nothing. A test checks that `mllm` takes only these
+names, `clips.common` and `clips.lab` from this package.
 """
 
 import ast

@@ -23,7 +23,7 @@ from clips.common.files import from_json, read_bytes, write_json
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
-    """`image=jpg web=json:alt long=txt` → Fields."""
+    """Parse `image=jpg web=json:alt long=txt` into Fields."""
     known = [field.name for field in dataclasses.fields(Fields)]
     for assignment in assignments:
         part, separator, field = assignment.partition("=")
@@ -34,7 +34,7 @@ def parse_fields(assignments: list[str], fields: Fields) -> Fields:
 
 
 def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
-    """`recap=3:shards/*.tar cc=1:cc.parquet` → the sets of a mix."""
+    """Parse `recap=3:shards/*.tar cc=1:cc.parquet` into the sets of a mix."""
     parts = []
     for entry in entries:
         name, has_name, rest = entry.partition("=")
@@ -49,12 +49,12 @@ def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
 
 
 def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
-    """`coco.jsonl flickr=flickr.jsonl` → the first test set, and the further ones."""
+    """Parse `coco.jsonl flickr=flickr.jsonl` into the first test set and the further ones."""
     further = []
     for entry in entries[1:]:
         name, has_name, data = entry.partition("=")
         if not (name and has_name and data):
-            raise UserError(f"--test-data {entry!r}: behind the first set give NAME=DATA, as in flickr=flickr.jsonl")
+            raise UserError(f"--test-data {entry!r}: after the first set give NAME=DATA, as in flickr=flickr.jsonl")
         further.append(NamedSet(name=name, data=data))
     return entries[0], tuple(further)
 
@@ -65,7 +65,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check(part: str, config: Any, *, numbers: bool = False) -> None:
-    """Raise UserError unless `config` has known choices, and with `numbers` positive and finite numbers."""
+    """Raise UserError for an unknown choice, and with `numbers` for an integer below 1 or a non-finite float."""
     hints = typing.get_type_hints(type(config))
     for name, value in vars(config).items():
         if typing.get_origin(hints[name]) is Literal:
@@ -77,7 +77,7 @@ def _check(part: str, config: Any, *, numbers: bool = False) -> None:
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
-    """`choices` is a Literal type."""
+    """Raise UserError unless `value` is one of `choices`, a Literal type."""
     known = typing.get_args(choices)
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
@@ -133,13 +133,13 @@ class VisionConfig:
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         has_fixed_table = self.pos_embed != "learned"
         _require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
-        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false leaves out")
-        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false is no class of others")
+        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false removes")
+        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false has no transformers class")
         check_image_size(self.image_size, self.patch_size)
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens before the patches: the CLS, if there is one."""
+        """Number of tokens before the patches: 1 with a CLS token, else 0."""
         return int(self.cls)
 
     @property
@@ -148,11 +148,11 @@ class VisionConfig:
         return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
     def tokens(self, image_size: int | None = None) -> int:
-        """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
+        """Return the number of patch tokens of an image of `image_size` pixels, without the CLS."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
     def kept_tokens(self, image_size: int) -> int:
-        """Patch tokens that training passes through the blocks."""
+        """Return the number of patch tokens that pass through the blocks in training."""
         return _kept(self.tokens(image_size), 1 - self.patch_dropout)
 
 
@@ -177,8 +177,8 @@ class TextConfig:
     vocab_size: int = 32_000
     mlp_ratio: float = 4.0
     pad_mask: bool = False
-    """False: the reference's way, padding is attended and every text is padded to `context_length`.
-    True: padding is masked, so a batch is padded only to its own length (see clips/model/text.py)."""
+    """False, as in the reference: padding is attended, and every text is padded to `context_length`.
+    True: padding is masked, so a batch is padded only to its longest text (see clips/model/text.py)."""
     activation: Activation = "gelu_tanh"
     causal: bool = False
     """Each slot attends to itself and the slots before it, as in CLIP."""
@@ -193,12 +193,12 @@ class TextConfig:
 
     @property
     def words(self) -> int:
-        """Room for tokens of a text beside bos, eos and CLS."""
+        """Number of slots for the tokens of a text, without bos, eos and CLS."""
         return self.context_length - (3 if self.pool == "cls" else 2)
 
     @property
     def trim(self) -> bool:
-        """Whether padding cannot change features, so that a batch is padded only to its own length."""
+        """True if padding cannot change features, so that a batch is padded only to its longest text."""
         return self.pad_mask or (self.causal and self.pool == "eos")
 
 
@@ -226,7 +226,7 @@ class CaptionerConfig:
         _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
 
     def kept_tokens(self, tokens: int) -> int:
-        """How many of an image's `tokens` the captioner sees in training."""
+        """Return how many of an image's `tokens` the captioner sees in training."""
         return _kept(tokens, self.image_token_keep)
 
 
@@ -244,7 +244,7 @@ class ModelConfig:
 
 
 TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
-"""Part of a model → its field that concerns training only; initial weights do not set it."""
+"""Part of a model → its field that concerns only training, so that initial weights do not set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ class CaptionsConfig:
     sub_caption_tokens: int = 32
     """Tokens that truncation, random_mask and block_mask keep."""
     sentence_share: float = 0.0
-    """Share of the long caption's sentences that the strategy sentence keeps, in a row; at least one sentence."""
+    """Share of the long caption's sentences, consecutive and at least one, that the strategy `sentence` keeps."""
     token_dropout: float = 0.0
     """Share of a text's tokens that the text tower does not read in training, drawn anew at each step."""
 
@@ -273,9 +273,9 @@ class TaskConfig:
     objective: Objective = "clips"
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
-    """Objective clip: share of samples whose one text is the synthetic caption, if they have one."""
+    """With objective clip: share of the samples that train on their synthetic caption, if they have one."""
     caption_share: float = 1.0
-    """Share of the samples whose long caption is predicted, drawn anew for each sample at each step."""
+    """Share of the samples whose long caption is predicted; each step draws them anew."""
     caption_chunk: int = 4096
     """Caption positions whose logits are held at once."""
 
@@ -292,20 +292,20 @@ class TaskConfig:
 
     @property
     def captions(self) -> bool:
-        """Whether training needs long captions. Objective clip reads them if they are there."""
+        """True if training needs long captions. Objective clip reads them if they are present."""
         return self.objective == "clips"
 
 
 OTHERS = "others"
-"""`Fields.long` where the web captions that are not drawn are joined to the long one."""
+"""Value of `Fields.long` that joins the web captions that are not drawn into the long caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """The places of a sample's three parts; `;` separates alternatives.
+    """Where the three parts of a sample are found; `;` separates alternatives.
 
     Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names. A caption's
-    field may hold a list: a step draws one web caption, and joins the long ones.
+    field may hold a list: then a step draws one web caption, and joins the long ones.
     """
 
     image: str = "jpg;jpeg;png;webp"
@@ -320,9 +320,9 @@ class MixPart:
 
     name: str
     share: float
-    """Relative to those of the others."""
+    """Share of the samples, relative to the shares of the other sets."""
     data: str
-    """As `DataConfig.train`."""
+    """Data of the set, written as `DataConfig.train`."""
     fields: Fields | None = None
     """Its fields, if they differ from `DataConfig.fields`."""
     image_root: str | None = None
@@ -334,7 +334,7 @@ class NamedSet:
 
     name: str
     data: str
-    """As `DataConfig.train`."""
+    """Data of the set, written as `DataConfig.train`."""
 
     def __post_init__(self) -> None:
         is_name = self.name.replace("-", "_").isidentifier() and self.name not in ("train", "val", "test")
@@ -350,18 +350,18 @@ class DataConfig:
     """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
     held_out: float = 0.0
-    """Without `val`: the share of the images of `train` that validates and does not train, at most 1,000. Neither the
-    demo, nor a mix, nor a set of fewer than 100 images holds any out."""
+    """Without `val`: share of the images of `train`, at most 1,000, that are held out for validation. The demo, a mix,
+    and a set of fewer than 100 images hold none out."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
-    """Measured beside `test`; their figures are called NAME/FIGURE. A set named `unseen` decides in the studies."""
+    """Test sets beside `test`; their metrics are called NAME/METRIC. The studies decide by a set named `unseen`."""
     fields: Fields = field(default_factory=Fields)
     image_root: str | None = None
-    """Tables: the folder that image paths are relative to; default: the table's folder."""
+    """Tables: the folder that image paths are relative to, by default the table's folder."""
     demo_dir: str = "data/demo"
     workers: int = 2
     cache_gb: float = 50
-    """Remote data: room for copies of shards and pictures on this machine's disk; 0: no copies."""
+    """Remote data: GB of this machine's disk for copies of shards and images; 0 makes no copies."""
     max_broken_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -379,10 +379,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation in training; the defaults turn every part off, and the image is only squashed to the square."""
+    """Augmentation in training. By default every part is off, and the image is only squashed to a square."""
 
     min_crop_area: float = 1.0
-    """Smallest share of the picture's area that a random crop keeps (its aspect is 3/4 … 4/3); 1: no crop."""
+    """Smallest share of the image's area that a random crop keeps (its aspect is 3/4 … 4/3); 1: no crop."""
     jitter: float = 0.0
     """Brightness, contrast and saturation are multiplied by factors from 1 ± jitter."""
     hue: float = 0.0
@@ -392,7 +392,7 @@ class AugmentConfig:
     grayscale: float = 0.0
     """Share of the samples that lose their colours."""
     mirror: float = 0.0
-    """Share of the samples whose picture is turned left to right; captions keep their words."""
+    """Share of the samples whose image is mirrored left to right; captions keep their words."""
 
     def __post_init__(self) -> None:
         _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
@@ -409,20 +409,20 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.2
     decay_embeddings: bool = True
-    """Whether token embeddings decay as matrices do; positions, queries and CLS never decay. The reference decays
+    """If True, token embeddings decay as matrices do. Positions, queries and CLS never decay. The reference decays
     kernels only."""
     lr_scaling: LrScaling = "sqrt"
-    """How the flag `--batch-size` scales the recipe's learning rates: with the batch, its square root, or not.
-    `phases.*.lr` is the rate that is trained with."""
+    """How the flag `--batch-size` scales the recipe's learning rates: with the batch, with its square root, or not.
+    `phases.*.lr` is the rate that training uses."""
     clip_grad: float = 0.0
     """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/optim.py."""
     muon_momentum: float = 0.95
     layer_decay: float = 1.0
-    """The rate of a tower's layer, as a share of the layer's above it; below 1 the lower layers of given weights stay
-    near to what they were. Projections, temperature and captioner have the whole rate, embeddings the lowest."""
+    """Learning rate of a tower's layer as a share of that of the layer above it; below 1, lower layers stay close to
+    their initial weights. Projections, temperature and captioner have the full rate, embeddings the lowest."""
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
-        """The factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
+        """Return the factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
@@ -445,11 +445,11 @@ class PhaseConfig:
     muon_lr: float = 0.0
     """Peak learning rate of the blocks' matrices when optim.kind = "muon"."""
     image_size: int
-    """Side in pixels of the square that every picture is squashed to."""
+    """Side in pixels of the square that every image is squashed to."""
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
-    """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
-    (trapezoid); constant stays at the peak, for a phase that another one follows."""
+    """After the warm-up the rate falls to 0 along a half cosine wave (cosine), linearly (linear), or linearly over the
+    phase's last third (trapezoid). With constant it stays at the peak, for a phase that another one follows."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fresh_optimizer: bool = False
     """Begin with an empty optimizer, as the reference does, instead of the previous phase's state."""
@@ -466,7 +466,7 @@ class PhaseConfig:
 
     @property
     def seen(self) -> int:
-        """Samples of its whole steps."""
+        """Samples that the phase trains on, in full optimizer steps."""
         return self.steps * self.batch_size
 
 
@@ -474,14 +474,14 @@ class PhaseConfig:
 class TrainConfig:
     seed: int = 0
     debug: bool = False
-    """Whether this is a recipe's smoke test (--debug), which no later command takes as the newest encoder."""
+    """True for the smoke test of a recipe (--debug), which no later command takes as the newest encoder."""
     precision: Precision = "auto"
-    """bf16 is autocast over fp32 weights. auto: the precision that the run began in, or bf16 if the device has it."""
+    """bf16 is autocast over fp32 weights. auto: the precision that the run began with, or bf16 if the device has it."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
     contrastive: Contrastive = "micro"
     """Batch of the contrastive loss if accumulation > 1. micro: each micro-batch of all ranks. global: the whole batch,
-    exact, in a micro-batch's memory, for one more forward pass of the towers (docs/training.md)."""
+    exactly, in the memory of a micro-batch, at the cost of one more forward pass of the towers (docs/training.md)."""
     activation_checkpointing: bool = False
     compile: bool = False
     init_from: str | None = None
@@ -490,8 +490,8 @@ class TrainConfig:
     freeze: Freeze = "none"
     """The tower that is not trained (LiT); its projection into the shared space trains."""
     on_spike: OnSpike = "continue"
-    """After a step whose loss or gradient norm is far above the recent ones (clips/training/watchdog.py): continue only
-    records it; skip leaves its update out."""
+    """What to do after a step whose loss or gradient norm is far above the recent ones (clips/training/watchdog.py):
+    continue only records it, and skip also skips its update."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -499,14 +499,14 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Samples between two checkpoints; 0: only at the end and when stopped."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints that are kept."""
     choose: Choose = "last"
     """The checkpoint that is measured and exported: the last one, or the best one on the validation split by the sum of
-    R@1, R@5 and R@10 both ways. The best one stays, however old it is."""
+    R@1, R@5 and R@10 in both directions. The best one is kept, however old it is."""
 
     @property
     def whole_step(self) -> bool:
-        """Whether the contrastive loss runs over several micro-batches, so that the towers pass twice."""
+        """True if the contrastive loss spans several micro-batches, so that the towers run forward twice."""
         return self.contrastive == "global" and self.accumulation > 1
 
     def __post_init__(self) -> None:
@@ -546,7 +546,7 @@ class RunConfig:
 
     @property
     def samples(self) -> int:
-        """Samples of all phases, in whole optimizer steps."""
+        """Samples of all phases, in full optimizer steps."""
         return sum(phase.seen for phase in self.phases)
 
     @property
@@ -561,16 +561,16 @@ class RunConfig:
 
     @staticmethod
     def load(path: Path) -> RunConfig:
-        """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
+        """Read `config.json`. Raises UserError, with the file and the field that does not fit."""
         try:
             return from_dict(RunConfig, from_json(read_bytes(path)))
         except (OSError, ValueError, UserError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
     def override(self, assignments: list[str], values: Mapping[str, Any] | None = None) -> RunConfig:
-        """Set `values`, path → value, then apply `a.b.c=value` assignments, all at once: one alone may not fit the run.
+        """Set `values` (path → value), then apply `a.b.c=value` assignments; only the result must be a valid run.
 
-        The value of an assignment is JSON or text, and phases have an index or `*`.
+        The value of an assignment is JSON or text, and phases are addressed by their index or `*`.
         """
         tree = json.loads(json.dumps(self.to_dict()))
         for path, value in (values or {}).items():
@@ -604,7 +604,7 @@ RETIRED: dict[str, Any] = {
     **{"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"},
     **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
 }
-"""Fields of configurations of earlier versions, which are read if they have this value: what is still done."""
+"""Fields of earlier configurations, which still load with this value because the program still behaves like that."""
 RETIRED_OBJECTIVES = ("caption", "caption+web")
 
 
@@ -629,7 +629,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        if cls is RunConfig:  # first, since such a run's model is refused too, in other words
+        if cls is RunConfig:  # first, because the model of such a run fails too, less clearly
             task = value.get("task")
             objective = task.get("objective") if isinstance(task, dict) else None
             what = f"{where}.task.objective {objective!r}"
@@ -640,7 +640,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
         try:
             return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
         except TypeError as error:  # of the dataclass: it names the fields that are missing
-            raise UserError(f"{where} is not whole: {error}") from None
+            raise UserError(f"{where} is incomplete: {error}") from None
     if cls is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     fits = isinstance(value, cls) and (cls is bool or not isinstance(value, bool))
@@ -648,8 +648,8 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def difference(there: RunConfig, here: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as `path: there → here`; precision "auto" accepts what is there."""
-    if here.train.precision == "auto":
-        here = replace(here, train=replace(here.train, precision=there.train.precision))
-    return rundir.difference(there.to_dict(), here.to_dict())
+def difference(saved: RunConfig, current: RunConfig) -> list[str]:
+    """Return the fields in which two runs differ as `path: saved → current`; a current precision "auto" fits any."""
+    if current.train.precision == "auto":
+        current = replace(current, train=replace(current.train, precision=saved.train.precision))
+    return rundir.difference(saved.to_dict(), current.to_dict())

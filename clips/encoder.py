@@ -1,4 +1,4 @@
-"""A trained encoder for users: pictures and texts in, vectors of one space out.
+"""A trained encoder for users: images and texts in, vectors of one space out.
 
     from clips import CLIPS
 
@@ -49,9 +49,9 @@ BATCH = 64
 Picture = Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image of any mode, a path, a URL, an array uint8 [H, W, 3], or pixels [3, S, S] of `CLIPS.preprocess`."""
 Images = Picture | Iterable[Picture]
-"""One picture or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
+"""One image or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 SENTENCE_WORDS = 4
-"""A text of so many words is encoded as it is, a shorter text in the prompts for names."""
+"""A text of at least this many words is encoded as it is; a shorter one is a name, which goes into the prompts."""
 
 
 class CLIPS:
@@ -62,7 +62,7 @@ class CLIPS:
         self.tokenizer = loaded.tokenizer
         self.path = loaded.path
         self.data = loaded.run.data.train
-        """What it was trained on: "demo", files, or nothing if the checkpoint does not say."""
+        """What the model was trained on: "demo", files, or nothing if the checkpoint does not say."""
         self.device = device
         self._transform = eval_transform(self.image_size)
         self.templates = tuple(PROMPTS) if self.data == "demo" else default_templates()
@@ -105,9 +105,9 @@ class CLIPS:
         return float(self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE))
 
     def preprocess(self, image: Picture) -> Tensor:
-        """float32 [3, S, S], normalised, on the CPU; such a tensor is returned as it is.
+        """Return normalised pixels, float32 [3, S, S] on the CPU; a tensor of this form is returned as it is.
 
-        Raises UserError for an unreadable file, TypeError or ValueError for something that is no picture.
+        Raises UserError for an unreadable file, and TypeError or ValueError for something that is not an image.
         """
         if not isinstance(image, Tensor):
             return self._transform(_open(image))
@@ -117,67 +117,67 @@ class CLIPS:
         return image.to("cpu", torch.float32)
 
     def tokenize(self, texts: Iterable[str] | str) -> Tensor:
-        """Token ids [T, L], padded to the longest text."""
+        """Return token ids [T, L], padded to the longest text."""
         return self.tokenizer.for_tower(_texts(texts), self.model.config.text)
 
     @torch.no_grad()
     def encode_image(self, images: Images) -> Tensor:
-        """L2-normalised features [B, E] on the CPU."""
+        """Return L2-normalised features [B, E] on the CPU."""
         features = [self.model.encode_image(batch).cpu() for batch in self._batches(images)]
         return torch.cat(features) if features else torch.empty(0, self.embed_dim)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
-        """Pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
+        """Yield pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
         if isinstance(images, (str, Path)) and Path(images).is_dir():
-            picture_set = PictureSet(Path(images))
-            images = [picture_set.root / name for name in picture_set.files]
+            folder = PictureSet(Path(images))
+            images = [folder.root / name for name in folder.files]
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
         ):
             images = [images]
-        pictures = iter(images)
-        while batch := list(islice(pictures, BATCH)):
-            yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
+        left = iter(images)
+        while batch := list(islice(left, BATCH)):
+            yield torch.stack([self.preprocess(image) for image in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """L2-normalised features [T, E] on the CPU."""
+        """Return L2-normalised features [T, E] on the CPU."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
         return encode_texts(self.model, self.tokenizer, texts, batch_size=BATCH)
 
     def _encode_labels(self, names: tuple[str, ...]) -> Tensor:
-        """[C, E]: each name's normalised mean over the prompts. Cached for the last lists of names (a tuple)."""
+        """Return [C, E]: for each name the normalised mean over the prompts. The results of recent lists are cached."""
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
     def encode_query(self, text: str) -> Tensor:
-        """[E]: a sentence as it is, a name of fewer than SENTENCE_WORDS words in the prompts of `encode_labels`."""
+        """Return the feature [E] of a sentence; names (fewer than SENTENCE_WORDS words) go through `encode_labels`."""
         text = " ".join(text.split())
         is_name = len(text.split()) < SENTENCE_WORDS
         return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
 
     def index(self, folder: str | Path, pattern: str = "**/*", *, workers: int = 0) -> Index:
-        """The index of the pictures of `folder` and of the folders in it, for `Index.search`.
+        """Encode the images in `folder` and its subfolders, and return their index for `Index.search`.
 
-        `pattern` chooses among the files. Unreadable pictures are left out and counted; the first three are logged.
-        `workers` are processes that read pictures. Raises UserError if no picture can be read.
+        `pattern` selects files. Unreadable images are skipped and counted, and the first three are logged. `workers` is
+        the number of processes that read images. Raises UserError if no image can be read.
         """
         items = PictureSet(Path(folder), pattern)
-        encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
+        encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="images")
         for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
         paths = [str(items.root / items.files[i]) for i in encoded.indices]
         return Index(paths, encoded.features, self._encode_any, self._weights, len(encoded.skipped))
 
     def load_index(self, path: str | Path) -> Index:
-        """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
+        """Open the index that `Index.save` wrote. Raises UserError if it was made with other weights."""
         return load_index(path, self._encode_any, self._weights, self.embed_dim)
 
     def kept_index(self, folder: str | Path, *, file: str | Path | None = None, workers: int = 0) -> tuple[Index, Path]:
-        """As `index`, and the `file` in which the index is kept (default: one in the cache).
+        """Return the index of `folder` and the `file` that stores it (default: one in the cache).
 
-        The file is made if it is missing, or if it was made of other files than `folder` now holds.
+        The folder is indexed again if the file is missing, or if the files in `folder` have changed since.
         """
         folder = Path(folder).resolve()
         name = hashlib.sha256(f"{folder} {self._weights}".encode()).hexdigest()[:24]
@@ -195,19 +195,19 @@ class CLIPS:
 
     @cached_property
     def _weights(self) -> str:
-        """The name of the weights; hashing a large model takes seconds."""
+        """A name of the weights by their hash, which takes seconds for a large model."""
         return hash_weights(self.model.state_dict()).hexdigest()[:12]
 
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:
-        """Cosines [B, T]."""
+        """Return the cosines [B, T] of images and texts."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
     @torch.no_grad()
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
-        """Greedy long captions, one for each image, given one web caption for all or one for each.
+        """Return a long caption for each image by greedy decoding, given one web caption for all or one for each.
 
-        Raises UserError without a captioner (an open_clip export has none), ValueError if web captions and images
-        differ in number.
+        Raises UserError if the model has no captioner (an open_clip export has none), ValueError if web captions and
+        images differ in number.
         """
         if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
@@ -236,14 +236,14 @@ def _texts(texts: Iterable[str] | str) -> list[str]:
 def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
-            raise ValueError(f"an array is a picture of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
+            raise ValueError(f"an array is an image of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, (str, Path)):
-        raise TypeError(f"a picture is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     if not is_remote(str(image)) and Path(image).is_dir():
-        raise UserError(f"{image} is a folder: give it alone, or the pictures in it (Path(folder).glob('*.jpg'))")
+        raise UserError(f"{image} is a folder: give it alone, or the images in it (Path(folder).glob('*.jpg'))")
     try:
         if is_remote(str(image)):
             return decode_image(read_range(str(image), 0, min(remote_facts(str(image))[0], MAX_BYTES + 1)))
@@ -253,26 +253,26 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 
 def search_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
-    picture = flags.image
-    if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
-        picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files
+    """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
+    image = flags.image
+    if image is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
+        image = flags.text  # people try this first, and no encoder was trained on file names
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
-    left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
-    found = f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"
+    skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
+    found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
     print(printable(found), file=sys.stderr)
-    query = flags.text if picture is None else _open(picture)
+    query = flags.text if image is None else _open(image)
     matches = index.search(query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:
         write_page(Path(flags.output), flags.text or flags.image, matches)
-        print(f"the pictures are in {flags.output}")
+        print(f"the images are in {flags.output}")
 
 
 def _listing(folder: Path, index: Path) -> str:
-    """A hash of the names, sizes and times of the files in `folder`, without the `index`."""
+    """Return a hash of the names, sizes and times of the files in `folder`, without the `index`."""
     facts = []
     for path in folder.rglob("*"):
         if path != index and not path.is_dir():

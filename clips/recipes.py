@@ -91,7 +91,7 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
-    Data without synthetic captions give web captions alone.
+    On data without synthetic captions it trains on web captions alone.
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
@@ -148,7 +148,7 @@ def small_captioner() -> RunConfig:
 
 
 def small_clip() -> RunConfig:
-    """The CLIP baseline of `small`: one caption of each picture a step, no captioner, its own rates.
+    """The CLIP baseline of `small`: one caption of each image per step, no captioner, rates of its own.
 
     python scripts/pretrain_clips.py --recipe small_clip --data 'shards/*.tar'
     """
@@ -156,7 +156,7 @@ def small_clip() -> RunConfig:
 
 
 def _as_clip(run: RunConfig, name: str) -> RunConfig:
-    """The CLIP baseline of a recipe. Its best rates are half of the recipe's."""
+    """Return the CLIP baseline of a recipe. Its best learning rates are half of the recipe's."""
     return replace(
         run,
         recipe=name,
@@ -167,7 +167,7 @@ def _as_clip(run: RunConfig, name: str) -> RunConfig:
 
 
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
-    """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
+    """Return the paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
     deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
 
@@ -176,7 +176,7 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
     of each phase are the reference code's. Unlike in the reference, text padding is masked: a text gives the same
     features at any padded length, so a batch is padded only to its own length (a quarter of the FLOPs of L/14 at
-    84 px). `--set model.text.pad_mask=false` is the reference's way. For Muon: `--set optim.kind=muon --set
+    84 px). `--set model.text.pad_mask=false` does as the reference. For Muon: `--set optim.kind=muon --set
     'phases.*.muon_lr=0.02'`.
     """
     model = PRESETS[preset]
@@ -226,7 +226,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The recipe `name`. Raises UserError with the known names."""
+    """Return the recipe `name`. Raises UserError for an unknown name, with the known ones."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name!r} is not known; choose one of: {', '.join(RECIPES)}")
     return RECIPES[name]()
@@ -243,7 +243,7 @@ and CLIPVisionModel. clip_model has CLIP's text tower too (CLIPModel)."""
 
 
 def with_tower(run: RunConfig, name: str) -> RunConfig:
-    """`run` with the image tower in the shape `name` of TOWERS. Raises UserError for an unknown name."""
+    """Return `run` with the image tower in the shape `name` of TOWERS. Raises UserError for an unknown name."""
     if name not in TOWERS:
         raise UserError(f"--tower {name!r} is not known; choose one of: {', '.join(TOWERS)}")
     text = replace(run.model.text, pool="eos", causal=True) if name == "clip_model" else run.model.text
@@ -251,9 +251,9 @@ def with_tower(run: RunConfig, name: str) -> RunConfig:
 
 
 def debug_twin(run: RunConfig) -> RunConfig:
-    """The recipe in three optimizer steps of a tiny model on the demo data: the same code in seconds.
+    """Return the recipe's smoke test config: three steps of a tiny model on the demo data, the same code in seconds.
 
-    Every phase keeps its place, schedule and augmentation; widths, depths, image sizes and batches shrink.
+    Every phase keeps its order, schedule and augmentation; widths, depths, image sizes and batches shrink.
     """
     patch = run.model.vision.patch_size
     steps = 3 // len(run.phases)

@@ -1,6 +1,6 @@
-"""Search among pictures: the features of a folder's pictures, in memory and in one file.
+"""Search among images: the features of a folder's images, in memory and in one file.
 
-Shapes: N pictures · E width of a feature. An index holds 4 · N · E bytes and the names of its files. 100,000 pictures
+Shapes: N images · E width of a feature. An index holds 4 · N · E bytes and the names of its files. 100,000 images
 take 205 MB with E = 512. A search reads these features once.
 """
 
@@ -24,22 +24,22 @@ from clips.data.images import MAX_BYTES, decode_image
 from clips.data.sample import BrokenSample
 
 THUMBNAIL = 240
-"""Longest side of a picture on the page, pixels."""
+"""Longest side in pixels of an image on the page."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found."""
+    """An image that was found."""
 
     path: str
     score: float
-    """Cosine of the picture and the query."""
+    """Cosine of the image and the query."""
 
 
 class Index:
-    """The features of pictures, float32 [N, E]; `clips.encoder.CLIPS` makes and opens it.
+    """The features of images, float32 [N, E]; `clips.encoder.CLIPS` makes and opens an index.
 
-    `encode` gives the feature [E] of a query, and `weights` names the model's weights.
+    `encode` returns the feature [E] of a query, and `weights` identifies the model's weights.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Index:
         self.encode = encode
         self.weights = weights
         self.skipped = skipped
-        """Pictures that could not be read."""
+        """Number of images that could not be read."""
         self.listing = ""
-        """A hash of the folder's listing before it was read, if the index is kept."""
+        """A hash of the folder's listing before it was read, if the index is stored in a file."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __repr__(self) -> str:
-        return f"Index({len(self):,} pictures, {self.features.nbytes / 1e6:.1f} MB)"
+        return f"Index({len(self):,} images, {self.features.nbytes / 1e6:.1f} MB)"
 
     def search(self, query: Any, k: int = 10) -> list[Match]:
-        """The `k` pictures nearest to a text, or to a picture (a PIL image, a Path, an array), nearest first."""
+        """Return the `k` images nearest to a text or an image (a PIL image, a Path, an array), nearest first."""
         cosines = self.features @ self.encode(query).numpy()
         rows = np.argsort(-cosines, kind="stable")[:k]
         return [Match(self.paths[row], float(cosines[row])) for row in rows]
@@ -75,33 +75,33 @@ class Index:
 
 
 def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str, width: int) -> Index:
-    """The index that `Index.save` wrote. Raises UserError for another file, and for an index of other weights."""
+    """Open the index that `Index.save` wrote. Raises UserError for another file, and for an index of other weights."""
     tensors, facts = read_safetensors(Path(path))
     try:
         paths, features = json.loads(facts["paths"]), tensors["features"]
         index = Index(paths, features, encode, facts["weights"], int(facts["skipped"]))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path} is no index of pictures: name another file, or remove it") from None
+        raise UserError(f"{path} is no index of images: name another file, or remove it") from None
     if index.weights != weights:
-        raise UserError(f"{path} was made with other weights than this model's: index the pictures again")
+        raise UserError(f"{path} was made with other weights than this model's: index the images again")
     are_paths = isinstance(paths, list) and all(isinstance(name, str) and "\0" not in name for name in paths)
     are_features = features.dtype == torch.float32 and features.shape == (len(paths), width)
     if not are_paths or not are_features or index.skipped < 0 or not ((features.norm(dim=1) - 1).abs() < 0.01).all():
-        raise UserError(f"{path} is damaged: remove it, and the pictures are indexed again")
+        raise UserError(f"{path} is damaged: remove it, and the images are indexed again")
     index.listing = facts.get("listing", "")
     return index
 
 
 def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
-    """The pictures that were found, as one HTML page without other files."""
+    """Write the images that were found as one self-contained HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cards = []
     for rank, match in enumerate(matches, start=1):
         try:
-            picture = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
+            image = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
         except BrokenSample as broken:
-            raise UserError(f"{broken}: remove the index, and the pictures are indexed again") from None
-        pictures = [Picture(thumbnail(picture, THUMBNAIL))]
-        cards.append(Card(f"{rank} · {match.score:.3f}", pictures, [("file", match.path, None)]))
-    section = Section("Nearest first", [Cards(cards)], "With the cosine of picture and query.")
-    path.write_text(as_html(Page(f"Pictures nearest to “{query}”", "", [section])), encoding="utf-8")
+            raise UserError(f"{broken}: remove the index, and the images are indexed again") from None
+        images = [Picture(thumbnail(image, THUMBNAIL))]
+        cards.append(Card(f"{rank} · {match.score:.3f}", images, [("file", match.path, None)]))
+    section = Section("Nearest first", [Cards(cards)], "With the cosine of image and query.")
+    path.write_text(as_html(Page(f"Images nearest to “{query}”", "", [section])), encoding="utf-8")

@@ -97,7 +97,7 @@ def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[d
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
     losses = accumulate(engine, [engine.task.counted(batch) for batch in batches])
     agreed = engine.agree(torch.stack([parts["loss"] for parts in losses]).mean(), stop=0)
-    engine.step(leave_out=not agreed.finite)
+    engine.step(skip=not agreed.finite)
     limit_logit_scale(engine)
     return losses, agreed.finite
 

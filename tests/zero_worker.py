@@ -17,9 +17,9 @@ import torch.distributed as dist
 from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
-from clips.engine.engine import Agreed, Engine
+from clips.engine.engine import Engine, Reduced
 from clips.engine.loop import accumulate
-from clips.training.grad_cache import Part
+from clips.training.grad_cache import CachedGradients
 from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.task import Task
 
@@ -51,7 +51,7 @@ class Pulled(Task):
 
     direction = 1.0
 
-    def _loss(self, batch: dict, part: Part | None) -> tuple[torch.Tensor, dict]:
+    def _loss(self, batch: dict, part: CachedGradients | None) -> tuple[torch.Tensor, dict]:
         loss, parts = super()._loss(batch, part)
         return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
 
@@ -184,14 +184,14 @@ LEFT_OUT = {"adamw": ("zero0", "zero1", "zero3", "offload", "offload3"), "muon":
 OFFLOAD_3 = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
 
 
-def step(engine: Engine, seed: int, *, leave_out: bool = False) -> Agreed:
+def step(engine: Engine, seed: int, *, skip: bool = False) -> Reduced:
     engine.set_rates(rates_of(1e-2, 2e-2))
     share = 8 // (engine.world_size * ACCUMULATION)
     begins = [(micro * engine.world_size + dist.get_rank()) * share for micro in range(ACCUMULATION)]
     batches = [{key: value[begin : begin + share] for key, value in tiny_batch(seed).items()} for begin in begins]
     parts = accumulate(engine, batches)
     agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
-    engine.step(leave_out=leave_out)
+    engine.step(skip=skip)
     return agreed
 
 
@@ -206,7 +206,7 @@ def left_out(kind: str, name: str) -> dict[str, object]:
     step(engine, 0)
     step(engine, 1)
     before = whole_state(engine)
-    agreed = step(engine, 2, leave_out=True)
+    agreed = step(engine, 2, skip=True)
     unchanged = same(whole_state(engine), before)
     step(engine, 3)
     skipped = whole_state(engine)

@@ -1,8 +1,8 @@
 """Errors that end a command, with the exit code each one means (one table for every script).
 
 0 done · 2 the user's mistake · 3 loss not finite, or spiking again and again · 4 data broken beyond the limit ·
-5 no usable checkpoint · 130/138/143 stopped by Ctrl-C/SIGUSR1/SIGTERM, 129 as its launcher or its terminal is gone,
-after saving.
+5 no usable checkpoint · 130/138/143 stopped by Ctrl-C/SIGUSR1/SIGTERM, and 129 by the loss of the launcher or terminal,
+each after saving.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clips.common.paths import CACHE_VARIABLE, cache_root, without_secrets
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
-"""Characters of an error that are printed; an error may list keys and reasons from data."""
+"""Maximum number of characters of an error that are printed; an error may list keys and reasons from data."""
 
 
 class CommandError(Exception):
@@ -49,7 +49,7 @@ class NotFiniteError(CommandError):
 
 
 class DivergedError(CommandError):
-    """Loss or gradient norm spikes again and again, although updates are left out."""
+    """Loss or gradient norm spikes again and again, although updates are skipped."""
 
     exit_code = 3
 
@@ -75,17 +75,17 @@ class Stopped(CommandError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error; some errors have pages."""
+    """Return the first line of another library's error, because some errors have pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def reason(error: BaseException) -> str:
-    """The words of an error, without an OSError's number and path."""
+    """Return the text of an error, without an OSError's number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def in_one_line(error: BaseException) -> str:
-    """`ValueError: …, at report.py:44` (this project's last line), for a message instead of a traceback."""
+    """Return `ValueError: …, at report.py:44`, with the last line of this project, to show instead of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     *_, last = [frame for frame in frames if frame.filename.startswith(PACKAGES)] or frames
     what = " ".join(str(error).split())
@@ -102,16 +102,16 @@ def never_in_the_way(failed: str) -> Iterator[None]:
 
 
 class _ForTerminal(logging.Formatter):
-    """A warning may name members of archives and paths: it has no escape sequences."""
+    """Removes escape sequences from warnings, because they may show paths and members of archives."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(without_secrets(super().format(record)), LONGEST_MESSAGE)
 
 
 def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
-    """The whole of a script: parse its flags, call `function` (MODULE:NAME) with them, end with the exit code.
+    """Run a script: parse its flags, call `function` (MODULE:NAME) with them, and exit with the exit code.
 
-    The module is imported after the flags are parsed, since it may import what takes seconds.
+    The module is imported after the flags are parsed, because its imports may take seconds.
     """
 
     def main() -> None:
@@ -122,10 +122,10 @@ def start(parser: Callable[[], ArgumentParser], function: str) -> NoReturn:
 
 
 def outlive_readers() -> bool:
-    """Let this process's output go nowhere once nobody reads it any more; returns whether nobody reads stdout.
+    """Redirect stdout and stderr to /dev/null once their reader is gone. Return True if stdout has no reader.
 
-    The next `print` would end the run: after a logout with the run in the background, and after Ctrl-C of
-    `deepspeed --hostfile`, which cuts the connections first and asks the ranks to stop after that.
+    Otherwise the next `print` would end a run in the background after a logout, and a run of `deepspeed --hostfile`
+    after Ctrl-C, which cuts the connections before it asks the ranks to stop.
     """
     streams = select.poll()
     for stream in (1, 2):
@@ -139,9 +139,9 @@ def outlive_readers() -> bool:
 
 
 def _kill_workers() -> None:
-    """Kill the data workers of this process, which ends with an error: its traceback keeps their loader alive.
+    """Kill the data workers of this process, which ends with an error whose traceback keeps their loader alive.
 
-    torch would end each with SIGTERM, which `start_worker` (clips/common/signals.py) lets it obey a minute later.
+    torch would send each of them SIGTERM, which `start_worker` (clips/common/signals.py) lets it obey a minute later.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error of its own
     for worker in multiprocessing.active_children():
@@ -152,7 +152,7 @@ def run_command(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code; print a `CommandError` or an OSError as one message."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that knows ASCII alone gets \\xb1 for ±. A stream whose file was exchanged refuses the change.
+            # An ASCII terminal gets \\xb1 for ±. A stream whose file was replaced refuses the change.
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
@@ -179,7 +179,7 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def _of_system(error: OSError) -> str:
-    """The message of an OSError; one of the cache folder names the variable that moves it."""
+    """Return the message of an OSError, which for the cache folder also gives the variable that moves it."""
     message = in_one_line(error)
     place = Path(os.fsdecode(error.filename or ""))
     if place.is_absolute() and (place.is_relative_to(cache_root()) or cache_root().is_relative_to(place)):

@@ -27,14 +27,14 @@ _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 def clip(text: str, limit: int = LONGEST) -> str:
-    """`text`, or its beginning and an ellipsis, `limit` characters together."""
+    """Return `text`, or its beginning and an ellipsis if it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def printable(text: str, limit: int | None = LONGEST) -> str:
-    """`text` without characters that act instead of being seen, which become U+FFFD; lines and tabs stay.
+    """Return `text` with U+FFFD in place of characters that act instead of being seen; line ends and tabs stay.
 
-    A text of more than `limit` characters is cut; None cuts nothing.
+    A text of more than `limit` characters is cut, unless `limit` is None.
     """
     if limit is not None:
         text = clip(text, limit)
@@ -42,18 +42,18 @@ def printable(text: str, limit: int | None = LONGEST) -> str:
 
 
 def one_line(text: str, limit: int | None = LONGEST) -> str:
-    """`printable`, with spaces for line breaks and tabs."""
+    """Return `printable(text)` with spaces in place of line breaks and tabs."""
     return printable(text, limit).replace("\n", " ").replace("\t", " ")
 
 
 def for_rich(text: str) -> str:
-    """One line for rich's console and tables; `[bold]` is no markup."""
+    """Return one line for rich's console and tables, in which `[bold]` is shown and not applied."""
     from rich.markup import escape  # rich takes longer to import than a --help may
 
     return escape(one_line(text))
 
 
 def for_markdown(text: str, limit: int | None = None) -> str:
-    """One line of Markdown, also in a table's cell or a heading, that reads as `text`."""
+    """Return one line of Markdown that reads as `text`, also in a heading or in the cell of a table."""
     line = one_line(text, limit).strip()
     return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(lambda match: "\\" + match[0], line))

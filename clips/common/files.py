@@ -23,11 +23,11 @@ from clips.common.errors import UserError, reason
 T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
 STAMP = "manifest.json"
-"""Of a folder that was built here, in lower case: the settings it was built with."""
+"""File in a folder that `ensure_built` built, in lower case: the settings it was built with."""
 
 
 def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T | None:
-    """`verified` of the first candidate without a ValueError; a warning names the refused candidates before it."""
+    """Return `verified(path)` of the first path that raises no ValueError, and warn about those before it."""
     for path in candidates:
         try:
             return verified(path)
@@ -37,14 +37,14 @@ def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T
 
 
 def seal(directory: Path) -> None:
-    """Write MANIFEST.json, the SHA-256 of every file in `directory`; a checkpoint without it does not count."""
+    """Write MANIFEST.json with the SHA-256 of every file in `directory`; a checkpoint without it is never used."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST]
     digests = {str(path.relative_to(directory)): sha256(path) for path in files}
     write_json(directory / MANIFEST, digests)
 
 
 def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
-    """`directory`. Raises ValueError unless its files are as sealed, and `required` files are among them."""
+    """Return `directory`. Raises ValueError unless its files match their seal, the `required` ones among them."""
     try:
         digests = from_json(read_bytes(directory / MANIFEST))
         for name in dict.fromkeys([*required, *digests]):
@@ -58,7 +58,7 @@ def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader, or a crash, sees the old text or the new text, never a part."""
+    """Replace `path` by `text`; a reader sees, and a crash leaves, the old text or the new one, never a part."""
     with placing(path) as file:
         file.write(text.encode())
 
@@ -100,7 +100,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def write_once(directory: Path, write: Callable[[Path], None]) -> Path:
-    """`directory`; if it is missing, `write(empty directory)` fills it, once for all processes."""
+    """Return `directory`, which `write(empty directory)` fills if it is missing, once for all processes."""
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock(directory.parent / f".{directory.name}.lock", wait=True):
@@ -111,17 +111,17 @@ def write_once(directory: Path, write: Callable[[Path], None]) -> Path:
 
 
 def differing(
-    there: Any, here: Any, same: Callable[[Any, Any], bool] = operator.eq, path: str = ""
+    left: Any, right: Any, same: Callable[[Any, Any], bool] = operator.eq, path: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(path, value there, value here) of each place in which two values of JSON differ; a missing field is None."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            yield from differing(there.get(key), here.get(key), same, f"{path}.{key}" if path else key)
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for i, pair in enumerate(zip(there, here, strict=True)):
+    """Yield (path, left value, right value) wherever two JSON values differ; a missing field is None."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            yield from differing(left.get(key), right.get(key), same, f"{path}.{key}" if path else key)
+    elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        for i, pair in enumerate(zip(left, right, strict=True)):
             yield from differing(*pair, same, f"{path}.{i}" if path else str(i))
-    elif not same(there, here):
-        yield path, there, here
+    elif not same(left, right):
+        yield path, left, right
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -130,11 +130,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 MOST_JSON = 2**28
-"""Bytes of a JSON file that are read."""
+"""Largest JSON file that is read, in bytes."""
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError if it is none, or nested too deep."""
+    """Return the value of a JSON text. Raises ValueError if it is not JSON, or nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -142,7 +142,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
-    """The whole of a file. Raises OSError for a pipe, and ValueError for a file of more than `most` bytes."""
+    """Return the content of a file. Raises OSError for a pipe, and ValueError for a file of more than `most` bytes."""
     data = read_regular(path, most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
@@ -150,7 +150,7 @@ def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty if the file is missing. Raises UserError for any other content."""
+    """Return the JSON object in `path`, or {} if the file is missing. Raises UserError for any other content."""
     try:
         content = from_json(read_bytes(path)) if path.is_file() else {}
     except (OSError, ValueError) as error:
@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_records(path: Path) -> list[Any]:
-    """The raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
+    """Return the raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
     path = Path(path)
     try:
         text = read_regular(path, -1).decode()
@@ -185,13 +185,13 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The first `most` bytes of a file; −1: all. Raises OSError as `open_regular`."""
+    """Return the first `most` bytes of a file, or all of them for −1. Raises OSError as `open_regular`."""
     with open_regular(path) as file:
         return file.read(most)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file that somebody else named, open for reading. Raises OSError also for a pipe, which would wait for ever."""
+    """Open a file of unknown origin for reading. Raises OSError also for a pipe, which would block for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -200,7 +200,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def check_target(directory: Path) -> None:
-    """Raise UserError if nothing can be written at `directory`, which need not be there; asked before any work."""
+    """Raise UserError if nothing can be written at `directory`, which need not exist. Call it before any work."""
     try:
         place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=place):
@@ -210,7 +210,7 @@ def check_target(directory: Path) -> None:
 
 
 def usual_mode(path: Path) -> None:
-    """Give a file the mode of any other new file: safetensors makes its files readable by their owner alone."""
+    """Give a file the mode of any other new file, because safetensors makes files that only their owner may read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -250,10 +250,10 @@ def fsync(path: Path) -> None:
 def ensure_built(
     directory: Path, settings: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
 ) -> Path:
-    """Build `directory` by `write(temporary folder)` unless it is stamped with `settings`; returns `directory`.
+    """Build `directory` by `write(temporary folder)` unless it is stamped with `settings`, and return `directory`.
 
-    `settings` is JSON that decides the content, with a version; facts that `write` returns are stamped beside it. An
-    older build is replaced. Of several processes one builds while the others wait.
+    `settings` is the JSON that decides the content, with a version; the stamp also holds what `write` returns.
+    An older build is replaced. If several processes ask at once, one builds while the others wait.
     """
     if built_as(directory) == settings:
         return directory
@@ -276,7 +276,7 @@ def ensure_built(
 
 
 def built_as(directory: Path) -> dict[str, Any] | None:
-    """The `settings` that `directory` was built with; None if it was not built here."""
+    """Return the `settings` that `directory` was built with, or None if `ensure_built` did not build it."""
     try:
         stamp = from_json(read_bytes(directory / STAMP))
         built = stamp["built"]

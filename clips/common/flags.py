@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 T = TypeVar("T")
 SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
-"""What `--set` is for every command that has it: fields of clips/config.py."""
+"""Arguments of the flag `--set`, which sets fields of clips/config.py in every command that has it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +71,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def option(default: Any, text: str, *aliases: str, underscores: bool = False, **argument: Any) -> Any:
-    """A dataclass field that `add_options` makes a flag of.
+    """Return a dataclass field that `add_options` turns into a flag.
 
     `text` is the flag's help, and `aliases` are further names. `underscores` keeps the field's name as the flag's name
     and lets a bool take a value, as LLaVA's scripts do. `argument` goes to `add_argument`, for example `metavar`.
@@ -102,7 +102,7 @@ def add_options(parser: argparse._ActionsContainer, kind: type, prefix: str = ""
 
 
 def _argument(hint: Any, default: Any, *, valued: bool) -> dict[str, Any]:
-    """What `add_argument` takes for a field of this type."""
+    """Return the arguments of `add_argument` for a field of this type."""
     if get_origin(hint) in (Union, types.UnionType):  # X | None
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
     if hint is bool:
@@ -125,14 +125,14 @@ class _Extend(argparse.Action):
 
 
 def boolean(text: str) -> bool:
-    """`True` or `False` as LLaVA's scripts give it; raises ArgumentTypeError for another word."""
+    """Return the value of a word such as True or False, as LLaVA's scripts take it, else raise ArgumentTypeError."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return the type of a flag that is a whole number of `least` or more."""
+    """Return the argparse type of whole numbers of at least `least`."""
 
     def number(text: str) -> int:
         if int(text) < least:
@@ -143,12 +143,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def from_flags(kind: type[T], flags: argparse.Namespace, prefix: str = "", **others: Any) -> T:
-    """The dataclass `kind` with the values of its flags; `others` are fields that are no flags, or replace them."""
+    """Return the dataclass `kind` with the values of its flags; `others` are fields without a flag, or override one."""
     names = [f.name for f in dataclasses.fields(kind) if "help" in f.metadata]  # type: ignore[arg-type]
     return kind(**{name: getattr(flags, prefix + name) for name in names} | others)
 
 
 def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
-    """The names of the values that `words` give; values at their default are not among them."""
+    """Return the names of the values that the command line `words` sets itself, without those left at their default."""
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
     return {name for name, value in vars(parser.parse_args(words, unset)).items() if value is not None}

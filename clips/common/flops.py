@@ -1,7 +1,7 @@
-"""Counts the FLOPs of a training step by the layers of a model: the one count of both halves, from which MFU follows.
+"""Count the FLOPs of a training step by the layers of a model. Both halves compute their MFU from this count.
 
 A multiply-add counts twice. Linear layers, convolutions and attention are counted, as `torch.utils.flop_counter` does;
-what is computed a second time to save memory is not (PaLM, appendix B).
+recomputation that saves memory is not (PaLM, appendix B).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def forward_flops(module: nn.Module) -> int:
 
 
 def training_flops(module: nn.Module, learns: bool) -> int:
-    """Return the FLOPs of one token forward and backward, as `forward_flops`.
+    """Return the FLOPs of one token forward and backward, counted as in `forward_flops`.
 
     A layer computes a gradient of its weights if they train, and one of its input if something in front of it trains.
 
     Args:
-        learns: The input of `module` needs a gradient.
+        learns: True if the input of `module` needs a gradient.
     """
     total = 0
     for layer in _layers(module):
@@ -38,7 +38,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
 
 
 def _product(layer: nn.Linear | nn.Conv2d) -> int:
-    """Return the FLOPs of one vector; quantised and sharded weights have the sizes of what they stand for."""
+    """Return the FLOPs of one vector by the layer's sizes, because quantised and sharded weights have other shapes."""
     if isinstance(layer, nn.Conv2d):
         return 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size)
     return 2 * layer.in_features * layer.out_features

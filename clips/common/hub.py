@@ -1,4 +1,4 @@
-"""A model directory by name, on the disk or on the Hugging Face hub (fetched, or in its cache); files of packages."""
+"""Find a model directory by name, on disk or on the Hugging Face hub (fetched or cached), and files of packages."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ ANY_WEIGHTS = (*OPEN_CLIP_WEIGHTS, *WEIGHT_FILES)
 
 
 def packaged_file(package: str, name: str) -> Path | None:
-    """The file `name` inside an installed package, which is not imported; None if it is not there."""
+    """Return the path of the file `name` in an installed package without importing it, or None if it is missing."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin is not None else None
     return path if path is not None and path.is_file() else None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `resolve` looks for `name` on the hub: it has the form of an id, and no directory has this name."""
+    """Return True if `resolve` looks for `name` on the hub: it has the form of an id, and is not a directory."""
     return not Path(name).expanduser().is_dir() and HUB_ID.fullmatch(name) is not None
 
 
 def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path:
-    """The local directory of `name`: a directory, or a hub id, which is downloaded unless it is in the hub's cache.
+    """Return the local directory of `name`, a directory or a hub id, which is downloaded unless the hub's cache has it.
 
-    `what` names the model in error messages. The first of the patterns `weights` that matches a file on the hub is
+    `what` describes the model in error messages. The first of the patterns `weights` that matches a file on the hub is
     fetched. Raises UserError if nothing is found or the hub cannot be reached.
     """
     directory = Path(name).expanduser()
@@ -60,9 +60,9 @@ def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path
 
 
 def model_digest(directory: Path, *, whole: bool = False) -> str:
-    """SHA-256 over names and contents of a model directory's weight files.
+    """Return the SHA-256 over names and contents of a model directory's weight files.
 
-    `whole`: over every file that decides what the model computes, so configuration, tokenizer and templates too.
+    With `whole` it covers every file that decides what the model computes: also configuration, tokenizer and templates.
     """
     weights = [*directory.glob("*.safetensors")] or [*directory.glob("pytorch_model*.bin")]
     everything = [path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern)]

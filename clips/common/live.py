@@ -1,4 +1,4 @@
-"""Where a training is, in words, and what comes next.
+"""Say in words how far a training is, and what comes next.
 
 A terminal has one line that is rewritten. A file has a line every half minute, or every CLIPS_MLLM_LINE_SECONDS.
 """
@@ -19,7 +19,7 @@ from clips.common.errors import outlive_readers
 from clips.common.escape import clip, for_rich, printable
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
-"""Name of the environment's value: seconds between two lines of a file, 30 without it."""
+"""Environment variable: seconds between two lines of a file, by default 30."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -28,7 +28,7 @@ WORDS = {
     "mfu": "{:.0%} of the GPU's peak",
     "peak_memory_gb": "{:.1f} GB",
 }
-"""Figure of a record → words for it, in the order of worth: a narrow terminal cuts the end."""
+"""Metric of a record → words for it, the most useful first, because a narrow terminal cuts the end."""
 
 
 class LiveLine:
@@ -36,7 +36,7 @@ class LiveLine:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        """tqdm's, from the first line on: ranks that show nothing have none."""
+        """tqdm's bar, made with the first line, so that ranks that show nothing have none."""
         self._every = float(os.environ.get(LINE_SECONDS) or 30)
         self._last = -math.inf
 
@@ -46,7 +46,7 @@ class LiveLine:
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(bar_format="{desc}", file=sys.stderr)
-            # A longer line would not be rewritten whole.
+            # A longer line would wrap, and only its last row be rewritten.
             self._bar.set_description_str(clip(text, get_terminal_size().columns - 1))
         elif final or monotonic() >= self._last + self._every:
             self._last = monotonic()
@@ -66,7 +66,7 @@ class LiveLine:
 
 
 def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> str:
-    """A record of metrics.jsonl in words; `left` in seconds, None if it is not known yet."""
+    """Return a record of metrics.jsonl in words; `left` is in seconds, or None if it is not known yet."""
     done = values["samples"]
     words = [f"{done:,} of {total:,} samples ({100 * done // total} %)"]
     if left is not None:
@@ -78,7 +78,7 @@ def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> 
 
 
 def say(what: Any) -> None:
-    """Print a line of text, or a table, on stderr; text is no markup and is not wrapped."""
+    """Print a line of text, or a table, on stderr; text is neither parsed as markup nor wrapped."""
     from rich.console import Console  # it takes longer to import than a --help may
 
     outlive_readers()
@@ -90,14 +90,14 @@ def say(what: Any) -> None:
 
 
 def say_next(command: str) -> None:
-    """Name the one next step, on stderr, unless the script that runs this command goes on by itself."""
+    """Print the one next command on stderr, unless the script that runs this command goes on by itself."""
     if not os.environ.get("CLIPS_MLLM_GOES_ON"):
         outlive_readers()
         print(f"Next: {printable(command)}", file=sys.stderr, flush=True)
 
 
 def in_words(seconds: float) -> str:
-    """A time as every plan, progress line and page tells it: 45 s, 1.5 min, 38 min, 2.5 h, 3.0 days."""
+    """Return a time as every plan, progress line and page shows it: 45 s, 1.5 min, 38 min, 2.5 h, 3.0 days."""
     for unit, name, most in ((1, "s", 59.5), (60, "min", 5400), (3600, "h", 48 * 3600)):
         if seconds < most:
             decimals = 1 if unit > 1 and seconds < 9.95 * unit else 0

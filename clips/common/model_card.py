@@ -1,4 +1,4 @@
-"""The model card of everything that is saved: the hub's header with its figures, a table of facts, and opening code."""
+"""The model card of everything that is saved: the hub's header with its metrics, a table of facts, and opening code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = """---
 
 ## Use
 
-{{ place }}, with a picture of yours:
+{{ place }}, with an image of yours:
 
 ```{{ language }}
 {{ code }}
@@ -32,12 +32,12 @@ TEMPLATE = """---
 {{ note }}
 {% endif %}
 
-The figures of exactly these weights, where they were measured, are in the header of this file.
+The metrics of exactly these weights, if they were measured, are in the header of this file.
 """
 
 
 def result(test_set: str, metric: str, name: str, value: float, **facts: Any) -> EvalResult:
-    """A figure of a card's header; `facts` are plain values that belong to it, such as the number of questions."""
+    """Return a metric for a card's header; `facts` are plain values beside it, such as the number of questions."""
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=test_set,  # results are grouped by it

@@ -1,8 +1,8 @@
-"""A model directory is bounded before a library reads it, and every failure has one form.
+"""Check the size of a model directory before a library reads it, and report every failure in one form.
 
-Numbers in a configuration decide how much memory a library asks for: layers have a limit, and the parameters that a
-build on torch's meta device tells are compared with the weight files. transformers' loaders run without noise and
-without the model's own code.
+Numbers in a configuration decide how much memory a library asks for. So the number of layers has a limit, and the
+number of parameters, counted on torch's meta device, is compared with the size of the weight files. transformers'
+loaders run without noise and without the model's own code.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from clips.common.tensors import MOST_IN_TABLES, listed, unpickling_reason, weig
 LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_LAYERS = 1024
-"""Each layer that is built takes memory, even without weights."""
+"""Maximum number of layers, because each layer that is built takes memory even without weights."""
 NO_CODE = {"trust_remote_code": False}
-"""For every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it asks
-at the terminal and runs the model's code on a "y"."""
+"""Option for every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it
+asks at the terminal and runs the model's code on a "y"."""
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""For loaders whose report `check_complete` reads; otherwise they raise an error without shapes for unfit weights."""
+"""Options for loaders whose report `check_complete` reads. By default they raise an error without the wrong shapes."""
 
 
 @contextmanager
 def opening(what: str, place: Path | str) -> Iterator[None]:
-    """Check the layers of a model directory, then do as `naming`."""
+    """Check the number of layers of a model directory, then act as `naming`."""
     for path in (Path(place, name) for name in ("config.json", "open_clip_config.json")):
         check_layers(read_json(path), path)
     with naming(what, place):
@@ -44,7 +44,7 @@ def opening(what: str, place: Path | str) -> Iterator[None]:
 
 @contextmanager
 def naming(what: str, place: Path | str) -> Iterator[None]:
-    """Turn an exception inside into a UserError that names the place: a library met a file's wrong value."""
+    """Turn an exception inside into a UserError that shows the path, because a library met a wrong value in a file."""
     try:
         yield
     except CommandError:
@@ -55,12 +55,12 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
     except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
-            problem = "it needs Python code of its own (auto_map), which is never run: choose a kind of transformers"
+            problem = "it needs Python code of its own (auto_map), which is never run: choose a transformers model type"
         raise UserError(f"{what}: {place} cannot be loaded: {problem}") from None
 
 
 def check_layers(config: Any, place: Path) -> None:
-    """Raise UserError for more layers than MOST_LAYERS in a configuration."""
+    """Raise UserError if a configuration asks for more than MOST_LAYERS layers."""
     for name, value in config.items() if isinstance(config, dict) else ():
         for number in (value if isinstance(value, list) else [value]) if LAYERS.fullmatch(name) else ():
             if isinstance(number, int) and number > MOST_LAYERS:
@@ -74,7 +74,7 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
     It is built on the meta device, which takes no memory. Files of 4 bits hold two parameters in a byte.
     """
     stored = sum(path.stat().st_size for path in weight_files(directory))
-    logging.disable(logging.WARNING)  # that a model without weights has none
+    logging.disable(logging.WARNING)  # the warning that such a model has no weights
     try:
         with torch.device("meta"):
             model = build()
@@ -87,7 +87,7 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
-    """Do as `opening`, without transformers' own reports and progress bars."""
+    """Act as `opening`, without transformers' own reports and progress bars."""
     from transformers.utils import logging as reports
 
     reports.disable_progress_bar()

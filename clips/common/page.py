@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a termina
 
 
 def names_and_numbers(column: int, text: str) -> str:
-    """The CSS class of a table's cell: names in the first column, figures in the others."""
+    """Return the CSS class of a table's cell: names in the first column, numbers in the others."""
     return "n" if column else ""
 
 
@@ -69,7 +69,7 @@ class Chart:
 
     plot: Plot
     words: str
-    """What it shows."""
+    """What the plot shows."""
 
     @property
     def png(self) -> bytes:
@@ -78,7 +78,7 @@ class Chart:
 
 @dataclass
 class Interval:
-    """A difference against zero; places in percent of the axis."""
+    """A difference against zero, with positions in percent of the axis."""
 
     name: str
     low: float
@@ -93,19 +93,19 @@ class Interval:
 class Forest:
     intervals: Sequence[Interval]
     reach: str
-    """What stands at both ends of the axis, without its sign."""
+    """Label at both ends of the axis, without its sign."""
 
 
 @dataclass
 class Picture:
-    """A small picture (encoded) on a card."""
+    """A small encoded image on a card."""
 
     png: bytes
 
 
 @dataclass
 class Card:
-    """An example: pictures, a line, and named texts."""
+    """An example: images, a title, and named texts."""
 
     title: str
     pictures: Sequence[Picture] = ()
@@ -122,7 +122,7 @@ class Cards:
 class Tile:
     label: str
     words: Sequence[tuple[str, str]]
-    """What stands large, each with its CSS class: "good", "bad", "open" (a verdict), or "" (a figure)."""
+    """The words in large type, each with its CSS class: "good", "bad", "open" (a verdict), or "" (a number)."""
     note: str = ""
 
 
@@ -153,7 +153,7 @@ class Page:
 
 
 def as_html(page: Page) -> str:
-    """The page as one HTML file that needs no other."""
+    """Return the page as one HTML file that needs no other."""
     return _template().render(vars(page)).strip() + "\n"
 
 
@@ -172,13 +172,13 @@ def _template() -> Template:
 
 
 def _printed(value: Any) -> Any:
-    """What is put into a page; autoescape comes after it."""
+    """Return a value as it goes into a page; autoescape follows."""
     return printable(value, None) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------- images
 def png(plot: Plot, kind: str = "png") -> bytes:
-    """The plot as a file of `kind`, png or svg."""
+    """Return the plot as the bytes of a file of `kind`, png or svg."""
     out = io.BytesIO()
     with warnings.catch_warnings():  # a character that the font lacks is drawn as a box; nobody can mend that
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -187,22 +187,22 @@ def png(plot: Plot, kind: str = "png") -> bytes:
 
 
 def save_plot(plot: Plot, path: Path) -> Path:
-    """Write `plot` as a .png or .svg file, whose folder is made if it is missing; returns `path`."""
+    """Write `plot` as a .png or .svg file, whose folder is made if it is missing, and return `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(plot, path.suffix.removeprefix(".")))
     return path
 
 
-def thumbnail(picture: Image, side: int) -> bytes:
-    """`picture` as PNG, at most `side` pixels wide and high."""
-    small, out = picture.copy(), io.BytesIO()
+def thumbnail(image: Image, side: int) -> bytes:
+    """Return `image` as PNG, at most `side` pixels wide and high."""
+    small, out = image.copy(), io.BytesIO()
     small.thumbnail((side, side))
     small.save(out, "PNG")
     return out.getvalue()
 
 
 def data_uri(png: bytes) -> Markup:
-    """A PNG as a data URI."""
+    """Return a PNG as a data URI."""
     return Markup("data:image/png;base64," + base64.b64encode(png).decode())
 
 
@@ -210,7 +210,7 @@ def data_uri(png: bytes) -> Markup:
 def table_of(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", names: int = 1
 ) -> rich_table.Table:
-    """A table for a terminal: the first `names` columns are names, the others figures. Without a head all are words."""
+    """Return a table for a terminal: `names` columns of names, then columns of numbers; without a head all are text."""
     options: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "show_header": bool(head)}
     table = rich_table.Table(title=for_rich(title) or None, caption=for_rich(caption) or None, **options)
     for index, column in enumerate(head):
@@ -226,5 +226,5 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells hold Markdown."""
+    """Return a Markdown table whose cells hold Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

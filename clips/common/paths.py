@@ -1,4 +1,4 @@
-"""Where scripts and cached results are, which machine this is, and paths from strangers that stay below a root."""
+"""Paths of scripts and cached results, an id of this machine, and checks that an outside path stays below a root."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
 def cache_root() -> Path:
-    """Folder of cached results that may be deleted: indexes of read-only data, features, converted models.
+    """Return the folder of cached results, which may be deleted: indexes of read-only data, features, converted models.
 
     `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
     """
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
 
 
 def this_machine() -> str | None:
-    """The same for two processes that see each other by their numbers, and for no others; None where nothing tells.
+    """Return an id shared by exactly the processes of one PID namespace, or None if the system exposes none.
 
-    It changes with a restart. Names do not tell: those of rented machines and of containers are often the same.
+    It changes with a restart. Host names cannot serve: rented machines and containers often have the same one.
     """
     boot, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.exists() or not numbers.exists():
         return None
-    # Containers of a machine number processes anew.
+    # Each container of a machine numbers its processes anew.
     return f"{boot.read_text(encoding='utf-8').strip()} {os.readlink(numbers)}"
 
 
@@ -43,12 +43,12 @@ _URL = re.compile(r"(\w://)(?:[^\s/@?#]*@)?([^\s?#'\"]*)(?:\?[^\s#'\"()]*=[^\s#'
 
 
 def without_secrets(text: str) -> str:
-    """`text` with its URLs as a message may show them: without user, password and query, which holds signatures."""
+    """Return `text` with its URLs as a message may show them: without user, password, and the query with signatures."""
     return _URL.sub(r"\1\2", text) if is_remote(text) else text
 
 
 def can_encode(name: str) -> bool:
-    """Whether `name` can be a file's name: it has no lone surrogate."""
+    """Return True if `name` can be the name of a file, that is, if it has no lone surrogate."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -57,12 +57,12 @@ def can_encode(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether the text `name` is a relative path that only goes down."""
+    """Return True if `name` is a relative path that only goes down."""
     return not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
 
 
 def inside(root: str | Path, name: str) -> str:
-    """The path of `name` below the folder `root`, without links. Raises ValueError if it leads out.
+    """Return the path of `name` below the folder `root`, with links resolved. Raises ValueError if it leads out.
 
     An absolute `name` is allowed if it is below `root`.
     """

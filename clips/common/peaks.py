@@ -1,4 +1,4 @@
-"""GPUs by name: the peak that MFU is a share of, and the memory of those that a run can be planned for."""
+"""GPUs by name: their peak throughput for MFU, and the memory of those that a run can be planned for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
     "MI250X": 191.5,
 }
 """Part of a GPU's name → its dense bf16 peak in TFLOP/s with fp32 sums, as its maker states it; the longest part that
-fits counts. MI250X: of one of its two dies, which is what torch sees."""
+matches counts. The MI250X's peak is that of one of its two dies, which torch sees as one GPU."""
 CARDS = {
     "b200": ("B200", 180),
     "h200": ("H200", 141),
@@ -50,7 +50,7 @@ USABLE = 0.9
 
 
 def stated_peak(name: str) -> float | None:
-    """Return the FLOP/s of a GPU by its name; None for one that is not in the table."""
+    """Return the FLOP/s of a GPU by its name, or None if it is not in the table."""
     parts = [part for part in PEAK_TFLOPS if part in name]
     return PEAK_TFLOPS[max(parts, key=len)] * 1e12 if parts else None
 
@@ -75,7 +75,7 @@ class Machine:
         return f"{self.gpus} × {name} of {memory_gb} GB"
 
     def fits(self, memory: float) -> bool:
-        """Say whether `memory` bytes of one rank fit a GPU."""
+        """Return True if `memory` bytes of one rank fit a GPU."""
         return memory <= USABLE * 1e9 * CARDS[self.kind][1]
 
     def days(self, flops: float) -> float:
@@ -84,5 +84,5 @@ class Machine:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the stated peak of a GPU in FLOP/s; None of a CPU or of a GPU that is not in the table."""
+    """Return the stated peak of a GPU in FLOP/s, or None for a CPU or a GPU that is not in the table."""
     return stated_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

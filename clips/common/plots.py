@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # each chart imports matplotlib: a training, which draws none, has 25 MB less
+if TYPE_CHECKING:  # each chart imports matplotlib, so a training, which draws none, has 25 MB less
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Plot
 
 MAX_POINTS = 1500
-"""Points drawn of a curve."""
+"""Maximum number of points drawn of a curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
 INK = "#3a4150"
 GRID = "#e3e6ec"
@@ -26,7 +26,7 @@ class Panel:
 
 
 def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both") -> Axes:
-    """Axes of `plot`, at `place` as `Figure.add_subplot` takes it, in the style of all charts."""
+    """Add axes to `plot`, at `place` as `Figure.add_subplot` takes it, in the style of all charts."""
     axes = plot.add_subplot(*place)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -36,7 +36,7 @@ def plain_axes(plot: Plot, *place: int, grid: Literal["both", "x", "y"] = "both"
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    """One panel against samples seen."""
+    """Draw one panel against samples seen."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
@@ -60,7 +60,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def curves_plot(panels: Sequence[Panel]) -> Plot:
-    """Up to three panels in a row."""
+    """Draw the panels in rows of up to three."""
     from matplotlib.figure import Figure
 
     columns = min(3, len(panels))
@@ -82,11 +82,11 @@ _NAMES = {
     "zero": "zero-shot",
     "tau": "τ",
     "lr": "learning rate",
-    "nearness": "nearness, −100 × mean log rank",
+    "nearness": "−100 × mean log rank",
 }
 
 
 def pretty(name: str) -> str:
-    """`sentence_i2t_r1` → "sentence image → text R@1"."""
+    """Return a metric's name in words: `sentence_i2t_r1` becomes "sentence image → text R@1"."""
     words = name.replace("zero_shot", "zero").replace("single_prompt", "single prompt").split("_")
     return " ".join(_NAMES.get(word, word) for word in words)

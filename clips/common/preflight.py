@@ -16,17 +16,17 @@ from clips.common.escape import one_line, printable
 from clips.common.signals import start_worker
 
 PRINTED = 100
-"""Faults of each kind that are printed."""
+"""Maximum number of faults of each kind that are printed."""
 
 
 @dataclass
 class Checked:
-    """What is said about a sample."""
+    """What the check found about a sample."""
 
     shown: str
-    """What would be trained on, or what is wrong."""
+    """The sample as it would be trained on, or what is wrong with it."""
     kind: str = ""
-    """Of a fault; empty: the sample would be trained on."""
+    """Kind of the fault; empty if the sample would be trained on."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Texts whose repetitions are counted."""
     cut: Sequence[str] = ()
@@ -43,7 +43,7 @@ class Found:
 
 
 @dataclass
-class _Items:
+class _Samples:
     read: Callable[[int], Checked]
 
     def __getitem__(self, index: int) -> Checked | CommandError:
@@ -67,7 +67,7 @@ def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1)
     found, first = Found(len(indices)), ""
     seen: set[tuple[str, int]] = set()
     workers: dict[str, Any] = {"num_workers": jobs, "multiprocessing_context": "fork"} if jobs > 1 else {}
-    loader: Any = DataLoader(_Items(read), None, sampler=indices, worker_init_fn=start_worker, **workers)  # type: ignore[arg-type]
+    loader: Any = DataLoader(_Samples(read), None, sampler=indices, worker_init_fn=start_worker, **workers)  # type: ignore[arg-type]
     try:
         for sample in tqdm(loader, "samples", len(indices), unit="", leave=False, disable=None):
             if isinstance(sample, CommandError):
@@ -85,7 +85,7 @@ def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise CommandError(f"a process died, mostly for want of memory: use fewer than --jobs {jobs}") from error
+        raise CommandError(f"a process died, probably for lack of memory: use fewer than --jobs {jobs}") from error
     for what, counts in (("", found.faults), ("cut: ", found.cut), ("repeated: ", found.repeated)):
         for name, count in counts.most_common():
             print(f"{count:>11,} × {what}{name}")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED = 2
-"""Steps before those that count: the first allocates and compiles, in the next the profiler itself warms up."""
+"""Steps before those that count: the first allocates and compiles, and in the next the profiler itself warms up."""
 SHOWN = 20
 """Operators in the table."""
 
@@ -30,7 +30,7 @@ SHOWN = 20
 def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[profile | None]:
     """Record `steps` steps inside, after the first SKIPPED; with `steps` 0 yield None.
 
-    What was recorded is written when these steps have ended, or when the block does.
+    The record is written when these steps have ended, or when the block does.
     """
     if steps == 0:
         yield None

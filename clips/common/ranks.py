@@ -1,4 +1,4 @@
-"""What ranks do for one another: shares of work, long work of one for all, errors that name a lost rank."""
+"""What ranks do for one another: share work, do long work once for all, and report which rank was lost."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from clips.common.paths import this_machine
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
 PATIENCE = timedelta(days=30)
-"""For work that takes as long as the data is large: a collective's own timeout is for ranks that hang."""
+"""Timeout for work that grows with the data. The usual timeout of a collective is for ranks that hang."""
 T = TypeVar("T")
 
 
 def my_share(items: Sequence[T], *, sharded: bool) -> Sequence[T]:
-    """What this rank does of `items`: every n-th of n ranks; all of it unless `sharded`."""
+    """Return the `items` that this rank works on: every n-th for n ranks, or all of them unless `sharded`."""
     return items[dist.get_rank() :: dist.get_world_size()] if sharded else items
 
 
 def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
-    """What the ranks made of their shares, in the order of the whole, on each of them. Collective where `sharded`."""
+    """Return the results of all ranks in the order of the items, on every rank. Collective if `sharded`."""
     if not sharded:
         return mine
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -38,14 +38,14 @@ def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
 
 
 def once_per_machine(make: Callable[[], T]) -> T:
-    """The result of `make` on the first rank of each machine, handed to its other ranks.
+    """Run `make` on the first rank of each machine, and return its result on all ranks of that machine.
 
-    They wait however long it takes. Collective; the result is pickled.
+    The other ranks wait however long it takes. Collective; the result is pickled.
     """
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")
-    # All groups on all ranks: one made by its members alone is named after them, and a second of that name meets at
-    # the addresses of the first.
+    # Every rank makes all groups: a group that only its members make is named after them, and a second group of that
+    # name meets at the addresses of the first.
     groups: dict[str, Any] = {}
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, other in enumerate(hosts) if other == host]
@@ -61,7 +61,7 @@ def once_per_machine(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming_lost_ranks(step: Callable[[], int]) -> Iterator[None]:
-    """A collective that fails or does not end in time becomes a CommandError: this rank, the place, the ranks lost.
+    """Turn a failed or timed-out collective into a CommandError that shows this rank, the place and the lost ranks.
 
     NCCL's watchdog ends its process by itself instead, with a report of its own. gloo's errors are plain
     RuntimeErrors, known by their text.
@@ -82,7 +82,7 @@ def naming_lost_ranks(step: Callable[[], int]) -> Iterator[None]:
 
 
 def lost_ranks(seconds: float = 10) -> list[int]:
-    """Ranks that do not call this too within `seconds`; rank 0 where the store, which it may hold, does not answer."""
+    """Return the ranks that do not call this too within `seconds`, or rank 0 if its store does not answer."""
     store = dist.distributed_c10d._get_default_store()
     waiting = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
     end = time.monotonic() + seconds

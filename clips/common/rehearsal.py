@@ -1,8 +1,8 @@
-"""Rehearses training steps for a GPU on torch's device "meta": shapes, types and devices are real, memory and time not.
+"""Rehearse training steps for a GPU on torch's device "meta": shapes, types and devices are real, memory and time not.
 
 Inside a `Rehearsal` tensors on "meta" behave as a GPU's: autocast casts by the GPU's lists, attention takes the GPU's
-fused kernel. What would make a GPU's host wait, or mix devices, raises. Bytes are counted as torch's caching allocator
-hands them out.
+fused kernel. Code that would make a GPU's host wait, or mix devices, raises. Bytes are counted as torch's caching
+allocator hands them out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LIVE = 1_000_000_000
 
 @contextlib.contextmanager
 def rehearsed_ranks(count: int) -> Iterator[None]:
-    """This process as rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing.
+    """Make this process rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing.
 
     One rank needs no group.
     """
@@ -68,11 +68,11 @@ class Rehearsed:
     """Bytes of one rank's step, as rehearsed without an optimizer and with every weight whole."""
 
     parameters: int
-    """Those that train."""
+    """Number of parameters that train."""
     weights: int
     gradients: int
     state: int
-    """Of the optimizer: two fp32 numbers a parameter for AdamW, one for Muon."""
+    """Bytes of the optimizer's state: two fp32 numbers per parameter for AdamW, one for Muon."""
     peak: int
     """At the fullest moment of forward and backward pass, weights and gradients included."""
 
@@ -104,7 +104,7 @@ class Rehearsed:
 
 
 def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Drop each gradient once it is made, as ZeRO does from stage 2 on with what is another rank's."""
+    """Drop each gradient once it is made, as ZeRO does from stage 2 on with gradients that belong to other ranks."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -128,9 +128,9 @@ def attention_of_a_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` with the fused kernel that torch chooses on a GPU (sdp_utils.cpp).
+    """Compute `F.scaled_dot_product_attention` with the fused kernel that torch chooses on a GPU (sdp_utils.cpp).
 
-    Raises Waits if only plain products are left, which hold every score.
+    Raises Waits if only the plain kernel is left, which holds every attention score in memory.
     """
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         flash = FUSED._scaled_dot_product_flash_attention
@@ -149,7 +149,7 @@ def attention_of_a_gpu(
 
 
 class AsOnGpu(TorchFunctionMode):
-    """Autocast's casts and attention's kernel, as a GPU has them, for tensors on "meta"."""
+    """Applies the autocast and the attention kernel of a GPU to tensors on "meta"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class AsOnGpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if func is Tensor.backward:  # torch leaves the mode in it, but what checkpoints compute again is cast too
+        if func is Tensor.backward:  # torch leaves the mode here, but what checkpoints recompute must be cast too
             with self:
                 ones = torch.ones_like(args[0])
                 return _engine_run_backward((args[0],), (ones,), False, False, (), True, accumulate_grad=True)
@@ -195,12 +195,12 @@ class Rehearsal(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        """Bytes now, and at the fullest moment."""
+        """Bytes in use now, and at the fullest moment."""
         self._known: set[int] = set()
         self._gpu = AsOnGpu()
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that were made before; returns their bytes."""
+        """Count tensors that were made before, and return their bytes."""
         before = self.live
         for tensor in tensors:
             self._count(tensor)

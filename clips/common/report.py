@@ -42,9 +42,9 @@ def write_report(
 
     Args:
         evaluations: contents of evaluation*.json or figures.json: `figures` (name → value, chance, items), `test_set`
-            (the set whose figures have plain names) and perhaps `missing`.
-        cards: images with what the model says of them.
-        facts: what the run is, in words.
+            (the set whose metrics have plain names) and perhaps `missing`.
+        cards: images with what the model says about them.
+        facts: a description of the run in words.
         directory: where report/ is put; default: `run_dir`.
     """
     weights = chosen_weights(run_dir)
@@ -55,7 +55,7 @@ def write_report(
         tables.append(Table(*metric_rows(evaluation["figures"], evaluation["test_set"])))
         notes.append(evaluation.get("missing", ""))
         if UNSEEN in by_test_set(evaluation["figures"], ""):
-            notes.append(f"“{UNSEEN}” is the test by an artist whom no training shows: it decides.")
+            notes.append(f"“{UNSEEN}” is the test by a held-out artist, and it decides.")
     config = json.dumps(read_json(run_dir / "config.json"), indent=2, ensure_ascii=False)
     sections = [
         Section("Images", [Cards(cards)] if cards else [], "Drawn at random from the test."),
@@ -73,7 +73,7 @@ def write_report(
 
 
 def curves(run_dir: Path) -> list[Panel]:
-    """Return the curves of metrics.jsonl, those of each stage by themselves; none if the run has not begun."""
+    """Return the curves of metrics.jsonl, separately for each stage, or none if the run has not begun."""
     stages: dict[str, list[dict[str, Any]]] = {}
     for line in read_metrics(run_dir) if (run_dir / METRICS).is_file() else ():
         stages.setdefault(line.get("stage", ""), []).append(line)
@@ -86,14 +86,14 @@ def curves(run_dir: Path) -> list[Panel]:
 
 
 def metric_rows(figures: Mapping[str, Mapping[str, Any]], first: str) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of a table: each figure on every test set, beside chance and items of the first one.
+    """Return head and rows of a table: each metric on every test set, with chance and items of the first one.
 
-    `first` is the name of the test set whose figures have plain names.
+    `first` is the name of the test set whose metrics have plain names.
     """
     sets = by_test_set(figures, first)
     rows = []
-    for name in dict.fromkeys(name for of_set in sets.values() for name in of_set):
-        by_set = [of_set.get(name) for of_set in sets.values()]
+    for name in dict.fromkeys(name for metrics in sets.values() for name in metrics):
+        by_set = [metrics.get(name) for metrics in sets.values()]
         one = next(figure for figure in by_set if figure is not None)
         values = ["" if figure is None else _shown(figure) for figure in by_set]
         rows.append([pretty(name), *values, _shown(one, "chance"), f"{one['items']:,}"])
@@ -101,7 +101,7 @@ def metric_rows(figures: Mapping[str, Mapping[str, Any]], first: str) -> tuple[l
 
 
 def _shown(figure: Mapping[str, Any], field: str = "value") -> str:
-    """A number, with its 95 % interval if there is one; empty if it is unknown."""
+    """Return a number in words, with its 95 % interval if there is one; empty if it is unknown."""
     value = figure.get(field)
     interval = f" [{figure['low']:.1f}, {figure['high']:.1f}]" if field == "value" and "low" in figure else ""
     return "" if value is None else f"{value:.1f}{interval}" if value >= 10 else f"{value:.2f}{interval}"

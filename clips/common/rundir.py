@@ -1,6 +1,6 @@
 """A run directory of either half: its configuration, lock, metrics, and whether it is finished.
 
-    runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
+    runs/NAME/config.json     alone rebuilds the run; a run with another configuration does not go on here
     runs/NAME/env.json        machine and packages (clips/common/runtime.py)
     runs/NAME/data.json       number and hash of the training data; a run goes on with the same data only
     runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
@@ -37,14 +37,14 @@ DATA = "data.json"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
-"""The test set that decides, if a run has it: on the demo, an artist never trained on."""
+"""The test set that decides, if a run has it: on the demo, scenes by a held-out artist."""
 MADE_OF = "checkpoint.json"
-"""In export/ and report/: `weights_of` of their checkpoint."""
+"""File in export/ and report/ with `weights_of` of their checkpoint."""
 
 
 # ------------------------------------------------------------------------------------------- which run nobody named
 def take_newest(what: str, candidates: Iterable[tuple[float, Path]]) -> Path:
-    """The path of `candidates`, (time, path) of each, that was written last; named before anything is done with it."""
+    """Return the newest path of `candidates`, pairs of (time, path), and print it before it is used."""
     _, path = max(candidates)
     _say_taken(what, path)
     return path
@@ -52,7 +52,7 @@ def take_newest(what: str, candidates: Iterable[tuple[float, Path]]) -> Path:
 
 @lru_cache
 def _say_taken(what: str, path: Path) -> None:
-    """Once in a process, by the first of several ranks."""
+    """Print the path once in a process, on the first of several ranks."""
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         print(printable(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
 
@@ -65,13 +65,13 @@ def is_debug(run_dir: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------- what is of which weights
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a pretraining run, newest first."""
+    """Return the finished checkpoints of a pretraining run, newest first."""
     steps = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
     return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def weights_of(checkpoint: Path) -> dict[str, Any]:
-    """`step`, `samples` and `sha256` of a checkpoint's model.safetensors, as its own files say; nothing is hashed.
+    """Return `step`, `samples` and `sha256` of a checkpoint's model.safetensors from its own files; nothing is hashed.
 
     `samples` and `sha256` are None if their files are damaged.
     """
@@ -84,9 +84,9 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def chosen_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that a run stands for; None if there is none.
+    """Return the checkpoint that a run stands for, or None if there is none.
 
-    It is the newest one. Where the run chooses (`train.choose`), it is the best of those that were validated.
+    It is the newest one, or the best of those that were validated if the run chooses (`train.choose`).
     """
     present = checkpoints(run_dir)
     if not present or not (run_dir / METRICS).is_file():
@@ -97,18 +97,18 @@ def chosen_checkpoint(run_dir: Path) -> Path | None:
 
 
 def chosen_weights(run_dir: Path) -> dict[str, Any] | None:
-    """`weights_of` the chosen checkpoint; None if there is none."""
+    """Return `weights_of` the chosen checkpoint, or None if there is none."""
     chosen = chosen_checkpoint(run_dir)
     return None if chosen is None else weights_of(chosen)
 
 
 def is_current(directory: Path) -> bool:
-    """Whether export/ or report/ of a run is of its chosen checkpoint; True if the run has no checkpoint any more."""
+    """Return True if export/ or report/ was made from the run's chosen checkpoint, or if no checkpoints are left."""
     return _is_of({"checkpoint": read_json(directory / MADE_OF)}, chosen_weights(directory.parent))
 
 
 def check_current(export: Path) -> Path:
-    """`export`, the export/ of a run. Raises UserError if the run has trained on since."""
+    """Return `export`, the export/ of a run. Raises UserError if the run has trained further since it was made."""
     if not is_current(export):
         command = f"python scripts/export_clips.py --model {shlex.quote(str(export.parent))}"
         raise UserError(f"{export} is not of the run's chosen checkpoint: `{command}` exports it")
@@ -116,7 +116,7 @@ def check_current(export: Path) -> Path:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the chosen weights of a pretraining run are exported, and measured if the run has test data."""
+    """Return True if the chosen weights of a pretraining run are exported, and measured if the run has test data."""
     export = run_dir / "export"
     chosen = chosen_weights(run_dir)
     evaluation = read_json(run_dir / "evaluation.json")
@@ -125,14 +125,14 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _is_of(evaluation: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> bool:
-    """Whether what names its `checkpoint` is of the weights `chosen`; True if the run has no checkpoint any more."""
+    """Return True if this evaluation was made from the checkpoint `chosen`, or if the run has no checkpoints left."""
     return chosen is None or (evaluation.get("checkpoint") or {}).get("sha256") == chosen["sha256"]
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
-    """Stem of evaluation*.json ("evaluation" for the run's own test set) → its content.
+    """Return stem of evaluation*.json ("evaluation" for the run's own test set) → its content.
 
-    Evaluations of other weights than the run's chosen ones are left out.
+    Evaluations of other weights than the run's chosen ones are skipped.
     """
     chosen = chosen_weights(directory)
     evaluations = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
@@ -140,7 +140,7 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
-    """Figures called NAME/FIGURE as test set → figure; plain names belong to the set `first`."""
+    """Return metrics called NAME/METRIC as test set → metric; plain names belong to the set `first`."""
     sets: dict[str, dict[str, T]] = {}
     for name, figure in figures.items():
         test_set, _, plain = name.rpartition("/")
@@ -149,20 +149,20 @@ def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]
 
 
 def deciding_name(figure: str, figures: Iterable[str]) -> str:
-    """A figure's name on the test set that decides, if it is among `figures`; else its plain name."""
+    """Return a metric's name on the test set that decides, if it is among `figures`, else its plain name."""
     return f"{UNSEEN}/{figure}" if f"{UNSEEN}/{figure}" in figures else figure
 
 
 def has_report(run_dir: Path) -> bool:
-    """Whether there is a report of the chosen weights."""
+    """Return True if there is a report of the chosen weights."""
     return (run_dir / REPORT).is_file() and is_current((run_dir / REPORT).parent)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The fields in which two configurations differ, as `path: there → here` lines; a missing field is null."""
-    before = json.loads(json.dumps(there))  # a tuple is a list then
-    after = json.loads(json.dumps(here))
+def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which two configurations differ as `path: saved → current`; a missing field is null."""
+    before = json.loads(json.dumps(saved))  # a tuple is a list then
+    after = json.loads(json.dumps(current))
     return [f"{path}: {json.dumps(a)} → {json.dumps(b)}" for path, a, b in differing(before, after)]
 
 
@@ -173,7 +173,7 @@ def refuse(changes: Sequence[str], what: str, mend: str) -> None:
 
 
 def began_with(run_dir: Path) -> dict[str, Any] | None:
-    """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None if it is missing."""
+    """Return init_from.json (`clips.weights.initial.Beginning`) of a run that has begun, or None if it is missing."""
     return (read_json(run_dir / INIT_FROM) or None) if (run_dir / "config.json").is_file() else None
 
 
@@ -184,7 +184,7 @@ _held: dict[Path, IO[str]] = {}
 def hold(run_dir: Path) -> None:
     """Keep other processes from training in `run_dir` until this one ends. Raises UserError if one does already.
 
-    The lock file names the process: it may be on another host, or have outlived its launcher.
+    The lock file identifies the process, which may be on another host or have outlived its launcher.
     """
     place = run_dir.resolve()
     if place in _held:
@@ -204,7 +204,7 @@ def hold(run_dir: Path) -> None:
 
 
 def _holder(run_dir: Path) -> str:
-    """The lock's holder, as a part of a sentence; empty if it is not written yet."""
+    """Return the lock's holder as a part of a sentence; empty if it is not written yet."""
     holder = parse_line(read_regular(run_dir / ".lock", 10_000))
     if holder is None:
         return ""
@@ -215,21 +215,21 @@ def _holder(run_dir: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped."""
+    """Return the lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped."""
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
     texts = path.read_bytes().splitlines()
-    if kind is not None:  # most lines are of training steps: those of another kind are not parsed
+    if kind is not None:  # most lines are of training steps, so parse only those of this kind
         texts = [text for text in texts if f'"{kind}"'.encode() in text]
     lines = filter(None, map(parse_line, texts))
     return [line for line in lines if kind is None or line.get("kind") == kind]
 
 
 def keep_lines(path: Path, step: int, **fields: Any) -> None:
-    """Keep the whole lines of a .jsonl file up to `step`, and those in which one of `fields` differs.
+    """Keep the complete lines of a .jsonl file up to `step`, and those in which one of `fields` differs.
 
-    Lines after the checkpoint that a killed run goes on from are removed, so that no step is there twice.
+    Lines after the checkpoint that a killed run goes on from are removed, so that no step is recorded twice.
     """
     if not path.exists():
         return
@@ -245,7 +245,7 @@ def keep_lines(path: Path, step: int, **fields: Any) -> None:
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
-    """A line of a .jsonl file; None if it is no whole record: cut by a crash, or half written."""
+    """Return the record in a line of a .jsonl file, or None if it was cut by a crash or is half written."""
     try:
         line = from_json(text)
     except ValueError:

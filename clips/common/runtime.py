@@ -27,7 +27,7 @@ from clips.common.start import Start, find_ranks
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch", "numpy"
 )  # fmt: skip
-"""Whose versions may explain a difference between two runs."""
+"""Packages whose versions may explain a difference between two runs."""
 
 KEEP_FREED = ((-1, 2**31 - 1), (-3, 2**30))
 """Options of glibc's mallopt and their values in bytes: M_TRIM_THRESHOLD, how much free memory at the heap's top stays;
@@ -37,7 +37,7 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY":
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` → this process's device; UserError for a GPU that is not there."""
+    """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError if torch sees no GPU."""
     kind, _, index = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise UserError(f"--device {name!r} is not known; choose one of: auto, cpu, cuda, cuda:N")
@@ -47,7 +47,7 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if index and rank:
-        raise UserError(f"--device {name} is one GPU, and there are several ranks: say cuda")
+        raise UserError(f"--device {name} is one GPU, and there are several ranks: use --device cuda")
     return torch.device("cuda", int(index or rank))
 
 
@@ -56,16 +56,16 @@ _bf16: dict[str, bool] = {}
 
 
 def claims_bf16(device: torch.device) -> bool:
-    """Whether `device` says that it computes in bfloat16."""
+    """Return True if `device` says that it computes in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16; elsewhere it is emulated, slower than float32.
+    """Return True if `device` computes in bfloat16; elsewhere it is emulated and slower than float32.
 
-    A processor is also tried by short products. Its id says what it could do, and oneDNN may be held to AVX2
+    A CPU is also tested with short products. Its id says what it could do, but oneDNN may be restricted to AVX2
     (ONEDNN_MAX_CPU_ISA): emulated products of 128 x 128 take 20 times as long as in fp32, others at most twice.
     """
     if device.type not in _bf16:
@@ -74,7 +74,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _product_ratio() -> float:
-    """Seconds of a small product in bf16 over those in fp32, the fastest of several each."""
+    """Return the time of a small product in bf16 divided by that in fp32, each the fastest of several."""
     bound_kernel_caches()
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -89,7 +89,7 @@ def _product_ratio() -> float:
 
 
 def autocast_type(device: torch.device) -> str:
-    """The device type whose autocast holds for tensors on `device`.
+    """Return the device type whose autocast applies to tensors on `device`.
 
     Autocast knows no "meta", the device of a rehearsal (clips/common/rehearsal.py). There the CPU's state stands for a
     GPU's.
@@ -98,34 +98,34 @@ def autocast_type(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
-    """Autocast to bf16 for tensors on `device`; the only place that opens autocast for training."""
+    """Return autocast to bf16 for tensors on `device`; the only place that opens autocast for training."""
     return torch.autocast(autocast_type(device), torch.bfloat16, enabled=enabled)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far: of the GPU, or of this process where there is none."""
+    """Return the peak memory in GB so far: of the GPU, or of this process if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def unused_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "bitsandbytes")
-"""Packages of which every rank has the same version."""
+"""Packages that must have the same version on every rank."""
 KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", "DS_ACCELERATOR")
 """Environment variables that decide what a rank computes with."""
 
 
 def meet_on(start: Start, device: str) -> torch.device:
-    """This rank's device for `--device`, after all ranks have agreed on its kind, the packages and the precision.
+    """Return this rank's device for `--device`, after all ranks have agreed on its kind, packages and precision.
 
-    bf16 counts as there if every rank's processor claims it and rank 0 computes in it.
+    bf16 counts as available if every rank's processor claims it and rank 0 computes in it.
     """
     chosen = choose_device(device)
     packages = package_versions()
@@ -167,7 +167,7 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
 
 
 def _settle() -> None:
-    """Wait at the process's end until gloo's threads have let go of the last collective's tensors.
+    """Wait at the end of the process until gloo's threads have released the tensors of the last collective.
 
     A thread that asks for Python while the interpreter ends aborts the process with exit code 134 (torch 2.13, Python
     < 3.14). Destroying the groups does not help, since DeepSpeed holds them too.
@@ -179,7 +179,7 @@ def _settle() -> None:
 
 
 def _gloo_threads() -> list[str]:
-    """The state of each, as in proc(5): S sleeps. Empty without /proc."""
+    """Return the state of each gloo thread as in proc(5), where S is asleep. Empty without /proc."""
     states = []
     for task in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it has ended
@@ -190,7 +190,7 @@ def _gloo_threads() -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next allocations unless the user set the allocator; returns whether it does.
+    """Let glibc keep freed memory for later allocations unless the user set the allocator. Return True if it does.
 
     By default glibc gives freed tensors back to the kernel, and each step faults their pages in anew (docs/speed.md).
     """
@@ -220,13 +220,13 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu" and not has_bf16(torch.device("cpu")):
-        # DeepSpeed claims bf16 for every CPU, and Muon's products would then be emulated ones.
+        # DeepSpeed claims bf16 for every CPU, so Muon's products would be emulated.
         accelerator.is_bf16_supported = lambda: False
     return deepspeed
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """The content of env.json: what besides the configuration may explain a difference between two runs."""
+    """Return the content of env.json: what besides the configuration may explain a difference between two runs."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -237,7 +237,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Version of each of PACKAGES that is installed."""
+    """Return the version of each of PACKAGES that is installed."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

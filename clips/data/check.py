@@ -20,7 +20,7 @@ from clips.recipes import recipe
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/check_data.py with DATA, --mix or --karpathy. Raises as `check_pairs`."""
+    """Run scripts/check_data.py with DATA, --mix or --karpathy. Raises as `check_pairs`."""
     run = recipe(flags.recipe)
     flag, data, splits = ("--data", flags.data, "")
     if flags.karpathy:
@@ -42,7 +42,7 @@ def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Foun
     Raises UserError (exit 2) at the first sample that would stop a training at once, and at the end BrokenDataError
     (exit 4) if more than `data.max_broken_share` are broken.
     """
-    everything = replace(run.data, held_out=0.0)  # those that will validate too
+    everything = replace(run.data, held_out=0.0)  # also the images that will validate
     source = open_split(everything, "train", need_long=run.task.captions)
     indices = drawn(len(source), limit)
     tokenizer = build_tokenizer(run.captions.tokenizer, source.captions(indices), vocab_size=run.model.text.vocab_size)
@@ -65,7 +65,7 @@ def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Foun
     for problem in source.problems:
         print(without_secrets(problem))
     found = check(read, indices, jobs)
-    unfit = source.unreadable / max(1, source.rows)  # of the samples only a part may be checked
+    unfit = source.unreadable / max(1, source.rows)  # of all rows; of the samples only a part may be checked
     share = unfit + (1 - unfit) * found.faults.total() / max(1, found.checked)
     most = run.data.max_broken_share
     if share > most:

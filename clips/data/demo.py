@@ -1,7 +1,7 @@
 """The embedded demo data: scenes of one to three drawn things, with a noisy web caption and an exact long caption.
 
-The demo measures seeing, not memory. Several hands draw every thing (clips/data/artists.py). The split `unseen` shows
-the scenes of `test`, drawn by a hand that no training saw; `val` has yet another hand. `ensure_demo` writes ordinary
+The demo measures seeing, not memory. Several artists draw every thing (clips/data/artists.py). The split `unseen`
+shows the scenes of `test`, drawn by a held-out artist; `val` has yet another artist. `ensure_demo` writes ordinary
 tar shards. A scene is a pure function of (seed, split, number). A scene's content decides its split, so test layouts
 never occur in training.
 """
@@ -39,9 +39,9 @@ BY_ONE = f"{VERSION}, by one artist"
 """The version of a folder without the other artists, whose drawings could not be fetched."""
 SIZES = {"train": 24_000, "val": 1_280, "test": 1_280, UNSEEN: 1_280}
 IMAGE_SIZE = 240
-"""Four times the side that the demo's encoder sees: pictures for people, which the encoder squashes as photographs."""
+"""Side of an image in pixels: four times what the demo's encoder sees, large enough for people to look at."""
 QUALITY = 90
-"""Of the JPEG files."""
+"""Quality of the JPEG files."""
 SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "emojione", "emojione-v1", "fxemoji", "fluent-emoji-flat", "streamline")
 HANDS = {"train": TRAINING, "val": ("noto-v1",), "test": TRAINING, UNSEEN: ("twemoji",)}
@@ -59,8 +59,8 @@ _RENAMED = (
 _EMOJIS = {name: name for name in _PLAIN.split()} | dict(pair.split(": ") for pair in _RENAMED.split(", "))
 CONCEPTS: dict[str, str] = dict(sorted(_EMOJIS.items()))
 """Spoken name → the emoji's name: 32 things that artists draw much alike (tools/choose_names.py of commit 264d324 chose
-64, of which these are half). All are countable and begin with a consonant, so "a" is always right. At least five hands
-of training draw each, and so do the hands of validation and of `unseen`."""
+64, of which these are half). All are countable and begin with a consonant, so "a" is always right. At least five
+artists of training draw each, and so do the artists of validation and of `unseen`."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (238, 238, 238),
     "gray": (140, 140, 140),
@@ -77,11 +77,11 @@ PATTERNS = ("noise", "stripes", "gradient", "dots")
 CONTRAST = (0.06, 0.15)
 """How far a pattern lightens and darkens the background's colour, as a share of the colour."""
 SECOND_SHARE = 0.1
-"""Share of the grounds whose pattern has a second colour, on about a third of the picture."""
+"""Share of the grounds whose pattern has a second colour, on about a third of the image."""
 SECOND_STRENGTH = (0.2, 0.5)
 """Share of the second colour in the pattern's colour; the rest is the first colour."""
 CYCLES = (2.0, 6.0)
-"""Stripes or rows of dots across the picture."""
+"""Stripes or rows of dots across the image."""
 PLACES: dict[str, tuple[float, float]] = {
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
@@ -89,16 +89,16 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.75, 0.75),
     "center": (0.5, 0.5),
 }
-"""Centres as shares of the picture's width and height."""
+"""Centres as shares of the image's width and height."""
 PLACE_JITTER = 0.06
 THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.38, 0.42), "medium": (0.46, 0.51), "large": (0.56, 0.62)}
-"""Longer side of a drawing as a share of the picture's side."""
+"""Longer side of a drawing as a share of the image's side."""
 MAX_OVERLAP = 0.25
 """Largest share of a thing's square that another thing may cover."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 COUNTS = {1: 10, 2: 6, 3: 4}
-"""Number of things → relative frequency in training. Most scenes show one thing: names are learnt from those first,
-since a caption of several things does not say which is which."""
+"""Number of things → relative frequency in training. Most scenes show one thing, because names are learnt from
+those first: a caption of several things does not say which is which."""
 PROMPTS = (
     "a picture of a {}.",
     "the picture shows a {}.",
@@ -135,7 +135,7 @@ WITH_ERRORS = "caption_with_errors"
 
 @dataclass(frozen=True)
 class Look:
-    """What is done to a drawing, or the largest amount of it either way; half of the drawings are mirrored."""
+    """How a drawing is changed, or the limits of the change in both directions; half of the drawings are mirrored."""
 
     turn: float
     """Degrees, counter-clockwise."""
@@ -152,7 +152,7 @@ class Look:
     mirrored: bool = True
 
     def drawn(self, rng: random.Random) -> Look:
-        """A look within these limits."""
+        """Draw a look within these limits."""
 
         def within(limit: float) -> float:
             return round(rng.uniform(-limit, limit), 3)
@@ -170,8 +170,8 @@ class Look:
 
 
 LOOKS = {"train": Look(12.0, 8.0, 0.12, 0.04, 0.35, (0.15,) * 3), "test": Look(8.0, 0, 0, 0, 0, (0.08,) * 3)}
-"""Limits for the scenes of training, and for all others. Training varies more than a test, as one hand does from
-another."""
+"""Limits for the scenes of training, and for all others. Training varies drawings more than a test does, about
+as much as artists differ."""
 
 
 @dataclass(frozen=True)
@@ -273,15 +273,15 @@ def _draw_thing(rng: random.Random, concept: str, place: str, image_size: int, l
 
 
 def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
-    """The share of the smaller of two squares that the other square covers."""
+    """Return the share of the smaller of two squares that the other square covers."""
     width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     return max(0, width) * max(0, height) / min(a[2] - a[0], b[2] - b[0]) ** 2
 
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to, by its content; scenes of `test` are those of `unseen`.
+    """Return the split that a scene belongs to by its content; scenes of `test` are those of `unseen`.
 
-    The set of (thing, place) decides; for a single thing its background too. If only thing and background were held
+    The set of (thing, place) decides, and for a single thing its background too. If only thing and background were held
     out, a model would learn that this thing is never on that ground, and be wrong about the scenes of the test.
     """
     layout = ";".join(sorted(f"{thing.concept}@{thing.place}" for thing in scene.things))
@@ -292,7 +292,7 @@ def split_of(scene: Scene) -> str:
 
 
 def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE) -> tuple[Scene, Description]:
-    """Scene `number` of a split, the same for `test` and `unseen`.
+    """Return scene `number` of a split, the same for `test` and `unseen`.
 
     Outside `train` every second scene holds one thing, all concepts in turn.
     """
@@ -313,12 +313,12 @@ def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE
 
 
 def listed(parts: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Return "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def at_place(place: str) -> str:
-    """A name of PLACES with its preposition."""
+    """Return a name of PLACES with its preposition."""
     return "in the center" if place == "center" else f"at the {place}"
 
 
@@ -327,10 +327,10 @@ def capital(text: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> Description:
-    """The two captions of a scene. Every sentence names a thing, so each sentence alone describes the picture.
+    """Return the two captions of a scene. Every sentence names a thing, so each sentence alone describes the image.
 
-    The long caption begins with all things in reading order, always in one wording, as captioning models begin all
-    captions alike: the captioner then predicts the picture's content, not the wording.
+    The long caption begins with all things in reading order, always in the same wording, as captioning models do. So
+    the captioner predicts the content of the image, not the wording.
     """
     things = tuple(sorted(scene.things, key=lambda thing: list(PLACES).index(thing.place)))
     background = scene.background
@@ -372,7 +372,7 @@ def describe(scene: Scene, rng: random.Random) -> Description:
 
 
 def misseen(scene: Scene, rng: random.Random) -> Scene:
-    """The scene that an erring captioner describes; only its words are used.
+    """Return the scene that an erring captioner would describe; only its words are used.
 
     Each fact is wrong in `MISSEEN_SHARE` of the cases: a thing's name, place and size, the number of things, the
     background.
@@ -415,7 +415,7 @@ def _single_out(thing: Thing, rng: random.Random) -> str:
 
 
 def _relation(a: Thing, b: Thing, rng: random.Random) -> str:
-    """Where `a` is as seen from `b`, along an axis on which they differ."""
+    """Return a sentence on where `a` is as seen from `b`, along an axis on which they differ."""
     (ax, ay), (bx, by) = PLACES[a.place], PLACES[b.place]
     options = []
     if ax != bx:
@@ -431,12 +431,12 @@ def _drawings(artist: str) -> dict[str, Image.Image]:
 
 
 def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list[str]:
-    """The artist of each thing of a scene, one of `artists` that has the thing."""
+    """Draw an artist for each thing of a scene, among those of `artists` that have the thing."""
     return [rng.choice([artist for artist in artists if thing.concept in _drawings(artist)]) for thing in scene.things]
 
 
 def render(scene: Scene, hands: Sequence[str]) -> bytes:
-    """The scene as the bytes of a JPEG file, each thing drawn by its artist."""
+    """Return the scene as the bytes of a JPEG file, each thing drawn by its artist."""
     canvas = _painted(scene.ground, scene.image_size)
     for thing, artist in zip(scene.things, hands, strict=True):
         _paste(canvas, thing, _drawings(artist)[thing.concept])
@@ -446,7 +446,7 @@ def render(scene: Scene, hands: Sequence[str]) -> bytes:
 
 
 def _painted(ground: Ground, image_size: int) -> Image.Image:
-    """The ground alone, RGB, painted at half its size: patterns are soft."""
+    """Paint the ground alone, RGB, at half its size, because patterns are soft."""
     side = math.ceil(image_size / 2)
     x, y = _grid(side)
     turned = 2 * math.pi * ground.cycles
@@ -470,13 +470,13 @@ def _painted(ground: Ground, image_size: int) -> Image.Image:
 
 @cache
 def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of each pixel of a square, [S, S] each, -0.5 … 0.5."""
+    """Return x and y of each pixel of a square, [S, S] each, from -0.5 to 0.5."""
     x = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
     return np.broadcast_to(x, (side, side)), np.broadcast_to(x[:, None], (side, side))
 
 
 def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
-    """Draw a thing onto the canvas in place; the turned drawing may reach over its box."""
+    """Draw a thing onto the canvas in place; the rotated drawing may reach beyond its box."""
     left, top, right, bottom = thing.box
     look, side = thing.look, right - left
     if look.mirrored:
@@ -484,14 +484,14 @@ def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
     drawing = drawing.resize((side, side), Image.Resampling.BICUBIC)
     turn, lean, wide = math.radians(look.turn), math.tan(math.radians(look.slant)), math.sqrt(1 + look.stretch)
     cos, sin = math.cos(turn), math.sin(turn)
-    # From the canvas to the drawing, about the middle: turned back, then upright, then in its own proportions.
+    # From the canvas to the drawing, about the middle: undo the rotation, then the slant, then the stretch.
     a, b, c, d = (cos - lean * sin) / wide, (-sin - lean * cos) / wide, sin * wide, cos * wide
     over = math.ceil(1.3 * side)
-    middle, own = over / 2, side / 2
+    middle, centre = over / 2, side / 2
     placed = drawing.transform(
         (over, over),
         Image.Transform.AFFINE,
-        (a, b, own - a * middle - b * middle, c, d, own - c * middle - d * middle),
+        (a, b, centre - a * middle - b * middle, c, d, centre - c * middle - d * middle),
         Image.Resampling.BILINEAR,
     )
     coloured = placed.convert("RGB").convert("RGB", _colour_matrix(look))
@@ -499,7 +499,7 @@ def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
 
 
 def _colour_matrix(look: Look) -> tuple[float, ...]:
-    """The look's change of colours, as the 3 × 4 matrix that Pillow takes, row by row."""
+    """Return the look's change of colours as the 3 × 4 matrix that Pillow takes, row by row."""
     angle, axis = 2 * math.pi * look.hue, np.full((3, 3), 1 / 3)
     turned = math.cos(angle) * np.eye(3) + (1 - math.cos(angle)) * axis
     turned += math.sin(angle) / math.sqrt(3) * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
@@ -509,7 +509,7 @@ def _colour_matrix(look: Look) -> tuple[float, ...]:
 
 
 def truth(scene: Scene, description: Description, hands: Sequence[str]) -> dict[str, Any]:
-    """The JSON member of a scene: its exact content and the texts. Only a single thing has a `label`."""
+    """Return the JSON member of a scene: its exact content and the texts. Only a single thing has a `label`."""
     record = {
         "org_caption": description.web,
         "web_is_wrong": description.web_is_wrong,
@@ -545,12 +545,12 @@ def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str],
 
 
 def demo_split(directory: str | Path, split: str) -> str:
-    """The spec of a split for `open_source`."""
+    """Return the spec of a split for `open_source`."""
     return str(Path(directory) / split)
 
 
 def is_of_demo(data: str) -> bool:
-    """Whether `data` (as `DataConfig.train`) is the demo, or lies in a folder that was drawn here."""
+    """Return True if `data` (as `DataConfig.train`) is the demo, or lies in a folder that `ensure_demo` built."""
     folders = [folder for part in data.split(";") for folder in (Path(part), *Path(part).parents[:2])]
     return data == "demo" or any(built_as(folder) for folder in folders)
 
@@ -563,7 +563,7 @@ def ensure_demo(
     image_size: int = IMAGE_SIZE,
     again: bool = False,
 ) -> Path:
-    """Build the demo data into `directory` as `ensure_built` does, unless the same is there; returns the directory.
+    """Build the demo data in `directory` as `ensure_built` does, unless the same is present, and return `directory`.
 
     If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
     a warning says so. Such a folder is then kept; `again` tries to fetch once more.
@@ -573,7 +573,7 @@ def ensure_demo(
     by_one = by_many | {"version": BY_ONE, "sizes": {name: size for name, size in sizes.items() if name != UNSEEN}}
     if built_as(directory) in (by_many, *([] if again else [by_one])):
         return directory
-    packages()  # a missing package is named before anything is fetched
+    packages()  # report a missing package before anything is fetched
     hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
     settings = by_many
     if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):
@@ -583,18 +583,18 @@ def ensure_demo(
 
 
 def ensure_any_demo(directory: str | Path) -> None:
-    """Build the demo data as `ensure_demo` does, unless some of this version is there, of any size and artists."""
+    """Build the demo data as `ensure_demo` does, unless one of this version exists, of any size and artists."""
     if (built_as(Path(directory)) or {}).get("version") not in (VERSION, BY_ONE):
         ensure_demo(directory)
 
 
 def is_by_one(directory: str | Path) -> bool:
-    """Whether the demo data in `directory` is drawn by one artist alone, and has no split `unseen`."""
+    """Return True if the demo data in `directory` is drawn by one artist alone, and has no split `unseen`."""
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE
 
 
 def _write_all(work: Path, settings: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Write every shard and the notes into `work`; returns the artists and the versions of the packages."""
+    """Write every shard and the notes into `work`. Return the artists and the versions of the packages."""
     shards = [
         (work / split / f"{shard:05d}.tar", split, range(start, min(start + SHARD, size)), hands[split])
         for split, size in settings["sizes"].items()
@@ -602,11 +602,11 @@ def _write_all(work: Path, settings: dict[str, Any], hands: Mapping[str, Sequenc
     ]
     for split in settings["sizes"]:
         (work / split).mkdir()
-    artists = sorted({artist for of_split in hands.values() for artist in of_split})
+    artists = sorted({artist for names in hands.values() for artist in names})
     processes = min(4, os.cpu_count() or 1)
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork) as pool:
-        # Into the cache: drawings are too large to send between processes.
+        # They go to the cache, because drawings are too large to send between processes.
         done = pool.map(partial(drawings, concepts=CONCEPTS), artists)
         for _ in tqdm(done, "rasterising drawings", len(artists), unit="set", disable=None):
             pass
@@ -626,20 +626,20 @@ def _write_all(work: Path, settings: dict[str, Any], hands: Mapping[str, Sequenc
 
 
 def _write_notes(directory: Path, settings: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:
-    artists = sorted({artist for of_split in hands.values() for artist in of_split})
+    artists = sorted({artist for names in hands.values() for artist in names})
     sizes = "\n".join(
         f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in settings["sizes"].items()
     )
     classes = {"classes": list(CONCEPTS), "templates": PROMPTS}
     (directory / "concepts.json").write_text(json.dumps(classes, indent=2) + "\n")
     (directory / "ATTRIBUTION.md").write_text(
-        f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these "
+        f"# Attribution\n\n{attribution(artists)}\n\nThe images in this folder are scenes composed of these "
         "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
-        "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
+        "CC BY-SA 4.0, so the images are shared under that licence.\n"
     )
     missing = f"{capital(MISSING)}.\n\n" if settings["version"] != VERSION else ""
     (directory / "README.md").write_text(
-        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the picture, {settings['image_size']} pixels), "
+        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the image, {settings['image_size']} pixels), "
         "`txt` (the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
         "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing. In train "
         f"`{WITH_ERRORS}` is a long caption that is wrong about each fact in {MISSEEN_SHARE:.0%} of the cases; "

@@ -1,4 +1,4 @@
-"""What a stranger's data mean, where nobody says it: fields, the files of a folder, the root of image paths.
+"""Guess what users do not say about their data: fields, the files of a folder, the root of image paths.
 
 Every guess is printed, with the flag that overrules it.
 """
@@ -32,18 +32,18 @@ NAMES = {
     ),
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
-"""Part of a sample → usual names of its column, JSON key or member; the first one that is there counts."""
+"""Part of a sample → usual names of its column, JSON key or member; the first one that is present counts."""
 HELD_OUT = ("test", "val", "dev")
 LONGEST_TEXT = 1 << 18
-"""Bytes of a text file beside a picture."""
+"""Bytes that are read of a text file beside an image."""
 
 
 def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
-    """`fields` for data with the fields `names`. A part that nobody named and that is missing is taken from NAMES.
+    """Return `fields` for data with the fields `names`; a missing part that the user left open is taken from NAMES.
 
-    `lists` are the fields that hold lists: without a long caption, the captions of a list serve for both parts. A long
-    caption is guessed by its own names only. If the web caption is guessed, the default place of long captions counts
-    no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption. Nothing is printed without `where`.
+    `lists` are the fields that hold lists. Without a long caption, the captions of a list serve for both parts. A long
+    caption is guessed only by its own names. If the web caption is guessed, the default field of long captions is no
+    longer used, since `txt` is the web caption outside of Recap-DataComp-1B. Nothing is printed without `where`.
     """
     named = {name.removeprefix("json:").lower(): name for name in reversed(names)}
     default = Fields()
@@ -68,13 +68,13 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     if fields.long == OTHERS:
         long = "one drawn in each step of pretraining, two of the others joined as the long caption"
-    parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
+    parts = f"images from {fields.image!r}, captions from {fields.web!r}, {long}"
     say_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields
 
 
 def guess_delimiter(header: str, url: str) -> str:
-    """The character that cuts a table's header into most columns: a comma, a tab, a semicolon or a pipe."""
+    """Return the character that cuts a table's header into most columns: a comma, a tab, a semicolon or a pipe."""
     usual = "\t" if url.endswith(".tsv") else ","
     delimiter = max(usual, *"\t;|,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if delimiter != usual:
@@ -83,27 +83,27 @@ def guess_delimiter(header: str, url: str) -> str:
 
 
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
-    """The folder of the first image paths of a table: `root`, the table's folder, or what the user gave.
+    """Return the folder of a table's image paths: `root`, which is the table's folder or the user's choice.
 
-    If it is not given, it is the current folder if only that one has a picture.
+    If the user chose none, and only the current folder holds one of the first images, return that folder.
     """
     if not paths:
         return root
     if is_remote(root) or is_remote(paths[0]):
-        raise UserError(f"{where} names pictures by URL: train on the tar shards of img2dataset (docs/data.md)")
+        raise UserError(f"{where} names images by URL: train on the tar shards of img2dataset (docs/data.md)")
     if any(os.path.exists(os.path.join(root, path)) for path in paths):
         return root
     if not is_given and any(map(os.path.exists, paths)):
-        say_once(f"{where}: pictures are looked for in ., the current folder (guessed; --image-root overrules)")
+        say_once(f"{where}: images are looked for in ., the current folder (guessed; --image-root overrules)")
         return "."
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
-    raise UserError(f"{where}: none of the first {len(paths)} pictures is there ({place}): give --image-root")
+    raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
-    """The data files of a folder: the first kind of `suffixes` that it holds, in its own data/ or train/ if need be.
+    """Return the data files of a folder: the first kind of `suffixes` in it, or else in its data/ or train/.
 
-    Beside `train…` files those of held-out splits are left out. A folder of pictures with texts is its own data file.
+    Beside `train…` files those of held-out splits are skipped. A folder of images with texts is its own data file.
     """
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")
     for suffix in suffixes:
@@ -138,7 +138,7 @@ def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> N
 
 
 class PictureFolder:
-    """A folder of pictures, below it too, each beside a text of its name (a.jpg, a.txt), as a table of two columns."""
+    """A folder, with subfolders, of images beside texts of the same name (a.jpg, a.txt), as a table of two columns."""
 
     columns = ("image", "txt")
     lists = ()
@@ -148,13 +148,13 @@ class PictureFolder:
         self._names, without = self.pairs(folder)
         self.left_out = len(without)
         if without:
-            say_once(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")
+            say_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
 
     def __len__(self) -> int:
         return len(self._names)
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """As `Table.row`. Raises ValueError for a text that cannot be read."""
+        """Return row `i` as `Table.row`. Raises ValueError for a text that cannot be read."""
         name = self._names[i]
         path = os.path.join(self.root, os.path.splitext(name)[0] + ".txt")
         try:
@@ -168,7 +168,7 @@ class PictureFolder:
 
     @staticmethod
     def pairs(folder: str) -> tuple[list[str], list[str]]:
-        """The pictures with a text and those without, as paths below `folder`, sorted."""
+        """Return the images with a text and those without, as sorted paths below `folder`."""
         paths: tuple[list[str], list[str]] = ([], [])
         for place, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if name[0] != ".")
@@ -182,9 +182,9 @@ class PictureFolder:
 
 
 class KarpathyFile:
-    """COCO, Flickr8k or Flickr30K in A. Karpathy's JSON, as a table of pictures and lists of captions.
+    """COCO, Flickr8k or Flickr30K in A. Karpathy's JSON, as a table of images and lists of captions.
 
-    The spec is `dataset_coco.json#train+restval`: the file and its splits, those that it lacks left out.
+    The spec is `dataset_coco.json#train+restval`: the file and its splits. Splits that it lacks are skipped.
     """
 
     columns = ("image", "captions")
@@ -192,7 +192,7 @@ class KarpathyFile:
     left_out = 0
 
     def __init__(self, spec: str) -> None:
-        """Raises UserError for another file, and if it has none of the splits."""
+        """Read the file. Raises UserError for another file, and if it has none of the splits."""
         path, _, splits = spec.partition("#")
         self.url = self.name = spec
         self.root = str(Path(path).parent)
@@ -210,16 +210,16 @@ class KarpathyFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
         if not self._rows:
-            raise UserError(f"{path} has no images of the split {splits!r}; splits there: {present}")
+            raise UserError(f"{path} has no images of the split {splits!r}; its splits are {present}")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """As `Table.row`."""
+        """Return row `i` as `Table.row`."""
         return self._rows[i]
 
 
 def is_karpathy(spec: str) -> bool:
-    """Whether `spec` names splits of a JSON file."""
+    """Return True if `spec` names splits of a JSON file."""
     return ".json#" in spec

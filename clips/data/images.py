@@ -1,9 +1,9 @@
-"""Decoding and preprocessing of pictures; the only file of the project that opens an image.
+"""Decoding and preprocessing of images; the only file of the project that opens an image file.
 
-Pictures come from strangers. The limits below bound memory and time before a decoder spends them. Every error of a
+Images come from strangers, so the limits below bound memory and time before a decoder spends them. Every error of a
 decoder becomes a `BrokenSample`, which training skips and counts.
 
-Shapes: H, W picture, or what it is resized to · B batch.
+Shapes: H, W of an image, or of what it is resized to · B batch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from clips.config import AugmentConfig
 from clips.data.sample import BrokenSample
 
 MAX_BYTES = 64 * 2**20
-"""Largest encoded picture, in bytes."""
+"""Largest encoded image, in bytes."""
 MAX_PIXELS = 64_000_000
-"""Largest decoded picture in pixels: 256 MB, since Pillow takes four bytes for a pixel of RGB."""
+"""Largest decoded image in pixels: 256 MB, since Pillow takes four bytes for a pixel of RGB."""
 MAX_SCANNED = 16 * MAX_PIXELS
-"""Largest product of a JPEG's pixels and scans. A scan takes a dozen bytes, and a decoder goes over the whole picture
-for each scan (1 s for 10⁹ pixels). Progressive pictures have about 10 scans."""
+"""Largest product of a JPEG's pixels and scans. A scan takes a dozen bytes, and a decoder goes over the full image
+for each scan (1 s for 10⁹ pixels). Progressive images have about 10 scans."""
 LEAST_SCANNED = 10_000
-"""Least pixels that a scan counts as."""
+"""A scan counts as at least this many pixels."""
 STRIP_PIXELS = 2**20
 """Pixels that are converted at once if the conversion takes several times their memory."""
 KEPT = 2
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides of the crop keep at least this many times the pixels
 of the final sides: squashing averages the lost detail away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is left out."""
+"""Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is excluded."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-"""Endings, in lower case, by which a file of a folder counts as a picture of FORMATS."""
+"""Endings, in lower case, by which a file of a folder counts as an image of FORMATS."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -50,9 +50,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
 _JPEG = ("JPEG", "MPO")
 _ON_ITS_SIDE, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""Orientations of EXIF that swap width and height, and that store the upright picture's left or top edge last."""
+"""Orientations of EXIF that swap width and height, and that store the upright image's left or top edge last."""
 _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
-# A JPEG marker that begins a segment or ends the picture; stuffed bytes, padding and markers without length excluded.
+# A JPEG marker that begins a segment or ends the image; stuffed bytes, padding and markers without length excluded.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _SCAN, _END = b"\xda", b"\xd9"
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -61,9 +61,9 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 def decode_image(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> Image.Image:
-    """Decode a picture to RGB as `to_rgb`; reduce it by a whole factor to at most `reduce_to` pixels.
+    """Decode an image to RGB as `to_rgb`; reduce it by a whole factor to at most `reduce_to` pixels.
 
-    Raises BrokenSample(key, reason) unless `data` is a whole picture within the limits.
+    Raises BrokenSample(key, reason) unless `data` is a complete image within the limits.
     """
     with _decoding(key):
         opened = _open(data, max_pixels)
@@ -75,7 +75,7 @@ def decode_image(
 def decoded_size(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> tuple[int, int]:
-    """(height, width) of what `decode_image` gives, from the header alone; raises as it does."""
+    """Return (height, width) of what `decode_image` returns, from the header alone. Raises as it does."""
     with _decoding(key):
         opened = _open(data, max_pixels)
         if opened.format == "TIFF" or (opened.format == "PNG" and b"eXIf" in data):
@@ -99,8 +99,8 @@ def _decoding(key: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white. ValueError for other modes."""
-    # Looking for tags in a picture without tags costs as much as decoding a small picture.
+    """Return upright 8-bit RGB: first frame, EXIF rotation, transparency on white; ValueError for other modes."""
+    # Looking for tags in an image without tags costs as much as decoding a small image.
     image = ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -110,7 +110,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _by_strips(image, _on_white)
     if image.mode in (*_OPAQUE_MODES, "P"):
         return image.convert("RGB")
-    raise ValueError(f"pictures of mode {image.mode} are not supported")
+    raise ValueError(f"images of mode {image.mode} are not supported")
 
 
 def decode_rgba(data: bytes) -> Image.Image:
@@ -119,7 +119,7 @@ def decode_rgba(data: bytes) -> Image.Image:
 
 
 def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """The picture with its header read, not decoded. Raises ValueError beyond a limit."""
+    """Open an image, with only its header read. Raises ValueError beyond a limit."""
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -135,26 +135,26 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
 
 
 def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
-    """Decode; a JPEG at the smallest scale of 1, 1/2, 1/4, 1/8 that is not below 1/`factor`."""
+    """Decode `image`, a JPEG at the smallest scale of 1, 1/2, 1/4, 1/8 that is not below 1/`factor`."""
     _scaled(image, factor).load()
     return image
 
 
 def _scaled(image: ImageFile.ImageFile, factor: int) -> ImageFile.ImageFile:
-    """`image` with the size that it will be decoded at."""
+    """Return `image` with the size that it will be decoded at."""
     if image.format in _JPEG:
         image.draft(None, (image.width // factor, image.height // factor))
     return image
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF's orientation; 1 is upright."""
+    """Return EXIF's orientation; 1 is upright."""
     has_tags = "exif" in image.info or image.format == "TIFF"
     return image.getexif().get(ExifTags.Base.Orientation, 1) if has_tags else 1
 
 
 def _factor(size: tuple[int, int], reduce_to: int | None) -> int:
-    """The whole number that divides the sides of a picture to leave at most `reduce_to` pixels."""
+    """Return the whole number that divides the sides of an image to leave at most `reduce_to` pixels."""
     width, height = size
     if reduce_to is None or width * height <= reduce_to:
         return 1
@@ -162,7 +162,7 @@ def _factor(size: tuple[int, int], reduce_to: int | None) -> int:
 
 
 def _scans(jpeg: bytes) -> int:
-    """Scans of a JPEG, counted by its markers without decoding."""
+    """Return the number of scans of a JPEG, counted by its markers without decoding."""
     count, place = 0, 2
     while (marker := _MARKER.search(jpeg, place)) and marker[1] != _END:
         count += marker[1] == _SCAN
@@ -187,7 +187,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey (modes I;16* and I) to RGB; Pillow's own conversion clips at 255."""
+    """Convert 16-bit grey (modes I;16* and I) to RGB; Pillow's own conversion clips at 255."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("grey values are outside the 16-bit range")
@@ -205,13 +205,13 @@ class Preprocess:
         self.augment = augment if augment is not None and augment != AugmentConfig() else None
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
-        """uint8 [H, W, 3]; with augmentation a pure function of the picture and the state of `rng`."""
+        """Return uint8 [H, W, 3]; with augmentation a pure function of the image and the state of `rng`."""
         return self._squashed(image, self._box(*image.size, rng), rng)
 
     def decoded(self, data: bytes, key: str, rng: random.Random) -> np.ndarray:
-        """`pixels` of an encoded picture; a JPEG is decoded no larger than its crop needs (see KEPT).
+        """Return `pixels` of an encoded image; a JPEG is decoded no larger than its crop needs (see KEPT).
 
-        The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image`.
+        The crop is drawn from the full image's size. Raises BrokenSample(key, reason) as `decode_image`.
         """
         box, factor, orientation = None, 1, 1
         with _decoding(key):
@@ -225,13 +225,13 @@ class Preprocess:
         if box is None:
             return self.pixels(upright, rng)
         left, top, right, bottom = (side / factor for side in box)
-        # The last stored row and column may cover less than `factor` rows and columns of the picture.
+        # The last stored row and column may cover less than `factor` rows and columns of the image.
         x = upright.width - width / factor if orientation in _FROM_RIGHT else 0
         y = upright.height - height / factor if orientation in _FROM_BELOW else 0
         return self._squashed(upright, (x + left, y + top, x + right, y + bottom), rng)
 
     def _box(self, width: int, height: int, rng: random.Random | None) -> Box:
-        """The part of a picture of this size that is kept: a crop, or all of it."""
+        """Return the part of an image of this size that is kept: a crop, or all of it."""
         config = self.augment
         if config is None or config.min_crop_area == 1:
             return 0, 0, width, height
@@ -259,29 +259,29 @@ class Preprocess:
         return np.asarray(image)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """float32 [3, H, W], normalised with ImageNet's mean and standard deviation."""
+        """Return float32 [3, H, W], normalised with ImageNet's mean and standard deviation."""
         return normalise(stacked([self.pixels(image)]))[0]
 
 
 def eval_transform(image_size: int) -> Preprocess:
-    """The preprocessing of every evaluation and export: squash and normalise."""
+    """Return the preprocessing of every evaluation and export: squash and normalise."""
     return Preprocess(image_size)
 
 
 def stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    """B arrays uint8 [H, W, 3] → uint8 [B, 3, H, W], in memory still with channels last."""
+    """Stack B arrays uint8 [H, W, 3] to uint8 [B, 3, H, W], in memory still with channels last."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] → float32 [B, 3, H, W], contiguous, on the same device: (x / 255 − mean) / std."""
+    """Normalise uint8 [B, 3, H, W] to contiguous float32 [B, 3, H, W] on the same device: (x / 255 − mean) / std."""
     mean, std = _statistics(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's mean and deviation of pixels in 0 … 255, [1, 3, 1, 1], on a device."""
+    """Return ImageNet's mean and deviation of pixels in 0 … 255, [1, 3, 1, 1], on a device."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean.to(device), std.to(device)
 
@@ -291,13 +291,13 @@ Box = tuple[float, float, float, float]
 
 
 def inception_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
-    """A box of aspect 3/4 … 4/3 and area share ≥ `min_area`, drawn as in the reference.
+    """Draw a box of aspect 3/4 … 4/3 and area share ≥ `min_area` as the reference does.
 
     As TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among the possible ones, then the height is
-    uniform. A picture too long for any aspect is taken whole.
+    uniform. An image too long for any aspect is not cropped.
     """
-    own = width / height
-    narrowest, widest = max(CROP_ASPECT[0], own * min_area), min(CROP_ASPECT[1], own / min_area)
+    full = width / height
+    narrowest, widest = max(CROP_ASPECT[0], full * min_area), min(CROP_ASPECT[1], full / min_area)
     if narrowest > widest:
         return 0.0, 0.0, float(width), float(height)
     aspect = rng.uniform(narrowest, widest)
@@ -311,7 +311,7 @@ def inception_crop(width: int, height: int, min_area: float, rng: random.Random)
 def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.Random) -> Image.Image:
     """Change brightness, contrast and saturation by factors from 1 ± `strength`, and the hue, in random order.
 
-    The hue turns by up to ± `hue` of the colour circle. The demo leaves it at 0, since captions name colours.
+    The hue turns by up to ± `hue` of the colour circle. The demo leaves it at 0, because captions name colours.
     """
     changes: list[Any] = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if strength else []
     changes += [None] if hue else []
@@ -325,7 +325,7 @@ def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.R
 
 
 def turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """`image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps."""
+    """Return `image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps."""
     h, s, v = image.convert("HSV").split()
     turned = [(i + round(256 * share)) % 256 for i in range(256)]
     return Image.merge("HSV", (h.point(turned), s, v)).convert("RGB")

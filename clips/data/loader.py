@@ -45,7 +45,7 @@ Batch = dict[str, Any]
 MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
 SHARD_THREADS = 4
-"""Shards that a process fetches at once."""
+"""Number of shards that a process fetches at once."""
 GROUPS = 3
 """Groups of the order that have copies at once: this one, the next, and that of a process that is behind."""
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
@@ -61,16 +61,16 @@ def make_loader(
     phase: int = 0,
     step: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from optimizer step `step` of phase `phase` to the end of the run.
+    """Return this rank's micro-batches from optimizer step `step` of phase `phase` to the end of the run.
 
     The workers start once for all phases. A step's batch_size positions are cut into accumulation steps, and each of
-    these into ranks. Raises UserError if a batch cannot be cut so. Iterating raises BrokenDataError if a sample and
+    these into ranks. Raises UserError if a batch is not divisible. Iterating raises BrokenDataError if a sample and
     MAX_ATTEMPTS - 1 substitutes are broken, and CommandError if a worker died.
     """
     micro = [micro_batch_size(one, run.train.accumulation, world_size) for one in run.phases]
     loader = DataLoader(
         BatchDataset(source, tokenizer, run),
-        batch_size=None,  # an item is a whole batch: texts and images are handled together
+        batch_size=None,  # the dataset returns whole batches, since texts and images are handled together
         sampler=_places(run, micro, rank, world_size, phase, step),
         num_workers=run.data.workers,
         collate_fn=_unchanged,
@@ -81,17 +81,17 @@ def make_loader(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device` and its images normalised there, float32 [B, 3, H, W]."""
+    """Return the batch with its tensors on `device` and its images normalised there, float32 [B, 3, H, W]."""
     on = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
     return on | {"images": normalise(on["images"])}
 
 
 def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> int:
-    """Samples of one rank's micro-batch. Raises UserError if the batch is not divisible."""
+    """Return the number of samples in one rank's micro-batch. Raises UserError if the batch is not divisible."""
     parts = accumulation * world_size
     if phase.batch_size % parts:
         what = f"{world_size} ranks × train.accumulation {accumulation}"
-        raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is not divisible by {what} = {parts}")
+        raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is not a multiple of {parts} = {what}")
     return phase.batch_size // parts
 
 
@@ -100,7 +100,7 @@ Place = tuple[int, range]
 
 
 def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase: int, step: int) -> Iterator[Place]:
-    """The place of each micro-batch of one rank, from a step to the end of the run."""
+    """Yield the place of each micro-batch of one rank, from a step to the end of the run."""
     first = 0
     for index, config in enumerate(run.phases):
         done = step if index == phase else 0 if index > phase else config.steps
@@ -119,11 +119,11 @@ class ReadAhead:
     """
 
     def __init__(self, source: Source, order: Order, limit: int) -> None:
-        """`limit`: bytes of all copies on this machine together; 0: no copies."""
+        """`limit`: bytes of all copies on this machine together; 0 makes no copies."""
         self.order = order
         self._parts: dict[int, _Shards] = {}
-        whole = source.source if isinstance(source, PartSource) else source  # its shards have the same numbers
-        sources = whole.sources if isinstance(whole, MixedSource) else [whole]
+        full = source.source if isinstance(source, PartSource) else source  # its shards have the same numbers
+        sources = full.sources if isinstance(full, MixedSource) else [full]
         orders = order.parts if isinstance(order, MixedOrder) else [order]
         remote = [
             (i, part)
@@ -152,7 +152,7 @@ class _Shards:
     def __init__(self, source: TarSource, order: SampleOrder, copies: Copies, share: int) -> None:
         self.source, self.order, self.copies, self.share = source, order, copies, share
         self._group: tuple[list[int], list[int]] | None = None
-        self._whole: list[int] = []
+        self._copied: list[int] = []
         self._sizes: dict[int, int] = {}
 
     def at(self, turn: int) -> None:
@@ -160,15 +160,15 @@ class _Shards:
         if group == self._group:
             return
         self._group = group
-        self._whole = [shard for shards in group for shard in self._fitting(shards)]
+        self._copied = [shard for shards in group for shard in self._fitting(shards)]
         self.source.read_copies(self._open)
-        left = iter(self._whole)
+        left = iter(self._copied)
         for _ in range(SHARD_THREADS):
             # Daemons: the process does not wait for them when it ends.
-            threading.Thread(target=self._fetch, args=(self._whole, left), daemon=True).start()
+            threading.Thread(target=self._fetch, args=(self._copied, left), daemon=True).start()
 
     def _fitting(self, shards: list[int]) -> list[int]:
-        """The first shards that fit into the share; the others are read by ranges."""
+        """Return the first shards that fit into the share; the others are read by ranges."""
         unknown = [shard for shard in shards if shard not in self._sizes and is_remote(self.source.shards[shard])]
         with ThreadPoolExecutor(SHARD_THREADS) as pool:
             sizes = pool.map(lambda shard: remote_facts(self.source.shards[shard])[0], unknown)
@@ -181,9 +181,9 @@ class _Shards:
                 fitting.append(shard)
         return fitting
 
-    def _fetch(self, whole: list[int], left: Iterator[int]) -> None:
+    def _fetch(self, shards: list[int], left: Iterator[int]) -> None:
         for shard in left:
-            if whole is not self._whole:  # the next group has begun
+            if shards is not self._copied:  # the next group has begun
                 return
             # The reader of the file meets the same error and reports it; a file that another process fetches is fine.
             with contextlib.suppress(CommandError, OSError):
@@ -192,7 +192,7 @@ class _Shards:
                     copy.close()
 
     def _open(self, shard: int, *, wait: bool = True) -> BinaryIO | None:
-        if shard not in self._whole:
+        if shard not in self._copied:
             return None
         return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
 
@@ -254,8 +254,8 @@ class BatchDataset(Dataset):
     def _read(
         self, position: int, preprocess: Preprocess
     ) -> tuple[RawSample, np.ndarray, random.Random, list[tuple[str, str]]]:
-        """The sample at `position`, or the first whole one of its fixed substitutes; its pixels; its random generator,
-        in the state after augmentation; and (key, reason) of the broken samples before it."""
+        """Return the sample at `position`, or the first usable one of its fixed substitutes; its pixels; its random
+        generator in the state after augmentation; and (key, reason) of the broken samples before it."""
         index = self.order.sample(position)
         substitutes: random.Random | None = None
         broken: list[tuple[str, str]] = []
@@ -271,7 +271,7 @@ class BatchDataset(Dataset):
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
     def _kept_tokens(self, size: int, positions: Sequence[int], captioner: CaptionerConfig | None) -> Batch:
-        """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
+        """Draw the image tokens that each sample keeps, by a generator of its own, so that nothing else changes."""
         vision = self.run.model.vision
         seen = vision.kept_tokens(size)
         counts = {}
@@ -286,12 +286,12 @@ class BatchDataset(Dataset):
         }
 
     def _is_captioned(self, position: int) -> bool:
-        """Whether the caption of this sample is predicted, drawn by a generator of its own."""
+        """Return True if the caption of this sample is predicted, drawn by a generator of its own."""
         share = self.run.task.caption_share
         return share == 1 or self._rng(position, "caption").random() < share
 
     def _dropped(self, tokens: list[int], position: int, name: str) -> list[int]:
-        """What `captions.token_dropout` leaves of a text, by a generator of its own; at least one token."""
+        """Return what `captions.token_dropout` leaves of a text, by a generator of its own; at least one token."""
         rng = self._rng(position, f"{name} tokens")
         return [token for token in tokens if rng.random() >= self.run.captions.token_dropout] or tokens[:1]
 
@@ -318,13 +318,13 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
         worker = _dead_worker(error, workers)
         if worker is None:
             raise
-        raise CommandError(f"{worker} died, mostly for want of memory or /dev/shm: use fewer data.workers") from error
+        raise CommandError(f"{worker} died, probably for lack of memory or /dev/shm: use fewer data.workers") from error
     finally:
-        del iterator  # a traceback that is kept would keep the workers too
+        del iterator  # a traceback that somebody keeps would keep the workers too
 
 
 def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
-    """The dead worker that caused `error`, or None.
+    """Return the dead worker that caused `error`, or None.
 
     A worker's socket closes a moment before its process is seen to be dead.
     """

@@ -3,7 +3,7 @@
 Every epoch is a permutation of the set, the same for any number of ranks and workers. The set's indices are never held:
 shards are cut into pieces of at most `PIECE` samples, the pieces are shuffled, neighbours form groups of about `GROUP`
 samples, and samples are shuffled inside a group. So reading stays within a few shards, and a set below `GROUP` is
-shuffled whole. `MixedOrder` mixes several sets by their shares.
+shuffled as a whole. `MixedOrder` mixes several sets by their shares.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ class SampleOrder:
         return SampleOrder, self._arguments
 
     def epoch(self, position: int) -> int:
-        """Epochs completed before the run's `position`-th sample."""
+        """Return the epochs completed before the run's `position`-th sample."""
         return self.locate(position)[0]
 
     def sample(self, position: int) -> int:
-        """The index of the run's `position`-th sample."""
+        """Return the index of the run's `position`-th sample."""
         return self.index(*self.locate(position))
 
     def substitute(self, position: int, rng: random.Random) -> int:
-        """Another sample for that position, from the whole set: a neighbour would be twice in a batch."""
+        """Return another sample for that position, from the full set, since a neighbour would be twice in a batch."""
         return self.index(self.locate(position)[0], rng.randrange(self.length))
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, offset) of the run's `position`-th sample."""
+        """Return (epoch, offset) of the run's `position`-th sample."""
         return divmod(position, self.length)
 
     def index(self, epoch: int, offset: int) -> int:
-        """The sample index at `offset` (below the set's length) of `epoch`."""
+        """Return the sample index at `offset` (below the set's length) of `epoch`."""
         group = self._number(epoch, offset)
         return int(self._members(epoch, group)[offset - int(self._epoch(epoch)[2][group])])
 
     def shards(self, position: int) -> tuple[list[int], list[int]]:
-        """(shards of the group of the run's `position`-th sample, shards of the next group)."""
+        """Return (shards of the group of the run's `position`-th sample, shards of the next group)."""
         epoch, offset = self.locate(position)
         group = self._number(epoch, offset)
         after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
@@ -77,11 +77,11 @@ class SampleOrder:
         return now.tolist(), then.tolist()
 
     def _number(self, epoch: int, offset: int) -> int:
-        """Which of the epoch's groups holds `offset`."""
+        """Return the number of the epoch's group that holds `offset`."""
         return int(np.searchsorted(self._epoch(epoch)[2], offset, side="right")) - 1
 
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The epoch's pieces in order, and each group's first piece and first offset."""
+        """Return the epoch's pieces in order, and each group's first piece and first offset."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self._sizes))
         offsets = np.cumsum(self._sizes[order]) - self._sizes[order]
         _, first = np.unique(offsets // self.group, return_index=True)
@@ -92,7 +92,7 @@ class SampleOrder:
         return order[first[group] : first[group + 1] if group + 1 < len(first) else None]
 
     def _compute_members(self, epoch: int, group: int) -> np.ndarray:
-        """The sample indices of one group, shuffled."""
+        """Return the sample indices of one group, shuffled."""
         pieces = self._pieces(epoch, group)
         samples = np.concatenate(
             [np.arange(s, s + n) for s, n in zip(self._starts[pieces], self._sizes[pieces], strict=True)]
@@ -104,7 +104,7 @@ class SampleOrder:
 class MixedOrder:
     """Spreads the positions of the run over several sets by their shares; each set keeps its own order and epochs.
 
-    Every block of BLOCK positions holds each set by its share, up to rounding that never accumulates, in a drawn order.
+    In every block of BLOCK positions each set has its share, up to rounding that never accumulates, in a drawn order.
     Sample indices count through the sets, one after the other.
     """
 
@@ -126,7 +126,7 @@ class MixedOrder:
         return MixedOrder, (self.parts, self.shares, self.seed)
 
     def draw(self, position: int) -> tuple[int, int]:
-        """(part, position in that part's own run) at the run's `position`."""
+        """Return (part, position in that part's own run) at the run's `position`."""
         block, place = divmod(position, BLOCK)
         labels, turns = self._block(block)
         return int(labels[place]), int(turns[place])
@@ -140,17 +140,17 @@ class MixedOrder:
         return int(self.starts[part]) + self.parts[part].sample(turn)
 
     def substitute(self, position: int, rng: random.Random) -> int:
-        """A substitute from the same part, so that shares stay."""
+        """Return a substitute from the same part, so that shares stay."""
         part, turn = self.draw(position)
         return int(self.starts[part]) + self.parts[part].substitute(turn, rng)
 
     def seen(self, blocks: int) -> np.ndarray:
-        """Samples of each part in the first `blocks` blocks."""
+        """Return the samples of each part in the first `blocks` blocks."""
         # Rounded bounds: rounding never accumulates.
         return np.diff(np.rint(self.bounds * (blocks * BLOCK)).astype(np.int64))
 
     def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The part of each place in the block, and its position in that part's own run."""
+        """Return the part of each place in the block, and its position in that part's own run."""
         before, counts = self.seen(block), self.seen(block + 1) - self.seen(block)
         labels = np.repeat(np.arange(len(counts)), counts)
         np.random.default_rng([self.seed, 3, block]).shuffle(labels)

@@ -33,16 +33,16 @@ T = TypeVar("T")
 LISTING_BYTES = 2**26
 """Longest answer to a request without a range: a folder's listing."""
 PATIENCE, SLOWEST = 30, 50_000
-"""An answer may take so many seconds, and one more for each so many bytes that were asked for."""
+"""An answer may take PATIENCE seconds, and one more for every SLOWEST bytes that were asked for."""
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each retry, times 0.5 to 1.5 so that many ranks do not retry at once."""
 PASSING = (408, 425, 429)
 """HTTP statuses below 500 that are retried: too slow, too early, too many."""
 BLOCK = 1 << 24
-"""Bytes of one request: what a broken connection loses."""
+"""Bytes of one request, which a broken connection loses."""
 PART = ".part"
 OF_DISK = 0.8
-"""Largest share of the disk's room that copies may take."""
+"""Largest share of the disk's free space that copies may take."""
 VERSION = 5
 """Part of every stamp: raise it when the written format of a derived file changes."""
 TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag")
@@ -50,13 +50,13 @@ TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "E
 
 
 def store_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of `url`, and the path in it."""
+    """Return fsspec's filesystem of `url`, and the path in it."""
     bounded = {"get_client": _bounded_client} if url.startswith(("http://", "https://")) else {}
     return fsspec.core.url_to_fs(url, **bounded)
 
 
 async def _bounded_client(**options: Any) -> Any:
-    """A session that never unpacks an answer, and whose answers are `_bounded_answer`s."""
+    """Return a session that never unpacks an answer, and whose answers are `_bounded_answer`s."""
     import aiohttp  # of the optional fsspec[http]
 
     headers = {"Accept-Encoding": "identity", **(options.pop("headers", None) or {})}
@@ -69,7 +69,7 @@ def _bounded_answer() -> Any:
     import aiohttp
 
     class BoundedAnswer(aiohttp.ClientResponse):
-        """fsspec reads an answer whole, whatever was asked for; this answer ends one byte behind that."""
+        """An answer that ends one byte after what was asked for, because fsspec reads any answer to its end."""
 
         async def start(self, connection: Any) -> Any:
             return await asyncio.wait_for(super().start(connection), PATIENCE)
@@ -103,7 +103,7 @@ def _bounded_answer() -> Any:
 
 
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
-    """(size in bytes, text that changes with the file). Raises as `patiently`, and OSError without a size.
+    """Return (size in bytes, text that changes with the file). Raises as `patiently`, and OSError without a size.
 
     `fresh` asks the store even if this process has a listing already.
     """
@@ -121,7 +121,7 @@ def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes `start` … `stop - 1`. Raises as `patiently`, and UserError if the server ignores ranges."""
+    """Return bytes `start` … `stop - 1`. Raises as `patiently`, and UserError if the server ignores ranges."""
 
     def ask() -> bytes:
         filesystem, path = store_of(url)
@@ -132,12 +132,12 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     data = patiently(url, ask)
     if len(data) > stop - start:
-        raise UserError(f"{url}: its server answers with more than the range; use one that knows ranges")
+        raise UserError(f"{url}: its server answers with more than the range; use one that supports ranges")
     return data
 
 
 def patiently(url: str, ask: Callable[[], T]) -> T:
-    """The result of `ask`, retried after passing errors.
+    """Return the result of `ask`, retried after passing errors.
 
     Raises OSError for a final error, fsspec's ImportError and ValueError for an unknown protocol, and CommandError
     naming `url` after the last retry.
@@ -167,7 +167,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a retry is useless, by the HTTP status (aiohttp's `status`, botocore's `response`) if there is one.
+    """Return True if a retry is useless, by the HTTP status (aiohttp's `status`, botocore's `response`) if any.
 
     fsspec raises FileNotFoundError for many statuses, so the status decides first.
     """
@@ -195,7 +195,7 @@ class RemoteFile(AbstractBufferedFile):
 
 # ----------------------------------------------------------------------------------------------------- states
 def stamp(url: str, *, fresh: bool = False) -> str:
-    """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
+    """Return a short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
     try:
         if is_remote(url):
             facts = remote_facts(url, fresh=fresh)[1]
@@ -208,7 +208,7 @@ def stamp(url: str, *, fresh: bool = False) -> str:
 
 
 def check_state(url: str, state: str) -> None:
-    """Raise UserError unless the file is in the state `state`, of which its index was made."""
+    """Raise UserError unless the file is in the state `state`, from which its index was made."""
     if stamp(url, fresh=True) != state:
         raise UserError(f"{url} has changed since this run opened it: start the command again, and it is indexed anew")
 
@@ -217,12 +217,12 @@ def check_state(url: str, state: str) -> None:
 class Copies:
     """Whole copies of remote files in `folder`, together at most `limit` bytes, shared by the processes of a machine.
 
-    A copy is renamed into place when it is whole. A lock lets one process fetch it while others wait or go on. The
+    A copy is renamed into place when it is complete. A lock lets one process fetch it while others wait or go on. The
     least recently used copy is removed first. What a killed process leaves is removed by the next one.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
-        """Raises UserError if the folder cannot be made."""
+        """Make the folder. Raises UserError if that fails."""
         self.folder = folder or cache_root() / "remote"
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ class Copies:
             raise self._unwritable(error) from None
 
     def open(self, url: str, state: str, *, wait: bool = True) -> BinaryIO | None:
-        """The copy of `url` in `state` (its stamp), fetched if it is missing; None if there is no room for it.
+        """Return the copy of `url` in `state` (its stamp), fetched if it is missing, or None if it finds no room.
 
         Raises BlockingIOError if another process fetches it and `wait` is off, UserError for a changed file and an
         unwritable folder, and CommandError and OSError as `read_range`.
@@ -270,7 +270,7 @@ class Copies:
         return file
 
     def _shrunk(self, most: int) -> int:
-        """Remove the least recently used copies until at most `most` bytes are left; returns the bytes left."""
+        """Remove the least recently used copies until at most `most` bytes are left. Return the bytes left."""
         total = 0
         copies = []
         for entry in os.scandir(self.folder):
@@ -299,7 +299,7 @@ class Copies:
         return total
 
     def _lock_of(self, path: Path) -> Path:
-        return self.folder / "locks" / path.name[:3]  # 4,096 at most; copies that share one wait for each other
+        return self.folder / "locks" / path.name[:3]  # at most 4,096 locks; copies that share one wait for each other
 
     def _unwritable(self, error: OSError) -> CommandError:
         return UserError(

@@ -12,31 +12,31 @@ from clips.common.paths import without_secrets
 
 
 def mend_broken(share: float) -> str:
-    """What to do with data of which `share` is broken: the limit that is named is above it."""
+    """Say what to do with data of which `share` is broken; the limit in the message is above that share."""
     limit = min(1.0, math.floor(100 * share + 2) / 100)
     return f"Take them out of the data, or train with more of them: --set data.max_broken_share={limit:g}"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The captions of one picture by field. A field that holds a list gives several."""
+    """The captions of one image by field. A field that holds a list gives several."""
 
     web: tuple[str, ...]
     long: tuple[str, ...] = ()
     others: bool = False
-    """The long caption is made of the web captions that are not drawn (`Fields.long` = "others")."""
+    """True if the long caption is made of the web captions that are not drawn (`Fields.long` = "others")."""
 
     def pair(self, number: int = 0) -> tuple[str, str | None]:
-        """Web caption `number` with its long caption. A list for the long one is joined, without the web caption."""
+        """Return web caption `number` with its long caption. Several long ones are joined, without the web caption."""
         web = self.web[number]
         if self.others or len(self.long) > 1:
             return web, joined(self.web if self.others else self.long, without=web) or None
         return web, next(iter(self.long), None)
 
     def draw(self, rng: random.Random) -> tuple[str, str | None]:
-        """The pair of one step. Only several web captions take numbers from `rng`.
+        """Draw the pair of one step. Only several web captions take numbers from `rng`.
 
-        Others are drawn too, `DRAWN` of them: all of them joined would tell the same things again.
+        With `others`, `DRAWN` of the other captions are joined, because all of them would repeat the same things.
         """
         if self.others:
             web, *others = rng.sample(self.web, len(self.web))
@@ -44,9 +44,9 @@ class Texts:
         return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
 
     def draw_one(self, rng: random.Random, synthetic_share: float) -> str:
-        """The only caption that CLIP reads in a step: one of all, if a field holds several.
+        """Draw the only caption that CLIP reads in a step: one of all, if a field holds several.
 
-        Of one pair it is the long caption in `synthetic_share` of the steps (paper, section 4.1).
+        Of a single pair it is the long caption in `synthetic_share` of the steps (paper, section 4.1).
         """
         captions = self.web + self.long
         if self.others or len(captions) > 2:
@@ -56,12 +56,12 @@ class Texts:
 
 
 DRAWN = 2
-"""So many of the other captions are the long one of a step."""
+"""Number of other captions that make the long caption of a step."""
 STOPS = (".", "!", "?", "。", "！", "？")
 
 
 def joined(captions: Iterable[str], without: str, most: int | None = None) -> str:
-    """At most `most` captions as sentences of one text: each ends with a stop, none is said twice or is `without`."""
+    """Join at most `most` captions as sentences of one text: each ends with a stop, none repeats one or `without`."""
     sentences = {_plain(caption): caption for caption in captions}
     sentences.pop(_plain(without), None)
     texts = list(sentences.values())[:most]
@@ -77,7 +77,7 @@ class RawSample:
     """One image with its texts, nothing decoded yet."""
 
     key: str
-    """The sample's name in messages: shard and key, or table and row with the picture's path."""
+    """The sample's name in messages: shard and key, or table and row with the image's path."""
     image: bytes
     texts: Texts
     extra: dict[str, Any] = field(default_factory=dict)

@@ -74,9 +74,9 @@ _STARTERS = _words(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of `text` in order, stripped, none empty; only white space is lost.
+    """Return the sentences of `text` in order, stripped, none empty; only white space is lost.
 
-    Line ends separate, and a piece without a letter or digit joins its neighbour.
+    Line ends separate sentences, and a piece without a letter or digit joins its neighbour.
     """
     sentences: list[str] = []
     prefix = ""
@@ -105,7 +105,7 @@ def _split_line(line: str) -> list[str]:
 
 
 def _list_numbers(line: str) -> set[int]:
-    """Places of the stops in "1.", "2." … that count from 1, as in "1. chop, 2. fry" and "1. A dog. 2. A cat"."""
+    """Return the positions of the stops in "1.", "2." … that count from 1, as in "1. chop, 2. fry"."""
     if "1." not in line:
         return set()
     numbers, last = [], 0
@@ -118,7 +118,7 @@ def _list_numbers(line: str) -> set[int]:
 
 
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
-    """Whether `stop`, a run of stops and closing marks, ends the sentence that begins at `start`."""
+    """Return True if `stop`, a run of stops and closing marks, ends the sentence that begins at `start`."""
     stops, closers = stop.groups()
     if not stops.isascii() and _ALWAYS_STOP.search(stops):
         return not (closers and _QUOTE_PARTICLE.match(line, stop.end()))
@@ -164,15 +164,15 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
 
 
 def has_words(text: str | None) -> bool:
-    """Whether a caption has a word. If a long caption has none, the web caption replaces it everywhere."""
+    """Return True if a caption has a word. If a long caption has none, the web caption replaces it everywhere."""
     return text is not None and _WORD_CHARACTER.search(text) is not None
 
 
 def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.Random | np.random.Generator) -> str:
-    """The piece of the long caption that the text tower reads in this step, before tokenising.
+    """Return the piece of the long caption that the text tower reads in this step, before tokenising.
 
-    sentence draws one sentence uniformly, or `config.sentence_share` of them in a row. The other strategies work on
-    tokens (`kept_tokens`) and return all of it here. The web caption replaces a long caption without a word. Only
+    Strategy `sentence` draws one sentence, or `config.sentence_share` of them in a row. The other strategies work on
+    tokens (`kept_tokens`) and keep all of it here. The web caption replaces a long caption without a word. Only
     `random()` of `rng` is used.
     """
     if long is None or not has_words(long):
@@ -185,7 +185,7 @@ def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.
 
 
 def kept_tokens(ids: list[int], config: CaptionsConfig, rng: random.Random | np.random.Generator) -> list[int]:
-    """The tokens of a sub-caption that the strategy keeps, in order.
+    """Return the tokens of a sub-caption that the strategy keeps, in order.
 
     truncation keeps the first `config.sub_caption_tokens`, block_mask as many in a row, random_mask as many at random
     places; sentence and full keep all. Only `random()` of `rng` is used.
@@ -197,11 +197,11 @@ def kept_tokens(ids: list[int], config: CaptionsConfig, rng: random.Random | np.
         return ids[:count]
     if config.strategy == "block_mask":
         return _block(ids, count, rng)
-    keys = [rng.random() for _ in ids]  # random_mask: the places of the `count` smallest of as many random keys
+    keys = [rng.random() for _ in ids]  # random_mask: keep the tokens with the smallest keys
     return [ids[i] for i in sorted(sorted(range(len(ids)), key=keys.__getitem__)[:count])]
 
 
 def _block(pieces: list[Piece], count: int, rng: random.Random | np.random.Generator) -> list[Piece]:
-    """`count` pieces in a row, from a uniform place."""
+    """Return `count` pieces in a row, from a uniformly drawn position."""
     first = int(rng.random() * (len(pieces) - count + 1))
     return pieces[first : first + count]

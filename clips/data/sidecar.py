@@ -36,7 +36,7 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
 
 
 def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
-    """The path of `url`'s derived file; `build(temporary path)` makes it if it is missing for `url`'s size and time.
+    """Return the path of `url`'s derived file; `build(temporary path)` makes it if none fits `url`'s size and time.
 
     The file is beside a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask
     at once. Raises UserError if neither place can be written.
@@ -71,12 +71,12 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
 
 
 def made_for(path: Path, suffix: str) -> str:
-    """The stamp in a sidecar's name."""
+    """Return the stamp in a sidecar's name."""
     return path.name.removesuffix(suffix).rpartition(".")[2]
 
 
 def _replaced(path: Path, family: str) -> list[Path]:
-    """The older files of the same family as the new file `path`, with other stamps."""
+    """Return the older files of the same family as the new file `path`, with other stamps."""
     with _listing:
         stamped = _derived(path.parent).setdefault(family, set())
         older = [path.with_name(name) for name in stamped if name != path.name]
@@ -87,7 +87,7 @@ def _replaced(path: Path, family: str) -> list[Path]:
 
 @lru_cache(16)
 def _derived(folder: Path) -> dict[str, set[str]]:
-    """The derived files of a folder by family. Cached: listing a large folder for each of its shards took hours."""
+    """Return the derived files of a folder by family. Cached: listing a large folder for each shard took hours."""
     by_source: dict[str, set[str]] = {}
     for name in os.listdir(folder):
         if stamped := _STAMPED.fullmatch(name):

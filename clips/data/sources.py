@@ -48,9 +48,9 @@ IMAGE_TAIL = 1 << 14
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
-"""Characters of a field's captions that are kept, ten times a long caption."""
+"""Characters of a field's captions that are kept, ten times the length of a long caption."""
 LONGEST_PATH = 200
-"""Characters of a picture's path that a sample's name shows."""
+"""Characters of an image's path that a sample's name shows."""
 PARTS = ("image", "web", "long")
 CHOICES = (
     "\n  One caption is enough for CLIP: pretrain_clips.py --recipe small_clip, best with --init-from WEIGHTS"
@@ -73,9 +73,9 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 
 
 def expand(spec: str) -> list[str]:
-    """The data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
+    """Return the data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
 
-    A `;` or `{…}` in the name of a file or folder that is there is part of the name.
+    A `;` or `{…}` in the name of an existing file or folder is part of the name.
     """
     files: list[str] = []
     parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(";")]
@@ -109,7 +109,7 @@ def _match(pattern: str) -> list[str]:
 
 
 def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
-    """(part, place in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end."""
+    """Return (part, place in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end."""
     if not 0 <= index < starts[-1]:
         raise IndexError(index)
     part = bisect.bisect_right(starts, index) - 1
@@ -124,11 +124,11 @@ class Source:
     shard_sizes: list[int]
     """Usable samples of each file; they sum to the length."""
     left_out: list[int]
-    """By file: samples of a shard that lack a needed member, rows of a table that do not fit its header."""
+    """For each file: samples of a shard that lack a needed member, rows of a table that do not fit its header."""
     unreadable: int = 0
     """Rows of all tables that do not fit their header. They count as broken samples."""
     rows: int = 0
-    """Rows of all tables, those that do not fit among them. A sample may have several."""
+    """Rows of all tables, including those that do not fit. A sample may have several."""
     problems: Sequence[str] = ()
     """Damage found when the set was opened, shard by shard."""
 
@@ -157,24 +157,24 @@ class Source:
         if not texts.web:
             raise BrokenSample(key, "web caption is empty")
         if self._need_long and not texts.pair()[1]:
-            only = ": the picture has one caption, and its other ones were to be the long one" if self._others else ""
+            only = ": the image has only one caption, and others were to be its long caption" if self._others else ""
             raise BrokenSample(key, f"long caption is empty{only}")
         return texts
 
     def order(self, seed: int) -> Order:
-        """The order in which training sees the samples."""
+        """Return the order in which training sees the samples."""
         return SampleOrder(self.shard_sizes, seed)
 
     def read(self, index: int) -> RawSample:
-        """Raises BrokenSample for a missing, empty or badly encoded part, UserError for a path that climbs out."""
+        """Read a sample. Raises BrokenSample for a missing, empty or misencoded part, UserError for a path outside."""
         raise NotImplementedError
 
     def texts(self, index: int) -> Texts:
-        """The captions, without reading the image. Raises as `read`."""
+        """Return the captions without reading the image. Raises as `read`."""
         raise NotImplementedError
 
     def missing(self, index: int) -> str | None:
-        """Why the picture of a sample is not there, or None; opens no picture."""
+        """Return why the image of a sample is missing, or None; opens no image."""
         return None
 
     def image_id(self, index: int) -> bytes:
@@ -182,7 +182,7 @@ class Source:
         raise NotImplementedError
 
     def image_hashes(self) -> np.ndarray:
-        """uint64 [samples]: a hash of each `image_id`, the same on every machine; all broken samples share one."""
+        """Return uint64 [samples]: a hash of each `image_id`, the same on every machine; broken samples share one."""
         hashes = bytearray()
         for index in tqdm(range(len(self)), "telling images apart", unit="image", leave=False, disable=None):
             image = b""
@@ -199,7 +199,7 @@ class Source:
         return {"samples": len(self), "files": len(names), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
-        """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
+        """Yield the captions of the samples (default: all) in order, for training a tokenizer; skip broken samples."""
         for index in range(len(self)) if indices is None else indices:
             try:
                 texts = self.texts(index)
@@ -212,7 +212,7 @@ class MixedSource(Source):
     """Several sources one after the other; training sees each as often as its share says."""
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
-        """Raises ValueError for shares that `MixedOrder` refuses."""
+        """Join the sources. Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources = list(sources)
         self.shares = list(shares)
         self.files = [file for source in sources for file in source.files]
@@ -264,7 +264,7 @@ class PartSource(Source):
 
 
 class TarSource(Source):
-    """Samples of tar shards. A sample that lacks a needed member is left out, with a warning."""
+    """Samples of tar shards. A sample that lacks a needed member is skipped, with a warning."""
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
@@ -290,19 +290,19 @@ class TarSource(Source):
         self.problems = [*self._set.problems, *(self._incomplete(int(shard)) for shard in incomplete[:WARNED])]
         if len(incomplete) > 1:
             count, total = sum(self.left_out), int(self._set.counts.sum())
-            self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are left out, as follows")
+            self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are skipped, as follows")
         for line in _first_of(self.problems):
             log.warning("%s", line)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
-        """The needed parts that a sample with these extensions lacks."""
+        """Return the needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
     def _field_names(self, fields: Fields) -> tuple[list[str], set[str]]:
-        """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples.
+        """Return everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples.
 
-        Beside them those whose value is a list.
+        The second result holds the names whose value is a list.
         """
         lists: set[str] = set()
         names = {extension for layout in self._set.layouts for extension in layout}
@@ -319,12 +319,12 @@ class TarSource(Source):
         return sorted(names), lists
 
     def _incomplete(self, shard: int) -> str:
-        """How many samples of a shard are left out, and the first of them."""
+        """Say how many samples of a shard are skipped, and which is the first of them."""
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
         first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
         count = self.left_out[shard]
-        return f"{self.shards[shard]}: {count:,} samples are left out for want of a member, the first is {first}"
+        return f"{self.shards[shard]}: {count:,} samples are skipped because a member is missing, the first is {first}"
 
     def read(self, index: int) -> RawSample:
         members = self._members(index)
@@ -362,8 +362,8 @@ class TarSource(Source):
         if shard not in self._open:
             index = self._index(shard)
             layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
-            whole = [not self._lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
-            rows = np.flatnonzero(np.array(whole, dtype=bool)[layout_of.ravel()]).tolist()
+            complete = [not self._lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
+            rows = np.flatnonzero(np.array(complete, dtype=bool)[layout_of.ravel()]).tolist()
             self._open[shard] = _OpenShard(self.shards[shard], index, self._file(shard), rows)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
@@ -372,7 +372,7 @@ class TarSource(Source):
 
     def _index(self, shard: int) -> ShardIndex:
         path = Path(self._set.indexes[shard])
-        # One that was removed since the overview was made is made again.
+        # An index that was removed since the set was opened is made again.
         return load_index(path if path.is_file() else shard_summary(self.shards[shard]).index)
 
     def _file(self, shard: int) -> BinaryIO:
@@ -385,7 +385,7 @@ class TarSource(Source):
         return open_binary(url, SAMPLE_BYTES)
 
     def state(self, shard: int) -> str:
-        """The shard's stamp when it was indexed."""
+        """Return the stamp that the shard had when it was indexed."""
         return made_for(Path(self._set.indexes[shard]), INDEX)
 
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
@@ -460,7 +460,7 @@ class _Members:
 
 
 class TableSource(Source):
-    """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
+    """Samples of tables; the image column holds paths below `image_root`, or the images themselves."""
 
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
@@ -479,9 +479,9 @@ class TableSource(Source):
             table.by_image(images) if isinstance(table, Table) else (range(len(table)), range(len(table) + 1))
             for table in self.tables
         ]
-        """By table, its rows sorted by image, and where those of each image begin and end."""
+        """For each table: its rows sorted by image, and where those of each image begin and end."""
         sizes = [len(ends) - 1 for _, ends in self._by_image]
-        if 3 * sizes[0] < 2 * len(self.tables[0]):  # some images that are there twice make no lists
+        if 3 * sizes[0] < 2 * len(self.tables[0]):  # a few repeated images make no lists
             lists = set(columns)
         fields = self._guess(_names(files), fields, need_long, columns, lists)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
@@ -500,16 +500,16 @@ class TableSource(Source):
         self.problems = [table.problem for table in self.tables if isinstance(table, Table) and table.problem]
         self.roots = [image_root or table.root for table in self.tables]
         self._named: list[bool] = []
-        """By table, whether it names pictures that may be missing."""
+        """For each table: True if it names images that may be missing."""
         for number, table in enumerate(self.tables):
             paths = self._first_paths(number)
             if paths is not None:
                 self.roots[number] = guess_root(table.name, self.roots[number], paths, is_given=image_root is not None)
-            # A folder lists pictures that are there.
+            # A folder lists only images that exist.
             self._named.append(paths is not None and not isinstance(table, PictureFolder))
 
     def _first_paths(self, file: int) -> list[str] | None:
-        """The paths of a table's first pictures; None if it holds the pictures themselves."""
+        """Return the paths of a table's first images, or None if it holds the images themselves."""
         paths = []
         for index in range(self._starts[file], min(self._starts[file] + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
@@ -537,7 +537,7 @@ class TableSource(Source):
 
     def missing(self, index: int) -> str | None:
         if not self._named[self._locate(index)[0]]:
-            return None  # a row that holds its picture is long
+            return None  # a row that holds its image is long
         try:
             file, key, rows = self._rows(index)
             value = self._value(rows[0], "image")
@@ -557,7 +557,7 @@ class TableSource(Source):
         return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
 
     def _rows(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, list[dict[str, Any]]]:
-        """The number of the table, the sample's name, and its rows."""
+        """Return the number of the table, the sample's name, and its rows."""
         file, i = self._locate(index)
         table = self.tables[file]
         order, starts = self._by_image[file]
@@ -578,7 +578,7 @@ class TableSource(Source):
         return self._checked(key, web, long)
 
     def _with_slashes(self, file: int, path: str) -> str:
-        """`path`, with slashes for the backslashes of Windows unless a file has that very name."""
+        """Return `path` with slashes for the backslashes of Windows, unless a file has that very name."""
         is_of_windows = "\\" in path and not os.path.exists(os.path.join(self.roots[file], path))
         return path.replace("\\", "/") if is_of_windows else path
 
@@ -591,7 +591,7 @@ class TableSource(Source):
             raise BrokenSample(key, f"image: {reason(error)}: {place}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
-        """The picture in the cell, or its path."""
+        """Return the image in the cell, or its path."""
         if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -607,13 +607,13 @@ class TableSource(Source):
 
 
 def _alternatives(spec: str) -> list[tuple[str, str | None]]:
-    """`ext;ext:key` → [(ext, None), (ext, key)]."""
+    """Parse `ext;ext:key` into [(ext, None), (ext, key)]."""
     parts = [part.partition(":") for part in spec.split(";") if part]
     return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
 
 
 def _texts_in(key: str, name: str, cells: list[Any]) -> tuple[str, ...]:
-    """The captions in cells, texts or lists of texts; empty ones, and those behind MAX_CAPTION, are left out."""
+    """Return the captions in cells, texts or lists of texts; skip empty ones and what exceeds MAX_CAPTION."""
     captions = []
     room = MAX_CAPTION
     for text in itertools.chain.from_iterable(cell if isinstance(cell, list) else [cell] for cell in cells):
@@ -636,7 +636,7 @@ def _missing_field(where: str, name: str, spec: str, names: Sequence[str]) -> Us
 
 
 def _first_of(problems: Sequence[str]) -> list[str]:
-    """The first WARNED problems, and how many more there are."""
+    """Return the first WARNED problems, and how many more there are."""
     more = [f"and {len(problems) - WARNED:,} more problems"] if len(problems) > WARNED else []
     return [*problems[:WARNED], *more]
 

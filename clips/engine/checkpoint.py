@@ -46,11 +46,11 @@ class TrainState:
     logit_scale: list[tuple[int, float]] = field(default_factory=list)
     """(samples, logit scale) at each logged step."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last steps of this phase, which a spike is measured by (clips/engine/watchdog.py)."""
+    """Losses of the last steps of this phase, with which a spike is compared (clips/engine/watchdog.py)."""
     recent_norms: list[float] = field(default_factory=list)
-    """Their gradient norms."""
+    """Gradient norms of the same steps."""
     left_out: list[int] = field(default_factory=list)
-    """Steps (0-based, over all phases) whose samples were passed over without an update."""
+    """Skipped steps (0-based, over all phases), whose samples were seen without an update."""
 
 
 @dataclass
@@ -92,9 +92,9 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
 
 
 class Writer:
-    """Writes checkpoints beside the training, at most one at a time, on rank 0.
+    """Writes checkpoints in the background of the training, at most one at a time, on rank 0.
 
-    Use it as a context: on exit the write that has begun is finished.
+    Use it as a context, which on exit waits for a write that has begun.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -104,7 +104,7 @@ class Writer:
         self._writing: tuple[int, Future[Path]] | None = None
 
     def begin(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
-        """Begin to write; no one else may change the tensors, `state` is copied. Call only after `wait`."""
+        """Begin to write. Nobody may change the tensors any more; `state` is copied. Call only after `wait`."""
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
         snapshot = copy.deepcopy(state)
@@ -112,11 +112,11 @@ class Writer:
         self._writing = (state.step, future)
 
     def has_failed(self) -> bool:
-        """Whether the write has ended without a checkpoint; does not wait."""
+        """Return True if the last write has ended without a checkpoint; do not wait for it."""
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
     def wait(self) -> str | None:
-        """Wait until nothing is being written; returns why the last write failed, once."""
+        """Wait until nothing is being written; return why the last write failed, but only once."""
         if self._writing is None:
             return None
         step, future = self._writing
@@ -138,20 +138,20 @@ class Writer:
 
 
 def is_one(path: Path) -> bool:
-    """Whether `path` looks like a checkpoint; `load` says whether it is whole."""
+    """Return True if `path` looks like a checkpoint; only `load` checks that it is complete."""
     return (path / "state.json").is_file() and (path / "optimizer.safetensors").is_file()
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a checkpoint, also of a checkpoint that was put aside."""
+    """Return the run directory of a checkpoint, also of one that was put aside."""
     folder = next((parent for parent in path.resolve().parents if parent.name == "checkpoints"), path.resolve())
     return folder.parent
 
 
 def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
-    """Put the checkpoints that are newer than `to` aside, with the metrics that go on behind it; returns where.
+    """Move the checkpoints newer than `to`, and a copy of the metrics, into a directory aside, and return its path.
 
-    They count no more and are not deleted; LATEST names `to`. None if there is no newer checkpoint. Rank 0 only.
+    They are kept but no longer used, and LATEST names `to`. Return None if no checkpoint is newer. Rank 0 only.
     """
     parent = run_dir / "checkpoints"
     newer = [path for path in checkpoints(run_dir) if int(path.name[5:]) > to.state.step]
@@ -170,9 +170,9 @@ def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
 
 
 def latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match their hashes; None if none was ever finished.
+    """Return the newest checkpoint whose files match their hashes, or None if none was ever finished.
 
-    A damaged checkpoint is named in a warning and the one before it is used. Raises NoCheckpointError if there are
+    A damaged checkpoint is shown in a warning and the one before it is used. Raises NoCheckpointError if there are
     checkpoints but none is usable: a run never starts again from zero in silence.
     """
     parent = run_dir / "checkpoints"
@@ -190,23 +190,23 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what kills in the middle of a save left behind; only for the process that is about to write here."""
+    """Remove what interrupted saves have left behind; only for the process that is about to write here."""
     for leftover in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load(path: Path, what: str = "--resume") -> Checkpoint:
-    """The checkpoint directory `path`, refused (UserError) unless it matches its hashes; `what` names it then."""
+    """Load the checkpoint in `path`. Raises UserError, which begins with `what`, unless it matches its hashes."""
     try:
         return _verified(path)
     except ValueError as fault:
         raise UserError(
-            f"{what} {path}: {fault}. Give a whole directory runs/NAME/checkpoints/step-N of this program"
+            f"{what} {path}: {fault}. Give a complete directory runs/NAME/checkpoints/step-N of this program"
         ) from None
 
 
 def _verified(path: Path) -> Checkpoint:
-    """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
+    """Return the checkpoint in `path`. Raises ValueError with what is wrong unless every file matches its hash."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
         state = TrainState(**from_json(read_bytes(path / "state.json")))

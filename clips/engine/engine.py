@@ -36,7 +36,7 @@ OF_THE_TRAINING = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "bf16", "fp16"),
 )
-"""DeepSpeed's settings that a run's configuration or flags decide."""
+"""DeepSpeed's settings that the run's own configuration or flags decide."""
 
 
 def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
@@ -56,30 +56,30 @@ def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
 
 
 def _is_auto(value: Any) -> bool:
-    """Say whether a setting or section leaves its choice open, as in LLaVA's files."""
+    """Return True if a setting or section leaves its choice open, as in LLaVA's files."""
     if not isinstance(value, dict):
         return value == "auto"
-    given = {"enabled": value["enabled"]} if "enabled" in value else value.get("params", {})
-    return value.get("type", "AdamW") in ("AdamW", "WarmupLR") and all(_is_auto(choice) for choice in given.values())
+    choices = {"enabled": value["enabled"]} if "enabled" in value else value.get("params", {})
+    return value.get("type", "AdamW") in ("AdamW", "WarmupLR") and all(_is_auto(choice) for choice in choices.values())
 
 
 class Objective(nn.Module):
     """A model with its objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss.
 
-    `forward(batch, told)` turns a micro-batch on the device into (loss, detached parts with the "loss" to be logged).
+    `forward(batch, told)` turns a micro-batch on the device into (loss, detached loss terms with the "loss" to log).
     The engine averages losses over the micro-batches of a step and over the ranks.
     """
 
     def alone(self) -> nn.Module:
-        """Return the module in whose forward pass a rank waits for no other one, below ZeRO-3."""
+        """Return the module in whose forward pass a rank waits for no other rank, below ZeRO-3."""
         return self
 
     def counted(self, batch: Batch) -> Batch:
-        """Return a micro-batch, which is on the host, with the counts for which the device would be waited for."""
+        """Return a micro-batch, still on the host, with the counts for which the host would wait for the device."""
         return batch
 
     def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
-        """Return for each of a step's micro-batches what its loss must know of the others. Collective."""
+        """Return for each micro-batch of a step what its loss must know of the others. Collective."""
         return [None] * len(batches)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
@@ -91,24 +91,24 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def tokens(self, batch: Batch) -> int:
-        """Return the tokens of a micro-batch that are no padding, where they are told of."""
+        """Return the number of tokens of a micro-batch without padding, or 0 if they are not counted."""
         return 0
 
 
-class Agreed(NamedTuple):
-    """What every rank knows of a step before it is taken; the same figures, bit for bit, on every rank."""
+class Reduced(NamedTuple):
+    """What the ranks know of a step before it is taken; the values are equal, bit for bit, on every rank."""
 
     finite: bool
-    """Every loss and gradient."""
+    """True if every loss and gradient is finite."""
     stopping: int
-    """Number of the signal that somebody was asked to stop by, the highest one; 0 for none."""
+    """Number of the signal that asked a rank to stop, the highest one of several; 0 for none."""
     unsaved: bool
-    """A checkpoint could not be written."""
+    """True if a checkpoint could not be written."""
     loss: float
     """Mean over ranks."""
     grad_norm: float | None
-    """Norm of the gradient of the parameters that AdamW steps, before clipping; None where there is none to be seen.
-    Muon's are left out: the size of its update does not depend on the gradient's, nor is that at hand in ZeRO 1 and 2.
+    """Norm of the gradient of the parameters that AdamW steps, before clipping; None if none can be seen.
+    Muon's are not included: the size of its update does not depend on the gradient, which ZeRO 1 and 2 do not keep.
     """
 
 
@@ -131,10 +131,10 @@ class Engine:
         """Wrap `task`.
 
         Args:
-            optimizer: With groups that have a "name", and perhaps a "scale" of their learning rate.
-            ds_config: DeepSpeed's settings besides those that are given here.
-            micro_batch: Samples of a micro-batch of one rank.
-            clip_grad: The norm to which gradients are clipped; 0: they are not.
+            optimizer: Its groups have a "name", and may have a "scale" of their learning rate.
+            ds_config: DeepSpeed's settings other than those that are set here.
+            micro_batch: Number of samples of a micro-batch of one rank.
+            clip_grad: The norm to which gradients are clipped; 0: no clipping.
             bf16_weights: Compute with bf16 weights; needs a ZeRO stage above 0, which keeps fp32 masters.
             checkpointed: Name in a checkpoint → parameter.
         """
@@ -143,7 +143,7 @@ class Engine:
         sizes: dict[str, list[int]] = {}
         for group in optimizer.param_groups:
             sizes.setdefault(group["name"], []).extend(p.numel() for p in group["params"])
-        # Now: DeepSpeed puts its flat tensors in the place of the groups' parameters.
+        # Before DeepSpeed replaces the groups' parameters by its flat tensors.
         muon = {id(p) for group in optimizer.param_groups if group["name"] == "muon" for p in group["params"]}
         config = {
             **ds_config,
@@ -161,16 +161,16 @@ class Engine:
             model=task, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.state = ZeroState(self.engine, checkpointed, muon, device)
-        """The sharded state: to gather for a checkpoint, and to restore from one."""
+        """The sharded state, which is gathered for a checkpoint and restored from one."""
         self.stage = self.state.stage
         self.facts = {
             "zero_stage": self.stage,
             "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
         }
-        """What env.json tells of the engine."""
+        """What env.json records about the engine."""
 
     def __call__(self, batch: Batch, told: Any = None, **options: Any) -> Any:
-        """Return what the task's forward pass gives for a micro-batch of the loader."""
+        """Return the output of the task's forward pass for a micro-batch of the loader."""
         return self.engine(self.task.to_device(batch, self.device), told, **options)
 
     @property
@@ -183,27 +183,27 @@ class Engine:
             group["lr"] = rates[group["name"]] * group.get("scale", 1.0)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Accumulate gradients; behind the `last` micro-batch of a step they are reduced over the ranks."""
+        """Accumulate gradients; after the `last` micro-batch of a step they are reduced over the ranks."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def step(self, *, leave_out: bool = False) -> None:
+    def step(self, *, skip: bool = False) -> None:
         """Update the weights, once all micro-batches of the step have passed.
 
-        `leave_out`: the gradients are dropped, and weights and optimizer state stay as they are.
-        NotFiniteError where DeepSpeed skips a step: with offload it sees a gradient that `agree` does not hold.
+        With `skip` the gradients are dropped, and weights and optimizer state stay as they are. Raises NotFiniteError
+        if DeepSpeed itself skips the step, because with offload it sees gradients that `agree` does not.
         """
-        with self.state.leaving_out() if leave_out else contextlib.nullcontext():
+        with self.state.skipping() if skip else contextlib.nullcontext():
             self.engine.step()
-        if not leave_out and not self.engine.was_step_applied():
-            raise NotFiniteError("a gradient is not finite; DeepSpeed left this step out and no weight was changed")
+        if not skip and not self.engine.was_step_applied():
+            raise NotFiniteError("a gradient is not finite; DeepSpeed skipped this step and no weight was changed")
 
-    def agree(self, loss: Tensor, stop: int, unsaved: bool = False) -> Agreed:
-        """What all ranks know of the step; between the last backward and the step. Collective, the step's only sync.
+    def agree(self, loss: Tensor, stop: int, unsaved: bool = False) -> Reduced:
+        """Reduce what all ranks must know before the step is taken. Collective; the only synchronisation of a step.
 
-        `loss`: this rank's mean over the step's micro-batches. Looks at it and at every gradient that this rank
-        holds. DeepSpeed itself would let non-finite gradients into fp32 weights. `stop`: number of the signal that
-        this rank got, 0 for none; `unsaved`: a checkpoint could not be written here.
+        `loss` is this rank's mean over the step's micro-batches. It is checked together with every gradient that this
+        rank holds, because DeepSpeed itself would let non-finite gradients into fp32 weights. `stop` is the number of
+        the signal that this rank received, or 0, and `unsaved` says that a checkpoint could not be written here.
         """
         zero = loss.new_zeros((), dtype=torch.float32)
 
@@ -221,7 +221,7 @@ class Engine:
         sums = torch.cat([torch.stack([broken.double(), loss.double(), square]), signals])
         dist.all_reduce(sums)
         broken_ranks, total, squares, unsaved_ranks, *stops = sums.tolist()
-        return Agreed(
+        return Reduced(
             finite=broken_ranks == 0,
             stopping=max((n for n, ranks in zip(STOP_SIGNALS, stops, strict=True) if ranks), default=0),
             unsaved=unsaved_ranks > 0,

@@ -17,7 +17,7 @@ from clips.common.trackers import TENSORBOARD, Trackers
 
 SKIPPED, SPIKES = "skipped.jsonl", "spikes.jsonl"
 VALIDATED = ("sentence_i2t_r1", "web_i2t_r1", "zero_shot_top1")
-"""Figures of a validation that the terminal shows."""
+"""Metrics of a validation that the terminal shows."""
 
 
 class RunLog:
@@ -35,12 +35,12 @@ class RunLog:
         run_name: str | None = None,
         stage: str = "",
     ) -> None:
-        """Open the record of a training of `samples` samples behind step `start_step`.
+        """Open the log of a training on `samples` samples, which goes on after step `start_step`.
 
         Args:
-            config: What the loggers are told of the run.
-            stage: Name of one of several trainings in `run_dir`. Its lines in metrics.jsonl bear it, and all other
-                files are in the folder of this name.
+            config: Settings of the run that the loggers record.
+            stage: Name of one of several trainings in `run_dir`. Its lines in metrics.jsonl carry the name, and its
+                other files are in the folder of this name.
         """
         self.active, self.stage = active, stage
         if not active:
@@ -55,14 +55,14 @@ class RunLog:
         self.trackers = Trackers(report_to, run_dir / stage, name, config, start_step)
         self.line, self.total = LiveLine(), samples
         self.newest: dict[str, Any] = {}
-        """The newest figures of training."""
+        """The newest metrics of training."""
         self.first: tuple[int, float] | None = None
-        """(samples, time) after the first step, from which the time left is told."""
+        """(samples, time) after the first step, from which the remaining time is estimated."""
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same scalars to the loggers, and the progress line.
+        """Write a line of metrics.jsonl, send the same scalars to the loggers, and update the progress line.
 
-        CommandError where they cannot be written: a run whose record has holes does not go on in silence.
+        Raises CommandError if they cannot be written, so that no run goes on silently with gaps in its log.
         """
         if not self.active:
             return
@@ -113,7 +113,7 @@ class RunLog:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def spike(self, figures: dict[str, Any], keys: list[list[str]]) -> None:
-        """A line of spikes.jsonl, `keys` being each rank's samples of the step, and one for a person."""
+        """Write a line of spikes.jsonl with `keys`, which are each rank's samples of the step, and print a warning."""
         if self.active:
             with self._writing(figures["step"]):
                 self._append(SPIKES, [figures | {"keys": keys}])
@@ -124,11 +124,11 @@ class RunLog:
                 norm = f", gradient norm {figures['grad_norm']:.4g} (usually {figures['usual_grad_norm']:.4g})"
             self.say(
                 f"warning: spike at step {figures['step']}: loss {figures['loss']:.4g} (usually "
-                f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples stand in spikes.jsonl"
+                f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples are in spikes.jsonl"
             )
 
     def say(self, text: str) -> None:
-        """A line for a person, beside the progress line."""
+        """Print a line without breaking the progress line."""
         if self.active:
             self.line.say(text)
 

@@ -15,31 +15,31 @@ from clips.common.errors import CommandError, NotFiniteError
 from clips.common.peaks import peak_flops
 from clips.common.signals import StopSignal, stopped_by
 from clips.engine.checkpoint import TrainState, Writer
-from clips.engine.engine import Agreed, Batch, Engine
+from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.log import RunLog
 from clips.engine.meter import Meter, summary
 from clips.engine.watchdog import OwnTime
 
 
 class Training:
-    """What a training brings to the loop besides its engine, whose task has the model and the loss."""
+    """What a training gives to the loop besides its engine, whose task has the model and the loss."""
 
     engine: Engine
     state: TrainState
-    """The progress; the loop moves it on."""
+    """The progress, which the loop updates."""
     samples: int
-    """Samples of the whole training, in whole steps."""
+    """Samples of the whole training, a multiple of the step."""
     log_every: int
     """Steps between two lines of the log."""
     save_every: int
     """Samples between two checkpoints; 0: only the last step has one."""
 
     def batches(self) -> Iterator[Batch]:
-        """Return this rank's micro-batches, with the "keys" of their samples, from the state on to the end."""
+        """Return this rank's micro-batches, with the "keys" of their samples, from the current state to the end."""
         raise NotImplementedError
 
     def batch_size(self) -> int:
-        """Return the samples of the next step, over all ranks."""
+        """Return the number of samples of the next step over all ranks."""
         raise NotImplementedError
 
     def rates(self) -> dict[str, float]:
@@ -49,22 +49,22 @@ class Training:
     def begin_step(self) -> None:
         """Prepare the engine for the next step. Collective."""
 
-    def leaves_out(self, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:
-        """Say whether the update of the step is left out, which all ranks find alike. Collective where it is.
+    def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
+        """Return True if the update of the step is skipped, which all ranks decide alike. Collective if it is.
 
         Args:
-            keys: Of the samples of each of this rank's micro-batches.
+            keys: Keys of the samples of each of this rank's micro-batches.
         """
         return False
 
     def end_step(self) -> None:
-        """Mend the weights after an update."""
+        """Correct the weights after an update."""
 
     def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Raise BrokenDataError if too many samples were replaced; `skipped` are those since the last line."""
+        """Raise BrokenDataError if too many samples were replaced; `skipped` are those since the last log line."""
 
     def validates(self) -> bool:
-        """Say whether the step that just ended is followed by a validation."""
+        """Return True if the step that just ended is followed by a validation."""
         return False
 
     def validate(self, log: RunLog) -> None:
@@ -72,9 +72,9 @@ class Training:
 
 
 def train(training: Training, log: RunLog, writer: Writer, profiler: profile | None = None) -> dict[str, float]:
-    """Take every step from the state on to the end; return the speeds of all of them. Collective.
+    """Take every step from the current state to the end; return the mean speeds. Collective.
 
-    Raises Stopped after a signal, behind a checkpoint, and NotFiniteError with the samples whose loss is not finite.
+    Raises Stopped after a signal and a checkpoint, and NotFiniteError with the samples whose loss is not finite.
     """
     engine, state = training.engine, training.state
     stop = StopSignal()
@@ -88,18 +88,18 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
         rates = training.rates()
         engine.set_rates(rates)
         step = [engine.task.counted(batch) for batch in islice(batches, engine.accumulation)]
-        parts = accumulate(engine, step)
-        losses = [of_batch["loss"] for of_batch in parts]
+        found = accumulate(engine, step)
+        losses = [terms["loss"] for terms in found]
         keys = [batch["keys"] for batch in step]
-        for batch, of_batch in zip(step, parts, strict=True):
-            meter.add(of_batch, batch.get("skipped", []), engine.task.flops(batch), engine.task.tokens(batch))
+        for batch, terms in zip(step, found, strict=True):
+            meter.add(terms, batch.get("skipped", []), engine.task.flops(batch), engine.task.tokens(batch))
 
-        agreed = engine.agree(torch.stack(losses).mean(), stop.requested, writer.has_failed())
-        if agreed.unsaved:
+        reduced = engine.agree(torch.stack(losses).mean(), stop.requested, writer.has_failed())
+        if reduced.unsaved:
             await_checkpoint(writer)  # raises
-        if not agreed.finite:
+        if not reduced.finite:
             _end_not_finite(state, losses, keys)
-        engine.step(leave_out=training.leaves_out(agreed, keys, log))
+        engine.step(skip=training.skips(reduced, keys, log))
         training.end_step()
         if profiler is not None:
             profiler.step()
@@ -109,51 +109,51 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
         state.phase_step += 1
 
         is_last = state.samples >= training.samples
-        saves = crosses(training.save_every, before, state.samples) or is_last or agreed.stopping > 0
-        # A checkpoint needs a line too: the means begin anew after it.
+        saves = crosses(training.save_every, before, state.samples) or is_last or reduced.stopping > 0
+        # A checkpoint needs a line too, because the means start again after it.
         if state.step % training.log_every == 0 or saves:
-            training.check_skipped(meter.log(log, state, next(iter(rates.values())), agreed.grad_norm))
+            training.check_skipped(meter.log(log, state, next(iter(rates.values())), reduced.grad_norm))
         log.progress(state.samples)
         with meter.aside():
             if saves:
                 save(engine, state, writer)
-            if agreed.stopping:  # a validation that is due follows when the run goes on
+            if reduced.stopping:  # a validation that is due follows when the run goes on
                 await_checkpoint(writer)
-                raise stopped_by(agreed.stopping)
+                raise stopped_by(reduced.stopping)
             if training.validates():
                 training.validate(log)
     batches.close()
     await_checkpoint(writer)
     stop.restore()
-    figures = meter.whole(state)
+    figures = meter.speeds(state)
     if state.samples > meter.first:
         log.say(summary(state.samples - meter.first, figures))
     return figures
 
 
 def accumulate(engine: Engine, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Take the forward and backward passes of a step's micro-batches; return the detached parts of their losses."""
+    """Run the forward and backward passes of a step's micro-batches; return the detached loss terms of each one."""
     found = []
     told = engine.task.told(engine, batches)
     for number, (batch, of_others) in enumerate(zip(batches, told, strict=True), start=1):
-        loss, parts = engine(batch, of_others)
+        loss, terms = engine(batch, of_others)
         engine.backward(loss, last=number == len(batches))
-        found.append(parts)
+        found.append(terms)
     return found
 
 
 def crosses(every: int, before: int, now: int) -> bool:
-    """Say whether a multiple of `every` samples lies behind `before` and not behind `now`; never if `every` is 0."""
+    """Return True if a multiple of `every` samples is above `before` and not above `now`; False if `every` is 0."""
     return every > 0 and now // every > before // every
 
 
 def _end_not_finite(state: TrainState, losses: list[Tensor], keys: list[list[str]]) -> NoReturn:
-    """End the run on every rank, weights untouched, with the samples of the micro-batches that are not finite.
+    """Raise NotFiniteError on every rank, weights untouched, with the samples of the micro-batches that are not finite.
 
-    A contrastive loss runs over all ranks: the samples of one rank break the losses of all.
+    A contrastive loss runs over all ranks, so the samples of one rank break the losses of all.
     """
-    own = [names for loss, names in zip(losses, keys, strict=True) if not torch.isfinite(loss).all()]
-    broken = keys_of_all_ranks(own)
+    local = [names for loss, names in zip(losses, keys, strict=True) if not torch.isfinite(loss).all()]
+    broken = keys_of_all_ranks(local)
     where = "\n".join(f"  rank {rank}: {', '.join(names)}" for rank, names in enumerate(broken) if names)
     named = "Every loss was finite."
     if where:
@@ -166,9 +166,9 @@ def _end_not_finite(state: TrainState, losses: list[Tensor], keys: list[list[str
 
 def keys_of_all_ranks(keys: list[list[str]]) -> list[list[str]]:
     """Return the keys of each rank's samples, from those of this rank's micro-batches. Collective."""
-    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, [key for names in keys for key in names])
-    return of_ranks
+    by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, [key for names in keys for key in names])
+    return by_rank
 
 
 def save(engine: Engine, state: TrainState, writer: Writer) -> None:

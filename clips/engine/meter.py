@@ -1,4 +1,4 @@
-"""What is measured between two lines of the log: losses, speed, memory, each rank's own time."""
+"""The measurements between two lines of the log: losses, speed, memory, and each rank's own time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Meter:
     def __init__(
         self, device: torch.device, state: TrainState, own_time: OwnTime | None = None, peak: float | None = None
     ) -> None:
-        """`peak`: the FLOP/s of which the MFU is the share; None where nobody states it, as of a CPU."""
+        """Start measuring. `peak` is the device's peak FLOP/s for the MFU, or None if it is unknown, as for a CPU."""
         self.device = device
         self.own_time = own_time
         self.peak = peak
@@ -31,11 +31,11 @@ class Meter:
         self.first = state.samples
         self.waiting_total = 0.0
         self.flops_total = self.tokens_total = 0
-        """Of this rank, since the meter began."""
+        """Totals of this rank since the meter began."""
         self.reset(state)
 
     def reset(self, state: TrainState) -> None:
-        """Begin anew with what comes after `state`."""
+        """Start a new interval after `state`."""
         self.since = time.perf_counter()
         self.waiting = 0.0
         self.samples = state.samples
@@ -48,7 +48,7 @@ class Meter:
             self.own_time.seconds()
 
     def timed(self, loader: Any) -> Any:
-        """Iterate `loader`, measuring the time in which the loop waits for it."""
+        """Iterate over `loader`, measuring the time that the loop waits for it."""
         iterator = iter(loader)
         while True:
             begin = time.perf_counter()
@@ -62,7 +62,7 @@ class Meter:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
+        """Exclude the time inside the context (evaluation, checkpoints) from the speed of training."""
         begin = time.perf_counter()
         yield
         spent = time.perf_counter() - begin
@@ -70,12 +70,12 @@ class Meter:
         self.started += spent
 
     def add(
-        self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0, tokens: int = 0
+        self, terms: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0, tokens: int = 0
     ) -> None:
-        """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Objective.flops`)."""
+        """Add a micro-batch: its loss terms, the broken samples that were replaced, its FLOPs (`Objective.flops`)."""
         self.flops_total += flops
         self.tokens_total += tokens
-        for key, value in parts.items():
+        for key, value in terms.items():
             self.sums[key] = self.sums.get(key, 0) + value.reshape(())
         self.count += 1
         self.flops += flops
@@ -84,12 +84,12 @@ class Meter:
     def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None) -> list[tuple[str, str]]:
         """Write one line of means over ranks and steps. Collective.
 
-        Returns the broken samples of all ranks since the last line: key and reason of each.
+        Return the broken samples of all ranks since the last line, as (key, reason).
         """
         steps = state.step - self.step
         losses = {name: total.double() / self.count for name, total in sorted(self.sums.items())}
         own_seconds = self.own_time.seconds() if self.own_time is not None else 0.0
-        own = {
+        local = {
             "elapsed": time.perf_counter() - self.since,
             "waiting": self.waiting,
             "own": (self.waiting + own_seconds) / steps,
@@ -99,7 +99,7 @@ class Meter:
         memory = {"peak_memory_gb": peak_memory_gb(self.device)}
         if self.device.type == "cuda":
             memory["memory_gb"] = torch.cuda.memory_allocated(self.device) / 1e9
-        ranks = self._of_all_ranks(losses, own | memory)
+        ranks = self._of_all_ranks(losses, local | memory)
 
         elapsed = max(ranks["elapsed"])  # the same on every rank, as all that they decide by must be
         speed = (state.samples - self.samples) / elapsed
@@ -135,17 +135,17 @@ class Meter:
         self.reset(state)
         return skipped
 
-    def _of_all_ranks(self, losses: dict[str, torch.Tensor], own: dict[str, float]) -> dict[str, list[float]]:
-        """Return each figure's values on all ranks. Collective; `losses` are on the device, the others are not."""
-        figures = torch.tensor(list(own.values()), dtype=torch.float64, device=self.device)
-        figures = torch.cat([torch.stack(list(losses.values())), figures])
-        of_ranks = [torch.empty_like(figures) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_ranks, figures)
-        columns = torch.stack(of_ranks, dim=1).tolist()
-        return dict(zip([*losses, *own], columns, strict=True))
+    def _of_all_ranks(self, losses: dict[str, torch.Tensor], local: dict[str, float]) -> dict[str, list[float]]:
+        """Return each metric's values on all ranks. Collective; `losses` are on the device, the others are not."""
+        metrics = torch.tensor(list(local.values()), dtype=torch.float64, device=self.device)
+        metrics = torch.cat([torch.stack(list(losses.values())), metrics])
+        by_rank = [torch.empty_like(metrics) for _ in range(dist.get_world_size())]
+        dist.all_gather(by_rank, metrics)
+        columns = torch.stack(by_rank, dim=1).tolist()
+        return dict(zip([*losses, *local], columns, strict=True))
 
-    def whole(self, state: TrainState) -> dict[str, float]:
-        """Return the speeds of all that was trained since the meter began. Collective."""
+    def speeds(self, state: TrainState) -> dict[str, float]:
+        """Return the mean speeds of training since the meter began. Collective."""
         seconds = time.perf_counter() - self.started
         totals = torch.tensor([self.flops_total, self.tokens_total], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
@@ -165,7 +165,7 @@ class Meter:
 
 
 def summary(samples: int, figures: dict[str, float]) -> str:
-    """Say in one line what a training of `samples` samples took, by `Meter.whole`."""
+    """Return a line that says what a training on `samples` samples took, from its `Meter.speeds`."""
     words = [f"{figures['samples_per_s']:,.1f} samples/s"]
     if figures["tokens_per_s"]:
         words.append(f"{figures['tokens_per_s']:,.0f} tokens/s")

@@ -1,11 +1,11 @@
-"""What a run of days is watched for besides values that are not finite: spikes, and each rank's own time.
+"""Watch a long run for spikes, besides values that are not finite, and measure each rank's own time.
 
-A spike is a loss or a gradient norm many times those of the last steps. Both are positive and vary in proportion to
-their size, so logarithms are compared: with the median of the last ones, by deviations that are told from the median
-change between two steps. Neither is moved by a few outliers, and the second not by the fall of the loss either (von
-Neumann et al., Ann. Math. Stat. 12, 1941, have the mean of the squares instead of the median). The decision is a pure
-function of figures that are the same on every rank and stand in the checkpoint, so all ranks take it together and a
-resumed run takes it again.
+A spike is a loss or a gradient norm many times larger than those of the last steps. Both are positive and vary in
+proportion to their size, so logarithms are compared: with their median over the last steps, in units of a deviation
+that is estimated from the median change between two steps. Both are robust to outliers, and the deviation is also
+unaffected by the downward trend of the loss (von Neumann et al., Ann. Math. Stat. 12, 1941, use the mean square instead
+of the median). The decision depends only on values that are the same on every rank and are stored in the checkpoint, so
+all ranks decide alike and a resumed run decides as before.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from torch import nn
 
 from clips.common.errors import DivergedError
 from clips.engine.checkpoint import TrainState
-from clips.engine.engine import Agreed
+from clips.engine.engine import Reduced
 
 WINDOW = 32
-"""Steps of the phase that are looked back on."""
+"""Number of steps of the phase to look back on."""
 FEWEST = 16
-"""Steps before which nothing counts as a spike."""
+"""Number of steps below which nothing counts as a spike."""
 DEVIATIONS = 8.0
 NORMAL = 1.0484
-"""Median absolute difference of two values of a normal distribution → its standard deviation: 1 / (0.6745 √2)."""
+"""Ratio of a normal distribution's deviation to the median absolute difference of two values: 1 / (0.6745 √2)."""
 SMALLEST_DEVIATION = 0.05
-"""Values that hardly vary would make a spike of everything: it is at least exp(8 · 0.05) = 1.5 times the usual."""
+"""If values hardly vary, everything would be a spike. So a spike is at least exp(8 · 0.05) = 1.5 times the usual."""
 PATIENCE = 5
-"""Steps left out of twice as many before the run ends: then it is no matter of a batch."""
+"""The run stops if more than this many of the last 2 × PATIENCE steps were skipped: the cause is not a single batch."""
 
 
 def limit(recent: Sequence[float]) -> float:
-    """Above this a value that follows `recent` (not negative) is a spike; infinite where there are too few."""
+    """Return the limit above which a value after `recent` (not negative) is a spike; infinite after too few values."""
     if len(recent) < FEWEST:
         return math.inf
     logs = [math.log(max(value, sys.float_info.min)) for value in recent]
@@ -48,37 +48,37 @@ def limit(recent: Sequence[float]) -> float:
     return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
-def find_spike(state: TrainState, agreed: Agreed) -> dict[str, Any] | None:
-    """Figures of the spike that the step is, None where it is none."""
+def find_spike(state: TrainState, reduced: Reduced) -> dict[str, Any] | None:
+    """Return loss and gradient norm of a spike beside the usual ones, or None if the step is no spike."""
     loss_limit, norm_limit = limit(state.recent_losses), limit(state.recent_norms)
-    norm = agreed.grad_norm
-    if agreed.loss <= loss_limit and (norm is None or norm <= norm_limit):
+    norm = reduced.grad_norm
+    if reduced.loss <= loss_limit and (norm is None or norm <= norm_limit):
         return None
     return {
-        "loss": agreed.loss,
+        "loss": reduced.loss,
         "usual_loss": median(state.recent_losses),
-        "loss_jumps": agreed.loss > loss_limit,
+        "loss_jumps": reduced.loss > loss_limit,
         "grad_norm": norm,
         "usual_grad_norm": median(state.recent_norms) if state.recent_norms else None,
     }
 
 
-def remember(state: TrainState, agreed: Agreed) -> None:
-    """Let a step that is taken count among the recent ones; one that is left out never does."""
-    for recent, value in ((state.recent_losses, agreed.loss), (state.recent_norms, agreed.grad_norm)):
+def remember(state: TrainState, reduced: Reduced) -> None:
+    """Add a step that is taken to the recent ones; a skipped step is never added."""
+    for recent, value in ((state.recent_losses, reduced.loss), (state.recent_norms, reduced.grad_norm)):
         if value is not None:
             recent.append(value)
             del recent[:-WINDOW]
 
 
-def leave_out(state: TrainState, since: int) -> None:
-    """Note that the step at hand is left out; DivergedError where too many were from step `since` on."""
+def record_skip(state: TrainState, since: int) -> None:
+    """Record that the current step is skipped. Raises DivergedError if too many were skipped since step `since`."""
     state.left_out = sorted({*state.left_out, state.step})
     if sum(step >= since for step in state.left_out) > PATIENCE:
         raise DivergedError(
-            f"step {state.step + 1} is spike number {PATIENCE + 1} within {state.step + 1 - since} steps: leaving "
-            "batches out does not mend this run. spikes.jsonl names the samples. Look at them, lower the rate "
-            "(--set 'phases.*.lr=…'), or take the spikes (--on-spike continue), with --allow-config-change; the run "
+            f"step {state.step + 1} is spike number {PATIENCE + 1} within {state.step + 1 - since} steps, so skipping "
+            "batches does not mend this run. spikes.jsonl lists the samples. Look at them, lower the rate "
+            "(--set 'phases.*.lr=…'), or train on spikes (--on-spike continue), with --allow-config-change; the run "
             "goes on from its last checkpoint"
         )
 
@@ -86,14 +86,14 @@ def leave_out(state: TrainState, since: int) -> None:
 class OwnTime:
     """Seconds that this rank's device spends in the model's forward pass, in which it waits for no other rank.
 
-    The rest of a step is full of collectives, in which the fast ranks wait for the slow one and all look alike. On a
-    GPU the time is the device's, read by `seconds` and not before: reading it waits for the device.
+    The rest of a step is full of collectives, in which fast ranks wait for slow ones, so that all look alike. On a GPU
+    it is the device's time, which is read only by `seconds`, because reading it waits for the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
         self.marks: list[Any] = []
-        """Begin and end of each forward pass, by turns: seconds, or CUDA events."""
+        """Begin and end of each forward pass in turn, as seconds or CUDA events."""
         model.register_forward_pre_hook(lambda *_: self._mark())
         model.register_forward_hook(lambda *_: self._mark())
 
@@ -106,7 +106,7 @@ class OwnTime:
         self.marks.append(event)
 
     def seconds(self) -> float:
-        """Since the last call."""
+        """Return the seconds since the last call."""
         pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
         self.marks = []
         if self.device.type != "cuda":

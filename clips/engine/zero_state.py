@@ -1,17 +1,17 @@
 """Gradients, weights and optimizer state by parameter name, wherever a ZeRO stage keeps them.
 
-Everything that reads or writes inside DeepSpeed is here: attributes that it does not document, and documented calls
+All code that reads or writes inside DeepSpeed is here: attributes that it does not document, and documented calls
 whose limits were found by trying. tests/dist/test_zero.py uses them in engines of every stage; run it before raising
 the cap of `deepspeed` in pyproject.toml.
 
-What stands where, for the flat fp32 tensors that the inner (torch) optimizer steps on:
+Where to find the flat fp32 tensors that the inner (torch) optimizer steps on:
 
-    stage   one tensor a group is                its members     its gradient before the step
+    stage   the tensor of a group                its members     its gradient before the step
     0       no flat tensors: each parameter      the parameter   parameter.grad
     1, 2    single_partition_of_fp32_groups      bit16_groups    averaged_gradients; with offload the tensor's .grad
     3       fp32_partitioned_groups_flat         fp16_groups     averaged_gradients; with offload out of sight
 
-The names say fp16 and bit16 for historical reasons; here all weights are fp32.
+The names say fp16 and bit16 for historical reasons. The weights are fp32, or bf16 with these fp32 masters.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ MUON_STATE = ("momentum_buffer",)
 
 
 class ZeroState:
-    """What `engine` (DeepSpeed's) and its optimizer hold of the parameters `names`, in any ZeRO stage.
+    """The state that DeepSpeed's `engine` and its optimizer hold of the parameters `names`, in any ZeRO stage.
 
-    `muon`: ids of the parameters that Muon steps; AdamW steps the others. Methods marked collective are called by
-    every rank. State that comes out is on the CPU of rank 0, whole and by name, so it depends neither on the number
-    of ranks nor on the stage, and is exact because everything is fp32.
+    `muon` holds the ids of the parameters that Muon steps; AdamW steps the others. Methods marked collective are called
+    by every rank. Gathered state is on the CPU of rank 0, full and by name, so it depends neither on the number of
+    ranks nor on the stage, and it is exact because everything is fp32.
     """
 
     def __init__(self, engine: Any, names: Mapping[str, nn.Parameter], muon: set[int], device: torch.device) -> None:
         self.optimizer, self.names, self.muon, self.device = engine.optimizer, names, muon, device
         self.trained = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
-        """Those that have an optimizer state, which a frozen tower's have not."""
+        """Parameters with an optimizer state, which those of a frozen tower do not have."""
         self.stage: int = engine.zero_optimization_stage()
         self.world_size = dist.get_world_size()
         if self.stage == 0 and self.world_size == 1:
@@ -48,11 +48,11 @@ class ZeroState:
         self.reset_optimizer()
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's parts of the reduced gradients, AdamW's and Muon's, between a step's last backward and the step.
+        """Return this rank's parts of the reduced gradients, AdamW's and Muon's, after a step's last backward pass.
 
-        In ZeRO 1 and 2 DeepSpeed has put Muon's update in the place of its gradient by then. With offload they are
-        what it has brought to the CPU; of stage 3 nothing can be seen there: DeepSpeed itself leaves a step out whose
-        gradient is not finite (`was_step_applied`).
+        In ZeRO 1 and 2 DeepSpeed has replaced Muon's gradient by its update by then. With offload the gradients are
+        those on the CPU; in stage 3 with offload none can be seen, but DeepSpeed itself skips a step whose gradient is
+        not finite (`was_step_applied`).
         """
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for member, gradients in self._gradients_by_group():
@@ -60,7 +60,7 @@ class ZeroState:
         return parts
 
     def _gradients_by_group(self) -> Iterator[tuple[nn.Parameter, Iterable[Tensor | None]]]:
-        """(a member, the gradients) of each group, whose members are all Muon's or all AdamW's."""
+        """Yield (a member, the gradients) of each group, whose members are all Muon's or all AdamW's."""
         optimizer = self.optimizer
         if self.stage == 0:
             yield from ((parameter, [parameter.grad]) for parameter in self.names.values())
@@ -77,10 +77,10 @@ class ZeroState:
             yield members[i][0], held or []  # None stands for a group that was stepped already
 
     @contextmanager
-    def leaving_out(self) -> Iterator[None]:
-        """Inside, DeepSpeed's step clears the gradients and leaves weights and optimizer state as they are.
+    def skipping(self) -> Iterator[None]:
+        """Make DeepSpeed's step clear the gradients and leave weights and optimizer state as they are.
 
-        It is told of an overflow, as fp16 has them: that is its own way to leave a step out, and the only one.
+        Inside the context DeepSpeed is told of an overflow as in fp16, which is its only way to skip a step.
         """
         optimizer = self.optimizer
 
@@ -106,9 +106,9 @@ class ZeroState:
                 del optimizer.check_overflow
 
     def copies(self, name: str) -> Iterator[Tensor]:
-        """Whatever this rank holds of a parameter: the value that computes and its fp32 master, to be changed in place.
+        """Yield what this rank holds of a parameter, to be changed in place: the computing value and its fp32 master.
 
-        DeepSpeed's setters change the master only, and the forward pass would go on with the old value.
+        DeepSpeed's setters change only the master, and the forward pass would go on with the old value.
         """
         parameter: Any = self.names[name]  # with the attributes that DeepSpeed adds
         yield parameter.data  # empty in stage 3, outside the forward pass
@@ -121,17 +121,17 @@ class ZeroState:
             yield parameter._hp_mapping.hp_fragment
 
     def gather_weights(self, *, everywhere: bool = False) -> dict[str, Tensor]:
-        """Weights by name on the CPU of rank 0, empty elsewhere unless `everywhere`. Collective."""
+        """Return weights by name on the CPU of rank 0; empty on other ranks unless `everywhere`. Collective."""
         weights = {}
         for name, parameter in self.names.items():
-            with self._whole(parameter) as full:
+            with self._full(parameter) as full:
                 if everywhere or dist.get_rank() == 0:
                     weights[name] = full.detach().to("cpu", copy=True)
         return weights
 
     @contextmanager
-    def _whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """A parameter's fp32 value, gathered where ranks hold parts of it. Collective."""
+    def _full(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """Yield a parameter's fp32 value, gathered if ranks hold parts of it. Collective."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -144,7 +144,7 @@ class ZeroState:
             yield parameter.data
 
     def gather_optimizer(self) -> dict[str, Tensor]:
-        """Optimizer state as `name/key` on the CPU of rank 0, empty elsewhere. Collective."""
+        """Return optimizer state as `name/key` on the CPU of rank 0; empty on other ranks. Collective."""
         state = {}
         for name, parameter in self.trained.items():
             for key in self._keys(parameter):
@@ -156,8 +156,8 @@ class ZeroState:
     def restore_optimizer(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
 
-        The weights are not restored here: they are loaded into the model before the engine is built. Raises KeyError
-        where `state` is of another kind of optimizer.
+        The weights are not restored here, because they are loaded into the model before the engine is built. Raises
+        KeyError if `state` is of another kind of optimizer.
         """
         self.reset_optimizer(steps)
         for name, parameter in self.trained.items():
@@ -165,9 +165,9 @@ class ZeroState:
                 self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
 
     def restore_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the fp32 masters of bf16 weights their values; every rank passes all of them.
+        """Set the fp32 masters of bf16 weights; every rank passes all of them.
 
-        The weights that compute are loaded before the engine is built, and the masters are made of those.
+        The bf16 weights are loaded before the engine is built, which makes its masters from them.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -179,9 +179,9 @@ class ZeroState:
                 safe_set_full_fp32_param(parameter, value)
 
     def reset_optimizer(self, steps: int = 0) -> None:
-        """Put zero state in the place of whatever there is, as if after `steps` optimizer steps.
+        """Replace the optimizer state by zeros, as if after `steps` optimizer steps.
 
-        It is made here, before a step, instead of during it, as DeepSpeed and torch would.
+        The state is created here, before a step, and not during it as DeepSpeed and torch would do.
         ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
         the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
         """
@@ -198,7 +198,7 @@ class ZeroState:
             state = inner.state[flat]
             for key in self._keys(members[0]):  # a group is all Muon's or all AdamW's
                 state[key] = torch.zeros_like(flat)
-            if self._keeps_whole_momenta(members[0]):
+            if self._keeps_full_momenta(members[0]):
                 state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in optimizer.params_in_partition[i]))
             if not self._is_muon(members[0]):
                 state["step"] = torch.tensor(float(steps), device=flat.device)
@@ -217,10 +217,10 @@ class ZeroState:
 
         if self.stage == 0:
             return self.optimizer.state[parameter][key]
-        if not self._keeps_whole_momenta(parameter):
+        if not self._keeps_full_momenta(parameter):
             return safe_get_full_optimizer_state(parameter, key)
         full = torch.zeros_like(parameter)
-        momentum, is_owner = self._whole_momentum(parameter)
+        momentum, is_owner = self._full_momentum(parameter)
         if momentum is not None and is_owner:
             full.copy_(momentum)
         dist.all_reduce(full)  # one owner, so the sum is its value
@@ -233,33 +233,33 @@ class ZeroState:
             self.optimizer.state[parameter][key].copy_(value)
         elif self.stage == 3:
             safe_set_local_optimizer_state(parameter, self._part(value), key)
-        elif self._keeps_whole_momenta(parameter):
-            momentum, _ = self._whole_momentum(parameter)
+        elif self._keeps_full_momenta(parameter):
+            momentum, _ = self._full_momentum(parameter)
             if momentum is not None:
                 momentum.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def _part(self, value: Tensor) -> Tensor:
-        """What this rank holds of a value in stage 3: equal parts, the last one padded past the end.
+        """Return what this rank holds of a value in stage 3: one of equal parts, of which the last one is padded.
 
-        (DeepSpeed's setter of whole values fails on that.)
+        (DeepSpeed's setter of full values fails on the padding.)
         """
         flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
         return flat.chunk(self.world_size)[dist.get_rank()]
 
-    def _keeps_whole_momenta(self, parameter: nn.Parameter) -> bool:
-        """ZeRO-1/2 without offload keeps Muon's momentum of a matrix whole on every rank that holds a part of it.
+    def _keeps_full_momenta(self, parameter: nn.Parameter) -> bool:
+        """Return True if Muon's full momentum is on every rank with a part of the matrix: ZeRO-1/2 without offload.
 
-        Newton-Schulz needs the whole matrix, and DeepSpeed's getters know of no state that is not cut as the weights.
+        Newton-Schulz needs the full matrix, and DeepSpeed's getters only know state that is split like the weights.
         """
         return self.stage in (1, 2) and self._is_muon(parameter) and not self.optimizer.cpu_offload
 
-    def _whole_momentum(self, parameter: nn.Parameter) -> tuple[Tensor | None, bool]:
-        """This rank's copy of the momentum of `parameter`, or None, and whether this rank speaks for it.
+    def _full_momentum(self, parameter: nn.Parameter) -> tuple[Tensor | None, bool]:
+        """Return this rank's copy of the momentum of `parameter`, or None, and whether this rank owns it.
 
         The matrices of a rank's partition lie one after the other in one buffer. The first of them may begin on the
-        rank before (`first_offset` > 0), which then speaks for it.
+        previous rank (`first_offset` > 0), which then owns it.
         """
         optimizer = self.optimizer
         for i, group in enumerate(optimizer.params_in_partition):

@@ -1,4 +1,4 @@
-"""Images and texts through the towers: what every figure of an encoder is computed from.
+"""Run images and texts through the towers, for the features from which every metric of an encoder is computed.
 
 Shapes: I images · N tokens of all long captions · T texts · C classes · P prompts per class · E embedding width ·
 D width of the image tower.
@@ -31,7 +31,7 @@ from clips.model.text import word_slots
 
 
 class _Pixels(Dataset):
-    """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
+    """Samples of a test set with their image decoded and squashed; a broken one is the reason as a string."""
 
     def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
         self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
@@ -51,20 +51,20 @@ class _Pixels(Dataset):
 
 @dataclass
 class ImageSet:
-    """A test set after the image tower."""
+    """A test set that has gone through the image tower."""
 
     features: Tensor
     """[I, E], L2-normalised, on the CPU."""
     pooled: Tensor
-    """[I, D] before the projection: what a linear probe reads."""
+    """[I, D] before the projection, for a linear probe."""
     captions: list[dict[str, list[str]]]
     labels: list[str | None]
     indices: list[int]
-    """Each image's place in the test set."""
+    """Each image's index in the test set."""
     skipped: list[str]
-    """Why items were left out."""
+    """Why samples were skipped."""
     caption_tokens: tuple[Tensor, Tensor] | None = None
-    """Predicted and true tokens [N] of all long captions, on the CPU; None where none is predicted."""
+    """Predicted and true tokens [N] of all long captions, on the CPU; None if no caption is predicted."""
     keys: Sequence[str] = ()
     """Each image's name in its set."""
 
@@ -73,7 +73,7 @@ class _Encoded(NamedTuple):
     """The results of a batch, on the CPU."""
 
     towers: list[tuple[Tensor, Tensor]]
-    """`features` and `pooled` of the images; none where every image of the batch is broken."""
+    """`features` and `pooled` of the images; empty if every image of the batch is broken."""
     caption_tokens: list[tuple[Tensor, Tensor]]
     """Predicted and true; empty if no caption is predicted."""
     items: list[tuple[Item, int]]
@@ -95,10 +95,10 @@ def encode_images(
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle) through the image tower, on the model's device.
 
-    `image_size`: the side of the square that each is squashed to; default: the tower's own. `sharded`: each rank
-    encodes some of the batches, which are those of a single rank, so every figure is the same; collective. With a
-    `tokenizer` the captioner, if there is one, predicts the long captions in the same pass: an image is read once and
-    goes through the tower once. `bar` is the title of a progress bar, for a terminal.
+    Each image is squashed to a square of `image_size` pixels (default: the tower's size). If `sharded` (collective),
+    each rank encodes some of the batches that a single rank would encode, so every metric is the same. With a
+    `tokenizer` the captioner, if there is one, predicts the long captions in the same pass, so each image is read and
+    encoded only once. `bar` is the title of a progress bar in a terminal. Raises UserError if no image can be read.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
@@ -113,11 +113,11 @@ def encode_images(
     with evaluating(model, image_size):
         shown = tqdm(loader, bar, unit="batch", disable=bar is None or not sys.stderr.isatty())
         mine = [_encode(model, tokenizer, batch) for batch in shown]
-    whole = all_shares(mine, sharded=sharded)
-    towers = [pair for batch in whole for pair in batch.towers]
-    tokens = [pair for batch in whole for pair in batch.caption_tokens]
-    entries = [entry for batch in whole for entry in batch.items]
-    skipped = [reason for batch in whole for reason in batch.skipped]
+    full = all_shares(mine, sharded=sharded)
+    towers = [pair for batch in full for pair in batch.towers]
+    tokens = [pair for batch in full for pair in batch.caption_tokens]
+    entries = [entry for batch in full for entry in batch.items]
+    skipped = [reason for batch in full for reason in batch.skipped]
     if not entries:
         raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
     return ImageSet(
@@ -150,7 +150,7 @@ def _encode(
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; the host does not wait for what a GPU was given before."""
+    """Return `tensor` on `device`; the host does not wait for earlier work of the GPU."""
     pinned = tensor.pin_memory() if device.type == "cuda" else tensor  # a copy from other memory would wait
     return pinned.to(device, non_blocking=True)
 
@@ -158,10 +158,10 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def predict(
     model: CLIPSModel, tokenizer: CaptionTokenizer, image_tokens: Tensor, items: Sequence[Item]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tokens [N] of the long captions of those `items` that have one: predicted, on the device, and true, on the host.
+    """Return predicted tokens (on the device) and true tokens (on the host), each [N], of the long captions of `items`.
 
-    With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
-    captioner or long captions. `image_tokens` are what the tower gives, CLS among them. All is counted on the host.
+    With `captioner.inputs = "tokens"` each token is predicted from the true ones before it, as in training. The list is
+    empty without a captioner or long captions. `image_tokens` are the tower's output, CLS included.
     """
     rows = [row for row, item in enumerate(items) if item.captions.get("long")]
     if model.captioner is None or not rows:
@@ -171,23 +171,23 @@ def predict(
     caption = tokenizer.caption_ids(encoded, model.captioner.config.length)
     web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], config)
     words = model.text.count(web)
-    there = word_slots(caption, model.pad_id)[:, 1:]
+    present = word_slots(caption, model.pad_id)[:, 1:]
     tokens = image_tokens.index_select(0, sent(torch.tensor(rows), device))
     prefix = model.caption_prefix(tokens, sent(web, device), words)
-    slots = prefix[0].shape[1] + there.shape[1]
+    slots = prefix[0].shape[1] + present.shape[1]
     count = len(rows) * (slots - (config.pool == "cls")) + words
     states = model.captioner(*prefix, sent(caption[:, :-1], device), count=count)
-    predicting = states.flatten(0, 1).index_select(0, sent(there.flatten().nonzero().squeeze(1), device))
-    return [(model.captioner.head(predicting).argmax(-1), caption[:, 1:][there])]
+    predicting = states.flatten(0, 1).index_select(0, sent(present.flatten().nonzero().squeeze(1), device))
+    return [(model.captioner.head(predicting).argmax(-1), caption[:, 1:][present])]
 
 
 @torch.no_grad()
 def encode_texts(
     model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int, sharded: bool = False
 ) -> Tensor:
-    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
+    """Return L2-normalised features [T, E] on the CPU. Equal strings are encoded once, similar lengths together.
 
-    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features.
+    `sharded` is as in `encode_images`: every rank passes the same texts and gets all features.
     """
     config = model.config.text
     unique = sorted(set(texts), key=lambda text: (len(text), text))
@@ -198,26 +198,26 @@ def encode_texts(
             text_features(model, tokenizer.for_tower(batch, config), device)
             for batch in my_share(batches, sharded=sharded)
         ]
-    mine = [features.cpu() for features in encoded]  # a GPU is waited for at the end alone
+    mine = [features.cpu() for features in encoded]  # the host waits for the GPU only here, at the end
     return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
 
 
 def text_features(model: CLIPSModel, ids: Tensor, device: torch.device) -> Tensor:
-    """L2-normalised features [B, E] on `device` of ids [B, L] on the host, where they are counted."""
+    """Return L2-normalised features [B, E] on `device` of `ids` [B, L] on the host, where they are counted."""
     return model.encode_text(sent(ids, device), model.text.count(ids))
 
 
 def prompt_features(
     model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int, sharded: bool = False
 ) -> Tensor:
-    """L2-normalised features [C, P, E] of every class in every template."""
+    """Return L2-normalised features [C, P, E] of every class in every template."""
     features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size, sharded=sharded)
     return features.view(len(classes.names), len(classes.templates), -1)
 
 
 @contextmanager
 def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
-    """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
+    """Put the model into evaluation mode at `image_size`, yield its device, and restore the model afterwards."""
     training, tower, before = model.training, model.visual, model.visual.image_size
     model.eval()
     if image_size is not None and image_size != before:

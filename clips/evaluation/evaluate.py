@@ -1,6 +1,6 @@
-"""Measuring an encoder on test sets: retrieval, zero-shot classification, captions, a linear probe, and the command.
+"""Measure an encoder on test sets: retrieval, zero-shot classification, captions, a linear probe, and the command.
 
-Every figure is a percentage, or in nats, and comes with the number of items it was measured on and its chance level.
+Every metric is in percent or in nats, and comes with its chance level and the number of samples it was measured on.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
-"""Training images whose labelled ones the linear probe is fitted on."""
+"""Number of training images that are encoded for the linear probe, which is fitted on those with a label."""
 POOL, NEAREST = 1000, 5
-"""Images of a test set among whose texts the nearest ones are searched, and how many are shown."""
+"""Number of test images whose texts are searched for the nearest ones, and number of texts shown for an image."""
 
 
 def measure(
@@ -57,11 +57,11 @@ def measure(
     batch_size: int,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Everything that `images` allow: `PROTOCOL_i2t_r1` …, `zero_shot_top1` … with labels, and `caption_token_top1`.
+    """Return all metrics that `images` allow: `PROTOCOL_i2t_r1` …, `zero_shot_top1` … and `caption_token_top1`.
 
-    If only some images have a label, these are for classification and the others for retrieval (the demo). Without
-    `classes` the labels are the classes, in open_clip's general templates.
-    `sharded`: the ranks share the texts, and only rank 0 returns figures; collective.
+    If only some images have a label, these are used for classification and the others for retrieval (the demo).
+    Without `classes` the labels are the classes, in open_clip's general templates.
+    If `sharded` (collective), the ranks share the texts and only rank 0 returns metrics.
     """
     figures: dict[str, Figure] = {}
     here = not sharded or dist.get_rank() == 0
@@ -73,29 +73,29 @@ def measure(
         texts = [text for row in rows for text in images.captions[row][protocol]]
         owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
-        of_protocol = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
-        figures |= {f"{protocol}_{name}": figure for name, figure in of_protocol.items()}
+        measured = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
+        figures |= {f"{protocol}_{name}": figure for name, figure in measured.items()}
     labelled = labelled_rows(images)
     if labelled and (classes := classes or classes_of(labelled.values())):
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(list(labelled.values()))
-        of_protocol = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
-        figures |= {f"zero_shot_{name}": figure for name, figure in of_protocol.items()}
+        measured = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
+        figures |= {f"zero_shot_{name}": figure for name, figure in measured.items()}
     if here and images.caption_tokens is not None:
         figures["caption_token_top1"] = token_accuracy(*images.caption_tokens)
     return figures
 
 
 def labelled_rows(images: ImageSet) -> dict[int, str]:
-    """The images that carry a label, row → label."""
+    """Return row → label for the images that have a label."""
     return {row: label for row, label in enumerate(images.labels) if label is not None}
 
 
 def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
-    """The images that retrieval by `protocol` is measured on (see `measure`)."""
+    """Return the rows of the images on which retrieval by `protocol` is measured (see `measure`)."""
     unlabelled = [row for row, label in enumerate(images.labels) if label is None] or range(len(images.labels))
     rows = [row for row in unlabelled if images.captions[row].get(protocol)]
-    # A few images with several captions, which a table names twice by accident, say nothing of the set.
+    # A few images have several captions only because a table lists them twice by accident.
     return rows if protocol != "sentence" or 2 * len(rows) > len(unlabelled) else []
 
 
@@ -138,13 +138,13 @@ def evaluate(
 ) -> dict[str, Figure]:
     """Measure `model` on a split of its run's data (names as in `measure`); "test" means all its test sets.
 
-    Figures of the first test set have plain names, those of a further set are called NAME/FIGURE. During training at
+    Metrics of the first test set have plain names, those of another set are called NAME/METRIC. During training at
     most `eval.max_images` images are used. `full` uses all and adds `caption_token_top1` if there is a captioner and
     `linear_probe_top1` if the training data has labels.
-    `out` receives the figures and which `checkpoint` the weights are (`clips.common.rundir.weights_of`). The weights
-    must be whole on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
-    `image_size`: the side of the square, default the tower's own. `sharded`: the ranks share the work, and only
-    rank 0 returns figures; collective, and not with `full`.
+    `out` receives the metrics and the `checkpoint` of the weights (`clips.common.rundir.weights_of`). The weights must
+    be complete in this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
+    `image_size` is the side of the square images (default: the tower's size). If `sharded` (collective, and not with
+    `full`), the ranks share the work and only rank 0 returns metrics.
     """
     names = held_out_sets(run.data) if split == "test" else [split]
     figures, skipped, _ = _measure_sets(
@@ -175,10 +175,10 @@ def _measure_sets(
     limit: int | None,
     **options: Any,
 ) -> tuple[dict[str, Figure], list[str], int]:
-    """Figures of all sets, those of `first` under plain names; why images were left out; the number of images.
+    """Return the metrics of all sets, those of `first` under plain names, why images were skipped, and their number.
 
-    Each image is read once and goes through the image tower once. A linear probe is fitted on the labelled images of
-    `probe_train`, if a set has labels.
+    Each image is read and encoded only once. If a set has labels, a linear probe is fitted on the labelled images of
+    `probe_train`.
     """
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
@@ -199,9 +199,9 @@ def _measure_sets(
 
 
 def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
-    """A linear probe fitted to the labelled images of one set, to be tried on others.
+    """Fit a linear probe to the labelled images of a set, and return a function that measures it on other sets.
 
-    On those it gives None when there is nothing to separate, in `train` or among the labels that both have.
+    The function returns None if `train` has fewer than two classes, or if the other set has none of its labels.
     """
     fit = labelled_rows(train)
     number = {name: i for i, name in enumerate(sorted(set(fit.values())))}
@@ -218,7 +218,7 @@ def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/evaluate_clips.py does: a trained model, a test set, a table and a JSON file."""
+    """Run scripts/evaluate_clips.py: measure a trained model on test sets, print a table and write a JSON file."""
     from clips.common.runtime import choose_device
     from clips.weights.load import load_model
 
@@ -242,7 +242,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     if not figures:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     if flags.probe_train is not None and not any(figure.endswith("linear_probe_top1") for figure in figures):
-        raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
+        raise UserError(f"--probe-train {flags.probe_train}: it has none of the labels of the test images")
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
@@ -255,7 +255,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
 
 
 def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[str, TestSetAndClasses]]:
-    """The name of the measurement, and the sets to measure on by name; figures of the first have plain names."""
+    """Return the name of the measurement, and the sets by name; metrics of the first set have plain names."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
         items = SourceSet(open_source(f"{path}#{flags.split}", Fields(), image_root=flags.image_root, need_long=False))
@@ -275,12 +275,12 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
 
 
 def _key(data: Path) -> str:
-    """Tells sets of one base name apart: by the file's bytes, or by the place of a folder or of several files."""
+    """Return a hash that tells sets of one base name apart: of a file's bytes, or of the path of any other data."""
     return sha256(data)[:8] if data.is_file() else hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:8]
 
 
 def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
-    """A folder with one folder of images per class, or whatever training data may be."""
+    """Open a folder with one folder of images per class, or data in any form that training takes."""
     if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
         return FolderSet(Path(spec))
     fields = parse_fields(flags.fields, run.data.fields)

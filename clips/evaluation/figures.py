@@ -1,4 +1,4 @@
-"""Figures that are measured: their names on several test sets, their file, and their table for people."""
+"""Metrics of an encoder: their names on several test sets, their JSON file, and their table for the terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MATTER = (
     *("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1"),
     *("web_t2i_r1", "long_i2t_r1", "long_t2i_r1", "caption_token_top1"),
 )
-"""The figures of which a terminal shows six, those that matter most first."""
+"""Metrics in order of importance; the terminal shows the first six that were measured."""
 
 
 def missing_of(run: RunConfig, split: str) -> str | None:
-    """What the evaluation of a split lacks, in words, if the demo had to be drawn by one artist."""
+    """Return in words what the evaluation of a split lacks if the demo had to be drawn by one artist, else None."""
     return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
 
 
@@ -43,14 +43,14 @@ def write_figures(
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """Write each figure's value, chance level (percent or nats) and number of items, and which weights they are of.
+    """Write each metric's value, chance level (percent or nats) and number of samples, and the hash of the weights.
 
     Args:
-        test_set: the set whose figures have plain names.
-        checkpoint: which one of the run the weights are (`clips.common.rundir.weights_of`); None if unknown.
-        image_size: side of the square.
-        missing: a test that could not be made.
-        limit: the number of images asked for, None for the whole set. Only whole sets at one square reach a card.
+        test_set: Name of the set whose metrics have plain names.
+        checkpoint: The run's checkpoint that the weights come from (`clips.common.rundir.weights_of`), if known.
+        image_size: Side of the square images in pixels.
+        missing: A test that could not be made, in words.
+        limit: Number of images that were asked for; None for the whole set. A model card shows only whole sets.
     """
     content = {
         "test_set": test_set,
@@ -68,12 +68,12 @@ def write_figures(
 
 
 def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
-    """For people: the six figures that matter, on every test set, beside the first's chance level and number of items.
+    """Return a table of the six most important metrics on every test set, with chance and samples of the first set.
 
-    `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
+    `first` is the name of the set whose metrics have plain names. `missing` is as in `write_figures`.
     """
     names = dict.fromkeys(name.rpartition("/")[2] for name in figures)
     shown = ([name for name in MATTER if name in names] or [*names])[:6]
-    rest = f"All {len(names)} figures are in the JSON file and in the report." if len(names) > len(shown) else None
+    rest = f"All {len(names)} metrics are in the JSON file and in the report." if len(names) > len(shown) else None
     chosen = {name: asdict(figures[name]) for plain in shown for name in figures if name.rpartition("/")[2] == plain}
     return table_of(title, *metric_rows(chosen, first), " ".join(filter(None, (rest, missing))))

@@ -1,7 +1,7 @@
-"""Figures of an encoder from its features: retrieval both ways, zero-shot classification, a linear probe.
+"""Metrics of an encoder from its features: retrieval both ways, zero-shot classification, a linear probe.
 
-Ties are broken at random, in expectation: equal scores never help, and a model whose features are all the same
-scores exactly chance.
+Ties count with their expectation over random orders, so equal scores never help, and a model whose features are all
+the same scores exactly chance.
 
 Shapes: I images · T texts · C classes · P prompts per class · E embedding width · D width of the image tower.
 """
@@ -26,7 +26,7 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, in percent; log ranks and losses in nats, where lower is better."""
+    """One metric, in percent; log ranks and losses are in nats, and lower is better."""
 
     value: float
     chance: float
@@ -34,10 +34,10 @@ class Figure:
 
 
 def expected_hits(better: Tensor, tied: Tensor, positives: Tensor, k: int) -> Tensor:
-    """Chance that one of the `positives` is among the first k, when they and `tied` negatives score the same.
+    """Return the probability that one of the `positives`, which score the same as `tied` negatives, is in the first k.
 
-    `better` negatives score above them. All [N]; float64 [N] in [0, 1]. Hypergeometric: the k − better slots
-    left are filled without replacement from positives + tied items.
+    `better` negatives score above them. All arguments are [N], and so is the result, float64 in [0, 1].
+    Hypergeometric: the k − better slots left are filled without replacement from positives + tied candidates.
     """
     miss = torch.ones(len(better), dtype=torch.float64)
     for j in range(k):
@@ -47,9 +47,9 @@ def expected_hits(better: Tensor, tied: Tensor, positives: Tensor, k: int) -> Te
 
 
 def expected_log_rank(better: Tensor, tied: Tensor, positives: Tensor) -> Tensor:
-    """Mean natural logarithm of the first positive's rank (from 1), over all orders of what scores the same.
+    """Return the mean natural logarithm of the first positive's rank (from 1), over all orders of equal scores.
 
-    Arguments as of `expected_hits`; float64 [N].
+    Arguments are those of `expected_hits`; the result is float64 [N].
     """
     counts, row_of = torch.stack([better, tied, positives]).unique(dim=1, return_inverse=True)
     means = []
@@ -61,7 +61,7 @@ def expected_log_rank(better: Tensor, tied: Tensor, positives: Tensor) -> Tensor
 
 
 def _ranks(scores: Tensor, positive: Tensor) -> Tensor:
-    """What `expected_hits` counts in each row: better, tied, positives; as measured and of equal scores, [2, 3, N].
+    """Count better, tied and positives for `expected_hits` in each row, as measured and for equal scores, [2, 3, N].
 
     `scores` [N, M] of N queries against M candidates, `positive` [N, M] marks the right ones (≥ 1 in each row).
     """
@@ -96,15 +96,15 @@ def retrieval_metrics(
     logit_scale: float | None = None,
     chunk: int = 512,
 ) -> dict[str, Figure]:
-    """Recall at 1, 5, 10 both ways, `i2t_r1` … `t2i_r10`, and the mean logarithm of the rank of the right item,
-    `i2t_log_rank` and `t2i_log_rank`; of several right ones the best counts. Features [I, E] and [T, E] are
-    L2-normalised.
+    """Return recall at 1, 5 and 10 both ways, `i2t_r1` … `t2i_r10`, and the mean logarithm of the rank of the best
+    right answer, `i2t_log_rank` and `t2i_log_rank`. Features [I, E] and [T, E] are L2-normalised.
 
     Text t belongs to image `text_to_image[t]`; every image needs at least one. Equal strings count as the same caption:
     image → text is a hit if any of the image's captions, or an equal string, is among the first k; text → image if the
-    image is the caption's own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …, as
-    clip_benchmark counts: only the image's own text is right. `contrastive_loss`, if `logit_scale` is given, is the
+    image is the caption's own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …, which
+    accepts only the image's own text, as clip_benchmark does. With `logit_scale` there is `contrastive_loss`, the
     symmetric InfoNCE of all images, each with its first text. It grows with the set (chance is the logarithm of I).
+    Raises NotFiniteError if a feature is not finite.
     """
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():
@@ -155,15 +155,15 @@ def _recall(
 def _contrastive_loss(image: Tensor, text: Tensor, logit_scale: float, chunk: int) -> Figure:
     total = 0.0
     for truth in torch.arange(len(image), device=image.device).split(chunk):
-        for rows, columns in ((image, text), (text, image)):
-            total += F.cross_entropy(logit_scale * rows[truth] @ columns.T, truth, reduction="sum").item()
+        for queries, candidates in ((image, text), (text, image)):
+            total += F.cross_entropy(logit_scale * queries[truth] @ candidates.T, truth, reduction="sum").item()
     return Figure(round(total / (2 * len(image)), 4), round(math.log(len(image)), 4), len(image))
 
 
 def choosing_figure(figures: Mapping[str, float]) -> float | None:
-    """The figure by which a checkpoint is chosen, larger is better: the sum of R@1, R@5 and R@10 both ways (rsum).
+    """Return the metric that chooses a checkpoint, larger is better: the sum of R@1, R@5 and R@10 both ways (rsum).
 
-    It is of the picture's own sentences if the set has them; without retrieval it is the zero-shot accuracy.
+    It is measured on the image's own sentences if the set has them; without retrieval it is the zero-shot accuracy.
     """
     for protocol in ("sentence", "part", "web"):
         recalls = [figures.get(f"{protocol}_{way}_r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -174,10 +174,10 @@ def choosing_figure(figures: Mapping[str, float]) -> float | None:
 
 
 def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: Sequence[int]) -> dict[str, Figure]:
-    """Accuracy of the nearest class. Images [I, E], prompts [C, P, E], both L2-normalised; `labels` are class indices.
+    """Return the accuracy of the nearest class. `labels` are class indices; all features are L2-normalised.
 
-    `top1`, `top5`: a class is the normalised mean of its prompts (the usual ensemble). `single_prompt_top1/5`: each
-    prompt alone, averaged over the prompts.
+    `top1`, `top5`: a class is the normalised mean of its prompts (the usual ensemble). `single_prompt_top1/5`: the
+    accuracy of each prompt alone, averaged over the prompts. Shapes: images [I, E], prompts [C, P, E].
     """
     C, P, _ = prompt_features.shape
     ks = (1, min(5, C))
@@ -191,13 +191,13 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
 
 
 def token_accuracy(predicted: Tensor, truth: Tensor) -> Figure:
-    """Share of the tokens [N] that are predicted; chance is that of always naming the commonest one."""
+    """Return the share of tokens [N] that are predicted right; chance is always predicting the most common token."""
     value, chance = (predicted == truth).double().mean().item(), truth.bincount().max().item() / len(truth)
     return Figure(round(100 * value, 4), round(100 * chance, 4), len(truth))
 
 
 def linear_probe(train: Tensor, train_labels: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Figure]:
-    """A logistic regression on frozen features [N, D], standardised by them; returns its accuracy on others."""
+    """Fit a logistic regression to frozen, standardised features [N, D]; return a function for its accuracy."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -1,4 +1,4 @@
-"""Test sets as items with captions and a class, and class lists with prompts."""
+"""Test sets, whose samples have captions and a class, and class lists with prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 
 PROTOCOLS = {
-    "sentence": "the set's own sentences, at most five: several captions of a picture, or `captions` of its JSON",
+    "sentence": "the set's own sentences, at most five: several captions of an image, or `captions` of its JSON",
     "part": "sentences of the long caption (at most five), which may fit other images too: `sentences`, or split here",
     "web": "the web caption",
     "long": "the whole long caption, as far as the text tower reads",
@@ -32,7 +32,7 @@ SENTENCES_PER_IMAGE = 5
 
 @dataclass(frozen=True)
 class Item:
-    """One test image: its captions by protocol (see PROTOCOLS) and its class, where known."""
+    """One test image: its captions by protocol (see PROTOCOLS) and its class, if known."""
 
     image: bytes
     captions: dict[str, list[str]] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class Item:
 class TestSet(Protocol):
     def __len__(self) -> int: ...
     def read(self, index: int) -> Item:
-        """May raise BrokenSample: the item is left out and counted."""
+        """Read a sample. If it raises BrokenSample, the sample is skipped and counted."""
         ...
 
 
 class SourceSet:
-    """Any training source (shards, tables, demo) as a test set; `label` or `cls` of its JSON member is the class."""
+    """Any training source (shards, tables, demo) as a test set; the class is `label` or `cls` of the JSON member."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -114,7 +114,7 @@ def _read_inside(root: Path, name: str) -> bytes:
 
 
 def open_test_set(data: DataConfig, split: str) -> tuple[SourceSet, Classes | None]:
-    """A split of a run's data as a test set, and its classes if it names any (the demo does)."""
+    """Open a split of a run's data as a test set, and load its classes if it has a list of them (the demo does)."""
     items = SourceSet(open_split(data, split, need_long=False))
     demo = split_spec(data, split) == demo_split(data.demo_dir, split)
     return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
@@ -124,17 +124,17 @@ def open_test_set(data: DataConfig, split: str) -> tuple[SourceSet, Classes | No
 class Classes:
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    """Prompts with `{}` in the name's place."""
+    """Prompts with `{}` in place of the class name."""
 
     def prompts(self) -> list[str]:
-        """C × P prompts, class by class."""
+        """Return the C × P prompts, class by class."""
         return [template.format(name) for name in self.names for template in self.templates]
 
     def index(self, labels: Sequence[str]) -> list[int]:
-        """Class index of each label; UserError names those that are no class.
+        """Return the class index of each label. Raises UserError with the labels that are no class.
 
-        ImageNet's folders are named by synset (n01440764 …): in sorted order they are ImageNet's classes. Numbers are
-        places in the list, from 0, if no class has such a name.
+        ImageNet's folders are named by synset (n01440764 …), and their sorted order is that of ImageNet's classes.
+        Numbers are indices into the list, from 0, unless a class has a number as its name.
         """
         known = {name: i for i, name in enumerate(self.names)}
         names = sorted(set(labels))
@@ -152,7 +152,7 @@ _SYNSET = re.compile(r"n\d{8}")
 
 
 def load_classes(spec: str | Path) -> Classes:
-    """`imagenet`, or a file: one class per line, or JSON `{"classes": […], "templates": ["a photo of a {}.", …]}`."""
+    """Load `imagenet`, or a file: a class per line, or JSON {"classes": […], "templates": ["a photo of a {}.", …]}."""
     if str(spec) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
@@ -164,7 +164,7 @@ def load_classes(spec: str | Path) -> Classes:
         names = tuple(name.strip() for name in content["classes"] if name.strip())
         templates = tuple(content.get("templates") or default_templates())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no class list (a class a line, or JSON with classes): {error!r}") from None
+        raise UserError(f"{path} is not a class list (a class per line, or JSON with classes): {error!r}") from None
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path} must name at least one class, and none twice")
     if wrong := [template for template in templates if "{}" not in template]:
@@ -173,16 +173,16 @@ def load_classes(spec: str | Path) -> Classes:
 
 
 def classes_of(labels: Iterable[str]) -> Classes | None:
-    """The labels themselves as the classes, in general templates; None for numbers, which are no names."""
+    """Return the labels themselves as classes, in general templates, or None if they are numbers instead of names."""
     names = tuple(sorted(set(labels)))
     if all(map(str.isdecimal, names)):
-        say_once("zero-shot is left out: the labels are numbers; evaluate_clips.py --classes FILE names them in order")
+        say_once("zero-shot is skipped: the labels are numbers; evaluate_clips.py --classes FILE names them in order")
         return None
     return Classes(names, default_templates())
 
 
 def default_templates() -> tuple[str, ...]:
-    """open_clip's seven general templates."""
+    """Return open_clip's seven general templates."""
     from open_clip import SIMPLE_IMAGENET_TEMPLATES
 
     return tuple(template("{}") for template in SIMPLE_IMAGENET_TEMPLATES)

@@ -1,7 +1,7 @@
-"""A finished study as one file: the raw answers that its figures rest on, and its report.
+"""A finished study as one file: the raw answers that its metrics rest on, and its report.
 
-A tar in xz, sorted and without times or owners, so that equal studies give equal bytes. `unpack` takes only files whose
-names match a pattern, and a bounded number of bytes.
+The file is a tar in xz, sorted and without times or owners, so that equal studies give equal bytes. `unpack` takes only
+files whose names match a pattern, and a bounded number of bytes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from clips.common.files import differing, placing, sha256
 
 ENDING = ".tar.xz"
 MOST_BYTES = 200_000_000
-"""Bytes that an archive unpacks to."""
+"""Maximum number of bytes that an archive unpacks to."""
 TOLERANCE = 1e-6
-"""Relative and absolute: sums of the same numbers may end in other digits on another machine."""
+"""Relative and absolute, because sums of the same numbers may end in other digits on another machine."""
 
 
 def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[str]) -> str:
-    """Write the files `names` of `output` to `archive`; returns the archive's SHA-256."""
+    """Write the files `names` of `output` to `archive`, and return the archive's SHA-256."""
     for name in names:
         if not allowed.fullmatch(name):
             raise UserError(f"{output}: {name} has a name that an archive cannot hold")
@@ -60,24 +60,24 @@ def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 if not (member.isreg() and allowed.fullmatch(member.name)):
-                    raise UserError(f"{archive} cannot be unpacked: {member.name!r} is no file of such a study")
+                    raise UserError(f"{archive} cannot be unpacked: {member.name!r} is not a file of such a study")
                 path = directory / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = tar.extractfile(member)
                 assert file is not None
                 path.write_bytes(file.read())
     except (EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise UserError(f"{archive} is no archive of a study, or damaged: {error}") from None
+        raise UserError(f"{archive} is not an archive of a study, or is damaged: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------- verify
-def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Where two values of JSON differ, a line each; numbers within `TOLERANCE` are equal."""
-    for place, a, b in differing(there, here, _alike, path):
+def differences(recorded: Any, current: Any, path: str = "") -> Iterator[str]:
+    """Yield a line for each place in which two JSON values differ; numbers within `TOLERANCE` are equal."""
+    for place, a, b in differing(recorded, current, _alike, path):
         yield f"{place}: {json.dumps(a)[:80]} as recorded, {json.dumps(b)[:80]} computed again"
 
 
-def _alike(there: Any, here: Any) -> bool:
-    if isinstance(there, float) and isinstance(here, (int, float)) and not isinstance(here, bool):
-        return math.isclose(there, here, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (there != there and here != here)
-    return type(there) is type(here) and there == here
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, (int, float)) and not isinstance(b, bool):
+        return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (a != a and b != b)
+    return type(a) is type(b) and a == b

@@ -24,11 +24,11 @@ class Step:
     """Printed when it begins; the key of the step's seconds in cost.json."""
     command: tuple[str, ...]
     is_done: Callable[[], bool]
-    """Whether the files that the command leaves are there. A step that is done is never run again."""
+    """Returns True if the files that the command leaves exist. A step that is done is never run again."""
     folder: Path | None = None
-    """A folder of the step's own, emptied before each attempt; the log lies in it. None: the cell's log."""
+    """A folder for this step alone, emptied before each attempt, with its log. Without one it uses the cell's log."""
     may_fail: bool = False
-    """Whether the cell goes on if the command fails. The study reports such steps at its end."""
+    """True if the cell goes on although the command failed. The study reports such steps at its end."""
 
     @property
     def log(self) -> Path | None:
@@ -50,9 +50,9 @@ class Cell:
     about: str = ""
     """Recipe and settings in words, for the plan."""
     record: Mapping[str, Any] | None = None
-    """What cell.json holds beside the commands; None: the directory keeps no cell.json and no cost.json."""
+    """What cell.json holds beside the commands. If None, the directory has no cell.json and no cost.json."""
     result: Callable[[], str] = lambda: ""
-    """A figure of the finished cell in words, for the table."""
+    """Returns a metric of the finished cell in words, for the table."""
 
     @property
     def name(self) -> str:
@@ -70,16 +70,16 @@ class Cell:
 def fix(path: Path, plan: Mapping[str, Any], begun: int) -> None:
     """Write `plan` to `path`, with the number of cells that have begun already.
 
-    A plan by which a cell has begun stays as it is.
+    Once a cell has begun, the plan stays as it is.
     """
     if not begun or not path.is_file():
         write_json(path, {**plan, "cells_begun": begun})
 
 
 def what_was_fixed(path: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether `plan`, by which the figures were made, is the plan in `path`.
+    """Compare `plan`, by which the metrics were made, with the plan in `path`.
 
-    Returns `sha256` of the file, `kept`, and `differs`, a line for each difference.
+    Returns `sha256` of the file, `kept` (True if they are the same), and `differs`, a line for each difference.
     """
     before = read_json(path)
     begun = before.pop("cells_begun", None)

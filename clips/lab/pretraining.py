@@ -1,4 +1,4 @@
-"""Pretraining runs as the cells of a study, and the figures that they leave."""
+"""Pretraining runs as the cells of a study, and the metrics that they leave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRETRAINING = "pretraining"
 def pretraining_cell(
     directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
 ) -> Cell:
-    """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
+    """Return the run `directory` of scripts/pretrain_clips.py with `flags`, which must name it, as a cell.
 
     The cell's check raises UserError if `directory` holds a run with other settings.
     """
@@ -48,12 +48,12 @@ class PretrainingRun:
     recipe: str
     name: str
     samples: int
-    """Of each phase."""
+    """Samples of each phase."""
     seed: int
     settings: tuple[str, ...] = ()
 
     def command(self, output: Path) -> list[str]:
-        """The command that trains the run in `output`/`name`. The run evaluates and saves at its end only."""
+        """Return the command that trains the run in `output`/`name`. The run evaluates and saves only at its end."""
         return [
             *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output", str(output)),
             *("--samples", str(self.samples), "--seed", str(self.seed), "--device", "auto"),
@@ -61,12 +61,12 @@ class PretrainingRun:
         ]
 
     def config(self) -> RunConfig:
-        """The configuration that the command's flags come to; raises UserError for settings that it would refuse."""
+        """Return the configuration of the command's flags. Raises UserError for settings that it would refuse."""
         _, *flags = self.command(Path())
         return config_from_flags(parser().parse_args(flags))
 
     def cell(self, output: Path, variant: str = "") -> Cell:
-        """The run as a cell of the table's row `variant` (default: its name without the seed)."""
+        """Return the run as a cell of the table's row `variant` (default: its name without the seed)."""
         _, *flags = self.command(output)
         row = variant or self.name.removesuffix(f"-seed{self.seed}")
         return pretraining_cell(output / self.name, flags, row, self.seed, is_done=_is_measured)
@@ -77,7 +77,7 @@ def _is_measured(run: Path) -> bool:
 
 
 def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
-    """`run` with the learning rates of all its phases multiplied."""
+    """Return `run` with the learning rates of all its phases multiplied."""
     phases = run.config().phases
     rates = [(f"phases.{i}.{key}", getattr(phase, key)) for i, phase in enumerate(phases) for key in ("lr", "muon_lr")]
     return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
@@ -91,17 +91,17 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int) -> dict[Pretr
 
 
 def test_figures(run: Path) -> dict[str, dict[str, Any]]:
-    """The figures of a run's own test."""
+    """Return the metrics of a run's own test."""
     return read_json(run / "evaluation.json").get("figures", {})
 
 
 def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:
-    """The test figures `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
+    """Return the test metrics `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
 
-    Figures of further test sets are called SET/FIGURE. The set that decides (`UNSEEN`) comes first.
+    Metrics of further test sets are called SET/METRIC. The set that decides (`UNSEEN`) comes first.
     """
     figures, steps = test_figures(run), read_metrics(run, "train")
-    # The fastest stretch: whatever else the machine does only ever slows training down.
+    # The fastest stretch counts, because whatever else the machine does only slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
     further = [name for name in figures if "/" in name and name.rpartition("/")[2] in names]
     further.sort(key=lambda name: not name.startswith(f"{UNSEEN}/"))

@@ -20,9 +20,9 @@ COLOURS = {"win": "good", "loss": "bad", "tie": "open", "undecided": "open"}
 
 
 def write_report(result: Mapping[str, Any], output: Path, name: str, page: Callable[[], Page]) -> Path:
-    """Write `output`/`name`.json and then `page` as `output`/`name`.html; returns the path of the page.
+    """Write `output`/`name`.json and then `page` as `output`/`name`.html, and return the path of the page.
 
-    The JSON is there even if the page cannot be drawn.
+    The JSON is written even if the page cannot be drawn.
     """
     path = output / f"{name}.html"
     write_atomically(output / f"{name}.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -31,7 +31,7 @@ def write_report(result: Mapping[str, Any], output: Path, name: str, page: Calla
 
 
 def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> Forest:
-    """Differences against zero: names, and rows with `mean`, `ci95`, `verdict`. `scale`: 100 shows points."""
+    """Return differences against zero, from names and rows with `mean`, `ci95`, `verdict`. `scale` 100 shows points."""
     rows = list(rows)
     reach = max(abs(end) for _, row in rows for end in row["ci95"]) * 1.05 or 1.0
     intervals = []
@@ -45,7 +45,7 @@ def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> F
 
 
 def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
-    """CSS classes for a table with verdicts: words may wrap, figures may not. `words`: text of a cell → its class."""
+    """Return the CSS classes of a table with verdicts: words may wrap, numbers may not. `words`: verdict → class."""
 
     def css_class(column: int, text: str) -> str:
         kind = "" if "±" in text or "[" in text else "wrap"
@@ -55,7 +55,7 @@ def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
 
 
 def described(environment: Mapping[str, Any]) -> str:
-    """Machine and package versions, as env.json of a run names them, in one line."""
+    """Return machine and package versions, as env.json of a run lists them, in one line."""
     packages = environment.get("packages", {})
     rest = {name: value for name, value in environment.items() if name != "packages"}
     return ", ".join(f"{name} {value}" for name, value in (rest | packages).items())

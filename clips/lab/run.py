@@ -1,6 +1,6 @@
-"""Runs the cells of a study: locks, jobs, resume of finished cells, and a line for each change.
+"""Run the cells of a study: locks, jobs, resume of finished cells, and a line for each change.
 
-A finished step is never run again, and a cell that was cut goes on from its files. A cell is locked while a process
+A finished step is never run again, and an interrupted cell goes on from its files. A cell is locked while a process
 works on it, also by a child process that outlives a killed study.
 """
 
@@ -43,7 +43,7 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
         try:
             file = lock(directory.parent / f".{directory.name}.lock", wait=False)
         except BlockingIOError:
-            if commands.stopping.wait(1):  # a signal ends the waiting too
+            if commands.stopping.wait(1):  # a signal also ends the wait
                 raise CommandError("stopped") from None
     with file:
         yield file.fileno()
@@ -79,7 +79,7 @@ class Commands:
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`function` of each item, `jobs` at a time. After an error no item begins, and running items end first.
+        """Return `function` of each item, `jobs` at a time. After an error no item begins, and running ones end first.
 
         A stop signal is passed on to the running commands, which save first. Raises Stopped then.
         """
@@ -108,7 +108,7 @@ class Commands:
 
 
 class Runner:
-    """The cells of a study on their way."""
+    """Runs the cells of a study."""
 
     def __init__(self, cells: Sequence[Cell], jobs: int) -> None:
         """`cells`: rows and columns of the table."""
@@ -116,7 +116,7 @@ class Runner:
         self.commands = Commands(jobs)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run what is missing of `cells`, some of the runner's own, `jobs` at a time, with a line for each change.
+        """Run the missing steps of `cells`, which the runner has, `jobs` at a time, with a line for each change.
 
         Raises UserError if a directory holds other settings, CommandError with the log's end if a command fails.
         """
@@ -146,7 +146,7 @@ class Runner:
         say(f"{cell.name}: {LOCK}")
         with locked(cell.directory, self.commands) as descriptor:
             for step in cell.steps:
-                if not step.is_done():  # nor by the process that held the lock
+                if not step.is_done():  # the process that held the lock may have done it
                     say(f"{cell.name}: {step.name}")
                     _note(cell, step)
                     with _timed(cell, step):
@@ -165,13 +165,13 @@ class Runner:
 
 
 def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:
-    """Name and log of each step that may fail and is not done."""
+    """Return name and log of each step that may fail and is not done."""
     steps = [(cell, step) for cell in cells for step in cell.steps if step.may_fail]
     return [(step.name, step.log or cell.log) for cell, step in steps if not step.is_done()]
 
 
 def _note(cell: Cell, step: Step) -> None:
-    """Write the cell's record and the step's command to cell.json; what an earlier run noted of the plan stays."""
+    """Write the cell's record and the step's command to cell.json, and keep the plan that an earlier run noted."""
     if cell.record is None:
         return
     cell.directory.mkdir(parents=True, exist_ok=True)

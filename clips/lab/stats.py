@@ -1,13 +1,13 @@
-"""Are two variants different? Intervals, the verdict, and the difference that a comparison can see.
+"""Are two variants different? Intervals, the verdict, and the difference that a comparison can detect.
 
 One interval for each design:
-- `interval`: seeds and pictures cross, every run answers every question. Both are random effects.
+- `interval`: seeds and images are crossed random effects, since every run answers every question.
 - `welch`: two groups of runs, where only seeds differ.
 - `over_runs`: differences that are paired by run.
 
 One verdict (`verdict`), by the interval and by the seeds of each variant.
 
-Shapes: S independent seeds, R runs, I items (questions), C clusters (pictures; questions may share one). Scores are
+Shapes: S independent seeds, R runs, I items (questions), C clusters (images; questions may share one). Scores are
 [S, I] or [R, I]: 0 or 1 for right answers, any number otherwise. Groups are numbers from 0, of shape [R] or [I].
 """
 
@@ -25,16 +25,16 @@ from scipy.special import stdtrit
 
 LEVEL, POWER = 0.95, 0.8
 BEND = 1.5
-"""How the quantile of an interval goes from Student's t of pictures to that of seeds (`half_of_interval`)."""
+"""Exponent that moves the quantile of an interval from Student's t of images to that of seeds (`half_of_interval`)."""
 TWO_SEEDS = 0.01
-"""The same for two seeds: at this ratio of `runs` to `pictures`, both to the fourth power, the quantile is half-way."""
+"""For two seeds: at this ratio of `runs` to `images`, both to the fourth power, the quantile is half-way."""
 Verdict = Literal["win", "tie", "loss", "undecided"]
 FEWEST_SEEDS = 5
-"""Seeds of each variant that a verdict needs. Of fewer seeds too often all stand on one side of a jump."""
+"""Seeds of each variant that a verdict needs. With fewer, too often all seeds are on one side of a jump in training."""
 UNLIKE = 2.0
-"""If one variant spreads more than so many times as much over seeds, a verdict gives its spread to both."""
+"""If one variant's spread over seeds is more than this many times the other's, a verdict assumes it for both."""
 UNDECIDED = "fewer than five seeds, a plan that was not kept, or seeds that differ in when they learn"
-"""Why there is neither win, tie nor loss."""
+"""Why a verdict is neither win, tie nor loss."""
 
 
 @dataclass(frozen=True)
@@ -51,65 +51,65 @@ class Estimate:
 
 
 def verdict(
-    ci95: Sequence[float] | None, ours: Sequence[float], theirs: Sequence[float], *, kept: bool = True
+    ci95: Sequence[float] | None, ours: Sequence[float], other: Sequence[float], *, kept: bool = True
 ) -> Verdict:
-    """The only verdict rule on a − b: by its interval, and by a figure of each independent seed of a and of b.
+    """Return the verdict on a − b, by the only rule: from its interval and the metric of each independent seed.
 
-    Tie: the interval covers zero. Win or loss: it does not, and the difference stands against unlike spreads, too
-    (`half_of_unlike`). Otherwise seeds differ in when they learn, and nothing is decided. Seeds that were added after a
-    look are chosen by their figures: `kept` says that the plan with the number of seeds was kept.
+    Tie: the interval covers zero. Win or loss: it does not, and the difference also holds against unlike spreads
+    (`half_of_unlike`). Otherwise seeds differ in when they learn, and nothing is decided. Adding seeds after seeing
+    results biases the verdict. `kept` is True if the planned number of seeds was used.
     """
-    if not kept or min(len(ours), len(theirs)) < FEWEST_SEEDS:
+    if not kept or min(len(ours), len(other)) < FEWEST_SEEDS:
         return "undecided"
     if ci95 is None or not (ci95[0] > 0 or ci95[1] < 0):
         return "tie"
-    least = half_of_unlike(np.var(ours, ddof=1), np.var(theirs, ddof=1), len(ours), len(theirs))
-    if abs(np.mean(ours) - np.mean(theirs)) <= least:
+    least = half_of_unlike(np.var(ours, ddof=1), np.var(other, ddof=1), len(ours), len(other))
+    if abs(np.mean(ours) - np.mean(other)) <= least:
         return "undecided"
     return "win" if ci95[0] > 0 else "loss"
 
 
-def half_of_unlike(a: Any, b: Any, ours: int, theirs: int) -> np.ndarray:
-    """Half of Student's interval, if all seeds vary as those of the less steady variant; 0 where both vary alike.
+def half_of_unlike(a: Any, b: Any, ours: int, other: int) -> np.ndarray:
+    """Return half of Student's interval if all seeds vary as those of the less steady variant, or 0 if both vary alike.
 
-    `a`, `b`: variances over seeds of two variants, which may be arrays; `ours`, `theirs`: their numbers of seeds.
+    `a`, `b`: variances over seeds of two variants, which may be arrays; `ours`, `other`: their numbers of seeds.
     """
     larger = np.maximum(a, b)
-    half = stdtrit(ours + theirs - 2, (1 + LEVEL) / 2) * np.sqrt(larger * (1 / ours + 1 / theirs))
+    half = stdtrit(ours + other - 2, (1 + LEVEL) / 2) * np.sqrt(larger * (1 / ours + 1 / other))
     return np.where(larger > UNLIKE**2 * np.minimum(a, b), half, 0.0)
 
 
 def turned(decision: Verdict) -> Verdict:
-    """The verdict on b − a, given the verdict on a − b."""
+    """Return the verdict on b − a, given the verdict on a − b."""
     swapped: dict[Verdict, Verdict] = {"win": "loss", "loss": "win"}
     return swapped.get(decision, decision)
 
 
 # ------------------------------------------------------------------------------------------- only seeds differ
-def welch(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Difference of the means of two groups of runs, with Welch's interval.
+def welch(ours: Sequence[float], other: Sequence[float]) -> Estimate:
+    """Return the difference of the means of two groups of runs, with Welch's interval.
 
-    Runs are not paired by seed. A seed sets the order of the data and the first weights alike in both groups, but
-    little of that remains in common after training, and pairing halves the degrees of freedom. What is in common makes
+    Runs are not paired by seed. A seed gives both groups the same order of the data and initial weights, but little of
+    that remains in common after training, and pairing halves the degrees of freedom. What does remain in common makes
     this interval too wide, not too narrow.
     """
-    between = mean(ours) - mean(theirs)
-    if len(set(ours)) == len(set(theirs)) == 1:
+    between = mean(ours) - mean(other)
+    if len(set(ours)) == len(set(other)) == 1:
         return Estimate(between, None, None)
     with warnings.catch_warnings():  # one group without spread is no mistake
         warnings.simplefilter("ignore", RuntimeWarning)
-        interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
+        interval = stats.ttest_ind(ours, other, equal_var=False).confidence_interval(LEVEL)
     return Estimate(between, float(interval.low), float(interval.high))
 
 
-def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """`welch` of the figure `name` of two groups of runs, as JSON: `mean` and `ci95`."""
-    estimate = welch([row[name] for row in ours], [row[name] for row in theirs])
+def difference(ours: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Return `welch` of the metric `name` of two groups of runs, as JSON: `mean` and `ci95`."""
+    estimate = welch([row[name] for row in ours], [row[name] for row in other])
     return {"mean": estimate.mean, "ci95": estimate.ci95}
 
 
 def over_runs(values: np.ndarray) -> Estimate:
-    """Mean of independent values [S] with Student's t interval; no interval of a single value."""
+    """Return the mean of independent values [S] with Student's t interval, which a single value does not have."""
     if len(values) < 2:
         return Estimate(float(values.mean()), None, None)
     interval = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
@@ -118,36 +118,36 @@ def over_runs(values: np.ndarray) -> Estimate:
 
 # ------------------------------------------------------------------------------------------- one way to show
 def signed(value: float, digits: int = 1, scale: float = 1) -> str:
-    """`+1.2`, with a true minus."""
+    """Return a text such as `+1.2`, with a true minus."""
     return f"{scale * value:+.{digits}f}".replace("-", "−")
 
 
 def show_interval(ci95: Sequence[float], digits: int = 1, scale: float = 1) -> str:
-    """`[+0.3, +2.1]`"""
+    """Return a text such as `[+0.3, +2.1]`."""
     return f"[{', '.join(signed(end, digits, scale) for end in ci95)}]"
 
 
 def show_difference(row: Mapping[str, Any], digits: int = 1, scale: float = 1) -> str:
-    """`+1.2 [+0.3, +2.1]` of a row with `mean` and `ci95`; without an interval only the mean."""
+    """Return `+1.2 [+0.3, +2.1]` for a row with `mean` and `ci95`, or only the mean without an interval."""
     ends = f" {show_interval(row['ci95'], digits, scale)}" if row["ci95"] else ""
     return signed(row["mean"], digits, scale) + ends
 
 
 def show_mean(values: Sequence[float], digits: int = 1) -> str:
-    """`1.2 ± 0.3`: mean and standard deviation over seeds; one value has no deviation."""
+    """Return `1.2 ± 0.3`: mean and standard deviation over seeds, or only the mean for one value."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
-# ------------------------------------------------------------------------------------------- seeds and pictures cross
+# ------------------------------------------------------------------------------------------- seeds and images cross
 def labels(names: Sequence[Hashable]) -> np.ndarray:
-    """[N] numbers from 0 in order of first appearance: equal names, equal numbers."""
+    """Return [N] numbers from 0 in order of first appearance; equal names get equal numbers."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
 
 
 def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
-    """[R] groups of runs that share an encoder, for several encoders at once, given the groups of each.
+    """Return [R] groups of runs that share an encoder, for several encoders at once, given the groups of each.
 
     The result is the coarsest grouping that tells runs apart. Runs that share one of the encoders are not independent,
     even if each has another encoder of its own. An encoder that all runs share does not count.
@@ -157,7 +157,7 @@ def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def independent_runs(shared: np.ndarray) -> np.ndarray:
-    """[R] groups to average (`over_groups`), so that their spread speaks of other runs.
+    """Return [R] groups to average (`over_groups`), so that their spread also holds for other runs.
 
     If all runs share their encoder, each run is a group, and the result holds for this encoder only.
     """
@@ -165,18 +165,18 @@ def independent_runs(shared: np.ndarray) -> np.ndarray:
 
 
 def over_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[R, …] → [S, …]: the mean of the runs of each group; `groups` holds every number from 0."""
+    """Average the runs of each group, [R, …] → [S, …]; `groups` holds every number from 0."""
     return np.stack([scores[groups == group].mean(0) for group in range(groups.max() + 1)])
 
 
 def interval(scores: np.ndarray, clusters: np.ndarray) -> Estimate:
-    """Mean of `scores` [S, I] (for two models: the differences), with its interval; `clusters`: [I] from `labels`.
+    """Return the mean of `scores` [S, I] (of two models: differences) with its interval; `clusters`: [I] from `labels`.
 
-    Seeds and pictures are crossed random effects: every run answers every question. The variance of the mean has two
-    parts. The spread between the runs' means contains the luck of single answers. The spread of the pictures counts
-    without its share of that luck. `half_of_interval` allows for how badly few seeds tell their spread. A bootstrap
-    does not: three seeds have ten different samples. tests/unit/clips/test_stats.py simulates how often the interval
-    errs. With one seed the interval says nothing about other training runs.
+    Seeds and images are crossed random effects: every run answers every question. The variance of the mean has two
+    parts. The spread between the runs' means contains the luck of single answers. The spread of the images counts
+    without its share of that luck. `half_of_interval` allows for how poorly few seeds estimate their spread. A
+    bootstrap does not: three seeds have ten different samples. tests/unit/clips/test_stats.py simulates how often the
+    interval errs. With one seed the interval says nothing about other training runs.
     """
     scores = np.asarray(scores, dtype=float)
     seeds, items = scores.shape
@@ -188,71 +188,71 @@ def interval(scores: np.ndarray, clusters: np.ndarray) -> Estimate:
     residuals = sums - overall * sizes
     # Sandwich variance of a mean over clusters; the small-sample factor is exact for equal clusters.
     scale = count / max(1, count - 1) / items**2
-    pictures = scale * float((residuals.mean(0) ** 2).sum())
+    images = scale * float((residuals.mean(0) ** 2).sum())
     runs = luck = 0.0
     if seeds > 1:
         runs = float(by_seed.var(ddof=1)) / seeds
-        own = residuals - residuals.mean(0) - np.outer(by_seed - overall, sizes)
-        luck = scale * float((own**2).sum()) / (seeds - 1) / seeds
-    # Answers that all agree do not show that the next run agrees: one answer of each run counts as luck.
+        single = residuals - residuals.mean(0) - np.outer(by_seed - overall, sizes)
+        luck = scale * float((single**2).sum()) / (seeds - 1) / seeds
+    # Even if all answers agree, the next run may not, so at least one answer of each run counts as luck.
     luck_known = max(least_variance(luck, seeds), 1 / items**2 / seeds)
-    half = float(half_of_interval(runs, max(0.0, pictures - luck), luck_known, seeds, count))
+    half = float(half_of_interval(runs, max(0.0, images - luck), luck_known, seeds, count))
     return Estimate(overall, overall - half, overall + half)
 
 
-def half_of_interval(runs: Any, pictures: Any, luck: Any, seeds: int, clusters: int) -> np.ndarray:
-    """Half of the interval of a mean whose variance is `runs` + `pictures`; all three variances may be arrays.
+def half_of_interval(runs: Any, images: Any, luck: Any, seeds: int, clusters: int) -> np.ndarray:
+    """Return half of the interval of a mean with the variance `runs` + `images`; all three variances may be arrays.
 
-    `runs` is estimated from `seeds`, `pictures` from `clusters`. The quantile lies between Student's t of both. Its
-    place goes by the share of `runs` to the power `BEND`. Two seeds tell so little of their spread that it goes by
-    `TWO_SEEDS`. Simulated with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is zero and all
-    effects are normal. Where only one of two models learns in a jump, more do, which `verdict` allows for.
+    `runs` is estimated from `seeds`, `images` from `clusters`. The quantile lies between Student's t of both, at a
+    position given by the share of `runs` to the power `BEND`, or by `TWO_SEEDS` for two seeds, which say little about
+    their spread. In simulations with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is zero and
+    all effects are normal. If only one of two models learns in a jump, more miss it, which `verdict` allows for.
 
-    The half is at least one standard error of single answers, by their variance `luck` (`least_variance`). Seeds that
-    agree by chance would otherwise leave an interval without width.
+    The half is at least one standard error of single answers, from their variance `luck` (`least_variance`), because
+    seeds that agree by chance would otherwise leave an interval without width.
     """
-    variance, tail = np.asarray(runs) + pictures, (1 + LEVEL) / 2
-    of_pictures = stdtrit(max(1.0, clusters - 1), tail)
-    of_runs = stdtrit(seeds - 1, tail) if seeds >= 2 else of_pictures
+    variance, tail = np.asarray(runs) + images, (1 + LEVEL) / 2
+    of_images = stdtrit(max(1.0, clusters - 1), tail)
+    of_runs = stdtrit(seeds - 1, tail) if seeds >= 2 else of_images
     share = np.divide(runs, variance, out=np.zeros_like(variance, dtype=float), where=variance > 0)
     bent = share**BEND if seeds > 2 else share**4 / (share**4 + TWO_SEEDS * (1 - share) ** 4)
-    quantile = of_pictures + (of_runs - of_pictures) * bent
+    quantile = of_images + (of_runs - of_images) * bent
     return np.maximum(quantile * np.sqrt(variance), np.sqrt(luck))
 
 
 def least_variance(luck: Any, seeds: int) -> Any:
-    """The variance of single answers that an interval allows for at least; with two seeds all of it is too much."""
+    """Return the least variance of single answers that an interval allows for; with two seeds all of it is too much."""
     return 0.64 * luck if seeds == 2 else luck
 
 
 # ------------------------------------------------------------------------------------------- before anything trains
-def detectable(runs: float, pictures: float, luck: float, seeds: int, clusters: int) -> float:
-    """Return the difference that `POWER` of the comparisons of this size see: neither tie nor undecided.
+def detectable(runs: float, images: float, luck: float, seeds: int, clusters: int) -> float:
+    """Return the difference that `POWER` of the comparisons of this size detect: neither tie nor undecided.
 
     Args:
-        runs, pictures, luck: variances of the mean as `interval` estimates them; `runs` contains `luck`.
-        seeds, clusters: seeds of each variant, and pictures.
+        runs, images, luck: variances of the mean as `interval` estimates them; `runs` contains `luck`.
+        seeds, clusters: numbers of seeds of each variant, and of images.
     """
-    errors, halves = simulated(runs, pictures, luck, seeds, clusters)
+    errors, halves = simulated(runs, images, luck, seeds, clusters)
     return float(np.quantile(halves - errors, POWER))
 
 
 def simulated(
-    runs: float, pictures: float, luck: float, seeds: int, clusters: int, tries: int = 100_000
+    runs: float, images: float, luck: float, seeds: int, clusters: int, tries: int = 100_000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `tries` comparisons. Return the errors of their means, and what a difference must exceed to be seen.
+    """Draw `tries` comparisons. Return the errors of their means, and what a difference must exceed to be detected.
 
     Seeds of both models vary alike, and the other variances that the interval estimates are drawn for each comparison.
     """
     rng, last = np.random.default_rng(0), max(1, clusters - 1)
     of_seeds = rng.normal(0.0, (runs * seeds / 2) ** 0.5, (2, tries, seeds))
     between = of_seeds[0] - of_seeds[1]
-    errors = rng.normal(0.0, pictures**0.5, tries) + between.mean(1)
-    pictures_and_luck = (pictures + luck) * rng.chisquare(last, tries) / last
+    errors = rng.normal(0.0, images**0.5, tries) + between.mean(1)
+    images_and_luck = (images + luck) * rng.chisquare(last, tries) / last
     freedom = (seeds - 1) * last
     drawn_luck = luck * rng.chisquare(freedom, tries) / freedom
-    shared = np.maximum(0.0, pictures_and_luck - drawn_luck)
+    shared = np.maximum(0.0, images_and_luck - drawn_luck)
     least = least_variance(drawn_luck, seeds)
     halves = half_of_interval(between.var(1, ddof=1) / seeds, shared, least, seeds, clusters)
-    ours, theirs = of_seeds.var(2, ddof=1)
-    return errors, np.maximum(halves, half_of_unlike(ours, theirs, seeds, seeds))
+    ours, other = of_seeds.var(2, ddof=1)
+    return errors, np.maximum(halves, half_of_unlike(ours, other, seeds, seeds))

@@ -19,7 +19,7 @@ from clips.model.layers import LAYER_NORM_EPS, Blocks, KVCache, Packed, init_wei
 
 
 def caption_mask(prefix: int, positions: int, visible_BM: Tensor | None, device: torch.device) -> Tensor:
-    """Who sees whom: boolean, [L, L] or [B, 1, L, L] with L = prefix + positions; True = row sees column.
+    """Return the boolean attention mask [L, L] or [B, 1, L, L], L = prefix + positions; True = row attends to column.
 
     `visible_BM` marks the web-text states (the last M columns of the prefix) that are not padding.
     """
@@ -53,11 +53,11 @@ class Captioner(nn.Module):
             nn.init.normal_(self.token_embed.weight, std=0.02)
 
     def prefix(self, patches_BND: Tensor, states_BMD: Tensor) -> Tensor:
-        """Image tokens and web-text states projected to the decoder's width, [B, N + M, D]."""
+        """Project image tokens and web-text states to the decoder's width and join them, [B, N + M, D]."""
         return torch.cat([self.image_proj(patches_BND), self.text_proj(states_BMD)], dim=1)
 
     def positions(self, ids_BT: Tensor, start: int = 0) -> Tensor:
-        """The inputs of caption positions start … start + T − 1, [B, T, D]; "queries" reads only the shape of `ids`."""
+        """Return the inputs [B, T, D] of T positions from `start` on. With "queries" only the shape of `ids` counts."""
         B, T = ids_BT.shape
         queries = self.queries[start : start + T].expand(B, T, -1)
         return queries if self.token_embed is None else queries + self.token_embed(ids_BT)
@@ -72,11 +72,11 @@ class Captioner(nn.Module):
         count: int | None = None,
         predicted: int | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
+        """Return hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
 
-        `predicts_BT`: the positions that are wanted, the first ones of each caption; None: all. `predicted`: how many
-        are wanted; `count`: how many of all tokens, the prefix included, are visible or wanted. Without them a GPU is
-        waited for.
+        `predicts_BT` marks the positions that are needed, which come first in each caption; None means all of them.
+        `predicted` is their number, and `count` that of all tokens, prefix included, that are visible or needed.
+        Without these numbers the host waits for the GPU.
         """
         prefix = self.prefix(patches_BND, states_BMD)
         (B, N), L, T = patches_BND.shape[:2], prefix.shape[1], ids_BT.shape[1]
@@ -95,10 +95,10 @@ class Captioner(nn.Module):
     def generate(
         self, patches_BND: Tensor, states_BMD: Tensor, visible_BM: Tensor | None, bos_id: int, eos_id: int, pad_id: int
     ) -> Tensor:
-        """Greedy captions [B, T], `bos` left out, `pad_id` after `eos`.
+        """Generate captions [B, T] greedily, without `bos` and with `pad_id` after `eos`.
 
-        "tokens": one token at a time; the prefix and the earlier tokens are in a KV cache.
-        "queries": all positions at once, since no position's input depends on another's output.
+        "tokens": one token at a time, with a KV cache of the prefix and the earlier tokens.
+        "queries": all positions at once, because no position's input depends on another's output.
         """
         B, last = len(patches_BND), self.config.length - 1
         device = patches_BND.device

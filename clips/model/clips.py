@@ -23,12 +23,12 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class Kept(NamedTuple):
-    """Which tokens of each image a training pass sees, by their places, in order; None: all of them."""
+    """Indices of the tokens of each image that a training pass sees, in order; None means all of them."""
 
     patches: Tensor | None = None
-    """[B, K] of the image's N patches: those that the image tower sees."""
+    """[B, K] among the N patches of the image: those that the image tower sees."""
     image_tokens: Tensor | None = None
-    """[B, J] of the tower's K patch tokens: those that the captioner sees."""
+    """[B, J] among the K patch tokens of the tower: those that the captioner sees."""
 
 
 ALL = Kept()
@@ -44,21 +44,21 @@ class Outputs(NamedTuple):
     logit_scale: Tensor
     """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
-    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, without meaning at padding; None without a
+    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, meaningless at padding; None without a
     captioner."""
 
 
 class Counts(NamedTuple):
-    """How many tokens of a batch are computed, which depends on its words; known while the batch is on the host."""
+    """Numbers of tokens to compute in a batch, which depend on its texts; counted while the batch is on the host."""
 
     texts: list[int]
-    """Tokens of each text."""
+    """Number of tokens of each text."""
     predicted: int
     """Caption tokens that are predicted."""
     captioned: int
     """Samples whose caption is predicted."""
     captioner: int
-    """Image tokens of the captioned samples, their web captions' and the positions that predict."""
+    """Tokens of the captioner: image and web-caption tokens of the captioned samples, and positions that predict."""
 
 
 class CLIPSModel(nn.Module):
@@ -74,13 +74,13 @@ class CLIPSModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] → [B, E], L2-normalised."""
+        """Encode images [B, 3, S, S] as L2-normalised features [B, E]."""
         return F.normalize(self.visual.proj(self.visual(images)[0]).float(), dim=-1)
 
     def encode_text(self, ids: Tensor, count: int | None = None) -> Tensor:
-        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised.
+        """Encode ids [B, L] (see clips/model/text.py) as L2-normalised features [B, E].
 
-        `count`: `TextTower.count` of the ids, if known: without it the host waits for a GPU.
+        `count` is the `TextTower.count` of the ids; if it is not given, the host waits for the GPU.
         """
         return F.normalize(self.text.proj(self.text(ids, counts=[count])[0].pooled).float(), dim=-1)
 
@@ -92,11 +92,11 @@ class CLIPSModel(nn.Module):
         kept: Kept = ALL,
         counts: Counts | None = None,
     ) -> Outputs:
-        """One pass for training. `texts[0]` is the web caption, which the captioner reads too.
+        """Run one training pass. `texts[0]` is the web caption, which the captioner reads too.
 
         `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1. The captioner runs on the
-        samples whose row is not all padding. `counts` are those of this batch, where they are known: without them a GPU
-        is waited for.
+        samples whose row is not all padding. `counts` are those of this batch; if they are not given, the host waits
+        for the GPU.
         """
         pooled, tokens = self.visual(images, kept.patches)
         texts_out = self.text(*texts, counts=counts.texts if counts is not None else None)
@@ -122,7 +122,7 @@ class CLIPSModel(nn.Module):
         )
 
     def _captioned(self, caption: Tensor, counts: Counts | None) -> Tensor | None:
-        """[C], the indices of the samples whose `caption` is predicted; None: all of them."""
+        """Return the indices [C] of the samples whose `caption` is predicted, or None for all of them."""
         has_caption = caption[:, 0] != self.pad_id
         count = int(has_caption.sum()) if counts is None else counts.captioned
         return None if count == len(caption) else torch.nonzero_static(has_caption, size=count).squeeze(1)
@@ -130,17 +130,17 @@ class CLIPSModel(nn.Module):
     def caption_prefix(
         self, image_tokens: Tensor, web_ids: Tensor, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The captioner's inputs: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
+        """Return the captioner's inputs: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
 
-        `image_tokens` [B, C + N, D] are those of `visual`, `web_ids` [B, L] those of the web captions. `count` as for
-        `encode_text`.
+        `image_tokens` [B, C + N, D] come from `visual`, and `web_ids` [B, L] are the ids of the web captions. `count`
+        is as in `encode_text`.
         """
         (web,) = self.text(web_ids, counts=[count])
         return self.visual.patches(image_tokens), web.states, web.visible
 
     @torch.no_grad()
     def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
-        """Captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L], see `Captioner.generate`."""
+        """Generate captions [B, T] of `images` [B, 3, S, S] with web captions `web_ids` [B, L], by the captioner."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
         prefix = self.caption_prefix(self.visual(images)[1], web_ids)
@@ -152,12 +152,12 @@ class CLIPSModel(nn.Module):
                 tower.blocks.activation_checkpointing = enabled
 
     def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL) -> Counts:
-        """The `counts` of `forward` for these inputs."""
+        """Count the tokens that `forward` computes for these inputs; the result is its argument `counts`."""
         words = [self.text.count(ids) for ids in texts]
         predicted = 0 if caption is None else int(word_slots(caption, self.pad_id)[:, 1:].sum())
         tokens = self.config.vision.tokens(images.shape[-1])
-        for places in (kept.patches, kept.image_tokens):
-            tokens = tokens if places is None else places.shape[1]
+        for indices in (kept.patches, kept.image_tokens):
+            tokens = tokens if indices is None else indices.shape[1]
         if caption is None:
             return Counts(words, predicted, 0, 0)
         captioned = caption[:, 0] != self.pad_id
@@ -167,10 +167,10 @@ class CLIPSModel(nn.Module):
         return Counts(words, predicted, count, rows)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Let torch.compile each block by itself, `options` being its own; those of one tower share the code.
+        """Compile each block by itself with torch.compile and its `options`; the blocks of one tower share the code.
 
-        Batch and length are symbols in it, so that neither a longer text nor a smaller batch compiles anew. What lies
-        between the blocks is a small part of the time, and holds what would break a graph: collectives, the recomputed
+        Batch size and length are symbolic, so neither a longer text nor a smaller batch compiles again. What lies
+        between the blocks takes little of the time and contains what would break a graph: collectives and recomputed
         logits.
         """
         for tower in (self.visual, self.text, self.captioner):
@@ -178,13 +178,13 @@ class CLIPSModel(nn.Module):
                 block.compile(dynamic=True, **options)
 
     def freeze(self, part: Freeze) -> None:
-        """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""
+        """Freeze a tower except its projection into the shared space; no gradient is computed inside the tower."""
         for name, tower in (("vision", self.visual), ("text", self.text)):
             if name == part:
                 tower.requires_grad_(False)
                 tower.proj.requires_grad_(True)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part, the total last."""
+        """Count the parameters of each part, and the total last."""
         parts = {"vision": self.visual, "text": self.text, "captioner": self.captioner, "total": self}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}

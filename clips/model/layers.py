@@ -2,9 +2,9 @@
 
 Shapes: B batch · L query positions · S key positions · D width · H heads · K = D / H · R rows.
 
-Texts and captions of a batch have many lengths, and what pads them costs as much as words. So their blocks take rows
-[R, D]: the tokens of all sequences one after the other, without padding. Attention alone, a small part of the work,
-runs on padded sequences (`Packed`).
+Texts and captions of a batch differ in length, and padding costs as much as words. So blocks take rows [R, D], which
+are the tokens of all sequences one after the other, without padding. Only attention, a small part of the work, runs on
+padded sequences (`Packed`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from clips.common.runtime import autocast_type
 from clips.config import Activation
 
 LAYER_NORM_EPS = 1e-6
-"""That of CLIPS, and of the captioner always."""
+"""Epsilon of the LayerNorms of CLIPS, and of every captioner."""
 CPU_PLAIN_KEYS = 384
 """Longest sequence for which a CPU uses plain matrix products instead of the fused attention kernel."""
 
 
 def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Softmax attention, the one place that chooses a kernel; returns [B, H, L, K].
+    """Compute softmax attention [B, H, L, K]; the kernel is chosen here and nowhere else.
 
     `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key. On a CPU, in bf16 and up to
-    `CPU_PLAIN_KEYS` keys, plain matrix products are used: there the fused kernel takes 1.2 to 6.5 times as long,
-    while in fp32 it is the faster one (docs/speed.md).
+    `CPU_PLAIN_KEYS` keys, plain matrix products are used, because there the fused kernel takes 1.2 to 6.5 times as
+    long, while in fp32 it is faster (docs/speed.md).
     """
     plain = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and k_BHSK.shape[2] <= CPU_PLAIN_KEYS
     if not plain:
@@ -43,10 +43,10 @@ def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | 
     return scores.softmax(-1) @ v_BHSK
 
 
-def taken(x_BND: Tensor, places_BK: Tensor) -> Tensor:
-    """The tokens of each sequence at its `places`, [B, K, D]."""
-    # Tensor.take_along_dim would write the places out for every unit of width, and autograd would keep that.
-    return x_BND.gather(1, places_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
+def taken(x_BND: Tensor, indices_BK: Tensor) -> Tensor:
+    """Return the tokens of each sequence at its `indices`, [B, K, D]."""
+    # Tensor.take_along_dim would copy the indices for every unit of width, and autograd would keep the copy.
+    return x_BND.gather(1, indices_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
 class KVCache:
@@ -63,43 +63,43 @@ class KVCache:
 
 
 class Packed(NamedTuple):
-    """Which slots of sequences [B, L] are rows [R, D], and which slots see each other."""
+    """Says which slots of padded sequences [B, L] are rows [R, D], and which slots see each other."""
 
     samples: int
     slots: int
-    places: Tensor | None
-    """[R] of 0 … B · L − 1, ascending; None: all of them. The others are seen by none of these."""
+    indices: Tensor | None
+    """[R] of 0 … B · L − 1, ascending, or None for all slots. No row sees a slot that is not a row."""
     visible: Tensor | None
     """As `attention` takes it."""
 
     @classmethod
     def of(cls, shape: Sequence[int], computed_BL: Tensor | None, count: int | None, visible: Tensor | None) -> Packed:
-        """`computed_BL`: which slots are rows, None: all; `count`: how many, without which a GPU is waited for."""
-        places = None
+        """Make rows of the slots in `computed_BL` (None: all). Without their `count` the host waits for the GPU."""
+        indices = None
         if computed_BL is not None:
             flat = computed_BL.flatten()
-            places = (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count)).squeeze(1)
-        return cls(shape[0], shape[1], places, visible)
+            indices = (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count)).squeeze(1)
+        return cls(shape[0], shape[1], indices, visible)
 
     @property
     def rows(self) -> int:
-        return self.samples * self.slots if self.places is None else len(self.places)
+        return self.samples * self.slots if self.indices is None else len(self.indices)
 
     def pack(self, x_BLD: Tensor) -> Tensor:
         x = x_BLD.flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
+        return x if self.indices is None else x.index_select(0, self.indices)
 
     def unpack(self, x_RD: Tensor) -> Tensor:
-        """[B, L, D]; zeros at slots without a row."""
+        """Return the padded sequences [B, L, D], with zeros at slots without a row."""
         D = x_RD.shape[1]
-        if self.places is not None:
+        if self.indices is not None:
             # Not index_copy, for which autograd would keep the rows.
-            x_RD = x_RD.new_zeros(self.samples * self.slots, D).index_put((self.places,), x_RD)
+            x_RD = x_RD.new_zeros(self.samples * self.slots, D).index_put((self.indices,), x_RD)
         return x_RD.view(self.samples, self.slots, D)
 
 
 Visible = Tensor | None | Sequence[Packed]
-"""For sequences [B, L, D] the mask; for rows [R, D] the batches that they consist of, one after the other."""
+"""The mask of sequences [B, L, D], or the batches of which rows [R, D] consist, one after the other."""
 
 
 class Attention(nn.Module):
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), which OpenAI's CLIP has in place of the GELU."""
+    """x · sigmoid(1.702 x), which OpenAI's CLIP uses instead of the GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -156,7 +156,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)). With `last`, only of the rows of the last slots of one batch."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). With `last`, only for the rows in the last slots of one batch."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, eps: float) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Blocks(nn.ModuleList):
     def forward(
         self, x: Tensor, visible: Visible = None, caches: list[KVCache] | None = None, last: Packed | None = None
     ) -> Tensor:
-        """`last`: the slots at the end of one batch whose rows alone are returned; the last block skips the others."""
+        """Run all blocks. With `last` return only the rows in these final slots; the last block skips the others."""
         for i, block in enumerate(self):
             of_block = last if i == len(self) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -198,16 +198,16 @@ class Blocks(nn.ModuleList):
 
 
 def stream_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the residual stream: autocast's when autocast is on (as in open_clip's amp), else fp32."""
+    """Return the dtype of the residual stream: autocast's if autocast is on (as in open_clip's amp), else fp32."""
     kind = autocast_type(device)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices and zero biases (OpenVision), but zero for the two matrices that end a block's branches.
+    """Initialise matrices Xavier-uniform and biases zero (OpenVision), but zero both matrices that end block branches.
 
-    Each block then starts as the identity. On the demo this is worth more than any other choice of the recipe:
-    R@1 after 32,000 samples went from 64 to 81 %.
+    Each block then starts as the identity. On the demo this gains more than any other choice of the recipe: R@1 after
+    32,000 samples rose from 64 to 81 %.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):

@@ -4,13 +4,13 @@ Shapes: B texts · L slots · D width. Two layouts, chosen by `text.pool`:
 - `cls`: `[bos, words…, eos, pad…, CLS]`; the summary token (CLS) is in the last slot. CLIPS.
 - `eos`: `[bos, words…, eos, pad…]`; the end of the text is read. CLIP, with `text.causal`.
 
-Two ways with padding:
+Padding is treated in one of two ways:
 - `pad_mask = False`, the reference: every text fills the whole context and padding is attended (with `causal` and
-  `eos` no slot that counts ever sees it, so that texts need not fill the context then).
-- `pad_mask = True`: padding is masked and CLS keeps the position of the last slot, so a text gives
+  `eos` no slot that matters sees padding, so texts need not fill the context then).
+- `pad_mask = True`: padding is masked and CLS keeps the position of the last slot, so a text has
   the same features at any padded length and a batch is padded only to its own length. With CLS the mask is
-  the one that stock open_clip builds for `embed_cls` (slot j is seen iff slot j−1 holds no padding:
-  the first padding slot stays visible), so that such a tower still exports to stock open_clip exactly.
+  the one that stock open_clip builds for `embed_cls` (slot j is seen iff slot j−1 holds no padding, so
+  the first padding slot stays visible). Therefore such a tower exports to stock open_clip exactly.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from clips.model.layers import Blocks, Packed, init_weights, stream_dtype
 
 
 def visible_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
-    """[B, L] booleans: which slots may be attended when padding is masked (CLS in the last slot)."""
+    """Return booleans [B, L] of the slots that may be attended when padding is masked (CLS is in the last slot)."""
     before_is_word = ids_BL[:, :-1] != pad_id
     return torch.cat([torch.ones_like(before_is_word[:, :1]), before_is_word], dim=1)
 
 
 def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
-    """[B, L] booleans of rows `bos … eos pad …`: all up to eos. Only ids at the end count as padding:
-    CLIP pads with the id of a word ("!")."""
+    """Return booleans [B, L] that mark each text `bos … eos` without its padding. Only ids at the end count as padding,
+    because CLIP pads with the id of a word ("!")."""
     return (ids_BL != pad_id).flip(1).cumsum(dim=1).flip(1) > 0
 
 
@@ -41,12 +41,12 @@ class TextStates(NamedTuple):
     """The outputs of the tower for one text of each sample of a batch."""
 
     pooled: Tensor
-    """[B, D], after the final norm: the summary slot."""
+    """[B, D], the summary slot after the final norm."""
     states: Tensor
-    """[B, M, D] before the norm, which the captioner reads. They leave the CLS slot out: M = L − 1, without one L.
-    Where padding is masked it has none: zeros."""
+    """[B, M, D] before the norm, which the captioner reads: all slots except CLS (M = L − 1, or L without a CLS). If
+    padding is masked, its states are zero."""
     visible: Tensor | None
-    """[B, M]: those that the captioner may attend; None where padding is attended, as by the tower itself."""
+    """[B, M], the states that the captioner may attend to; None if it attends to padding, as the tower itself does."""
 
 
 class TextTower(nn.Module):
@@ -66,11 +66,11 @@ class TextTower(nn.Module):
         nn.init.normal_(self.pos_embed, std=0.01)
 
     def visible(self, ids_BL: Tensor) -> Tensor:
-        """[B, L] booleans: which slots may be attended when padding is masked; up to eos without a CLS."""
+        """Return booleans [B, L] of the slots that may be attended when padding is masked; without a CLS, up to eos."""
         return (visible_slots if self.config.pool == "cls" else word_slots)(ids_BL, self.pad_id)
 
     def computed(self, ids_BL: Tensor) -> Tensor | None:
-        """[B, L] booleans: the slots that can show in any output; None: all, where padding is attended."""
+        """Return booleans [B, L] of the slots that can affect an output, or None for all, if padding is attended."""
         if not self.config.trim:
             return None
         visible = self.visible(ids_BL)
@@ -79,14 +79,14 @@ class TextTower(nn.Module):
         return visible
 
     def count(self, ids_BL: Tensor) -> int:
-        """How many slots are `computed`, of ids on the host."""
+        """Count the slots that are `computed`; the ids are on the host."""
         computed = self.computed(ids_BL)
         return ids_BL.numel() if computed is None else int(computed.sum())
 
     def forward(self, *texts: Tensor, counts: Sequence[int | None] | None = None) -> list[TextStates]:
-        """ids [B, L] of each text of a batch, of any lengths, in one pass.
+        """Encode the texts of a batch, each as ids [B, L] of any length, in one pass.
 
-        `counts`: how many slots of each are `computed`, if known: without them the host waits for the GPU.
+        `counts` are the numbers of slots that are `computed` of each text; if not given, the host waits for the GPU.
         """
         for ids in texts:
             L, context = ids.shape[1], self.config.context_length

@@ -17,12 +17,12 @@ from clips.model.layers import Blocks, init_weights, stream_dtype, taken
 
 
 def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> Tensor:
-    """Fixed position table [1 + patches, width], float32: zeros for CLS, then `grid` × `grid` patches, row by row.
+    """Return the fixed positions [1 + patches, width], float32: zeros for CLS, then `grid` × `grid` patches by row.
 
     The first half of the width encodes the column, the second half the row, each as sines then
     cosines of 1 / 10000^(i / n), i = 0 … width/4 - 1. "sincos": n = width/4 (MoCo v3; the same table as
     open_clip's `sin_cos_2d`). "sincos_reference": n = width/4 - 1 (big_vision, from which CLIPS and
-    OpenVision have theirs).
+    OpenVision took theirs).
     """
     steps = width // 4 if table == "sincos" else max(width // 4 - 1, 1)
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / steps)
@@ -35,9 +35,9 @@ def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> 
 
 
 def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
-    """A learned table [C + N0, D] for `grid` × `grid` patches, [C + N, D]; the CLS row is untouched.
+    """Resample a learned table [C + N0, D] to `grid` × `grid` patches, [C + N, D]; the row of CLS stays as it is.
 
-    Bicubic with antialiasing, as open_clip and timm resample; the table itself if it has that size already.
+    The filter is bicubic with antialiasing, as in open_clip and timm. A table of that size is returned unchanged.
     """
     cls, patches = table[:prefix_tokens], table[prefix_tokens:]
     side = math.isqrt(len(patches))
@@ -50,10 +50,10 @@ def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
 
 class VisionTower(nn.Module):
     image_size: int
-    """Side in pixels of the squares that it takes; `set_image_size` changes it."""
+    """Side of the square input images in pixels; `set_image_size` changes it."""
     pos_embed: Tensor
-    """Fixed positions: a buffer [C + N, D] that `set_image_size` registers. Learned ones: a parameter [C + N0, D] of
-    the configured size for good, resampled in the forward pass where images have another one."""
+    """Fixed positions: a buffer [C + N, D] that `set_image_size` registers. Learned ones: a parameter [C + N0, D] that
+    keeps the configured size and is resampled in the forward pass if images have another size."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
@@ -89,15 +89,15 @@ class VisionTower(nn.Module):
             self.register_buffer("pos_embed", table, persistent=False)
 
     def positions(self) -> Tensor:
-        """[C + N, D], for images of the size that is set."""
+        """Return the positions [C + N, D] for the current image size."""
         if self.config.pos_embed != "learned":
             return self.pos_embed
         return resample_positions(self.pos_embed, self.grid, self.config.prefix_tokens)
 
     def forward(self, images: Tensor, kept_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first).
+        """Return (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first) of the images.
 
-        `kept_BK`: the patches of each image that are seen, by their places among its N; then there are K tokens for N.
+        `images` are [B, 3, S, S]. `kept_BK` are the indices of the patches that are seen; N is then replaced by K.
         """
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"images are {tuple(images.shape[2:])}, not {self.image_size} px: call set_image_size")
@@ -113,5 +113,5 @@ class VisionTower(nn.Module):
         return self.norm(pooled), tokens
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """The patches [B, N, D] among all `tokens` [B, C + N, D]."""
+        """Return the patch tokens [B, N, D] of all `tokens` [B, C + N, D]."""
         return tokens[:, self.config.prefix_tokens :]

@@ -1,4 +1,4 @@
-"""The paper's claims in small: variants of the recipes, which must beat which, and claim (e) from LLaVA's report.
+"""The paper's claims at small scale: variants of the recipes, which should beat which, and (e) from LLaVA's report.
 
 A variant that several claims need is trained once.
 """
@@ -35,9 +35,9 @@ def _masked(strategy: str) -> tuple[str, ...]:
 
 
 PHOTOGRAPHS = {"demo": "small_captioner", "clip_baseline": "small_clip"}
-"""The recipes of the variants → those that take their places with `--recipe small`."""
+"""Recipe of a variant → the recipe that takes its place with `--recipe small`."""
 LONGER, SENTENCE_LONGER = 1.4, 1.2
-"""About as many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
+"""About how many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
 (`small_captioner`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", WEB),
@@ -116,7 +116,7 @@ LIMITS = (
 
 
 def on_photographs() -> dict[str, Question]:
-    """The claims without cautions, which are about the demo's captions; (b) compares its ends, too, (f) equal time."""
+    """Return the claims without cautions on the demo's captions; (b) also compares its ends, (f) is at equal time."""
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
     claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
     claims["f"] = Question(
@@ -137,7 +137,7 @@ def variant_study(
     recipe: str = "demo",
     **study: Any,
 ) -> Study:
-    """A study of some of VARIANTS. `settings`: `--set` of all runs; a variant's own settings come last."""
+    """Return a study of some of VARIANTS. `settings`: `--set` of all runs; a variant's own settings come last."""
     variants = VARIANTS
     captions = [CAPTIONS]
     if recipe == "small":
@@ -188,9 +188,9 @@ def claims_page(result: Mapping[str, Any]) -> Page:
 
 
 def judge_llava(report: Path) -> dict[str, Any]:
-    """Claim (e), clips − clip, from the report of scripts/compare_encoders.py; `missing` says how to get there.
+    """Return claim (e), clips − clip, from the report of scripts/compare_encoders.py; `missing` says how to get it.
 
-    That report counts in shares of the questions. The claim counts in percentage points.
+    The report counts in shares of the questions, and the claim in percentage points.
     """
     claim = {
         "title": "LLaVA with CLIPS against LLaVA with CLIP",
@@ -216,5 +216,5 @@ def judge_llava(report: Path) -> dict[str, Any]:
             "verdict": row["verdict"] if row["a"] == "clips" else turned(row["verdict"]),
         }
     except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"{report} is no report of compare_encoders.py on clips and clip: {error!r}") from None
+        raise UserError(f"{report} is not a report of compare_encoders.py on clips and clip: {error!r}") from None
     return claim | {"contrasts": [contrast], "verdict": contrast["verdict"]}

@@ -39,7 +39,7 @@ def compare(
 ) -> dict[str, Any] | None:
     """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
     search = search_runs(samples)
-    if dry_run:  # only the search finds the rates, and only the runs of equal samples find the samples of equal time
+    if dry_run:  # the search finds the rates, then the runs of equal samples find the samples of equal time
         cells = [run.cell(output, f"{recipe} × {rate:g}") for (recipe, rate), run in search.items()]
         then = f"{3 * seeds} runs at the best rates, a third of them for equal time"
         Runner(cells, jobs).print_plan(f"the search in {output}", {"then": then})
@@ -57,7 +57,7 @@ def compare(
 
 
 def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:
-    """The search: recipe and multiple of the learning rates → run."""
+    """Return the runs of the search: recipe and multiple of the learning rates → run."""
     return {
         (recipe, rate): with_rates(PretrainingRun(recipe, f"search-{recipe}-x{rate:g}", samples // 2, 0), rate)
         for recipe in PAIR
@@ -66,7 +66,7 @@ def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:
 
 
 def equal_time_study(best: Mapping[str, float], seeds: int, samples: int, longer: int) -> Study:
-    """The runs that are compared. `best`: recipe → multiple of its learning rates; `longer`: samples of equal time."""
+    """Return the study. `best`: recipe → multiple of its learning rates; `longer`: samples of equal time."""
     variants = {name: Variant(LABELS[name], recipe) for name, recipe in RECIPES.items()}
     counts = {"clips": samples, "clip": samples, "clip-equal-time": longer}
     runs = {
@@ -77,7 +77,7 @@ def equal_time_study(best: Mapping[str, float], seeds: int, samples: int, longer
 
 
 def validation_score(run: Path) -> float:
-    """Mean of the last validation figures that choose the rates."""
+    """Return the mean of the last validation metrics, which chooses the rates."""
     last = read_metrics(run, "eval")[-1]
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 

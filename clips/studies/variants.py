@@ -3,9 +3,9 @@
 Every run is an ordinary run of scripts/pretrain_clips.py below the study's folder. A finished run is never repeated.
 A `Study` says which differences decide, before anything trains. The result of each study has one JSON layout:
 
-    variants    name → label, recipe, settings, and `runs` with their figures in percent
+    variants    name → label, recipe, settings, and `runs` with their metrics in percent
     questions   key → title, variants, caution, verdict, and `contrasts`: a − b with a 95 % interval and a verdict
-    looks       seeds and deciding figure of every result that was written; after more than one it has no verdicts
+    looks       seeds and deciding metric of every result that was written; after more than one it has no verdicts
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from clips.lab.run import Runner
 from clips.lab.stats import Verdict, difference, show_difference, verdict
 
 DECIDING = "sentence_r1"
-"""The figure that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
-test set `unseen`, as on the demo, its figure decides (`clips.common.rundir.deciding_name`)."""
+"""The metric that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
+test set `unseen`, as on the demo, its metric decides (`clips.common.rundir.deciding_name`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 MEANS |= {f"{protocol}_nearness": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS}
-"""Means of both directions: R@1 of a protocol, and −100 times its log rank. A point of nearness is 1 % of a rank."""
+"""Means of both directions: R@1 of a protocol, and −100 times its mean log rank, so a point is 1 % of a rank."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 SECONDS = "train_seconds"
-"""The one value of a run's figures that is not a figure of the test split."""
+"""The only one of a run's metrics that is not measured on the test split."""
 Rows = Mapping[str, Sequence[Mapping[str, float]]]
-"""Variant → the figures of its runs."""
+"""Variant → the metrics of its runs."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Variant:
     label: str
     recipe: str
     settings: tuple[str, ...] = ()
-    """As in `--set`."""
+    """Settings, as in `--set`."""
     times: float = 1.0
     """Samples of a run, as a multiple of the study's."""
 
     def run(self, name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
-        """The run NAME-seedN. The variant's settings come last, so that `settings` of all runs do not undo them."""
+        """Return the run NAME-seedN. The variant's settings come last, so that common `settings` do not undo them."""
         total = round(samples * self.times)
         return PretrainingRun(self.recipe, f"{name}-seed{seed}", total, seed, (*settings, *self.settings))
 
@@ -64,7 +64,7 @@ class Variant:
 def seeded_runs(
     variants: Mapping[str, Variant], seeds: Sequence[int], samples: int, settings: Sequence[str] = ()
 ) -> dict[str, list[PretrainingRun]]:
-    """Variant → its runs with `seeds`, all of the same number of samples but for `times`."""
+    """Return variant → its runs with `seeds`, all of the same number of samples apart from `times`."""
     return {name: [v.run(name, seed, samples, settings) for seed in seeds] for name, v in variants.items()}
 
 
@@ -83,20 +83,20 @@ class Question:
 @dataclass(frozen=True)
 class Study:
     name: str
-    """Of the result's files: NAME.json and NAME.html."""
+    """Name of the result's files: NAME.json and NAME.html."""
     title: str
     variants: Mapping[str, Variant]
     runs: Mapping[str, Sequence[PretrainingRun]]
     """Name of a variant → its runs, one for each seed."""
     questions: Mapping[str, Question]
     decides: str = DECIDING
-    """The figure that decides, one of MEANS or FIGURES."""
+    """The metric that decides, one of MEANS or FIGURES."""
 
     def everything(self) -> list[PretrainingRun]:
         return [run for runs in self.runs.values() for run in runs]
 
     def cells(self, output: Path) -> list[Cell]:
-        """The runs as cells of the engine."""
+        """Return the runs as cells of the engine."""
         cells = []
         for name, runs in self.runs.items():
             variant = self.variants[name]
@@ -115,13 +115,13 @@ class Study:
         more: Mapping[str, Any] | None = None,
         judged: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
-        """Train what is missing, and write NAME.json and NAME.html into `output`; returns the result.
+        """Train what is missing, write NAME.json and NAME.html into `output`, and return the result.
 
         Args:
             page: makes the page of the result.
             dry_run: print the plan and return None.
             more: further parts of the result.
-            judged: questions that are answered already, by their key.
+            judged: questions that have an answer already, by their key.
 
         Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
         """
@@ -146,10 +146,10 @@ class Study:
         return result
 
     def result(self, output: Path) -> dict[str, Any]:
-        """Figures, differences and verdicts of the finished runs in `output`."""
+        """Return metrics, differences and verdicts of the finished runs in `output`."""
         runs = self.everything()
         names = measured([output / run.name for run in runs]) if runs else []
-        seeds = max((len(of_variant) for of_variant in self.runs.values()), default=0)
+        seeds = max(map(len, self.runs.values()), default=0)
         before = output / f"{self.name}.json"
         written = read_json(before) if before.is_file() else {}
         first = min((run.seed for run in runs), default=0)
@@ -173,7 +173,7 @@ class Study:
         }
 
     def _record(self, name: str, output: Path, figures: Sequence[str]) -> dict[str, Any]:
-        """A variant with its runs: configuration, command and figures (percent)."""
+        """Return a variant with its runs: configuration, command and metrics (percent)."""
         runs = [
             {
                 "name": run.name,
@@ -195,7 +195,7 @@ class Study:
 
 
 def check_settings(runs: Sequence[PretrainingRun]) -> None:
-    """UserError for settings that a run refuses, and for other seeds or samples than those of the study."""
+    """Raise UserError for settings that a run refuses, and for seeds or samples other than those of the study."""
     for run in runs:
         config = run.config()
         if (config.train.seed, config.samples) != (run.seed, run.samples):
@@ -203,46 +203,46 @@ def check_settings(runs: Sequence[PretrainingRun]) -> None:
             raise UserError(f"{run.name} {would}: --set may change neither, and --samples must be whole batches")
 
 
-# ------------------------------------------------------------------------------------------- figures and verdicts
+# ------------------------------------------------------------------------------------------- metrics and verdicts
 def measured(runs: Sequence[Path]) -> list[str]:
-    """The figures that the test set of every run gave. UserError if there are none."""
+    """Return the metrics that the test set of every run gave. Raises UserError if there are none."""
     measurements = [test_figures(run) for run in runs]
     names = [name for name in FIGURES if all(name in figures for figures in measurements)]
     if not names:
-        raise UserError("data.test gives no figure: samples need `captions` (a list) or a `label` in their JSON")
+        raise UserError("data.test gives no metric: samples need `captions` (a list) or a `label` in their JSON")
     return names
 
 
 def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """A run's figures, the means of both directions, and its training seconds."""
+    """Return a run's metrics, the means of both directions, and its training seconds."""
     figures = read_figures(run, names)
-    # Rounded: what floating point leaves over must not pass for a spread over seeds.
+    # Rounded, so that floating-point residue does not pass for a spread over seeds.
     means = {
         f"{test_set}/{name}" if test_set else name: round(
-            mean(of_set[way] for way in both) * (-100 if name.endswith("_nearness") else 1), 6
+            mean(values[way] for way in both) * (-100 if name.endswith("_nearness") else 1), 6
         )
-        for test_set, of_set in by_test_set(figures, "").items()
+        for test_set, values in by_test_set(figures, "").items()
         for name, both in MEANS.items()
-        if set(both) <= set(of_set)
+        if set(both) <= set(values)
     }
     return figures | means
 
 
 def decides(figures: Sequence[str], requested: str = DECIDING) -> str:
-    """The figure that decides, on artists never trained on, if any; without `DECIDING` the first that was measured."""
+    """Return the metric that decides, on held-out artists if any; without `DECIDING` the first that was measured."""
     if requested not in (DECIDING, *figures):
         raise UserError(f"--decides {requested}: the runs give {', '.join(figures)}")
     return deciding_name(next(name for name in (requested, *MEANS, *FIGURES) if name in figures), figures)
 
 
 def judge(question: Question, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
-    """A question with its contrasts and verdict."""
+    """Return a question with its contrasts and verdict."""
     contrasts = [compared(a, b, rows, requested, kept=kept) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 
 
 def compared(a: str, b: str, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
-    """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
+    """Return a − b: the deciding metric's difference with interval and verdict, and the difference in every metric."""
     figures = [name for name in rows[a][0] if name != SECONDS]
     deciding = decides(figures, requested)
     differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
@@ -256,7 +256,7 @@ def compared(a: str, b: str, rows: Rows, requested: str = DECIDING, *, kept: boo
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """One line for several comparisons: "win", or "1 of 3 win, 2 of 3 tie"."""
+    """Return one line for several comparisons: "win", or "1 of 3 win, 2 of 3 tie"."""
     counts = {kind: verdicts.count(kind) for kind in ("win", "loss", "tie", "undecided") if kind in verdicts}
     if len(counts) == 1:
         return verdicts[0]
@@ -265,7 +265,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 # ------------------------------------------------------------------------------------------- what the runs had
 def environment(run: Path) -> dict[str, Any]:
-    """What a run recorded of its machine and packages, and the processors of this machine."""
+    """Return what a run recorded of its machine and packages, and the processors of this machine."""
     recorded = read_json(run / "env.json")
     names = ("python", "platform", "device", "packages")
     return {"cpus": os.cpu_count(), **{name: recorded[name] for name in names if name in recorded}}

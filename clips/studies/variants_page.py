@@ -16,14 +16,14 @@ from clips.studies.variants import SECONDS
 
 FIGURES = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
-"""Figures that stand beside the deciding figure, after its value on the seen artists."""
+"""Metrics shown beside the deciding metric, after its value on the artists of the training."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
 BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "undecided": "undecided"}
 
 
 def called(figure: str) -> str:
-    """A figure in words, with its test set if that is not the first."""
+    """Return a metric in words, with its test set if that is not the first."""
     test_set, _, name = figure.rpartition("/")
     return pretty(name) + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
@@ -41,7 +41,7 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
         f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/comparison.md). "
         f"Results were written of {' and of '.join(result['looks']) or 'no runs'}. Intervals are Welch's over seeds. "
-        "They speak of other seeds, not of other test pictures, and are not corrected for the number of comparisons "
+        "They hold for other seeds, not for other test images, and are not corrected for the number of comparisons "
         f"({count})."
     )
     parts = [
@@ -52,7 +52,7 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
 
 
 def _in_words(verdict: str, words: Words) -> str:
-    """A verdict, or a count of verdicts, in the words of the study."""
+    """Return a verdict, or a count of verdicts, in the words of the study."""
     for kind, text in words.items():
         verdict = verdict.replace(kind, text)
     return verdict
@@ -87,17 +87,17 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
         return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
 
     compared = {name: variants[name] for name in labels}
-    blocks.append(Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."))
+    blocks.append(Paragraph("Only the first metric decides. Differences in percentage points with 95 % intervals."))
     if question.get("caution"):
         blocks.append(Paragraph(question["caution"], "With care"))
     return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(compared)]
 
 
 def means(variants: Mapping[str, Any]) -> Table:
-    """A row for each figure that the variants have, a column for each variant."""
+    """Return a table with a row for each metric that the variants have and a column for each variant."""
     measured = next(iter(variants.values()))["runs"][0]["figures"]
     named = [*FIGURES, *(f"{protocol}_{way}_r1" for protocol in ("sentence", "long") for way in ("i2t", "t2i"))]
-    # The set that decides is first, then the first set, whose figures have plain names, then further sets.
+    # The set that decides is first, then the first set, whose metrics have plain names, then further sets.
     sets = sorted({name.rpartition("/")[0] for name in measured}, key=lambda name: (name != UNSEEN, name))
     figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
     figures[SECONDS] = "seconds of training, at the run's fastest rate"

@@ -35,11 +35,11 @@ def parser() -> Parser:
     data.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
-        "the datasets library, or a folder of pictures with texts beside them "
+        "the datasets library, or a folder of images with texts beside them "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
-    data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="sets, seen by their shares")
-    data.add_argument("--karpathy", metavar="FILE", help="COCO or Flickr by A. Karpathy's JSON: all splits as it says")
+    data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="several sets, by shares")
+    data.add_argument("--karpathy", metavar="FILE", help="COCO or Flickr with all splits of A. Karpathy's JSON file")
     p.add_argument("--val-data", help="validation data (default: the demo's, a share that small holds out, or none)")
     p.add_argument(
         "--test-data", nargs="+", metavar="DATA", help="first DATA, then NAME=DATA (default: the demo's, or none)"
@@ -53,11 +53,11 @@ def parser() -> Parser:
         "(default: image=jpg;jpeg;png;webp web=json:org_caption long=txt)",
     )
     p.add_argument("--image-root", help="tables: the folder that image paths are relative to (default: the table's)")
-    p.add_argument("--samples", type=int, help="samples of each phase, whose warm-up follows (default: the recipe's)")
-    p.add_argument("--batch-size", type=int, help="samples of a step; learning rates follow (default: the recipe's)")
+    p.add_argument("--samples", type=int, help="samples of each phase, warm-up scales along (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, help="samples per step, the rates scale along (default: the recipe's)")
     p.add_argument("--init-from", metavar="WEIGHTS", help="run, export, hub id or timm:NAME (default: random weights)")
     p.add_argument(
-        "--on-spike", choices=("continue", "skip"), help="spikes: record, or skip too (default: the recipe's)"
+        "--on-spike", choices=("continue", "skip"), help="record a spike, or skip it too (default: the recipe's)"
     )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -66,9 +66,9 @@ def parser() -> Parser:
     p.add_argument("--resume", default="auto", help="auto: go on where the run stopped; never; or a checkpoint")
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
-    p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
+    p.add_argument("--debug", action="store_true", help="smoke test of the recipe: three tiny steps on the demo")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps whose time profile/ shows")
+    p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps to profile into profile/")
     p.add_argument("--report-to", default=TENSORBOARD, help=REPORT_TO)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
@@ -85,12 +85,12 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
 
 
 def _pretrain(flags: argparse.Namespace, start: Start) -> None:
-    given = _recorded(flags)
-    if flags.init_from is not None and not given:  # weights that a run has begun with are not looked at again
+    architecture = _recorded(flags)
+    if flags.init_from is not None and not architecture:  # weights that a run has begun with are not read again
         from clips.weights.initial import read_initial  # imports torch: not before the flags are known to be right
 
-        given = read_initial(flags.init_from).architecture
-    run = config_from_flags(flags, given)
+        architecture = read_initial(flags.init_from).architecture
+    run = config_from_flags(flags, architecture)
 
     # These import all of torch and deepspeed: not before the flags are known to be right.
     from clips.training.prepare import Options
@@ -111,9 +111,9 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
 
 
 def recipe_name(flags: argparse.Namespace) -> str:
-    """--recipe; by default `small` for data of one's own, else `demo`."""
-    own = flags.data not in (None, "demo") or flags.mix or flags.karpathy
-    return flags.recipe or ("small" if own else "demo")
+    """Return --recipe, or by default `small` for the user's own data and `demo` for the demo's."""
+    is_users = flags.data not in (None, "demo") or flags.mix or flags.karpathy
+    return flags.recipe or ("small" if is_users else "demo")
 
 
 def _run_dir(flags: argparse.Namespace) -> Path:
@@ -122,15 +122,15 @@ def _run_dir(flags: argparse.Namespace) -> Path:
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
-    """What the run in the flags' directory took over from the weights that it began with: path → value."""
+    """Return what the run in the flags' directory took over from its initial weights: path → value."""
     record = rundir.began_with(_run_dir(flags))
     return record["architecture"] if record and record["source"] == flags.init_from else {}
 
 
-def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None = None) -> RunConfig:
-    """The recipe, its debug twin if asked for, then the architecture of --init-from, the flags, and --set.
+def config_from_flags(flags: argparse.Namespace, architecture: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the recipe, or its smoke test config, changed by the weights of --init-from, the flags, and --set.
 
-    `given`: that architecture, path in the configuration → value; by default as the run recorded it, if it has begun.
+    `architecture` is that of the weights, path in the configuration → value; by default as the run has recorded it.
     """
     run = with_tower(recipe(recipe_name(flags)), flags.tower)
     if flags.debug:
@@ -148,9 +148,9 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     if flags.fields:
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
-    given = _recorded(flags) if given is None else given
+    architecture = _recorded(flags) if architecture is None else architecture
     has_captioner = run.model.captioner is not None  # it is taken over only where the recipe has one
-    values = {path: value for path, value in given.items() if path != "model.captioner" or has_captioner}
+    values = {path: value for path, value in architecture.items() if path != "model.captioner" or has_captioner}
     for path, name in TRAINING_FIELDS.items():
         if path in values:
             values[path] = values[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
@@ -159,8 +159,8 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     if flags.batch_size:
         optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
     for i, phase in enumerate(run.phases):
-        if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
-            values[f"phases.{i}.image_size"] = given["model.vision"]["patch_size"] * (2 + i)
+        if flags.debug and "model.vision" in architecture:  # the smoke test's sizes are multiples of the recipe's patch
+            values[f"phases.{i}.image_size"] = architecture["model.vision"]["patch_size"] * (2 + i)
         if flags.samples is not None:
             values[f"phases.{i}.samples"] = flags.samples
             # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.

@@ -23,11 +23,11 @@ from clips.weights.open_clip import open_clip_lacks
 
 
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
-    """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again.
+    """Evaluate, export and report. Every part can be repeated, so an interrupted end is simply run again.
 
-    `model` holds the weights of the newest checkpoint, and takes those of the chosen one. Each part names them: only
-    with those does it count. One process does this, without a process group: on a large test set it takes longer than
-    ranks would wait.
+    `model` holds the weights of the newest checkpoint, and takes those of the chosen one. Each result records its
+    weights and counts only for them. One process does this, without a process group, because a large test set takes
+    longer than ranks would wait.
     """
     chosen = chosen_checkpoint(run_dir)
     weights = None if chosen is None else weights_of(chosen)
@@ -35,7 +35,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         assign_weights(model, checkpoint.load(chosen, "checkpoint").weights(), chosen)
     if chosen is not None and run.train.choose == "best" and split_spec(run.data, "val"):
         count = min(len(open_split(run.data, "val", need_long=False)), run.eval.max_images)
-        say(f"the best checkpoint on {count:,} validation images is {chosen.name}: it is exported")
+        say(f"the best checkpoint on {count:,} validation images is {chosen.name}, which is exported")
     size = run.phases[-1].image_size
     held_out = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 LOGITS = 2**26
-"""Similarities that exist at a time, 268 MB in fp32. Beyond, they are computed in chunks, and again in the backward
-pass: a step then never holds the matrix of its rows against the whole batch."""
+"""Largest number of similarities at a time, 268 MB in fp32. More are computed in chunks, and again in the backward
+pass, so that a step never holds the full similarity matrix."""
 
 
 def world_size() -> int:
@@ -45,7 +45,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_features(x_BE: Tensor) -> Tensor:
-    """Features of all ranks, [W·B, E], rank 0 first, with gradients to every rank."""
+    """Return the features of all ranks, [W·B, E], rank 0 first, with gradients to every rank."""
     return x_BE if world_size() == 1 else _AllGather.apply(x_BE)
 
 
@@ -57,11 +57,11 @@ def info_nce(
     logit_scale: Tensor,
     first: int | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE of some rows against the whole global batch (CLIP; docs/method.md, "Loss").
+    """Return the symmetric InfoNCE of B samples against the whole global batch (CLIP; docs/method.md, "Loss").
 
     `all_image` and `all_text` [W·B, E] come from `gather_features`. The mean of the ranks' values is the loss of
     the global batch, and the mean of the ranks' gradients (what data parallelism takes) is its gradient.
-    `first`: where among them the rows begin; without it they are this rank's.
+    `first` is the index of the first of the B samples in the global batch; the default is that of this rank.
     """
     if first is None:
         first = (dist.get_rank() if world_size() > 1 else 0) * len(image_BE)
@@ -72,29 +72,29 @@ def info_nce(
     )
 
 
-def logit_chunks(rows: int, columns: int) -> int:
-    """In how many parts `rows` are compared with `columns`."""
-    return -(-rows * columns // LOGITS)
+def logit_chunks(queries: int, candidates: int) -> int:
+    """Return the number of chunks into which the similarity matrix is split."""
+    return -(-queries * candidates // LOGITS)
 
 
-def _similarity_loss(rows_BE: Tensor, columns: Tensor, targets_B: Tensor) -> Tensor:
-    """Mean cross entropy of `rows` against `columns` [W·B, E]."""
-    chunks = logit_chunks(len(rows_BE), len(columns))
+def _similarity_loss(queries_BE: Tensor, candidates: Tensor, targets_B: Tensor) -> Tensor:
+    """Return the mean cross entropy of image or text features against the other side's `candidates` [W·B, E]."""
+    chunks = logit_chunks(len(queries_BE), len(candidates))
     if chunks <= 1:
-        return F.cross_entropy(rows_BE @ columns.T, targets_B)
+        return F.cross_entropy(queries_BE @ candidates.T, targets_B)
 
-    def of_chunk(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(rows @ columns.T, targets, reduction="sum")
+    def of_chunk(queries: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(queries @ candidates.T, targets, reduction="sum")
 
-    parts = zip(rows_BE.tensor_split(chunks), targets_B.tensor_split(chunks), strict=True)
-    return torch.stack([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]).sum() / len(rows_BE)
+    parts = zip(queries_BE.tensor_split(chunks), targets_B.tensor_split(chunks), strict=True)
+    return torch.stack([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]).sum() / len(queries_BE)
 
 
 def contrastive_loss(
-    rows: Sequence[Tensor], everywhere: Sequence[Tensor], logit_scale: Tensor, first: int | None = None
+    local: Sequence[Tensor], everywhere: Sequence[Tensor], logit_scale: Tensor, first: int | None = None
 ) -> Tensor:
-    """The mean of `info_nce` over a sample's texts; `rows` [B, E] and `everywhere` [W·B, E]: images, then each text."""
-    (image, *texts), (all_image, *all_texts) = rows, everywhere
+    """Return the mean of `info_nce` over a sample's texts. `local` [B, E], `everywhere` [W·B, E]: image, then texts."""
+    (image, *texts), (all_image, *all_texts) = local, everywhere
     pairs = zip(texts, all_texts, strict=True)
     return torch.stack([info_nce(image, text, all_image, all_, logit_scale, first) for text, all_ in pairs]).mean()
 
@@ -108,13 +108,13 @@ def caption_loss(
     predicted: int | None = None,
     most: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the caption over its valid positions; returns (sum, number of positions), fp32.
+    """Return the cross entropy of the caption over its valid positions as (sum, number of positions), fp32.
 
-    `targets` holds IGNORE where there is no token; `predicted` are the others, where their number is known: without
-    it a GPU is waited for. Logits (fp32) exist for at most `chunk` positions at a time. If there are several chunks,
+    `targets` holds IGNORE where there is no token; `predicted` is the number of the others, and if it is not given, the
+    host waits for the GPU. Logits (fp32) exist for at most `chunk` positions at a time. If there are several chunks,
     they are recomputed in the backward pass, so memory does not grow with batch × length × vocabulary.
-    All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: `most` is how many positions
-    any rank can have, for which all make room. Without it (one rank) it is those that there are.
+    All ranks must call `head` equally often, because under ZeRO-3 each call gathers its weights. So `most` is the
+    largest number of positions that any rank can have; without it (one rank) it is the number of this rank.
     """
     is_valid = (targets_BT != IGNORE).flatten()
     valid = is_valid.nonzero() if predicted is None else torch.nonzero_static(is_valid, size=predicted)
@@ -133,9 +133,9 @@ def caption_loss(
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Turn a rank's (sum, count) into its share of the mean over all ranks' items.
+    """Turn a rank's (sum, count) into its share of the mean over the elements of all ranks.
 
-    Ranks hold different numbers of items, so the mean of their means would weigh items unequally. The
+    Ranks hold different numbers of elements, so the mean of their means would weigh elements unequally. The
     returned values average, over the ranks, to Σ total / Σ count, and so do their gradients.
     """
     everywhere = count.detach().to(torch.float32)

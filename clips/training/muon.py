@@ -1,8 +1,8 @@
-"""Muon's step on whole matrices, those of one shape together: many small products become a few large ones.
+"""Muon's step on full matrices, those of one shape together, so that many small products become a few large ones.
 
-DeepSpeed's optimizer orthogonalises one matrix after the other, which is what ZeRO 1 to 3 need, whose ranks hold parts.
-In ZeRO 0 all matrices are there at once, the same on every rank, so each rank orthogonalises a share of them. The
-Newton–Schulz iteration is DeepSpeed's, in the precision that it chooses.
+DeepSpeed's optimizer orthogonalises one matrix after the other, as ZeRO 1 to 3 need, whose ranks hold parts of them.
+In ZeRO 0 every rank has all matrices at once, so each rank orthogonalises a share of them. The Newton–Schulz iteration
+is DeepSpeed's, in the precision that it chooses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz
 from torch import Tensor
 
 AT_ONCE = 2**24
-"""Most elements of the matrices that are orthogonalised together, which bounds the memory that it takes."""
+"""Largest number of elements of the matrices that are orthogonalised together, which bounds the memory."""
 
 
 class BatchedMuon(MuonWithAuxAdam):
@@ -28,8 +28,8 @@ class BatchedMuon(MuonWithAuxAdam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, step_id: Any = None) -> Any:
         groups = self.param_groups  # ZeRO 1 and 2 put one group at a time in their place
-        whole = [group for group in groups if group["use_muon"] and all(p.ndim == 2 for p in group["params"])]
-        for group in whole:
+        full = [group for group in groups if group["use_muon"] and all(p.ndim == 2 for p in group["params"])]
+        for group in full:
             shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 shapes[matrix.shape].append(matrix)
@@ -37,14 +37,14 @@ class BatchedMuon(MuonWithAuxAdam):
                 count = max(1, AT_ONCE // shape.numel())
                 for first in range(0, len(matrices), count):
                     self._step_equal(matrices[first : first + count], group)
-        self.param_groups = [group for group in groups if all(group is not done for done in whole)]
+        self.param_groups = [group for group in groups if all(group is not done for done in full)]
         try:  # AdamW's, and flat parts of matrices that ZeRO orthogonalised before
             return super().step(closure, step_id)
         finally:
             self.param_groups = groups
 
     def _step_equal(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of matrices [rows, columns] of one shape."""
+        """Take one step on matrices [rows, columns] of one shape."""
         beta, lr = group["momentum"], group["lr"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
         for matrix in matrices:
@@ -61,14 +61,14 @@ class BatchedMuon(MuonWithAuxAdam):
 
 
 def _orthogonalised(matrices: Tensor) -> Tensor:
-    """[n, rows, columns], equal on all ranks → the same shape. Each rank takes a share, and all get the others'."""
+    """Orthogonalise [n, rows, columns], equal on all ranks. Each rank does a share, and all get the results."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
         return zeropower_via_newtonschulz5(matrices, steps=5)
     share = -(-len(matrices) // ranks)
     mine = matrices[dist.get_rank() * share :][:share]
     padded = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])  # the last ranks may have fewer
-    own = zeropower_via_newtonschulz5(padded, steps=5).contiguous()
-    everywhere = own.new_empty(ranks * share, *own.shape[1:])
-    dist.all_gather(list(everywhere.chunk(ranks)), own)
+    local = zeropower_via_newtonschulz5(padded, steps=5).contiguous()
+    everywhere = local.new_empty(ranks * share, *local.shape[1:])
+    dist.all_gather(list(everywhere.chunk(ranks)), local)
     return everywhere[: len(matrices)]

@@ -1,8 +1,8 @@
 """The optimizer of a pretraining run, and the engine around it.
 
 - AdamW is torch's, with parameter groups made here (no decay on biases, norms and the logit scale).
-- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where matrices are whole
-  (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
+- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where ranks hold full
+  matrices (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
   rather than from a JSON section because DeepSpeed would choose the matrices by name; here exactly the blocks'
   2-D weights get Muon. Its scaling of an update is sqrt(max(1, rows / columns)), torch.optim.Muon's "original".
 - Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
@@ -20,16 +20,16 @@ import torch.distributed as dist
 from torch import nn
 
 from clips.config import ModelConfig, OptimConfig, RunConfig
-from clips.engine.engine import Agreed, Batch, Engine
+from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.loop import accumulate
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.training.task import Task
 
 
 def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Who is optimised how: "muon" (the blocks' matrices), "decay" (other matrices), "no_decay" (the rest).
+    """Return the parameter groups "muon" (the blocks' matrices), "decay" (other matrices) and "no_decay" (the rest).
 
-    Every trainable parameter is in exactly one group; empty groups are left out. A name has a group for each `scale`,
+    Every trainable parameter is in exactly one group; empty groups are omitted. A name has a group for each `scale`,
     its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon`, which
     DeepSpeed's ZeRO optimizers read.
     """
@@ -55,8 +55,8 @@ def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def layers_above(name: str, model: ModelConfig) -> int:
-    """How many layers of its tower lie above a parameter of a Task: 0 for the final norm, the projection and all that
-    is in no tower; all blocks and one more for embeddings and positions."""
+    """Return how many layers of its tower lie above a parameter of a Task: 0 for the final norm, the projection and all
+    that is in no tower; the number of blocks plus one for embeddings and positions."""
     _, part, *rest = name.split(".")
     if part not in ("visual", "text") or rest[0] in ("norm", "proj"):
         return 0
@@ -102,16 +102,16 @@ def rates_of(lr: float, muon_lr: float) -> dict[str, float]:
 
 @torch.no_grad()
 def limit_logit_scale(engine: Engine) -> None:
-    """After a step, put the temperature back to its limit where it went beyond.
+    """Clamp the temperature to its limit after a step.
 
-    The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
+    The forward pass clamps it too, which stops the gradient, so a value above the limit could never come back.
     """
     for held in engine.state.copies("logit_scale"):
         held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> CLIPSModel | None:
-    """Return a copy of the model outside DeepSpeed, for evaluation and export; None but on rank 0 or `everywhere`.
+    """Return a copy of the model outside DeepSpeed, on rank 0 or `everywhere`, for evaluation and export; else None.
 
     Collective.
     """
@@ -123,13 +123,13 @@ def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> 
     return model.to(engine.device).eval()
 
 
-def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Agreed:
-    """Take the loop's step (clips/engine/loop.py) without log and verdict, for benchmarks and tests. Collective.
+def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
+    """Take the loop's step (clips/engine/loop.py) without its log and checks, for benchmarks and tests. Collective.
 
     `batches` are this rank's micro-batches, run.train.accumulation of them.
     """
-    parts = accumulate(engine, [engine.task.counted(batch) for batch in batches])
-    agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
+    found = accumulate(engine, [engine.task.counted(batch) for batch in batches])
+    reduced = engine.agree(torch.stack([terms["loss"] for terms in found]).mean(), stop=0)
     engine.step()
     limit_logit_scale(engine)
-    return agreed
+    return reduced

@@ -1,4 +1,4 @@
-"""What scripts/plan_run.py says of a pretraining run: parameters, memory of a rank, FLOPs of a sample, days."""
+"""The plan of a pretraining run for scripts/plan_run.py: parameters, memory per rank, FLOPs per sample, days."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clips.common.peaks import USABLE, Machine
 from clips.config import RunConfig
 from clips.training.rehearsal import flops_per_sample, rehearse
 
-HEAD = ("phase", "micro-batches", "memory of a rank, GB", "GFLOP a sample", "steps", "days", "GPU hours")
+HEAD = ("phase", "micro-batches", "memory per rank, GB", "GFLOP per sample", "steps", "days", "GPU hours")
 
 
 def engine_settings(name: str) -> dict[str, Any]:
@@ -26,14 +26,14 @@ def engine_settings(name: str) -> dict[str, Any]:
 
 
 def print_memory(run: RunConfig, ranks: int, zero: Mapping[str, Any]) -> None:
-    """Print what the fullest phase of a run takes of a GPU."""
+    """Print the GPU memory of the phase of a run that takes most."""
     steps = [rehearse(run, phase, ranks, stage=zero.get("stage", 0)) for phase in run.phases]
     most = max(step.on_rank(zero, ranks) for step in steps)
-    print(f"memory of a rank on a GPU, rehearsed: {most / 1e9:.3g} GB", file=sys.stderr)
+    print(f"memory per rank on a GPU, rehearsed: {most / 1e9:.3g} GB", file=sys.stderr)
 
 
 def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
-    """Print a row for each phase of the run. Raises UserError, behind the table, where a phase does not fit."""
+    """Print a row for each phase of the run. Raises UserError, after the table, if a phase does not fit."""
     zero = engine_settings(engine)
     accumulation = run.train.accumulation
     rows, days, too_large = [], 0.0, []
@@ -55,9 +55,9 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
     checkpoint = step.weights + step.state
     print(
         f"{step.parameters / 1e6:,.0f} M parameters train; {days:.1f} days, {24 * days * machine.gpus:,.0f} GPU hours; "
-        f"{checkpoint / 1e9:.2g} GB a checkpoint, {run.train.keep_checkpoints + 1} of them on disk at most\n"
-        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), what is computed twice counted; texts fill half of "
-        "their context, in the memory all of it; nothing waits for data"
+        f"{checkpoint / 1e9:.2g} GB per checkpoint, at most {run.train.keep_checkpoints + 1} of them on disk\n"
+        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; texts fill half of "
+        "their context (for the memory all of it); training never waits for data"
     )
     if too_large:
         mend = f"--set train.accumulation={2 * accumulation} train.contrastive=global, --engine zero1, or more --gpus"

@@ -1,4 +1,4 @@
-"""Before the first step: the run directory, the data, the tokenizer, and the plan that a person reads."""
+"""What a run prepares before its first step: its directory, data and tokenizer, and the plan that it prints."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Options:
     profile_steps: int = 0
     """Steps whose operators are recorded into `run_dir`/profile; 0: none."""
     timeout_minutes: float = 30
-    """Of a collective: after that the ranks that wait for another end the run."""
+    """Time limit of a collective, after which the ranks that wait end the run."""
 
 
 def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
-    """Create or recognise the run directory and choose the checkpoint to go on from; the same on every rank.
+    """Create or check the run directory, and return the checkpoint to go on from, the same on every rank.
 
-    config.json is written once the data is known to be right too: from then on the directory is this run's.
+    config.json is written only once the data is known to be right too; from then on the directory belongs to this run.
     """
     config_file = options.run_dir / "config.json"
     if options.resume == "never" and config_file.exists():
@@ -76,14 +76,14 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
         return checkpoint.latest(options.run_dir)
     loaded = checkpoint.load(Path(options.resume))
     if checkpoint.run_of(loaded.path) != options.run_dir.resolve():
-        raise UserError(f"--resume {options.resume} is of another run: for a branch copy that run under another --name")
+        raise UserError(f"--resume {options.resume} is of another run; for a branch copy that run under another --name")
     return loaded
 
 
 def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
-    """The weights that the run begins with, None where it begins at random; not called for one that goes on.
+    """Read the weights that a run begins with, or return None if they are random; not called for a run that goes on.
 
-    UserError where they are not those with which this run began before it was ended without a checkpoint.
+    Raises UserError if this run began with other weights before it ended without a checkpoint.
     """
     if run.train.init_from is None:
         return None
@@ -101,9 +101,9 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
 def prepare_data(
     run: RunConfig, options: Options, initial: InitialWeights | None, start: Start, *, has_begun: bool
 ) -> tuple[Source, CaptionTokenizer]:
-    """Open the data, once on each machine, and the tokenizer, which rank 0 makes where it is missing. Collective.
+    """Open the data, once on each machine, and the tokenizer, which rank 0 makes if it is missing. Collective.
 
-    A text tower among the `initial` weights brings its own. The others wait as long as that takes.
+    A text tower among the `initial` weights brings its own tokenizer. Other ranks wait as long as that takes.
     """
     need_long = run.task.captions
 
@@ -133,8 +133,8 @@ def prepare_data(
         make().save(directory)
         write_json(options.run_dir / rundir.DATA, source.facts())
     start.all_have(True)
-    is_there = has_begun or not options.dry_run
-    tokenizer = CaptionTokenizer.load(directory) if is_there else make()
+    is_present = has_begun or not options.dry_run
+    tokenizer = CaptionTokenizer.load(directory) if is_present else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
@@ -157,7 +157,7 @@ def check_same_data(run_dir: Path, source: Source) -> None:
 def facts_of_run(
     run: RunConfig, options: Options, previous: checkpoint.Checkpoint | None, ds_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What every rank must have been told, and have found in the run directory, alike."""
+    """Return what must be the same on every rank: what it was told, and what it found in the run directory."""
     return {
         "the configuration": run.to_dict(),
         "--ds-config": dict(ds_config),
@@ -169,9 +169,9 @@ def facts_of_run(
 
 
 def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialWeights | None) -> dict[str, Any]:
-    """What every rank must have found alike before they train together.
+    """Return what every rank must have found alike before the ranks train together.
 
-    A shard that one node lacks would otherwise train apart, in silence.
+    Otherwise a node that lacks a shard would silently train on other data.
     """
     facts = source.facts()
     return {
@@ -182,9 +182,9 @@ def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialW
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
-    """`run` with "auto" decided: as config.json says where there is one, else bf16 where `device` computes in it.
+    """Return `run` with precision "auto" decided: as in config.json if there is one, else bf16 if `device` has it.
 
-    Elsewhere bf16 is emulated: on a CPU with AVX2 only, the demo trains at 8 samples/s with it and at 110 in fp32.
+    Otherwise bf16 is emulated: on a CPU with only AVX2, the demo trains at 8 samples/s with it and at 110 in fp32.
     """
     if run.train.precision != "auto":
         return run
@@ -232,7 +232,7 @@ def print_plan(
     previous: checkpoint.Checkpoint | None,
     beginning: Beginning | None = None,
 ) -> None:
-    """Say what is about to happen. Nothing here is measured or rehearsed: scripts/plan_run.py has memory and days."""
+    """Print what is about to happen. Nothing is measured or rehearsed here; scripts/plan_run.py has memory and days."""
     parts = "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.parameter_counts().items())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
@@ -243,7 +243,7 @@ def print_plan(
     shares = sum(part.share for part in run.data.mix)
     rows += [("", f"{part.share / shares:.1%} {part.name}: {part.data}") for part in run.data.mix]
     for name in dict.fromkeys(("val", "test", *held_out_sets(run.data))):
-        spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
+        spec = split_spec(run.data, name) or f"none (give --{name}-data to measure how good it is)"
         if name == "val" and holds_out(run.data):
             spec = held_out_images(run.data)[1]
         rows.append((f"  {name}", spec))
@@ -267,7 +267,7 @@ def print_plan(
 
 
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
-    """Steps, batches, rates and schedule of a phase."""
+    """Return the steps, batches, rates and schedule of a phase in words."""
     count = run.train.accumulation
     micro = phase.batch_size // (ranks * count)
     contrasts = f" (train.contrastive={run.train.contrastive})" if count > 1 else ""

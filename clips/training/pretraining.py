@@ -31,7 +31,7 @@ from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine import checkpoint, watchdog
 from clips.engine.checkpoint import TrainState, Writer
-from clips.engine.engine import Agreed, Batch, Engine, read_ds_config
+from clips.engine.engine import Batch, Engine, Reduced, read_ds_config
 from clips.engine.log import RunLog
 from clips.engine.loop import Training, crosses, keys_of_all_ranks, train
 from clips.evaluation.evaluate import evaluate
@@ -55,7 +55,7 @@ from clips.weights.initial import Beginning, initialise
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
-    """Share of the peak learning rate at optimizer step `step` of the phase (0-based)."""
+    """Return the share of the peak learning rate at optimizer step `step` of the phase (0-based)."""
     warmup = phase.warmup_samples / phase.batch_size
     if step + 1 <= warmup:
         return (step + 1) / warmup
@@ -69,7 +69,7 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 
 def optimizer_steps(run: RunConfig, state: TrainState) -> int:
-    """Steps taken since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    """Return the steps taken since the optimizer began: with the run, or with the last phase that has a fresh one."""
     since = state.step
     for index in range(state.phase, 0, -1):
         if run.phases[index].fresh_optimizer:
@@ -81,7 +81,7 @@ def optimizer_steps(run: RunConfig, state: TrainState) -> int:
 def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export.
 
-    The ranks have met in `start`, which ends with the first step.
+    The ranks have met in `start`, which ends before the first step.
     """
     device = meet_on(start, options.device)
     start.at("the process group")
@@ -135,7 +135,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
             engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
         except KeyError as error:
             raise UserError(
-                f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
+                f"{previous.path} holds no {error}: optim.kind cannot change in a run, and a frozen tower stays frozen"
             ) from None
     if start.rank == 0:
         _record(run, options, previous, beginning, engine)
@@ -169,7 +169,7 @@ def _record(
     beginning: Beginning | None,
     engine: Engine,
 ) -> None:
-    """Write what tells of the run before its first step."""
+    """Write the records of a run before its first step."""
     if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
         print(printable(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
     if beginning is not None:
@@ -179,7 +179,7 @@ def _record(
 
 
 class Pretraining(Training):
-    """What a pretraining run brings to the loop: phases, spikes, validations."""
+    """What a pretraining run gives to the loop: phases, spikes, validations."""
 
     def __init__(
         self, run: RunConfig, engine: Engine, source: Source, tokenizer: CaptionTokenizer, state: TrainState,
@@ -191,7 +191,7 @@ class Pretraining(Training):
 
     @property
     def phase(self) -> PhaseConfig:
-        """The phase of the newest step, or of the next one once that has begun."""
+        """The phase of the last step, or of the next one once that has begun."""
         return self.run.phases[self.state.phase]
 
     def batches(self) -> Iterator[Batch]:
@@ -204,7 +204,7 @@ class Pretraining(Training):
         return self.phase.batch_size
 
     def begin_step(self) -> None:
-        """Move on to the next phase behind the last step of one, and give the tower its image size."""
+        """Move on to the next phase after the last step of one, and set the tower's image size."""
         state = self.state
         if state.phase_step >= self.phase.steps:
             state.phase += 1
@@ -225,20 +225,20 @@ class Pretraining(Training):
         factor = lr_factor(self.phase, self.state.phase_step)
         return rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
 
-    def leaves_out(self, agreed: Agreed, keys: list[list[str]], log: RunLog) -> bool:
-        """Record a spike, and leave its update out if the run says so.
+    def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
+        """Record a spike, and skip its update if the run says so.
 
-        Raises DivergedError if leaving steps out does not help.
+        Raises DivergedError if skipping steps does not help.
         """
         state = self.state
-        figures = watchdog.find_spike(state, agreed)
-        if figures is not None:
+        spike = watchdog.find_spike(state, reduced)
+        if spike is not None:
             action = self.run.train.on_spike
-            log.spike({"step": state.step + 1, "action": action, **figures}, keys_of_all_ranks(keys))
+            log.spike({"step": state.step + 1, "action": action, **spike}, keys_of_all_ranks(keys))
             if action == "skip":
-                watchdog.leave_out(state, since=state.step + 1 - 2 * watchdog.PATIENCE)
+                watchdog.record_skip(state, since=state.step + 1 - 2 * watchdog.PATIENCE)
                 return True
-        watchdog.remember(state, agreed)
+        watchdog.remember(state, reduced)
         return False
 
     def end_step(self) -> None:
@@ -263,7 +263,7 @@ class Pretraining(Training):
         return (crossed or state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
 
     def owes_validation(self) -> bool:
-        """Say whether the run was ended between its checkpoint and the validation of that step. Collective."""
+        """Return True if the run has ended between a checkpoint and the validation of that step. Collective."""
         step = self.state.step
         if step == 0 or not self.validates():
             return False
@@ -275,7 +275,7 @@ class Pretraining(Training):
     def validate(self, log: RunLog) -> None:
         """Measure retrieval and zero-shot classification on (a part of) the validation split. Collective.
 
-        Every rank encodes its share of pictures and texts; rank 0 has the figures.
+        Every rank encodes its share of images and texts; rank 0 has the metrics.
         """
         begin = time.perf_counter()
         model = plain_model(self.engine, self.run, everywhere=True)

@@ -1,6 +1,6 @@
-"""One optimizer step of a run on torch's device "meta": what it takes on a GPU, at full size, without one.
+"""Rehearse an optimizer step of a run on torch's device "meta", to learn without a GPU what it takes on one.
 
-The step's code is the run's own. Of DeepSpeed's engine the copy of the gradients in ZeRO 0 is there.
+The step runs the code of a real run. Of DeepSpeed's engine only the copy of the gradients in ZeRO 0 is modelled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel
-from clips.training.grad_cache import Part
+from clips.training.grad_cache import CachedGradients
 from clips.training.optim import parameter_groups
 from clips.training.prepare import full_batch
 from clips.training.task import Task
@@ -34,8 +34,8 @@ class _Engine:
     def accumulation(self) -> int:
         return self.run.train.accumulation
 
-    def __call__(self, batch: Batch, part: Part | None = None, **options: Any) -> Any:
-        return self.task(self.task.to_device(batch, self.device), part, **options)
+    def __call__(self, batch: Batch, cached: CachedGradients | None = None, **options: Any) -> Any:
+        return self.task(self.task.to_device(batch, self.device), cached, **options)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -44,7 +44,7 @@ class _Engine:
 def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
     """Rehearse a step of rank 0 of `ranks` under ZeRO `stage`; texts and captions have full length.
 
-    Raises Waits, or torch's error of "meta".
+    Raises Waits, or torch's error for the device "meta".
     """
     task = built(run, phase)
     groups = parameter_groups(task, run.optim)
@@ -72,7 +72,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
 
 
 def built(run: RunConfig, phase: PhaseConfig) -> Task:
-    """The model of `run` on "meta", as the engine sets it up for the largest pictures of `phase`.
+    """Return the model of `run` on "meta", as the engine sets it up for the image size of `phase`.
 
     Precision "auto" is bf16, as on a GPU.
     """
@@ -87,9 +87,9 @@ def built(run: RunConfig, phase: PhaseConfig) -> Task:
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
-    """Return the mean FLOPs of a sample of one rank's micro-batch, what is computed a second time included.
+    """Return the mean FLOPs of a sample in one rank's micro-batch, including what is computed twice.
 
-    With masked padding a text is taken to fill half of its context.
+    With masked padding a text is assumed to fill half of its context.
     """
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     words = run.model.text.context_length // (2 if run.model.text.trim else 1)

@@ -1,4 +1,4 @@
-"""The objective: turns a batch into a loss. The model knows nothing of it.
+"""The objective, which turns a batch into a loss. The model does not know it.
 
 "clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = 1, β = caption_weight.
 "clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
@@ -25,7 +25,7 @@ from clips.model.clips import CLIPSModel, Kept, Outputs
 from clips.model.layers import Blocks
 from clips.model.text import word_slots
 from clips.training import grad_cache
-from clips.training.grad_cache import Part
+from clips.training.grad_cache import CachedGradients
 from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
 
@@ -43,26 +43,26 @@ class Task(Objective):
         self.bf16 = run.train.precision == "bf16"
 
     def forward(
-        self, batch: dict[str, Any], part: Part | None = None, *, features_only: bool = False
+        self, batch: dict[str, Any], cached: CachedGradients | None = None, *, features_only: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]] | Outputs:
-        """A batch on the device (clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, …).
+        """Return (loss, detached loss terms: contrastive_loss, caption_loss, …) of a batch of clips/data/loader.py.
 
-        `part`: of a whole batch; the loss then has that share's gradient, and its value is in the parts alone.
-        `features_only`: the model's outputs instead, without the captioner.
+        With `cached` gradients of a whole batch, the loss has the gradient of this micro-batch's share, and only the
+        loss terms hold its value. With `features_only` return the model's outputs instead, without the captioner.
         """
-        if part is not None and part.random is not None:
-            part.random.replay()
+        if cached is not None and cached.random is not None:
+            cached.random.replay()
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with autocast(batch["images"].device, enabled=self.bf16):
             if features_only:
                 return self.model(batch["images"], _texts(batch), None, self._kept(batch), batch.get("counts"))
-            return self._loss(batch, part)
+            return self._loss(batch, cached)
 
     def alone(self) -> CLIPSModel:
         return self.model
 
-    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Part | None]:
-        """Return what each micro-batch's loss is told of the whole batch, if the contrastive loss runs over it."""
+    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
+        """Return what the loss of each micro-batch needs of the whole batch, if the contrastive loss runs over it."""
         return [None] * len(batches) if self.contrasted == 1 else grad_cache.told(engine, batches)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
@@ -70,14 +70,14 @@ class Task(Objective):
         return to_device(batch, device)
 
     def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
-        """[B, T − 1], the token that each position predicts, IGNORE after the last; None where nothing is captioned."""
+        """Return the tokens that positions predict, [B, T − 1], IGNORE after the last; None if nothing is captioned."""
         if self.model.captioner is None or not self.config.caption_weight or "caption" not in batch:
             return None
         caption = batch["caption"]
         return caption.masked_fill(~word_slots(caption, self.model.pad_id), IGNORE)[:, 1:]
 
     def counted(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """`batch`, which is on the host, with the counts that the model would have to wait for on a device."""
+        """Return `batch`, which is on the host, with the counts for which the model would wait for the device."""
         if "counts" in batch:
             return batch
         return batch | {
@@ -85,10 +85,10 @@ class Task(Objective):
         }
 
     def flops(self, batch: dict[str, Any], *, repeated: bool = False) -> int:
-        """Return the FLOPs of the forward and backward pass over `batch`; on the host, unless it is `counted`.
+        """Return the FLOPs of the forward and backward pass over `batch`, which is on the host unless `counted`.
 
         Args:
-            repeated: Include what a step computes a second time to save memory, which counts for no MFU.
+            repeated: Include what a step computes twice to save memory, which does not count for the MFU.
         """
         vision, text, captioner = self.model.visual, self.model.text, self.model.captioner
         counts, kept, texts = self.counted(batch)["counts"], self._kept(batch), _texts(batch)
@@ -131,8 +131,8 @@ class Task(Objective):
         return total
 
     def _kept(self, batch: dict[str, Any]) -> Kept:
-        """The tokens that the loader drew for each sample. KeyError where the configuration drops some and it did not:
-        an accidental training on all of them would go unseen."""
+        """Return the tokens that the loader drew for each sample. Raises KeyError if the configuration drops some and
+        the loader drew none, because an accidental training on all of them would go unnoticed."""
         vision, captioner = self.model.config.vision, self.model.config.captioner
         drops = captioner is not None and captioner.image_token_keep < 1 and "caption" in batch
         return Kept(
@@ -140,12 +140,12 @@ class Task(Objective):
             image_tokens=batch["image_tokens"] if drops else None,
         )
 
-    def _loss(self, batch: dict[str, Any], part: Part | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: dict[str, Any], cached: CachedGradients | None) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.caption_targets(batch)
         caption, counts = batch["caption"] if targets is not None else None, batch.get("counts")
         out = self.model(batch["images"], _texts(batch), caption, self._kept(batch), counts)
-        loss, whole_value = self._contrastive(batch, out, part)
-        parts = {"contrastive_loss": whole_value, "logit_scale": out.logit_scale.detach()}
+        loss, full_value = self._contrastive(batch, out, cached)
+        terms = {"contrastive_loss": full_value, "logit_scale": out.logit_scale.detach()}
         captioner = self.model.captioner
         if captioner is not None and targets is not None:
             most = len(targets) * (captioner.config.length - 1) if world_size() > 1 else None
@@ -153,29 +153,29 @@ class Task(Objective):
                 out.caption_states, targets, captioner.head, self.config.caption_chunk,
                 predicted=counts.predicted if counts is not None else None, most=most,
             )  # fmt: skip
-            caption_mean = mean_over_ranks(total, count) if part is None else total / part.tokens
+            caption_mean = mean_over_ranks(total, count) if cached is None else total / cached.tokens
             loss = loss + self.config.caption_weight * caption_mean
-            parts["caption_loss"] = caption_mean.detach()
-            whole_value = whole_value + self.config.caption_weight * parts["caption_loss"]
-        return loss, parts | {"loss": whole_value}
+            terms["caption_loss"] = caption_mean.detach()
+            full_value = full_value + self.config.caption_weight * terms["caption_loss"]
+        return loss, terms | {"loss": full_value}
 
     @staticmethod
-    def _contrastive(batch: dict[str, Any], out: Outputs, part: Part | None) -> tuple[Tensor, Tensor]:
-        """(what has the gradient, the value)."""
+    def _contrastive(batch: dict[str, Any], out: Outputs, cached: CachedGradients | None) -> tuple[Tensor, Tensor]:
+        """Return the loss with the gradient, and its value."""
         features = [out.image_features, *out.text_features]
         with autocast(batch["images"].device, enabled=False):
-            if part is None:
+            if cached is None:
                 contrastive = contrastive_loss(features, [gather_features(x) for x in features], out.logit_scale)
                 return contrastive, contrastive.detach()
-            outputs = zip([*features, out.logit_scale], part.gradients, strict=True)
-            return torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), part.value
+            outputs = zip([*features, out.logit_scale], cached.gradients, strict=True)
+            return torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), cached.value
 
 
 def _checkpointed(blocks: Blocks, forward: int, tokens: int, skipped: int = 0) -> int:
     """Return the FLOPs of activation checkpointing: all of a block but its last product, which no gradient needs.
 
     Args:
-        skipped: Those of the tokens that the last block leaves out.
+        skipped: Number of the tokens that the last block skips.
     """
     products = [forward_flops(block.get_submodule("mlp.fc2")) for block in blocks]
     return forward - tokens * sum(products) + skipped * products[-1] if blocks.activation_checkpointing else 0

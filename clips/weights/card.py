@@ -1,4 +1,4 @@
-"""Model cards of exports and conversions. They hold figures of exactly these weights, and no place of this machine."""
+"""Model cards of exports and conversions. They show metrics of exactly these weights, and no path of this machine."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def write_cards(
     """Write a README.md for each format below `directory`.
 
     `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
-    other weights, of another resolution or of a part of a set are left out. `samples`: how many the weights have seen;
-    None if unknown.
+    other weights, of another resolution or of only part of a set are not shown. `samples` is the number of samples
+    that the weights have seen, None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size
@@ -103,7 +103,7 @@ def write_cards(
 
 
 def write_conversion_card(directory: Path, to: str, source: str, differences: Mapping[str, float]) -> None:
-    """Write the README.md of a conversion into the format `to`; of `source` only the last part of its name is said."""
+    """Write the README.md of a conversion into the format `to`; of the path `source` only the last part is shown."""
     kind = {"official": "open_clip", "transformers": "hf_vit"}.get(to, to)
     facts = {"Written by CLIPS-MLLM from": PurePosixPath(source.rstrip("/")).name}
     for feature, difference in differences.items():
@@ -136,7 +136,7 @@ def _facts(run: RunConfig, samples: int | None, weights: str) -> dict[str, str]:
     if run.recipe != "imported":
         phases = ", ".join(f"{phase.samples:,} at {phase.image_size} px" for phase in run.phases)
         seen = "" if samples is None else f"; these weights have seen {samples:,}"
-        # A card names no place of this machine.
+        # A card shows no path of this machine.
         data = [PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";")]
         facts["Training"] = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples: {phases}{seen}"
         facts["Data"] = "; ".join(data)

@@ -1,7 +1,7 @@
-"""A model from one format into another.
+"""Convert a model from one format into another.
 
-The model is written beside its target and opened there by the library of the format. It takes its place once random
-images and real captions have equal features.
+The model is written beside its target and loaded there by the library of the format. It is moved to its target once
+random images and real captions have equal features.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clips.weights.load import LoadedModel, load_model
 from clips.weights.open_clip import CLIPA_CONTEXT, open_clip_lacks, write_open_clip
 
 LIMIT = 1e-5
-"""Largest difference of an L2-normalised feature, fp32, that counts as none."""
+"""Largest difference of an L2-normalised fp32 feature that counts as equal."""
 TEXTS = (
     "a red dog",
     "",
@@ -40,7 +40,7 @@ OFFICIAL_WEIGHTS = "open_clip_pytorch_model.bin"
 
 
 def convert_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/convert.py does."""
+    """Run scripts/convert.py."""
     differences = convert(flags.source, Path(flags.target), flags.to, check_only=flags.check)
     for name, difference in differences.items():
         print(f"{name}: largest difference {difference:.1e}")
@@ -48,9 +48,9 @@ def convert_from_flags(flags: argparse.Namespace) -> None:
 
 
 def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> dict[str, float]:
-    """Write the model `source` to the directory `target` in the format `to`, if it is the same there.
+    """Write the model `source` to the directory `target` in the format `to`, if its features stay equal.
 
-    Returns the largest difference of each feature. `check_only` writes nothing.
+    Return the largest difference of each feature. With `check_only` nothing is left on disk.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
@@ -98,7 +98,7 @@ def _write(source: str, directory: Path, to: str) -> dict[str, float]:
 
 
 def _make_official(directory: Path) -> None:
-    """Make an open_clip model into one of the authors of CLIPS: of open_clip's class CLIP, whose text tensors are at
+    """Rewrite an open_clip model as the authors of CLIPS store one: open_clip's class CLIP, whose text tensors are at
     the top level, in a torch file, without tokenizer files. Their `CLIPTextCfg` takes no field that it does not know.
     """
     config = json.loads((directory / "open_clip_config.json").read_text(encoding="utf-8"))
@@ -117,13 +117,13 @@ def _make_official(directory: Path) -> None:
 def _official_lacks(loaded: LoadedModel) -> str | None:
     text = loaded.model.config.text
     tokenizers = (loaded.tokenizer, build_tokenizer("bert"))
-    own, bert = ((t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size, t.encode(list(TEXTS))) for t in tokenizers)
+    ours, bert = ((t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size, t.encode(list(TEXTS))) for t in tokenizers)
     if text.pad_mask or text.causal or text.pool != "cls":
         return "their text towers attend to everything, padding included, and read a CLS (pad_mask, causal, pool)"
-    if own != bert:
+    if ours != bert:
         return "their tokenizer is BERT's (bert-base-uncased), this model has another"
     if text.context_length == CLIPA_CONTEXT:
-        return f"a context of {CLIPA_CONTEXT} slots is taken for a CLIPA model's there"
+        return f"their code would take a context of {CLIPA_CONTEXT} slots for a CLIPA model's"
     return None
 
 

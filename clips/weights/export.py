@@ -42,12 +42,12 @@ from clips.weights.load import load_model, load_native
 from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
 
 TOLERANCE = 1e-4
-"""Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
+"""Largest allowed difference of an L2-normalised fp32 feature between an export and the trained model."""
 FORMATS = ("native", "open_clip", "hf", "hf_vit")
 
 
 class ExportError(Exception):
-    """An export does not give the trained model's features: a defect of this project, not of the user."""
+    """An export does not give the trained model's features, which is a defect of this project, not of the user."""
 
 
 def export_all(
@@ -63,12 +63,12 @@ def export_all(
     samples: int | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Write and check the formats under `directory`; returns each format's largest feature difference.
+    """Write and check all formats under `directory`; return the largest feature difference of each.
 
     Fixed positions are recomputed for `image_size` (default: the configured size), learned positions are resampled.
     `sample_images` [B, 3, S, S] are normalised and of that size. An old export is replaced only when the new one is
     complete and right. `evaluations` and `samples` are for the model cards, see `write_cards`. `checkpoint` is written
-    as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError when a format differs.
+    as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError if a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -126,13 +126,13 @@ Features = tuple[Tensor, ...]
 
 
 def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
-    """Features of `images` [B, 3, S, S] and of texts as ids [T, L]."""
+    """Return the features of `images` [B, 3, S, S] and of texts as `ids` [T, L]."""
     return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
 
 
 @torch.no_grad()
 def native_features(directory: Path, images: Tensor, texts: list[str]) -> Features:
-    """Features by a native export of `images` [B, 3, S, S] and of `texts`, padded to the whole context."""
+    """Return the features that a native export gives for `images` [B, 3, S, S] and `texts`, padded to full context."""
     model, _, tokenizer = load_native(directory)
     text = model.config.text
     ids = tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
@@ -141,7 +141,7 @@ def native_features(directory: Path, images: Tensor, texts: list[str]) -> Featur
 
 @torch.no_grad()
 def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tensor) -> Features:
-    """Features by stock open_clip; `texts` are ids if the directory has no tokenizer."""
+    """Return the features that stock open_clip gives; `texts` are ids if the directory has no tokenizer."""
     import open_clip
 
     source = f"local-dir:{directory}"
@@ -159,7 +159,7 @@ def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer,
 
 
 def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
-    """The first few readable images of `source`, normalised [B, 3, S, S], and their web captions."""
+    """Return up to 8 readable images of `source`, normalised [B, 3, S, S], and their web captions."""
     transform = eval_transform(image_size)
     images: list[Tensor] = []
     texts: list[str] = []
@@ -171,12 +171,12 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
         if len(images) == 8:
             break
     if not images:
-        raise UserError("none of the images can be read on which the export would be checked")
+        raise UserError("the export cannot be checked, because none of the images in the data can be read")
     return torch.stack(images), texts
 
 
 def export_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/export_clips.py does: a trained model in every format that holds it, checked on real images."""
+    """Run scripts/export_clips.py: write a trained model in every format that can hold it, checked on real images."""
     if flags.output:
         check_target(Path(flags.output))
     loaded = load_model(flags.model)
@@ -200,6 +200,6 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     if reason := open_clip_lacks(run.model):
         print(f"{out / 'open_clip'}: not written: {reason}")
     if lacks := clip_model_lacks(run.model):
-        print(f"{out / 'hf'}: not written, for these towers lack a part {lacks}")
+        print(f"{out / 'hf'}: not written: {lacks}")
     print("\nEach README.md has the lines that load its format. Measure them by")
     print(f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}")

@@ -1,7 +1,7 @@
 """Towers of transformers, timm and open_clip as configurations and tensors under this project's names.
 
 LayerScale, a factor for each channel at the end of a branch, goes into `attn.proj` and `mlp.fc2`. A bias that a model
-lacks is zero here. The mean and deviation that a model was trained with go into its patch convolution, since pictures
+lacks is zero here. The mean and deviation that a model was trained with go into its patch convolution, because images
 here are always normalised with ImageNet's. A tower that computes anything else is refused.
 open_clip's directories are read in clips/weights/open_clip.py.
 """
@@ -30,7 +30,7 @@ from clips.weights import layouts
 from clips.weights.layouts import Layout
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
-"""Mean and deviation of red, green and blue, of pictures from 0 to 1."""
+"""Mean and deviation of red, green and blue, for pixel values from 0 to 1."""
 EMBEDDING = "embedding.safetensors"
 """The projection beside an image tower that this project exported."""
 CLIP_VOCABULARY = 49_408
@@ -50,24 +50,24 @@ class NotPlain(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """The parts of a model that this project has; tensors are fp32 and under the names of `CLIPSModel`."""
+    """The parts of a model that this project can use; tensors are fp32 and named as in `CLIPSModel`."""
 
     source: str = ""
-    """As it was asked for."""
+    """The name that the user gave."""
     kind: str
     vision: VisionConfig
     text: TextConfig | None = None
     captioner: CaptionerConfig | None = None
     tokenizer: CaptionTokenizer | None = None
-    """That of `text`."""
+    """The tokenizer of `text`."""
     tokenizer_kind: str = ""
     embed_dim: int | None = None
-    """None: the file has no projections into a space of two towers."""
+    """None if the file has no projections into a space that two towers share."""
     tensors: dict[str, Tensor]
     left_over: dict[str, list[str]] = field(default_factory=dict)
-    """What it is → names in the file."""
+    """Description → names of the tensors in the file that are not used."""
     notes: list[str] = field(default_factory=list)
-    """Changes of the weights on the way, for people."""
+    """Changes that were made to the weights, to be printed."""
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
@@ -92,17 +92,17 @@ class InitialWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainViT:
-    """Shapes: D width · P patch size · N patches · C = 1 with a CLS token, else 0."""
+    """A plain ViT. Shapes: D width · P patch size · N patches · C = 1 with a CLS token, else 0."""
 
     config: VisionConfig
     tensors: Mapping[str, Tensor]
-    """As those of `VisionTower`, with `pos_embed` [C + N, D] always; `norm` may be missing: the identity."""
+    """Named as in `VisionTower`, always with `pos_embed` [C + N, D]; if `norm` is missing, it is the identity."""
     last_block: nn.Module
     """The model's own last block."""
 
 
 def kind_of(directory: Path) -> str | None:
-    """ "open_clip", "transformers" or "timm", by the configuration in `directory`; None if it is none of them."""
+    """Return "open_clip", "transformers" or "timm" by the configuration in `directory`, or None for none of them."""
     if (directory / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         return "open_clip"
     config = read_json(directory / "config.json")
@@ -111,9 +111,9 @@ def kind_of(directory: Path) -> str | None:
 
 
 def read_transformers(directory: Path) -> InitialWeights:
-    """The image tower of a ViT, DINOv2, CLIP or SigLIP; both towers and the temperature of a whole CLIP.
+    """Read the image tower of a ViT, DINOv2, CLIP or SigLIP; of a whole CLIP, both towers and the temperature.
 
-    An image tower that this project exported brings its projection.
+    An image tower that this project exported brings its projection. Raises UserError if no tower here computes it.
     """
     from transformers import AutoConfig
 
@@ -121,7 +121,7 @@ def read_transformers(directory: Path) -> InitialWeights:
 
     kind = read_json(directory / "config.json")["model_type"]
     if kind not in layouts.VISION_LAYOUTS:
-        raise UserError(f"{directory}: {kind!r} maps onto no tower here, but: {', '.join(layouts.VISION_LAYOUTS)}")
+        raise UserError(f"{directory}: {kind!r} cannot be read; these types can: {', '.join(layouts.VISION_LAYOUTS)}")
     with loading("config.json", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
     try:
@@ -140,7 +140,7 @@ def read_transformers(directory: Path) -> InitialWeights:
     if not getattr(config, "qkv_bias", True):
         layout = replace(layout, unbiased=("attn.qkv",))
     tokenizer = _clip_tokenizer(directory, text.vocab_size) if text else None
-    foreign = Source(read_model(directory), directory).whole(
+    foreign = Source(read_model(directory), directory).initial_weights(
         f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, layouts.CLIP_TEXT, tokenizer
     )
     if not (directory / EMBEDDING).is_file():
@@ -151,7 +151,7 @@ def read_transformers(directory: Path) -> InitialWeights:
 
 
 def read_timm(directory: Path) -> InitialWeights:
-    """The image tower of a plain `VisionTransformer`, from a directory as timm saves it or as it is on the hub."""
+    """Read the image tower of a plain `VisionTransformer` from a directory as timm saves it or as it is on the hub."""
     import timm
 
     from clips.common.opening import loading
@@ -165,11 +165,11 @@ def read_timm(directory: Path) -> InitialWeights:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
     normalisation = (stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"])
-    return Source(read_model(directory), directory).whole("timm", vision, layout, normalisation)
+    return Source(read_model(directory), directory).initial_weights("timm", vision, layout, normalisation)
 
 
 def plain_vit(module: Any) -> PlainViT:
-    """An image tower of this project, open_clip or timm; raises NotPlain if it is more than a plain ViT."""
+    """Return an image tower of this project, open_clip or timm. Raises NotPlain if it is more than a plain ViT."""
     if isinstance(module, VisionTower):
         tensors = module.state_dict() | {"pos_embed": module.positions()}
         config = replace(module.config, image_size=module.image_size)
@@ -197,7 +197,7 @@ def _clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
 
 
 def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
-    """The projection [E, D] of `directory`, and what is pooled before it."""
+    """Read the projection [E, D] in `directory`, and how tokens are pooled before it."""
     tensors, metadata = read_safetensors(directory / EMBEDDING)
     pool: Any = metadata["pool"]
     return tensors["proj.weight"], pool
@@ -212,7 +212,7 @@ class Source:
         self.taken: set[str] = set()
 
     def take(self, names: Mapping[str, tuple[str, ...]], prefix: str = "") -> dict[str, Tensor]:
-        """Copies in fp32 under the names here; UserError lists the names that are missing."""
+        """Return fp32 copies under the names here. Raises UserError with the names that are missing."""
         if not any(name.startswith(prefix) for name in self.weights):
             prefix = ""
         required = {prefix + name for parts in names.values() for name in parts}
@@ -225,7 +225,7 @@ class Source:
             tensors[ours] = copies[0] if len(copies) == 1 else torch.cat(copies)
         return tensors
 
-    def whole(
+    def initial_weights(
         self,
         kind: str,
         vision: VisionConfig,
@@ -235,11 +235,11 @@ class Source:
         text_layout: Layout = layouts.CLIP_TEXT,
         tokenizer: CaptionTokenizer | None = None,
     ) -> InitialWeights:
-        """All that this project has of a model; `normalisation` is that of the pictures it was trained with."""
+        """Return all parts of a model that this project can use; `normalisation` is that of its training images."""
         tower, notes = self.tower(vision, layout)
         if fold_normalisation(tower, vision, normalisation):
             mean = ", ".join(f"{value:.3g}" for value in normalisation[0])
-            notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
+            notes.append(f"mean ({mean}) and deviation of its images folded into the patch convolution")
         tensors = {f"visual.{name}": tensor for name, tensor in tower.items()}
         if text is not None:
             tensors |= {f"text.{name}": tensor for name, tensor in self.tower(text, text_layout)[0].items()}
@@ -260,12 +260,12 @@ class Source:
         )
 
     def tower(self, config: VisionConfig | TextConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors of a tower, all but its projection, and notes on what was done to them."""
+        """Return the tensors of a tower without its projection, and notes on how they were changed."""
         absent: tuple[str, ...] = ()
         if isinstance(config, VisionConfig):
             has = {"cls_token": config.cls, "pre_norm": config.pre_norm, "patch_embed.bias": config.patch_bias}
-            absent = tuple(name for name, is_there in has.items() if not is_there)
-        names = {n: theirs for n, theirs in layout.names(config.layers).items() if not n.startswith(absent)}
+            absent = tuple(name for name, is_present in has.items() if not is_present)
+        names = {n: other for n, other in layout.names(config.layers).items() if not n.startswith(absent)}
         tensors = self.take(names, layout.prefix)
         notes = []
 
@@ -277,9 +277,9 @@ class Source:
             notes.append("queries, keys and values have no bias there: here it begins at zero")
 
         scales = {
-            f"blocks.{i}.{ours}": (f"{layout.blocks}.{i}.{theirs}",)
+            f"blocks.{i}.{ours}": (f"{layout.blocks}.{i}.{other}",)
             for i in range(config.layers)
-            for ours, theirs in layout.scales.items()
+            for ours, other in layout.scales.items()
         }
         if any(scale in self.weights or layout.prefix + scale in self.weights for (scale,) in scales.values()):
             for module, scale in self.take(scales, layout.prefix).items():
@@ -296,7 +296,7 @@ class Source:
         return tensors, notes
 
     def left_over(self, layout: Layout) -> dict[str, list[str]]:
-        """The names that were not taken, by what they are; UserError lists names that no rule explains."""
+        """Return the names that were not taken, grouped by what they are. Raises UserError for unknown names."""
         groups: dict[str, list[str]] = {}
         for name in sorted(self.weights.keys() - self.taken):
             inner = name.removeprefix(layout.prefix)
@@ -304,15 +304,15 @@ class Source:
             groups.setdefault(what, []).append(name)
         if unknown := groups.get(""):
             shapes = [f"{name} {tuple(self.weights[name].shape)}" for name in unknown]
-            raise UserError(f"the weights in {self.place} hold what has no place here: {listed(shapes)}")
+            raise UserError(f"the weights in {self.place} hold tensors that no tower here has: {listed(shapes)}")
         return groups
 
 
 def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, normalisation: Normalisation) -> bool:
-    """Change a patch convolution for pictures of this `normalisation` into one for ImageNet's mean and deviation.
+    """Change a patch convolution for images of this `normalisation` into one for ImageNet's mean and deviation.
 
     w·(x - m₁)/s₁ is, in terms of y = (x - m₂)/s₂, (w s₂/s₁)·y + w·(m₂ - m₁)/s₁. The constant goes into the bias. If
-    there is no bias, it goes into the patches' positions, which is the same sum. Returns whether the two differ.
+    there is no bias, it goes into the patches' positions, which gives the same sum. Return False if nothing differs.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalisation)
     our_mean, our_std = (torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -329,9 +329,9 @@ def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, normali
 
 
 def positions_with_bias(positions: Tensor, bias: Tensor | None, prefix_tokens: int) -> Tensor:
-    """`positions` [C + N, D] with the patch convolution's `bias` [D], if there is one, added to the patches' rows.
+    """Return `positions` [C + N, D] with the patch convolution's `bias` [D], if any, added to the rows of the patches.
 
-    For classes whose patch convolution has no bias: it is the same sum.
+    A class whose patch convolution has no bias then computes the same sum.
     """
     table = positions.detach().clone()
     if bias is not None:
@@ -344,7 +344,7 @@ def _vision_config(stock: Any, kind: str) -> VisionConfig:
     is_clip = kind.startswith("clip")
     is_siglip = kind.startswith("siglip")
     require(not getattr(stock, "use_swiglu_ffn", False), "its MLPs are gated (SwiGLU)")
-    require(stock.num_channels == 3, f"it takes pictures of {stock.num_channels} channels")
+    require(stock.num_channels == 3, f"it takes images of {stock.num_channels} channels")
     return VisionConfig(
         **_same_fields(stock),
         image_size=_side(stock.image_size),
@@ -372,7 +372,7 @@ def _same_fields(stock: Any) -> dict[str, Any]:
 
 
 def _normalisation(directory: Path, kind: str) -> Normalisation:
-    """How a transformers model's pictures are normalised: as its image processor says, else as is usual."""
+    """Return the normalisation of a transformers model: that of its image processor, else the usual one of its kind."""
     processor = read_json(directory / "preprocessor_config.json")
     processor = processor or read_json(directory / "processor_config.json").get("image_processor", {})
     mean, std = NORMALISED[next(name for name in NORMALISED if kind.startswith(name))]
@@ -380,9 +380,9 @@ def _normalisation(directory: Path, kind: str) -> Normalisation:
 
 
 def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
-    """The settings and names of timm's `VisionTransformer`; raises NotPlain if it is more than a plain ViT.
+    """Return the settings and names of timm's `VisionTransformer`. Raises NotPlain if it is more than a plain ViT.
 
-    The settings are read off the modules, so a model on the "meta" device will do.
+    The settings are read off the modules, so a model on the "meta" device is enough.
     """
     kind = type(model).__name__
     require(kind == "VisionTransformer", f"it is a {kind}, not a plain VisionTransformer")
@@ -402,7 +402,7 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
         pool="cls" if has_cls and model.global_pool == "token" else "mean",
     )
 
-    modules = {ours: theirs for ours, theirs in layouts.TIMM.modules.items() if ours != "norm"}
+    modules = {ours: other for ours, other in layouts.TIMM.modules.items() if ours != "norm"}
     for name in ("fc_norm", "norm"):
         if isinstance(getattr(model, name), nn.LayerNorm):
             modules["norm"] = name
@@ -411,7 +411,7 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
 
 
 def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
-    """The settings and names of open_clip's own image tower; raises NotPlain if it is more than a plain ViT."""
+    """Return the settings and names of open_clip's own image tower. Raises NotPlain if it is more than a plain ViT."""
     require(type(visual).__name__ == "VisionTransformer", f"its image tower is a {type(visual).__name__}, not a ViT")
     config = VisionConfig(
         **_block_fields(visual.transformer.resblocks, layouts.OPEN_CLIP_VISION),
@@ -429,7 +429,7 @@ def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
 
 
 def open_clip_text(text: Any) -> TextConfig:
-    """The settings of open_clip's own text tower; raises NotPlain if it is more than a plain transformer."""
+    """Return the settings of open_clip's own text tower. Raises NotPlain if it is more than a plain transformer."""
     has_cls = text.cls_emb is not None
     require(has_cls or text.pool_type in ("last", "argmax", "eos"), f"it reads a text by pool_type {text.pool_type!r}")
     return TextConfig(
@@ -471,7 +471,7 @@ def _activation(module: nn.Module) -> Activation:
 def _side(size: int | Sequence[int]) -> int:
     """The side of a square in pixels; raises NotPlain for other shapes."""
     height, width = (size, size) if isinstance(size, int) else size
-    require(height == width, f"its pictures or patches are {height} × {width} pixels, which is not square")
+    require(height == width, f"its images or patches are {height} × {width} pixels, which is not square")
     return int(height)
 
 

@@ -24,20 +24,20 @@ from clips.weights.layouts import CLIP_TEXT
 from clips.weights.open_clip import logit_scale_parameter
 
 OLD_EOS = 2
-"""With this id of eos, CLIPModel reads a text at its largest id instead."""
+"""If eos has this id, CLIPModel reads a text at its largest id instead."""
 
 
 def clip_model_lacks(config: ModelConfig) -> str | None:
-    """Why transformers' CLIPModel does not compute this model, and the switch for it; None if it does."""
+    """Return why transformers' CLIPModel does not compute this model and how to train one that it does, else None."""
     vision, text = config.vision, config.text
     parts = {
-        "it has a LayerNorm before the image tower's blocks (vision.pre_norm=true)": vision.pre_norm,
-        "it reads an image off its CLS token (vision.pool=cls)": vision.cls and vision.pool == "cls",
-        "it reads a text at its eos (text.pool=eos)": text.pool == "eos",
-        "each word sees only the words before it (text.causal=true)": text.causal,
+        "a LayerNorm before the image tower's blocks (vision.pre_norm=true)": vision.pre_norm,
+        "images that are read off a CLS token (vision.pool=cls)": vision.cls and vision.pool == "cls",
+        "texts that are read at their eos (text.pool=eos)": text.pool == "eos",
+        "words that see only the words before them (text.causal=true)": text.causal,
     }
-    lacks = [part for part, is_there in parts.items() if not is_there]
-    return f"of CLIPModel: {'; '.join(lacks)}. `--tower clip_model` trains such towers" if lacks else None
+    lacks = [part for part, is_present in parts.items() if not is_present]
+    return f"CLIPModel needs {'; '.join(lacks)}. `--tower clip_model` trains such towers" if lacks else None
 
 
 def write_hf_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
@@ -49,10 +49,10 @@ def write_hf_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Pat
     towards = (
         {OLD_EOS: tokenizer.vocab_size - 1, tokenizer.vocab_size - 1: OLD_EOS} if tokenizer.eos_id == OLD_EOS else {}
     )
-    own = {name.removeprefix("text."): tensor for name, tensor in state.items() if name.startswith("text.")}
-    own["token_embed.weight"] = _moved(own["token_embed.weight"], towards)
-    tensors |= CLIP_TEXT.write(own, text.layers)
-    tensors |= {"visual_projection.weight": state["visual.proj.weight"], "text_projection.weight": own["proj.weight"]}
+    tower = {name.removeprefix("text."): tensor for name, tensor in state.items() if name.startswith("text.")}
+    tower["token_embed.weight"] = _moved(tower["token_embed.weight"], towards)
+    tensors |= CLIP_TEXT.write(tower, text.layers)
+    tensors |= {"visual_projection.weight": state["visual.proj.weight"], "text_projection.weight": tower["proj.weight"]}
     tensors["logit_scale"] = logit_scale_parameter(model)
     settings: dict[str, Any] = {
         **stock_fields(text),
@@ -105,9 +105,9 @@ def _exchange(file: Path, towards: dict[int, int]) -> None:
 
 @torch.no_grad()
 def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """By stock transformers: normalised features of images [B, 3, S, S] and texts, the logarithm of the temperature.
+    """Return features of images [B, 3, S, S] and texts, L2-normalised, and the log temperature by stock transformers.
 
-    Texts are cleaned as training cleans them, since transformers unescapes no HTML.
+    Texts are cleaned as in training, because transformers does not unescape HTML.
     """
     from transformers import AutoTokenizer, CLIPModel
 

@@ -26,21 +26,21 @@ from clips.weights.layouts import ACTIVATIONS, VISION_LAYOUTS
 
 
 def stock_fields(tower: VisionConfig | TextConfig) -> dict[str, Any]:
-    """A tower's blocks under the names of transformers' configurations."""
+    """Return the settings of a tower's blocks under the names of transformers' configurations."""
     return {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
         "intermediate_size": int(tower.width * tower.mlp_ratio),
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == tower.activation),
+        "hidden_act": next(other for other, ours in ACTIVATIONS.items() if ours == tower.activation),
         "layer_norm_eps": tower.norm_eps,
     }
 
 
 def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
-    """The class of transformers that computes `plain`, its configuration, and its tensors.
+    """Return the class of transformers that computes `plain`, its configuration and its tensors.
 
-    Names are those of the files on the hub, which every release of transformers reads.
+    Tensors are named as in the files on the hub, which every release of transformers reads.
     """
     import transformers
 
@@ -57,7 +57,7 @@ def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
         tensors.setdefault("patch_embed.bias", torch.zeros(width))  # both classes always have one
         if name == "ViTModel":
             config = transformers.ViTConfig(**common)
-            # The class keeps both with the batch's axis in front.
+            # The class keeps both with a leading batch axis.
             tensors |= {"cls_token": tensors["cls_token"][None, None], "pos_embed": tensors["pos_embed"][None]}
         else:
             config = transformers.SiglipVisionConfig(**common, vision_use_head=False)
@@ -92,10 +92,10 @@ def write_hf_vit(tower: VisionTower, directory: Path) -> None:
 
 
 def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tensor, Tensor]:
-    """Load `hf_vit` with stock transformers: (tokens before the final norm [B, C + N, D], embedding [B, E]).
+    """Load `hf_vit` with stock transformers; return (tokens before the final norm [B, C + N, D], embedding [B, E]).
 
-    The embedding is not normalised, and pooled as the projection's file says. Without a projection it is pooled by
-    `pool`. Raises UserError when a tensor was not taken.
+    The embedding is not normalised. It is pooled as the projection's file says, or by `pool` if there is no such file.
+    Raises UserError if a tensor was not loaded.
     """
     tokens, norm = hf_tokens(directory, images)
     weight = None
@@ -107,7 +107,7 @@ def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tenso
 
 
 def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
-    """What stock transformers gives before the final LayerNorm, [B, C + N, D], and that LayerNorm."""
+    """Return the tokens [B, C + N, D] of stock transformers before the final LayerNorm, and that LayerNorm."""
     import transformers
 
     from clips.common.opening import loading

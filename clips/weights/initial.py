@@ -1,7 +1,7 @@
 """The weights that a run begins with (`--init-from`): the parts that they bring, and the parts that are new.
 
-Weights alone are taken: no optimizer state, no step. A part in the file brings its architecture, and the text tower its
-tokenizer too; the recipe gives all others. init_from.json in the run directory keeps this for resuming.
+Only weights are taken, no optimizer state and no step. A part in the file brings its architecture, and the text tower
+its tokenizer too; the recipe defines all other parts. init_from.json in the run directory records this for resuming.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from clips.weights.foreign import InitialWeights, kind_of
 from clips.weights.load import READERS, LoadedModel, load_model
 
 FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING_FIELDS.items()))
-"""Fields that the recipe or `--set` may change; positions are made or resampled for an image size."""
+"""Fields that the recipe or `--set` may change. Positions are recomputed or resampled for another image size."""
 
 
 def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
-    """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
+    """Read the weights of a run, an export, an open_clip or official checkpoint, or a model of transformers or timm.
 
     `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME.
     """
@@ -54,15 +54,15 @@ def read_initial(name: str, what: str = "--init-from") -> InitialWeights:
 
 
 def _check_sizes(weights: InitialWeights, directory: Path) -> None:
-    """Raise UserError as `check_fits`: the run would build a model of these sizes."""
+    """Raise UserError as `check_fits` does, before the run builds a model of these sizes."""
     with torch.device("meta"):
         towers: dict[str, nn.Module] = {"visual.": VisionTower(weights.vision, 0)}
         if weights.text is not None:
             towers["text."] = TextTower(weights.text, 0, 0)
     for start, tower in towers.items():
-        own = {n.removeprefix(start): t for n, t in weights.tensors.items() if n.startswith(start)}
-        own.pop("proj.weight", None)
-        check_fits(tower, own, directory)
+        tensors = {n.removeprefix(start): t for n, t in weights.tensors.items() if n.startswith(start)}
+        tensors.pop("proj.weight", None)
+        check_fits(tower, tensors, directory)
 
 
 def _of_loaded(name: str, loaded: LoadedModel) -> InitialWeights:
@@ -75,12 +75,12 @@ def _of_loaded(name: str, loaded: LoadedModel) -> InitialWeights:
 
 
 def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
-    """UserError listing where `run` asks for another architecture than that of the weights."""
+    """Raise UserError with the fields in which `run` asks for another architecture than that of the weights."""
     changes = []
     for path, value in initial.architecture.items():
-        own = _at(run, path)
-        if path != "model.captioner" or own:  # it may be left out
-            changes += rundir.difference({path: value}, {path: own})
+        asked = _at(run, path)
+        if path != "model.captioner" or asked:  # a run may do without the captioner
+            changes += rundir.difference({path: value}, {path: asked})
     rundir.refuse(
         [line for line in changes if not line.startswith(FREE)],
         f"--set asks for another architecture than that of the weights in --init-from {initial.source}",
@@ -97,21 +97,21 @@ def _at(run: RunConfig, path: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """The origin of each part of a run's model; for people, and as init_from.json for resuming."""
+    """The origin of each part of a run's model, which is printed, and saved as init_from.json for resuming."""
 
     source: str
     kind: str
     sha256: str
     architecture: dict[str, Any]
     given: dict[str, int]
-    """Part → its parameters that came from the file."""
+    """Part → number of its parameters that came from the file."""
     new: dict[str, int]
-    """Part → its parameters that begin as the recipe initialises them."""
+    """Part → number of its parameters that the recipe initialises."""
     left_over: dict[str, list[str]]
     notes: list[str]
 
     def table(self, run: RunConfig) -> Table:
-        """For the terminal, with what differs from the recipe of `run`."""
+        """Return a table for the terminal, which also shows what differs from the recipe of `run`."""
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
         rows = [(p, f"{self.given.get(p, 0):,}", f"{self.new.get(p, 0):,}") for p in self.given | self.new]
         rows += [("on the way", note, "") for note in self.notes]
@@ -132,11 +132,11 @@ PARTS = {
     "captioner": ("captioner.",),
     "temperature": ("logit_scale",),
 }
-"""Part of a model → first letters of its tensors; of two that fit the later one holds."""
+"""Part of a model → prefixes of its tensors' names; if two parts match a name, the later one counts."""
 
 
 def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
-    """Put the weights into `model`; its other parts stay as they are."""
+    """Load the weights into `model`, whose other parts stay as they are, and return the origin of each part."""
     tensors = dict(initial.tensors)
     left_over = dict(initial.left_over)
     notes = list(initial.notes)
@@ -147,11 +147,11 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
         tensors["visual.pos_embed"] = resample_positions(tensors["visual.pos_embed"], grid, vision.prefix_tokens)
         notes.append(f"positions resampled from {image_size} px to {vision.image_size} px")
 
-    own = model.state_dict()
-    for part, starts in PARTS.items():  # what the run has not at all
-        unused = [name for name in tensors if name.startswith(starts) and name not in own]
-        if unused and not any(name.startswith(starts) for name in own):
-            left_over[f"{part}, which this run has not"] = unused
+    state = model.state_dict()
+    for part, starts in PARTS.items():  # parts that the run lacks altogether
+        unused = [name for name in tensors if name.startswith(starts) and name not in state]
+        if unused and not any(name.startswith(starts) for name in state):
+            left_over[f"{part}, which this run does not have"] = unused
             tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
 
     may_be_new = []
@@ -161,7 +161,7 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
         may_be_new.append("text.")
     if "logit_scale" not in initial.tensors:
         may_be_new += ["text.proj.", "visual.proj.", "logit_scale"]
-    new = {name: own[name] for name in own if name not in tensors and name.startswith(tuple(may_be_new))}
+    new = {name: state[name] for name in state if name not in tensors and name.startswith(tuple(may_be_new))}
     assign_weights(model, tensors | new, initial.source)
     return Beginning(
         source=initial.source, kind=initial.kind, sha256=initial.sha256, architecture=initial.architecture,

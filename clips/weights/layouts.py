@@ -10,20 +10,20 @@ from torch import Tensor
 from clips.config import Activation
 
 QKV = ("attn.q", "attn.k", "attn.v")
-"""Formats with separate matrices of queries, keys and values: they are joined here, in this order."""
+"""Formats with separate query, key and value matrices are joined here in this order."""
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 PAIR = {
     "visual.proj.weight": ("visual_projection.weight",),
     "text.proj.weight": ("text_projection.weight",),
     "logit_scale": ("logit_scale",),
 }
-"""transformers' tensors of a whole CLIP outside its towers."""
+"""Tensors of a whole CLIP outside its towers, under transformers' names."""
 OPEN_CLIP_PAIR = {
     "visual.proj.weight": ("visual.proj",),
     "text.proj.weight": ("text.text_projection",),
     "logit_scale": ("logit_scale",),
 }
-"""open_clip's, where the projections are transposed."""
+"""The same tensors under open_clip's names, where the projections are transposed."""
 POSITION_IDS = {
     "embeddings.position_ids": "the numbers 0, 1, 2, …",
     "text_model.embeddings.position_ids": "the numbers 0, 1, 2, …",
@@ -46,19 +46,19 @@ class Layout:
     scales: Mapping[str, str] = field(default_factory=dict)
     """Module inside a block → the LayerScale behind it, which is folded into the module here."""
     left_over: Mapping[str, str] = field(default_factory=dict)
-    """First letters of names that no tower here has → what they are."""
+    """Prefixes of names that no tower here has → what they are."""
     unbiased: tuple[str, ...] = ()
     """Modules of a block that have no bias there."""
 
     def names(self, layers: int) -> dict[str, tuple[str, ...]]:
-        """Tensor here → the tensors there that it consists of, one after the other."""
-        modules: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.modules.items()}
+        """Return the format's tensors, one after the other, of which each tensor here consists."""
+        modules: dict[str, tuple[str, ...]] = {ours: (other,) for ours, other in self.modules.items()}
         for i in range(layers):
-            for ours, theirs in self.block.items():
+            for ours, other in self.block.items():
                 name = f"blocks.{i}." + ("attn.qkv" if ours in QKV else ours)
-                modules[name] = (*modules.get(name, ()), f"{self.blocks}.{i}.{theirs}")
+                modules[name] = (*modules.get(name, ()), f"{self.blocks}.{i}.{other}")
 
-        tensors: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.tensors.items()}
+        tensors: dict[str, tuple[str, ...]] = {ours: (other,) for ours, other in self.tensors.items()}
         for ours, parts in modules.items():
             for kind in ("weight",) if ours.endswith(self.unbiased) else ("weight", "bias"):
                 # "attn.in_proj_" of torch's MultiheadAttention is no module: its tensor is attn.in_proj_weight.
@@ -66,12 +66,12 @@ class Layout:
         return tensors
 
     def write(self, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-        """`tensors` of a tower under the names there, without those that the format has no name for."""
+        """Return the `tensors` of a tower under the format's names, without those that have no name there."""
         return {
-            self.prefix + theirs: part
+            self.prefix + other: part
             for ours, names in self.names(layers).items()
             if ours in tensors
-            for theirs, part in zip(names, tensors[ours].chunk(len(names)), strict=True)
+            for other, part in zip(names, tensors[ours].chunk(len(names)), strict=True)
         }
 
 

@@ -35,7 +35,7 @@ READERS = {"open_clip": read_open_clip, "transformers": read_transformers, "timm
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
-    """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
+    """Load the model (eval mode, fp32, CPU), its run configuration and tokenizer. Raises UserError if they disagree."""
     directory = Path(directory)
     run = RunConfig.load(directory / "config.json")
     check_layers(run.to_dict(), directory)
@@ -53,23 +53,23 @@ class LoadedModel:
     run: RunConfig
     tokenizer: CaptionTokenizer
     path: Path
-    """The directory that was asked for, or found, or of the hub's cache."""
+    """The directory that was given or found, or the one in the hub's cache."""
     home: Path
     """The directory for results: `path`; the run of a checkpoint; runs/OWNER--NAME for a model of the hub."""
     samples: int | None = None
-    """How many training samples the weights have seen, if known."""
+    """Number of training samples that the weights have seen, if known."""
     checkpoint: dict[str, Any] | None = None
-    """Which checkpoint of a run the weights are (`clips.common.rundir.weights_of`), if known."""
+    """The checkpoint of a run that the weights come from (`clips.common.rundir.weights_of`), if known."""
     is_checkpoint: bool = False
-    """Whether `path` is a checkpoint rather than a run, an export or another model."""
+    """True if `path` is a checkpoint rather than a run, an export or another model."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
-    Official checkpoints of CLIPS and OpenVision have open_clip's format. A whole CLIP of transformers is read too. A
-    run gives its export, or its newest checkpoint if that is newer or there is no export yet. checkpoints/step-N of a
-    run gives that checkpoint.
+    Official checkpoints of CLIPS and OpenVision have open_clip's format. A whole CLIP of transformers is read too. Of a
+    run, the export is loaded, or the newest checkpoint if that is newer or there is no export yet; checkpoints/step-N
+    names one checkpoint.
     """
     if path is None:
         path = _newest_run(Path(runs))
@@ -90,7 +90,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
 
 
 Loaded = tuple[CLIPSModel, RunConfig, CaptionTokenizer, dict[str, Any] | None]
-"""Model, configuration, tokenizer, and which checkpoint the weights are, if known."""
+"""Model, configuration, tokenizer, and the checkpoint that the weights come from, if known."""
 
 
 def _load(path: Path) -> Loaded:
@@ -120,7 +120,7 @@ def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
 
 
 def _load_foreign(directory: Path, kind: str) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
-    """A whole CLIP of another library; UserError if it has no text tower."""
+    """Load a whole CLIP of another library. Raises UserError if it has no text tower."""
     foreign = READERS[kind](directory)
     if foreign.text is None or foreign.tokenizer is None or foreign.embed_dim is None:
         train = f"python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}"
@@ -157,14 +157,14 @@ def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
 
 
 def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
-    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
+    """Return the newest export directory under `runs` of a run whose `task.objective` is `objective`."""
     dated = []
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"
         try:
             trained = from_json(read_bytes(run_config))["task"]["objective"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # not a finished run of this project; the error below says what is looked for
+            continue  # not a finished run of this project; the error below says what is needed
         if trained == objective and not is_debug(run_config.parent):
             dated.append((config.stat().st_mtime, config.parents[1]))
     if not dated:

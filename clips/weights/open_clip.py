@@ -1,7 +1,7 @@
-"""Both towers under the names of open_clip, both ways: any CLIP of plain transformers that it has a class for.
+"""Read and write both towers in open_clip's format: any CLIP of plain transformers that open_clip has a class for.
 
 open_clip's patch convolution has no bias. Ours, if there is one (`vision.patch_bias`), is added to the positions of the
-patch tokens, which is the same sum. For padding see clips/model/text.py and `open_clip_config`.
+patch tokens, which gives the same sum. For padding see clips/model/text.py and `open_clip_config`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from clips.weights.foreign import (
 from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
 
 POSITION_TOLERANCE = 1e-4
-"""How far positions in fp32 may be from a sin-cos table plus a constant to count as that."""
+"""Largest distance in fp32 at which positions count as a sin-cos table plus a constant."""
 NO_PATCH_BIAS = 1e-5
-"""Up to here that constant is the rounding of a table that was computed in fp32, and no patch bias."""
+"""Up to this size the constant is the rounding error of a table computed in fp32, not a patch bias."""
 CLIPA_CONTEXT = 32
-"""Slots of CLIPA's text towers, by which alone their configurations differ from those of CLIPS."""
+"""Context length of CLIPA's text towers, the only difference of their configurations from those of CLIPS."""
 BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
 """Values of `hf_tokenizer_name` that mean this project's BERT tokenizer."""
 VISION_FIELDS = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
@@ -55,33 +55,33 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 
 
 def logit_scale_parameter(model: CLIPSModel) -> Tensor:
-    """The temperature as training uses it (at most MAX_LOGIT_SCALE), a scalar as open_clip keeps it."""
+    """Return the temperature as training uses it (at most MAX_LOGIT_SCALE), as the scalar that open_clip stores."""
     return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
 
 
 def has_cls_parameter(text: TextConfig) -> bool:
-    """Whether the CLS of a text is a parameter there (`embed_cls`), and no token."""
+    """Return True if the CLS of a text is a parameter in open_clip (`embed_cls`), not a token."""
     return text.pool == "cls" and text.pad_mask
 
 
 def open_clip_lacks(config: ModelConfig) -> str | None:
-    """Why no class of open_clip computes this model; None if one does."""
+    """Return why no class of open_clip computes this model, or None if one does."""
     vision, text = config.vision, config.text
     if not vision.cls:
         return "open_clip's own image tower always has a CLS token, this one has none (vision.cls=false)"
     if (vision.activation == "quick_gelu") != (text.activation == "quick_gelu"):
-        return f"quick_gelu is one switch for both towers there, here {vision.activation} and {text.activation}"
+        return f"open_clip has one quick_gelu for both towers; these have {vision.activation} and {text.activation}"
     if text.pool == "eos" and text.pad_mask and not text.causal:
         return "open_clip masks padding only beside a CLS slot or a causal mask (text.pad_mask, text.pool=eos)"
     return None
 
 
 def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """The content of open_clip_config.json; `open_clip_lacks` must be None.
+    """Return the content of open_clip_config.json; `open_clip_lacks` must be None.
 
     Text with a CLS and without padding mask is open_clip's own CLIPS layout (`tokenizer_mode="clips"`, CLS as a token
     in the last slot). With padding mask it is `embed_cls`: CLS is a parameter appended after `context_length − 1`
-    ordinary slots, and open_clip masks padding as clips/model/text.py does. Without CLS it is read at its eos.
+    ordinary slots, and open_clip masks padding as clips/model/text.py does. Without CLS a text is read at its eos.
     """
     vision, text = config.vision, config.text
     stock: dict[str, Any] = {
@@ -132,7 +132,7 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
 
 
 def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
-    """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
+    """Write both towers for stock open_clip (≥ 3.3), which has no place for the captioner."""
     visual, text = dict(plain_vit(model.visual).tensors), model.text.state_dict()
     bias = visual.pop("patch_embed.bias", None)
     visual["pos_embed"] = positions_with_bias(visual["pos_embed"], bias, model.config.vision.prefix_tokens)
@@ -155,7 +155,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     """Read a checkpoint in open_clip's format: an export, an official checkpoint, any plain model of open_clip.
 
     Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. Tokenizer files may be
-    missing if the configuration names BERT's, or none: CLIP's. Raises UserError as `read_transformers` does.
+    missing if the configuration names BERT's, or none, which means CLIP's. Raises UserError as `read_transformers`.
     """
     config = read_open_clip_config(directory)
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
@@ -172,7 +172,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     source = Source(weights, files[0])
     if has_cls_parameter(config.text):
         cls_embedding = source.take({"cls": ("text.cls_emb",)})["cls"]
-    foreign = source.whole(
+    foreign = source.initial_weights(
         "open_clip", config.vision, OPEN_CLIP_VISION, normalisation, config.text, OPEN_CLIP_TEXT, tokenizer
     )
     if has_cls_parameter(config.text):
@@ -181,13 +181,13 @@ def read_open_clip(directory: Path) -> InitialWeights:
 
 
 def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -> InitialWeights:
-    """The model with its fixed table [1 + N, D] and patch bias in place of learned positions, if they are that."""
+    """Replace learned positions by a fixed table [1 + N, D] and a patch bias, if that is what they are."""
     vision, tensors = foreign.vision, dict(foreign.tensors)
     positions = tensors.pop("visual.pos_embed")
     shape = (1 + vision.tokens(), vision.width)
     if positions.shape != shape:
         raise UserError(f"{path}: positional_embedding is {tuple(positions.shape)}, by image_size it would be {shape}")
-    # What a value of this size is rounded by in the file: up to 5e-4 in fp16, 4e-3 in bf16.
+    # The rounding error of a value of this size in the file: up to 5e-4 in fp16, 4e-3 in bf16.
     rounding = torch.finfo(stored.dtype).eps * stored.abs().max().item()
     fits: list[tuple[float, Any, Any]] = []
     for table in typing.get_args(PositionTable) if vision.width % 4 == 0 else ():
@@ -199,7 +199,7 @@ def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -
     if not distance <= max(POSITION_TOLERANCE, rounding):
         return foreign
     tensors["visual.cls_token"] += positions[0]  # the tables' first row is zero
-    # A constant that the pictures' normalisation put there is no rounding.
+    # A constant that comes from folding the normalisation is not a rounding error.
     least = max(NO_PATCH_BIAS, rounding) if torch.equal(positions, stored.float()) else 0
     has_bias = bias.abs().max().item() > least
     if has_bias:
@@ -210,7 +210,7 @@ def _with_fixed_positions(foreign: InitialWeights, stored: Tensor, path: Path) -
 
 
 def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer:
-    """The tokenizer in `directory`, or CLIP's or BERT's if the configuration means those and brings no files."""
+    """Return the tokenizer in `directory`, or CLIP's or BERT's if the configuration means those without files."""
     text = read_json(directory / "open_clip_config.json")["model_cfg"]["text_cfg"]
     name = text.get("hf_tokenizer_name")
     has_files = any((directory / file).is_file() for file in ("tokenizer.json", "vocab.txt"))
@@ -229,9 +229,9 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
 
 
 def read_open_clip_config(directory: Path) -> ModelConfig:
-    """The model in `directory`/open_clip_config.json, read off open_clip's own without weights.
+    """Return the configuration of the model in `directory`, as open_clip builds it from its JSON file without weights.
 
-    Only `read_open_clip` finds out which positions are fixed, and `patch_bias`.
+    Only `read_open_clip` can tell whether positions are fixed, and what `patch_bias` is.
     """
     path = directory / "open_clip_config.json"
     with loading("open_clip", directory):
@@ -254,7 +254,7 @@ def _model_config(stock: dict[str, Any]) -> ModelConfig:
     require(set(kwargs) <= ({"strip_sep_token"} if is_clips else set()), f"tokenizer_kwargs is {kwargs}")
     if is_clips:
         if "tokenizer_mode" not in text and text.get("context_length") == CLIPA_CONTEXT:
-            raise UserError(f"CLIPA (context_length {CLIPA_CONTEXT}, no tokenizer_mode) lays texts out otherwise")
+            raise UserError(f"CLIPA (context_length {CLIPA_CONTEXT}, no tokenizer_mode) lays texts out differently")
         # Files converted from the JAX original of CLIPS leave eps and the kind of GELU at open_clip's defaults,
         # although theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
         for part in (vision, text):

@@ -168,7 +168,7 @@ def save_model(
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
-    The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.whole`.
+    The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
 
     `card` holds the lines of the model card in order ("Vision encoder" → …, "Stage 1 data" → …), and `base_model` is
     the hub id of the language model, if it has one. The file FACTS tells programs about `vision` and `trained_on`, a

@@ -1,4 +1,4 @@
-"""The flags of scripts/train_llava.sh: LLaVA's own names, and their values if a command leaves them out."""
+"""The flags of scripts/train_llava.sh, which have LLaVA's own names, and their defaults."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HELP = (
 
 
 def flag(default: Any, text: str, *aliases: str) -> Any:
-    """A flag that keeps its underscores; a * at the end of `text` stands for "the default depends on the stage"."""
+    """Declare a flag that keeps its underscores; a * at the end of `text` means "the default depends on the stage"."""
     shown = text.removesuffix("*") + (" (default: the stage's)" if text.endswith("*") else "")
     return option(default, shown, *aliases, underscores=True)
 
 
 def usual(name: str, text: str) -> Any:
-    """A flag with one default for both stages, which `resolve` fills in."""
+    """Declare a flag with one default for both stages, which `resolve` fills in."""
     return flag(None, f"{text} (default: {DEFAULTS['both'][name]})")
 
 
@@ -54,14 +54,14 @@ class TrainArguments:
     )
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL, or captions as in pretraining (default: the demo data)")
-    image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")
+    image_folder: str | None = flag(None, "folder or uncompressed tar of the images")
     fields: tuple[str, ...] | None = flag(None, "captions: as in pretraining (default: the encoder's, or guessed)")
-    karpathy: str | None = flag(None, "captions of COCO or Flickr by A. Karpathy's JSON, as in pretraining")
-    test_data: str | None = flag(None, "captions that a model of captions is measured on (default: a share held out)")
-    held_out: float = flag(0.05, "captions: share of the images, at most 1,000, that does not train")
+    karpathy: str | None = flag(None, "captions of COCO or Flickr with the splits of A. Karpathy's JSON file")
+    test_data: str | None = flag(None, "captions to measure a model of captions on (default: a share held out)")
+    held_out: float = flag(0.05, "captions: share of the images to hold out of training, at most 1,000")
     small: bool = flag(False, "the demo's rates, batches, steps and layers for other data: minutes on a CPU")
     on_bad_sample: Literal["error", "skip"] = flag(
-        "error", "samples that cannot be trained on: refuse the set, or leave them out and list them in skipped.jsonl"
+        "error", "samples that cannot be trained on: refuse the set, or skip them and list them in skipped.jsonl"
     )
     version: str = flag(None, "conversation format: plain, v1, llama_3, chatml, auto, or LLaVA's other names*")
     pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (default: in stage 2 that of stage 1)")
@@ -72,7 +72,7 @@ class TrainArguments:
     mm_vision_select_layer: int = usual("mm_vision_select_layer", "hidden state of the encoder that the projector sees")
     mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")
     image_aspect_ratio: Literal["square", "pad", "anyres"] = flag(
-        None, "square: the encoder's own way; pad: LLaVA's; anyres: LLaVA-NeXT's tiles beside the whole picture*"
+        None, "square: the encoder's own way; pad: LLaVA's; anyres: LLaVA-NeXT's tiles beside the whole image*"
     )
     image_grid_pinpoints: str | None = flag(
         None,
@@ -80,10 +80,10 @@ class TrainArguments:
         "2 to 4 squares)",
     )
     mm_patch_merge_type: Literal["flat", "spatial_unpad"] | None = flag(
-        None, "order of a picture's tokens (default: spatial_unpad for anyres, else flat)"
+        None, "order of an image's tokens (default: spatial_unpad for anyres, else flat)"
     )
     frames_upbound: int = flag(
-        0, "frames of each video, drawn evenly; needs anyres, the model is then LLaVA-OneVision's (default: no videos)"
+        0, "frames per video, evenly spaced; needs anyres, the model is then LLaVA-OneVision's (default: no videos)"
     )
     group_by_modality_length: bool = flag(None, "batches of one modality and similar lengths (default: in stage 2)")
     model_max_length: int = usual("model_max_length", "longest sample in tokens")
@@ -119,7 +119,7 @@ class TrainArguments:
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
     feature_cache: bool = flag(True, "compute the features of a frozen encoder once")
     cache_dir: str | None = flag(None, "folder of the cached features (default: ~/.cache/clips-mllm/features)")
-    dataloader_num_workers: int = flag(None, "data processes (default: 4 if pictures are decoded for a GPU, else 0)")
+    dataloader_num_workers: int = flag(None, "data processes (default: 4 if images are decoded for a GPU, else 0)")
     logging_steps: int = flag(10, "steps between two lines of metrics.jsonl")
     save_steps: int = flag(200, "steps between two checkpoints")
     save_total_limit: int = flag(2, "checkpoints that are kept")
@@ -129,7 +129,7 @@ class TrainArguments:
     dry_run: bool = option(False, "print the command and the plan, train nothing")
 
     def resolve(self, world_size: int) -> TrainArguments:
-        """Return the same with every default filled in. Raises UserError for values that do not fit each other."""
+        """Return the flags with every default filled in. Raises UserError for values that contradict each other."""
         import torch  # not at the top: --help is answered without it
 
         from clips.common.runtime import has_bf16
@@ -140,10 +140,10 @@ class TrainArguments:
         values = dict(vars(self))
         defaults = self.description.defaults(
             lora=adapters, demo=self.data_path is None or self.small,
-            whole=not adapters and self.model_name_or_path == DEFAULT_LLM,
+            full=not adapters and self.model_name_or_path == DEFAULT_LLM,
         )  # fmt: skip
         if self.num_train_epochs is not None:
-            defaults["max_steps"] = -1  # epochs that are given count, not the demo's steps
+            defaults["max_steps"] = -1  # epochs from the command override the demo's steps
         for name, default in defaults.items():
             if values[name] is None:
                 values[name] = default
@@ -178,9 +178,9 @@ class TrainArguments:
         return TrainArguments(**values)
 
     def _batches(self, world_size: int, total: int, micro: int | None) -> dict[str, int]:
-        """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`.
+        """Return sizes with `batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`.
 
-        `total` and `micro` are the sizes of a step and of a forward pass: the given ones, else the stage's.
+        `total` and `micro` are the sizes of a step and of a forward pass: those of the command, else the stage's.
         """
         accumulation = self.gradient_accumulation_steps
         if self.batch_size is None and accumulation is not None:
@@ -203,16 +203,16 @@ class TrainArguments:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Part → peak learning rate."""
-        given = {"vision_tower": self.mm_vision_tower_lr, "projector": self.mm_projector_lr, "language_model": None}
-        return {part: self.learning_rate if rate is None else rate for part, rate in given.items()}
+        """The peak learning rate of each part."""
+        overrides = {"vision_tower": self.mm_vision_tower_lr, "projector": self.mm_projector_lr, "language_model": None}
+        return {part: self.learning_rate if rate is None else rate for part, rate in overrides.items()}
 
     @property
     def caches_features(self) -> bool:
         return self.feature_cache and not self.unfreeze_mm_vision_tower
 
     def what_trains(self) -> dict[str, Any]:
-        """The fields that change the result: a resumed run must have the same values."""
+        """Return the fields that change the result; a resumed run must have the same values."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_RESULT}
 
 
@@ -239,17 +239,17 @@ ACCEPTED: dict[str, str | None] = {
     "quant_type": "nf4",
     "double_quant": "True",
 }
-"""Flags of LLaVA's scripts → the value that they always have here: another one would train something else unseen. None:
-any value, without effect."""
+"""Flags of LLaVA's scripts → the only value that they can have here, as another would silently train something else.
+None: any value, without effect."""
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
     2: ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "freeze_mm_mlp_adapter", "mm_vision_tower_lr"),
 }
-"""Stage → the flags that the other stage does not have."""
+"""Stage → the flags that only this stage has."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """One flag per field of `TrainArguments`, and LLaVA's flags that have one value here."""
+    """Return a parser with one flag per field of `TrainArguments`, and LLaVA's flags that have only one value here."""
     # Not transformers.HfArgumentParser: importing it takes a second that --help and a mistyped flag would wait.
     p = Parser(HELP, prog="train_llava.sh", usage="%(prog)s [--vision NAME] [--stage 1|2] [flags]")
     add_options(p, TrainArguments)
@@ -261,9 +261,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_train_arguments(argv: list[str]) -> TrainArguments:
-    """The flags of one stage; `--align.FLAG` and `--instruct.FLAG` count in that stage only.
+    """Parse the flags of one stage; `--align.FLAG` and `--instruct.FLAG` count in that stage only.
 
-    train_llava.sh and compare_encoders.py give both stages one command line, with `--both_stages`: each stage then
+    train_llava.sh and compare_encoders.py give both stages one command line, with `--both_stages`. Each stage then
     ignores the other's flags, and the other's `--version` (plain is stage 1's, every other format is stage 2's).
     Raises UserError for a flag of the other stage otherwise, and for a LLaVA flag whose value is not supported.
     """
@@ -271,17 +271,17 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     stage = _stage_of(argv)
     flags = parser().parse_args(flags_of_stage(argv, stage.name))
     for name, only in ACCEPTED.items():
-        given = getattr(flags, name)
-        if given is not None and only is not None and given.lower() != only.lower():
-            raise UserError(f"--{name} {given} is not supported; here it is always {only or 'empty'}")
+        value = getattr(flags, name)
+        if value is not None and only is not None and value.lower() != only.lower():
+            raise UserError(f"--{name} {value} is not supported; here it is always {only or 'empty'}")
     if flags.karpathy:
         if flags.data_path or flags.test_data:
             raise UserError("--karpathy names training and test data: leave out --data_path and --test_data")
         file, flags.karpathy = flags.karpathy, None
         flags.data_path, flags.test_data = f"{file}#train+restval", f"{file}#test"
-    own = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
+    prefixed = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
     other = 3 - stage.number
-    if flags.both_stages and flags.data_path and "data_path" not in own:
+    if flags.both_stages and flags.data_path and "data_path" not in prefixed:
         from mllm.data.captions import is_captions  # not at the top: it imports torch
 
         if not is_captions(flags.data_path):
@@ -290,16 +290,16 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
                 "the stage with --stage 1 or 2, or give --align.data_path and --instruct.data_path"
             )
     for name in STAGE_FLAGS[other]:
-        if getattr(flags, name) not in (None, False) and (not flags.both_stages or name in own):
+        if getattr(flags, name) not in (None, False) and (not flags.both_stages or name in prefixed):
             raise UserError(
                 f"--{name} is a flag of stage {other} ({STAGES[other].name}), and this is stage {stage.number} "
                 f"({stage.name}): leave it out, or give --stage {other}"
             )
     if flags.version is not None and (flags.version == "plain") != (stage.name == "align"):
-        if not flags.both_stages or "version" in own:
+        if not flags.both_stages or "version" in prefixed:
             raise UserError(
-                f"--version {flags.version} in stage {stage.number} ({stage.name}): plain is the format of stage "
-                "1, only of it; leave the flag out, or give the other --stage"
+                f"--version {flags.version} in stage {stage.number} ({stage.name}): plain is the format of stage 1 "
+                "and only of stage 1; leave the flag out, or give the other --stage"
             )
         flags.version = None
     return from_flags(TrainArguments, flags)
@@ -308,17 +308,17 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
 def _stage_of(argv: list[str]) -> Stage:
     if {"-h", "--help"} & set(argv):
         parser().parse_args(["--help"])
-    given = [number for word, number in itertools.pairwise(argv) if word == "--stage"]
-    if given[-1:] not in (["1"], ["2"]):
+    numbers = [number for word, number in itertools.pairwise(argv) if word == "--stage"]
+    if numbers[-1:] not in (["1"], ["2"]):
         raise UserError(
             "give --stage 1 (align: captions, trains the projector) or --stage 2 (instruct: conversations); "
             "scripts/train_llava.sh runs both"
         )
-    return STAGES[int(given[-1])]
+    return STAGES[int(numbers[-1])]
 
 
 def flags_of_stage(argv: list[str], stage: str) -> list[str]:
-    """`argv` without the other stage's own flags, and with this stage's own flags last, without their prefix."""
+    """Return `argv` without the flags of the other stage, and with those of this stage last, without their prefix."""
     parts: dict[str, list[str]] = {name: [] for name in ("", *(s.name for s in STAGES.values()))}
     part = ""  # the flags without a prefix
     for word in argv:

@@ -21,11 +21,11 @@ from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
 
 FRAMES = 8
-"""Frames of each video that are decoded."""
+"""Number of frames that are decoded of each video."""
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/check_data.py with --conversations. Raises as `check_data`."""
+    """Run scripts/check_data.py with --conversations. Raises as `check_data` does."""
     store = open_store(flags.conversations, flags.image_folder, fields=parse_fields(flags.fields or [], Fields()))
     tokenizer = read_tokenizer(find_llm(flags.language_model)[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
@@ -80,7 +80,7 @@ def check_data(
 
 
 def as_trained(encoder: ConversationEncoder, encoded: Encoded) -> str:
-    """Return the tokens of a sample as text: ⟦trained⟧ ones in brackets, images counted."""
+    """Return the tokens of a sample as text, with ⟦trained⟧ ones in brackets and image tokens counted."""
     pieces = []
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)
     for (is_image, is_trained), run in itertools.groupby(

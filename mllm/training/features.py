@@ -34,15 +34,15 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
 PICTURES_AT_ONCE = 64
-"""Squares that the encoder sees in one pass of the feature cache."""
+"""Number of squares that the encoder sees in one pass of the feature cache."""
 FILE_BYTES = 256 * 2**20
 """Size of one cache file."""
 
 
 class FeatureCache:
-    """Features of one encoder for the pictures of one store. `mllm.training.task.Collator` calls `get`.
+    """Features of one encoder for the images of one store. `mllm.training.task.Collator` calls `get`.
 
-    A picture's key is the hash of its bytes. A pickled copy in a data worker can `get`, not `fill`.
+    The key of an image is the hash of its bytes. A pickled copy in a data worker can `get`, but not `fill`.
     """
 
     def __init__(self, encoder: VisionEncoder, store: ImageStore, root: Path | str) -> None:
@@ -73,11 +73,11 @@ class FeatureCache:
                     first += count
 
     def get(self, names: Sequence[str]) -> Tensor:
-        """Features [B, N, W] in fp32 of the squares of cached pictures; KeyError for other pictures."""
-        places = [self._rows[self._key(name)] for name in names]
-        features = np.empty((sum(count for *_, count in places), *self.shape), dtype=np.float32)
+        """Return features [B, N, W], fp32, of the squares of cached images. Raises KeyError for other images."""
+        entries = [self._rows[self._key(name)] for name in names]
+        features = np.empty((sum(count for *_, count in entries), *self.shape), dtype=np.float32)
         filled = 0
-        for file, row, count in places:
+        for file, row, count in entries:
             if file not in self._arrays:
                 self._arrays[file] = np.load(self.directory / f"{file}.npy", mmap_mode="r")
             features[filled : filled + count] = self._arrays[file][row : row + count]
@@ -93,10 +93,10 @@ class FeatureCache:
         rank: int = 0,
         world_size: int = 1,
     ) -> int:
-        """Encode the pictures of `names` that are not cached yet; returns their number.
+        """Encode the images of `names` that are not cached yet, and return their number.
 
         Each of several ranks encodes its share; then a barrier and `refresh` give every rank all features.
-        Raises UserError for a broken picture. What is written before a disk is full counts.
+        Raises UserError for a broken image. What was written before a disk was full stays usable.
         """
         assert self.encoder is not None, "a copy of the cache in another process cannot fill it"
         self.refresh()
@@ -104,7 +104,7 @@ class FeatureCache:
         for name in names:
             if self._key(name) not in self._rows:
                 missing.setdefault(self._key(name), name)
-        # Shared by the picture's key, not by its place: a late rank finds other pictures missing than the first.
+        # Shared by the image's key, not its index, because a late rank finds other images missing than the first.
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0

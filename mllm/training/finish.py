@@ -1,4 +1,4 @@
-"""Writes a finished stage: its projector, after stage 2 adapter, model and card, and at last done.json."""
+"""Write a finished stage: its projector, after stage 2 also adapter, model and card, and last of all done.json."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-
 
 
 def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
-    """Write the projector, after stage 2 adapter and model, and at last done.json, which makes the stage count."""
+    """Write the projector, after stage 2 also adapter and model, and last done.json, which marks the stage as done."""
     arguments = prepared.arguments
     model = prepared.model
     run_dir = prepared.run_dir
@@ -68,7 +68,7 @@ def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
 
 
 def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[str, str]:
-    """The rows of the model card: parts, data and rates of both stages; files and folders by their names alone."""
+    """Return the rows of the model card: parts, data and rates of both stages, with files and folders by name only."""
     config = read_json(run_dir / "config.json")
     rows: dict[str, str] = {}
     for stage in ("align", "instruct"):
@@ -96,7 +96,7 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
 
 
 def trained_on(run_dir: Path) -> dict[str, str]:
-    """Stage → "demo", or the name of its data file."""
+    """Return for each stage "demo" or the name of its data file."""
     config = read_json(run_dir / "config.json")
     names = [stage.name for stage in STAGES.values() if stage.name in config]
     paths = {name: config[name]["trains"]["data_path"] for name in names}
@@ -104,7 +104,7 @@ def trained_on(run_dir: Path) -> dict[str, str]:
 
 
 def _without(text: str, places: Mapping[str, str]) -> str:
-    """`text` with every place in it replaced by its name; hub ids stay."""
+    """Return `text` with every path in `places` replaced by its name; hub ids stay."""
     for place in sorted(places, key=len, reverse=True):
         if place and not is_hub_id(place):
             text = text.replace(place, places[place])
@@ -112,7 +112,7 @@ def _without(text: str, places: Mapping[str, str]) -> str:
 
 
 def print_next(stage: int, run_dir: Path, console: Console) -> None:
-    """Say what the stage has left, and the next command."""
+    """Print what the stage has written, and the next command."""
     if stage == 1:
         console.print(for_rich(f"{run_dir}/align/{PROJECTOR} holds the projector."), highlight=False, soft_wrap=True)
         say_next("the same command with --stage 2")
@@ -123,7 +123,7 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
 
 
 def write_curves(run_dir: Path) -> None:
-    """Draw curves.png, the curves of each stage over its samples. A failure is one line on stderr."""
+    """Draw the curves of each stage over its samples as curves.png. A failure is one line on stderr."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
         panels = curves(run_dir)
         if panels:

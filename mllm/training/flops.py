@@ -14,10 +14,10 @@ from mllm.model.tiles import Layout, Llava
 
 
 def costs_of(model: Llava, image_size: int) -> dict[str, int]:
-    """Return the FLOPs of forward and backward pass of each unit of work, whose parts train as they are set now.
+    """Return the FLOPs of the forward and backward pass for each unit of work, with the parts that train now.
 
-    What a step runs and does not use is not counted: an encoder's pooler, and the zero image that a batch without
-    images sends through the encoder (mllm/model/forward.py). Of a mixture of experts every expert is counted.
+    What a step runs without using it is not counted: an encoder's pooler, and the zero image that a batch without
+    images sends through the encoder (mllm/model/forward.py). In a mixture of experts every expert is counted.
 
     Args:
         image_size: Side of a square that the encoder sees, in pixels; 0 if its features are cached.

@@ -1,4 +1,4 @@
-"""Applies the freeze table to a model: each parameter's part, whether it trains, its rate, and the check."""
+"""Apply the freeze table to a model: each parameter's part, whether it trains, its rate, and the check."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ NEWLINE = "image_newline"
 
 
 def part_of(name: str) -> str:
-    """The part that the parameter `name` of a LLaVA model, wrapped or not, belongs to."""
+    """Return the part to which the parameter `name` of a LLaVA model, wrapped or not, belongs."""
     if "vision_tower." in name:
         return "vision_tower"
     return "projector" if "multi_modal_projector." in name or name.endswith(NEWLINE) else "language_model"
 
 
 def llava_of(model: nn.Module) -> Llava:
-    """The LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
+    """Return the LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
     return next(module for module in model.modules() if isinstance(module, Llava))
 
 
 def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(name, parameter, whether it trains by `freeze`) for every parameter of a LLaVA model, adapters included."""
+    """Yield (name, parameter, whether it trains by `freeze`) for every parameter of a LLaVA model, also of adapters."""
     projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
     projector_trains = {id(p) for layer in trainable_layers(projector).values() for p in layer.parameters()}
@@ -40,7 +40,7 @@ def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str,
 
 
 def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
-    """Set `requires_grad` of every parameter."""
+    """Set `requires_grad` of every parameter by `freeze`."""
     for _, parameter, trains in wanted(model, freeze):
         parameter.requires_grad_(trains)
 
@@ -54,7 +54,7 @@ def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part → (parameters, trained parameters). Shared tensors count once, 4-bit weights by their original size."""
+    """Count all and trained parameters of each part. Shared tensors count once, 4-bit weights at original size."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
@@ -65,7 +65,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: one per part and kind; biases, norms and other vectors carry no decay."""
+    """Return AdamW's groups, one per part and kind; biases, norms and other vectors have no weight decay."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

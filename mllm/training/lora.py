@@ -18,13 +18,13 @@ from mllm.training.arguments import TrainArguments
 
 
 def add_lora(model: Llava, arguments: TrainArguments) -> PeftModel:
-    """`model` with new adapters, which are the same on every rank."""
+    """Return `model` with new adapters, which are the same on every rank."""
     torch.manual_seed(arguments.seed)
     return _with_adapters(model, lora_config(model, arguments))
 
 
 def lora_config(model: Llava, arguments: TrainArguments) -> LoraConfig:
-    """Adapters on every linear layer of the language model but its output layer, as in LLaVA."""
+    """Return adapters for every linear layer of the language model except its output layer, as in LLaVA."""
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
     return LoraConfig(
@@ -43,14 +43,14 @@ def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def merge_lora(model: Llava | PeftModel) -> Llava:
-    """The plain model with the adapters added to its weights; a model without adapters is returned unchanged."""
+    """Return the plain model with the adapters added to its weights; a model without adapters stays unchanged."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
 def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> Llava:
-    """The plain model with the adapters added to the dequantised weights; `model` is used up.
+    """Return the plain model with the adapters added to the dequantised weights; `model` is used up.
 
-    The adapters were trained on the quantised weights: the original weights with them would be another model.
+    The adapters were trained on the quantised weights, so with the original weights they would be another model.
     """
     config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
     plain = _with_adapters(dequantize(model.unload(), dtype), config)

@@ -18,11 +18,11 @@ from mllm.training.stages import PARTS
 from mllm.training.task import steps_of
 
 FEW = 20
-"""Optimizer steps below which the plan says that a stage learns next to nothing."""
+"""Number of optimizer steps below which the plan says that a stage learns next to nothing."""
 
 
 def command_line(arguments: TrainArguments, world_size: int) -> str:
-    """The command of this stage, with every flag that is not the parser's own default."""
+    """Return the command of this stage, with every flag that differs from the parser's default."""
     words = ["deepspeed", f"--num_gpus={world_size}"] if world_size > 1 else ["python"]
     words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
     for field in dataclasses.fields(TrainArguments):
@@ -61,8 +61,8 @@ def print_plan(prepared: Prepared, ranks: int, console: Console) -> None:
         facts["few steps"] = f"the model hardly changes: take {more}"
     if stage.number == 2 and arguments.small and isinstance(prepared.store, CaptionStore):
         facts["to expect"] = (
-            "short sentences in the words of these captions. It names what many captions name, and makes up the rest: "
-            "for more take a given encoder and language model, --vision hf:… --model_name_or_path …, without --small"
+            "short sentences in the words of these captions. It mentions what many captions do, and invents the rest. "
+            "For more take published encoders and models, --vision hf:… --model_name_or_path …, without --small"
         )
     if stage.number == 1 and arguments.reader == "none" and "layers" in facts.get("language model", ""):
         facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"

@@ -51,11 +51,11 @@ from mllm.training.zero import fitted, zero_stage
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
-"""The closed-form start takes this many images at most, this many tokens of each image, and reads such batches."""
+"""Of the closed-form start: the largest number of images, the tokens of each image, and the images read at a time."""
 
 
 def start_bytes(width: int, images: int = START_IMAGES) -> int:
-    """Return the bytes that the closed-form start takes on the host, for a language model of `width`.
+    """Return the bytes that the closed-form start takes on the host for a language model of `width`.
 
     Measured: 6.6 times the targets in fp64, at widths of encoder and language model of 192 and 576.
     """
@@ -125,7 +125,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     if device.type == "cpu" and arguments.bf16 and longest <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
 
-    skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
+    skipped = f", {len(dataset.skipped):,} skipped (skipped.jsonl)" if dataset.skipped else ""
     if isinstance(store, CaptionStore):
         skipped += f", {len(store.test):,} held out" if store.test else ", none held out (few images, or by a flag)"
     facts = {
@@ -145,7 +145,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
 def trainable(
     llava: Llava, arguments: TrainArguments, freeze: dict[str, Training], device: torch.device, *, dtype: torch.dtype
 ) -> Llava | PeftModel:
-    """The model with quantised weights, checkpoints and adapters as the flags say; `dtype` is the projector's."""
+    """Apply the flags' quantisation, activation checkpointing and adapters; `dtype` is the projector's."""
     language_model = llava.model.language_model
     llava.model.multi_modal_projector.to(dtype)
     newline = newline_of(llava)
@@ -161,7 +161,7 @@ def trainable(
 
 
 def encoder_of(arguments: TrainArguments) -> VisionEncoder:
-    """The vision encoder of resolved flags."""
+    """Load the vision encoder that resolved flags name."""
     return load_vision(
         arguments.vision_tower,
         select_layer=arguments.mm_vision_select_layer,
@@ -174,7 +174,7 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
 
 
 def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
-    """Data and image folder: the user's words (a Path would change a URL), or the demo's, built if missing."""
+    """Return data and image folder as the user wrote them (a Path changes a URL), or the demo's, built if missing."""
     if arguments.data_path is not None:
         return arguments.data_path, arguments.image_folder or None
     if arguments.image_folder is not None:
@@ -184,7 +184,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
 
 
 def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) -> ImageStore | None:
-    """Open the images. Fields of captions that no flag names are those of the run of `vision`, or guessed."""
+    """Open the images. Fields of captions that no flag sets are those of the run of `vision`, or guessed."""
 
     def opened(fields: Fields) -> ImageStore | None:
         fields, share = parse_fields(list(arguments.fields or ()), fields), arguments.held_out or 0.0
@@ -192,29 +192,29 @@ def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) ->
 
     source = vision.source.removeprefix("the architecture of ") if vision else ""  # random and blind
     for config in (folder / "config.json" for folder in Path(source).parents if (folder / "export").is_dir()):
-        with suppress(UserError):  # of other data than the encoder's the fields are guessed
+        with suppress(UserError):  # the fields of other data than the encoder's are guessed
             return opened(RunConfig.load(config).data.fields)
     return opened(Fields())
 
 
 def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
-    """Load the projector's start if it is a file; returns the start in words."""
-    given = arguments.pretrain_mm_mlp_adapter
+    """Load the initial weights of the projector if they are a file; return in words what it starts from."""
+    adapter = arguments.pretrain_mm_mlp_adapter
     aligned = Path(arguments.output_dir) / "align" / PROJECTOR
-    if given is None and arguments.stage == 1:
+    if adapter is None and arguments.stage == 1:
         if arguments.mm_projector_init != "captions":
             return f"random, seed {arguments.seed}"
         memory = start_bytes(llava.config.get_text_config().hidden_size, samples) / 1e9
         fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
         return f"{fitted}, which takes {memory:.2g} GB of the machine's memory, seed {arguments.seed}"
-    if given is None and not aligned.is_file():
+    if adapter is None and not aligned.is_file():
         if arguments.dry_run:
             return "from stage 1"
         raise UserError(
             f"stage 2 starts from the projector of stage 1, but there is no {aligned}: run stage 1 first, or give "
             "--pretrain_mm_mlp_adapter"
         )
-    start = aligned if given is None else Path(given)
+    start = aligned if adapter is None else Path(adapter)
     load_projector(llava.model.multi_modal_projector, start, newline_of(llava))
     return f"from {start}"
 
@@ -222,14 +222,14 @@ def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
 def record_config(prepared: Prepared, *, write: bool) -> None:
     """Check config.json, and if `write` is set, write it with the list of skipped samples.
 
-    Raises UserError if config.json has another run, if stage 1 trained its projector between another encoder and
+    Raises UserError if config.json records another run, if stage 1 trained its projector between another encoder and
     language model, or if another process trains the run.
     """
     arguments = prepared.arguments
     run_dir = prepared.run_dir
     stage = arguments.description
     path = run_dir / "config.json"
-    made = {
+    derived = {
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
     }
@@ -238,7 +238,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     parts = {name: getattr(arguments, name) for name in fields}
     parts["vision tower's weights"] = prepared.vision.weights_fingerprint
     record = {
-        "trains": arguments.what_trains() | made,  # a resumed run must have the same values; the rest is for people
+        "trains": arguments.what_trains() | derived,  # a resumed run must have the same values; the rest is for people
         "facts": prepared.facts,
         "freeze": prepared.freeze,
         "projector_of": parts,
@@ -248,7 +248,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         aligned = config.get("align", {}).get("projector_of", parts)
         rundir.refuse(
             rundir.difference({name: aligned.get(name) for name in parts}, parts),
-            f"stage 1 in {run_dir} trained its projector between other parts",
+            f"stage 1 in {run_dir} trained its projector with other settings",
             "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
         )
         before = config.get("align", {}).get("trains", {})
@@ -261,7 +261,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     if stage.name in config:
         rundir.refuse(
             rundir.difference(config[stage.name]["trains"], record["trains"]),
-            f"{run_dir} holds a run whose stage {stage.name} is another one",
+            f"{run_dir} holds a run whose stage {stage.name} has other settings",
             "Give the new run another --output_dir, or remove that directory",
         )
     if not write:
@@ -278,7 +278,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
 
 
 def collator_of(prepared: Prepared, start: Start) -> Collator:
-    """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
+    """Fill the feature cache, each rank with its share, and return the collator of the stage's batches."""
     arguments = prepared.arguments
     device = prepared.device
     pad_id = prepared.processor.tokenizer.pad_token_id
@@ -294,20 +294,20 @@ def collator_of(prepared: Prepared, start: Start) -> Collator:
     cache.fill(names, device=device, rank=start.rank, world_size=start.ranks)
     if start.ranks > 1:
         start.all_have(True)
-        cache.fill(names, device=device)  # what this rank lacks still: its cache may be a folder of its own
+        cache.fill(names, device=device)  # what this rank still lacks, as its cache may be a folder of its own
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
 def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
-    """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
+    """Fit the projector, alike on every rank, to at most `START_IMAGES` samples with one image, and return R²."""
     arguments = prepared.arguments
     device = prepared.device
     single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
     if not chosen:
-        raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
-    assert collator.load_images is not None  # there are pictures
+        raise UserError("--mm_projector_init captions needs samples with one image, and the data has none")
+    assert collator.load_images is not None  # there are images
     captions, parts, kept, encoder = [], [], [], prepared.vision
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)
@@ -315,7 +315,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
         samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
         captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
         squares = [collator.load_images(sample["images"]) for sample in samples]
-        features = torch.stack([of_picture[0] for of_picture in squares])  # with tiles, of the whole picture
+        features = torch.stack([image[0] for image in squares])  # with tiles, of the whole image
         if not arguments.caches_features:  # then `features` are pixels
             with torch.no_grad():
                 features = encoder.features(features.to(device)).cpu()
@@ -339,10 +339,10 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
 
 
 def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
-    """Return the number of the nearest of `PLACES` for each image token [N], and the places' directions [P, D].
+    """Return the index of the nearest of `PLACES` for each image token [N], and the places' directions [P, D].
 
-    A direction is the mean of the place's words without what all places share, as the reader was taught. Return None
-    unless `tokens` is a square grid. words [V, D] are the word embeddings.
+    A direction is the mean embedding of the place's words without what all places share, as the reader was taught.
+    Return None unless `tokens` is a square grid. `words` [V, D] are the word embeddings.
     """
     side = math.isqrt(tokens)
     if side**2 != tokens:

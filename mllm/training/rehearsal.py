@@ -1,6 +1,6 @@
-"""A LLaVA stage on torch's device "meta": what its step takes on a GPU, without one; and scripts/plan_run.py llava.
+"""Rehearse a step of a LLaVA stage on torch's device "meta", and print what it takes on a GPU (scripts/plan_run.py).
 
-As clips/training/rehearsal.py for pretraining. The weights are bf16, as DeepSpeed trains them, the data LLaVA-1.5's.
+This is clips/training/rehearsal.py for LLaVA. The weights are bf16, as DeepSpeed trains them, the data is LLaVA-1.5's.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 LANGUAGE_MODELS["smollm2-135m"]["tie_word_embeddings"] = True
 LANGUAGE_MODELS["qwen2.5-7b"]["model_type"] = "qwen2"
 SAMPLES = {1: 558_128, 2: 665_298}
-"""Of LLaVA-1.5's two stages."""
+"""Number of samples in LLaVA-1.5's two stages."""
 WORDS = {1: 30, 2: 250}
-"""Tokens of a sample beside its picture; rough figures for that data."""
+"""Tokens of a sample beside its image; rough numbers for that data."""
 ANSWERS = {1: 20, 2: 150}
-"""Those of them that are learned."""
+"""How many of those tokens are learned."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A model to be."""
+    """A model that does not exist yet."""
 
     language_model: str
     vision: Mapping[str, Any]
     """Fields of ViTConfig, all of them numbers."""
     tiles: str | None = None
-    """Columns x rows of tiles beside the whole picture, such as "2x2"; None: a picture is one square."""
+    """Columns x rows of tiles beside the whole image, such as "2x2"; None: an image is one square."""
     frames: int = 0
-    """Of a video; 0: none is trained on."""
+    """Frames of a video; 0: no training on videos."""
 
     def __post_init__(self) -> None:
         if self.language_model not in LANGUAGE_MODELS:
@@ -106,7 +106,7 @@ class Planned:
         return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
 
     def build(self, device: str = "meta") -> Llava:
-        """In bf16, and nothing of it trains: without weights, or with random weights on another `device`."""
+        """Build the model in bf16, frozen: without weights, or with random weights on another `device`."""
         text = AutoConfig.for_model(**{"model_type": "llama"} | LANGUAGE_MODELS[self.language_model])
         parts: dict[str, Any] = {"vision_config": ViTConfig(**self.vision), "text_config": text}
         pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
@@ -129,24 +129,24 @@ class Planned:
 def staged(
     model: Llava, arguments: TrainArguments, *, features: bool = False, tower: bool = False, padded: bool = False
 ) -> TrainingModel:
-    """A stage's model made of `model`, as mllm/training/prepare.py makes it.
+    """Return the training model of a stage around `model`, as mllm/training/prepare.py makes it.
 
-    `features` are cached, the encoder (`tower`) trains too, batches are `padded`.
+    Flags: `features` are cached, the encoder (`tower`) trains too, batches are `padded` instead of packed.
     """
     if arguments.gradient_checkpointing:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     freeze = freeze_table(STAGES[arguments.stage], lora=arguments.lora_enable, unfreeze_mm_vision_tower=tower)
     with torch.device(model.device):
-        whole: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
-    apply_freeze(whole, freeze)
+        full: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
+    apply_freeze(full, freeze)
     vision: Any = model.config.vision_config
-    return TrainingModel(whole, features=features, image_size=vision.image_size, packed=not padded).train()
+    return TrainingModel(full, features=features, image_size=vision.image_size, packed=not padded).train()
 
 
 def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
-    """A batch of random values on the model's device, counted on the host before as the Trainer's.
+    """Return a batch of random values on the model's device, which was counted on the host as in training.
 
-    All samples begin with one common token.
+    All samples begin with the same token.
     """
     config, layout, device = training.llava.config, Layout.of(training.llava.config), training.llava.device
     vision: Any = config.vision_config
@@ -173,7 +173,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
 
 
 def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) -> Rehearsed:
-    """Rehearse forward and backward pass under ZeRO `stage`."""
+    """Rehearse the forward and backward pass under ZeRO `stage`."""
     trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     if stage >= 2:
         drop_gradients(trained)
@@ -187,7 +187,7 @@ def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) 
 
 
 def rehearse_features(model: Llava) -> int:
-    """Return the bytes of a frozen encoder's pass over the pictures that it encodes at once (features.py)."""
+    """Return the bytes of a frozen encoder's pass over the images that it encodes at once (features.py)."""
     vision: Any = model.config.vision_config
     tower, size = model.model.vision_tower, vision.image_size
     with Rehearsal() as rehearsal, torch.no_grad():
@@ -200,7 +200,7 @@ def rehearse_features(model: Llava) -> int:
 def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
     """Print a row for each of LLaVA-1.5's stages, with the largest micro-batch up to 16 that fits.
 
-    Raises UserError where not even one sample at a time fits.
+    Raises UserError if not even one sample at a time fits.
     """
     rows, days = [], 0.0
     width = LANGUAGE_MODELS[planned.language_model]["hidden_size"]
@@ -238,16 +238,16 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             f"{arguments.gradient_accumulation_steps} × {micro}", f"{memory / 1e9:.3g}", f"{flops / 1e12:,.2f}",
             f"{steps_of(arguments, SAMPLES[number]):,}", f"{days_of_stage:.2f}",
         ])  # fmt: skip
-    head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory of a rank, GB", "TFLOP a sample")
+    head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory per rank, GB", "TFLOP per sample")
     print_table(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows)
     layout = dataclasses.replace(planned.layout, frames=0)
-    video = f", {planned.layout.most:,} a video" if planned.frames else ""
+    video = f", {planned.layout.most:,} per video" if planned.frames else ""
     print(
-        f"{layout.most:,} tokens a picture{video}; {days:.2f} days, {24 * days * machine.gpus:,.0f} GPU hours\n"
+        f"{layout.most:,} tokens per image{video}; {days:.2f} days, {24 * days * machine.gpus:,.0f} GPU hours\n"
         f"before the first step, beside the weights: {rehearse_features(planned.build()) / 1e9:.2g} GB for the feature "
         f"cache's encoder and {PICTURES_AT_ONCE} squares at once (twice that in fp32, as on a CPU); with "
         f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
-        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), what is computed twice counted; the encoder runs in "
+        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; the encoder runs in "
         f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "
-        f"beside the picture, of which {ANSWERS[1]} and {ANSWERS[2]} are learned"
+        f"beside the image, of which {ANSWERS[1]} and {ANSWERS[2]} are learned"
     )

@@ -45,7 +45,7 @@ from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.task import Stage, TrainingModel, make_optimizer
-from mllm.training.zero import deepspeed_config, whole
+from mllm.training.zero import deepspeed_config, full_parameters
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -85,7 +85,7 @@ def run_stage(flags: TrainArguments) -> None:
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
             summary = train(prepared, before, start, console, begin)
             with naming_lost_ranks(lambda: summary["steps"]):
-                with whole(prepared.model, prepared.zero):
+                with full_parameters(prepared.model, prepared.zero):
                     if start.rank == 0:
                         with writing(f"the results cannot be written to {prepared.run_dir}"):
                             write_results(prepared, summary)
@@ -163,7 +163,7 @@ def train(
 
 
 def put_back(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter]) -> None:
-    """Give the trained parameters the values of a checkpoint. Raises UserError if it holds others."""
+    """Give the trained parameters the values of a checkpoint. Raises UserError if it holds other parameters."""
     saved = checkpoint.weights()
     if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in trained.items()}:
         raise UserError(
@@ -176,7 +176,7 @@ def put_back(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter]) -> Non
 
 
 def newest(stage_dir: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a stage. Raises UserError for those of transformers' Trainer."""
+    """Return the newest complete checkpoint of a stage. Raises UserError for those of transformers' Trainer."""
     if old := next(stage_dir.glob("checkpoint-*"), None):
         raise UserError(
             f"{old} was written by an older version, whose stages do not go on here: give another --output_dir, or "

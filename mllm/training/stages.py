@@ -23,8 +23,8 @@ FREEZE: dict[str, dict[str, Training]] = {
 
 
 DEMO_LAYERS = "6,2"
-"""The layers that the reader was taught on (mllm/model/reader). In the minutes of the demo few layers that train whole
-learn more than all layers with adapters (docs/results.md)."""
+"""The layers that the reader was taught on (mllm/model/reader). In the few minutes of the demo, a few layers that train
+fully learn more than all layers with adapters (docs/results.md)."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
         "mm_projector_type": "mlp2x_gelu",
@@ -76,8 +76,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_aspect_ratio": "square",
         "mm_vision_select_layer": -1,
     },
-    "align, demo, whole": {"llm_layers": DEMO_LAYERS, "reader": "default"},
-    "instruct, demo, whole": {
+    "align, demo, full": {"llm_layers": DEMO_LAYERS, "reader": "default"},
+    "instruct, demo, full": {
         "llm_layers": DEMO_LAYERS,
         "reader": "default",
         "lora_enable": False,
@@ -86,8 +86,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_steps": 480,
     },
 }
-"""Flags that a command leaves out: LLaVA-1.5's recipe, its changes for LoRA, the demo's changes (small scenes, a few
-CPU minutes), and those for the demo without adapters, where a few layers of the default language model train whole."""
+"""Defaults of the flags: LLaVA-1.5's recipe, its changes for LoRA, the demo's changes (small scenes, a few CPU
+minutes), and those for the demo without adapters, where a few layers of the default language model train fully."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,14 @@ class Stage:
     zero: int
     """ZeRO stage for several ranks: ds_configs/llava_zero{zero}.json."""
 
-    def defaults(self, *, lora: bool, demo: bool, whole: bool) -> dict[str, Any]:
-        """Return the flags' defaults, the later names of DEFAULTS before the earlier ones."""
+    def defaults(self, *, lora: bool, demo: bool, full: bool) -> dict[str, Any]:
+        """Return the flags' defaults; later names of DEFAULTS override earlier ones."""
         names = {
             "both": True,
             self.name: True,
             f"{self.name}, lora": lora,
             f"{self.name}, demo": demo,
-            f"{self.name}, demo, whole": demo and whole,
+            f"{self.name}, demo, full": demo and full,
         }
         table: dict[str, Any] = {}
         for name, counts in names.items():
@@ -131,7 +131,7 @@ def freeze_table(
     freeze_mm_mlp_adapter: bool = False,
     freeze_backbone: bool = False,
 ) -> dict[str, Training]:
-    """Part → how it trains, from the table and LLaVA's flags.
+    """Return how each part trains, from the table and LLaVA's flags.
 
     Raises UserError if the flags contradict each other or leave nothing to train.
     """
@@ -139,8 +139,8 @@ def freeze_table(
     if unfreeze_mm_vision_tower:
         if stage.name == "align":
             raise UserError(
-                "--unfreeze_mm_vision_tower in stage 1 would train an encoder that stage 2 does not see, since stage 1 "
-                "leaves the projector alone: give it for stage 2 (--instruct.unfreeze_mm_vision_tower)"
+                "--unfreeze_mm_vision_tower in stage 1 would train an encoder that stage 2 does not see, because stage "
+                "1 only saves the projector: give it for stage 2 (--instruct.unfreeze_mm_vision_tower)"
             )
         freeze["vision_tower"] = "full"
     if tune_mm_mlp_adapter or freeze_backbone:

@@ -1,4 +1,4 @@
-"""What a LLaVA stage brings to the loop: its model with the loss, its batches, its rates."""
+"""What a LLaVA stage gives to the loop: its model with the loss, its batches, its rates."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from mllm.training.stages import PARTS
 
 
 class TrainingModel(Objective):
-    """The module that the engine wraps: a batch → its loss. `model` is the LLaVA model, plain or as a PeftModel.
+    """The module that the engine wraps, from batch to loss. `model` is the LLaVA model, plain or as a PeftModel.
 
-    With tiles the newline is a parameter of this module too: under ZeRO-3 a parameter is whole while its module runs.
+    With tiles the newline is a parameter of this module too, because ZeRO-3 gathers parameters while their module runs.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class TrainingModel(Objective):
         """Wrap `model`.
 
         Args:
-            features: Batches bring `image_features`, not `pixel_values`.
-            image_size: Side of a square that the encoder sees, in pixels, for the FLOPs.
+            features: Batches hold `image_features`, not `pixel_values`.
+            image_size: Side of a square that the encoder sees in pixels, for the FLOPs.
             packed: Pack batches (mllm/model/packing.py) if the language model allows it.
             bf16: Compute in bf16 with weights of any precision (autocast).
         """
@@ -63,10 +63,10 @@ class TrainingModel(Objective):
         return llava_of(self.model)
 
     def forward(self, batch: Batch, labels: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch in the layout of `Collator`, and it again without its graph.
+        """Return the loss of a batch in the layout of `Collator`, and the same loss without its graph.
 
         Args:
-            labels: What the sum over labels is divided by; None: their number in this batch.
+            labels: Number by which the sum over labels is divided; None: the number of labels in this batch.
         """
         with autocast(batch["input_ids"].device, enabled=self.bf16):
             loss = self._loss(batch, labels)
@@ -90,14 +90,14 @@ class TrainingModel(Objective):
         return causal_lm_loss(llava, embeds, mask, batch["labels"], labels, learned=counts.learned, packing=packing)
 
     def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
-        """Return the labels of a micro-batch, on average over the step: its sum over labels is divided by them.
+        """Return the step's mean number of labels of a micro-batch, by which the sum over labels is divided.
 
         So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.
         """
-        own = max(1, sum(batch["counts"].learned for batch in batches))
+        local = max(1, sum(batch["counts"].learned for batch in batches))
         if engine.world_size == 1:
-            return [own / len(batches)] * len(batches)
-        labels = torch.full((), float(own), device=engine.device)  # filled there: nothing waits for the device
+            return [local / len(batches)] * len(batches)
+        labels = torch.full((), float(local), device=engine.device)  # filled there: nothing waits for the device
         dist.all_reduce(labels)
         return [labels / (len(batches) * engine.world_size)] * len(batches)
 
@@ -116,7 +116,7 @@ class TrainingModel(Objective):
         return batch["counts"].real
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """The encoder stays in eval mode unless it trains."""
+        """Set the mode of all modules, but keep the encoder in eval mode unless it trains."""
         super().train(mode)
         tower = self.llava.model.vision_tower
         if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -129,18 +129,18 @@ class TrainingModel(Objective):
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples → the arguments of `TrainingModel`: ids, labels and mask [B, L], and `image_key` by `load_images`.
+    """Turns samples into a batch of `TrainingModel`: ids, labels and mask [B, L], and `image_key` from `load_images`.
 
-    A batch brings its `counts`, counted before it goes to the device, and the `keys` of its samples, by which an error
-    names those of a loss that is not finite. With `image_sizes` of all pictures where the samples have
-    them. A batch without pictures has no `image_key`; the model makes that safe under ZeRO-3.
+    A batch also holds its `counts`, counted before it goes to the device, the `keys` of its samples, which an error
+    shows if a loss is not finite, and `image_sizes` of all images if the samples have them. A batch without images has
+    no `image_key`; the model makes that safe under ZeRO-3.
     """
 
     pad_id: int
     image_ids: tuple[int, ...]
-    """The placeholders' ids, of images and of videos."""
+    """Ids of the placeholders of images and videos."""
     load_images: Callable[[list[str]], Tensor] | None
-    """Names of pictures → their pixels or features; None of a set without pictures."""
+    """Returns pixels or features of the images of these names; None for a data set without images."""
     image_key: str = "pixel_values"
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Collator:
 
 
 class Stage(Training):
-    """What a stage brings to the loop besides its engine."""
+    """What a stage gives to the loop besides its engine."""
 
     def __init__(
         self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState
@@ -197,7 +197,7 @@ class Stage(Training):
         return self.arguments.batch_size
 
     def begin_step(self) -> None:
-        """Seed the dropout of the adapters, so that a stage that goes on draws what it would have drawn."""
+        """Seed the dropout of the adapters, so that a resumed stage draws what it would have drawn."""
         torch.manual_seed(hash((self.arguments.seed, self.state.step, dist.get_rank())))
 
     def rates(self) -> dict[str, float]:
@@ -206,7 +206,7 @@ class Stage(Training):
 
 
 def steps_of(arguments: TrainArguments, samples: int) -> int:
-    """Return the optimizer steps of a stage; the last step of an epoch may have fewer samples."""
+    """Return the number of optimizer steps of a stage; the last step of an epoch may have fewer samples."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     return math.ceil(arguments.num_train_epochs * math.ceil(samples / arguments.batch_size))
@@ -222,8 +222,8 @@ def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:
         warmup = math.ceil(steps * arguments.warmup_ratio)
     unused = torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
     try:
-        made = get_scheduler(arguments.lr_scheduler_type, unused, warmup, steps)
-        return made.lr_lambdas[0]
+        created = get_scheduler(arguments.lr_scheduler_type, unused, warmup, steps)
+        return created.lr_lambdas[0]
     except (AttributeError, TypeError, ValueError):
         raise UserError(
             f"--lr_scheduler_type {arguments.lr_scheduler_type} is not supported; choose one of: linear, cosine, "

@@ -1,4 +1,4 @@
-"""DeepSpeed in a LLaVA stage: the engine's settings, their check before a step, and whole parameters after it."""
+"""DeepSpeed in a LLaVA stage: the engine's settings, their check before a step, and full parameters after it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
     config = read_ds_config(None if path == "none" else path, "--deepspeed")
     if quantized and zero_stage(config) == 3:
         raise UserError(
-            f"--bits {arguments.bits} does not go with ZeRO-3: give --deepspeed ds_configs/llava_zero2.json"
+            f"--bits {arguments.bits} does not work with ZeRO-3: give --deepspeed ds_configs/llava_zero2.json"
         )
     return config
 
 
 def fitted(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
-    """Return `config` with the "auto" sizes that depend on the language model's width."""
+    """Return `config` with values for the "auto" sizes that depend on the language model's width."""
     zero = config.get("zero_optimization", {})
     sizes = {
         "reduce_bucket_size": hidden_size**2,
@@ -48,6 +48,6 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def whole(model: nn.Module, zero: int) -> AbstractContextManager[Any]:
-    """Inside, every rank holds every whole parameter (ZeRO-3 gathers them). Collective."""
+def full_parameters(model: nn.Module, zero: int) -> AbstractContextManager[Any]:
+    """Return a context in which every rank holds all parameters in full (ZeRO-3 gathers them). Collective."""
     return import_deepspeed().zero.GatheredParameters(list(model.parameters())) if zero == 3 else nullcontext()

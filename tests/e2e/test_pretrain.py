@@ -88,7 +88,7 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
     cases: dict[str, tuple[list[str], list[str]]] = {
         "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
         "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
-        "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "multiple of 3"]),
+        "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not a multiple of 3"]),
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),
     }
     commands = {

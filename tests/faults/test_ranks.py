@@ -175,7 +175,7 @@ def skipped(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     done = run(torchrun(*faulty("spike", "all", out, shards, *flags, *settings)))
     assert done.code == 0, done.text
     assert "warning: spike at step 41: loss" in done.text
-    assert "; skip. Its samples stand in spikes.jsonl" in done.text
+    assert "; skip. Its samples are in spikes.jsonl" in done.text
     return out / "r"
 
 

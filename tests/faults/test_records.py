@@ -53,7 +53,7 @@ def test_row_17_damaged_shards_are_named_and_their_good_samples_used(tmp_path: P
         done, 0,
         "damaged.tar: damaged at byte", "after member 00020.txt",
         "cut.tar: member 00030.txt is cut off",
-        "incomplete.tar: 1 samples are left out for want of a member, the first is 00007, without long",
+        "incomplete.tar: 1 samples are skipped because a member is missing, the first is 00007, without long",
         "twice.tar: member 00003.txt appears twice",
         f"{39 + 30 + 39 + 40} samples",
     )  # fmt: skip

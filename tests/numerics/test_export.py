@@ -195,7 +195,7 @@ def test_another_resolution_recomputes_positions(tmp_path, pictures):
         assert not torch.allclose(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures)))
         model.visual.set_image_size(80)
         assert torch.equal(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures, 80)))
-    with pytest.raises(ValueError, match="48 pixels"):
+    with pytest.raises(ValueError, match="48 px"):
         export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS)
 
 

@@ -25,7 +25,7 @@ from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.training.cli import config_from_flags, parser
-from clips.training.optim import build_optimizer, parameter_groups
+from clips.training.optim import build_optimizer, parameter_groups, rates_of
 from clips.training.task import Task
 from clips.weights.convert import convert
 from clips.weights.export import write_native
@@ -106,7 +106,7 @@ def test_an_own_export_brings_its_captioner_where_the_recipe_has_one(native: Pat
 
     run, model, beginning = begun(initial, "--recipe", "clip_baseline")
     assert run.model.captioner is None
-    assert set(beginning.left_over) == {"captioner, which this run has not"}
+    assert set(beginning.left_over) == {"captioner, which this run does not have"}
     assert "left over" in printed(beginning, run)
 
 
@@ -132,7 +132,7 @@ def test_layer_decay_moves_each_layer_of_an_official_checkpoint_by_its_share_of_
     assert run.model.vision.layers == run.model.text.layers == 3
     task = Task(model, run)
     optimizer = build_optimizer(parameter_groups(task, run.optim), run.optim)
-    Engine.set_lr(SimpleNamespace(optimizer=optimizer), 1e-3, 0.0)  # type: ignore[arg-type]
+    Engine.set_rates(SimpleNamespace(optimizer=optimizer), rates_of(1e-3, 0.0))  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = initial.tokenizer.for_tower(TEXTS[:3], run.model.text)
     caption = initial.tokenizer.caption_ids(initial.tokenizer.encode(TEXTS[:3]), 16)

@@ -124,7 +124,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptu
     for i, data in enumerate([b"plain", "Größe".encode(), "Größe".encode("cp1252")]):
         (tmp_path / f"urlaub/2024/{i}.txt").write_bytes(data)
     assert webs(guessed(tmp_path / "urlaub")) == ["plain", "Größe", "Größe"]
-    assert "1 pictures are left out for want of a text, the first is 2024/3.png" in caplog.text
+    assert "1 images without a text are skipped, the first is 2024/3.png" in caplog.text
     pictures(tmp_path / "none")
     with pytest.raises(UserError, match=r"a\.jpg, a\.txt"):
         guessed(tmp_path / "none")

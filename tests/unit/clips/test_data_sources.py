@@ -251,9 +251,9 @@ def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
         (
             ["a.png,w,l", "b.png,w,l", *["a.png,one, two,l"] * 3000],
             2,
-            "3,000 of 3,002 rows left out, the first is row 4",
+            "3,000 of 3,002 rows skipped, the first is row 4",
         ),
-        (["a.png,w,l", 'a.png,"open,l', 'b.png,"w, w",l', "c.png,w,l"], 3, "1 of 4 rows left out, the first is row 3"),
+        (["a.png,w,l", 'a.png,"open,l', 'b.png,"w, w",l', "c.png,w,l"], 3, "1 of 4 rows skipped, the first is row 3"),
         (['a.png,"two\nlines, ""quoted""",l', 'b.png,5" wide,l', 'c.png,"say "hi" to",l'], 3, ""),
     ],
     ids=["comma", "quote", "whole"],

@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
     with pytest.raises(UserError, match="403"):
         open_source(spec(server), Fields(), need_long=True)
     assert sum(server.asked.values()) < 20, "nothing is tried again"
-    with serving(folder, ranges=False) as without, pytest.raises(UserError, match="knows ranges"):
+    with serving(folder, ranges=False) as without, pytest.raises(UserError, match="supports ranges"):
         open_source(f"{without.url}/0.tar", Fields(), need_long=True).read(3)
     with pytest.raises(CommandError, match=rf"127.0.0.1:{unused_port}/0.tar cannot be read"):
         open_source(f"http://127.0.0.1:{unused_port}/0.tar", Fields(), need_long=True)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from clips.common.errors import CommandError
 from clips.engine import watchdog
 from clips.engine.checkpoint import TrainState
-from clips.engine.engine import Agreed
+from clips.engine.engine import Reduced
 from clips.engine.log import RunLog
 from clips.engine.meter import Meter
 
 
-def agreed(loss: float, norm: float | None = 1.0) -> Agreed:
-    return Agreed(finite=True, stopping=0, unsaved=False, loss=loss, grad_norm=norm)
+def agreed(loss: float, norm: float | None = 1.0) -> Reduced:
+    return Reduced(finite=True, stopping=0, unsaved=False, loss=loss, grad_norm=norm)
 
 
 def spikes(losses: list[float], norms: list[float | None]) -> list[int]:

@@ -126,7 +126,7 @@ def test_what_the_check_finds_is_what_training_leaves_out(data, encoder, capsys)
     assert {problem["index"] for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
     assert "surrogate" in faults[6]
     assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
-    with pytest.raises(UserError, match=r"more\.json: 9 sample.* cannot .*_bad_sample skip:\n  sample 4 \(id s4\)"):
+    with pytest.raises(UserError, match=r"more\.json: 9 sample.* cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"):
         LlavaDataset(data / "more.json", encoder, store)
 
 

@@ -221,7 +221,7 @@ def test_a_wrong_mapping_is_noticed(tmp_path, images):
     encoder = load_vision(f"timm:local-dir:{tmp_path / 'model'}")
     with torch.no_grad():
         encoder.model.layers[1].mlp.fc1.bias[0] += 1.0
-    with pytest.raises(UserError, match="not what ViTModel computes"):
+    with pytest.raises(UserError, match="not what transformers' ViTModel computes"):
         check_equal(encoder.model, original, original.blocks[-1])
 
 
