@@ -2,8 +2,8 @@
 
 import logging
 
-# It advises, on every import, to install a package that would fetch compiled kernels from the hub.
+# On every import this logger advises installing a package that would fetch compiled kernels from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The language model that is used if none is named."""
+"""The language model that is used by default."""

@@ -1,7 +1,7 @@
-"""Recaptioning: pairs of image and web caption become parts with long captions, which pretraining reads.
+"""Recaptioning: write long captions for pairs of image and web caption, in files that pretraining reads.
 
-OUT/part-000000000.parquet   key, image, web, long of a part's pairs; it has this name only when it is whole
-OUT/recaption.json           the settings that made the parts; other settings are refused
+OUT/part-000000000.parquet   columns key, image, web and long; a part gets this name only when it is complete
+OUT/recaption.json           the settings of the run, because a run with other settings may not continue it
 """
 
 from __future__ import annotations
@@ -48,53 +48,53 @@ PROMPT = (
     "like, what it does, and the background. The caption below is a hint from the web, and it may be wrong. Where the "
     "two disagree, trust the picture. Write whole sentences, the description alone.\nCaption: {web}"
 )
-SURE = 100  # after so many pairs each, the share of pairs that are left out is checked
+SURE = 100  # the share of skipped pairs is checked after every so many pairs
 KEY_VARIABLE = "CLIPS_API_KEY"
-RETRIES = 8  # of a failed request, with growing pauses or after Retry-After
-LONGEST, LISTING = 600, 10  # seconds for one caption, with all repeats, and for a server's list of models
-GRACE = 5  # seconds for requests under way to end after an error or a signal
-LARGEST, LONGEST_TEXT = 4 * 2**20, 20_000  # bytes of a server's answer, and characters of its caption
+RETRIES = 8  # retries of a failed request, with growing pauses or as the server's Retry-After says
+LONGEST, LISTING = 600, 10  # timeouts in seconds: for one caption with all retries, and for a server's list of models
+GRACE = 5  # seconds that pending requests get to end after an error or a signal
+LARGEST, LONGEST_TEXT = 4 * 2**20, 20_000  # most bytes of a server's answer, and most characters of its caption
 _REFUSAL = re.compile(
     r"\W*((sorry|unfortunately|i(['’]m| am) (sorry|unable|not able)|i can['’]t|i cannot|as an ai)\b"
     r"|(很|非常)?抱歉|对不起|對不起|我无法|我無法|我不能)",
     re.IGNORECASE,
 )
 _CONTROL = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,64}\]")
-"""Control tokens of known models: <|im_end|>, </s>, <image>, [INST]. A typed one would act in a chat template."""
+"""Control tokens of known models (<|im_end|>, </s>, <image>, [INST]), which also act if they are typed as text."""
 _LOOP = re.compile(r"(?<!\S)(\S.{0,200}?)(?:\s+\1(?!\S)){3}", re.DOTALL)
-"""The same words four times in a row."""
+"""Matches the same words four times in a row."""
 
 
 @dataclass
 class Pair:
-    """One image with its web caption, and what came of it."""
+    """One image with its web caption, and the long caption or the reason why there is none."""
 
     key: str
     image: bytes = b""
     web: str = ""
     long: str = ""
     reason: str = ""
-    """Why the pair is left out; empty for a good caption."""
+    """Why the pair is skipped; empty if its caption is good."""
     detail: str = ""
 
 
 def turn(prompt: str, pair: Pair, image: dict[str, Any]) -> list[dict[str, Any]]:
-    """The question about a picture, with the web caption as a hint: on one line and without control tokens."""
+    """Return the chat messages that ask about an image, with its web caption as a hint without control tokens."""
     hint = one_line(pair.web, 1000)
-    while _CONTROL.search(hint):  # a removal may join two halves to a new one
+    while _CONTROL.search(hint):  # removing a token may join two halves to a new one
         hint = _CONTROL.sub("", hint)
     text = prompt.replace("{web}", hint.strip())
     return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
 
 
 def whole_sentences(text: str) -> str:
-    """A caption that the limit on tokens cut off, without its last sentence."""
+    """Return `text`, which the limit on tokens cut off, without its last and incomplete sentence."""
     last = split_sentences(text)[-1:]
     return text[: text.rfind(last[0])].rstrip() if last else ""
 
 
 def open_picture(pair: Pair) -> Any:
-    """The decoded picture of a pair; None, and a reason in the pair, if it is broken."""
+    """Return the decoded image of a pair. If it is broken, return None and set the pair's reason."""
     if pair.reason:
         return None
     try:
@@ -105,7 +105,7 @@ def open_picture(pair: Pair) -> Any:
 
 
 class BoundedClient(openai.DefaultAsyncHttpxClient):
-    """A client that reads at most LARGEST bytes of an answer and does not decompress them, for few may become many."""
+    """An HTTP client that reads at most LARGEST bytes of an answer and does not decompress it, against zip bombs."""
 
     async def send(self, request: Any, **options: Any) -> Any:
         response = await super().send(request, **options | {"stream": True})
@@ -120,7 +120,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
 
 
 class Endpoint:
-    """OpenAI-style servers, `URL[,URL…][#MODEL]`; UserError for one that lists no models within ten seconds."""
+    """Servers with the OpenAI API, `URL[,URL…][#MODEL]`. Raises UserError if one lists no models in ten seconds."""
 
     def __init__(self, addresses: str, prompt: str, flags: argparse.Namespace) -> None:
         urls, _, model = addresses.partition("#")
@@ -128,7 +128,7 @@ class Endpoint:
         self.loop = asyncio.new_event_loop()
         key = os.environ.get(KEY_VARIABLE, "none")
         self.servers = []
-        for url in urls.split(","):  # the body of a redirection would be read without a bound
+        for url in urls.split(","):  # no redirects, because their bodies would be read without a limit
             bounded = BoundedClient(headers={"Accept-Encoding": "identity"}, follow_redirects=False)
             client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, http_client=bounded)
             self.servers.append((client, asyncio.Semaphore(flags.batch_size)))
@@ -136,12 +136,12 @@ class Endpoint:
         self.identity = model or models[0]
 
     def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
-        """The pairs in order, with a caption or a reason each."""
+        """Yield the pairs in order, each with a caption or with the reason why it has none."""
         tasks: deque[asyncio.Task[Pair]] = deque()
         try:
             for number, pair in enumerate(pairs):
                 tasks.append(self.loop.create_task(self._ask(pair, *self.servers[number % len(self.servers)])))
-                # With so many under way, one slow answer holds up no others.
+                # With so many requests pending, one slow answer does not hold up the others.
                 if len(tasks) >= 4 * self.flags.batch_size * len(self.servers):
                     yield self.loop.run_until_complete(tasks.popleft())
             while tasks:
@@ -149,10 +149,10 @@ class Endpoint:
         finally:
             for task in tasks:
                 task.cancel()
-            if tasks:  # a signal may have cost one its turn in the loop: it would be awaited for ever
+            if tasks:  # a timeout, because a signal may have left a task in a state that never ends
                 self.loop.run_until_complete(asyncio.wait(tasks, timeout=GRACE))
 
-    async def _ask(self, pair: Pair, client: openai.AsyncOpenAI, places: asyncio.Semaphore) -> Pair:
+    async def _ask(self, pair: Pair, client: openai.AsyncOpenAI, slots: asyncio.Semaphore) -> Pair:
         picture = await asyncio.to_thread(open_picture, pair)
         if picture is None:
             return pair
@@ -162,7 +162,7 @@ class Endpoint:
         image = {"type": "image_url", "image_url": {"url": url}}
         messages: Any = turn(self.prompt, pair, image)
         try:
-            async with places:
+            async with slots:
                 request = client.chat.completions.create(
                     model=self.identity, messages=messages, max_tokens=self.flags.max_new_tokens, temperature=0
                 )
@@ -175,12 +175,12 @@ class Endpoint:
         except Exception as error:
             pair.reason, pair.detail = "not answered", first_line(error.__cause__ or error)
             if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
-                raise CommandError(f"{client.base_url} is gone: {pair.detail}; the same command goes on") from None
+                raise CommandError(f"{client.base_url} is gone: {pair.detail}; the same command continues") from None
         return pair
 
 
 async def first_model(client: openai.AsyncOpenAI) -> str:
-    """The first model that a server lists. Raises UserError if it is not whole within LISTING."""
+    """Return the first model that a server lists. Raises UserError if there is no valid list after LISTING seconds."""
     try:
         request = client.with_options(max_retries=0).models.with_raw_response.list()
         response = await asyncio.wait_for(request, LISTING)
@@ -191,7 +191,7 @@ async def first_model(client: openai.AsyncOpenAI) -> str:
 
 
 class LocalModel:
-    """An image-text-to-text model of transformers by directory or hub id, with its processor and chat template."""
+    """An image-text-to-text model of transformers, given by directory or hub id, that has a chat template."""
 
     def __init__(self, name: str, prompt: str, flags: argparse.Namespace) -> None:
         directory = resolve(find_model(name), "captioner")
@@ -248,7 +248,7 @@ def read_pairs(source: Source, indices: Iterable[int]) -> Iterator[Pair]:
 
 def judge(pair: Pair) -> None:
     """Strip the texts, and set the reason of a bad caption."""
-    for name in ("key", "web", "long"):  # UTF-8 cannot hold half a character
+    for name in ("key", "web", "long"):  # UTF-8 cannot encode a lone surrogate
         setattr(pair, name, getattr(pair, name).encode("utf-8", "replace").decode().strip())
     if not pair.long:
         pair.reason = "empty"
@@ -261,9 +261,9 @@ def judge(pair: Pair) -> None:
 
 
 def leave_out_messages(pairs: Sequence[Pair]) -> None:
-    """Set the reason of captions whose first half, or more, is the beginning of a tenth of the captions of `pairs`.
+    """Set the reason of captions that share at least their first half with a tenth of all captions in `pairs`.
 
-    It is the message of a server, or the prompt. Numbers count as equal, because a message may number requests.
+    Such a text is a server's message, or the prompt. Digits are ignored, because a message may number the requests.
     """
     groups: defaultdict[bytes, list[tuple[str, Pair]]] = defaultdict(list)
     for pair in pairs:
@@ -278,9 +278,9 @@ def leave_out_messages(pairs: Sequence[Pair]) -> None:
 
 
 def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str]]:
-    """The pairs to be written, and the counts of the others. Raises BrokenDataError if more than `limit` are left out.
+    """Return the good pairs, and the counts of the others by reason. Raises BrokenDataError above the share `limit`.
 
-    A caption that several pictures have describes none of them: it is the message of a server, or of a poor model.
+    A caption that several images share describes none of them, whether it comes from a server or from a poor model.
     """
     leave_out_messages(pairs[-SURE:])
     pictures: defaultdict[str, set[bytes]] = defaultdict(set)
@@ -299,7 +299,7 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
 
 
 def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) -> Counter[str]:
-    """Write the good pairs, with the counts of the others in the file's metadata. Return the counts."""
+    """Write the good pairs to `path`. Return the counts of the skipped pairs, which the file's metadata holds too."""
     captioned: list[Pair] = []
     for pair in pairs:
         if not pair.reason:
@@ -317,15 +317,15 @@ def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) 
 
 
 def left_out_of(path: Path) -> Counter[str]:
-    """Return the counts in the metadata of a part. Raises UserError with the name of a damaged part."""
+    """Return the counts of skipped pairs in the metadata of a part. Raises UserError if the file is damaged."""
     try:
         return Counter(from_json(parquet.read_schema(path).metadata[b"left_out"]))
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}. Remove it: the same command writes it anew") from None
+        raise UserError(f"{path} is damaged: {first_line(error)}. Remove it and repeat the command") from None
 
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
-    """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too much left out."""
+    """Run scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError if too many pairs are skipped."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     output: Path = flags.output
@@ -334,11 +334,11 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     if kind not in ("hf", "endpoint") or not name:
         raise UserError(f"--captioner {flags.captioner!r} must be hf:ID_OR_DIR or endpoint:URL[,URL…][#MODEL]")
     if kind == "hf" and not is_of_demo(flags.data) and "demo" in data_of(name):
-        raise UserError(f"{name} was trained on the demo: it finds the demo's things in other pictures")
+        raise UserError(f"{name} was trained on the demo, so it would describe other images with the demo's things")
     fields = parse_fields(flags.fields, Fields())
     source = open_source(flags.data, fields, image_root=flags.image_root, need_long=False)
     if any(Path(file).resolve().is_relative_to(output.resolve()) for file in source.files):
-        raise UserError(f"--data {flags.data} holds what this command writes into {output}: name other data")
+        raise UserError(f"--data {flags.data} contains {output}, the output of this command: choose other data")
 
     prompt = flags.prompt.read_text(encoding="utf-8-sig").strip() if flags.prompt else PROMPT
     captioner = (Endpoint if kind == "endpoint" else LocalModel)(name, prompt, flags)
@@ -347,7 +347,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if any(output.glob("*.parquet")):
         changes = difference(read_json(output / "recaption.json"), settings)
-        refuse(changes, f"{output} holds captions that were made otherwise", "Name another --output")
+        refuse(changes, f"{output} holds captions of a run with other settings", "Choose another --output")
     write_json(output / "recaption.json", settings)
 
     every = range(len(source))
@@ -366,6 +366,6 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
 
 
 def stop(number: int, frame: Any) -> None:
-    """End the command with the code of a signal. SystemExit passes the client, which repeats after any other error."""
-    print("\nstopped by a signal; the same command goes on after the last whole part", file=sys.stderr, flush=True)
+    """Exit with the code of a signal. It is a SystemExit, because the client retries after any other exception."""
+    print("\nstopped by a signal; the same command continues after the last full part", file=sys.stderr, flush=True)
     raise SystemExit(128 + number)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the embedded demo data (scenes drawn by several artists). Training does it by itself if it is missing."""
+"""Build the demo data, scenes drawn by several artists. If it is missing, training builds it by itself."""
 
 import sys
 
@@ -9,9 +9,9 @@ from clips.common.flags import Parser
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--output", default="data/demo", help="folder of the data")
+    p.add_argument("--output", default="data/demo", help="folder for the data")
     p.add_argument("--seed", type=int, default=0, help="seed of every scene and text")
-    p.add_argument("--image-size", type=int, default=240, help="side of the pictures in pixels")
+    p.add_argument("--image-size", type=int, default=240, help="side of the images in pixels")
     return p
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Check data before a run: pairs for pretraining (DATA, --mix, --karpathy) or a LLaVA data set (--conversations).
 
-Exit 2 if something would stop a training, 4 if more samples are broken than a training tolerates.
+The exit code is 2 if something would stop a training, and 4 if more samples are broken than a training tolerates.
 """
 
 import argparse
@@ -15,20 +15,20 @@ from mllm import DEFAULT_LLM
 def parser() -> Parser:
     p = Parser(__doc__)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="pairs: the same as --data")
+    what.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help="pairs: same as --data")
     what.add_argument("--data", help="pairs: a folder, pattern or URL of tar shards, or a table")
     what.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="pairs: several sets")
     what.add_argument("--karpathy", metavar="FILE", help="pairs: all splits of A. Karpathy's JSON")
     what.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
-    p.add_argument("--limit", type=at_least(1), help="check only so many samples, drawn at random (default: all)")
+    p.add_argument("--limit", type=at_least(1), help="check only this many samples, drawn at random (default: all)")
     p.add_argument("--jobs", type=at_least(1), default=1, help="processes that read and decode")
-    pairs = p.add_argument_group("pairs, as pretrain_clips.py takes them")
+    pairs = p.add_argument_group("pairs, with the flags of pretrain_clips.py")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
-    pairs.add_argument("--recipe", default="small", help="its tokenizer and lengths are held against the captions")
+    pairs.add_argument("--recipe", default="small", help="recipe whose tokenizer and lengths the captions must fit")
     llava = p.add_argument_group("LLaVA data")
-    llava.add_argument("--image-folder", help="folder or uncompressed tar of the pictures")
-    llava.add_argument("--conv-mode", default="auto", help="conversation format: train_llava.sh calls it --version")
+    llava.add_argument("--image-folder", help="folder or uncompressed tar with the images")
+    llava.add_argument("--conv-mode", default="auto", help="conversation format, the --version of train_llava.sh")
     llava.add_argument("--language-model", default=DEFAULT_LLM, help="directory or hub id of the tokenizer")
     llava.add_argument("--image-tokens", type=int, default=576, help="tokens of one image")
     llava.add_argument("--max-length", type=int, default=2048, help="context in tokens")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure what an encoder is worth: one LLaVA-style model per encoder and seed, same questions, intervals, floors."""
+"""Compare encoders: train a LLaVA-style model per encoder and seed, ask all the same questions, report intervals."""
 
 import sys
 
@@ -12,9 +12,9 @@ def parser() -> Parser:
 
     p = Parser(__doc__)
     flags_of(p)
-    p.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     alone = p.add_argument_group("finished comparisons (these run nothing)")
-    alone.add_argument("--verify", metavar="DIR", help="compute a directory or archive again from its answers")
+    alone.add_argument("--verify", metavar="DIR", help="recompute the report of a directory or archive")
     alone.add_argument("--pack", metavar="DIR", help="verify this output directory and pack it into DIR.tar.xz")
     return p
 

@@ -14,25 +14,25 @@ def parser() -> Parser:
 
     def add(name: str, words: str, samples: int) -> Parser:
         study: Parser = studies.add_parser(name, help=words, description=words)
-        study.add_argument("--output", default=f"runs/{name}", help="folder of the runs and of the result")
+        study.add_argument("--output", default=f"runs/{name}", help="folder for the runs and the result")
         study.add_argument("--seeds", type=at_least(2), default=5, help="runs of each variant; fewer give no verdicts")
-        study.add_argument("--samples", type=int, default=samples, help="samples that each run sees")
-        study.add_argument("--jobs", type=at_least(1), default=2, help="runs beside each other, which share the cores")
-        study.add_argument("--decides", default="sentence_r1", help="the figure that decides, or sentence_nearness")
-        study.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
+        study.add_argument("--samples", type=int, default=samples, help="training samples of each run")
+        study.add_argument("--jobs", type=at_least(1), default=2, help="runs in parallel, which share the cores")
+        study.add_argument("--decides", default="sentence_r1", help="the metric that decides, or sentence_nearness")
+        study.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
         return study
 
-    add("equal-time", "CLIPS against CLIP after the same search of rates: equal samples, equal time", 64_000)
-    claims = add("claims", "the paper's claims in small", 48_000)
+    add("equal-time", "CLIPS against CLIP at equal samples and equal time, with rates tuned for both", 64_000)
+    claims = add("claims", "the paper's claims at small scale", 48_000)
     claims.add_argument(
         "--claims",
         default="a,b,c,d,e",
-        help="a length of the text, b ablation, c sub-caption strategies, d share of synthetic captions, e LLaVA, "
-        "f CLIPS against CLIP at equal time (--recipe small)",
+        help="a: length of the text, b: ablation, c: sub-caption strategies, d: share of synthetic captions, e: LLaVA, "
+        "f: CLIPS against CLIP at equal time (--recipe small)",
     )
     claims.add_argument("--llava-report", default="runs/compare/report.json", help="report of compare_encoders.py")
-    claims.add_argument("--first-seed", type=int, default=0, help="of --seeds that follow each other")
-    words = "small: on photographs of your own, --set data.train=… data.test=…"
+    claims.add_argument("--first-seed", type=int, default=0, help="first of the consecutive --seeds")
+    words = "small is for your own photographs: --set data.train=… data.test=…"
     claims.add_argument("--recipe", default="demo", choices=("demo", "small"), help=words)
     claims.add_argument("--set", help="fields of clips/config.py for every run", **SET)
     return p

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a model into another format: read FROM, show that its features stay the same, then write TO."""
+"""Convert a model to another format: read FROM, check that its features stay the same, and write TO."""
 
 import sys
 from pathlib import Path
@@ -22,13 +22,13 @@ def parser() -> Parser:
         "--to",
         choices=("native", "open_clip", "official", "transformers", "llava"),
         default="native",
-        help="format; official is that of the CLIPS checkpoints, and LLaVA models have transformers and llava",
+        help="format; official is that of the CLIPS checkpoints, and LLaVA models can be transformers or llava",
     )
-    p.add_argument("--check", action="store_true", help="show that it can be done and write nothing")
+    p.add_argument("--check", action="store_true", help="only check that the conversion works, and write nothing")
     llava = p.add_argument_group("LLaVA models")
-    llava.add_argument("--base", metavar="DIR_OR_HUB_ID", help="what LoRA adapters or an mm_projector.bin belong to")
-    llava.add_argument("--vision-tower", metavar="DIR_OR_HUB_ID", help="their vision tower (default: that in FROM)")
-    llava.add_argument("--conv-mode", default="auto", help="conversation format; auto is its tokenizer's, else v1")
+    llava.add_argument("--base", metavar="DIR_OR_HUB_ID", help="base model of LoRA adapters or an mm_projector.bin")
+    llava.add_argument("--vision-tower", metavar="DIR_OR_HUB_ID", help="vision tower (default: the one of FROM)")
+    llava.add_argument("--conv-mode", default="auto", help="conversation format; auto is the tokenizer's, or v1")
     return p
 
 

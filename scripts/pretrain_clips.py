@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption triples with --data."""
+"""Pretrain a CLIPS encoder on the demo or, with --data, on your own triples of image, web caption and long caption."""
 
 from clips.common.errors import start
 from clips.training.cli import parser

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to a chatting model: pretrained encoder, LLaVA-style model, both measured. Run again, it goes on where it
-# stopped.
+# Pretrain an encoder, plug it into a LLaVA-style model, and evaluate both. The same command continues where it stopped.
+#
 #
 #   bash scripts/quickstart.sh           # on the demo's drawn scenes
 #   bash scripts/quickstart.sh photos    # on photographs of 44,072 products, 270 MB from the Hugging Face hub
 #
-# Needs Python ≥ 3.10 and a network that pip can use. VENV, PYTHON, TORCH_INDEX: see scripts/install.sh. OMP_NUM_THREADS:
-# threads of all training processes together (default: the physical cores). SEED: of both trainings (default: 0).
-# PHOTOS: a folder with the hub's tables, or with fashion-train.tar and fashion-test.tar, whose JSON members have their
-# columns, but `name` for productDisplayName (default: the tables are downloaded to data/fashion).
+# It needs Python ≥ 3.10 and a network for pip. VENV, PYTHON and TORCH_INDEX are those of scripts/install.sh.
+# OMP_NUM_THREADS: threads of all training processes together (default: the physical cores). SEED: of both trainings
+# (default: 0). PHOTOS: a folder with the hub's tables, or with fashion-train.tar and fashion-test.tar, whose JSON has
+# the same columns, but `name` for productDisplayName (default: the tables are downloaded to data/fashion).
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
@@ -17,10 +17,10 @@ what="${1:-demo}"
 case "$what" in demo | photos) ;; *) fail "$what is not known: bash scripts/quickstart.sh [photos]" ;; esac
 for place in . data runs; do
   [ ! -e "$place" ] || [ -w "$place" ] ||
-    fail "you cannot write to $PWD/$place, which another user owns perhaps: clone the repository into a folder of yours"
+    fail "you cannot write to $PWD/$place, which may belong to another user: clone the repository into your own folder"
 done
 
-# Photographs of a shop and their true attributes → captions for pretraining, questions for the language model.
+# Make captions for pretraining and questions for the language model from a shop's photographs and their attributes.
 photos() {
   local folder="${PHOTOS:-data/fashion}" rows name said
   if [ -z "${PHOTOS:-}" ] && [ ! -e data/fashion/whole ]; then
@@ -28,13 +28,13 @@ photos() {
     said="$(python "$venv/bin/hf" download --quiet --repo-type dataset --local-dir data/fashion \
       ashraq/fashion-product-images-small --revision bd09c69e56fc0b1f279743fef89d735f3bdf8a42 2>&1)" ||
       fail "no photographs from the Hugging Face hub. $(grep -Em 1 '^[A-Za-z.]*Error: ' <<<"$said" || tail -n 1 <<<"$said")
-Mend it, give PHOTOS=DIR, or take the drawn one: bash scripts/quickstart.sh"
+Mend it, set PHOTOS=DIR, or run the demo on drawings: bash scripts/quickstart.sh"
     touch data/fashion/whole
   fi
   rows=(--data "$folder" --held-out 0.03)
   name=productDisplayName
   if [ -e "$folder/fashion-train.tar" ]; then
-    # By their names, for 23 photographs stand for a product in each of the two.
+    # By name, because 23 photographs show products of both splits.
     rows=(--data "$folder/fashion-train.tar" --test-data "$folder/fashion-test.tar" --key image)
     name=name
   fi
@@ -50,9 +50,9 @@ install demo chat
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
 export OMP_NUM_THREADS
 SEED="${SEED:-0}"
-echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
+echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set a lower number if the machine is busy with other work)"
 
-export CLIPS_MLLM_GOES_ON=1 # its steps name no next step: the next one is the quickstart's
+export CLIPS_MLLM_GOES_ON=1 # its steps print no next step, because the quickstart prints one
 echo "== 2. data"
 pretrain=(scripts/pretrain_clips.py --set "train.seed=$SEED")
 llava=(--vision clips --seed "$SEED")
@@ -61,7 +61,7 @@ if [ "$what" = demo ]; then
   python scripts/build_demo_data.py
 else
   photos
-  # Less than half of the samples of `small`, for all of it to take a quarter of an hour.
+  # Less than half of the samples of `small`, so that everything takes a quarter of an hour.
   pretrain+=(--name photos --samples 72000 --data data/photos/train.tar --test-data data/photos/test.tar)
   llava=(--vision clips:runs/photos --seed "$SEED" --output_dir runs/llava-photos --small)
   llava+=(--image_folder data/photos/train.tar)
@@ -71,12 +71,12 @@ fi
 
 echo "== 3. pretrain, evaluate, export and report"
 if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
-  # Two ranks of half of the cores each: the demo's matrices are too small for threads (docs/speed.md).
-  # A free port, for another training on this machine may have deepspeed's own.
+  # Two ranks with half of the cores each, because the demo's matrices are too small for threads (docs/speed.md).
+  # On a free port, because another training on this machine may use deepspeed's default port.
   port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
   OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) \
     python -m deepspeed.launcher.runner --hostfile none --num_gpus 2 --master_port "$port" "${pretrain[@]}"
-else # one core, or GPUs, of which the demo's model is worth one only
+else # one core, or GPUs, of which the demo's small model needs only one
   python "${pretrain[@]}"
 fi
 

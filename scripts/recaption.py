@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a long caption for each pair of image and web caption: data for CLIPS. The same command resumes."""
+"""Write a long caption for each pair of image and web caption, as CLIPS needs. The same command resumes."""
 
 import argparse
 from pathlib import Path
@@ -12,14 +12,14 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     p.add_argument("--data", required=True, help="pairs: a folder, pattern or URL of tar shards, or tables")
     p.add_argument("--fields", nargs="+", action="extend", default=[], metavar="PART=FIELD", help="as in pretraining")
-    p.add_argument("--image-root", help="tables: the folder of relative image paths")
+    p.add_argument("--image-root", help="tables: the folder that image paths are relative to")
     p.add_argument("--output", type=Path, required=True, help="folder for the parts")
     p.add_argument("--captioner", required=True, help="hf:ID_OR_DIR or endpoint:URL[,URL][#MODEL]")
-    p.add_argument("--prompt", type=Path, help="file of the prompt; {web} marks the web caption (default: built in)")
-    p.add_argument("--part-size", type=at_least(1), default=5000, help="pairs of a part, which is what a stop may cost")
+    p.add_argument("--prompt", type=Path, help="file with the prompt; {web} marks the web caption (default: built in)")
+    p.add_argument("--part-size", type=at_least(1), default=5000, help="pairs per part; a stop loses at most one part")
     p.add_argument("--max-new-tokens", type=at_least(1), default=256, help="longest caption, in tokens")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="pairs that the model or each server gets")
-    p.add_argument("--max-left-out-share", type=float, default=0.3, help="a part that loses more is not written")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="pairs at once for the model or for each server")
+    p.add_argument("--max-left-out-share", type=float, default=0.3, help="stop if more pairs than this are skipped")
     return p
 
 

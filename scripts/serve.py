@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Serve a trained model to OpenAI's clients: /v1/chat/completions, /v1/models; CLIPS_API_KEY is the key, if set."""
+"""Serve a trained model with OpenAI's API: /v1/chat/completions and /v1/models. CLIPS_API_KEY may set a key."""
 
 import argparse
 
@@ -11,11 +11,11 @@ from mllm.chat.limits import Limits, add_model_flags
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     add_model_flags(p)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from outside")
-    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free port")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is reachable from outside")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any free port")
     p.add_argument(
         "--allowed-hosts", nargs="+", default=[], metavar="NAME",
-        help="further host names by which the server is called, beside localhost and --host; *: any",
+        help="more host names that clients may use, beside localhost and --host; * allows any",
     )  # fmt: skip
     add_options(p.add_argument_group("limits"), Limits, "max_")
     return p

@@ -2,16 +2,16 @@
 # Install what is missing, then lint, check the types and run every test. Arguments go to pytest:
 #
 #   bash scripts/test.sh                    # everything
-#   bash scripts/test.sh -m "not slow"      # only what takes seconds
-#   bash scripts/test.sh -n 0 -k captioner  # in one process: for a debugger, or a few tests
+#   bash scripts/test.sh -m "not slow"      # only tests that take seconds
+#   bash scripts/test.sh -n 0 -k captioner  # in one process, for a debugger or a few tests
 #
-# With CI=true a test that is skipped for want of a package counts as failed (tests/conftest.py).
+# With CI=true a test that is skipped because a package is missing counts as failed (tests/conftest.py).
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-# clip_benchmark and lmms-eval, in an environment of their own beside the first one, whose packages it sees; and Chromium,
-# sshd and pdsh, where this may install them. Tests that miss one of these are skipped, loudly.
+# Install clip_benchmark and lmms-eval into a second environment, which sees the packages of the first one. Install
+# Chromium, sshd and pdsh if this user may. Tests that need a missing one are skipped with a warning.
 install_around() {
   local bench="$venv-bench" stamp where='import sysconfig; print(sysconfig.get_path("purelib"))'
   stamp="$({ pwd && cat pyproject.toml; } | cksum)"
@@ -32,15 +32,15 @@ install_around() {
   fi
 }
 
-export PIP_NO_COMPILE=1 # of the packages' files, those that are imported are compiled then
+export PIP_NO_COMPILE=1 # only files that are imported get compiled, at their first import
 install demo chat video dev
 trap wait EXIT
-install_around & # beside the linters, which take one core
+install_around & # in parallel to the linters, which use one core
 ruff check .
 ruff format --check .
 rm -f mllm/chat/*.pyi # gradio writes them; a stale one misleads mypy
 mypy
 wait $!
-# Two processes, a file to each: the machine of the checks has two cores. In the order of the folders, so that the long
-# files (dist, e2e) come first and both processes end together.
+# Two processes with a file each, because the machine of the checks has two cores. The files run in the order of the
+# folders, so that the long ones (dist, e2e) come first and both processes end at about the same time.
 exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train one stage of a LLaVA-style model; behind --launch (scripts/train_llava.sh) both stages and the evaluation."""
+"""Train one stage of a LLaVA-style model or, with --launch (scripts/train_llava.sh), both, and evaluate the model."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def launch(words: list[str]) -> None:
-    """Run each stage of these flags in processes of its own, then the evaluation if it has questions to ask."""
+    """Run each stage in separate processes, then the evaluation if there are questions for this model."""
     from mllm.training.arguments import flags_of_stage, parser
     from mllm.training.stages import STAGES
 
@@ -37,7 +37,7 @@ def launch(words: list[str]) -> None:
     python = os.environ.get("PYTHON") or sys.executable
     command = [python]
     ranks = count_ranks(last.device)
-    if ranks > 1:  # on a free port: another training may have deepspeed's own
+    if ranks > 1:  # on a free port, because another training may use deepspeed's default port
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -46,13 +46,13 @@ def launch(words: list[str]) -> None:
     # The demo's questions say nothing about a model that was trained on other data.
     evaluates = is_model and not any(stage.data_path or stage.karpathy for stage in flags.values())
     for number in numbers:
-        # The stage names a next step only if none follows here, and both stages ignore the other's flags.
+        # A stage prints a next step only if none follows here. Each stage ignores the flags of the other.
         env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or number != numbers[-1] else {}
         more = ["--stage", str(number), *["--both_stages"] * (len(numbers) > 1)]
         run([*command, str(SCRIPTS / "train_llava.py"), *words, *more], os.environ | env)
     kind, colon, _ = last.vision_tower.partition(":")  # openai/clip-… is hf:openai/clip-…
     place = Path(last.output_dir or f"runs/llava-{'hf' if not colon and '/' in kind else kind}")
-    # Of a model that learned captions the run holds images that it has not seen.
+    # The run of a model that was trained on captions holds images for its evaluation.
     if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):
         script = str(SCRIPTS / "evaluate_llava.py")
         run([python, script, "--model", str(place / "model"), "--device", last.device], os.environ)
@@ -70,7 +70,7 @@ def count_ranks(device: str) -> int:
 
 
 def run(command: list[str], env: Mapping[str, str]) -> None:
-    """Run `command` and end with its exit code if it fails; Ctrl-C is for the command, which then saves and ends."""
+    """Run `command`, and exit with its code if it fails. Ctrl-C is left to the command, which then saves and ends."""
     signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run(command, env=env).returncode
     if code != 0:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train a LLaVA-style model on an encoder: stage 1, stage 2, and on the demo data or captions the evaluation.
+# Train a LLaVA-style model on an encoder: stage 1, stage 2 and, on the demo or on captions, the evaluation.
 #
 #   bash scripts/train_llava.sh --vision clips                  # the newest CLIPS export; also clip, random, blind, hf:…
 #   bash scripts/train_llava.sh --vision clips:runs/mine --data_path my.csv   # captions: a model that describes
 #   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder pictures
-#   bash scripts/train_llava.sh --vision clips --dry-run        # the two commands and the plan, nothing is trained
+#   bash scripts/train_llava.sh --vision clips --dry-run        # print the two commands and the plan, train nothing
 #   bash scripts/train_llava.sh --help                          # every flag with its default
 #
-# The same command again resumes a stopped run. Flags carry LLaVA's names. --align.FLAG and --instruct.FLAG count in one
-# stage only. NUM_GPUS=N sets the number of GPUs (default: all); without GPUs it sets the number of processes.
+# The same command resumes a stopped run. Flags have LLaVA's names, and --align.FLAG and --instruct.FLAG apply to one
+# stage only. NUM_GPUS=N sets the number of GPUs (default: all), or the number of processes if there are no GPUs.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Measure training beside open_clip: `train` steps of equal towers, `program` whole programs; or a step's `parts`.
+"""Compare training speed with open_clip, by steps (`train`) or full programs (`program`), or time a step's `parts`.
 
-The first two compare plain CLIP on the demo's .txt: equal towers, batch, precision, threads, crops and fused AdamW.
-`train` takes steps on ready batches in one process. open_clip pads each text to the context. `program` runs
-scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them. Its samples/s are those between the first
-line of the log behind the warm-up and the last line. `parts` lets a step of a recipe grow by one part at a time. What
-is compared takes turns.
+`train` and `program` compare plain CLIP on the demo's .txt with equal towers, batch, precision, threads, crops and
+fused AdamW. `train` takes steps on ready batches in one process; open_clip pads each text to the context. `program`
+runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them, and measures samples/s between the
+first log line after the warm-up and the last one. `parts` measures a step of a recipe that grows by one part at a
+time. All things that are compared take turns.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ SIZES = {
     "s16": ("s16", 32, 20),
     "b16": ("b16", 16, 10),
 }
-"""Size → recipe, samples of a step, steps of a program's turn: its first phase, at a batch that a CPU can bear."""
+"""Size → recipe (its first phase), samples per step that a CPU can process, and steps in a turn of `program`."""
 PARTS = ("train.accumulation=1", "train.activation_checkpointing=false")
-"""Settings of `parts`."""
+"""Settings for `parts`."""
 TURN, WARM = 2, 0.2
-"""Steps of a turn of `train`; share of a program's samples that are not timed."""
+"""Steps in a turn of `train`, and the share of a program's samples that is not timed, as warm-up."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
 THEIRS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")
-"""Where a line of the log tells how many samples were seen."""
+"""These match the number of samples so far in a log line of each program."""
 
 
 def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
-    """Measure samples/s of both on the same batches, and the ratio of ours to each."""
+    """Measure samples/s of both models on the same batches, and the ratio of our speed to each."""
     init_distributed(device)
     phase = replace(run.phases[0], samples=TURN * run.phases[0].batch_size, warmup_samples=0)
     vision = replace(run.model.vision, image_size=phase.image_size)
@@ -76,17 +76,17 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     torch.manual_seed(0)
     engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
-    theirs = stock_step(run, tokenizer, device)
+    stock = stock_step(run, tokenizer, device)
     parts = {
         "ours": lambda: [optimizer_step(engine, [batch]) for batch in batches],
-        "open_clip": lambda: [theirs(batch) for batch in batches],
+        "open_clip": lambda: [stock(batch) for batch in batches],
     }
     seconds = fastest(parts, repeats, device)
-    return [[kind, run.samples / of_kind, of_kind / seconds["ours"]] for kind, of_kind in seconds.items()]
+    return [[kind, run.samples / by_kind, by_kind / seconds["ours"]] for kind, by_kind in seconds.items()]
 
 
 def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
-    """Measure a step that grows by one part at a time: milliseconds of each part's forward and backward pass."""
+    """Measure a step that grows by one part at a time. Return milliseconds of each part's forward and backward pass."""
     init_distributed(device)
     source, tokenizer = open_data(run)
     loader = make_loader(source, tokenizer, replace(run, data=replace(run.data, workers=0)), rank=0, world_size=1)
@@ -142,7 +142,7 @@ def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
 
 
 def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
-    """The step of open_clip's trainer: autocast, backward, optimizer, clamp of the temperature."""
+    """Return a function that takes one step as open_clip's trainer does, including the clamp of the temperature."""
     import open_clip
 
     config = open_clip_config(run.model, tokenizer)["model_cfg"]
@@ -152,7 +152,7 @@ def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def text_loss(image: Tensor, ids: Tensor) -> Tensor:
-        ids = ids[:, :-1]  # open_clip appends CLS itself
+        ids = ids[:, :-1]  # open_clip appends the CLS token itself
         ids = F.pad(ids, (0, config["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
         return contrastive(image, model.encode_text(ids, normalize=True), model.logit_scale.exp())
 
@@ -172,7 +172,7 @@ def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
 
 
 def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each part: all once to warm up, then the minimum of `repeats` turns, for other work only adds time."""
+    """Time each part. Return the minimum of `repeats` turns after a warm-up, because other work only adds time."""
     times = {name: float("inf") for name in parts}
     for turn in range(repeats + 1):
         for name, part in parts.items():
@@ -186,18 +186,18 @@ def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.
 
 
 def compare_programs(run: RunConfig, flags: Sequence[str], repeats: int, device: str) -> list[list[Any]]:
-    """Measure both programs in turns: samples/s, the ratio of ours to it. Medians, and the extremes of the ratios."""
-    ours, theirs = [], []
+    """Measure both programs in turns. Return median samples/s, and median and range of the ratio of ours to theirs."""
+    ours, others = [], []
     with tempfile.TemporaryDirectory() as folder:
         stock = [sys.executable, "-m", "open_clip_train.main", *their_flags(run, Path(folder)), "--device", device]
         for turn in range(repeats):
-            own = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), *flags, "--output", folder, "--name", f"{turn}"]
-            ours.append(watch(own, OURS, run.phases[0].samples))
-            theirs.append(watch([*stock, "--name", f"{turn}"], THEIRS, run.phases[0].samples))
+            mine = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), *flags, "--output", folder, "--name", f"{turn}"]
+            ours.append(watch(mine, OURS, run.phases[0].samples))
+            others.append(watch([*stock, "--name", f"{turn}"], THEIRS, run.phases[0].samples))
 
-    ratios = [own / stock for own, stock in zip(ours, theirs, strict=True)]
+    ratios = [our / other for our, other in zip(ours, others, strict=True)]
     text = f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
-    return [["ours", statistics.median(ours), "1"], ["open_clip", statistics.median(theirs), text]]
+    return [["ours", statistics.median(ours), "1"], ["open_clip", statistics.median(others), text]]
 
 
 def our_flags(size: str, device: torch.device, train: str) -> list[str]:
@@ -216,7 +216,7 @@ def our_flags(size: str, device: torch.device, train: str) -> list[str]:
 
 
 def their_flags(run: RunConfig, folder: Path) -> list[str]:
-    """Flags of open_clip_train.main for what `run` trains first; model and tokenizer are written into `folder`."""
+    """Write model and tokenizer to `folder`, and return flags of open_clip_train.main for the first phase of `run`."""
     phase, optim = run.phases[0], run.optim
     shards = map(str, sorted(Path(run.data.train).glob("*.tar")))
     _, tokenizer = open_data(run)
@@ -236,13 +236,13 @@ def their_flags(run: RunConfig, folder: Path) -> list[str]:
 
 
 def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> float:
-    """Run `command` until its log, read by `progress`, says `samples`; return samples/s.
+    """Run `command` until its log, matched by `progress`, shows `samples`, and return samples/s.
 
-    Raises CommandError if it ends before.
+    Raises CommandError if the command ends before.
     """
     seen: list[tuple[int, float]] = []
     last: deque[str] = deque(maxlen=15)
-    env = os.environ | {LINE_SECONDS: "0"}  # every record is a line
+    env = os.environ | {LINE_SECONDS: "0"}  # prints a line for every record
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         try:
             for line in process.stdout or ():
@@ -267,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser((__doc__ or "").partition("\n")[0])
     p.add_argument("what", choices=("train", "program", "parts"), help="what to measure")
     p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
-    p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
+    p.add_argument("--repeats", type=int, default=5, help="turns of each thing that is compared")
     p.add_argument("--data", help="training data, as pretrain_clips.py takes it (default: the demo's)")
     p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of the recipe, for `parts`")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

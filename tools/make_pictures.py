@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draw a picture of the docs: `answers` of models about the unseen artist's pictures, or `results` of a comparison.
+"""Draw a figure for the docs: `answers` of models on the held-out artist's images, or `results` of a comparison.
 
-`answers` shows for each kind of question the first picture that every model answers right (one model per seed), and one
-picture that the first model answers wrong. The pictures are chosen for that, and the command prints their names.
+`answers` shows, for each kind of question, the first image that every model (one per seed) answers right, and one image
+that the first model answers wrong. So the images are not a random choice. The command prints their names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mllm.data.questions import UNSEEN_ANSWERS
 
 WRONG = "#b3261e"
 ALL = "accuracy"
-"""The metric over all questions; `accuracy/KIND` are those of a kind."""
+"""The metric over all questions; `accuracy/KIND` is the metric of one kind."""
 ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained"}
 KIND_WORDS = {
     "identity": "what a thing is called",
@@ -37,22 +37,22 @@ KIND_WORDS = {
     "overall": "all questions",
 }
 KINDS = ("identity", "where", "count", "relation")
-"""Kinds of the right answers that are shown, from left to right."""
+"""Kinds of questions for which a right answer is shown, from left to right."""
 
 
 def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
-    """Bars of means ± the standard deviation over seeds, in percent; `encoders`: name → metric → figure."""
+    """Draw bars of means ± standard deviations over seeds, in percent. `encoders` is name → metric → value."""
     first = next(iter(encoders.values()))
     metrics = [*(name for name in first if name.startswith(f"{ALL}/") and "@" not in name), ALL]
     plot = Plot(figsize=(8, 3.6), dpi=150, layout="constrained")
     axes = plain_axes(plot, grid="y")
     bar = 0.8 / len(encoders)
     for i, (name, figures) in enumerate(encoders.items()):
-        places = [place + bar * (i - (len(encoders) - 1) / 2) for place in range(len(metrics))]
+        centres = [number + bar * (i - (len(encoders) - 1) / 2) for number in range(len(metrics))]
         means = [100 * figures[metric]["mean"] for metric in metrics]
         spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
-        axes.bar(places, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
-        axes.errorbar(places, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
+        axes.bar(centres, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
+        axes.errorbar(centres, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
     words = [textwrap.fill(KIND_WORDS.get(kind, kind), 13) for kind in kinds]
     labels = [f"{word}\n({first[metric]['items']:,})" for word, metric in zip(words, metrics, strict=True)]
@@ -64,13 +64,13 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
 
 
 def chosen(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
+    """Return for each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
 
-    No picture is shown twice. Raises UserError unless the runs answered the same questions, and if a kind has none.
+    No image is shown twice. Raises UserError if the runs answered different questions, or if a kind has no such one.
     """
     if len({tuple((answer["image"], answer["prompt"]) for answer in run) for run in runs}) != 1:
         raise UserError("--model: the models answered different questions")
-    shown: dict[str, dict[str, Any]] = {}  # picture → answer
+    shown: dict[str, dict[str, Any]] = {}  # image → answer
     for kind, is_right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
         for first, *others in zip(*runs, strict=True):
             is_new = first["kind"] == kind and first["image"] not in shown
@@ -84,10 +84,10 @@ def chosen(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
-    """The questions above their pictures, the answers below."""
+    """Draw the images with their questions above and their answers below."""
     plot = Plot(figsize=(6.3, 6.0), dpi=84, layout="constrained")
     for place, answer in enumerate(shown, start=1):
-        axes = plot.add_subplot(2, 3, place)  # three in a row can be read on a phone
+        axes = plot.add_subplot(2, 3, place)  # three images in a row can be read on a phone
         axes.imshow(decode_image((images / answer["image"]).read_bytes()))
         axes.set_axis_off()
         axes.set_title(textwrap.fill(answer["prompt"], 26), fontsize=9, color=INK)
@@ -99,9 +99,9 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("answers", "results"), help="the picture to draw")
-    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json of `results`")
-    p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs of `answers`")
+    p.add_argument("what", choices=("answers", "results"), help="the figure to draw")
+    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json for `results`")
+    p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
@@ -111,7 +111,7 @@ def main() -> None:
     out = flags.output or Path("runs", f"{flags.what}.png")
     check_target(out.parent)
     if out.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {out}: name it .png or .svg")
+        raise UserError(f"--output {out} must end with .png or .svg")
     if flags.what == "answers":
         shown = chosen([read_json_records(model / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl") for model in flags.model])
         for answer in shown:

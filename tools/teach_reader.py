@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Teach the small language model to find words again, in words alone, and save what it learned as a LoRA adapter.
+"""Teach the small language model to find words among image tokens, without any images, and save a LoRA adapter.
 
-In an imagined scene embeddings of words stand in place of image tokens: what a cell shows, its place (or the column of
-a table), and noise. The words are random ones of the vocabulary, so nothing can be learned by heart. The linear layers
-of the kept layers train whole. An SVD cuts their change to a rank whose float8 factors fit into `LARGEST` bytes. A
-tenth of the words is held out for measuring. An answer is right if each of its tokens, the end included, is the most
-likely one behind those before it; greedy decoding then writes this answer.
+In an imagined scene, embeddings of words replace the image tokens: each is a mixture of the thing that the cell shows,
+the cell's place (or a column of a table), and noise. The words are random words of the vocabulary, so nothing can be
+learned by heart. All linear weights of the kept layers are trained. An SVD then reduces their change to a rank whose
+float8 factors fit into `LARGEST` bytes. A tenth of the words is held out for measuring. An answer is right if each of
+its tokens, end included, is the most likely one after the tokens before it, as greedy decoding would then write it.
 
 Every `EVERY` samples the tool prints right answers in % on held-out words and saves a checkpoint, from which the same
-command goes on. 32,000 samples take about 90 minutes of one core with AVX-512 bf16.
+command continues. 32,000 samples take about 90 minutes on one core with AVX-512 bf16.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import PACKED, Counts, Packing
 
 BATCH, RATE, WARMUP, FALLING, EVERY = 16, 5e-4, 30, 0.3, 1_600
-"""Samples of a step, AdamW's rate, steps of its warm-up, share of the steps in which it falls to zero; see above."""
+"""Samples per step, AdamW's peak rate, warm-up steps, share of steps in which the rate falls to 0; EVERY is above."""
 LARGEST, HEADER = 8_000_000, 40_000
 GRID = 6
 CELLS = torch.cartesian_prod(*[(torch.arange(GRID) + 0.5) / GRID] * 2).flip(1)
-"""[GRID², 2]: x and y of each cell's centre."""
+"""[GRID², 2]: x and y of the centre of each cell."""
 PLACES_OF_CELLS = torch.eye(len(PLACES))[torch.cdist(CELLS, torch.tensor([*PLACES.values()])).argmin(1)]
 COUNTS = {1: 5, 2: 6, 3: 5}
-"""Things of a scene → relative frequency."""
+"""Number of things in a scene → relative frequency."""
 KINDS = {
     "identity": (18, 26),
     "count": (1, 1),
@@ -63,8 +63,8 @@ KINDS = {
     "is_value": (15, 6),
     "caption": (3, 3),
 }
-"""Kind of a question about a scene, or about an item of a table → its share of the conversations in %, before and after
-sample `MATCHED`: whether a word is there is learned first, and which word is where takes longer."""
+"""Kind of question about a scene, or about a row of a table → share of the conversations in %, before and after sample
+`MATCHED`, because the model learns first whether a word is there, and later which word is where."""
 MATCHED = 6_400
 WHAT_KIND = "What kind of {words} is this?"
 SHOP = (
@@ -74,14 +74,14 @@ SHOP = (
     "mobile multi mustard nail navy neck night none pant party rain rose rust sea sets shoe short silver skin smart "
     "sock sport steel suit tablet tie tone track travel trunk vest vintage waist wallet wash water wear wedding women"
 )
-"""Words of shops, which are left out too, with their plurals, so that a reader can be measured on one."""
+"""Words of shops. They and their plurals are excluded too, so that the reader can be measured on a shop."""
 
 Sample = tuple[list[demo.QuestionAnswer], Tensor]
-"""A conversation and the embeddings [GRID², D] in place of its image."""
+"""A conversation, and the embeddings [GRID², D] that replace its image tokens."""
 
 
 class Imagination:
-    """Conversations about random names out of a vocabulary; `held_out` words are in no training."""
+    """Makes conversations about random names from a vocabulary. `held_out` words never occur in training."""
 
     def __init__(self, llm: LanguageModel, *, held_out: bool, words: Sequence[str] = ()) -> None:
         table = llm.model.get_input_embeddings().weight.detach()
@@ -91,17 +91,17 @@ class Imagination:
         self.tokens = functools.cache(lambda name: llm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
         vocabulary = llm.tokenizer.get_vocab()
         taken = re.findall("[a-z]+", " ".join([*CONCEPTS, *CONCEPTS.values(), *BACKGROUNDS, *PLACES, SHOP]).lower())
-        left_out = {f"{word}{ending}" for word in taken for ending in ("", "s", "es")}
-        plain = re.compile("Ġ([b-df-hj-np-tv-z][a-z]{3,})")  # "a" is the right article
+        excluded = {f"{word}{ending}" for word in taken for ending in ("", "s", "es")}
+        plain = re.compile("Ġ([b-df-hj-np-tv-z][a-z]{3,})")  # words with the article "a", not "an"
         found = [plain.fullmatch(token) for token, number in sorted(vocabulary.items()) if number < 30_000]
-        names = [match[1] for match in found if match and match[1] not in left_out]
+        names = [match[1] for match in found if match and match[1] not in excluded]
         self.words = words or [w for w in names if (hashlib.sha256(w.encode()).digest()[0] < 26) == held_out]
         capitals = [word.capitalize() for word in self.words]
         self.values = capitals + 20 * [name for name in capitals if {name, f"Ġ{name}"} <= vocabulary.keys()]
-        """Most are one token at the start of an answer, too."""
+        """Mostly words that are one token at the start of an answer too."""
 
     def names(self, rng: random.Random, count: int, words: Sequence[str]) -> list[str]:
-        """Different names: one word, two words, a plural, or two words in one."""
+        """Draw different names, each of them a word, two words, a plural, or two words joined."""
         names: dict[str, None] = {}
         while len(names) < count:
             first, second = rng.choices(words, k=2)
@@ -111,7 +111,7 @@ class Imagination:
         return list(names)
 
     def directions(self, names: Sequence[str], weights: Tensor, noise: torch.Generator) -> Tensor:
-        """Unit vectors [N, D] of cells that show names by `weights` [N, names]; earlier tokens of a name weigh more."""
+        """Mix names by `weights` [N, names] to unit vectors [N, D] of cells. The first tokens of a name weigh most."""
         total = torch.zeros(len(weights), self.units.shape[1])
         for name, column in zip(names, weights.T, strict=True):
             ids = self.tokens(name)
@@ -120,20 +120,20 @@ class Imagination:
         return F.normalize(total)
 
     def cells(self, shown: tuple[list[str], Tensor], tags: tuple[list[str], Tensor], rng: random.Random) -> Tensor:
-        """Embeddings [GRID², D] of cells that show names by weights; `tags` say a cell's place or column."""
+        """Return embeddings [GRID², D] of cells from weighted names of their content (`shown`) and place or column."""
         noise = torch.Generator().manual_seed(rng.getrandbits(60))
         a, b, n, lost = torch.rand(4, GRID**2, 1, generator=noise)
         stray, other = self.units[torch.randint(len(self.units), (2, GRID**2), generator=noise)]
         words = torch.where(lost < 0.05, stray, self.directions(*shown, noise))
         names, weights = tags
-        of_tags = self.directions(names, weights, noise)
-        if names == [*PLACES]:  # "top left" and "top right" have a cosine of 0.9: what they share says no place
-            of_tags = F.normalize(of_tags - self.directions(names, torch.eye(len(names)), noise).mean(0))
-        mixed = words + 0.5 * (0.6 + 0.8 * b) * of_tags + 0.6 * n * other
+        by_tag = self.directions(names, weights, noise)
+        if names == [*PLACES]:  # "top left" and "top right" have a cosine of 0.9, so the common part is removed
+            by_tag = F.normalize(by_tag - self.directions(names, torch.eye(len(names)), noise).mean(0))
+        mixed = words + 0.5 * (0.6 + 0.8 * b) * by_tag + 0.6 * n * other
         return self.centre + (0.8 + 0.4 * a) * self.spread * F.normalize(mixed)
 
     def of_scene(self, kind: str, rng: random.Random) -> Sample:
-        """A scene of the demo with random names."""
+        """Return a conversation about a scene of the demo with random names."""
         *names, ground = self.names(rng, 1 + rng.choices([*COUNTS], [*COUNTS.values()])[0], self.words)
         drawn = replace(draw_scene(rng, names), background=ground)
         shown = torch.full((GRID**2,), len(names))
@@ -156,24 +156,24 @@ class Imagination:
         return first + rng.sample(pairs, len(pairs)), cells
 
     def of_table(self, kind: str, rng: random.Random) -> Sample:
-        """One item of a table, whose columns and values are random names."""
+        """Return a conversation about a row of a table whose columns and values are random names."""
         columns = self.names(rng, rng.choice((1, 1, 2, 3)), self.words)
         *values, ground = self.names(rng, len(columns) + 1, self.values)
         weights = torch.tensor([[rng.random() ** 3 for _ in columns] + [0.0] for _ in CELLS])
         weights[((CELLS - 0.5).abs() > rng.choice((0.35, 0.35, 0.5))).any(1)] = torch.eye(len(columns) + 1)[-1]
         tags = ([*columns, "background"], weights * (len(columns) > 1))
         cells = self.cells(([*values, ground], weights), tags, rng)
-        item = list(zip(columns, values, strict=True))
+        row = list(zip(columns, values, strict=True))
         if kind == "value":
-            pairs = [(rng.choice((WHAT_VALUE, WHAT_KIND)).format(words=words), value) for words, value in item]
+            pairs = [(rng.choice((WHAT_VALUE, WHAT_KIND)).format(words=words), value) for words, value in row]
         else:
             others = zip(columns, self.names(rng, len(columns), self.values), strict=True)
-            asked = [(pair, "Yes") for pair in item] + [(pair, "No") for pair in others]
+            asked = [(pair, "Yes") for pair in row] + [(pair, "No") for pair in others]
             pairs = [(IS_VALUE.format(words=words, value=value), answer) for (words, value), answer in asked]
         return [(f"{question}\n{SHORT}", answer) for question, answer in rng.sample(pairs, len(pairs))], cells
 
     def sample(self, kind: str, rng: random.Random) -> Sample:
-        """A conversation of one kind of question; not all scenes have a relation."""
+        """Return a conversation with one kind of question, from the first scene that has such a question."""
         while True:
             pairs, cells = (self.of_table if "value" in kind else self.of_scene)(kind, rng)
             if pairs:
@@ -181,7 +181,7 @@ class Imagination:
 
 
 class Reader:
-    """The language model while it is taught: the linear weights of its layers train, all else is frozen."""
+    """The language model during training. The linear weights of its layers are trained, and all others are frozen."""
 
     def __init__(self, llm: LanguageModel) -> None:
         self.llm, self.model = llm, llm.model.requires_grad_(False)
@@ -194,7 +194,7 @@ class Reader:
             weight.requires_grad_()
 
     def predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits [n, V] of the n answer tokens, the tokens [n], and the sample of each [n]."""
+        """Return the logits [n, V] for n answer tokens, the tokens [n], and the index of each token's sample [n]."""
         turns = [demo.turns_of([(f"<image>\n{pairs[0][0]}", pairs[0][1]), *pairs[1:]]) for pairs, _ in samples]
         encoded = [self.encoder.encode(conversation, 1, "imagined") for conversation in turns]
         ids = pad_rows([sample.input_ids for sample in encoded], self.llm.tokenizer.pad_token_id)
@@ -207,14 +207,14 @@ class Reader:
         embeds[ids == image_id] = torch.cat([cells for _, cells in samples])
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         with autocast(embeds.device, enabled=has_bf16(embeds.device)):
-            row, places = embeds.flatten(0, 1)[packing.row][None], packing.position_ids
-            out = self.model.model(inputs_embeds=row, position_ids=places, use_cache=False, packing=packing)
+            row, positions = embeds.flatten(0, 1)[packing.row][None], packing.position_ids
+            out = self.model.model(inputs_embeds=row, position_ids=positions, use_cache=False, packing=packing)
             states = out.last_hidden_state[0, packing.in_row(rows * ids.shape[1] + columns)]
             return self.model.lm_head(states).float(), labels[rows, columns + 1], rows
 
     @torch.no_grad()
     def right(self, imagination: Imagination, questions: int) -> dict[str, float]:
-        """Return right answers in % by kind, each question alone."""
+        """Return the right answers in % for each kind. Every question is asked alone."""
         right = {}
         for kind in [kind for kind in KINDS if kind != "caption"]:
             rng = random.Random(f"questions/{kind}")
@@ -229,7 +229,7 @@ class Reader:
 
 
 def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Train up to `--samples`, from the last checkpoint on if there is one."""
+    """Train up to `--samples`, and resume from the last checkpoint if there is one."""
     steps, done, path = flags.samples // BATCH, 0, flags.output / "checkpoint.pt"
     known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
     optimizer = torch.optim.AdamW(reader.weights.values(), weight_decay=0.0, fused=True)
@@ -237,7 +237,7 @@ def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) 
     if path.is_file():
         saved = read_torch(path)
         if saved["settings"] != settings:
-            raise UserError(f"{path} is of {saved['settings']}, not of {settings}: name another --output")
+            raise UserError(f"{path} has the settings {saved['settings']}, not {settings}: choose another --output")
         done = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         for name, weight in reader.weights.items():
@@ -245,7 +245,7 @@ def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) 
     losses = []
     for step in range(done, steps):
         rngs = [random.Random(f"{flags.seed}/{step}/{number}") for number in range(BATCH)]
-        shares = [of_kind[step * BATCH >= MATCHED] for of_kind in KINDS.values()]
+        shares = [before_after[step * BATCH >= MATCHED] for before_after in KINDS.values()]
         kinds = [rng.choices([*KINDS], shares)[0] for rng in rngs]
         logits, tokens, _ = reader.predict([known.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
         loss = F.cross_entropy(logits, tokens)
@@ -268,7 +268,7 @@ def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) 
 
 @torch.no_grad()
 def second_moments(reader: Reader, imagination: Imagination, batches: int = 25) -> dict[str, Tensor]:
-    """Return the mean outer product [in, in] of each weight's inputs, float64, scaled to a mean diagonal of one."""
+    """Return the mean outer product [in, in] of the inputs of each weight, float64, scaled to a mean diagonal of 1."""
     sums: dict[str, Any] = dict.fromkeys(reader.weights, 0)
 
     def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -287,10 +287,10 @@ def second_moments(reader: Reader, imagination: Imagination, batches: int = 25) 
 
 @torch.no_grad()
 def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Write the adapter, and facts about it, to `--output`/adapter. The reader's weights become those with it.
+    """Write the adapter and facts about it to `--output`/adapter. The reader's weights become those with the adapter.
 
-    The SVD is that of the change times the root of its inputs' second moments: the cut then changes the outputs least.
-    The factors are float8, which costs less than half of the rank.
+    The SVD is of the change times the root of the second moments of its inputs, because truncating it then changes the
+    outputs least. The factors are float8, which costs less accuracy than halving the rank.
     """
     known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
     before = reader.right(unknown, flags.questions)
@@ -306,7 +306,7 @@ def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -
         factors[f"base_model.model.{name}.lora_A.weight"] = (a / balance)[:rank]
         factors[f"base_model.model.{name}.lora_B.weight"] = (b * balance)[:, :rank]
     scale = 2.0 ** math.floor(math.log2(400 / max(factor.abs().max().item() for factor in factors.values())))
-    for name, factor in factors.items():  # float8 reaches from 2^-9 to 448
+    for name, factor in factors.items():  # float8 has a range of 2^-9 to 448
         factors[name] = (factor * scale).to(torch.float8_e4m3fn)
     for name, weight in reader.weights.items():
         a, b = (factors[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
@@ -328,12 +328,12 @@ def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--output", type=Path, default=Path("runs/reader"), help="folder of checkpoint and adapter")
+    p.add_argument("--output", type=Path, default=Path("runs/reader"), help="folder for checkpoint and adapter")
     p.add_argument("--layers", default="6,2", help="numbers of first and last layers that are kept")
-    p.add_argument("--samples", type=int, default=32_000, help="imagined conversations to learn from")
+    p.add_argument("--samples", type=int, default=32_000, help="imagined conversations to train on")
     p.add_argument("--seed", type=int, default=0, help="seed of the conversations")
-    p.add_argument("--rank", type=int, default=96, help="rank of the adapter, or less if it would not fit")
-    p.add_argument("--questions", type=int, default=200, help="held-out questions of each kind")
+    p.add_argument("--rank", type=int, default=96, help="rank of the adapter, reduced if it would not fit")
+    p.add_argument("--questions", type=int, default=200, help="held-out questions per kind")
     return p
 
 

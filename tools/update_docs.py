@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write the figures of README.md and docs/*.md from the files in docs/results/, or take such a file from an archive.
+"""Fill the numbers in README.md and docs/*.md from the files in docs/results/, or take such a file from an archive.
 
-A block of a page is a comment that holds its text with places for figures, and the text with the figures:
+A block of a page is a comment with a template, followed by the text of the template with its numbers filled in:
 
     <!-- figures: compare
     | kind of question | clips | clips − clip [95 %] |
@@ -12,11 +12,11 @@ A block of a page is a comment that holds its text with places for figures, and 
     …
     <!-- /figures -->
 
-`compare` is docs/results/compare.json: report.json of scripts/compare_encoders.py, or the result of
-scripts/compare_pretraining.py, without what is long in it. `{WHO: FIGURE}` is a mean
-with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if it is a win or a
-loss. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided. A row with
-an arrow stands for several rows: for each `A = B` behind the arrow one in which A replaces NAME, and B replaces IT.
+`compare` is docs/results/compare.json, a report.json of scripts/compare_encoders.py or a result of
+scripts/compare_pretraining.py without its long parts. `{WHO: METRIC}` is a mean with its standard deviation over seeds.
+`{WHO − WHOM: METRIC}` is a difference with its interval, bold for a win or a loss, and `{WHO − WHOM: verdict}` the
+verdict of a study of pretraining. `{… @NAME}` reads another file. A row with an arrow stands for several rows, one for
+each `A = B` after the arrow, in which A replaces NAME and B replaces IT.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from mllm.compare.verify import opened, verified
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced", "undecided": "undecided"}
-"""A verdict on a claim, as a page shows it."""
+"""Verdict on a claim → its text on a page."""
 LONG = ("cells", "examples", "files")
-"""Parts of report.json that stay in the archive."""
+"""Parts of report.json that are kept in the archive only."""
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
-"""Fields of a figure and of a difference that are taken from report.json."""
+"""Fields of metrics and differences in report.json that are kept."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
 ROWS = re.compile(r"^(\|.*\|) ← (.+)\n", re.MULTILINE)
-"""A row of a template that stands for several rows, and the names and values of these."""
+"""Matches a row of a template that stands for several rows, with their names and values."""
 PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
-"""An encoder may be called by its path, in which {seed} replaces the pretraining seed."""
+"""Matches a place for a number. The name of an encoder may be a path with {seed} in it."""
 
 
 def take(source: Path, name: str, root: Path = ROOT) -> Path:
-    """Write docs/results/NAME.json from an archive (or output directory), which is verified, or from another study.
+    """Write docs/results/NAME.json from a comparison (archive or directory), which is verified, or from another study.
 
-    Raises CommandError or UserError for what does not verify, and for a file of another kind.
+    Raises CommandError or UserError if the comparison does not verify, and for a file of another kind.
     """
     target = root / "docs" / "results" / f"{name}.json"
     if source.suffix == ".json":
         content = read_json(source)
         if not {"questions", "variants"} <= content.keys():
-            raise UserError(f"{source} is no result of compare_pretraining.py, and no archive")
+            raise UserError(f"{source} is neither an archive nor a result of compare_pretraining.py")
         for variant in content["variants"].values():
             for run in variant["runs"]:
-                run.pop("config", None)  # what is not the recipe's is in the command
+                run.pop("config", None)  # recipe and command determine it
     else:
         with opened(source) as output:
             report = verified(output, source).report
@@ -82,9 +82,9 @@ def _short(figure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
-    """Write the figures into every block of README.md and docs/*.md; returns the pages whose blocks were others.
+    """Fill every block of README.md and docs/*.md, and return the pages that changed. With `check` nothing is written.
 
-    With `check` nothing is written. Raises UserError naming the page and the place of a figure that is not there.
+    Raises UserError with page and place if a number is missing.
     """
     changed = []
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
@@ -92,7 +92,7 @@ def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
         starts = len(re.findall("^<!-- figures:", before, re.MULTILINE))
         after, blocks = BLOCK.subn(partial(_filled, page=page, root=root), before)
         if blocks != starts:
-            raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as tools/update_docs.py says")
+            raise UserError(f"{page}: {starts} blocks begin, but tools/update_docs.py can read {blocks}")
         if after != before:
             changed.append(page)
             if not check:
@@ -125,12 +125,12 @@ def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) ->
         row = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}[first, other, name]
         return _decided(row["verdict"], difference_text(row))
     encoder = report["encoders"][first]
-    is_own = name not in encoder["metrics"]
-    return percent_text(encoder["intrinsic"].get(name)) if is_own else mean_and_sd(name, encoder["metrics"][name])
+    is_intrinsic = name not in encoder["metrics"]
+    return percent_text(encoder["intrinsic"].get(name)) if is_intrinsic else mean_and_sd(name, encoder["metrics"][name])
 
 
 def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
-    """Of a study of pretraining: a variant's figure over its runs, or a comparison that a question makes."""
+    """Return the text of a metric of a variant, or of a contrast of two variants, in a study of pretraining."""
     if not other:
         return show_mean([run["figures"][name] for run in content["variants"][first]["runs"]])
     contrasts = [contrast for question in content["questions"].values() for contrast in question.get("contrasts", ())]
@@ -147,10 +147,10 @@ def _decided(verdict: str, text: str) -> str:
 
 def parser() -> Parser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    what = "of compare_encoders.py --pack, which is verified, or result of compare_pretraining.py"
+    what = "of compare_encoders.py --pack, which is verified, or this result of compare_pretraining.py"
     p.add_argument("--take", metavar="FILE", help=f"first write docs/results/NAME.json from this archive {what}")
-    p.add_argument("--name", default="compare", help="which file of docs/results to write")
-    p.add_argument("--check", action="store_true", help="write no page; end with 1 if its figures are others")
+    p.add_argument("--name", default="compare", help="name of the file in docs/results to write")
+    p.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if a page would change")
     return p
 
 
@@ -160,7 +160,7 @@ def main() -> None:
         print(f"written to {take(Path(flags.take), flags.name)}")
     changed = ", ".join(str(page.relative_to(ROOT)) for page in update_pages(check=flags.check))
     if flags.check and changed:
-        raise CommandError(f"not the figures of docs/results: {changed}; `python tools/update_docs.py` mends it")
+        raise CommandError(f"numbers differ from docs/results: {changed}; run `python tools/update_docs.py`")
     print(f"changed: {changed or 'nothing'}")
 
 

@@ -1,4 +1,4 @@
-"""A loaded model for talks, and the settings of its answers."""
+"""A loaded chat model, and the settings and statistics of its answers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 
 def model_options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `ChatModel.load` from the flags of `mllm.chat.limits`."""
+    """Return the keyword arguments of `ChatModel.load` from the flags of `mllm.chat.limits`."""
     bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
     return {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn; temperature 0 is greedy. Raises UserError with the field for a value out of range."""
+    """How an answer is sampled; temperature 0 is greedy. Raises UserError with the field if a value is out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -63,24 +63,24 @@ class Stats:
 
     prompt_tokens: int
     cached_tokens: int
-    """Prompt tokens whose states came from the cache."""
+    """Number of prompt tokens that were in the key-value cache."""
     new_tokens: int
-    """Generated tokens, an end token included."""
+    """Number of generated tokens, including an end token."""
     first_token_s: float
-    """Seconds from the question to the first token; 0 without a token."""
+    """Seconds from the question to the first token, or 0 if there was none."""
     tokens_per_s: float
-    """Speed after the first token."""
+    """Tokens per second after the first token."""
     finish_reason: Literal["stop", "length", "cancelled"]
 
 
 class ChatModel:
-    """A model with its processor and conversation format, shared by any number of sessions.
+    """A model with its processor and conversation format, which any number of sessions can share.
 
-    The one thread of `worker` generates the answers of all sessions, in the order of the questions. All other uses of
-    the model must run in it too.
+    The single thread of `worker` generates the answers of all sessions in the order of the questions. Every other use
+    of the model must run in this thread too.
 
     Args:
-        conv_mode: a name of `mllm.data.formats.FORMATS`; "auto" is the model's trained format.
+        conv_mode: a name in `mllm.data.formats.FORMATS`; "auto" is the format in which the model was trained.
     """
 
     def __init__(self, model: Llava, processor: LlavaProcessors, directory: str, conv_mode: str = "auto") -> None:
@@ -95,21 +95,21 @@ class ChatModel:
 
     @property
     def takes_videos(self) -> bool:
-        """Whether the model has videos, and PyAV is there to read them."""
+        """True if the model takes videos and PyAV is installed to read them."""
         return bool(self.layout.frames) and importlib.util.find_spec("av") is not None
 
     @property
     def scope(self) -> str:
-        """What the model was trained on and can be asked, in a sentence or two; empty without a record of it."""
+        """A sentence or two about what the model was trained on and can be asked, or "" if there is no record."""
         data = data_of(self.directory)
         if "demo" in data:
             asked = "Ask what is where, how many things there are, or whether a thing is in the picture"
             return f" It knows drawings of {len(CONCEPTS)} things and nothing else. {asked}."
-        return f" It was trained on {', '.join(data)}; ask as these data do." if data else ""
+        return f" It was trained on {', '.join(data)}, so ask questions like those." if data else ""
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one."""
-        any_size: Size = (1, 1)  # without tiles it does not matter
+        """Return the number of tokens of each picture. Raises UserError for a broken header, which only tiles need."""
+        any_size: Size = (1, 1)  # without tiles the size does not matter
         matters = bool(self.layout.pinpoints)
         return [
             self.layout.tokens(size_of(picture) if matters or isinstance(picture, Video) else any_size)
@@ -117,7 +117,7 @@ class ChatModel:
         ]
 
     def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
-        """Raises UserError if the encoder would have to read more than `most` squares: it is the cost of pictures."""
+        """Raise UserError if the encoder would read more than `most` squares, on which the cost of pictures depends."""
         if not self.layout.pinpoints:
             return
         squares = sum(self.layout.squares(size_of(picture)) for picture in pictures)
@@ -128,9 +128,9 @@ class ChatModel:
     def load(
         name: str | None = None, *, device: str = "auto", dtype: str = "auto", bits: int = 16, conv_mode: str = "auto"
     ) -> ChatModel:
-        """The model of a directory or hub id, by default the newest of runs/. `bits` 4 or 8 quantises its LLM.
+        """Load a model by directory or hub id, by default the newest in runs/. Raises UserError if that fails.
 
-        `dtype` "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError if the model cannot be loaded.
+        `bits` 4 or 8 quantises the language model. `dtype` "auto" is bf16 on a GPU and fp32 on a CPU.
         """
         directory = find_model(name) if name else str(newest_model())
         place = choose_device(device)
@@ -139,7 +139,7 @@ class ChatModel:
         if bits == 16:
             model, processor = load_llava(directory, place, kind)
         else:
-            # It is quantised layer by layer on the way to the device, which need not hold the whole language model.
+            # Layers are quantised one by one on their way to the device, which need not hold the full language model.
             kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
             model, processor = load_llava(directory, torch.device("cpu"), kind)
             quantize(model.model.language_model, bits, kind, place)

@@ -1,7 +1,7 @@
-"""One talk about pictures, behind terminal, web page and server: its turns and its next answer.
+"""A conversation about images, which terminal, web page and server share: its turns and its next answer.
 
-Prompts come from `ConversationEncoder.prompt` alone, so chat sees the same tokens as training. `generate` of
-transformers makes the answer's tokens. `AnswerStreamer` knows the text that may be shown.
+All prompts come from `ConversationEncoder.prompt`, so chat uses the same tokens as training. transformers' `generate`
+generates the tokens of an answer, and `AnswerStreamer` decides which text can be shown.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from mllm.model.load import CACHE
 
 
 class ContextError(UserError):
-    """A talk is longer than the model's context."""
+    """A conversation is longer than the model's context."""
 
 
 class AnswerStreamer(TextIteratorStreamer):
-    """The text of an answer in pieces, up to the first stop text, without outer spaces."""
+    """Streams the text of an answer in pieces, up to the first stop text and without spaces at its ends."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], cancel: threading.Event) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -46,9 +46,9 @@ class AnswerStreamer(TextIteratorStreamer):
         self.is_stopped = False
         self.last_id: int | None = None
         self.times: list[float] = []
-        """When each token came."""
+        """The time at which each token was generated."""
         self._held = ""
-        """Text that may begin a stop text, and spaces: at the end of an answer they are cut."""
+        """Text that is not shown yet, because it may begin a stop text, or is space that may end the answer."""
         self._has_begun = False
 
     def put(self, value: Tensor) -> None:
@@ -73,13 +73,13 @@ class AnswerStreamer(TextIteratorStreamer):
             self.text_queue.put(self.stop_signal)
 
     def is_done(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """A stopping criterion of `generate`."""
+        """Stop `generate` after a stop text or a cancellation; this is a stopping criterion."""
         return torch.tensor([self.is_stopped or self.cancel.is_set()], device=input_ids.device)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A checked talk up to the next answer."""
+    """A conversation up to the next answer, which fits into the context."""
 
     turns: list[Turn]
     images: list[Picture]
@@ -87,13 +87,13 @@ class Prompt:
 
 
 class ChatSession:
-    """One talk: turns, pictures, and the cache of what the model has read of it.
+    """One conversation: its turns, its images, and the key-value cache of the part that the model has read.
 
     Attributes:
         turns: the questions and answers so far, without the system text.
-        images: their pictures in the order of the placeholders.
-        system: replaces the format's own system text, if set.
-        last: statistics of the last answer; None before the first answer.
+        images: their images and videos in the order of the placeholders.
+        system: replaces the system text of the format, if set.
+        last: statistics of the last answer, or None before the first answer.
     """
 
     def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
@@ -105,20 +105,20 @@ class ChatSession:
         self.system = system or None
         self.last: Stats | None = None
         self._cache: DynamicCache | None = None
-        """Keys and values of `_read`. A talk grows at its end, so the next prompt begins with it."""
+        """Keys and values of `_read`, with which the next prompt usually begins."""
         self._read = Prompt([], [], [])
 
     @classmethod
     def from_turns(
         cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture], system: str | None = None
     ) -> ChatSession:
-        """A talk from elsewhere; `answer` continues it if the last turn is the human's."""
+        """Return a session with existing turns. If the last one is the human's, `answer` continues it."""
         session = cls(model, system=system)
         session.turns, session.images = list(turns), list(images)
         return session
 
     def prompt_ids(self, turns: Sequence[Turn], images: Images) -> list[int]:
-        """Token ids of the system text and `turns`, up to the start of the next answer."""
+        """Return the token ids of the system text and `turns`, up to the start of the next answer."""
         system = [{"from": "system", "value": [{"type": "text", "text": self.system}]}] if self.system else []
         return self.model.encoder.prompt([*system, *turns], images, "this talk")
 
@@ -129,9 +129,9 @@ class ChatSession:
         sampling: Sampling = GREEDY,
         cancel: threading.Event | None = None,
     ) -> Generator[str, None, None]:
-        """Stream the answer to a new question in pieces.
+        """Stream the answer to a new question in pieces. Raises UserError for an empty question or a full context.
 
-        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as it is.
+        Question and answer are added to `turns` when the stream ends or is closed, even if the answer was cancelled.
         """
         if not text.strip() and not images:
             raise UserError("the question is empty")
@@ -143,7 +143,7 @@ class ChatSession:
         return self._answer(self.turns, self.images, sampling, cancel)
 
     def keep(self, answers: int) -> None:
-        """Cut the talk after its first `answers` answers; 0 starts anew."""
+        """Cut the conversation after its first `answers` answers. 0 starts a new one."""
         self.turns = self.turns[: 2 * answers]
         self.images = self.images[: sum(map(count_images, self.turns))]
 
@@ -157,7 +157,7 @@ class ChatSession:
         context = self.model.context_length
         if context is not None and len(prompt.ids) >= context:
             limit = f"{context:,} at most ({self.model.layout} for each picture)"
-            raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start anew")
+            raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start a new one")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(prompt, sampling, streamer, start)
 
@@ -176,7 +176,7 @@ class ChatSession:
         finally:  # also when the reader closes the stream or presses Ctrl-C
             if not is_whole:
                 streamer.cancel.set()
-            wait([future])  # the worker stops after its next token; until then it writes to this talk's cache
+            wait([future])  # the worker stops after its next token, and writes to this session's cache until then
             if future.exception() is None:
                 answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(pieces)}]}
                 self.turns = [*prompt.turns, answer]
@@ -199,7 +199,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def _generate(self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer) -> int:
-        """Feed the streamer, in the worker's thread; returns the number of prompt tokens from the cache."""
+        """Generate into the streamer, in the worker's thread. Return how many prompt tokens came from the cache."""
         if streamer.cancel.is_set():
             return 0
         model: Any = self.model.model
@@ -208,17 +208,17 @@ class ChatSession:
         inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if known < len(prompt.images):
             pictures = []
-            for image in prompt.images[known:]:  # one after the other: only the encoder's view of each is kept
+            for image in prompt.images[known:]:  # one by one, because only the preprocessed image is kept
                 if streamer.cancel.is_set():
                     return 0
                 pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
 
-        # The random state is restored: the seed of one talk must not repeat the answers of another talk.
+        # The random state is restored, so that the seed of one session does not affect another session.
         try:
             with nullcontext() if sampling.seed is None else seeded(model.device, sampling.seed):
                 model.generate(
-                    **inputs,  # sizes of pictures in tiles stay on the host, which reads them
+                    **inputs,  # image sizes, needed for tiles, stay on the host, which reads them
                     **{CACHE: cache},
                     generation_config=self._settings(sampling, len(prompt.ids)),
                     streamer=streamer,
@@ -235,9 +235,9 @@ class ChatSession:
         return shared
 
     def _take_cache(self, prompt: Prompt) -> tuple[DynamicCache, int, int]:
-        """The cache for `generate`, and how many tokens and pictures of `prompt` are in it.
+        """Take the cache for `generate`, and return it with the number of tokens and images of `prompt` in it.
 
-        `generate` changes it in place, so it is the talk's again only after a whole answer.
+        `generate` changes it in place, so the session gets it back only after a complete answer.
         """
         cache, read = self._cache, self._read
         self._cache = None

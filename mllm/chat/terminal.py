@@ -1,4 +1,4 @@
-"""The chat in a terminal: a talk with commands, or one answer for a script."""
+"""The chat in a terminal: a conversation with commands, or a single answer for a script."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import is_video
 
 OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
-"""Limits of pictures that the person at the keyboard names."""
+"""Limits for images that the user opens by path."""
 COMMANDS = """\
   /image PATH       add a picture or a video to the next question (or drop its file here)
-  /reset            start anew
+  /reset            start a new conversation
   /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def load_image(path: str) -> Image | Video:
-    """The picture or video in a file, whose ending says which. Raises UserError with the reason if it fails."""
+    """Read an image or, by its file name, a video. Raises UserError with the reason if that fails."""
     shows_video = is_video(path)
     try:
         with open(os.path.expanduser(path), "rb") as file:
@@ -46,10 +46,10 @@ def load_image(path: str) -> Image | Video:
 
 
 def dropped_files(line: str) -> list[str]:
-    """The pictures and videos of `line` if it holds nothing else: terminals write a dropped file plain or quoted."""
+    """Return the images and videos in `line` if it has nothing else. Terminals may quote the path of a dropped file."""
     try:
         words = shlex.split(line)
-    except ValueError:  # a text with a quotation mark
+    except ValueError:  # an unpaired quotation mark
         words = []
     for paths in ([line.strip()], words):
         files = [path for path in paths if os.path.isfile(os.path.expanduser(path))]
@@ -59,17 +59,17 @@ def dropped_files(line: str) -> list[str]:
 
 
 class Talk:
-    """A talk line by line."""
+    """A conversation that reads one line at a time."""
 
     def __init__(self, session: ChatSession, sampling: Sampling, *, stats: bool = False) -> None:
         self.session = session
         self.sampling = sampling
         self.stats = stats
         self.waiting: list[Image | Video] = []
-        """Pictures and videos of the next question."""
+        """Images and videos for the next question."""
 
     def run(self, read: Callable[[], str]) -> None:
-        """Handle lines of `read` until EOFError. A mistake prints one line; Ctrl-C stops only the answer."""
+        """Handle lines from `read` until EOFError. A UserError prints one line, and Ctrl-C stops only the answer."""
         while True:
             try:
                 if not self.handle(read()):
@@ -82,7 +82,7 @@ class Talk:
                 print(f"error: {error}")
 
     def handle(self, line: str) -> bool:
-        """Handle one line; returns False if it ends the talk."""
+        """Handle one line. Return False if it ends the conversation."""
         line = line.strip()
         files = dropped_files(line)
         command, _, rest = line.partition(" ")
@@ -96,7 +96,7 @@ class Talk:
         elif command == "/reset":
             self.session.keep(0)
             self.waiting = []
-            print("a new talk")
+            print("new conversation")
         elif command.startswith("/"):
             print(f"{line} is neither a command nor a file\n{COMMANDS}")
         elif line or self.waiting:
@@ -104,14 +104,14 @@ class Talk:
         return True
 
     def attach(self, paths: Sequence[str]) -> None:
-        """Add pictures to the next question. Raises UserError for a video if the model takes none."""
+        """Add images and videos to the next question. Raises UserError for a video if the model takes no videos."""
         for path in paths:
             image = load_image(path)
             self.session.model.image_tokens([image])
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
             what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
-            print(f"picture {number}: {path} ({what}), goes with your next question")
+            print(f"picture {number}: {path} ({what}) goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """Print an answer while it is generated; Ctrl-C ends it."""
@@ -135,7 +135,7 @@ def stats_line(stats: Stats) -> str:
 
 
 def chat_from_flags(flags: argparse.Namespace) -> None:
-    """The command scripts/chat.py. Raises UserError for wrong flags."""
+    """Run scripts/chat.py. Raises UserError for wrong flags."""
     names = ("temperature", "top_p", "max_new_tokens", "seed")
     sampling = Sampling(stop=tuple(flags.stop or ()), **{name: getattr(flags, name) for name in names})
     if flags.web:
@@ -146,7 +146,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         launch(flags.model, port=flags.port, **model_options(flags))
         return
     if flags.prompt is None and sys.stdin is None:
-        raise UserError("there is no input to read questions from: ask one by --prompt")
+        raise UserError("there is no input to read questions from: ask one with --prompt")
 
     images = [load_image(path) for path in flags.image or ()]
     session = ChatSession(ChatModel.load(flags.model, **model_options(flags)), system=flags.system)
@@ -156,11 +156,11 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
     print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}."
-          f"{model.scope} Drop a picture's file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
+          f"{model.scope} Drop a picture file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
     talk = Talk(session, sampling, stats=flags.stats)
     talk.waiting = images
     with suppress(ImportError):
-        import readline  # noqa: F401 - the lines of `input` can be edited and come back
+        import readline  # noqa: F401 - lets `input` edit lines and recall earlier ones
     talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
 
 

@@ -1,4 +1,4 @@
-"""A talk as a list of turns, and the pictures and videos that its turns show."""
+"""A conversation as a list of turns, and the images and videos that its turns show."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class LazyPicture:
-    """A picture that is decoded when the model reads it; both functions raise UserError if they cannot."""
+    """An image that is decoded only when the model reads it. Both functions raise UserError if the image is broken."""
 
     decode: Callable[[], Image]
     measure: Callable[[], Size]
-    """Its (height, width), for which nothing is decoded."""
+    """Returns (height, width) without decoding the image."""
 
     @cached_property
     def size(self) -> Size:
-        """What `measure` gives; the header is read once."""
+        """The result of `measure`, which is called only once."""
         return self.measure()
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video that is decoded when the model reads it; raises UserError if it cannot be."""
+    """A video that is decoded only when the model reads it."""
 
     decode: Callable[[int], list[Image]]
-    """The number of frames → the frames."""
+    """Takes the number of frames and returns the frames. Raises UserError if the video is broken."""
 
 
 Picture = Image | LazyPicture | Video
-"""What a turn shows; also a video is one of the talk's pictures."""
+"""What a turn can show. A video counts as a picture too."""
 
 
 def decoded(picture: Picture, frames: int) -> Image | list[Image]:
-    """The picture, or `frames` frames of a video. Raises UserError if it cannot be decoded."""
+    """Decode an image, or `frames` frames of a video. Raises UserError if that fails."""
     if isinstance(picture, Video):
         return picture.decode(frames)
     return picture if isinstance(picture, Image) else picture.decode()
 
 
 def size_of(picture: Picture) -> Size:
-    """(height, width), or VIDEO. Raises UserError if the picture has no header."""
+    """Return (height, width), or VIDEO for a video. Raises UserError if the header of an image is broken."""
     if isinstance(picture, Video):
         return VIDEO
     return (picture.height, picture.width) if isinstance(picture, Image) else picture.size

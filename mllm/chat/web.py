@@ -1,7 +1,7 @@
-"""The page of scripts/chat.py --web: a chat with pictures.
+"""The page of scripts/chat.py --web, on which one chats about images.
 
-It listens on 127.0.0.1 and fetches nothing from elsewhere. Each visitor's talk stays in the memory of their browser's
-session, and uploads stay in a temporary folder that is removed at the end.
+It listens on 127.0.0.1 and fetches nothing from elsewhere. Each visitor's conversation belongs to their browser session
+and stays in memory. Uploads stay in a temporary directory that is removed at the end.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from mllm.model.load import data_of
 DEMO = Path("data/llava_demo")
 LIMITS = Limits()
 SHOWN_EVERY_S = 0.1
-"""A page that draws every token of a fast model has no time for the visitor's clicks."""
+"""Seconds between updates, because a page that draws every token of a fast model has no time for clicks."""
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = "button[aria-label='Share'] { display: none; }"  # it sends the talk to another site
+CSS = "button[aria-label='Share'] { display: none; }"  # it would send the conversation to another site
 
 
 class Page(gr.Blocks):
-    """Gradio's page, which shows a failed event as a message instead of logging a traceback for each."""
+    """A page of Gradio that shows failed events as messages instead of logging a traceback for each."""
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         try:
@@ -55,17 +55,17 @@ class Page(gr.Blocks):
 
 
 def told(error: Exception) -> str:
-    """Return what a visitor is told of an error; one that is no UserError is a line of the log."""
+    """Return the message for the visitor. An error that is not a UserError is written to the log."""
     if isinstance(error, UserError):
         return str(error)
     print(printable(f"an event of the page failed: {in_one_line(error)}"), file=sys.stderr, flush=True)
-    return "this event cannot be answered, the page's log says why"
+    return "the page could not do this; its log says why"
 
 
 async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Answer 400 to an event above the bounds of bytes and JSON values, and to one that gradio cannot read."""
+    """Answer 400 to an event that has too many bytes or JSON values, or that gradio cannot read."""
     try:
-        if request.method == "POST" and not request.url.path.endswith("/upload"):  # gradio bounds files
+        if request.method == "POST" and not request.url.path.endswith("/upload"):  # gradio limits uploads
             if int(request.headers.get("content-length", LIMITS.body_bytes + 1)) > LIMITS.body_bytes:
                 raise UserError(f"an event has a length of at most {LIMITS.body_bytes:,} bytes")
             check_values(await request.body(), LIMITS)
@@ -76,9 +76,9 @@ async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Respo
 
 # ---------------------------------------------------------------------------------------------- the chat
 def open_upload(path: str) -> Picture:
-    """The picture or video of an upload. Raises UserError if it cannot be decoded.
+    """Open an uploaded image or video. Raises UserError if it cannot be decoded.
 
-    The model decodes it again: encoded pictures are bounded, decoded ones would take far more.
+    It is decoded again when the model reads it, because keeping decoded images would take far more memory.
     """
     data = Path(path).read_bytes()
     if is_video(path):
@@ -96,9 +96,9 @@ def answers(
     temperature: float,
     length: float,
 ) -> Iterator[str]:
-    """Stream the text of an answer so far, escaped for the chat, which reads HTML.
+    """Yield the answer so far each time it grows, escaped, because the chat renders HTML.
 
-    `talk` holds the visitor's session. It is cut to the answers that `history` still shows.
+    `talk` holds the visitor's session, which is cut to the answers that `history` still shows. Raises UserError.
     """
     session = talk.setdefault("session", ChatSession(model))
     session.keep(sum(turn["role"] == "assistant" for turn in history))
@@ -123,12 +123,12 @@ def answers(
 
 
 def about(model: ChatModel) -> str:
-    """A line of Markdown: the model, and what it was trained on."""
+    """Return a line of Markdown about the model and what it was trained on."""
     return for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST)
 
 
 def demo_questions() -> list[Question]:
-    """The first question of each kind about the demo's test scenes, if they are there."""
+    """Return the first question of each kind about the demo's test scenes, or none if there is no demo."""
     questions = read_questions(DEMO / QUESTIONS) if (DEMO / QUESTIONS).is_file() else []
     return list({question.kind: question for question in reversed(questions)}.values())[::-1]
 
@@ -162,14 +162,14 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
 
 
 def launch(name: str | None, *, port: int, block: bool = True, **options: Any) -> gr.Blocks:
-    """Serve the page at http://127.0.0.1:port until Ctrl-C, or with `block=False` in the background.
+    """Serve the page at http://127.0.0.1:port until Ctrl-C, or in the background with `block=False`.
 
     `options` go to `ChatModel.load`. Raises UserError if the model cannot be opened or the port is taken.
     """
     model = ChatModel.load(name, **options)
     questions = demo_questions() if "demo" in data_of(model.directory) else []
     uploads = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = uploads.name  # gradio has no other setting for the folder of uploads
+    os.environ["GRADIO_TEMP_DIR"] = uploads.name  # gradio has no other setting for the directory of uploads
 
     with Page(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         add_chat(model, questions)
@@ -180,14 +180,14 @@ def launch(name: str | None, *, port: int, block: bool = True, **options: Any) -
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], theme=THEME, css=CSS,
             max_file_size=2 * LIMITS.image_bytes,  # a video may be larger
-            # data/ may be a link to another disk, of which gradio would hand out nothing
+            # gradio serves files under these paths only, and data/ may be a link to another disk
             allowed_paths=[str(named(DEMO / IMAGES)) for named in (Path.absolute, Path.resolve)],
             app_kwargs={"middleware": [hosts, Middleware(BaseHTTPMiddleware, dispatch=bounded)]},
         )  # fmt: skip
     except OSError:
-        raise UserError(f"port {port} cannot be used: another program has it; choose one by --port") from None
+        raise UserError(f"port {port} is used by another program: choose one with --port") from None
     print(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     if block:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it removes the uploads too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also removes the uploads
         page.block_thread()
     return page

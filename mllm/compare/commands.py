@@ -1,4 +1,4 @@
-"""What runs: the commands of each encoder and each cell, the settings that they come to, and compare.json."""
+"""The commands of each encoder and each cell of a comparison, their settings, and the plan compare.json."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from mllm.training.prepare import START_IMAGES, data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
 
 MODEL = "llava_hf"
-"""What lmms-eval calls a stock LLaVA model of transformers."""
+"""lmms-eval's name for a stock LLaVA model of transformers."""
 
 
 # ------------------------------------------------------------------------------------------- both stages of a cell
 def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[str]:
-    """The flags of train_llava.py for one stage of a cell."""
+    """Return the flags of train_llava.py for one stage of a cell."""
     flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
     flags += ["--output_dir", str(cell.directory), "--device", comparison.device]
     flags += [*comparison.train_flags, *dict(comparison.variants).get(cell.variant, ())]
-    flags += ["--both_stages"]  # the same flags for both: each stage passes over the other's
+    flags += ["--both_stages"]  # both stages get the same flags, and each ignores those of the other
     share = comparison.budget_share
     if share < 1:
         full = parse_train_arguments(flags).resolve(comparison.gpus)
@@ -64,12 +64,12 @@ def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[s
 
 
 def train_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> TrainArguments:
-    """The arguments as the run itself will read them; raises UserError for flags that it would refuse."""
+    """Return the arguments as the run itself will parse them. Raises UserError for flags that it would refuse."""
     return parse_train_arguments(train_flags(comparison, cell, stage)).resolve(comparison.gpus)
 
 
 def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
-    """Samples that one stage of a cell sees."""
+    """Return how many samples one stage of a cell trains on."""
     arguments = train_arguments(comparison, cell, stage)
     if arguments.max_steps > 0:
         return arguments.max_steps * arguments.batch_size
@@ -77,7 +77,7 @@ def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
 
 
 def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:
-    """Variant → stage → samples that each of its cells sees."""
+    """Return for each variant and stage the number of samples on which each of its cells trains."""
     one_of_each = {cell.variant: cell for cell in cells}
     return {
         variant: {stage.name: stage_samples(comparison, cell, number) for number, stage in STAGES.items()}
@@ -86,17 +86,17 @@ def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[s
 
 
 def dataset_size(arguments: TrainArguments) -> int:
-    """Samples that one epoch of a stage has."""
+    """Return how many samples one epoch of a stage has."""
     return count_records(data_of(arguments)[0], open_data(arguments))
 
 
 # ------------------------------------------------------------------------------------------- cells for the engine
 def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
-    """A cell with its steps: both stages, the answers, the benchmarks."""
+    """Return a cell for the lab's runner, with its steps: both stages, the answers and the benchmarks."""
     launcher = [sys.executable]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
-        launcher += ["--master_port", str(unused_port())]  # cells run beside each other
+        launcher += ["--master_port", str(unused_port())]  # cells may run in parallel
 
     steps = []
     for number, stage in STAGES.items():
@@ -117,7 +117,7 @@ def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
     record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
-        figures = read_json(cell.figures).get("figures", {})  # a cell of an earlier version has none
+        figures = read_json(cell.figures).get("figures", {})  # missing in cells of earlier versions
         overall = figures.get(deciding_name("overall", figures))
         return f", {overall['value']:.1f}% right" if overall else ""
 
@@ -126,24 +126,24 @@ def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
 
 
 def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
-    """Raise UserError naming a cell whose directory holds other settings or another encoder than those asked for."""
-    there, changes = cell.read("config.json"), []
+    """Raise UserError if the directory of a cell was made with other settings or another encoder."""
+    present, changes = cell.read("config.json"), []
     for number, stage in STAGES.items():
-        if stage.name in there:
-            arguments, before = train_arguments(comparison, cell, number), dict(there[stage.name]["trains"])
+        if stage.name in present:
+            arguments, before = train_arguments(comparison, cell, number), dict(present[stage.name]["trains"])
             now = json.loads(json.dumps(arguments.what_trains()))
             fingerprint = before.pop("vision_fingerprint", None)
-            before.pop("packed", None)  # how its batches are computed; no flag sets it
-            before["vision_tower"] = now["vision_tower"]  # its path may be written in several ways, its weights may not
-            of_stage = [f"{stage.name}.{line}" for line in difference(before, now)]
-            if not of_stage and fingerprint != encoder_of(arguments).fingerprint:
-                of_stage = [f"{cell.vision} holds other weights than those it was trained on"]
-            changes += of_stage
+            before.pop("packed", None)  # says how batches are computed, and no flag sets it
+            before["vision_tower"] = now["vision_tower"]  # its path may change, but its weights may not
+            by_stage = [f"{stage.name}.{line}" for line in difference(before, now)]
+            if not by_stage and fingerprint != encoder_of(arguments).fingerprint:
+                by_stage = [f"{cell.vision} holds other weights than those it was trained on"]
+            changes += by_stage
     mend = "Give the comparison another --output, or remove"
     refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
     evaluated = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
     changes = difference(evaluated, comparison.evaluation_settings()) if evaluated else []
-    refuse(changes, f"cell {cell.name} was asked otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
+    refuse(changes, f"cell {cell.name} was evaluated otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
 
 
 # ------------------------------------------------------------------------------------------- the encoders
@@ -156,7 +156,7 @@ def pretrain_flags(comparison: Comparison, encoder: PretrainedEncoder) -> list[s
 
 
 def pretrain_config(comparison: Comparison, encoder: PretrainedEncoder) -> RunConfig:
-    """The configuration that `pretrain_flags` come to; raises UserError for flags that would be refused."""
+    """Return the configuration that `pretrain_flags` give. Raises UserError for flags that would be refused."""
     return _config_of(pretrain_flags(comparison, encoder))
 
 
@@ -165,11 +165,11 @@ def _config_of(flags: list[str]) -> RunConfig:
 
 
 def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
-    """lmms-eval on the saved model, which is a stock transformers model, in the precision of the cell's answers."""
+    """Return the step that runs lmms-eval on a cell's saved model, in the precision of the cell's answers."""
     device, dtype = choose_device(comparison.device), comparison.evaluation_settings()["dtype"]
     folder = benchmark_folder(cell, task)
     command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
-    # lmms-eval's own default for device_map, "", is an error in transformers.
+    # transformers does not accept lmms-eval's default for device_map, "".
     command += ["--model_args", f"pretrained={cell / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
     command += ["--include_path", str(comparison.include_path)] if comparison.include_path else []
     command += ["--output_path", str(folder), "--log_samples"]
@@ -178,31 +178,31 @@ def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
 
 # ------------------------------------------------------------------------------------------- the plan
 def fix_plan(comparison: Comparison) -> dict[str, Any]:
-    """Write compare.json, unless a cell has begun by the plan that is there, and copy the question files.
+    """Write compare.json, unless cells have begun under an existing plan, and copy the question files.
 
-    Returns the plan as it is asked for now.
+    Return the plan that the flags ask for now.
     """
     plan, output = plan_of(comparison), comparison.output
     with replacing(output / QUESTIONS) as copies:
         for name, path in comparison.question_files()[0].items():
             shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
-    begun = len(list((output / "cells").glob(f"*/{RECORD}")))  # also of encoders and seeds that are not asked for now
+    begun = len(list((output / "cells").glob(f"*/{RECORD}")))  # also of other encoders and seeds than now
     fix(output / PLAN, plan, begun)
     return plan
 
 
 def plan_of(comparison: Comparison) -> dict[str, Any]:
-    """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
+    """Return the content of compare.json. Raises UserError for a deciding metric that the questions do not give."""
     cells = comparison.cells
     files = comparison.question_files()[0]
     samples = samples_of_cells(comparison, cells)
     questions = {name: comparison.asked(path) for name, path in files.items()}
     stages = {stage.name: number for number, stage in STAGES.items()}
-    given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
+    fixed = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
     for name in LATER:
-        if not given[name]:
-            del given[name]
-    flags = json.loads(json.dumps(given))
+        if not fixed[name]:
+            del fixed[name]
+    flags = json.loads(json.dumps(fixed))
     return {
         "format": FORMAT,
         "comparison": flags,
@@ -230,7 +230,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
 
 
 def _projector(arguments: TrainArguments) -> str:
-    """Which projector, and how it starts: the same in every cell."""
+    """Return kind and initialisation of the projector, which are the same in every cell, as a text."""
     start = "from stage 1" if arguments.stage == 2 else "random"
     if arguments.pretrain_mm_mlp_adapter is not None:
         start = f"from {arguments.pretrain_mm_mlp_adapter}"

@@ -1,21 +1,21 @@
-"""What is compared: the flags of a comparison, the cells that follow from them, and what its plan fixes before them.
+"""The flags of a comparison, the cells that follow from them, and the plan that is fixed before the first cell.
 
 OUTPUT/compare.json is the plan:
 
     format       1
-    comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, nor how fast)
-    decides      the figure that the comparison is made for, of the deciding column: `accuracy`, `log_likelihood` or
-                 `share`, or one of them as FIGURE/KIND, or `cider_d`
-    is_demo      whether the cells train on the demo's data
-    budget       the share of each stage's samples, the samples (of variants too), and how each stage's projector starts
-    questions    name → file, column (what sort of pictures), SHA-256, questions, how many are asked, of which kinds
-    scorer       which scorer (`mllm.evaluation.scores.scorer_version`)
-    cells_begun  cells that had begun when this was written: 0, or nothing was fixed before
+    comparison   the flags that decide what is compared (encoders, seeds, budget, limit, …), but not where or how fast
+    decides      the metric that decides, on the deciding column: `accuracy`, `log_likelihood` or `share`, or one of
+                 them as METRIC/KIND, or `cider_d`
+    is_demo      true if the cells train on the demo's data
+    budget       share and number of each stage's samples (also of variants), and how each stage's projector starts
+    questions    name → file, column (kind of images), SHA-256, number of questions, number asked, numbers by kind
+    scorer       version of the scorer (`mllm.evaluation.scores.scorer_version`)
+    cells_begun  number of cells that had begun when the plan was written; it was fixed before only if this is 0
 
-OUTPUT/questions/NAME.jsonl is a copy of the file that CELL/evaluation/NAME.jsonl answers, so that a finished comparison
-can be verified alone.
+OUTPUT/questions/NAME.jsonl is a copy of the questions that CELL/evaluation/NAME.jsonl answers, so that a finished
+comparison can be verified without other files.
 
-Imports that need torch are inside the functions that train: verifying needs no torch.
+Imports that need torch are inside the functions that train, because verifying needs no torch.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ from mllm.training.stages import STAGES
 ENCODERS = ("clips", "clip", "random", "blind")
 QUICK_ENCODERS = ("clips", "random")
 SHARE = 0.5
-"""Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
+"""Default share of each stage's samples for the demo and with --quick. On other data all samples are used."""
 QUICK_PRETRAINING = 0.5
-"""Share of the samples of an encoder that is pretrained here, with --quick."""
+"""Share of the pretraining samples that an encoder is trained on with --quick."""
 SEEDS = 5
 QUICK_LLAVA_RUNS = 4
 LIMIT = 400
-"""Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
+"""Default number of questions from each file for the demo and with --quick. From other files all are asked."""
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data_path|karpathy)(?:=|$)")
-"""The flag that trains on other data than the demo's, for both stages or for one."""
+"""Matches a flag, for one stage or for both, that replaces the demo's data by other data."""
 DRAWN = "evenly over kinds and answers"
-"""How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""
+"""How a limit draws questions. A cell whose questions were drawn otherwise is evaluated again."""
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
-"""Encoders that are pretrained if they are missing → recipe."""
+"""Kinds of encoders that are pretrained if they are missing → recipe."""
 PLAN = "compare.json"
 LLAVA_STEP = 1000
-"""Between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
+"""Distance between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
 
-So no two runs on different encoders share a seed, and a comparison with more seeds goes on from the cells it has.
+No two runs on different encoders then share a seed, and a comparison with more seeds can reuse its cells.
 """
 QUESTIONS = "questions"
 FORMAT = 1
 NOT_FIXED = {*("output", "jobs", "device", "questions", "image_folder", "include_path", "decides")}
-"""Fields of `Comparison` that say where and how fast. The plan itself says which questions, and what decides."""
+"""Fields of `Comparison` about place and speed, and two that the plan records under keys of its own."""
 LATER = {"variants", "first_seed"}
-"""Fields that came after the first plans were kept, so a plan leaves them out where they are empty or 0."""
+"""Fields that older plans do not have, so a plan leaves them out if they are empty or 0."""
 SEEN = "seen"
 COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
-"""File of answers to the demo's questions → the sort of its pictures. Any other file is a sort of its own."""
+"""File of answers to the demo's questions → its column, the kind of images. Other files are columns of their own."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -103,15 +103,15 @@ class PretrainedEncoder:
 
 @dataclass(frozen=True)
 class EncoderCell:
-    """One run on one encoder: a run directory with both stages, the answers and the costs."""
+    """One run on one encoder: a directory with both stages, the answers and the costs."""
 
     encoder: str
     kind: str
     argument: str
-    """What the registry makes the encoder from (mllm/encoders/registry.py): clips and runs/x of clips:runs/x."""
+    """The argument in the encoder's name (mllm/encoders/registry.py), such as runs/x in clips:runs/x."""
     pretraining_seed: int
     seed: int
-    """The LLaVA seed: of the projector, the adapters, the order, and of `random`."""
+    """The LLaVA seed, for the projector, the adapters, the order of samples, and the encoder `random`."""
     directory: Path
     variant: str = ""
 
@@ -126,7 +126,7 @@ class EncoderCell:
 
     @property
     def pretraining_run(self) -> Path | None:
-        """The run directory of an encoder trained here, once it is there; None for any other encoder."""
+        """The run directory of an encoder that was trained here, or None for any other encoder."""
         return Path(self.argument) if self.kind in RECIPES and Path(self.argument or "-").is_dir() else None
 
     @property
@@ -149,7 +149,7 @@ class EncoderCell:
 
 
 class Arm(NamedTuple):
-    """One column of the report: an encoder, and the variant of the training on it."""
+    """One column of the report: an encoder and a variant of the training on it."""
 
     name: str
     encoder: str
@@ -161,60 +161,60 @@ class Arm(NamedTuple):
 
 
 def is_pretrained_anew(encoder: str) -> bool:
-    """Whether each pretraining seed has an encoder of its own under this name."""
+    """Return True if this name means another encoder for each pretraining seed."""
     kind, argument = parse_vision_name(encoder)
     return ("{seed}" in argument and kind not in ("random", "blind")) or (kind in RECIPES and not argument)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The flags of scripts/compare_encoders.py; equal comparisons have equal cells."""
+    """The flags of scripts/compare_encoders.py. Equal comparisons have equal cells."""
 
     encoders: tuple[str, ...] = _option(
         lambda text: tuple(filter(None, text.split(","))),
         ENCODERS,
-        "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, in "
+        "names as for train_llava.sh --vision, separated by commas; plain clips and clip are pretrained here, and in "
         "clips:DIR {seed} is the pretraining seed (default: clips,clip,random,blind; --quick: clips,random)",
     )
     seeds: int = option(SEEDS, f"seeds of encoders pretrained here (default: {SEEDS}, --quick: 1)", type=at_least(1))
-    first_seed: int = option(0, "of --seeds that follow each other", type=at_least(0))
+    first_seed: int = option(0, "first of the consecutive --seeds", type=at_least(0))
     llava_runs: int | None = option(
         None,
         "LLaVA runs of each kind of encoder, on its pretrained encoders in turn (default: one more than --seeds; "
         f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
     )
-    output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
-    jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)", type=at_least(1))
-    quick: bool = option(False, "clips against random: one encoder of half of the samples, four LLaVA runs")
+    output: Path = option(Path("runs/compare"), "directory for encoders, cells and the report")
+    jobs: int = option(1, "cells to run in parallel (default: two on a CPU, one on a GPU)", type=at_least(1))
+    quick: bool = option(False, "compare clips with random: one encoder on half of the samples, four LLaVA runs")
     budget: float | None = option(None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)")
-    train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
+    train_flags: tuple[str, ...] = _option(_words, (), "more flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
-        (), "trains once more with flags: 'tiles=--image_aspect_ratio anyres'", type=_variant, metavar="NAME=FLAGS"
+        (), "train again with these flags: 'tiles=--image_aspect_ratio anyres'", type=_variant, metavar="NAME=FLAGS"
     )
-    pretrain_flags: tuple[str, ...] = _option(_words, (), "further flags of pretrain_clips.py, in one string")
+    pretrain_flags: tuple[str, ...] = _option(_words, (), "more flags of pretrain_clips.py, in one string")
     device: str = option("auto", "auto, cpu or cuda")
     gpus: int = option(1, "GPUs of each cell (deepspeed launcher)", type=at_least(1))
     questions: Path | None = option(None, "your own questions with answers (default: the demo's)")
-    image_folder: Path | None = option(None, "folder or tar of the pictures of --questions")
-    limit: int | None = option(None, "questions of a file (default: 400 for the demo and --quick)", type=at_least(1))
-    benchmarks: tuple[str, ...] = _option(_names, (), "tasks of lmms-eval, with commas: gqa,pope,textvqa_val,mme")
-    include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
+    image_folder: Path | None = option(None, "folder or tar with the images of --questions")
+    limit: int | None = option(None, "questions per file (default: 400 for the demo and --quick)", type=at_least(1))
+    benchmarks: tuple[str, ...] = _option(_names, (), "tasks of lmms-eval, for example gqa,pope,textvqa_val,mme")
+    include_path: Path | None = option(None, "folder with more tasks of lmms-eval, in its YAML format")
     decides: str | None = option(
-        None, "accuracy, log_likelihood, share, all also as NAME/KIND, or cider_d (default: accuracy)", metavar="FIGURE"
+        None, "accuracy, log_likelihood or share, also as NAME/KIND, or cider_d (default: accuracy)", metavar="METRIC"
     )
 
     @property
     def is_demo(self) -> bool:
-        """Whether the cells train on the demo data.
+        """True if the cells train on the demo's data.
 
-        The words are searched, not parsed: a parser would act on the `--help` of an archive that is verified.
+        The flags are searched, not parsed, because a parser would act on a `--help` in an archive that is verified.
         """
         words = chain(self.train_flags, *(flags for _, flags in self.variants))
         return not any(map(DATA_FLAG.match, words))
 
     @property
     def asks_questions(self) -> bool:
-        """Whether the cells answer questions, and not only benchmarks."""
+        """True if the cells answer questions, and not only benchmarks."""
         return self.is_demo or self.questions is not None
 
     @property
@@ -223,14 +223,14 @@ class Comparison:
 
     @property
     def question_limit(self) -> int | None:
-        """Questions of each file that every cell is asked; None: all."""
-        own = self.questions is not None or not self.is_demo
-        return self.limit or (LIMIT if self.quick or not own else None)
+        """How many questions of each file every cell answers, or None for all."""
+        is_full = self.questions is not None or not self.is_demo
+        return self.limit or (LIMIT if self.quick or not is_full else None)
 
     def question_files(self) -> tuple[dict[str, Path], Path | None]:
-        """Name of the answers → question file, and the folder of the pictures. Builds the demo if it is missing.
+        """Return name of the answers → question file, and the folder of the images. Builds the demo if it is missing.
 
-        No files if there are benchmarks alone.
+        There are no files if the cells only run benchmarks.
         """
         from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 
@@ -242,11 +242,11 @@ class Comparison:
         return demo_questions(demo), demo / IMAGES
 
     def asked(self, path: Path) -> list[Question]:
-        """The questions of a file that every cell is asked, in their order."""
+        """Return the questions of a file that every cell answers, in their order."""
         return draw_evenly(read_questions(path), self.question_limit)
 
     def evaluation_settings(self) -> dict[str, Any]:
-        """What decides which questions a cell answers, and how."""
+        """Return the settings on which it depends which questions a cell answers, and how."""
         from clips.common.runtime import choose_device
         from mllm.evaluation.evaluate import answer_dtype
 
@@ -263,7 +263,7 @@ class Comparison:
 
     @property
     def arms(self) -> list[Arm]:
-        """Each encoder without a variant, then with each; called by kind if no other encoder is of this kind."""
+        """Each encoder without a variant, then with each variant. Its name is its kind if no other has that kind."""
         kinds = [parse_vision_name(encoder)[0] for encoder in self.encoders]
         names = [k if kinds.count(k) == 1 else e for k, e in zip(kinds, self.encoders, strict=True)]
         arms = [Arm(name, encoder, "") for name, encoder in zip(names, self.encoders, strict=True)]
@@ -275,13 +275,13 @@ class Comparison:
 
     @property
     def runs(self) -> int:
-        """LLaVA runs of each encoder: one more than pretraining seeds, if these can be told apart from LLaVA seeds."""
+        """LLaVA runs per encoder: by default --seeds, and one more if encoders are pretrained for each seed."""
         nested = self.seeds > 1 and any(map(is_pretrained_anew, self.encoders))
         return self.llava_runs or self.seeds + nested
 
     @property
     def cells(self) -> list[EncoderCell]:
-        """Run by run, so that whole comparisons are there early. Raises UserError for an unknown encoder."""
+        """All cells, run by run, so that complete comparisons exist early. Raises UserError for an unknown encoder."""
         cells = []
         for run in range(self.runs):
             pretraining = self.first_seed + run % self.seeds
@@ -294,13 +294,13 @@ class Comparison:
         return cells
 
     def _vision_of(self, encoder: str, seed: int) -> tuple[str, str]:
-        """(kind, argument) of an encoder in the cells of a pretraining seed, which replaces `{seed}`."""
+        """Return (kind, argument) of an encoder for a pretraining seed, which replaces `{seed}`."""
         kind, argument = parse_vision_name(encoder)
         if kind in RECIPES and not argument:
             argument = str(self._directory_of(kind, seed))
         elif kind in ("random", "blind") and not argument:  # the architecture of the CLIPS encoder beside them
-            given = next((name for name in self.encoders if parse_vision_name(name)[0] == "clips"), "clips")
-            argument = self._vision_of(given, seed)[1]
+            clips = next((name for name in self.encoders if parse_vision_name(name)[0] == "clips"), "clips")
+            argument = self._vision_of(clips, seed)[1]
         return kind, argument.replace("{seed}", str(seed))
 
     def _directory_of(self, kind: str, seed: int) -> Path:
@@ -308,7 +308,7 @@ class Comparison:
 
     @property
     def pretrained(self) -> list[PretrainedEncoder]:
-        """Every encoder that the cells need from here, whether or not it is there already."""
+        """Every encoder that the cells need and that is pretrained here, even if it exists already."""
         needed = {cell.argument for cell in self.cells}
         encoders = [
             PretrainedEncoder(kind, seed, self._directory_of(kind, seed))
@@ -321,11 +321,11 @@ class Comparison:
 def flags_of(parser: Parser) -> None:
     """Add the flags of a comparison to `parser`."""
     add_options(parser, Comparison)
-    parser.set_defaults(encoders=None, seeds=None, jobs=None)  # they depend on other flags and on the machine
+    parser.set_defaults(encoders=None, seeds=None, jobs=None)  # these depend on other flags and on the machine
 
 
 def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
-    """The comparison that `flags` ask for; mllm/compare/run.py asks whether they fit each other."""
+    """Return the comparison that `flags` ask for. mllm/compare/run.py checks that they do not contradict each other."""
     from clips.common.runtime import choose_device
 
     one_at_a_time = choose_device(flags.device).type == "cuda" or (os.cpu_count() or 1) < 2
@@ -340,16 +340,16 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
 
 
 def samples_seen(run: Path) -> dict[str, int]:
-    """Samples and steps of a pretraining run's last logged step. Raises UserError if none was logged."""
+    """Return samples and steps of the last logged step of a pretraining run. Raises UserError if none was logged."""
     lines = read_metrics(run, "train")
     if not lines:
-        raise UserError(f"{run / METRICS} holds no training step: remove {run}, then it is pretrained again")
+        raise UserError(f"{run / METRICS} has no training step: remove {run} to pretrain the encoder again")
     return {"samples": lines[-1]["samples"], "steps": lines[-1]["step"]}
 
 
 # ------------------------------------------------------------------------------------------- the plan
 def columns_of(files: Iterable[str]) -> list[str]:
-    """The sorts of pictures that files of questions are about; the sort that decides, of unseen artists, is first."""
+    """Return the columns, or kinds of images, of question files. The first one, of unseen artists if any, decides."""
     columns = dict.fromkeys(COLUMNS.get(name, name) for name in files)
     return sorted(columns, key=lambda column: column != UNSEEN)
 
@@ -360,32 +360,32 @@ def of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
-    """The comparison of `plan`, with what it left in `output`; UserError for flags of another version."""
+    """Return the comparison of a `plan` whose files are in `output`. Raises UserError for another version's plan."""
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
     if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | LATER != known:
         raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    return Comparison(output=output, decides=plan.get("decides"), **given)
+    fixed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return Comparison(output=output, decides=plan.get("decides"), **fixed)
 
 
 def stored_questions(output: Path) -> dict[str, Path]:
-    """Name of the answers → copy of the question file, in the order in which they are compared."""
+    """Return name of the answers → copy of the question file, in the order in which they are compared."""
     return {path.stem: path for path in sorted((output / QUESTIONS).glob("*"))}
 
 
 def kinds_of(questions: Iterable[Question]) -> dict[str, int]:
-    """Kind → questions that have an answer."""
+    """Return how many questions of each kind have a known answer."""
     return dict(Counter(question.kind for question in questions if question.answer is not None))
 
 
 def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | None:
-    """The figure that decides; None if nothing is asked. UserError for a figure that the questions do not give."""
+    """Return the metric that decides, or None without questions. Raises UserError if the questions do not give it."""
     questions = list(questions)
     kinds = list(kinds_of(questions))
     suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]
     figures = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
     figures += ["cider_d"] * any(question.references for question in questions)
     if comparison.decides is not None and comparison.decides not in figures:
-        raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no figure'}")
+        raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no metric'}")
     return comparison.decides or next(iter(figures), None)

@@ -1,9 +1,9 @@
-"""What a comparison's cells left as figures: what each encoder's models can do, how they differ, and report.json.
+"""The metrics of a comparison: scores of each encoder's models, differences between encoders, and report.json.
 
-Everything but when, where and by which command comes from the files in the comparison's directory, without a model and
-without torch: verify.py computes it again from the same files elsewhere.
+Except for time, machine and command, everything is computed from the files in the comparison's directory, without a
+model and without torch, so that verify.py can recompute it elsewhere.
 
-Scores are fractions. Shapes: R runs of an encoder · S of them that are independent · I items.
+Scores are fractions. Shapes: R runs of an encoder · S independent ones among them · I questions.
 """
 
 from __future__ import annotations
@@ -57,62 +57,62 @@ from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
-"""All cells' lines of answers must agree in these."""
+"""Fields of an answer line that must be the same in all cells."""
 EXAMPLES = 6
-"""Of each way in which a pair of models can differ."""
+"""Most examples for each of the two ways in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
 NEEDS_PICTURE = "needs_picture"
 NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
 ENCODERS = "encoders.json"
-"""Cell → the figures of its encoder alone, and what its pretraining saw."""
+"""The file with the metrics of each cell's encoder alone, and the data of its pretraining."""
 RECORDS = (
     *(RECORD, "config.json", "env.json", COST, "evaluation/figures.json"),
     *(f"{stage.name}/done.json" for stage in STAGES.values()),
 )
 Lines = dict[EncoderCell, list[dict[str, Any]]]
 NO_ANSWER = " in generating"
-"""What lmms-eval logs if `generate` raised. It scores an empty answer then."""
+"""Text that lmms-eval logs if `generate` raised an error. It then scores an empty answer."""
 PROBE = "probe_tokens_top1"
-"""Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
+"""Linear probe on the mean of the projector's input tokens, which is the same method for every encoder."""
 RUN_VARIANCE = 1.03e-3
 ENCODER_VARIANCE = 1.03e-3
 ANSWER_VARIANCE = 5.4e-4
 PICTURE_VARIANCE = 0.1e-4
-"""Of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
-pretrainings, and, both at `OF_QUESTIONS` questions, by luck with single answers and with pictures. More questions
-reduce the last two alone. tests/data/lab/real/encoders.json gives the sum of the first three over all pairs of
-pretrained encoders, and the third by the shares of right answers; tests/unit/mllm/test_compare_archive.py computes
-both. No crossed comparison has split the rest yet: half is assumed for each."""
+"""Variances of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
+pretraining runs, and, both for `OF_QUESTIONS` questions, between single answers and between images. Only the last two
+shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three over all pairs
+of pretrained encoders in tests/data/lab/real/encoders.json, and the third from the shares of right answers. No crossed
+comparison has separated the first two yet, so half of the rest is assumed for each."""
 OF_QUESTIONS = 800
 
 
 @dataclass
 class ItemScores:
-    """One metric of every encoder's models, item by item."""
+    """One metric of every encoder's models, question by question."""
 
     clusters: np.ndarray
-    """[I] names of pictures: items of one picture are drawn together."""
+    """[I] image names, because the questions about one image are resampled together."""
     by_encoder: dict[str, np.ndarray]
-    """Encoder → [R, I]."""
+    """Encoder → scores [R, I]."""
     column: str
     kind: str | None = None
 
     def only(self, items: np.ndarray, kind: str | None = None) -> ItemScores:
-        """The same for the items that the mask `items` [I] chooses."""
+        """Return the scores for the questions that the mask `items` [I] selects."""
         by_encoder = {name: scores[:, items] for name, scores in self.by_encoder.items()}
         return ItemScores(self.clusters[items], by_encoder, self.column, kind)
 
 
 # ------------------------------------------------------------------------------------------- report.json
 def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[str, Any]]]) -> None:
-    """Write OUTPUT/encoders.json; `measured` are the encoders' own figures (mllm/compare/probe.py)."""
-    records = {cell.name: {"figures": own, "pretraining": _pretraining(cell)} for cell, own in measured.items()}
+    """Write OUTPUT/encoders.json. `measured` holds the metrics of the encoders alone (mllm/compare/probe.py)."""
+    records = {cell.name: {"figures": metrics, "pretraining": _pretraining(cell)} for cell, metrics in measured.items()}
     write_json(output / ENCODERS, records)
 
 
 def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
-    """The content of report.json, by the plan that the comparison has now (mllm/compare/comparison.py)."""
+    """Return the content of report.json. `plan` is what the flags ask for now (mllm/compare/comparison.py)."""
     machine = {"cores": os.cpu_count(), "jobs": comparison.jobs}
     return {
         "command": shlex.join(["python", *command]),
@@ -123,7 +123,7 @@ def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[s
 
 
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What report.json says by the files of the comparison."""
+    """Return the part of report.json that is computed from the files of the comparison."""
     cells = comparison.cells
     answers = read_answers(comparison) if plan["questions"] else {}
     scores = item_scores(comparison, answers) if answers else {}
@@ -153,7 +153,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_files(comparison: Comparison) -> list[str]:
-    """The files that the report rests on, as paths below the comparison's directory, sorted."""
+    """Return the files from which the report is computed, as sorted paths relative to the comparison's directory."""
     output, questions = comparison.output, stored_questions(comparison.output)
     files = [output / PLAN, output / ENCODERS, *questions.values()]
     for cell in comparison.cells:
@@ -164,12 +164,12 @@ def stored_files(comparison: Comparison) -> list[str]:
 
 
 def _encoder(comparison: Comparison, name: str) -> dict[str, Any]:
-    """What an encoder is, its own figures, and what its cells cost."""
+    """Return the description of an encoder, its metrics without a language model, and the cost of its cells."""
     cells = [cell for cell in comparison.cells if cell.encoder == name]
     groups = independent_runs(encoder_groups(comparison, name))
     records = read_json(comparison.output / ENCODERS)
-    own = [records[cell.name] for cell in cells]
-    by_run = [record["figures"] for record in own]
+    by_cell = [records[cell.name] for cell in cells]
+    by_run = [record["figures"] for record in by_cell]
     intrinsic = {}
     for figure, first in by_run[0].items():
         if all(figure in figures for figures in by_run):
@@ -179,7 +179,7 @@ def _encoder(comparison: Comparison, name: str) -> dict[str, Any]:
         "kind": cells[0].kind,
         "intrinsic": intrinsic,
         "described": cells[0].read("config.json")["instruct"]["facts"]["vision encoder"],
-        "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
+        "pretraining": [record["pretraining"] for record in by_cell if record["pretraining"]],
         "cost": _cost(cells),
     }
 
@@ -229,7 +229,7 @@ def _cell_record(comparison: Comparison, cell: EncoderCell) -> dict[str, Any]:
 
 
 def _pretraining(cell: EncoderCell) -> dict[str, Any] | None:
-    """What a run of clips/ behind this cell's encoder saw; None for an encoder from elsewhere."""
+    """Return the run that pretrained this cell's encoder here and its number of samples, or None if there is none."""
     run = cell.pretraining_run
     if run is None or not (run / "config.json").is_file() or not (run / METRICS).is_file():
         return None
@@ -238,13 +238,13 @@ def _pretraining(cell: EncoderCell) -> dict[str, Any] | None:
 
 
 def _cost(cells: list[EncoderCell]) -> dict[str, float]:
-    """Means over the cells: wall-clock seconds of each part, training speed, the largest memory.
+    """Return the mean wall-clock seconds of each part over the cells, the training speed, and the largest memory.
 
-    A killed command leaves a part without its time, if the part itself was finished.
+    The time of a part is missing if its command was killed after the part was finished.
     """
     costs = [cell.read(COST) for cell in cells]
-    every = dict.fromkeys(part for of_cell in costs for part in of_cell)
-    parts = {part: mean(of_cell[part] for of_cell in costs if part in of_cell) for part in every}
+    every = dict.fromkeys(part for by_part in costs for part in by_part)
+    parts = {part: mean(by_part[part] for by_part in costs if part in by_part) for part in every}
     cost = parts | {"seconds": sum(parts.values())}
     for stage in STAGES.values():
         done = [cell.read(f"{stage.name}/done.json") for cell in cells]
@@ -255,7 +255,7 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------- right answers
 def read_answers(comparison: Comparison) -> Lines:
-    """Each cell's answers, all question files together; UserError naming a cell that was asked something else."""
+    """Read each cell's answers to all question files. Raises UserError if a cell answered other questions."""
     answers: Lines = {}
     cells = comparison.cells
     for cell in cells:
@@ -270,18 +270,18 @@ def read_answers(comparison: Comparison) -> Lines:
 
 
 def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
-    """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` of questions with references. Likewise
-    `log_likelihood` and `share` if the cells measured them.
+    """Return `accuracy`, and `cider_d` for questions with references, and `log_likelihood` and `share` if measured.
 
-    The name of a metric of another column than the deciding one ends with @COLUMN. `needs_picture` is the accuracy over
-    the deciding column without the questions that blind models answer, for all other encoders.
+    All but `cider_d` are also given as METRIC/KIND for each kind of question. Metrics of other columns than the
+    deciding one end with @COLUMN. `needs_picture` is the accuracy of all encoders that are not blind, on those
+    questions of the deciding column that blind models do not answer.
     """
     first = next(iter(answers.values()))
     deciding, *others = columns_of(line["file"] for line in first)
     metrics = _scores_of_column(comparison, answers, deciding)
     for column in others:
-        of_column = _scores_of_column(comparison, answers, column)
-        metrics |= {f"{name}@{column}": metric for name, metric in of_column.items()}
+        by_column = _scores_of_column(comparison, answers, column)
+        metrics |= {f"{name}@{column}": metric for name, metric in by_column.items()}
 
     overall = metrics.get("accuracy")
     if overall is not None:
@@ -324,18 +324,18 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
 def _item_scores(
     first: Sequence[Mapping[str, Any]], items: Sequence[int], values: Mapping[EncoderCell, list[float]], column: str
 ) -> ItemScores:
-    """Scores of the `items` of the `first` cell's lines; `values`: cell → score of each item."""
+    """Gather `values`, cell → score of each question, by encoder. `items` are indices into the `first` cell's lines."""
     clusters = np.array([" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items])
     rows = defaultdict(list)
-    for cell, of_cell in values.items():
-        rows[cell.encoder].append(of_cell)
-    return ItemScores(clusters, {encoder: np.array(of_runs) for encoder, of_runs in rows.items()}, column)
+    for cell, scores in values.items():
+        rows[cell.encoder].append(scores)
+    return ItemScores(clusters, {encoder: np.array(by_run) for encoder, by_run in rows.items()}, column)
 
 
 def compare_scores(
     comparison: Comparison, scored: dict[str, ItemScores], *, kept: bool = True
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(encoder → metric → figure, differences of every pair in every metric); `kept`: to the plan, as verdicts need."""
+    """Return encoder → metric → value, and the differences of all pairs. Verdicts need a plan that was `kept`."""
     names = comparison.names
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
@@ -363,23 +363,23 @@ def compare_scores(
 def _estimated(
     comparison: Comparison, scores: np.ndarray, clusters: np.ndarray, *encoders: str
 ) -> tuple[np.ndarray, Estimate]:
-    """Groups of independent runs, and the mean of `scores` [R, I] with its interval."""
+    """Return the groups of independent runs [R], and the mean of `scores` [R, I] with its interval."""
     groups = independent_runs(encoder_groups(comparison, *encoders))
     return groups, interval(over_groups(scores, groups), clusters)
 
 
 def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
-    """The mean and standard deviation (None of one) over `groups` of runs, and every run's figure."""
+    """Return mean and standard deviation (None for a single group) over `groups` of runs, and the value of each run."""
     each = over_groups(np.array(values), groups).tolist()
     return {"mean": mean(each), "sd": stdev(each) if len(each) > 1 else None, "by_seed": list(values)}
 
 
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """`compare_scores` of what lmms-eval measured. Its items are not here, so intervals are over seeds only."""
+    """Return the same as `compare_scores` for lmms-eval's scores, with intervals over seeds, as it gives only means."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
     for cell in comparison.cells:
         by_encoder[cell.encoder].append(benchmark_results(cell.directory, comparison.benchmarks))
-    runs = [results for of_encoder in by_encoder.values() for results in of_encoder]
+    runs = [results for by_run in by_encoder.values() for results in by_run]
     names = [name for name in runs[0] if all(name in results for results in runs)]
 
     summary = {}
@@ -399,23 +399,23 @@ def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]
 
 # ------------------------------------------------------------------------------------------- runs and power
 def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
-    """[R] numbers from 0: runs with the same number share an encoder of those called `names` (stats.shared_runs).
+    """Return [R] numbers from 0, equal for runs that share one of the encoders called `names` (stats.shared_runs).
 
-    Runs of a pretraining seed share the encoders that are trained anew. `random` is another encoder in every run.
-    All others are the same in all runs, also `blind`, which sees nothing.
+    The runs of a pretraining seed share the encoders that are pretrained for each seed. `random` differs in every run.
+    All others, also `blind`, are the same in all runs.
     """
     runs = np.arange(comparison.runs)
-    of_kind = {True: runs % comparison.seeds, "random": runs}
+    by_kind = {True: runs % comparison.seeds, "random": runs}
     named = [arm.encoder for arm in comparison.arms if arm.name in names]
     keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in named]
-    return shared_runs([of_kind.get(key, 0 * runs) for key in keys])
+    return shared_runs([by_kind.get(key, 0 * runs) for key in keys])
 
 
 def detectable_difference(comparison: Comparison, questions: int) -> float:
-    """Return the difference that a comparison of this design sees with 80 % power, by the spreads of the demo."""
+    """Return the difference that this design detects with 80 % power if the variances are those of the demo."""
     groups = encoder_groups(comparison, *comparison.names)
     sizes = np.bincount(independent_runs(groups))
-    seeds, runs = len(sizes), len(sizes) ** 2 / float((1 / sizes).sum())  # runs of unequal weight
+    seeds, runs = len(sizes), len(sizes) ** 2 / float((1 / sizes).sum())  # effective number, as groups differ in size
     luck = ANSWER_VARIANCE * OF_QUESTIONS / questions / runs
     pretraining = ENCODER_VARIANCE / seeds if groups.max() > 0 else 0.0
     pictures = PICTURE_VARIANCE * OF_QUESTIONS / questions
@@ -423,14 +423,14 @@ def detectable_difference(comparison: Comparison, questions: int) -> float:
 
 
 def power_in_words(comparison: Comparison) -> str:
-    """What the comparison can see, said before anything is trained."""
+    """Return a text for the plan that says which difference the comparison can detect."""
     seeds = int(independent_runs(encoder_groups(comparison, *comparison.names)).max()) + 1
     if seeds < FEWEST_SEEDS:
-        return f"{seeds} independent seed(s) are a look, without verdicts; --seeds {FEWEST_SEEDS} gives verdicts"
+        return f"{seeds} independent seed(s) show numbers but decide nothing; --seeds {FEWEST_SEEDS} gives verdicts"
     by_file = {name: comparison.asked(path) for name, path in comparison.question_files()[0].items()}
     points = 100 * detectable_difference(comparison, len(of_deciding_column(by_file)))
-    spreads = "the spreads measured on the demo" if comparison.is_demo else "the demo's spreads, for want of its own"
-    return f"a difference of {points:.1f} points is seen in 80 of 100 such comparisons, by {spreads}"
+    spreads = "variances measured on the demo" if comparison.is_demo else "the demo's variances, as others are unknown"
+    return f"80 of 100 such comparisons detect a difference of {points:.1f} points ({spreads})"
 
 
 # ------------------------------------------------------------------------------------------- questions and answers
@@ -439,15 +439,15 @@ def _blind(comparison: Comparison) -> set[str]:
 
 
 def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
-    """[I]: whether blind models answer an item right in more than half of their runs."""
+    """Return bool [I]: True for questions that blind models answer right in more than half of their runs."""
     runs = [overall.by_encoder[name] for name in sorted(_blind(comparison))]
     return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
 
 
 def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores) -> dict[str, Any]:
-    """Questions of the deciding column that blind models answer: of each kind how many, their answers; their ids.
+    """Return numbers, answers and ids of the questions in the deciding column that blind models answer, by kind.
 
-    `overall` is `accuracy` of `item_scores`. Empty if no blind models were compared.
+    `overall` is `accuracy` of `item_scores`. The result is empty if no blind models were compared.
     """
     if not _blind(comparison):
         return {}
@@ -463,19 +463,19 @@ def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores)
 
 
 def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:
-    """Encoder → how many answers of all its runs are right only if read loosely (scores.exactness)."""
+    """Count the answers of each encoder's runs that match the expected ones only loosely (scores.exactness)."""
     loose: dict[str, Any] = {}
     for encoder in comparison.names:
-        lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]
+        lines = [line for cell, by_cell in answers.items() if cell.encoder == encoder for line in by_cell]
         counts = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
         loose[encoder] = {"answers": counts.total()} | {way: {"count": counts[way]} for way in LOOSE_WAYS}
     return loose
 
 
 def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]]:
-    """Questions that one of the first two encoders got right and the other did not, drawn at random, seed 0.
+    """Draw questions, with seed 0, that a model on one of the first two encoders got right and on the other wrong.
 
-    As many of each way as there are, up to `EXAMPLES`: the examples show how models differ, not how often.
+    There are up to `EXAMPLES` in each direction, so they show how the models differ, not how often.
     """
     a, b = comparison.names[:2]
     first, second = (next(c for c in answers if c.encoder == encoder) for encoder in (a, b))
@@ -497,14 +497,14 @@ def benchmark_folder(cell: Path, task: str) -> Path:
 
 
 def newest_results(cell: Path, task: str) -> Path | None:
-    """The scores of the newest call for `task`; None if there are none."""
-    return max(benchmark_folder(cell, task).glob("*/*_results.json"), default=None)  # named by their date
+    """Return the file with the scores of the newest run of `task`, or None if there is none."""
+    return max(benchmark_folder(cell, task).glob("*/*_results.json"), default=None)  # names begin with the date
 
 
 def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
-    """`TASK/METRIC` → value of the tasks that are done; the members of a group each have a value.
+    """Return `TASK/METRIC` → value for the tasks that are done. Each member of a group of tasks has a value.
 
-    A task is not done if its newest call failed, or if answers are missing.
+    A task is not done if its newest run failed or answers are missing.
     """
     scores: dict[str, float] = {}
     for task in tasks:

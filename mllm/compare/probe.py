@@ -1,6 +1,6 @@
-"""Figures of the encoders themselves: a linear probe on their tokens, and what their own runs have measured.
+"""Metrics of the encoders themselves: a linear probe on their tokens, and the metrics of their pretraining runs.
 
-In percent, as in clips/.
+They are in percent, as in clips/.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
 
 Labelled = list[tuple[bytes, str]]
-"""Encoded images and their classes."""
+"""Encoded images with their classes."""
 DEMO = DataConfig(train="demo")
 
 
 def measure_encoders(comparison: Comparison, device: torch.device) -> dict[EncoderCell, dict[str, dict[str, Any]]]:
-    """Cell → figure → value, chance and items (and, of another test set than the run's own, its name).
+    """Return for each cell and metric its value, chance and number of samples, and the name of an extra test set.
 
-    The linear probe is measured here, on the demo, in the same way for every encoder. Retrieval and zero-shot come from
-    the encoder's own run directory (evaluation*.json). Random, blind and foreign encoders have none.
+    The linear probe is measured here on the demo, in the same way for every encoder. Retrieval and zero-shot come from
+    the encoder's run directory (evaluation*.json), which random, blind and foreign encoders do not have.
     """
     measured, on_demo = {}, comparison.is_demo
     train, tests = [], {}
@@ -62,8 +62,8 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
             if not tests.keys() <= probes.keys():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
                 probed = probe_images(_image_set(encoder, train, device))
-                of_tests = {name: probed(_image_set(encoder, items, device)) for name, items in tests.items()}
-                probes = {name: asdict(figure) for name, figure in of_tests.items() if figure}
+                by_test = {name: probed(_image_set(encoder, samples, device)) for name, samples in tests.items()}
+                probes = {name: asdict(figure) for name, figure in by_test.items() if figure}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, probes)
             figures |= {name: probes[name] for name in tests}
@@ -72,11 +72,11 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
 
 
 def _labelled(split: str, limit: int | None) -> Labelled:
-    """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
-    items, _ = open_test_set(DEMO, split)
-    chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
-    read = [items.read(index) for index in sorted(chosen)]
-    return [(item.image, item.label) for item in read if item.label is not None]
+    """Return image and class of the labelled scenes among the first `limit` scenes of a fixed shuffle of the demo."""
+    samples, _ = open_test_set(DEMO, split)
+    chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
+    read = [samples.read(index) for index in sorted(chosen)]
+    return [(sample.image, sample.label) for sample in read if sample.label is not None]
 
 
 @torch.inference_mode()

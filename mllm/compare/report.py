@@ -19,29 +19,29 @@ from mllm.data.questions import LIKELIHOODS
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
 INTRINSIC = (*(f"{UNSEEN}/{name}" for name in OWN), *OWN)
-"""Figures of the encoder itself."""
+"""The metrics of an encoder itself, in the order in which they are shown."""
 THUMBNAIL = 160
 FLOORS = {
-    "blind": "blind gives the same tokens for every picture: the questions alone give its right answers away.",
-    "random": "random is the untrained architecture of the CLIPS encoder, another encoder for each seed.",
+    "blind": "blind gives the same tokens for every image, so its right answers come from the questions alone.",
+    "random": "random is the untrained architecture of the CLIPS encoder, with other weights for each seed.",
 }
 STATISTICS = (
-    "Brackets are 95 % intervals over other questions and other trainings, not corrected for their number. "
+    "Brackets are 95 % intervals over questions and training runs, not corrected for multiple comparisons. "
     f"“Undecided”: {UNDECIDED} (docs/comparison.md)."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "
     "Retrieval and zero-shot need a text tower."
 )
-EXAMPLES_NOTE = "Seed 0, drawn at random, as many of each way as there are: how the models differ, not how often."
-BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
+EXAMPLES_NOTE = "From seed 0, drawn at random in both directions: they show how the models differ, not how often."
+BENCHMARKS_NOTE = "As lmms-eval reports them. Single answers are not known here, so intervals are over seeds only."
 Report = Mapping[str, Any]
 Row = dict[str, Any]
 METRICS = {"accuracy": "all questions", NEEDS_PICTURE: "not answered blind", "cider_d": "CIDEr-D"}
 
 
 def page(report: Report, image_folder: Path | None) -> Page:
-    """The whole page; the pictures of its examples come from `image_folder`."""
+    """Build the page from report.json. The images of its examples are read from `image_folder`."""
     settings = report["settings"]
     note = f"{len(report['encoders'])} encoders × {settings['llava_runs']} runs · {settings['language_model']}"
     note += f" · {report['time']}" + (" · quick budget" if settings["quick"] else "")
@@ -52,8 +52,8 @@ def page(report: Report, image_folder: Path | None) -> Page:
     how: list[Block] = [Code(report["command"], wraps=True), Folded("Settings and every cell", [Code(configuration)])]
 
     cost = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
-    parts = list(dict.fromkeys(part for of_encoder in cost.values() for part in of_encoder))
-    costs = [[name, *(f"{of[part]:,.1f}" if part in of else "–" for part in parts)] for name, of in cost.items()]
+    parts = list(dict.fromkeys(part for by_part in cost.values() for part in by_part))
+    costs = [[name, *(f"{by[part]:,.1f}" if part in by else "–" for part in parts)] for name, by in cost.items()]
     sections = [
         *_decided(report, overall),
         *_benchmarks(report),
@@ -73,7 +73,7 @@ def _pair(row: Row) -> str:
 
 # ------------------------------------------------------------------------------------------- what was found
 def _decided(report: Report, overall: list[Row]) -> list[Section]:
-    """Findings, right answers, differences."""
+    """Return the sections on findings, right answers and differences."""
     rows = report["differences"]
     if not rows:
         return []
@@ -95,7 +95,7 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
 
 
 def sentence(row: Row) -> str:
-    """A difference in words: in right answers or their likelihood, of all questions or of a kind, or in CIDEr-D."""
+    """Return a difference in words. Its metric may be right answers, their likelihood, or CIDEr-D."""
     a, b = row["a"], row["b"]
     size = difference_text(row | {"mean": abs(row["mean"]), "ci95": None}).removeprefix("+")
     figure = re.split("[/@]", row["metric"])[0]
@@ -104,7 +104,7 @@ def sentence(row: Row) -> str:
     if row["verdict"] == "undecided":
         return f"{a} − {b} is undecided: {difference_text(row)}."
     if row["verdict"] == "tie":
-        return f"{a} and {b} tie: a difference of {points} is not told from none."
+        return f"{a} and {b} tie: the difference of {points} cannot be told from zero."
     if figure in LIKELIHOODS:
         return f"{a} is {points} {'above' if row['verdict'] == 'win' else 'below'} {b}: {metric_name(row['metric'])}."
     if figure == "cider_d":
@@ -114,7 +114,7 @@ def sentence(row: Row) -> str:
 
 
 def floors(report: Report) -> list[str]:
-    """Which encoders are not above `blind`, or a variant of it."""
+    """Return a sentence for each encoder that does not beat `blind` or a variant of it."""
     blind = {name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"}
     below = []
     for row in report["differences"]:
@@ -123,7 +123,7 @@ def floors(report: Report) -> list[str]:
             if other in blind:
                 other, floor, decided = floor, other, turned(decided)
             if decided in ("tie", "loss"):
-                below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
+                below.append(f"{other} does not beat {floor} beyond the interval, so it was not shown to use images.")
     return below
 
 
@@ -145,9 +145,9 @@ def _benchmarks(report: Report) -> list[Section]:
 
 
 def _encoders(report: Report) -> list[Section]:
-    """Figures of the encoders themselves."""
+    """Return the section on the metrics of the encoders themselves."""
     encoders = {name: encoder["intrinsic"] for name, encoder in report["encoders"].items()}
-    chances = {name: figure["chance"] for own in encoders.values() for name, figure in own.items()}
+    chances = {name: metric["chance"] for metrics in encoders.values() for name, metric in metrics.items()}
     names = [name for name in INTRINSIC if name in chances]
     names += [name for name in chances if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
     if not names:
@@ -156,7 +156,7 @@ def _encoders(report: Report) -> list[Section]:
     for name in names:
         test_set, _, figure = name.rpartition("/")
         head.append(("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else ""))
-    rows = [[encoder, *(percent_text(own.get(name)) for name in names)] for encoder, own in encoders.items()]
+    rows = [[encoder, *(percent_text(metrics.get(name)) for name in names)] for encoder, metrics in encoders.items()]
     rows.append(["chance", *(f"{chances[name]:.1f}" for name in names)])
     return [Section("The encoders themselves", [Table(head, rows)], INTRINSIC_NOTE)]
 
@@ -179,7 +179,7 @@ def _examples(report: Report, image_folder: Path | None) -> list[Card]:
 
 # ------------------------------------------------------------------------------------------- controls and limits
 def controls(report: Report) -> list[str]:
-    """What was equal in all cells, what the floors are, and whether the plan was kept."""
+    """Return sentences on what was equal in all cells, what the floors are, and whether the plan was kept."""
     settings, encoders = report["settings"], report["encoders"]
     variants = report["plan"]["comparison"].get("variants", ())
     stages = [
@@ -189,13 +189,13 @@ def controls(report: Report) -> list[str]:
     distinct = settings["distinct_encoders"].items()
     most = max((count for name, count in distinct if encoders[name]["kind"] not in FLOORS), default=1)
     lines = [
-        f"Equal in every cell of a seed{', but for the flags of its variant' * bool(variants)}: "
-        f"{settings['language_model']}, data, order, steps, rates and starts. {'; '.join(stages)}.",
+        f"Equal in every cell of a seed{', except the flags of its variant' * bool(variants)}: "
+        f"{settings['language_model']}, data, order, steps, learning rates, initial weights. {'; '.join(stages)}.",
         f"Models are paired by seed and by question: {design_in_words(most, settings['llava_runs'])}.",
     ]
     columns = settings["columns"]
     if len(columns) > 1:
-        lines.append(f"Sorts of pictures: {', '.join(columns)}. {columns[0]} decides.")
+        lines.append(f"Kinds of images: {', '.join(columns)}. {columns[0]} decides.")
     for name, encoder in encoders.items():
         pretraining = [f", pretrained here on {run['samples']:,} samples" for run in encoder["pretraining"][:1]]
         lines.append(f"{name}: {encoder['described']}{''.join(pretraining)}")
@@ -206,28 +206,28 @@ def controls(report: Report) -> list[str]:
     fixed, decides = report["fixed"], report["plan"]["decides"]
     what = f"Decided by: {metric_name(decides)}. " if decides else ""
     if fixed["kept"]:
-        lines.append(f"{what}Fixed before the first cell, and kept to: compare.json, SHA-256 {fixed['sha256']}.")
+        lines.append(f"{what}The plan was fixed before all cells, and kept: compare.json, SHA-256 {fixed['sha256']}.")
     else:
         differs = "; ".join(fixed["differs"])
-        lines.append(f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}.")
+        lines.append(f"{what}The plan in compare.json (SHA-256 {fixed['sha256']}) was not kept: {differs}.")
     return lines
 
 
 def not_shown(report: Report) -> list[str]:
-    """The limits of these figures."""
+    """Return sentences on the limits of these metrics."""
     settings, encoders = report["settings"], report["encoders"]
     distinct = settings["distinct_encoders"].items() if settings["llava_runs"] > 1 else ()
     alone = [name for name, count in distinct if count == 1 and encoders[name]["kind"] not in FLOORS]
     seeds = min((row["seeds"] for row in report["differences"]), default=settings["llava_runs"])
     points = {
-        "The demo's pictures are drawings: no evidence about photographs.": settings["is_demo"],
-        "The test of unseen artists is missing: their drawings could not be fetched. Memory of drawings may tell "
-        "encoders apart.": settings["is_demo"] and UNSEEN not in settings["columns"],
-        f"All runs of {', '.join(alone)} stand on one encoder each: intervals hold for these encoders, not for the "
-        "methods that made them (--seeds, or {seed} in a path).": alone,
-        f"{seeds} independent seed(s) are a look, without verdicts.": seeds < FEWEST_SEEDS,
-        f"One language model, one projector, the same rates for all frozen encoders, and {settings['budget_share']:.0%}"
-        " of the stages' samples. Models trained to the end may differ otherwise.": True,
+        "The demo's images are drawings, so this is no evidence about photographs.": settings["is_demo"],
+        "The test of unseen artists is missing: their drawings could not be fetched. Encoders may differ only because "
+        "they remember drawings.": settings["is_demo"] and UNSEEN not in settings["columns"],
+        f"All runs of {', '.join(alone)} use one encoder each, so intervals hold for these encoders, not for the "
+        "methods that made them (use --seeds, or {seed} in a path).": alone,
+        f"{seeds} independent seed(s) show numbers but decide nothing.": seeds < FEWEST_SEEDS,
+        "There was one language model, one projector, one set of learning rates for all frozen encoders, and "
+        f"{settings['budget_share']:.0%} of the stages' samples. With full training models may differ otherwise.": True,
     }
     return [text for text, holds in points.items() if holds]
 
@@ -240,7 +240,7 @@ def metric_name(metric: str) -> str:
 
 
 def digits_and_scale(metric: str) -> tuple[int, int]:
-    """Right answers and shares are shown in percent, CIDEr-D and nats as they are."""
+    """Return digits and scale with which a metric is shown: percent, but not for CIDEr-D and nats."""
     return (2, 1) if metric.startswith(NOT_IN_PERCENT) else (1, 100)
 
 
@@ -253,7 +253,7 @@ def interval_text(row: dict[str, Any]) -> str:
 
 
 def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
-    """A figure of right answers or CIDEr-D; – if an encoder has none."""
+    """Return mean and standard deviation of a metric of answers as a text, or "–" if an encoder has none."""
     digits, scale = digits_and_scale(metric)
     if figure is None:
         return "–"
@@ -262,15 +262,15 @@ def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
 
 
 def percent_text(figure: dict[str, Any] | None) -> str:
-    """A figure of the encoder alone, which is in percent already; – if it has none."""
+    """Return a metric of an encoder alone, which is in percent already, as a text, or "–" if it has none."""
     if figure is None:
         return "–"
-    # One encoder that serves all seeds has no spread.
+    # There is no spread if one encoder serves all seeds.
     return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] else "")
 
 
 def design_in_words(encoders: int, runs: int) -> str:
-    """How many encoders of a kind there are, and how their LLaVA runs lie on them."""
+    """Return a text that says how many encoders of a kind there are, and how many LLaVA runs use each."""
     if runs % encoders:
         return f"{encoders} encoders of each kind, {runs} LLaVA runs on them in turn"
     each = runs // encoders
@@ -278,7 +278,7 @@ def design_in_words(encoders: int, runs: int) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of right answers: encoders × metrics."""
+    """Return the head and the rows of the table of right answers, encoders × metrics."""
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
     metrics = list(dict.fromkeys(name for figures in encoders.values() for name in figures))
     rows = [[name, *(mean_and_sd(m, figures.get(m)) for m in metrics)] for name, figures in encoders.items()]

@@ -1,11 +1,11 @@
-"""What an encoder is worth: the same LLaVA-style model on each encoder, several seeds, the same questions.
+"""Compare encoders: train the same LLaVA-style model on each of them with several seeds, and ask the same questions.
 
-Missing encoders of RECIPES are pretrained. Then each cell trains both stages and answers the questions, as runs of the
-scripts. docs/design.md walks through a cell.
+Missing encoders of RECIPES are pretrained first. Then each cell trains both stages and answers the questions with the
+same scripts that a user runs. docs/design.md walks through a cell.
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
-    OUTPUT/cells/random-seed2.log   what it printed         OUTPUT/report.{json,html}
-    OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: comparison.py
+    OUTPUT/cells/random-seed2.log   its output              OUTPUT/report.{json,html}
+    OUTPUT/compare.json             the plan, fixed before the first cell, and OUTPUT/questions/: see comparison.py
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from mllm.training.stages import STAGES
 
 TRAINING_OWN = ("stage", "seed", "vision_tower", "output_dir", "device")
 PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
-"""Flags of the two scripts that the comparison itself sets."""
+"""Flags of the two scripts that only the comparison may set."""
 
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/compare_encoders.py does."""
+    """Run scripts/compare_encoders.py."""
     compare(comparison_from_flags(flags), sys.argv, dry_run=flags.dry_run)
 
 
 def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: bool = False) -> Path | None:
-    """Run what is missing and write the report; returns the page's path. With `dry_run` only print the plan."""
+    """Run what is missing, write the report and return the path of its page. With `dry_run` only print the plan."""
     check_request(comparison)
     cells, encoders = comparison.cells, comparison.pretrained
     pretraining = [
@@ -73,7 +73,7 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
         cell.check()
     planned = [lab_cell(comparison, cell) for cell in cells]
     check_inputs(comparison, encoders)
-    share = f" ({comparison.budget_share:.0%} of the stages' own)" if comparison.budget_share < 1 else ""
+    share = f" ({comparison.budget_share:.0%} of a full training)" if comparison.budget_share < 1 else ""
     plan_runner = Runner([*pretraining, *planned], comparison.jobs)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
     facts = {}
@@ -90,7 +90,7 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     image_folder = comparison.question_files()[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
     digest = sha256(fixed)
-    say(f"fixed in {fixed}, SHA-256 {digest}")
+    say(f"the plan is fixed in {fixed}, SHA-256 {digest}")
     planned = [replace(cell, record={**(cell.record or {}), "plan": digest}) for cell in planned]
     runner = Runner([*pretraining, *planned], comparison.jobs)
     runner.run(pretraining)
@@ -99,46 +99,46 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
-    note = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
+    note = f"{written} is the page, {comparison.output}/report.json has its metrics, and each cell has a model. Next:\n"
     note += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
     say(note)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
-        raise CommandError(f"lmms-eval left no scores, or scored what it could not answer; try again:\n{failed}")
+        raise CommandError(f"lmms-eval wrote no scores, or scored failed answers; try again:\n{failed}")
     return written
 
 
 # ------------------------------------------------------------------------------- refused before anything runs
 def check_request(comparison: Comparison) -> None:
-    """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
+    """Raise UserError for flags that contradict each other, or that only the comparison may set."""
     c = comparison
     if c.budget is not None and not 0 < c.budget <= 1:
         raise UserError(f"--budget {c.budget} must be above 0 and at most 1")
     if c.llava_runs is not None and c.llava_runs < c.seeds:
-        raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used")
+        raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}, so that each encoder is used")
     if min(c.jobs, c.gpus) > 1:
-        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them")
+        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; use only one of the two")
 
     arms = c.arms
     if len({arm.folder for arm in arms}) < max(2, len(arms)):
         names = ", ".join(arm.name for arm in arms)
         raise UserError(f"{names or 'no encoder'}: give at least two different --encoders or --variants")
 
-    own = [("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN))]
+    reserved = [("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags) & set(PRETRAINING_OWN))]
     for option, flags in [("--train-flags", c.train_flags), *(("--variants", flags) for _, flags in c.variants)]:
         for stage in STAGES.values():
             words = flags_of_stage(list(flags), stage.name)
-            own.append((option, given(training_parser(), words) & set(TRAINING_OWN)))
-    for option, names_of_flags in own:
+            reserved.append((option, given(training_parser(), words) & set(TRAINING_OWN)))
+    for option, names_of_flags in reserved:
         for name in sorted(names_of_flags):
-            raise UserError(f"{option}: --{name} is what the comparison itself sets; leave it out")
+            raise UserError(f"{option}: --{name} is set by the comparison itself; leave it out")
 
     if c.questions is None and not c.is_demo and not c.benchmarks:
         raise UserError("the demo's questions say nothing about models of other data: give --questions or --benchmarks")
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:
-    """Raise UserError for what would end the comparison hours later: encoders and questions."""
+    """Raise UserError for encoders or questions with which the comparison would fail hours later."""
     for encoder in encoders:
         objective = pretrain_config(comparison, encoder).task.objective
         if objective != encoder.kind:
@@ -146,12 +146,12 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) 
     if comparison.questions is not None:
         questions, _ = open_questions(comparison.questions, comparison.image_folder, comparison.question_limit)
         if not any(question.answer is not None or question.references for question in questions):
-            raise UserError(f"{comparison.questions} has neither answers nor references: there is nothing to compare")
+            raise UserError(f"{comparison.questions} has no answers or references, so there is nothing to compare")
         deciding(comparison, questions)
 
 
 def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[EncoderCell]) -> None:
-    """Load each encoder once that is not made here, as the cells do, before hours go into the others."""
+    """Load each encoder that is not pretrained here, so that an error shows before hours of pretraining."""
     made_here = {encoder.directory for encoder in encoders}
     for cell in cells[: len(comparison.encoders)]:
         if Path(cell.argument) not in made_here:
@@ -159,18 +159,18 @@ def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder],
 
 
 def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:
-    """UserError unless all encoders of a seed saw the same samples in as many steps of the same batches."""
+    """Raise UserError unless all encoders of a seed saw the same samples in the same batches and steps."""
     firsts: dict[int, Path] = {}
     for encoder in sorted(encoders, key=lambda encoder: [*RECIPES].index(encoder.kind)):
         run = encoder.directory
         first = firsts.setdefault(encoder.seed, run)
         changes = difference(_what_was_seen(first), _what_was_seen(run))
-        refuse(changes, f"{run} is no fair baseline of {first}, they saw different things", "Give another --output")
+        refuse(changes, f"{run} is no fair baseline of {first}: their data differ", "Give another --output")
 
 
 def _what_was_seen(run: Path) -> dict[str, Any]:
     config = read_json(run / "config.json")
-    rates = ("lr", "muon_lr")  # each has its own best ones
+    rates = ("lr", "muon_lr")  # the best learning rates differ between objectives
     return {
         "data": config["data"],
         "seed": config["train"]["seed"],

@@ -1,13 +1,13 @@
-"""Computes a finished comparison's figures again from its raw answers, and says which differ from report.json.
+"""Recompute the metrics of a finished comparison from its raw answers, and list what differs from report.json.
 
     report.json  compare.json  encoders.json  questions/NAME.jsonl
     cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
                  evaluation/NAME.jsonl evaluation/figures.json benchmarks/TASK/MODEL/DATE_results.json
 
-An output directory or an archive of these files verifies on any machine, without model, pictures, network or torch.
-Every answer is scored anew; each cell's figures, all means, intervals and differences are computed again. Taken as
-recorded: each right answer's likelihood, the encoders' own figures (probe, retrieval, zero-shot), the scores of
-lmms-eval, times and memory.
+A directory or an archive of these files can be verified on any machine, without model, images, network or torch. Every
+answer is scored again, and the metrics of each cell and all means, intervals and differences are recomputed. These are
+taken as recorded: likelihoods of right answers, metrics of the encoders themselves (probe, retrieval, zero-shot), the
+scores of lmms-eval, times and memory.
 """
 
 from __future__ import annotations
@@ -41,40 +41,40 @@ MEMBER = re.compile(
     rf"(?:report|compare|encoders)\.json|questions/{_NAME}\.jsonl?|cells/{_NAME}/(?:(?:cell|config|env|cost)\.json"
     rf"|(?:align|instruct)/done\.json|evaluation/{_NAME}\.jsonl?|benchmarks/{_NAME}/{_NAME}/{_NAME}_results\.json)"
 )
-"""Names of the files of a comparison."""
+"""Matches the paths of the files of a comparison."""
 AS_RECORDED = ("command", "time", "environment")
-"""Parts of report.json that no file says again."""
+"""Parts of report.json that cannot be recomputed from other files."""
 OTHER_SHAPE = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What code raises that reads JSON of another shape than it expects."""
+"""The errors that code raises on JSON of another form than it expects."""
 NAMED = 30
-"""Differences that are printed."""
+"""Most differences to print."""
 
 
 @dataclass
 class Verification:
     report: dict[str, Any]
     differs: list[str] = field(default_factory=list)
-    """What is not as report.json says, one line each; empty: the comparison is verified."""
+    """Differences from report.json, one line each. The comparison is verified if there are none."""
     answers: int = 0
-    """Scored anew."""
+    """Number of answers that were scored again."""
 
     @property
     def kept(self) -> str:
-        """Whether the comparison was kept to its plan, in words."""
+        """Says whether the comparison kept to its plan."""
         fixed = self.report["fixed"]
         state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
-        return f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
+        return f"the plan that was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
 
 
 def verify(output: Path) -> Verification:
-    """Check the comparison in `output`. Raises UserError if there is none, or one that cannot be read at all."""
+    """Check the comparison in `output`. Raises UserError if there is none, or if its files cannot be read."""
     if not (output / REPORT).is_file():
         raise UserError(f"there is no {output / REPORT}: give the directory or the archive of a finished comparison")
     try:
         report = read_json(output / REPORT)
         return _verified(report, comparison_of(report["plan"], output))
     except OTHER_SHAPE as error:
-        what = "cannot be verified, its files are not what a comparison writes"
+        what = "cannot be verified, because its files are not what a comparison writes"
         raise UserError(f"{output} {what}: {in_one_line(error)}") from error
 
 
@@ -97,39 +97,39 @@ def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
         result.answers += sum(map(len, questions.values()))
     try:
         result.differs += _report(report, json.loads(json.dumps(computed(comparison, report["plan"]))))
-    except UserError as error:  # such as cells that were asked different things
+    except UserError as error:  # for example because cells answered different questions
         result.differs.append(str(error))
     return result
 
 
 def _other(kind: str, present: Collection[str], expected: Collection[str]) -> Iterator[str]:
-    """Names that are missing, and names that are no part of the comparison."""
+    """Yield a line for each name that is missing or that does not belong to the comparison."""
     yield from (f"{kind} {name} is missing" for name in expected if name not in present)
-    yield from (f"{kind} {name} is none of this comparison's" for name in present if name not in expected)
+    yield from (f"{kind} {name} does not belong to this comparison" for name in present if name not in expected)
 
 
 def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, list[Question]]) -> Iterator[str]:
-    """What is wrong with a cell's record, its answers and its own figures."""
+    """Yield a line for each thing that is wrong with the record, the answers or the metrics of a cell."""
     record = cell.read(RECORD)
     expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = sha256(comparison.output / PLAN)
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
     figures: dict[str, Any] = {}
     before: dict[str, Any] = {"scorer": scorer_version()}  # as earlier versions wrote it
-    for name, of_file in questions.items():
+    for name, asked in questions.items():
         path = cell.evaluation / f"{name}.jsonl"
         lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        if len(lines) != len(of_file):
-            yield f"it has {len(lines)} answers {name} to {len(of_file)} questions"
+        if len(lines) != len(asked):
+            yield f"it has {len(lines)} answers {name} to {len(asked)} questions"
             continue
-        for question, line in zip(of_file, lines, strict=True):
+        for question, line in zip(asked, lines, strict=True):
             about = {"question_id": question.id, "prompt": question.text, "image": question.image}
             if question.answer is not None:
                 right = is_right(str(line["text"]), question.answer)
                 about |= {"kind": question.kind, "expected": question.answer, "correct": right}
             place = f"answer to {name}, question {question.id}"
             yield from differences({key: line.get(key) for key in about}, about, place)
-        scored = score(of_file, [str(line["text"]) for line in lines])
+        scored = score(asked, [str(line["text"]) for line in lines])
         figures |= figures_of(name, scored, lines)
         before |= {UNSEEN: scored} if name == UNSEEN_ANSWERS else scored
     recorded = cell.read("evaluation/figures.json") if questions else before
@@ -141,7 +141,7 @@ def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, lis
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(report.keys() - again.keys() - set(AS_RECORDED)):
-        yield f"{REPORT} holds {name!r}, which is computed by nothing here"
+        yield f"{REPORT} holds {name!r}, which cannot be recomputed"
     before, now = report.get("files", {}), again["files"]
     names = sorted(before.keys() | now.keys())
     yield from (f"{name} was changed after the report" for name in names if before.get(name) != now.get(name))
@@ -152,7 +152,7 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
 # ------------------------------------------------------------------------------------------- the commands
 @contextmanager
 def opened(place: Path) -> Iterator[Path]:
-    """The directory of a comparison: `place` itself, or where the archive `place` is unpacked for the time being."""
+    """Yield the directory of a comparison, which is `place` itself or, for an archive, a temporary directory."""
     if place.is_dir():
         yield place
         return
@@ -162,7 +162,7 @@ def opened(place: Path) -> Iterator[Path]:
 
 
 def verified(output: Path, called: Path) -> Verification:
-    """`verify`; CommandError, listing what differs, unless the comparison is what its report says."""
+    """Return the result of `verify`. Raises CommandError with a list of differences if there are any."""
     result = verify(output)
     if result.differs:
         lines = [*result.differs[:NAMED], f"{len(result.differs):,} differences in all", result.kept]
@@ -171,27 +171,27 @@ def verified(output: Path, called: Path) -> Verification:
 
 
 def verify_from_flags(place: str) -> None:
-    """What `compare_encoders.py --verify PLACE` does."""
+    """Run `compare_encoders.py --verify PLACE`."""
     path = Path(place)
     with opened(path) as output:
         result = verified(output, path)
     print_table("mean ± standard deviation over seeds", *headline(result.report))
     cells = len(result.report["cells"])
-    print(f"verified: {cells} cells, {result.answers:,} answers scored anew, every figure as in {REPORT}")
+    print(f"verified: {cells} cells, {result.answers:,} answers scored again, every metric as in {REPORT}")
     print(printable(result.kept))
-    print("taken as recorded: likelihoods, encoders' own figures, lmms-eval's scores, times and memory of each cell")
+    print("taken as recorded: likelihoods, metrics of the encoders alone, scores of lmms-eval, times and memory")
     if path.is_file():
         print(f"SHA-256 of {place}: {sha256(path)}")
 
 
 def pack(output: Path, packed: Path) -> str:
-    """Write the comparison in `output` to the archive `packed`; returns the archive's SHA-256."""
+    """Write the comparison in `output` to the archive `packed`, and return the SHA-256 of the archive."""
     comparison = comparison_of(read_json(output / REPORT)["plan"], output)
     return archive.pack(output, [REPORT, *stored_files(comparison)], packed, MEMBER)
 
 
 def pack_from_flags(directory: str) -> None:
-    """What `compare_encoders.py --pack DIR` does: DIR.tar.xz, of a comparison that verifies."""
+    """Run `compare_encoders.py --pack DIR`, which verifies a comparison and writes it to DIR.tar.xz."""
     output = Path(directory)
     packed = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)

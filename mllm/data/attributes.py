@@ -1,10 +1,10 @@
-"""Attributes become questions: tables or tar shards with attribute columns → LLaVA's training files and a test.
+"""Turn attributes into questions: from tables or tar shards with attribute columns to LLaVA's training and test files.
 
-instruct.json   a conversation for each picture: each column is asked once, openly or for yes or no
-question.jsonl  held-out questions with `kind` and `answer`: a kind for each column, and yes_no
-align.json      with --caption: pictures and captions, for stage 1
-train.tar …     with --pack: pictures, attributes and the captions `web` and `long`, for pretraining
-summary.txt     what was left out, and what the most frequent answer of each kind would get
+instruct.json   a conversation for each image, with one open or yes/no question about each column
+question.jsonl  held-out questions with `kind` and `answer`; a kind is a column, or yes_no
+align.json      with --caption: images and captions, for stage 1
+train.tar …     with --pack: images, attributes and the captions `web` and `long`, for pretraining
+summary.txt     what was skipped, and the score of always giving the most frequent answer of each kind
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from mllm.data.images import ImageStore
 
 SUMMARY = "summary.txt"
 SHORT = "Answer the question using a single word or phrase."
-"""LLaVA-1.5's prompt for short answers. It ends the first question of a conversation, and each question of the test."""
+"""LLaVA-1.5's prompt for short answers. It follows the first question of a conversation, and each test question."""
 WHAT_VALUE, IS_VALUE = "What is the {words}?", "Is the {words} {value}?"
 YES_NO_SHARE = 0.25
-"""Share of the training questions that are put for yes or no."""
+"""Share of the training questions that are yes/no questions."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture by its name in `store`, or in the packed tar, and its attributes."""
+    """The name of an image in `store`, or in the packed tar, and its attributes."""
 
     image: str
     cells: dict[str, Any]
     store: ImageStore
     in_table: Callable[[], bytes] | None = None
-    """Reads the picture, if the table holds it."""
+    """Reads the image, if it is inside the table."""
 
     def is_missing(self) -> bool:
         return not self.in_table and self.store.problem(self.image) is not None
@@ -68,11 +68,11 @@ class Column:
     words: str
     question: str
     answers: dict[str, dict[int, str]]
-    """Split → number of a row → its answer."""
+    """Split → index of a row → its answer."""
 
 
 def build_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/build_questions.py: write the files above to `--output`, unless equal ones are there."""
+    """Run scripts/build_questions.py: write the files above to `--output`, unless equal ones exist."""
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held-out {flags.held_out} must be above 0 and below 1")
     for word in flags.ask:
@@ -82,19 +82,19 @@ def build_from_flags(flags: argparse.Namespace) -> None:
     if flags.test_data:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
-    # A higher version builds older folders anew.
+    # A higher version rebuilds older folders.
     settings = json.loads(json.dumps(vars(flags) | {"version": 2, "states": states}))
     ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
     print(printable(Path(flags.output, SUMMARY).read_text(encoding="utf-8"), None))
 
 
 def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) -> dict[str, Any]:
-    """Write every file named at the top into `work`."""
+    """Write all files listed above into `work`."""
     lines: list[str] = []
     rows = {name: _placed(name, read, work, flags, lines) for name, read in read_splits(splits, flags, lines).items()}
     if flags.limit and flags.limit < len(rows["train"]):
         rows["train"] = random.Random(f"{flags.seed}/limit").sample(rows["train"], flags.limit)
-        lines.append(f"train: {flags.limit:,} of these pictures are asked about (--limit)")
+        lines.append(f"train: there are questions about {flags.limit:,} of these images (--limit)")
     columns = choose_columns(rows, flags, lines)
     records = conversations(rows["train"], columns, flags.seed)
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))
@@ -106,29 +106,29 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
         captions = [(row, value_of(row.cells.get(flags.caption), MAX_CAPTION)) for row in rows["train"]]
         records = [_record(row, [(QUESTION, caption)]) for row, caption in captions if caption]
         (work / ALIGN).write_text(json.dumps(records, indent=1))
-        lines.append(f"captions: {len(records):,}; left out: {len(captions) - len(records):,} rows without one")
+        lines.append(f"captions: {len(records):,}; skipped {len(captions) - len(records):,} rows without one")
 
     for kind, group in itertools.groupby(questions, lambda question: question["kind"]):
         answers = Counter(question["answer"] for question in group)
         ((answer, count),) = answers.most_common(1)
         share = count / answers.total()
-        lines.append(f"test, {kind}: {answers.total():,} questions; {answer!r} would always get {share:.1%}")
+        lines.append(f"test, {kind}: {answers.total():,} questions; always answering {answer!r} gets {share:.1%}")
     (work / SUMMARY).write_text("\n".join(lines), encoding="utf-8")
     return {}
 
 
 def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: list[str]) -> dict[str, list[Row]]:
-    """The rows of `train` and `test` whose pictures are there. Raises UserError for one picture in both.
+    """Return the rows of `train` and `test` that have an image. Raises UserError if an image is in both splits.
 
-    Equal bytes are one picture. With --key an equal value of its column is, or an equal name where a row has no value.
+    Images are the same if their bytes are equal or, with --key, their values in that column (without one, their names).
     """
     rows: dict[str, list[Row]] = {"train": [], "test": []}
-    names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → picture
+    names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → image
     for split, files in splits.items():
         every = [row for file in files for row in (_of_tar(file) if file.endswith(".tar") else _of_table(file, flags))]
         _check_columns(split, every, flags)
         missing = [row.image for row in every if row.is_missing()]
-        lines.append(": ".join([f"{split}: left out {len(missing):,} that are missing", *missing[:1]]))
+        lines.append(": ".join([f"{split}: skipped {len(missing):,} missing images", *missing[:1]]))
         for row in itertools.filterfalse(Row.is_missing, every):
             key = value_of(row.cells.get(flags.key), MAX_CAPTION) or row.image
             identity = hashlib.sha256(key.encode("utf-8", "surrogatepass") if flags.key else row.read()).hexdigest()
@@ -139,12 +139,12 @@ def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: 
     if both:
         what = f"{len(both):,} of {len(names['test']):,} are in --data too, by their {flags.key or 'bytes'}"
         pair = f"{names['test'][both[0]]} is {names['train'][both[0]]}"
-        raise UserError(f"--test-data: {what}: {pair}. Take them out, give --held-out, or tell them apart by --key")
+        raise UserError(f"--test-data: {what}: {pair}. Remove them, use --held-out, or tell them apart with --key")
     return rows
 
 
 def _check_columns(split: str, rows: list[Row], flags: argparse.Namespace) -> None:
-    """Raise UserError for a flag that names a column which no row has."""
+    """Raise UserError if no row has a column that a flag asks for."""
     names = dict.fromkeys(name for row in rows for name in row.cells)
     named = [] if flags.key in (None, "image", flags.image) else [("--key", flags.key)]
     if split == "train":
@@ -159,15 +159,15 @@ def _check_columns(split: str, rows: list[Row], flags: argparse.Namespace) -> No
 
 
 def _placed(name: str, rows: list[Row], work: Path, flags: argparse.Namespace, lines: list[str]) -> list[Row]:
-    """The rows of a split, with --pack those of its new tar. Raises UserError for none, or if no one place has them."""
+    """Return a split's rows, packed with --pack. Raises UserError without rows, or without one place for all images."""
     placed = _pack(rows, work / f"{name}.tar", flags) if flags.pack else rows
     folders = {f"{flags.output}/{name}.tar" if flags.pack else str(row.store.location) for row in placed}
-    broken = f"; left out {len(rows) - len(placed):,} that are broken" if flags.pack else ""
-    lines.append(f"{name}: {len(placed):,} pictures in {''.join(folders)}{broken}")
+    broken = f"; skipped {len(rows) - len(placed):,} broken ones" if flags.pack else ""
+    lines.append(f"{name}: {len(placed):,} images in {''.join(folders)}{broken}")
     if not placed:
         raise UserError(f"no row for {name} (--image-root, --held-out): {'; '.join(lines)}")
     if len(folders) > 1 or (not flags.pack and any(row.in_table for row in rows)):
-        raise UserError(f"the pictures of {name} are in a table or in several files: --pack copies them to one tar")
+        raise UserError(f"the images of {name} are in a table or in several files: --pack copies them to one tar")
     return placed
 
 
@@ -188,7 +188,7 @@ def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
     columns = {name.lower(): name for name in table.columns}
     column: str = flags.image or next((columns[name] for name in NAMES["image"] if name in columns), "")
     if column not in table.columns:
-        raise UserError(f"{file}: name the column of the pictures, --image COLUMN; found: {', '.join(table.columns)}")
+        raise UserError(f"{file}: give the column of the images, --image COLUMN; found: {', '.join(table.columns)}")
     store = ImageStore(flags.image_root or table.root)
     for number in range(len(table)):
         cells: dict[str, Any] = {}
@@ -207,9 +207,9 @@ def _read_cell(table: Table, number: int, column: str) -> bytes:
 
 
 def _pack(rows: list[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
-    """The rows whose pictures can be decoded; these are in a tar, with attributes and captions, under numbers."""
+    """Write the rows whose images can be decoded, with attributes and captions, to a tar, and return these rows."""
     packed: list[Row] = []
-    taken = {*NAMES["web"], *NAMES["long"]} if flags.caption else set()  # pretraining would guess these before `web`
+    taken = {*NAMES["web"], *NAMES["long"]} if flags.caption else set()  # pretraining would prefer these to `web`
     with tarfile.open(target, "w") as archive:
         for row in rows:
             number, data = len(packed), row.read()
@@ -232,7 +232,7 @@ def _pack(rows: list[Row], target: Path, flags: argparse.Namespace) -> list[Row]
 
 
 def value_of(cell: Any, longest: int = 60) -> str:
-    """A cell as an answer; empty if it has no value, or none that is a text of at most `longest` characters."""
+    """Return a cell as an answer, or "" if it has no value or is not a text of at most `longest` characters."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     text = "" if cell is None or isinstance(cell, (bytes, dict, list)) else " ".join(str(cell).split())
@@ -242,15 +242,15 @@ def value_of(cell: Any, longest: int = 60) -> str:
 
 
 def describe(template: str, cells: Mapping[str, Any]) -> str:
-    """A caption such as "A {colour} {kind} for {whom}, {use}."; a value that lacks is left out."""
+    """Fill a caption template such as "A {colour} {kind} for {whom}, {use}.", without missing values."""
     text = re.sub(r"\{(.+?)\}", lambda column: value_of(cells.get(column[1])), template)
     return re.sub(r"[ ,]+(?=[,.])", "", " ".join(text.split()))
 
 
 def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines: list[str]) -> list[Column]:
-    """The columns of --columns, else those with two frequent values or more, which half of the training rows have.
+    """Return the columns in --columns, or by default those whose frequent values, at least two, cover half of the rows.
 
-    A value is frequent if --min-count training rows have it; other values are left out.
+    A value is frequent if at least --min-count training rows have it. Other values are skipped.
     """
     ask = dict(word.partition("=")[::2] for word in flags.ask)
     names = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
@@ -262,19 +262,19 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
         counts = Counter(filter(None, values["train"]))
         frequent = {value for value, count in counts.items() if count >= flags.min_count}
         answers = {}
-        for split, of_split in values.items():
-            answers[split] = {number: value for number, value in enumerate(of_split) if value in frequent}
-        used = [len(of_split) for of_split in answers.values()]
-        empty = sum(of_split.count("") for of_split in values.values())
+        for split, by_row in values.items():
+            answers[split] = {number: value for number, value in enumerate(by_row) if value in frequent}
+        used = [len(by_row) for by_row in answers.values()]
+        empty = sum(by_row.count("") for by_row in values.values())
         rare = sum(map(len, values.values())) - sum(used) - empty
-        of_values = f"{len(frequent)} of {len(counts):,} values in {used[0]:,} train and {used[1]:,} test rows"
-        lines.append(f"column {name}: {of_values}; left out {rare:,} rare ones, {empty:,} without a short text")
+        kept = f"{len(frequent)} of {len(counts):,} values in {used[0]:,} train and {used[1]:,} test rows"
+        lines.append(f"column {name}: {kept}; skipped {rare:,} rare ones, {empty:,} without a short text")
         if len(frequent) < 2 or not (flags.columns or 2 * used[0] >= len(rows["train"])):
             lines[-1] += "; nothing is asked about it"
             continue
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).lower().strip()
         if words in kinds:
-            raise UserError(f"column {name} would share its kind with {kinds[words]}: rename it, or name --columns")
+            raise UserError(f"column {name} would share its kind with {kinds[words]}: rename it, or set --columns")
         kinds[words] = f"column {name}"
         columns.append(Column(words, ask.get(name, WHAT_VALUE.format(words=words)), answers))
     if not columns:
@@ -283,10 +283,10 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
 
 
 def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple[int, int]]:
-    """Pairs of rows with different answers; a row is in one pair at most.
+    """Return pairs of rows with different answers. No row is in two pairs.
 
-    Both are asked about the first one's answer: each value is named as often where yes is right as where no is. What is
-    left of an answer that most rows have is in no pair.
+    Both rows of a pair are asked about the first row's answer, so each value occurs as often with "yes" as with "no".
+    If most rows have the same answer, some of them are in no pair.
     """
     pairs = []
     left = sorted(answers)
@@ -303,18 +303,18 @@ def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple
 
 
 def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dict[str, Any]]:
-    """A record for each row with an answer. Its questions stand in random order, so that each is the first at times."""
+    """Return a record for each row with an answer, with its questions in random order."""
     turns: list[list[QuestionAnswer]] = [[] for _ in rows]
     for column in columns:
         rng = random.Random(f"{seed}/train/{column.words}")
         answers = column.answers["train"]
-        of_column = {number: (column.question, answer) for number, answer in answers.items()}
+        by_row = {number: (column.question, answer) for number, answer in answers.items()}
         drawn = {number: answer for number, answer in answers.items() if rng.random() < YES_NO_SHARE}
         for first, second in balanced_pairs(drawn, rng):
             question = IS_VALUE.format(words=column.words, value=answers[first])
-            of_column[first] = (question, "Yes")
-            of_column[second] = (question, "No")
-        for number, turn in of_column.items():
+            by_row[first] = (question, "Yes")
+            by_row[second] = (question, "No")
+        for number, turn in by_row.items():
             turns[number].append(turn)
 
     records = []
@@ -331,7 +331,7 @@ def _record(row: Row, turns: list[QuestionAnswer]) -> dict[str, Any]:
 
 
 def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_kind: int) -> list[dict[str, Any]]:
-    """`per_kind` questions about each column, whose answers are as frequent as among `rows`, and as many yes_no."""
+    """Draw `per_kind` questions about each column at random from `rows`, and `per_kind` yes_no questions."""
     questions: list[tuple[str, int, str, str]] = []  # kind, row, question, answer
     yes_no = []
     for column in columns:

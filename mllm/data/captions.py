@@ -1,4 +1,4 @@
-"""Captions as conversations: both stages read the pairs that pretraining reads, without a file of LLaVA's form."""
+"""Captions as conversations: both stages can train on the data of pretraining, without a file in LLaVA's format."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ log = logging.getLogger("mllm.data")
 DESCRIBE = "Describe it."
 QUESTION = f"<image>\n{DESCRIBE}"
 HINT = (
-    "The records of a LLaVA file, .json or .jsonl, have 'conversations'. Of captions --image_folder is the --image-root"
+    "A LLaVA file, .json or .jsonl, has records with 'conversations'. For captions --image_folder is the --image-root"
 )
 TEST, TEST_IMAGES = "held_out/description.jsonl", "held_out/images.tar"
-"""In the run of a model that learned captions: what it is asked for at the end."""
+"""Paths in the run of a model that was trained on captions: the questions of its evaluation, and their images."""
 
 
 class CaptionStore(ImageStore):
-    """The pictures of pairs, each by its pair's number.
+    """The images of pairs of image and caption. The name of an image is the number of its pair.
 
     Args:
-        location: a table, a folder or shards, as `--data` of pretraining.
-        image_root: the folder of a table's image paths; None: it is guessed.
-        fields: where a sample keeps its parts; None: they are guessed.
-        held_out: share of the images that is no part of the store, but is its `test`.
-        test: captions that are its `test` instead.
+        location: a table, a folder or shards, like `--data` of pretraining.
+        image_root: the folder for a table's image paths, or None to guess it.
+        fields: the names of a sample's fields, or None to guess them.
+        held_out: share of the images that are held out as `test`.
+        test: captions to use as `test` instead.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class CaptionStore(ImageStore):
         self.unreadable = self._source.unreadable
 
     def __len__(self) -> int:
-        """Pairs, those without a caption among them."""
+        """Return the number of pairs, including those without a caption."""
         return len(self._source)
 
     def records(self) -> Iterator[Any]:
-        """A record for each pair, of its long caption if it has one; a BrokenSample for a pair without a caption.
+        """Yield a record for each pair with its long caption, if it has one, or a BrokenSample if it has no caption.
 
-        Several captions of one picture joined would repeat each other: the first one is told.
+        If an image has several captions, only the first one is used, because together they would repeat each other.
         """
         for number in range(len(self._source)):
             try:
@@ -75,7 +75,7 @@ class CaptionStore(ImageStore):
             yield {"id": str(number), "image": str(number), "conversations": turns}
 
     def problem(self, name: str) -> str | None:
-        """As for a LLaVA file; a picture of a shard or at a URL is met when it is read."""
+        """Return why an image is missing, or None. Images in shards or at URLs are checked only when they are read."""
         return self._source.missing(int(name))
 
     def read(self, name: str) -> bytes:
@@ -85,7 +85,7 @@ class CaptionStore(ImageStore):
 def write_test(run_dir: Path, source: Source) -> None:
     """Write the images of `source` into the run, and a question file that asks for a description of each.
 
-    Its `references` are all captions of the image, or its long ones if it has both kinds, as `CaptionStore.records`.
+    Its `references` are all captions of the image, or only the long ones if a row has both kinds.
     """
     questions: dict[bytes, dict[str, Any]] = {}
     with replacing((run_dir / TEST).parent) as work, tarfile.open(work / Path(TEST_IMAGES).name, "w") as archive:
@@ -94,13 +94,13 @@ def write_test(run_dir: Path, source: Source) -> None:
                 raw = source.read(number)
                 decode_image(raw.image, raw.key)
             except BrokenSample as broken:
-                log.warning("left out of the test: %s", broken)
+                log.warning("skipped in the test: %s", broken)
                 continue
             info = tarfile.TarInfo(f"{number:08}.jpg")
             info.size = len(raw.image)
             line = {"question_id": number, "image": info.name, "text": DESCRIBE, "references": []}
             question = questions.setdefault(hashlib.sha256(raw.image).digest(), line)
-            if question is line:  # no other row of this image came before
+            if question is line:  # the first row with this image
                 archive.addfile(info, io.BytesIO(raw.image))
             texts = raw.texts
             question["references"] += texts.web if texts.others or not texts.long else texts.long
@@ -109,7 +109,7 @@ def write_test(run_dir: Path, source: Source) -> None:
 
 
 def is_captions(data_path: Path | str) -> bool:
-    """Return True for data of pretraining: no .json, and no .jsonl whose first record has `conversations`."""
+    """Return True for data of pretraining, which is neither .json nor a .jsonl of records with `conversations`."""
     suffix = Path(data_path).suffix
     if suffix not in (".json", ".jsonl") or is_remote(str(data_path)):
         return True
@@ -120,17 +120,17 @@ def is_captions(data_path: Path | str) -> bool:
 
 
 def open_store(data_path: Path | str, image_folder: Path | str | None, **captions: Any) -> ImageStore | None:
-    """The pictures of a LLaVA file, or of captions, whose further arguments are those of `CaptionStore`."""
+    """Open the images of a LLaVA file, or of captions, for which `captions` holds more arguments of `CaptionStore`."""
     if is_captions(data_path):
         return CaptionStore(data_path, image_folder, **captions)
     return ImageStore(image_folder) if image_folder else None
 
 
 def count_records(data_path: Path | str, store: ImageStore | None) -> int:
-    """Samples that an epoch has. Raises UserError if a LLaVA file cannot be read."""
+    """Return the number of samples of an epoch. Raises UserError if a LLaVA file cannot be read."""
     return len(store) if isinstance(store, CaptionStore) else len(read_json_records(Path(data_path)))
 
 
 def raw_records(data_path: Path | str, store: ImageStore | None) -> list[Any]:
-    """The unchecked records of a LLaVA file, or of the captions of `store`. Raises UserError for a damaged file."""
+    """Return the raw records of a LLaVA file, or of the captions in `store`. Raises UserError for a broken file."""
     return list(store.records()) if isinstance(store, CaptionStore) else read_json_records(Path(data_path))

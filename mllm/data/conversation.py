@@ -1,14 +1,14 @@
-"""Conversations as token ids with labels: one set of pieces builds training samples, prompts and the chat template.
+"""Turn conversations into token ids and labels. Training samples, prompts and chat template come from one format.
 
 A format is a handful of literal strings around the texts of the turns:
 
     first  question  middle  answer  end  next  question  middle  answer  end …
     ────── masked ─────────  ─ trained ─  ────── masked ────────  ─ trained ─
 
-Every segment is tokenised by itself, so a label never depends on finding a string in a rendered conversation (LLaVA's
+Every segment is tokenised separately, so labels do not depend on finding a string in a rendered conversation (LLaVA's
 "tokenization mismatch"). Texts are tokenised without special tokens: a typed `<image>` or `<|im_end|>` stays text, and
-only a format or a sample adds control tokens and images. Texts are stripped as in the saved chat template. A segment
-boundary is then a boundary of the tokenizer's pre-tokenisation, and the ids equal those of the whole rendering.
+only the format and the sample's images add control tokens. Texts are stripped as in the saved chat template. A segment
+boundary is then also a boundary of the tokenizer's pre-tokenisation, so the ids equal those of the full rendering.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 
 @dataclass(frozen=True)
 class Encoded:
-    """`input_ids` and `labels` of one sample, equally long; `truncated`: whether something was cut."""
+    """`input_ids` and `labels` of one sample, of equal length. `truncated` is True if tokens were dropped."""
 
     input_ids: list[int]
     labels: list[int]
@@ -42,7 +42,7 @@ class Encoded:
 
 
 class _Text(str):
-    """A text of the sample, tokenised without control tokens."""
+    """A text of the sample, which is tokenised without control tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class _Image:
 
 
 Images = int | Sequence[int]
-"""The number of a sample's images, or the tokens of each; `VideoTokens` if it is a video."""
+"""The number of images of a sample, or the number of tokens of each image (`VideoTokens` for a video)."""
 Segment = tuple["str | _Text | _Image", bool]
-"""A piece of a conversation (a plain `str` is a literal of the format), and whether it is trained."""
+"""A piece of a conversation, where a plain `str` is a literal of the format, and True if it is trained."""
 
 
 class ConversationEncoder:
@@ -61,14 +61,14 @@ class ConversationEncoder:
 
     Args:
         tokenizer: a fast tokenizer with `<image>` as a special token.
-        version: a name of `FORMATS`.
-        num_image_tokens: placeholders per image; None if they depend on its size.
-        max_length: the context; longer samples are truncated (None: never).
+        version: a name in `FORMATS`.
+        num_image_tokens: number of placeholders per image, or None if it depends on the image's size.
+        max_length: the context, to which longer samples are truncated, or None for no limit.
 
     A turn is `{"from": "human" | "gpt" | "system", "value": text}`. In a human's text the literal `<image>` marks the
-    place of an image; `value` may also be a list of `{"type": "image"}` and `{"type": "text", "text": …}` parts, in
-    which a typed `<image>` is always text (chat and server use this). A video is one of the images. In the texts of a
-    sample with videos `<video>` marks a place too.
+    place of an image. `value` may also be a list of `{"type": "image"}` and `{"type": "text", "text": …}` parts, in
+    which a typed `<image>` is always text (chat and server use this). A video counts as an image, and in a sample with
+    videos the literal `<video>` marks a place too.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ConversationEncoder:
         self._pattern = control_pattern(tokenizer)
         self._inside = _text_tokenizer(tokenizer, prefix_space=False)
         self._start = _text_tokenizer(tokenizer, prefix_space=True)
-        # SentencePiece kinds add a space before each text after a control token, or only before the first text.
+        # SentencePiece tokenizers add a space before each text after a control token, or only before the first text.
         probe = tokenizer(f"{IMAGE_TOKEN}a", add_special_tokens=False)["input_ids"][1:]
         self._after_control = self._start if probe == self._start("a") else self._inside
         self._after_image = self._after_control
@@ -105,7 +105,7 @@ class ConversationEncoder:
         return ConversationEncoder, self._arguments  # the text tokenizers' settings do not survive pickling
 
     def encode(self, turns: Sequence[dict[str, Any]], images: Images, sample: str) -> Encoded:
-        """One training sample; the loss is on every answer and its end token."""
+        """Return a training sample, whose labels are every answer and its end token. Raises UserError for a bad one."""
         tokens = self._image_tokens(images)
         ids, trained = self._ids(self._segments(turns, tokens, sample), tokens, sample)
         truncated = self.max_length is not None and len(ids) > self.max_length
@@ -114,7 +114,7 @@ class ConversationEncoder:
             if room < 0:
                 what = f"its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context"
                 raise UserError(f"{sample}: {what}: raise model_max_length above {self.max_length}")
-            # Other tokens are dropped from the end, never those of an image.
+            # Tokens are dropped from the end, but never those of an image.
             texts = [position for position, token in enumerate(ids) if token not in self.placeholder_ids]
             dropped = set(texts[room:])
             ids = [token for position, token in enumerate(ids) if position not in dropped]
@@ -127,17 +127,17 @@ class ConversationEncoder:
         return Encoded(ids, labels, truncated)
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer and its end token. They do not depend on the question."""
+        """Return the ids of an answer and its end token, which do not depend on the question."""
         turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n?"}, {"from": "gpt", "value": text}]
         return [label for label in self.encode(turns, [1], f"answer {text!r}").labels if label != IGNORE]
 
     def check(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> None:
-        """Raise the errors of `encode` about turns and placeholders, without tokenising; any tokens will do."""
+        """Raise the errors of `encode` about turns and placeholders, without tokenising. Token counts may be wrong."""
         if not any(trained for _, trained in self._segments(turns, images, sample)):
             raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: Images, sample: str = "prompt") -> list[int]:
-        """Ids up to the start of the next answer, a prefix of the ids of `encode`. Not truncated."""
+        """Return the ids up to the start of the next answer, a prefix of those of `encode`, without truncation."""
         tokens = self._image_tokens(images)
         segments = self._segments(turns, tokens, sample)
         if ROLES[turns[-1]["from"]] != "human":
@@ -145,14 +145,14 @@ class ConversationEncoder:
         return self._ids(segments, tokens, sample)[0]
 
     def _image_tokens(self, images: Images) -> Sequence[int]:
-        """The tokens of each image."""
+        """Return the number of tokens of each image."""
         if not isinstance(images, int):
             return images
         assert self.num_image_tokens is not None, "the images of this model differ in tokens: give those of each"
         return [self.num_image_tokens] * images
 
     def _segments(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> list[Segment]:
-        """The conversation in order: literals of the format, the sample's texts (`_Text`) and images."""
+        """Return the segments in order: literals of the format, texts of the sample (`_Text`) and images."""
         checked = check_turns(turns, sample)
         if any(isinstance(tokens, VideoTokens) for tokens in images):
             checked = [
@@ -166,7 +166,7 @@ class ConversationEncoder:
         segments: list[Segment] = []
         opening = self.format.first
         for (role, _), body in zip(checked, bodies, strict=True):
-            # LLaVA trains no empty answer either, which would teach to say nothing.
+            # As in LLaVA, empty answers are not trained, because they would teach the model to say nothing.
             trained = role == "gpt" and (body != [""] or self.format.name == "plain")
             if role == "system":
                 if self.format.system is None:
@@ -180,7 +180,7 @@ class ConversationEncoder:
                     body = [part for part in body if isinstance(part, _Image)]
 
             parts = [self.format.lead, *body] if role != "system" else body
-            # The lead and a text right after it are one segment, so that "▁word" is one token.
+            # The lead and the text right after it form one segment, so that "▁word" is one token.
             if len(parts) > 1 and isinstance(parts[0], str) and isinstance(parts[1], str):
                 parts[:2] = [parts[0] + parts[1]]
             segments += [(part if isinstance(part, _Image) else _Text(part), trained) for part in parts]
@@ -189,12 +189,12 @@ class ConversationEncoder:
                 segments.append((self.format.middle, False))
             elif role == "gpt" and self._pattern.search(self.format.end):
                 segments.append((self.format.end, trained))
-            elif role == "gpt":  # `plain`: its newline is one token with a full stop, where the vocabulary has that
+            elif role == "gpt":  # `plain`: a full stop and the newline may be one token of the vocabulary
                 segments[-1] = (_Text(f"{segments[-1][0]}{self.format.end}"), True)
         return segments
 
     def _ids(self, segments: list[Segment], image_tokens: Sequence[int], sample: str) -> tuple[list[int], list[bool]]:
-        """The token ids of the segments, and whether each is trained."""
+        """Return the token ids of the segments, and for each of them True if it is trained."""
         ids: list[int] = []
         trained: list[bool] = []
         counts = iter(image_tokens)
@@ -211,7 +211,7 @@ class ConversationEncoder:
                     encode = self._after_image
                 elif isinstance(piece, int):
                     new = [piece]
-                    if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
+                    if ids or not self.format.prefix_space:  # otherwise it is the bos, and the first text comes next
                         encode = self._after_control
                 elif piece:
                     new = encode(str(piece))
@@ -224,7 +224,7 @@ class ConversationEncoder:
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: control tokens; for `plain` all tokens that end in its newline."""
+        """The ids of tokens that end an answer. For `plain` these are all tokens that end with its newline."""
         ends = {piece for piece in self._literal(self.format.end) if isinstance(piece, int)}
         if not ends:
             texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
@@ -232,7 +232,7 @@ class ConversationEncoder:
         return sorted({*ends, self.tokenizer.eos_token_id} - {None})
 
     def _split_literal(self, literal: str) -> list[str | int]:
-        """A format's string as control token ids and the texts between them."""
+        """Split a literal of the format into control token ids and the texts between them."""
         pieces: list[str | int] = []
         position = 0
         for match in self._pattern.finditer(literal):
@@ -243,7 +243,7 @@ class ConversationEncoder:
 
 
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:
-    """A function text → ids without special tokens; with `prefix_space=False` it adds no space in front."""
+    """Return a function text → ids without special tokens. With `prefix_space=False` it adds no space before a text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if not prefix_space:
         for part in ("normalizer", "pre_tokenizer"):
@@ -256,13 +256,13 @@ def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -
 
 
 def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer's or pre-tokenizer's description that adds no space; None if nothing is left of it."""
+    """Remove the prefix space from the description of a normalizer or pre-tokenizer. None if nothing is left of it."""
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":
         name = "normalizers" if "normalizers" in part else "pretokenizers"
-        inner = [_without_prefix_space(item) for item in part[name]]
-        return part | {name: [item for item in inner if item is not None]}
+        inner = [_without_prefix_space(step) for step in part[name]]
+        return part | {name: [step for step in inner if step is not None]}
     changes: dict[str, dict[str, Any]] = {
         "Metaspace": {"prepend_scheme": "never"},
         "ByteLevel": {"add_prefix_space": False},
@@ -274,7 +274,7 @@ PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
 def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str, Any]]:
-    """(role, value) of each turn: [system] human gpt human gpt …; as in LLaVA a leading answer is dropped."""
+    """Return (role, value) of each turn, [system] human gpt human gpt …, and drop a leading answer, as LLaVA does."""
     checked = []
     for number, turn in enumerate(turns):
         texts = _texts_of(turn)
@@ -284,7 +284,7 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate)") from None
+            raise UserError(f"{sample}: turn {number} has half a character (a lone surrogate)") from None
         checked.append((ROLES[turn["from"]], turn["value"]))
 
     start = 1 if checked and checked[0][0] == "system" else 0
@@ -299,7 +299,7 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
 
 
 def _texts_of(turn: Any) -> list[str] | None:
-    """The texts of a turn; None unless its value is a text, or a list of text and (of a human) image parts."""
+    """Return the texts of a turn, or None unless its value is a text, or a list of text and, if human, image parts."""
     if not isinstance(turn, dict) or turn.get("from") not in ROLES:
         return None
     value = turn.get("value")
@@ -317,15 +317,15 @@ def _texts_of(turn: Any) -> list[str] | None:
     return texts
 
 
-# LLaVA's places of an image: where a human's text starts or ends.
+# LLaVA's places for images: the start or the end of a human's text.
 _EDGE = re.compile(rf"\A(?:{IMAGE_TOKEN}\s*)+|(?:\s*{IMAGE_TOKEN})+\Z")
 
 
 def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list[list[str | _Image]]:
-    """Each turn's value as stripped text parts and images.
+    """Split each turn's value into stripped texts and images.
 
-    Human turns have as many `<image>` as the sample has images. If they have more, those at the start or the end of a
-    text are placeholders, and the others are typed text. Any other count raises UserError naming `sample`.
+    Human turns must have as many `<image>` as the sample has images. If they have more, those at the start or the end
+    of a text are placeholders, and the others are typed text. Raises UserError for any other number.
     """
     human = [value for role, value in turns if role == "human"]
     pattern = re.compile(re.escape(IMAGE_TOKEN))
@@ -339,7 +339,7 @@ def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list
 
 
 def _count_images(value: str | list[dict[str, Any]], placeholder: re.Pattern[str]) -> int:
-    """The images of a human's value."""
+    """Return the number of images in the value of a human's turn."""
     if isinstance(value, list):
         return sum(part["type"] == "image" for part in value)
     return sum(match.count(IMAGE_TOKEN) for match in placeholder.findall(value.strip()))
@@ -351,10 +351,10 @@ def _parts(role: str, value: str | list[dict[str, Any]], placeholder: re.Pattern
         text = "".join(part["text"] for part in value if part["type"] == "text").strip()
     elif role != "human":
         text = value.strip()
-    elif images > 1 and placeholder is not _EDGE:  # interleaved: every image stays where it stands
+    elif images > 1 and placeholder is not _EDGE:  # interleaved: every image keeps its place
         return [part for piece in value.strip().split(IMAGE_TOKEN) for part in (piece, _Image())][:-1]
     else:
         text = placeholder.sub("", value.strip()).strip()
-    # Images first, each on a line of its own, as LLaVA does and as the chat template renders a list of parts.
+    # Images come first, each on its own line, as in LLaVA and as the chat template renders a list of parts.
     parts: list[str | _Image] = [part for _ in range(images) for part in (_Image(), "\n")][:-1]
     return [*parts, "\n" + text] if parts and text else parts or [text]

@@ -1,9 +1,9 @@
-"""LLaVA data: JSON or JSONL records beside a folder (or a tar) of pictures, in a deterministic order.
+"""LLaVA data: JSON or JSONL records, and a folder or tar of images, in a deterministic order.
 
-The dataset gives token ids, labels and the names of the pictures. The collator's `load_images` turns names into pixels
-or rows of a feature cache.
+The dataset returns token ids, labels and the names of images. The collator's `load_images` turns the names into pixels
+or into rows of a feature cache.
 
-Shapes: B samples of a batch · L longest sample · N pictures of the batch, in the order of their placeholders.
+Shapes: B samples of a batch · L longest sample · N images of the batch, in the order of their placeholders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
 NAMED = 10
-"""Bad samples that an error names; scripts/check_data.py lists all."""
+"""Most bad samples that an error lists; scripts/check_data.py lists all of them."""
 
 
 class BadSample(UserError):
@@ -36,12 +36,12 @@ class BadSample(UserError):
     def __init__(self, index: int, sample_id: str, kind: str, message: str) -> None:
         super().__init__(message)
         self.problem: dict[str, Any] = {"index": index, "id": sample_id, "kind": kind, "message": message}
-        """Its kind is record, conversation, missing image, or broken image (decoded, or where sizes count)."""
+        """Its kind is record, conversation, missing image, or broken image, which shows if a header is read."""
 
 
 @contextmanager
 def bad_sample(kind: str, raw: Any, index: int) -> Iterator[None]:
-    """Turn a UserError into the BadSample of a raw record."""
+    """Turn a UserError inside the block into a BadSample of the raw record."""
     try:
         yield
     except UserError as error:
@@ -50,7 +50,7 @@ def bad_sample(kind: str, raw: Any, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a LLaVA file: names of pictures or videos in the image folder, and its unchanged turns."""
+    """One sample of a LLaVA file: the names of its images and videos in the image folder, and its unchanged turns."""
 
     index: int
     id: str
@@ -59,12 +59,12 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The sample's name in messages."""
+        """The sample's index and id, for messages."""
         return f"sample {self.index} (id {self.id})"
 
 
 def parse_record(raw: Any, index: int) -> Record:
-    """Check a raw record's fields; the encoder checks its turns. Raises UserError with its index and id."""
+    """Parse a raw record and check its fields but not its turns. Raises UserError with its index and id."""
     sample_id = sample_id_of(raw, index)
     where = f"sample {index} (id {sample_id})"
     if isinstance(raw, BrokenSample):  # a pair without a caption
@@ -72,7 +72,7 @@ def parse_record(raw: Any, index: int) -> Record:
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
     if raw.get("image") and raw.get("video"):
-        raise UserError(f"{where}: it has 'image' and 'video': list pictures and videos in 'image', in their order")
+        raise UserError(f"{where}: it has 'image' and 'video': list images and videos in 'image', in their order")
     field = "video" if raw.get("video") else "image"
     images = raw.get(field) or []
     images = [images] if isinstance(images, str) else images
@@ -85,25 +85,25 @@ def parse_record(raw: Any, index: int) -> Record:
 
 
 def sample_id_of(raw: Any, index: int) -> str:
-    """The id of a raw record for a message, or its index."""
+    """Return the id of a raw record for a message, or its index if it has no id."""
     return str(raw.get("id", index)).encode("utf-8", "backslashreplace").decode() if isinstance(raw, dict) else "?"
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How many tokens a picture or video takes: `most`, or `of_size` (height, width) if that is given."""
+    """How many tokens an image or video takes: `of_size` of (height, width) if that is given, else `most`."""
 
     most: int
     of_size: Callable[[tuple[int, int]], int] | None = None
     frames: int = 0
-    """Of a video; 0: the model takes no videos."""
+    """Number of frames of a video, or 0 if the model takes no videos."""
 
     def at_most(self, names: Sequence[str]) -> list[int]:
-        """The most tokens that each picture or video may have."""
+        """Return the largest number of tokens that each image or video can have."""
         return [VideoTokens(self.most) if is_video(name) else self.most for name in names]
 
     def read(self, names: Sequence[str], store: ImageStore | None) -> tuple[list[tuple[int, int]], list[int]]:
-        """Sizes, empty unless they count, and tokens of the pictures. UserError for a picture without a header."""
+        """Return sizes, empty if they are not needed, and numbers of tokens. Raises UserError for a broken header."""
         if self.of_size is None or store is None:
             return [], self.at_most(names)
         try:
@@ -114,17 +114,17 @@ class ImageTokens:
 
 
 class RecordReader:
-    """Raw records → records that can be trained on, for training and check_data.py.
+    """Checks raw records and turns them into records that can be trained on, for training and check_data.py.
 
-    Checks fields, turns, placeholders, missing files, and a question that alone fills the context; only samples that
-    may do so are tokenised. `store` may be None for a set without pictures.
+    It checks fields, turns, placeholders and missing files. It also checks that the question does not fill the context,
+    and tokenises only samples that may be so long. `store` may be None for data without images.
     """
 
     def __init__(
         self, encoder: ConversationEncoder, store: ImageStore | None, tokens: ImageTokens | None = None
     ) -> None:
         if tokens is None:
-            assert encoder.num_image_tokens is not None, "the pictures of this model differ in tokens: give them"
+            assert encoder.num_image_tokens is not None, "the images of this model differ in tokens: give them"
             tokens = ImageTokens(encoder.num_image_tokens)
         self.encoder = encoder
         self.store = store
@@ -132,7 +132,7 @@ class RecordReader:
         self._problems: dict[str, str | None] = {}
 
     def read(self, raw: Any, index: int) -> Record:
-        """Raises BadSample."""
+        """Check a raw record. Raises BadSample if it cannot be trained on."""
         with bad_sample("record", raw, index):
             record = parse_record(raw, index)
         with bad_sample("conversation", raw, index):
@@ -155,7 +155,7 @@ class RecordReader:
         return record
 
     def _may_lose_its_answers(self, record: Record) -> bool:
-        """Whether the text before the first answer could fill the context, since a token has at least a byte."""
+        """Return True if the text before the first answer could fill the context, as a token has at least one byte."""
         if self.encoder.max_length is None:
             return False
         before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
@@ -164,11 +164,11 @@ class RecordReader:
 
 
 class LlavaDataset(Dataset):
-    """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
+    """A dataset of samples `{"input_ids": list, "labels": list, "images": names}`, which decodes no images.
 
-    Where the tokens of a picture depend on its size, a sample has `image_sizes` too: (height, width) of each, for which
-    the picture's header is read. Construction checks every record (see `RecordReader`). For bad samples,
-    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`.
+    If the number of tokens depends on the image's size, a sample also has `image_sizes`, (height, width) of each image,
+    read from the headers. The constructor checks every record (see `RecordReader`). With `on_bad_sample` "error" it
+    raises UserError with the first ten bad samples and their number; with "skip" it moves bad samples to `skipped`.
     """
 
     def __init__(
@@ -185,24 +185,24 @@ class LlavaDataset(Dataset):
         self.tokens = reader.tokens
         self.records: list[Record] = []
         self.skipped: list[dict[str, Any]] = []
-        """`BadSample.problem` of each sample that is left out."""
+        """`BadSample.problem` of each skipped sample."""
         for index, raw in enumerate(raw_records(data_path, store)):
             try:
                 self.records.append(reader.read(raw, index))
             except BadSample as bad:
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
-            mend = "mend or remove them" + (", or leave them out with --on_bad_sample skip" if self.records else "")
+            mend = "repair or remove them" + (", or skip them with --on_bad_sample skip" if self.records else "")
             first = "".join(f"\n  {one_line(problem['message'])}" for problem in self.skipped[:NAMED])
             raise UserError(f"{data_path}: {len(self.skipped):,} sample(s) cannot be trained on, {mend}:{first}")
-        # Shared with the workers, so that the main process can count.
+        # Shared with the data workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the sample `index`; `~index` is the same sample, of which nothing is learned."""
+        """Return sample `index`. `~index` gives the same sample with all labels masked."""
         if index < 0:
             sample = self[~index]
             return sample | {"labels": [IGNORE] * len(sample["labels"])}
@@ -222,12 +222,12 @@ class LlavaDataset(Dataset):
 
     @property
     def truncated(self) -> int:
-        """Samples seen so far that did not fit the context."""
+        """Number of samples so far that did not fit into the context."""
         return int(self._truncated.sum())
 
     @property
     def modality_lengths(self) -> list[int]:
-        """LLaVA's lengths for grouping: words plus the most image tokens, negative for text-only samples."""
+        """LLaVA's lengths for grouping: words plus most image tokens, and negative for text-only samples."""
         lengths = []
         for record in self.records:
             words = sum(len(turn["value"].split()) for turn in record.turns if isinstance(turn["value"], str))
@@ -237,7 +237,7 @@ class LlavaDataset(Dataset):
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """int64 [B, L]: rows padded with `value` on the right, or on the `left` for generation."""
+    """Return int64 [B, L]: the rows padded with `value` on the right, or on the `left` for generation."""
     padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)

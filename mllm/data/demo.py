@@ -1,15 +1,15 @@
-"""LLaVA-format demo data made from the demo scenes (clips/data/demo.py), with exact answers.
+"""Build demo data in LLaVA's format from the demo scenes (clips/data/demo.py), with exact answers.
 
     images/           the scenes: train-NNNNNN.jpg, test-NNNNNN.jpg, unseen-NNNNNN.jpg
-    align.json        image and short caption, for `plain`
+    align.json        images and short captions, for `plain`
     instruct.json     short captions, conversations of about five questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
-    question_unseen.jsonl  the same questions about the same scenes, drawn by an artist that no training shows
-    description.jsonl held-out pictures to describe, with `references`
+    question_unseen.jsonl  the same questions about the same scenes, drawn by the held-out artist
+    description.jsonl held-out images to describe, with `references`
 
-A thing is in a scene once, at one of five places. Layouts of the test pictures occur in no training picture
-(`clips.data.demo.split_of`). An answer about identity has an article ("A fox"): after a space most names are one token
-of common vocabularies.
+A thing is in a scene at most once, at one of five places. The layouts of test images never occur in training images
+(`clips.data.demo.split_of`). An answer about identity has an article ("A fox"), because after a space most names are
+one token in common vocabularies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
 VERSION = 10
-"""Raise it if texts or files change: older folders are then built anew."""
+"""Increase it if texts or files change, so that older folders are rebuilt."""
 ALIGN = "align.json"
 INSTRUCT = "instruct.json"
 QUESTIONS = "question.jsonl"
@@ -51,7 +51,7 @@ UNSEEN_QUESTIONS = "question_unseen.jsonl"
 DESCRIPTIONS = "description.jsonl"
 IMAGES = "images"
 CAPTION_SHARE = 0.4
-"""Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
+"""Share of the instruction samples that ask for a short caption, which covers all things in few tokens."""
 DESCRIBED_SHARE = 0.05
 """Share of the conversations that end with a long description."""
 SHOW = (
@@ -112,7 +112,7 @@ QuestionAnswer = tuple[str, str]
 
 @dataclass(frozen=True)
 class DemoScene:
-    """One demo scene with its truth; `things` are in reading order, and `caption` names all of them."""
+    """One demo scene with its true content. `things` are in reading order, and `caption` mentions all of them."""
 
     name: str
     data: bytes
@@ -151,7 +151,7 @@ def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Questi
 
 
 def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer | None:
-    """The thing on one side of another thing; None unless some side of some thing has exactly one."""
+    """Ask for the only thing on one side of another thing, or return None if no side of a thing has exactly one."""
     relations = []
     for other, other_place in scene.things:
         other_x, other_y = PLACES[other_place]
@@ -170,14 +170,14 @@ def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Question
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
-    """Every form has as many yes as no. A "no" names a thing that is not in the picture."""
+    """Ask about a thing that is in the image or, in half of the cases, about one that is not."""
     return is_there(scene, about, rng.random() < 0.5, rng)
 
 
 def is_there(
     scene: DemoScene, about: Thing, yes: bool, rng: random.Random, names: Iterable[str] = CONCEPTS
 ) -> QuestionAnswer:
-    """Ask about `about`, or for a "no" about one of `names` that is not in the picture."""
+    """Ask if a thing is there: `about` if the answer shall be `yes`, otherwise one of `names` that is not there."""
     thing, place = about
     absent = rng.choice([name for name in names if name not in dict(scene.things)])
     named = thing if yes else absent
@@ -191,10 +191,10 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | No
     "relation": ask_relation,
     "yes_no": ask_yes_no,
 }
-"""The kinds of held-out questions. Training asks for the background's colour too. No test does: on an untrained encoder
-too a model answers nearly all of these questions, so they would say nothing about an encoder."""
+"""The kinds of held-out questions. Training also asks for the colour of the background, but no test does, because a
+model with an untrained encoder answers nearly all of these questions too."""
 FIRST = {ask_count: 0.8, ask_background: 0.2}
-"""Questions that name no thing → share of the conversations that begin with them. Later they would be given away."""
+"""Questions that mention no thing → share of the conversations that begin with them; later turns give them away."""
 
 
 def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
@@ -202,10 +202,10 @@ def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
-    """A short caption, or a conversation of one of three groups of questions.
+    """Return a record with a short caption, or with a conversation from one of three groups of questions.
 
-    No answer of a conversation gives another answer away. So a caption is alone. Questions that name no thing,
-    questions that name things, and questions about yes or no stand in conversations of their own.
+    No turn of a conversation may give away a later answer. Therefore a caption stands alone, and after the questions in
+    `FIRST` there are only identity questions, only questions that mention things, or only yes/no questions.
     """
     if rng.random() < CAPTION_SHARE:
         return align_record(scene, rng)
@@ -225,7 +225,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def text_record(number: int, rng: random.Random) -> dict[str, Any]:
-    """A text-only conversation about small facts."""
+    """Return a text-only conversation about simple facts."""
     days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
     digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     opposites = ("big small", "hot cold", "left right", "above below", "old new", "day night", "open closed", "up down")
@@ -248,7 +248,7 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
 
 
 def turns_of(pairs: list[QuestionAnswer]) -> list[dict[str, str]]:
-    """Questions with their answers as LLaVA's turns."""
+    """Return questions and answers as LLaVA's turns."""
     turns = []
     for question, answer in pairs:
         turns.append({"from": "human", "value": question})
@@ -257,7 +257,7 @@ def turns_of(pairs: list[QuestionAnswer]) -> list[dict[str, str]]:
 
 
 def _record(name: str, pairs: list[QuestionAnswer], image: str | None, rng: random.Random) -> dict[str, Any]:
-    """A LLaVA record; the placeholder is before or after the first question, as in LLaVA's data."""
+    """Return a LLaVA record, with the placeholder before or after the first question, as in LLaVA's data."""
     turns = turns_of(pairs)
     if image is None:
         return {"id": name, "conversations": turns}
@@ -267,7 +267,7 @@ def _record(name: str, pairs: list[QuestionAnswer], image: str | None, rng: rand
 
 
 def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
-    """`per_kind` different questions of each kind, with answers as evenly spread as the pictures allow."""
+    """Return `per_kind` questions of each kind, with answers as evenly distributed as the images allow."""
     questions: list[dict[str, Any]] = []
     for kind, ask in KINDS.items():
         rng = random.Random(f"{seed}/questions/{kind}")
@@ -297,11 +297,11 @@ def ensure_llava_demo(
     per_kind: int = 8 * len(CONCEPTS),
     seed: int = 0,
 ) -> Path:
-    """Write the files above into `directory` as `ensure_built`, unless the same are there; returns the directory.
+    """Write the files above into `directory` with `ensure_built`, unless equal ones exist, and return the directory.
 
-    `align` and `instruct` count different pictures of the demo's training split, `text_only` samples without a picture,
-    `per_kind` test questions of each kind (default: each name is the answer eight times). Builds missing demo scenes in
-    `demo_dir`. Raises UserError if there are too few scenes, or if the folder holds something else.
+    `align` and `instruct` are numbers of different images of the demo's training split, `text_only` of samples without
+    an image, and `per_kind` of test questions of each kind (by default each name is the answer eight times). Missing
+    demo scenes are built in `demo_dir`. Raises UserError for too few scenes, or if the folder holds other files.
     """
     demo_dir = Path(demo_dir)
     ensure_any_demo(demo_dir)
@@ -319,10 +319,7 @@ def ensure_llava_demo(
 
 
 def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/demo") -> Path:
-    """Build the files as `ensure_llava_demo` does, unless some of this version and of these scenes are there.
-
-    The size of what is there does not matter. Returns the directory.
-    """
+    """Build the files with `ensure_llava_demo`, unless there are any of this version and scenes. Return `directory`."""
     ensure_any_demo(demo_dir)
     built = built_as(Path(directory)) or {}
     if (built.get("version"), built.get("scenes")) != (VERSION, built_as(Path(demo_dir))):
@@ -331,7 +328,7 @@ def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/de
 
 
 def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write every file named at the top into `work`."""
+    """Write all files listed above into `work`."""
     (work / IMAGES).mkdir()
     align = settings["align"]
     per_kind = settings["per_kind"]
@@ -370,7 +367,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
     if count > len(source):
         raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes")
     scenes = []
-    for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False, disable=None):
+    for index in tqdm(range(count), desc=f"writing {split} images", unit="image", leave=False, disable=None):
         scene = DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")
         (target / scene.name).write_bytes(scene.data)
         scenes.append(scene)
@@ -378,7 +375,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
 
 
 def demo_questions(directory: Path) -> dict[str, Path]:
-    """Name of the answers → file of held-out questions, for the files in `directory`."""
+    """Return name of the answers → file of held-out questions, for the files in `directory`."""
     files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
     return {name: directory / file for name, file in files.items() if (directory / file).is_file()}
 

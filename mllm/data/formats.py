@@ -1,6 +1,6 @@
-"""Conversation formats: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own, as Jinja templates.
+"""Conversation formats as Jinja templates: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own.
 
-A model keeps its format beside its tokenizer (`save_format`). `auto` reads that, or finds the format by rendering.
+A model's format is saved with its tokenizer (`save_format`). `auto` reads it, or derives it from a chat template.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ LLAMA_3_SYSTEM = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 SAVED = "conversation_format"
-"""Key of tokenizer_config.json; a stock transformers tokenizer carries it along unread."""
+"""Key in tokenizer_config.json, which a stock transformers tokenizer keeps without reading it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """The literal strings of a conversation; control tokens have the tokenizer's spelling."""
+    """The literal strings of a conversation, with control tokens as the tokenizer spells them."""
 
     name: str
     first: str
-    """Before the first question, default system text included."""
+    """Text before the first question, including the default system text."""
     system: tuple[str, str] | None
-    """Replaces `first` around the sample's own system text; None if the format has no system role."""
+    """Replaces `first` if a sample has its own system text, around which it goes. None if there is no system role."""
     middle: str
     end: str
-    """Ends an answer, trained: one control token, for `plain` a newline."""
+    """Ends an answer, and is trained: one control token, or a newline for `plain`."""
     next: str
     tail: str = ""
-    """Follows the last `end` in a rendered conversation; not part of a training sample."""
+    """Follows the last `end` in a rendered conversation, but is not part of a training sample."""
     lead: str = ""
-    """Starts each question and answer, inside the text's segment (`v1`: the space after the colon)."""
+    """Starts each question and answer, inside the segment of the text (`v1`: the space after the colon)."""
     keeps_question: bool = True
     """False for `plain`, which keeps only the images of a question."""
     bos: str = ""
-    """The bos that the tokenizer adds to every text; `first` and `system` start with it."""
+    """The bos token that the tokenizer adds to every text. `first` and `system` start with it."""
     prefix_space: bool = False
-    """Whether the first text, and a text right after an image, start with one more space.
+    """True if the first text, and a text right after an image, start with an additional space.
 
-    LLaVA tokenises the texts between images one by one, and SentencePiece puts a space before each. False if the
-    tokenizer adds that space itself after every control token (Llama's `legacy` kind), or never adds one.
+    LLaVA tokenises the texts between images one by one, and SentencePiece puts a space before each of them. False if
+    the tokenizer adds that space itself after every control token (Llama's `legacy` kind), or never adds one.
     """
 
     def chat_template(self, *, videos: bool = False) -> str:
-        """Jinja template with these pieces, for content as a string or as a list of image and text parts.
+        """Return the Jinja template of this format, for content as a string or as a list of image and text parts.
 
-        With `videos` it takes video parts too. `plain`, which is for alignment only, has none.
+        With `videos` it takes video parts too. `plain`, which is for alignment only, has no template.
         """
         assert self.keeps_question, "a model is never saved with the template of plain"
         first, system = self.first, list(self.system or ())
@@ -75,7 +75,7 @@ class Format:
             system[:1] = [f"{self.bos} {text.removeprefix(self.bos)}" for text in system[:1]]
         literals = {name: getattr(self, name) for name in ("middle", "end", "next", "tail", "lead")}
         literals |= {"first": first, "system": system, "spaced": self.prefix_space, "videos": videos}
-        # JSON's strings, lists, true and false are those of Jinja too.
+        # Jinja reads JSON's strings, lists, true and false.
         sets = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in literals.items()]
         return "\n".join([*sets, TEMPLATE.read_text(encoding="utf-8")])
 
@@ -120,10 +120,10 @@ _NAMED = (
     ),
 )
 FORMATS: dict[str, Format | None] = {**{form.name: form for form in _NAMED}, "auto": None}
-"""Name → format; `v1` ends answers with the tokenizer's eos, `auto` is the tokenizer's own format.
+"""Name → format. `v1` ends answers with the tokenizer's eos, and `auto` is the tokenizer's own format.
 
-`llava_v1` and `chatml_direct` are LLaVA's templates of these names: `llava_v1` says "human" where `v1` says "user", and
-`chatml_direct` has another system text than `chatml` and no line break after an end of a turn.
+`llava_v1` and `chatml_direct` are LLaVA's templates of these names. `llava_v1` says "human" instead of "user" in `v1`,
+and `chatml_direct` has another system text than `chatml` and no line break after a turn.
 """
 LLAVA_NAMES = {
     "vicuna_v1": "v1",
@@ -132,19 +132,19 @@ LLAVA_NAMES = {
     "qwen_1_5": "chatml",
     "qwen_2": "chatml",
 }
-"""LLaVA's and LLaVA-NeXT's names of formats → the names here."""
+"""LLaVA's or LLaVA-NeXT's name of a format → the name here."""
 
 
 def format_name(name: str) -> str:
-    """The key of FORMATS for `name`. Raises UserError for an unknown name."""
+    """Return the key of FORMATS for `name`. Raises UserError for an unknown name."""
     key = LLAVA_NAMES.get(name, name)
     if key not in FORMATS:
-        raise UserError(f"conversation format {name!r} is none of: {', '.join([*FORMATS, *LLAVA_NAMES])}")
+        raise UserError(f"conversation format {name!r} is not one of: {', '.join([*FORMATS, *LLAVA_NAMES])}")
     return key
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
-    """Format `name` for `tokenizer`. Raises UserError for an unknown name or missing control tokens."""
+    """Return format `name` for `tokenizer`. Raises UserError for an unknown name or missing control tokens."""
     name = format_name(name)
     saved = saved_format(tokenizer)
     if saved is not None and name in ("auto", saved.name):
@@ -152,7 +152,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
 
     chosen = FORMATS[name] or _auto(tokenizer)
     if name in ("plain", "v1", "llava_v1"):
-        # LLaVA's own: they end an answer as the tokenizer does, and tokenise the texts between pictures one by one.
+        # LLaVA's own formats end answers with the tokenizer's eos, and tokenise the texts between images one by one.
         end = chosen.end or tokenizer.eos_token
         if end is None:
             raise UserError(f"conversation format {name} needs an eos token, and the tokenizer has none")
@@ -162,7 +162,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     if missing:
         raise UserError(f"conversation format {name} needs {', '.join(missing)} as special tokens: {CHOOSE} auto or v1")
 
-    # The tokenizer's bos becomes a part of the pieces, so that ids and template agree.
+    # The tokenizer's bos becomes a part of the format's strings, so that ids and template agree.
     bos = _leading_bos(tokenizer)
     if bos and not chosen.first.startswith(bos):
         system = chosen.system and (bos + chosen.system[0], chosen.system[1])
@@ -171,7 +171,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a SentencePiece tokenizer adds its space before a rendering, and not after control tokens."""
+    """Return True if a SentencePiece tokenizer adds a space before the first text, but not after control tokens."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -189,9 +189,9 @@ _CONTENTS = "|".join(turn["content"] for turn in _TALK)
 
 
 def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
-    """The named format that renders as the tokenizer's chat template, else one of the template's own pieces.
+    """Return the named format that renders like the tokenizer's chat template, or a format made from the template.
 
-    Formats that render alike have the same ids, so the first of them will do. Raises UserError if there is none.
+    Formats that render alike give the same ids, so the first one is taken. Raises UserError if there is none.
     """
     own = _renderings(tokenizer, tokenizer.chat_template)
     for name in ("v1", "llama_3", "chatml"):
@@ -210,7 +210,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The pieces of the tokenizer's chat template around the texts, or None where no control token ends an answer."""
+    """Return the chat template's strings around the texts as a format, or None if no control token ends an answer."""
 
     def pieces(talk: list[dict[str, str]]) -> list[str]:
         try:
@@ -240,7 +240,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:
 
 
 def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str | None] | None:
-    """Prompts and talks without the bos: four without a system text, four with one (None if it is refused)."""
+    """Render four prompts or conversations without a system text and four with one (None if refused), without bos."""
     bos = _leading_bos(tokenizer)
     talks = [(_TALK[start:stop], stop % 2 == 0) for start in (1, 0) for stop in (2, 3, 4, 5)]
     texts = [_render(tokenizer, template, talk, generate) for talk, generate in talks]
@@ -250,7 +250,7 @@ def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> lis
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, talk: list[dict[str, str]], generate: bool
 ) -> str | None:
-    """The rendered `talk` with all its texts in order, or None."""
+    """Return the rendered `talk`, or None if it does not hold all texts in their order."""
     if not template:
         return None
     try:
@@ -264,23 +264,23 @@ def _render(
 
 # ---------------------------------------------------------------------------------------------- kept with a model
 def save_format(tokenizer: PreTrainedTokenizerBase, chosen: Format) -> None:
-    """Keep `chosen` with the tokenizer, which saves and loads it; `get_format("auto", …)` returns it."""
+    """Store `chosen` in the tokenizer, which saves and loads it, so that `get_format("auto", …)` returns it."""
     tokenizer.init_kwargs[SAVED] = asdict(chosen)
 
 
 def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The format of `save_format`, or None."""
+    """Return the format that `save_format` stored in the tokenizer, or None."""
     saved = tokenizer.init_kwargs.get(SAVED)
     if saved is None:
         return None
     form = Format(**saved)
-    return replace(form, system=form.system and (form.system[0], form.system[1]))  # JSON has lists
+    return replace(form, system=form.system and (form.system[0], form.system[1]))  # JSON made it a list
 
 
 def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stop the tokenizer from adding a bos, for a chat template that writes one; `processor(text=rendered)` had two.
+    """Stop the tokenizer from adding a bos, which the chat template writes: `processor(text=rendered)` would add two.
 
-    The template must write it, since `tokenizer.apply_chat_template` never lets the tokenizer add one.
+    The template must write it, because `tokenizer.apply_chat_template` never lets the tokenizer add one.
     """
     if _adds_bos(tokenizer):
         backend = tokenizer.backend_tokenizer
@@ -290,7 +290,7 @@ def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's backend that adds the bos again, for programs that do not write it."""
+    """Return a copy of the tokenizer's backend that adds the bos again, for programs that do not write it."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bos = _leading_bos(tokenizer)
     if bos and not _adds_bos(tokenizer):
@@ -302,7 +302,7 @@ def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:
-    """A post-processor's description whose templates do not add `token`."""
+    """Return the description of a post-processor with templates that do not add `token`."""
     if part["type"] == "Sequence":
         return part | {"processors": [_without_token(inner, token) for inner in part["processors"]]}
     templates = {}
@@ -313,7 +313,7 @@ def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The bos before every conversation, which the tokenizer adds, or added when the model was saved."""
+    """Return the bos before every conversation, which the tokenizer adds or, for a saved model, added before."""
     saved = saved_format(tokenizer)
     if saved is not None:
         return saved.bos
@@ -325,7 +325,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of one token that the vocabulary has."""
+    """Return the id of a token in the vocabulary."""
     index: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
     return index
 
@@ -335,7 +335,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches one control token, with the white space that the tokenizer swallows around it (lstrip, rstrip)."""
+    """Return a pattern for a control token, with the white space that the tokenizer strips around it."""
     tokens = sorted(control_tokens(tokenizer).values(), key=lambda token: -len(token.content))
     alternatives = [r"\s*" * token.lstrip + f"({re.escape(token.content)})" + r"\s*" * token.rstrip for token in tokens]
     return re.compile("|".join(alternatives) or r"(?!)")

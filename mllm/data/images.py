@@ -1,4 +1,4 @@
-"""Pictures and videos by name from a folder or a tar file, and their pixels as an encoder wants them."""
+"""Load images and videos by name from a folder or a tar file, and preprocess them for an encoder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger("mllm.data")
 
 
 class ImageStore:
-    """Pictures by name, from a folder or an uncompressed tar `location`; each process opens the tar itself."""
+    """Images and videos by name in a folder or an uncompressed tar `location`, which each process opens itself."""
 
     unreadable = 0
-    """Rows of a table that do not fit its header."""
+    """Number of rows of a table that do not fit its header."""
 
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
@@ -38,13 +38,13 @@ class ImageStore:
         elif self.location.is_dir():
             self._root = os.path.realpath(self.location)
         else:
-            raise UserError(f"image folder {self.location} does not exist; name it with --image_folder")
+            raise UserError(f"image folder {self.location} does not exist; give the right one with --image_folder")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
 
     def _place(self, name: str) -> str | tuple[int, int]:
-        """The file of picture `name`, or (offset, size) of its member. Raises BrokenSample if it is missing."""
+        """Return the file of image `name`, or (offset, size) in the tar. Raises BrokenSample if it is missing."""
         missing = BrokenSample(name, f"image {name!r} is not in {self.location}")
         if self._members is not None:
             if name not in self._members:
@@ -53,14 +53,14 @@ class ImageStore:
         try:
             path = inside(self._root, name)
         except ValueError:
-            reason = f"image {name!r} leads out of {self.location}; name the real folder with --image_folder"
+            reason = f"image {name!r} leads out of {self.location}; give the real folder with --image_folder"
             raise BrokenSample(name, reason) from None
         if not os.path.isfile(path):
             raise missing
         return path
 
     def problem(self, name: str) -> str | None:
-        """Why picture `name` cannot be read, or None; opens no file."""
+        """Return why image `name` cannot be found, or None. No file is opened."""
         try:
             self._place(name)
         except BrokenSample as broken:
@@ -68,7 +68,7 @@ class ImageStore:
         return None
 
     def read(self, name: str) -> bytes:
-        """The encoded picture or video. Raises BrokenSample if it is missing."""
+        """Read an encoded image or video. Raises BrokenSample if it is missing."""
         place = self._place(name)
         if isinstance(place, str):
             return read_regular(place, (MAX_VIDEO_BYTES if is_video(name) else MAX_BYTES) + 1)
@@ -79,36 +79,36 @@ class ImageStore:
         return self._file[1].read(size)
 
     def size(self, name: str) -> tuple[int, int]:
-        """(height, width) of the picture as `load` gives it, from its header. Raises BrokenSample if it has none.
+        """Return (height, width) that the image has after `load`, from its header, or VIDEO for a video.
 
-        VIDEO for a video, of which nothing is read.
+        Raises BrokenSample if the header of an image is broken.
         """
         return VIDEO if is_video(name) else decoded_size(self.read(name), name)
 
     def load(self, name: str) -> Image.Image:
-        """The picture, or the first frame of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
+        """Load an image, or the first frame of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
         shown = self.shown(name, 1)
         return shown[0] if isinstance(shown, list) else shown
 
     def shown(self, name: str, frames: int) -> Image.Image | list[Image.Image]:
-        """The picture, or `frames` frames of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
+        """Load an image, or `frames` frames of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
         data = self.read(name)
         return decode_video(data, frames, name) if is_video(name) else decode_image(data, name)
 
 
 def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
     return UserError(
-        f"picture {broken.key} in {store.location}: {broken.reason}; mend it or take its sample out. "
-        "scripts/check_data.py lists every broken picture of a data set"
+        f"image {broken.key} in {store.location}: {broken.reason}; repair it or remove its sample. "
+        "scripts/check_data.py lists every broken image of a data set"
     )
 
 
 def pixel_loader(
     store: ImageStore, preprocess: Callable[[Any], torch.Tensor], frames: int = 0
 ) -> Callable[[list[str]], torch.Tensor]:
-    """A `load_images` that decodes: names → the squares of all, [N, 3, S, S]. UserError naming a broken picture.
+    """Return a `load_images` that decodes images: names → the squares of all, [N, 3, S, S].
 
-    `preprocess` takes a picture, or the `frames` pictures of a video.
+    `preprocess` takes an image, or a list of `frames` frames. `load_images` raises UserError for a broken image.
     """
 
     def load(names: list[str]) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""LLaVA's question files, with this project's kinds and answers.
+"""Read LLaVA's question files, with this project's extra fields `kind`, `answer` and `references`.
 
-A question may have several pictures: `image` is then a list, as in LLaVA-Interleave.
+If a question has several images, `image` is a list, as in LLaVA-Interleave.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from mllm.data.images import ImageStore
 
 UNSEEN_ANSWERS = "answers_unseen"
-"""The name of the answers to the demo's questions about the unseen artist."""
+"""The name of the answers to the demo's questions about the held-out artist."""
 
 LIKELIHOODS = ("log_likelihood", "share")
-"""Fields of a line of answers: of the right answer, its nats per token and its share among the answers of its kind."""
+"""Fields of an answer line about the right answer: log likelihood per token in nats, and share among its candidates."""
 CANDIDATES = 64
-"""Answers of a kind, at most, among which the right one has its share of probability."""
+"""Most answers of a kind, the right one included, over which the share of probability is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One line of a question file; `answer` or `references` if it can be scored."""
+    """One line of a question file. It can be scored if it has `answer` or `references`."""
 
     id: Any
     text: str
@@ -40,18 +40,18 @@ class Question:
 
     @property
     def image(self) -> str | list[str] | None:
-        """LLaVA's field: a path, a list of several, or None; a path may be a video's."""
+        """LLaVA's field `image`: a path to an image or video, a list of several paths, or None."""
         return list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
 
 
 def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """The pictures of a line of LLaVA's: `image`, else `video`, is a path, a list of paths, empty or missing."""
+    """Return the images or videos of a LLaVA line, whose `image` or `video` is a path, a list, empty or missing."""
     image = line.get("image") or line.get("video") or ()
     return (image,) if isinstance(image, str) else tuple(image)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer` and `references`."""
+    """Read LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer`, `references`."""
     questions = []
     for index, line in enumerate(read_json_records(path)):
         if not isinstance(line, dict) or "question_id" not in line:
@@ -80,7 +80,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> list[list[str]]:
-    """Of each question its answer, and the others of its kind among `every`, at most CANDIDATES, drawn by a hash."""
+    """Return each question's answer and others of its kind in `every`, at most `CANDIDATES`, in fixed random order."""
     pairs = {(question.kind, question.answer) for question in every if question.answer}
     drawn: dict[str, list[str]] = {}
     for kind, answer in sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).digest()):
@@ -95,8 +95,8 @@ def candidates_of(questions: Sequence[Question], every: Sequence[Question]) -> l
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file, drawn evenly, and their pictures. Raises UserError for a missing picture."""
-    from mllm.data.images import ImageStore  # it imports torch, which reading questions alone does not need
+    """Return `limit` questions of a file, drawn evenly, and their images. Raises UserError for a missing image."""
+    from mllm.data.images import ImageStore  # it imports torch, which is not needed for reading questions
 
     questions = draw_evenly(read_questions(path), limit)
     store = ImageStore(image_folder) if image_folder else None
@@ -109,10 +109,10 @@ def open_questions(
 
 
 def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:
-    """`limit` questions, drawn evenly over kinds and, within a kind, over answers, in the order of the file.
+    """Draw `limit` questions evenly over kinds and, within a kind, over answers. Return them in the order of the file.
 
-    Counts of kinds, and of answers of a kind, differ by at most one while questions are left. A smaller limit draws a
-    subset. Files are sorted by kind and answers often alternate, so every n-th line would meet few answers.
+    The counts of kinds, and of answers within a kind, differ by at most one while questions are left. A smaller limit
+    draws a subset. Taking every n-th line would miss answers, because files are sorted and answers often alternate.
     """
     if limit is None or limit >= len(questions):
         return questions
@@ -120,12 +120,12 @@ def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> 
     piles: dict[str, dict[str | None, list[int]]] = {}
     for i in rng.sample(range(len(questions)), len(questions)):
         piles.setdefault(questions[i].kind, {}).setdefault(questions[i].answer, []).append(i)
-    drawn = _in_turn([_in_turn(list(of_kind.values()), rng) for of_kind in piles.values()], rng)
+    drawn = _in_turn([_in_turn(list(by_answer.values()), rng) for by_answer in piles.values()], rng)
     return [questions[i] for i in sorted(drawn[:limit])]
 
 
 def _in_turn(piles: list[list[int]], rng: random.Random) -> list[int]:
-    """Round by round one item of each pile, in a new random order each round."""
+    """Take one entry of each pile in every round, in a new random order."""
     order = []
     for depth in range(max(map(len, piles))):
         left = [pile[depth] for pile in piles if depth < len(pile)]

@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: grouped by modality and length, equal on every rank."""
+"""The order of samples in an epoch, which can be grouped by modality and length, and is the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class EpochSampler:
-    """The order of an epoch: a pure function of (seed, epoch) and the global batch, not of the number of ranks.
+    """Orders the samples of an epoch, depending only on seed, epoch and global batch size, not on the number of ranks.
 
     With `group_by_modality_length`, as in LLaVA, a global batch (`batch_size` × `chunks`) holds one modality and
-    similar lengths. It is dealt into `chunks` micro-batches of similar token sums. Global batches are shuffled;
-    leftovers of the two modalities come last.
+    similar lengths, and is split into `chunks` micro-batches with similar numbers of tokens. The global batches are
+    shuffled, and the leftovers of both modalities come last.
 
     Args:
         lengths: `LlavaDataset.modality_lengths`.
@@ -30,23 +30,23 @@ class EpochSampler:
         self.group = group_by_modality_length
 
     def batches(self, *, rank: int, ranks: int, step: int = 0) -> Iterator[list[int]]:
-        """Yield the micro-batches of one of several ranks from optimizer step `step` on, without end.
+        """Yield the micro-batches of one rank from optimizer step `step` on, without end.
 
-        The last step of an epoch may have fewer samples. They are dealt out, and a micro-batch that gets none holds
-        `~index` of one of them: a sample of which nothing is learned.
+        The last step of an epoch may have fewer samples, which are dealt out one by one. A micro-batch that gets none
+        holds `~index` of one of them, which is a sample with all labels masked.
         """
         size = self.batch_size * self.chunks
         per_epoch = math.ceil(len(self.lengths) / size)
         for number in itertools.count(step):
-            epoch, place = divmod(number, per_epoch)
-            if place == 0 or number == step:
+            epoch, index = divmod(number, per_epoch)
+            if index == 0 or number == step:
                 order = self.order(epoch)
-            batch = order[place * size : (place + 1) * size]
-            is_whole = len(batch) == size
+            batch = order[index * size : (index + 1) * size]
+            is_full = len(batch) == size
             for chunk in range(rank, self.chunks, ranks):
                 first = chunk * self.batch_size
-                own = batch[first : first + self.batch_size] if is_whole else batch[chunk :: self.chunks]
-                yield own or [~batch[0]]
+                local = batch[first : first + self.batch_size] if is_full else batch[chunk :: self.chunks]
+                yield local or [~batch[0]]
 
     def order(self, epoch: int) -> list[int]:
         """Return the order of an epoch, global batch by global batch, each of `chunks` micro-batches."""
@@ -56,19 +56,19 @@ class EpochSampler:
 
     def _grouped(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         size = self.batch_size * self.chunks
-        whole, rest = [], []
+        full, rest = [], []
         for modality in (order[self.lengths[order] > 0], order[self.lengths[order] < 0]):
             cut = len(modality) - len(modality) % size
-            # Sorting inside a pool of 50 global batches keeps lengths alike and the order random.
+            # Sorting within pools of 50 global batches gives similar lengths but keeps the order random.
             for start in range(0, cut, 50 * size):
                 pool = modality[start : min(start + 50 * size, cut)]
                 pool = pool[np.argsort(-np.abs(self.lengths[pool]), kind="stable")]
-                whole += [self._deal(batch) for batch in pool.reshape(-1, size)]
+                full += [self._deal(batch) for batch in pool.reshape(-1, size)]
             rest.append(modality[cut:])
-        return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *rest])
+        return np.concatenate([*(full[i] for i in rng.permutation(len(full))), *rest])
 
     def _deal(self, batch: np.ndarray) -> np.ndarray:
-        """Deal a global batch, longest first, each sample to the micro-batch that is shortest so far."""
+        """Assign each sample of a global batch, the longest first, to the micro-batch with the fewest tokens so far."""
         hands: list[list[int]] = [[] for _ in range(self.chunks)]
         sums = [0] * self.chunks
         for sample in batch:

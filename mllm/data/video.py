@@ -1,6 +1,6 @@
-"""Frames of a video, drawn evenly, within bounds of bytes, frames, pixels, memory and seconds.
+"""Draw frames evenly from a video, within limits on bytes, frames, pixels, memory and time.
 
-PyAV decodes in a process of its own (mllm/data/video_frames.py). Every failure of it becomes a `BrokenSample`.
+PyAV decodes in a separate process (mllm/data/video_frames.py), and each of its failures becomes a `BrokenSample`.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from clips.common.errors import UserError
 Size = tuple[int, int]
 """Height and width in pixels."""
 VIDEO: Size = (0, 0)
-"""The size of a video among the sizes of pictures: each of its frames is one square, whatever its size."""
+"""Stands for a video in a list of image sizes, because each frame is one square, whatever its size."""
 NO_VIDEOS = "the model takes no videos: train it with --image_aspect_ratio anyres --frames_upbound 8 (frames)"
 ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-"""Endings, in lower case, by which a file counts as a video."""
+"""File name extensions, in lower case, of videos."""
 MAX_BYTES = 256 * 2**20
-"""Largest file."""
+"""Largest file, in bytes."""
 MAX_FRAMES = 2**18
-"""Most frames of a file: 2.4 hours at 30 a second."""
+"""Most frames of a file: 2.4 hours at 30 frames per second."""
 MAX_PIXELS = 16_000_000
-"""Largest frame; an 8K frame has twice as many."""
+"""Largest frame, in pixels; an 8K frame has twice as many."""
 KEPT_PIXELS = 2**20
-"""A larger frame is divided by a whole number: 720p stays as it is, 1080p is halved."""
+"""The sides of a larger frame are divided by a whole number: 720p stays as it is, 1080p is halved."""
 MOST_DRAWN = 64
-"""Most frames that are drawn of a video."""
+"""Most frames that can be drawn from a video."""
 MAX_SECONDS = 60.0
-"""Processor seconds for one video. A seek goes to the key frame before each frame that is drawn."""
+"""CPU seconds for one video. Before each drawn frame the decoder seeks to the last key frame."""
 MEMORY = 4 * 2**30
-"""Address space of the decoding process, in bytes; its libraries take 0.5 GB of it."""
+"""Address space of the decoding process, in bytes, of which its libraries take 0.5 GB."""
 PROGRAM = Path(__file__).with_name("video_frames.py")
 MISSING = "reading a video needs the package av: pip install 'clips-mllm[video]'"
 
 
 class VideoTokens(int):
-    """The number of a video's tokens, which are `<video>` and not `<image>`."""
+    """The number of tokens of a video, whose placeholders are `<video>` instead of `<image>`."""
 
 
 def is_video(name: str) -> bool:
-    """Whether a file's name says that it is a video."""
+    """Return True if a file is a video by its name."""
     return name.lower().endswith(ENDINGS)
 
 
 def decode_video(data: bytes, frames: int, key: str = "video", seconds: float = MAX_SECONDS) -> list[Image.Image]:
-    """`frames` pictures of a video in RGB, upright and of one size, the frames i · total // `frames`.
+    """Decode the frames i · total // `frames` of a video to upright RGB images of one size.
 
     Raises BrokenSample(key, reason) unless `data` is a video within the limits, and UserError if PyAV is missing.
     """
@@ -66,7 +66,7 @@ def decode_video(data: bytes, frames: int, key: str = "video", seconds: float = 
     request = json.dumps(limits | {"frames": frames, "seconds": seconds, "bytes": MEMORY})
     late = BrokenSample(key, f"video: decoding takes more than {seconds:g} s")
     try:
-        # Isolated: nothing of the current directory or of the environment comes between.
+        # Isolated (-I) from modules in the current directory and from the environment.
         command = [sys.executable, "-I", str(PROGRAM), request]
         ended = subprocess.run(command, input=data, capture_output=True, timeout=2 * seconds, check=False)
     except subprocess.TimeoutExpired:

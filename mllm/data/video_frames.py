@@ -1,9 +1,9 @@
-"""The program that decodes frames of a video for mllm/data/video.py, in a process of its own.
+"""A program that decodes frames of a video for mllm/data/video.py in a separate process.
 
-Videos come from strangers. A demuxer builds its index from the numbers that a file claims, and decoders of native code
-may crash. So the process bounds its own memory and time, and its end harms nobody.
+Videos may come from strangers. A demuxer trusts the numbers in a file when it builds its index, and native decoders may
+crash. Therefore this process limits its own memory and time, and a crash of it harms nothing else.
 
-Its argument is JSON: the bounds, and the number of frames. Standard input is the file. Standard output is one line of
+Its argument is JSON with the limits and the number of frames, and standard input is the file. It prints one line of
 JSON, {"size": [width, height]} or {"error": reason}, then the RGB bytes of each frame. It imports nothing of this
 project, which is not on its path.
 """
@@ -25,18 +25,18 @@ import numpy as np
 from av.stream import Disposition
 
 FORMATS = "mov,mp4,matroska,webm,avi"
-"""Demuxers of files with an index. Others are refused: a playlist (HLS, concat) would open any file and address."""
+"""Demuxers that may be used. Others are refused, because a playlist (HLS, concat) could open any file or address."""
 
 
 def chosen(total: int, count: int) -> list[int]:
-    """`count` of the frames 0 … `total` − 1, evenly, as transformers draws them; a short video repeats frames."""
+    """Draw `count` of the frames 0 … `total` − 1 evenly, as transformers does. A short video repeats frames."""
     return [i * total // count for i in range(count)]
 
 
 def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixels: int) -> list[np.ndarray]:
-    """uint8 [H, W, 3] of each chosen frame, in equal sizes. Raises ValueError or av's errors for bad data."""
+    """Decode the drawn frames to uint8 [H, W, 3] of equal sizes. Raises ValueError or av's errors for bad data."""
     options = {"format_whitelist": FORMATS}
-    # Metadata that is not UTF-8 ends no decoding. From av 19 on there is no such flag, and it never does.
+    # Ignore metadata that is not UTF-8. av 19 and later always do so, and have no such option.
     lenient: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
     with av.open(io.BytesIO(data), mode="r", options=options, **lenient) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -47,7 +47,7 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
         if width * height > pixels:
             raise ValueError(f"its frames of {width} × {height} pixels are above the limit of {pixels}")
         times, keys = [], []
-        for packet in container.demux(stream):  # counted without decoding: the number that a file claims may be wrong
+        for packet in container.demux(stream):  # counts frames without decoding, as the number in the file may be wrong
             if not packet.size or packet.is_discard:
                 continue
             times.append(packet.pts)
@@ -58,7 +58,7 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
             raise ValueError("it has no frames")
         ordered = sorted(time for time in times if time is not None)
         starts = sorted(time for time in keys if time is not None)
-        if len(ordered) < len(times) or not starts:  # AVI has no times: its frames are counted from the first
+        if len(ordered) < len(times) or not starts:  # AVI has no times, so its frames are counted from the first
             ordered, frames_at = list(range(len(times))), numbered(container, stream)
         else:
             frames_at = timed(container, stream, starts)
@@ -66,7 +66,7 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
 
 
 def timed(container: Any, stream: Any, keys: list[int]) -> Any:
-    """A generator that is sent a time, and gives the frame shown then: it seeks to the last key frame before."""
+    """Make a generator that receives a time and yields the frame at that time, after a seek to the last key frame."""
     frame, decoder = None, None
     target = yield None
     while True:
@@ -84,7 +84,7 @@ def timed(container: Any, stream: Any, keys: list[int]) -> Any:
 
 
 def numbered(container: Any, stream: Any) -> Any:
-    """The same for the number of a frame: it decodes from the first one."""
+    """Make a generator that receives the number of a frame and yields this frame. It decodes from the first frame."""
     container.seek(0)
     frame, at = None, -1
     decoder: Iterator[Any] = container.decode(stream)
@@ -99,7 +99,7 @@ def numbered(container: Any, stream: Any) -> Any:
 
 
 def picked(targets: list[int], frames_at: Any, kept_pixels: int) -> list[np.ndarray]:
-    """The pictures of `targets`, upright, and in the size of the first one."""
+    """Return the frames `targets` as upright images in the size of the first one."""
     next(frames_at)
     pictures: list[np.ndarray] = []
     size, last = (0, 0), None
@@ -124,15 +124,15 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     limits = {resource.RLIMIT_AS: request.pop("bytes"), resource.RLIMIT_CPU: math.ceil(request.pop("seconds"))}
     for kind, most in limits.items():
-        with contextlib.suppress(ValueError, OSError):  # not every system has both
+        with contextlib.suppress(ValueError, OSError):  # not every system has both limits
             resource.setrlimit(kind, (most, most + 1))
     pictures: list[np.ndarray] = []
     try:
         pictures = frames_of(sys.stdin.buffer.read(), **request)
         header: dict[str, Any] = {"size": pictures[0].shape[1::-1]}
-    except MemoryError:  # av's own is one too
+    except MemoryError:  # also av's own class
         header = {"error": "it takes too much memory to decode"}
-    except av.error.FFmpegError as error:  # some of them are ValueErrors too
+    except av.error.FFmpegError as error:  # before ValueError, because some of these are ValueErrors too
         header = {"error": f"it is no whole mp4, mov, mkv, webm or avi file ({error.strerror})"}
     except ValueError as error:
         header = {"error": str(error)}

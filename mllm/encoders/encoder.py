@@ -1,4 +1,4 @@
-"""A vision encoder as the language side sees it: features, number of tokens, preprocessing, fingerprint."""
+"""A vision encoder as the language side uses it: features, number of tokens, preprocessing, fingerprint."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from clips.common.tensors import hash_weights
 SelectFeature = Literal["default", "full"]
 AspectRatio = Literal["square", "pad", "anyres"]
 ImageProcessor = CLIPImageProcessor | LlavaImageProcessor | LlavaNextImageProcessor | LlavaOnevisionImageProcessor
-"""LLaVA's is CLIP's with padding to a square, LLaVA-NeXT's with tiles, LLaVA-OneVision's with tiles and videos."""
+"""LLaVA adds padding to a square to CLIP's, LLaVA-NeXT adds tiles, and LLaVA-OneVision adds tiles and videos."""
 UNUSED = ("pooler.", "head.", "vision_model.head.")
-"""Parameters behind the token features; no part of what an encoder is."""
+"""Prefixes of parameters that come after the token features and so do not count as the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Kind:
 
     cls: type[PreTrainedModel]
     prefix_tokens: Callable[[Any], int] = lambda config: 1
-    """Tokens in front of the patches (CLS, registers), from the model's config."""
+    """Maps the model's config to the number of tokens before the patches (CLS, registers)."""
 
 
 KINDS = {
@@ -56,28 +56,28 @@ KINDS = {
         cls=Dinov2WithRegistersModel, prefix_tokens=lambda config: 1 + config.num_register_tokens
     ),
 }
-"""transformers' `model_type` → how it sits in a stock LLaVA model."""
+"""transformers' `model_type` → the model class that a stock LLaVA model holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionEncoder:
-    """One encoder with its preprocessing and the choice of its features."""
+    """An encoder, its preprocessing, and which of its features are used."""
 
     name: str
     source: str
-    """Where the weights came from, for people."""
+    """Where the weights came from, as a text for people."""
     model: PreTrainedModel
     image_processor: ImageProcessor
     select_layer: int | list[int] = -2
     """Index into the hidden states (0 = embeddings); several layers are concatenated along the width."""
     select_feature: SelectFeature = "default"
-    """"default" drops the first token (CLS), "full" keeps all."""
+    """"default" drops the first token (CLS), "full" keeps all tokens."""
     frames: int = 0
-    """Frames of a video; 0: the model takes no videos."""
+    """Number of frames of a video, or 0 if the model takes no videos."""
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The vision config it is saved under."""
+        """The vision config that is saved in a LLaVA model."""
         return self.model.config
 
     @property
@@ -86,7 +86,7 @@ class VisionEncoder:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of what the image processor gives."""
+        """Side, in pixels, of the squares that the image processor returns."""
         square: Any = self.image_processor.crop_size
         return square["height"]
 
@@ -97,12 +97,12 @@ class VisionEncoder:
 
     @property
     def pinpoints(self) -> list[list[int]]:
-        """(height, width) of the canvases for tiles; empty if a picture is one square."""
+        """(height, width) in pixels of each canvas for tiles. The list is empty if an image is one square."""
         return list(getattr(self.image_processor, "image_grid_pinpoints", None) or [])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one square in the language model, counted as `LlavaProcessor` counts them."""
+        """Number of tokens that one square takes in the language model, counted as in `LlavaProcessor`."""
         dropped = self.select_feature == "default"
         return (self.image_size // self.patch_size) ** 2 + self.prefix_tokens - dropped
 
@@ -112,12 +112,12 @@ class VisionEncoder:
         return self.config.hidden_size * layers
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] → the tokens [B, N, W] that the projector gets."""
+        """Return the tokens [B, N, W] for the projector from `pixel_values` [B, 3, S, S]."""
         return select_features(self.model, pixel_values, self.select_layer, self.select_feature)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over weights, layer and preprocessing: equal fingerprints give equal features."""
+        """SHA-256 over weights, layer and preprocessing. Encoders with equal fingerprints give equal features."""
         digest = self._weights()
         config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
         settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
@@ -135,7 +135,7 @@ class VisionEncoder:
         return hash_weights({name: tensors[name] for name in tensors if not name.startswith(UNUSED)})
 
     def describe(self) -> str:
-        """One line for plans and model cards."""
+        """Return one line about the encoder for plans and model cards."""
         tiles = f", whole and up to {self.most_tiles} tiles" if self.pinpoints else ""
         tiles += f", videos in {self.frames} frames" if self.frames else ""
         return (
@@ -150,12 +150,12 @@ class VisionEncoder:
 
     @property
     def most_tiles(self) -> int:
-        """Tiles of the largest canvas; 0 if a picture is one square."""
+        """Number of tiles of the largest canvas, or 0 if an image is one square."""
         return max((height * width // self.image_size**2 for height, width in self.pinpoints), default=0)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts about the encoder in a saved model, for programs; no path of this machine."""
+        """Facts about the encoder that a saved model keeps for programs. They contain no path of this machine."""
         kind, _, argument = self.name.partition(":")
         place = Path(self.source)
         exported = place.parts[-2:] == ("export", "hf_vit")
@@ -170,11 +170,11 @@ class VisionEncoder:
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
-"""Config entries that say nothing about the features."""
+"""Config entries that do not affect the features."""
 
 
 def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[int], strategy: str) -> Tensor:
-    """Tokens [B, N, W] of `model`, chosen as `LlavaModel.get_image_features` chooses them."""
+    """Return the tokens [B, N, W] of `model` that `LlavaModel.get_image_features` would select."""
     hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
     chosen = [hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)]
     return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)
@@ -182,7 +182,7 @@ def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[in
 
 @torch.no_grad()
 def check_tokens(encoder: VisionEncoder) -> None:
-    """Run one image through preprocessing and model; UserError if the tokens are not what stock LLaVA expects."""
+    """Run one image through preprocessing and model. Raises UserError if stock LLaVA expects other tokens."""
     with torch.device("meta"):
         rebuilt = type(AutoModel.from_config(encoder.config))
     if rebuilt is not type(encoder.model):
@@ -195,11 +195,11 @@ def check_tokens(encoder: VisionEncoder) -> None:
     processor: Any = encoder.image_processor
     pixels = processor(images=np.zeros((48, 64, 3), dtype=np.uint8), return_tensors="pt")["pixel_values"]
     with loading("vision encoder", encoder.name):
-        shape = tuple(encoder.features(pixels.flatten(0, -4)).shape)  # tiles have a dimension more
+        shape = tuple(encoder.features(pixels.flatten(0, -4)).shape)  # with tiles there is one more dimension
     expected = (encoder.num_tokens, encoder.width)
     if shape[1:] != expected:
-        raise UserError(f"vision encoder {encoder.name} gives tokens of {shape[1:]}, a stock LLaVA takes {expected}")
+        raise UserError(f"vision encoder {encoder.name} gives tokens {shape[1:]}, but stock LLaVA expects {expected}")
     cells = (encoder.image_size // encoder.patch_size) ** 2
     if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
-        mend = "give --mm_vision_select_feature patch, or --image_aspect_ratio pad"
+        mend = "set --mm_vision_select_feature patch or --image_aspect_ratio pad"
         raise UserError(f"vision encoder {encoder.name}: anyres needs a square of one token for each patch: {mend}")

@@ -1,4 +1,4 @@
-"""How each kind of vision encoder is loaded as a stock transformers model; only exact mappings are allowed."""
+"""Load each kind of vision encoder as a stock transformers model. Only exact mappings are allowed."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from clips.common.rundir import check_current
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Names of interpolations → PIL's numbers, which image processors are saved with."""
+"""Name of an interpolation → PIL's number, which image processors save."""
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-"""Checkpoints with a text tower, of which the image tower is taken."""
+"""`model_type` of a checkpoint that has a text tower too → that of its image tower, which is used."""
 TOLERANCE = 1e-3
-"""Largest difference of a token, relative to the tokens' largest value, between a mapped model and its original."""
+"""Largest allowed difference of tokens between a mapped model and its original, relative to their largest value."""
 
 
 # ---------------------------------------------------------------------------------------------- the kinds
 LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
-"""Model, image processor, source."""
+"""Model, image processor, and where the weights came from."""
 Loader = Callable[[str, Path, int], LoadedVision]
-"""Of the argument of an encoder's name, the folder of runs, and the seed."""
+"""Takes the argument in an encoder's name, the directory of runs, and the seed."""
 
 
 def trained_here(objective: str, recipe: str) -> Loader:
@@ -74,7 +74,7 @@ def untrained(blind: bool) -> Loader:
 
 
 def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
-    """`eps`: the LayerNorms' eps, if it is not to be the configuration's."""
+    """Load a model of open_clip. `eps`, if given, replaces the eps of its LayerNorms."""
     import open_clip
 
     if argument.startswith(("local-dir:", "hf-hub:")):
@@ -97,7 +97,7 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
                 module.eps = eps
     preprocess = visual.preprocess_cfg
     if preprocess["resize_mode"] == "longest":
-        raise UserError(f"open_clip:{argument} fits the longest side, which the stock image processor does not do")
+        raise UserError(f"open_clip:{argument} resizes by the longest side, which the stock image processor cannot do")
     model = _mapped(f"open_clip:{argument}", visual)
     size = model.config.image_size
     processor = _image_processor(size, size, squash=preprocess["resize_mode"] == "squash", **_look(preprocess))
@@ -118,7 +118,7 @@ def _load_timm(name: str) -> LoadedVision:
     data = timm.data.resolve_model_data_config(original)
     size = model.config.image_size
     if data["crop_mode"] not in ("center", "squash"):
-        raise UserError(f"timm:{name} crops in mode {data['crop_mode']!r}, which the stock image processor does not do")
+        raise UserError(f"timm:{name} crops in mode {data['crop_mode']!r}, which the stock image processor cannot do")
     resized = int(size / data["crop_pct"])
     processor = _image_processor(size, resized, squash=data["crop_mode"] == "squash", **_look(data))
     return model, processor, f"timm:{name}"
@@ -139,13 +139,13 @@ LOADERS: dict[str, Loader] = {
 
 # ---------------------------------------------------------------------------------------------- loading
 def _load_export(directory: Path) -> LoadedVision:
-    """A run, an export, or a model directory in transformers' or open_clip's format."""
+    """Load the encoder of a run, an export, or a model directory in transformers' or open_clip's format."""
     if (directory / "export").is_dir():
         check_current(directory / "export")
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
-        if (place / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
-            eps = None  # as the file says
-            with suppress(UserError):  # a model that is no plain CLIP; files of CLIPS may leave the eps out
+        if (place / "open_clip_config.json").is_file():  # checked first, because both formats may be in one directory
+            eps = None  # open_clip reads it from the file
+            with suppress(UserError):  # not a plain CLIP, so not of CLIPS, whose files may leave out the eps
                 eps = read_open_clip_config(place).vision.norm_eps
             return _load_open_clip(f"local-dir:{place}", eps=eps)
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
@@ -155,7 +155,7 @@ def _load_export(directory: Path) -> LoadedVision:
         look = _look({"interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
         processor = _image_processor(tower.image_size, tower.image_size, squash=True, **look)
         return _mapped(f"clips:{directory}", tower), processor, str(directory)
-    raise UserError(f"{directory} holds no encoder: expected a run, an export, or a model of transformers or open_clip")
+    raise UserError(f"{directory} has no encoder: expected a run, an export, or a model of transformers or open_clip")
 
 
 def _load_transformers(directory: Path) -> LoadedVision:
@@ -166,21 +166,21 @@ def _load_transformers(directory: Path) -> LoadedVision:
         known = ", ".join([*TWO_TOWERS, *KINDS])
         raise UserError(f"vision encoder {directory} is of kind {config.model_type!r}; known kinds: {known}")
     with loading("vision encoder", directory):
-        own = getattr(config, "vision_config", config)
-        check_size("vision encoder", directory, lambda: kind.cls(own))
-        # With its loading info it returns a pair, which its annotation does not say.
+        vision_config = getattr(config, "vision_config", config)
+        check_size("vision encoder", directory, lambda: kind.cls(vision_config))
+        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
         loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, **REPORTED)
         model, info = loaded
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
     check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
-        for parameter in model.pooler.parameters():  # unused; zero so that the same encoder has the same weights
+        for parameter in model.pooler.parameters():  # unused, but zero makes the weights reproducible
             nn.init.zeros_(parameter)
     settings = stock.to_dict()
     size, center = settings["size"], settings.get("do_center_crop") or False
     target = settings["crop_size"] if center else size
     if target.get("height") is None or target["height"] != target.get("width"):
-        raise UserError(f"vision encoder {directory}: its images are not brought to one square size ({target})")
+        raise UserError(f"vision encoder {directory}: it does not resize all images to one square ({target})")
     processor = CLIPImageProcessor(
         size={edge: pixels for edge, pixels in size.items() if pixels is not None},
         crop_size={"height": target["height"], "width": target["height"]},
@@ -190,24 +190,24 @@ def _load_transformers(directory: Path) -> LoadedVision:
         image_std=list(settings["image_std"]),
         rescale_factor=settings["rescale_factor"],
     )
-    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    ours, theirs = (p(images=picture, return_tensors="pt")["pixel_values"] for p in (processor, stock))
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-3):
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    pixels, expected = (p(images=image, return_tensors="pt")["pixel_values"] for p in (processor, stock))
+    if pixels.shape != expected.shape or not torch.allclose(pixels, expected, atol=1e-3):
         raise UserError(f"vision encoder {directory}: {type(stock).__name__} does more than resize, crop, normalise")
     return model, processor, str(directory)
 
 
 def _look(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """The image processor's fields for the interpolation, mean and deviation of timm or open_clip."""
+    """Translate interpolation, mean and deviation in a config of timm or open_clip to fields of an image processor."""
     mean, std = list(preprocess["mean"]), list(preprocess["std"])
     return {"resample": RESAMPLE[preprocess["interpolation"]], "image_mean": mean, "image_std": std}
 
 
 def _image_processor(crop: int, resized: int, *, squash: bool, **look: Any) -> CLIPImageProcessor:
-    """Resize to `resized` pixels (`squash`: both sides, else the shorter one), crop to `crop` pixels, normalise."""
+    """Build a processor that resizes both sides (`squash`) or the shorter side to `resized` pixels, then crops."""
     square = {"height": crop, "width": crop}
     size = {"height": resized, "width": resized} if squash else {"shortest_edge": resized}
-    # `LlavaProcessor` reads `crop_size` always.
+    # `crop_size` is set even without a crop, because `LlavaProcessor` reads it.
     return CLIPImageProcessor(
         size=size, crop_size=square, do_center_crop=size != square, rescale_factor=1 / 255, **look
     )
@@ -215,17 +215,17 @@ def _image_processor(crop: int, resized: int, *, squash: bool, **look: Any) -> C
 
 @torch.no_grad()
 def _mapped(name: str, original: nn.Module) -> PreTrainedModel:
-    """An image tower as the stock model (fp32, eval mode) that computes the same; UserError if no class does."""
+    """Return the stock model (fp32, eval mode) that equals an image tower. Raises UserError if there is none."""
     try:
         plain = plain_vit(original)
         cls, config, state = transformers_vit(plain)
     except (NotPlain, AttributeError) as error:
         raise UserError(f"vision encoder {name} cannot be saved in a stock LLaVA model: {error}") from None
-    # Through from_pretrained, so that the hub's names, which every release of transformers reads, can be used.
+    # from_pretrained, because it reads the names of weights on the hub in every release of transformers.
     model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     wrong = {key for key in info["missing_keys"] if not key.startswith(UNUSED)} | set(info["unexpected_keys"])
     if wrong:
-        raise UserError(f"vision encoder {name}: these weights have no place: {', '.join(sorted(wrong)[:5])}")
+        raise UserError(f"vision encoder {name}: these weights are missing or unknown: {', '.join(sorted(wrong)[:5])}")
     check_equal(model.eval(), original, plain.last_block)
     return model
 
@@ -251,14 +251,14 @@ def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Modu
 
 @torch.no_grad()
 def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> None:
-    """Give a CLIPS tower in transformers' form the weights of an untrained one (the initialisation of `clips.model`).
+    """Give a CLIPS tower in transformers' form untrained weights, with the initialisation of `clips.model`.
 
-    `blind`: the patch projection is zero besides, so the tokens hold positions and nothing of the image.
+    `blind` also sets the patch projection to zero, so the tokens hold positions but nothing of the image.
     """
     if not isinstance(model, (ViTModel, CLIPVisionModel, SiglipVisionModel)):
         raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")
     is_vit = isinstance(model, ViTModel)
-    embeddings: Any = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
+    embeddings: Any = getattr(model, "vision_model", model).embeddings  # transformers removed this level in 5.x
     patch = embeddings.patch_embeddings.projection if is_vit else embeddings.patch_embedding
     positions = embeddings.position_embeddings[0] if is_vit else embeddings.position_embedding.weight
     prefix_tokens = KINDS[model.config.model_type].prefix_tokens(model.config)

@@ -1,11 +1,11 @@
-"""Vision encoders by name: what a LLaVA-style model sees with. Nothing downstream asks which one it is.
+"""Load the vision encoder of a LLaVA-style model by name. The code that uses it is the same for all encoders.
 
-    clips[:DIR|ID]  the newest CLIPS export under runs/, or the one named (run, export or model directory, hub id)
-    clip[:DIR|ID]   the same for the CLIP baseline trained here
-    random[:DIR]    the architecture of a CLIPS export, untrained, seeded
-    blind[:DIR]     the same, and every image gives the same tokens: no image information
+    clips[:DIR|ID]  the newest CLIPS export under runs/, or the given run, export, model directory or hub id
+    clip[:DIR|ID]   the newest or the given CLIP baseline that was trained here
+    random[:DIR]    the architecture of a CLIPS export with random weights (seeded)
+    blind[:DIR]     like random, but every image gives the same tokens, so there is no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
-    hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers; a bare ID (owner/name) or DIR is one too
+    hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers; "hf:" can be left out before owner/name or DIR
     timm:NAME       plain vit_* models, or timm:local-dir:DIR
 
 Every encoder is a stock transformers model that a stock `LlavaForConditionalGeneration` can hold. Others are refused
@@ -37,17 +37,17 @@ ARGUMENTS: dict[str, str | None] = {
     "hf": "ID_OR_DIR",
     "timm": "NAME",
 }
-"""Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs; None: the argument is optional."""
+"""Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs, or None if that is optional."""
 CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """LLaVA-NeXT's canvases for tiles, (width, height) in squares."""
 MOST_TILES, MOST_CANVASES = 36, 64
-"""Tiles of one canvas (LLaVA-OneVision has 36), and canvases."""
+"""Most tiles in one canvas (LLaVA-OneVision has 36), and most canvases."""
 
 
 def parse_vision_name(name: str) -> tuple[str, str]:
-    """(kind, argument) of an encoder's name; UserError for an unknown kind and for a missing argument.
+    """Split an encoder's name into (kind, argument). Raises UserError for an unknown kind or a missing argument.
 
-    A hub id or a directory alone, as LLaVA's commands give it, is of kind `hf`.
+    A hub id or a directory without a kind, as in LLaVA's commands, is of kind `hf`.
     """
     key, colon, argument = name.partition(":")
     if key not in ARGUMENTS and not colon and "/" in name:
@@ -56,17 +56,17 @@ def parse_vision_name(name: str) -> tuple[str, str]:
         key, argument = "hf", name
     if key not in ARGUMENTS:
         known = ", ".join(ARGUMENTS)
-        raise UserError(f"vision encoder {name!r} is not known; known are: {known}, and owner/name for hf:owner/name")
+        raise UserError(f"vision encoder {name!r} is not known; known are: {known}, and owner/name as hf:owner/name")
     if ARGUMENTS[key] and not argument:
         raise UserError(f"vision encoder {key} needs an argument: {key}:{ARGUMENTS[key]}")
     return key, argument
 
 
 def image_pixels(processor: Any, image: Any) -> Tensor:
-    """One picture → its squares [T, 3, S, S], by an image processor; picklable with `partial`, for data workers.
+    """Return the squares [T, 3, S, S] of one image. A `partial` of this function can be pickled for data workers.
 
-    T is 1, or with tiles (mllm/model/tiles.py) one more than the tiles. A list is the frames of a video: each is one
-    square, as transformers' processor of videos makes it.
+    T is 1, or with tiles (mllm/model/tiles.py) their number plus one. If `image` is a list, it holds the frames of a
+    video, and each becomes one square, as in transformers' video processor.
     """
     if isinstance(image, list):
         square = [[processor.size["height"], processor.size["width"]]]
@@ -76,10 +76,10 @@ def image_pixels(processor: Any, image: Any) -> Tensor:
 
 
 def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
-    """LLaVA-NeXT's `--image_grid_pinpoints` as transformers keeps it: (height, width) in pixels of each canvas.
+    """Parse LLaVA-NeXT's `--image_grid_pinpoints` into transformers' form: (height, width) of each canvas in pixels.
 
     `text` is a list of (width, height) in pixels, a range of squares such as "(1x1),...,(2x3)", or None for CANVASES.
-    `side` is that of a square in pixels. Raises UserError for a canvas that is not made of 1 to MOST_TILES squares.
+    `side` is the side of a square in pixels. Raises UserError if a canvas does not consist of 1 to MOST_TILES squares.
     """
     canvases: Any
     if text is None:
@@ -119,12 +119,12 @@ def load_vision(
     seed: int = 0,
     runs: Path | str = "runs",
 ) -> VisionEncoder:
-    """The encoder `name` (see the top of this file), fp32, in eval mode, without gradients.
+    """Load the encoder `name` (see the top of this file) in fp32 and eval mode, without gradients.
 
-    `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean colour
-    (LLaVA-1.5); "anyres" makes the whole picture and tiles of `image_grid_pinpoints` (LLaVA-NeXT; a tile is taken
-    whole, also by an encoder that crops). With `frames`, those of a video, the preprocessing of anyres is
-    LLaVA-OneVision's. `seed` is the seed of `random` and `blind`.
+    `image_aspect_ratio` "square" is the encoder's own preprocessing; "pad" first pads the image to a square with the
+    mean colour (LLaVA-1.5); "anyres" gives the resized image and the tiles of `image_grid_pinpoints` (LLaVA-NeXT),
+    which are not cropped even if the encoder crops images. If `frames`, the number of frames of a video, is not 0,
+    anyres preprocesses as LLaVA-OneVision does. `seed` is for `random` and `blind`. Raises UserError if it fails.
     """
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 

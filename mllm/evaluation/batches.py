@@ -1,7 +1,7 @@
-"""Batches of questions for `generate`: those about one picture side by side, and what they begin with read once.
+"""Batch questions for `generate`: questions about one image go side by side, and their common beginning is read once.
 
-A prompt is system text, pictures, question. Where several rows of a batch show the same pictures, all up to and with
-the last picture is read once for each distinct choice of pictures, and its keys and values are copied to the rows.
+A prompt is a system text, images and a question. If several rows of a batch show the same images, the model reads the
+prompt up to the last image once for each distinct list of images, and its keys and values are copied to the rows.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from mllm.model.load import CACHE
 from mllm.model.tiles import Llava, LlavaProcessors, newline_of, placeholder_ids
 
 COLDEST = 1e-3
-"""Below this temperature the likeliest token is taken: nearly the same, and logits divided by less would overflow."""
+"""Below this temperature decoding is greedy: it is nearly the same, and dividing logits by less would overflow."""
 
 
 def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], size: int) -> list[list[int]]:
-    """Indices of at most `size` questions each: with and without pictures apart, by length, pictures kept together."""
+    """Return batches of at most `size` indices, by length. Questions about one image stay together, or about none."""
     longest: dict[tuple[str, ...], int] = {}
     for question, prompt in zip(questions, prompts, strict=True):
         longest[question.images] = max(longest.get(question.images, 0), len(prompt))
-    with_picture = [i for i, question in enumerate(questions) if question.images]
+    with_image = [i for i, question in enumerate(questions) if question.images]
     without = [i for i, question in enumerate(questions) if not question.images]
-    with_picture.sort(key=lambda i: (longest[questions[i].images], questions[i].images, len(prompts[i])))
+    with_image.sort(key=lambda i: (longest[questions[i].images], questions[i].images, len(prompts[i])))
     without.sort(key=lambda i: len(prompts[i]))
-    return [group[start : start + size] for group in (with_picture, without) for start in range(0, len(group), size)]
+    return [group[start : start + size] for group in (with_image, without) for start in range(0, len(group), size)]
 
 
 def generate_inputs(
     model: Llava, rows: Sequence[list[int]], shown: Sequence[tuple[int, ...]], pictures: Sequence[Seen], pad_id: int
 ) -> dict[str, Any]:
-    """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
+    """Return the arguments of `generate` for the prompts `rows`, with padding between the shared and the other tokens.
 
-    `pictures` are the batch's distinct ones; row i shows those of the numbers `shown[i]`, in this order.
+    `pictures` holds the distinct images of the batch. Row i shows those with the indices `shown[i]`, in this order.
     """
     device, openings = model.device, list(dict.fromkeys(shown))
     shared = _shared_length(rows, placeholder_ids(model.config)) if len(openings) < len(rows) else 0
     cache = DynamicCache(config=model.config.get_text_config())
     inputs: dict[str, Any] = {}
-    # Padding comes after the shared tokens. A sliding window would count it, and it would change a state.
+    # Padding comes after the shared tokens. A sliding window would count it, and a recurrent state would change by it.
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
         ids = torch.tensor([rows[0][:shared]], device=device).expand(len(openings), -1)
         model.model(
@@ -74,50 +74,50 @@ def generate_inputs(
 def likelihoods(
     model: Llava, cache: DynamicCache, inputs: dict[str, Any], answers: Sequence[Sequence[list[int]]], size: int
 ) -> list[dict[str, float]]:
-    """How likely the first of each row's `answers` (token ids with the end) is, read `size` at a time; nothing if none.
+    """Return how likely the first of each row's `answers` (token ids, end included) is, or {} for a row without any.
 
-    `log_likelihood` is in nats per token. `share` is the probability of just this answer over that of all of the row.
-    `generate` has filled `cache` by `inputs`; it is cut to the prompts here.
+    `log_likelihood` is in nats per token. `share` is the probability of this answer over that of all answers of the
+    row. `cache` was filled by `generate` from `inputs`, and is cut to the prompts. `size` answers are read at a time.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # a prompt's last token is read again, before an answer
-    pairs = [(row, answer) for row, of_row in enumerate(answers) for answer in of_row]
+    pairs = [(row, answer) for row, tried in enumerate(answers) for answer in tried]
     nats: list[float] = []
     for start in range(0, len(pairs), size):
         rows = torch.tensor([row for row, _ in pairs[start : start + size]], device=model.device)
         labels = pad_rows([answer for _, answer in pairs[start : start + size]], IGNORE).to(model.device)
-        places = mask[rows].sum(1, keepdim=True) - 1 + torch.arange(labels.shape[1], device=model.device)
+        positions = mask[rows].sum(1, keepdim=True) - 1 + torch.arange(labels.shape[1], device=model.device)
         later = copy.deepcopy(cache)
         later.batch_select_indices(rows)
         logits = model(
             input_ids=torch.cat([ids[rows, -1:], labels[:, :-1].clamp(min=0)], 1),
             attention_mask=torch.cat([mask[rows], torch.ones_like(labels[:, 1:])], 1),
-            position_ids=places,
+            position_ids=positions,
             **{CACHE: later},
         ).logits
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         nats += (-losses.sum(1)).tolist()
 
     measured: list[dict[str, float]] = []
-    for of_row in answers:
-        own, nats = nats[: len(of_row)], nats[len(of_row) :]
-        share = torch.tensor(own).softmax(0)[:1].tolist()
-        measured.append({"log_likelihood": own[0] / len(of_row[0]), "share": share[0]} if own else {})
+    for tried in answers:
+        by_answer, nats = nats[: len(tried)], nats[len(tried) :]
+        share = torch.tensor(by_answer).softmax(0)[:1].tolist()
+        measured.append({"log_likelihood": by_answer[0] / len(tried[0]), "share": share[0]} if by_answer else {})
     return measured
 
 
 Seen = tuple[Tensor, Size]
-"""A picture as the encoder sees it, its squares [T, 3, S, S], and its (height, width); of a video VIDEO."""
+"""The squares [T, 3, S, S] of an image or video, which the encoder reads, and its (height, width), or VIDEO."""
 
 
 def seen(processor: LlavaProcessors, image: Image.Image | list[Image.Image]) -> Seen:
-    """A picture, or a video by its frames."""
+    """Preprocess an image, or a video given by its frames."""
     size = VIDEO if isinstance(image, list) else (image.height, image.width)
     return image_pixels(processor.image_processor, image), size
 
 
 def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
-    """The model's arguments for pictures and videos in the order of their placeholders; none without a picture."""
+    """Return the model's arguments for images and videos in the order of their placeholders, or {} without any."""
     inputs = {}
     images = [(pixels, size) for pixels, size in pictures if size != VIDEO]
     videos = [pixels for pixels, size in pictures if size == VIDEO]
@@ -131,12 +131,12 @@ def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
 
 
 def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
-    """Of the pictures that rows show, one row after the other."""
+    """Return the model's arguments for the images that the rows show, one row after the other."""
     return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
 
 
 def drawn_at(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
-    """The fields of a GenerationConfig for answers drawn at `temperature`; below COLDEST the likeliest is taken."""
+    """Return the fields of a GenerationConfig for sampling at `temperature`, or for greedy decoding below COLDEST."""
     if temperature < COLDEST:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": 0}
@@ -144,7 +144,7 @@ def drawn_at(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draws inside are those of `seed`; those after it as if there had been none inside."""
+    """Seed torch inside the block, and restore its random state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -153,7 +153,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 def new_texts(
     tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
 ) -> list[tuple[str, bool, int]]:
-    """For each row [B, T] of generated ids: its text, whether it ended, and its number of tokens, the end included."""
+    """Return for each row of generated ids [B, T] its text, whether it ended, and its number of tokens with the end."""
     texts = []
     for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
         end = next((i for i, token in enumerate(row) if token in stop_ids), None)
@@ -162,7 +162,7 @@ def new_texts(
 
 
 def _shared_length(rows: Sequence[list[int]], image_ids: Collection[int]) -> int:
-    """The number of tokens that all rows begin with, pictures included; every row keeps a token of its own."""
+    """Return how many first tokens all rows share, or 0 if a later one is an image. Each keeps a token of its own."""
     limit = min(map(len, rows)) - 1
     shared = next((i for i in range(limit) if len({row[i] for row in rows}) > 1), limit)
     return 0 if any(token in image_ids for row in rows for token in row[shared:]) else shared

@@ -1,8 +1,8 @@
-"""CIDEr-D (Vedantam, Zitnick, Parikh 2015), the figure that captioning benchmarks report.
+"""CIDEr-D (Vedantam, Zitnick, Parikh 2015), the metric that captioning benchmarks report.
 
-Follows coco-caption's cider_scorer.py: n-grams of 1 to 4 words, document frequencies from the references of the
-corpus, clipped counts, a Gaussian penalty on the length difference (sigma 6), times 10. The one difference is the
-tokenizer: lower-cased words without punctuation instead of the Java PTB tokenizer, which splits contractions.
+It follows coco-caption's cider_scorer.py: n-grams of 1 to 4 words, document frequencies from the references of the
+corpus, clipped counts, a Gaussian penalty on the length difference (sigma 6), and a factor of 10. Only the tokenizer
+differs: it takes lower-case words without punctuation, whereas the Java PTB tokenizer splits contractions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def words(text: str) -> list[str]:
 
 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """Mean CIDEr-D and that of each candidate; `references[i]` are the reference captions of candidate i (≥ 1).
+    """Return the mean CIDEr-D and the score, 0 … 10, of each candidate i with its reference captions `references[i]`.
 
-    The document frequencies come from `references`, so a score has a meaning only within one corpus. Range 0 … 10.
+    The document frequencies come from all `references`, so scores can be compared only within one corpus.
     """
     candidate_counts = [_count(text) for text in candidates]
     reference_counts = [[_count(text) for text in texts] for texts in references]
@@ -44,8 +44,8 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tup
 
     scores = []
     for counts, others in zip(candidate_counts, reference_counts, strict=True):
-        own = vector(counts)
-        similar = [_similarity(own, vector(other), counts[1].total() - other[1].total()) for other in others]
+        candidate = vector(counts)
+        similar = [_similarity(candidate, vector(other), counts[1].total() - other[1].total()) for other in others]
         scores.append(10 * float(np.mean(similar)))
     return float(np.mean(scores)) if scores else 0.0, scores
 
@@ -55,10 +55,10 @@ def _count(text: str) -> list[Counter[tuple[str, ...]]]:
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
 
 
-def _similarity(own: Vector, other: Vector, length_difference: int) -> float:
-    """Mean over n of the clipped cosine; `length_difference` counts bigrams, as the reference code does."""
+def _similarity(candidate: Vector, reference: Vector, length_difference: int) -> float:
+    """Return the clipped cosine averaged over n. `length_difference` is in bigrams, as in the reference code."""
     total = 0.0
-    for a, b in zip(own, other, strict=True):
+    for a, b in zip(candidate, reference, strict=True):
         norms = math.sqrt(sum(w * w for w in a.values())) * math.sqrt(sum(w * w for w in b.values()))
         if norms:
             total += sum(min(weight, b.get(gram, 0.0)) * b.get(gram, 0.0) for gram, weight in a.items()) / norms

@@ -1,6 +1,6 @@
-"""How well a trained model reads pictures: exact match per kind of question, yes/no figures, caption quality.
+"""Evaluate a trained model: exact match for each kind of question, yes/no metrics, and caption quality.
 
-Also answers a user's own questions in LLaVA's `question.jsonl` format and writes LLaVA's answer format.
+It also answers a user's own questions in LLaVA's `question.jsonl` format, and writes LLaVA's answer format.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def generate_answers(
     seed: int = 0,
     candidates: Sequence[Sequence[str]] = (),
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Answers in the order of `questions`, each asked alone, and how likely the first of its `candidates` is.
+    """Ask each question alone. Return the answers in order, and how likely the first of each `candidates` is.
 
-    `candidates` are the possible answers to each question; without any, nothing of this is measured. They follow on a
-    batch's prompts, which are read once, in passes of `batch_size` candidates (`batches.likelihoods`).
+    `candidates` are the possible answers to each question. If there are none, no likelihoods are measured. Otherwise
+    they are appended to the prompts, which are read once, `batch_size` candidates at a time (`batches.likelihoods`).
 
-    `conv_mode` "auto" is the model's trained format. Temperature 0 is greedy, more draws; the same seed and batch size
-    draw the same. Batches are padded on the left (see batches.py), so an answer does not depend on its neighbours up to
-    the arithmetic's rounding.
+    `conv_mode` "auto" is the format in which the model was trained. Temperature 0 is greedy; above it, equal seeds and
+    batch sizes give equal answers. Questions of a batch affect each other only by rounding, because they are padded on
+    the left (see batches.py). Raises UserError for a question that cannot be asked.
     """
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
@@ -84,7 +84,7 @@ def generate_answers(
                 tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.square)
         ids = encoder.prompt([_turn(question)], tokens, f"question {question.id}")
         if context is not None and len(ids) >= context:
-            raise UserError(f"question {question.id} has {len(ids)} tokens with its pictures, the context is {context}")
+            raise UserError(f"question {question.id} has {len(ids)} tokens with its images, the context is {context}")
         prompts.append(ids)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -98,7 +98,7 @@ def generate_answers(
     measured: list[dict[str, float]] = [{} for _ in questions]
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
-            # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
+            # Each image of a batch is decoded and read once. Without a store no question has an image, see above.
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
             pictures = []
             for name, question in asking.items():
@@ -123,7 +123,7 @@ def generate_answers(
 
 
 def _turn(question: Question) -> dict[str, Any]:
-    """The human's turn. Pictures stand before the text, or several of them at as many `<image>` in the text."""
+    """Return the human's turn, with images before the text, or in it if it has one `<image>` for each of several."""
     text = question.text
     if any(map(is_video, question.images)):
         text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN)
@@ -145,16 +145,16 @@ def _naming(question: Question) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- the command
 def answer_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; `auto` is bfloat16 if the device computes in bfloat16."""
+    """Return the dtype called `name`. `auto` is bfloat16 if the device computes in bfloat16, and float32 if not."""
     if name == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32
     return getattr(torch, name)
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
-    """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures.
+    """Answer the demo's held-out questions and descriptions, or the user's own, and write answers and metrics.
 
-    Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself.
+    Only a full evaluation, with all of the demo's questions, writes to `evaluation/` itself.
     """
     device = choose_device(flags.device)
     directory = find_model(flags.model) if flags.model else str(newest_model())
@@ -162,10 +162,10 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     answers_file = Path(flags.output) if flags.output and Path(flags.output).suffix == ".jsonl" else None
     if flags.questions:
         files = {Path(flags.questions).stem: Path(flags.questions)}
-        own, store = open_questions(Path(flags.questions), flags.image_folder, flags.limit)
-        sets = dict.fromkeys(files, own)
+        questions, store = open_questions(Path(flags.questions), flags.image_folder, flags.limit)
+        sets = dict.fromkeys(files, questions)
     elif flags.image_folder or answers_file:
-        raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
+        raise UserError("--image-folder and --output FILE.jsonl are for your own questions: give --questions too")
     else:
         data, run_dir = data_of(directory), Path(directory).parent
         if (run_dir / TEST).is_file():
@@ -205,7 +205,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     if figures:
         first = next(iter(sets))
         say(table_of(name, *metric_rows(figures, first)))
-        # What the figures are of, so that they can be checked.
+        # Records how the metrics were made, so that they can be checked.
         content = {
             "model": str(directory),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -232,20 +232,20 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _part(flags: Mapping[str, Any]) -> str:
-    """The folder of a partial evaluation, relative to the whole one's; empty for the whole one.
+    """Return the directory of a partial evaluation inside that of the full evaluation. It is empty for a full one.
 
-    Own questions are told apart by the bytes of their file: several files may have one base name.
+    The name has a hash of the user's questions, because several files may have the same base name.
     """
-    own = Path(flags["questions"]) if flags.get("questions") else None
-    parts = [f"{own.stem}-{sha256(own)[:8]}"] if own else []
+    questions = Path(flags["questions"]) if flags.get("questions") else None
+    parts = [f"{questions.stem}-{sha256(questions)[:8]}"] if questions else []
     parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
     return "-".join(parts)
 
 
 def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, Any]) -> Path:
-    """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
+    """Return the output directory: `--output` (A for A.jsonl), or `evaluation/` in the model's run, or in `.`.
 
-    Beside a file of answers, A.jsonl, it is the folder A. Only a whole evaluation replaces what is in its own place.
+    Raises UserError if it has answers to other questions, which only a full evaluation without --output may replace.
     """
     part = _part(vars(flags))
     if not flags.output:
@@ -253,8 +253,8 @@ def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, An
     else:
         out = Path(flags.output)
         out = out.with_suffix("") if out.suffix == ".jsonl" else out
-    there = {key: of_set.get("questions") for key, of_set in read_json(out / "figures.json").get("sets", {}).items()}
-    if there not in ({}, sources) and (part or flags.output):
-        held = ", ".join(f"{of['asked']} of {of['file']}" for of in there.values())
+    present = {name: held.get("questions") for name, held in read_json(out / "figures.json").get("sets", {}).items()}
+    if present not in ({}, sources) and (part or flags.output):
+        held = ", ".join(f"{source['asked']} of {source['file']}" for source in present.values())
         raise UserError(f"{out} holds the answers to other questions ({held}): choose another --output, or remove it")
     return out

@@ -1,4 +1,4 @@
-"""What the page of a LLaVA run shows: twelve images with answers, and right answers by kind against chance."""
+"""Write the page of a LLaVA run: twelve images with answers, and the share of right answers by kind beside chance."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
 
-if TYPE_CHECKING:  # it imports torch, which figures alone do not need
+if TYPE_CHECKING:  # it imports torch, which the metrics do not need
     from mllm.data.images import ImageStore
 
 
 def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: Path) -> Path:
     """Write the page of a run with the answers in `evaluation` into `directory`, and return its path.
 
-    `store` has the images of the questions.
+    `store` holds the images of the questions.
     """
     figures = read_json(evaluation / "figures.json")
     path = evaluation / f"{UNSEEN_ANSWERS if UNSEEN_ANSWERS in figures['sets'] else figures['test_set']}.jsonl"
@@ -38,14 +38,14 @@ def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: 
 
 
 def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the figures of a set of answers in the shape of an encoder's evaluation.json.
+    """Return the metrics of a set of answers in the form of an encoder's evaluation.json.
 
-    Shares are in percent, CIDEr-D and nats as they are. Chance is what the commonest answer of each kind gets.
+    Shares are in percent. Chance is the score of the most frequent answer of each kind.
 
     Args:
-        name: the set. Figures about the unseen artist are called unseen/FIGURE.
-        scored: what `score` gives.
-        lines: the answers, perhaps with their likelihoods.
+        name: name of the set. The metrics on the held-out artist are called unseen/METRIC.
+        scored: result of `score`.
+        lines: the answer lines, with or without likelihoods.
     """
     chance = right_by_one_answer([line for line in lines if line.get("expected") is not None])
     figures: dict[str, dict[str, Any]] = {}
@@ -57,18 +57,18 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
     figures |= {f"pope_{figure}": {"value": 100 * share, "items": items} for figure, share in yes_no.items()}
     likely = [line for line in lines if "share" in line]
     for kind in dict.fromkeys([*(line["kind"] for line in likely), "overall"]) if likely else ():
-        of_kind = [line for line in likely if kind in (line["kind"], "overall")]
+        by_kind = [line for line in likely if kind in (line["kind"], "overall")]
         for field in LIKELIHOODS:
-            value = fmean(line[field] for line in of_kind) * (100 if field == "share" else 1)
-            figures[f"{field}_{kind}"] = {"value": value, "items": len(of_kind)}
+            value = fmean(line[field] for line in by_kind) * (100 if field == "share" else 1)
+            figures[f"{field}_{kind}"] = {"value": value, "items": len(by_kind)}
     if "cider" in scored:
         figures["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
     place = f"{UNSEEN}/" if name == UNSEEN_ANSWERS else ""
-    return {place + figure.replace("/", "|"): of_figure for figure, of_figure in figures.items()}
+    return {place + name.replace("/", "|"): metric for name, metric in figures.items()}
 
 
 def right_by_one_answer(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Kind, and "overall" → right answers of a model that gives each kind's commonest answer."""
+    """Return how many answers would be right, by kind and "overall", with the most frequent answer of each kind."""
     truths: dict[str, Counter[str]] = {}
     for line in answers:
         truths.setdefault(line["kind"], Counter())[normalise(line["expected"])] += 1
@@ -77,17 +77,17 @@ def right_by_one_answer(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def one_caption(questions: Sequence[Question]) -> dict[str, Any]:
-    """Return the figure of one caption for every image: the best of the 50 most frequent references, and its CIDEr-D.
+    """Return the CIDEr-D of a single caption for all images, the best of the 50 most frequent references.
 
-    The best is chosen on a hundred images. A caption of a single image is not scored on that image, where it would be
-    its own reference. Empty without references.
+    The best one is chosen on a hundred images. A caption that only one image has is not scored on that image, because
+    it would be its own reference. The result is empty if there are no references.
     """
     references = [question.references for question in questions if question.references]
     counts = Counter(text for texts in references for text in dict.fromkeys(texts))
 
     def score(text: str, asked: Sequence[Sequence[str]]) -> float:
         scores = cider([text] * len(asked), asked)[1]
-        kept = [own for own, texts in zip(scores, asked, strict=True) if counts[text] > 1 or text not in texts]
+        kept = [value for value, texts in zip(scores, asked, strict=True) if counts[text] > 1 or text not in texts]
         return float(np.mean(kept)) if kept else 0.0
 
     some = random.Random(0).sample(references, min(100, len(references)))
@@ -106,7 +106,7 @@ def _cards(answers: Sequence[dict[str, Any]], store: ImageStore) -> list[Card]:
             continue
         try:
             picture = Picture(thumbnail(store.load(images[0]), report.SIDE))
-        except BrokenSample:  # the demo was made anew since
+        except BrokenSample:  # the demo was rebuilt in the meantime
             continue
         texts = [("answer", line["text"], line.get("correct"))]
         texts += [("truth", line["expected"], None)] if line.get("correct") is False else []

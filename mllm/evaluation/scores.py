@@ -1,4 +1,4 @@
-"""Right or wrong: exact match by kind, POPE's figures, CIDEr-D, and LLaVA's answer lines."""
+"""Score answers: exact match by kind of question, POPE's metrics, CIDEr-D. Also write LLaVA's answer lines."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mllm.data.questions import Question
 from mllm.evaluation.cider import cider
 
 SOURCES = ("scores.py", "cider.py")
-"""The files that decide what an answer is worth."""
+"""The files that determine the score of an answer."""
 
 
 def scorer_version() -> str:
-    """SHA-256 of `SOURCES`: equal ones score alike."""
+    """Return the SHA-256 of `SOURCES`. Scorers of equal version give equal scores."""
     return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- figures
 def normalise(text: str) -> str:
-    """Lower case, without articles, without the full stop at the end, single spaces."""
+    """Return `text` in lower case, with single spaces, without articles and without a full stop at its end."""
     kept = re.sub(r"\b(a|an|the)\b", " ", text.lower().strip().rstrip("."))
     return " ".join(kept.split())
 
@@ -39,10 +39,10 @@ Exactness = Literal["exact", "normalised", "prefix", "wrong"]
 
 
 def exactness(answer: str, expected: str) -> Exactness:
-    """How literally an answer is the expected one.
+    """Return how literally an answer matches the expected one.
 
-    "normalised" counts as right, but only by `normalise`. "prefix" does not: it begins with the expected words and goes
-    on, or names the letter of a choice in another form ("(B)", "B. A fox").
+    "normalised" counts as right, but only after `normalise`. "prefix" counts as wrong: the answer begins with the
+    expected words and continues, or gives the letter of a choice in another form ("(B)", "B. A fox").
     """
     if answer.strip() == expected.strip():
         return "exact"
@@ -53,12 +53,12 @@ def exactness(answer: str, expected: str) -> Exactness:
 
 
 def says_yes(text: str) -> bool:
-    """POPE's reading of an answer: "no" when the first sentence has the word no or not, else "yes"."""
+    """Return False if the first sentence of an answer has the word "no" or "not", else True, as POPE does."""
     return not {"no", "not"} & set(text.lower().split(".")[0].replace(",", "").split())
 
 
 def yes_no_figures(answers: Sequence[str], expected: Sequence[bool]) -> dict[str, float]:
-    """POPE's figures (Li et al. 2023), "yes" being the positive class."""
+    """Return POPE's metrics (Li et al. 2023), where "yes" is the positive class."""
     said = [says_yes(answer) for answer in answers]
     true_positive = sum(s and e for s, e in zip(said, expected, strict=True))
     precision = true_positive / max(1, sum(said))
@@ -74,7 +74,7 @@ def yes_no_figures(answers: Sequence[str], expected: Sequence[bool]) -> dict[str
 
 
 def exact_match_figures(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Kind → accuracy with its 95 % Wilson interval; "overall" last. Questions without an answer do not count."""
+    """Return the accuracy of each kind, and "overall" last, with 95 % Wilson intervals, where the answer is known."""
     scored = [(q.kind, is_right(a, q.answer)) for q, a in zip(questions, answers, strict=True) if q.answer is not None]
     groups = {kind: [right for k, right in scored if k == kind] for kind in dict.fromkeys(kind for kind, _ in scored)}
     groups["overall"] = [right for _, right in scored]
@@ -88,7 +88,7 @@ def exact_match_figures(questions: Sequence[Question], answers: Sequence[str]) -
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """All figures that these questions allow: `exact_match`, `yes_no`, `cider`."""
+    """Return all metrics that these questions allow, under the keys `exact_match`, `yes_no` and `cider`."""
     figures: dict[str, Any] = {}
     exact = exact_match_figures(questions, answers)
     if exact:
@@ -108,7 +108,7 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, An
 
 
 def answer_line(question: Question, answer: str, model_name: str) -> str:
-    """LLaVA's answer format, JSON in a line, with `kind`, `expected` and `correct` if the answer is known."""
+    """Return a line of JSON in LLaVA's answer format, with `kind`, `expected` and `correct` if the answer is known."""
     line = {"question_id": question.id, "prompt": question.text, "text": answer}
     line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
     if question.image is not None:

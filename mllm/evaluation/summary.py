@@ -1,4 +1,4 @@
-"""The end of the quickstart: answers to look at, figures with what is chance and what is normal, one next step."""
+"""Print the end of the quickstart: some answers, metrics beside chance and the normal range, and the page to open."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ DEMO_NORMAL = {
     "relation": (33, 55),
     "yes_no": (72, 92),
 }
-"""Figure → the range in percent on the unseen artist's pictures: the quickstarts of three seeds (docs/results.md),
-widened by what another seed gives."""
+"""Metric → its range in percent on the held-out artist's images in the quickstarts of three seeds (docs/results.md),
+widened by the spread between seeds."""
 PHOTOS_NORMAL = {
     "web_i2t_r1": (18, 30),
     "web_t2i_r1": (19, 31),
@@ -40,14 +40,14 @@ PHOTOS_NORMAL = {
     "usage": (81, 96),
     "yes_no": (76, 92),
 }
-"""The same on the shop's photographs: two seeds on 7,983 of them (docs/photographs.md), widened as three seeds without
-the reader spread."""
+"""Metric → its range in percent on the shop's photographs: two seeds on 7,983 of them (docs/photographs.md), widened
+by the spread of three seeds without the reader."""
 SHOWN = ("identity", "where", "article_type", "base_colour", "yes_no")
-"""The kinds of question of which the first one is shown."""
+"""Of each of these kinds the first question is shown."""
 
 
 def print_summary(what: str = "demo") -> None:
-    """Print the end of the quickstart, of `demo` or `photos`, whose two runs must have been measured."""
+    """Print the end of the quickstart `demo` or `photos`. Both of its runs must have been evaluated."""
     is_demo = what == "demo"
     encoder, model = Path("runs", what), Path("runs", "llava-clips" if is_demo else "llava-photos")
     measured = by_test_set(read_json(encoder / "evaluation.json").get("figures", {}), "seen")
@@ -55,7 +55,7 @@ def print_summary(what: str = "demo") -> None:
     file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
     answers = sorted((model / "evaluation").glob(file), key=os.path.getmtime)
     records = read_json_records(answers[-1])
-    pictures = f"pictures by {artists} artists" if is_demo else "photographs of the test"
+    pictures = f"pictures by {artists} artists" if is_demo else "photographs of the test set"
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
     console = Console(emoji=False, highlight=False, soft_wrap=True)
     console.print(f"\nThree questions about {pictures}, the first of their kinds:")
@@ -68,17 +68,17 @@ def print_summary(what: str = "demo") -> None:
     ranges = DEMO_NORMAL if is_demo else PHOTOS_NORMAL
     rows = [(name, pretty(name), figures[name]["value"], figures[name]["chance"]) for name in ranges if name in figures]
     for name in (name for name in ranges if name not in figures):
-        of_kind = [record for record in records if name in ("overall", record["kind"])]
-        if of_kind:
-            right = 100 * sum(record["correct"] for record in of_kind) / len(of_kind)
-            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(of_kind)))
+        by_kind = [record for record in records if name in ("overall", record["kind"])]
+        if by_kind:
+            right = 100 * sum(record["correct"] for record in by_kind) / len(by_kind)
+            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(by_kind)))
     normal = {name: "{} to {}".format(*ends) for name, ends in ranges.items()}
     shown = [(words, f"{value:.1f}", f"{chance:.1f}", normal[name]) for name, words, value, chance in rows]
     console.print()
     console.print(table_of(pictures, ("figure", "%", "chance %", "normal %"), shown))
-    console.print("Chance of answers is what the most frequent answer of each kind gets.")
+    console.print("For answers, chance is the score of the most frequent answer of each kind.")
     if not is_demo:
-        console.print("Normal is what three seeds had on 7,983 of the photographs (docs/photographs.md).")
+        console.print("Normal is the range of three seeds on 7,983 of the photographs (docs/photographs.md).")
     elif artists != UNSEEN:
-        console.print("The test of unseen artists is missing: npm fetched no drawings (data/demo/README.md).")
+        console.print("The test of unseen artists is missing, because npm got no drawings (data/demo/README.md).")
     console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))

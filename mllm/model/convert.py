@@ -1,10 +1,9 @@
-"""Between checkpoints of the original LLaVA and stock transformers directories, both ways, with equal logits.
+"""Convert checkpoints of the original LLaVA to stock transformers directories, and back, with equal logits.
 
     read_original → to_stock → save_model                 original → stock
     load_llava → to_original → write_original             stock → original
 
-A stock directory that was converted keeps the original's small files in `original_llava/`; the way back gives them
-again as they were.
+A converted stock directory keeps the original's small files in `original_llava/`, and the way back restores them.
 """
 
 from __future__ import annotations
@@ -50,27 +49,27 @@ from mllm.model.projector import assign_projector, llava_tensors, projector_kind
 from mllm.model.tiles import Llava, LlavaProcessors, newline_of
 
 KEPT, KEPT_TOWER = "original_llava", "vision_tower.json"
-"""Directory inside a converted model, and a file in it: the tower's name, and the hash of the weights so named."""
+"""A directory in a converted model, and a file in it with the tower's name and the hash of the weights of that name."""
 TOWER_DIRECTORY = "vision_tower"
-"""Inside a written original, for a tower that has no name."""
+"""The directory, in an original checkpoint that was written here, of a tower that has no name."""
 PROCESSOR_FIELDS = (
     *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
     *("resample", "rescale_factor", "image_mean", "image_std"),
 )
-"""What a CLIPImageProcessor is saved with."""
+"""The fields of a saved CLIPImageProcessor."""
 WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
-"""LLaVA's loader knows a model's kind by its directory's name, which needs this word beside "llava"."""
+"""Kind of language model → the word beside "llava" by which LLaVA's loader recognises it in the directory's name."""
 CONV_MODES = {"plain": "plain", "v1": "vicuna_v1", "llava_v1": "llava_v1", "chatml_direct": "chatml_direct"}
-"""Formats that the original LLaVA has with the same texts → its --conv-mode."""
+"""Conversation format → LLaVA's --conv-mode with the same texts."""
 QUESTION = "<image>\nWhat is in the picture, and what is to the left of it?"
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 3e-2
-"""Largest difference of two logits in fp32, and in bf16 and fp16, as a share of their spread, that counts as none."""
+"""Largest difference of logits that counts as equal, relative to their spread: in fp32, and in bf16 and fp16."""
 
 
 def is_llava_source(source: str, to: str) -> bool:
-    """Whether `source` is for this module, not for the encoders' converter: an original LLaVA, or one is to be made.
+    """Return True if convert.py should use this module: `source` is an original LLaVA model, or is to become one.
 
-    Only config.json of a hub id is fetched; False if it has none.
+    Of a hub id only config.json is fetched. Without that file the result is False.
     """
     if to == "llava":
         return True
@@ -79,12 +78,12 @@ def is_llava_source(source: str, to: str) -> bool:
         try:
             directory = Path(snapshot_download(source, allow_patterns=["config.json"]))
         except (HfHubHTTPError, HFValidationError, OSError):
-            return False  # what is wrong the other converter says
+            return False  # the converter of encoders will say what is wrong
     return is_original_llava(directory)
 
 
 def convert_llava_from_flags(flags: Namespace) -> None:
-    """What scripts/convert.py does for LLaVA models."""
+    """Run scripts/convert.py for a LLaVA model."""
     target, quoted = Path(flags.target), shlex.quote(flags.target)
     difference, mode = convert_llava(
         flags.source, target, flags.to, base=flags.base, vision_tower=flags.vision_tower,
@@ -96,9 +95,9 @@ def convert_llava_from_flags(flags: Namespace) -> None:
     elif flags.to == "transformers":
         print(f"written: {target}\nnext: python scripts/chat.py --model {quoted}")
     else:
-        prompts = f"--conv-mode {CONV_MODES[mode]}" if mode in CONV_MODES else f"none of LLaVA's, but {mode}"
+        prompts = f"--conv-mode {CONV_MODES[mode]}" if mode in CONV_MODES else f"{mode}, which LLaVA does not have"
         print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {quoted} --image-file IMAGE")
-        print(f"its prompts: {prompts}")
+        print(f"conversation format: {prompts}")
 
 
 def convert_llava(
@@ -111,21 +110,21 @@ def convert_llava(
     conv_mode: str = "auto",
     check_only: bool = False,
 ) -> tuple[float, str]:
-    """Write the LLaVA model `source` (directory or hub id) to `target`, once both sides have the same logits.
+    """Convert the LLaVA model `source` (directory or hub id), check that the logits stay equal, and write `target`.
 
-    Returns `logit_difference`, and the name of the model's conversation format.
+    Returns the `logit_difference` and the name of the model's conversation format. Raises UserError if it fails.
 
     Args:
         to: "transformers" or "llava".
-        base: what LoRA adapters or a projector belong to (LLaVA's --model-base). Towards LLaVA the language model that
-            was trained on, whose tokenizer files LLaVA needs where they are SentencePiece's.
-        vision_tower: directory or hub id of the tower, in place of the one that the checkpoint names. Towards LLaVA
-            the name to write down for the tower, which must be that one to the last bit.
-        conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" where that has none.
+        base: the base of LoRA adapters or of a projector (LLaVA's --model-base). With to="llava" the language model
+            on which it was trained, because LLaVA needs its tokenizer files if they are SentencePiece's.
+        vision_tower: directory or hub id of the tower, instead of the one in the checkpoint's config. With to="llava"
+            the name to write for the tower, whose weights must be equal to the last bit.
+        conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" if that has none.
         check_only: write nothing.
     """
     if target.exists():
-        raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
+        raise UserError(f"{target} exists; convert.py overwrites nothing: choose another directory, or remove it")
     directory = resolve(source, "LLaVA model")
     if is_original_llava(directory) != (to == "transformers"):
         raise UserError(f"--to {to} is not for {source}: mm_vision_tower in config.json marks an original LLaVA")
@@ -139,7 +138,7 @@ def convert_llava(
         else:
             model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
             if newline_of(model) is not None:
-                raise UserError(f"{source} sees pictures in tiles (anyres); only models of one square are converted")
+                raise UserError(f"{source} sees images in tiles (anyres); only models of one square are converted")
             original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
             _check_name(original.kind, target.name)
             vision_config: Any = model.config.vision_config
@@ -150,7 +149,7 @@ def convert_llava(
         difference = logit_difference(original, model, processor, tower.eval())
     if not check_only and to == "transformers":
         encoder = vision.describe()
-        for place in (vision.name.partition(":")[2], vision.source):  # the card names no directory of this machine
+        for place in (vision.name.partition(":")[2], vision.source):  # the card shows no directory of this machine
             if Path(place).is_dir():
                 encoder = encoder.replace(place, Path(place).name)
         card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": encoder}
@@ -164,18 +163,18 @@ def convert_llava(
 def logit_difference(
     original: OriginalLlava, model: Llava, processor: LlavaProcessors, tower: PreTrainedModel
 ) -> float:
-    """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
+    """Return the largest difference between the logits of the stock model and of LLaVA, relative to their spread.
 
-    On random pixels and a real question; `tower` is the original's vision tower.
+    The input is random pixels and a real question; `tower` is LLaVA's. Raises UserError if the logits are not equal.
     """
     encoder = ConversationEncoder(processor.tokenizer, "auto", model.config.image_seq_length)
     ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)
     start, count = ids.index(encoder.image_id), ids.count(encoder.image_id)
     side = processor.image_processor.crop_size["height"]
     pixel_values = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.dtype)
-    theirs = original.logits(tower, ids[:start], pixel_values, ids[start + count :]).float()
-    ours = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0, :, : theirs.shape[1]].float()
-    difference = ((ours - theirs).abs().max() / theirs.std()).item()
+    expected = original.logits(tower, ids[:start], pixel_values, ids[start + count :]).float()
+    logits = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0, :, : expected.shape[1]].float()
+    difference = ((logits - expected).abs().max() / expected.std()).item()
     if not difference <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_OF_HALF):  # also when it is NaN
         raise UserError(f"{original.source}: the logits of both sides differ by {difference:.1e} of their spread")
     return difference
@@ -185,7 +184,7 @@ def logit_difference(
 def to_stock(
     original: OriginalLlava, *, vision_tower: str | None = None, conv_mode: str = "auto"
 ) -> tuple[Llava, LlavaProcessors, VisionEncoder]:
-    """The stock model with its processor, in the checkpoint's precision, and its encoder; see `convert_llava`."""
+    """Return the stock model in the checkpoint's precision, its processor and its encoder; see `convert_llava`."""
     causal = original.language_model()
     causal.generation_config = original.generation_config()
     with tempfile.TemporaryDirectory() as place:
@@ -194,7 +193,7 @@ def to_stock(
         original.text_config.save_pretrained(place)
         try:
             tokenizer = read_tokenizer(Path(place))
-            if "tokenizer.model" in original.files:  # LLaVA reads it alone, whatever lies beside it
+            if "tokenizer.model" in original.files:  # LLaVA reads this file alone, even if there are others
                 check_sentencepiece_ids(tokenizer, Path(place) / "tokenizer.model")
         except UserError as error:
             raise UserError(str(error).replace(place, original.source)) from None
@@ -206,7 +205,7 @@ def to_stock(
 
 
 def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> VisionEncoder:
-    """The vision tower that LLaVA would take: the named one, with the checkpoint's weights if it was trained."""
+    """Load the vision tower that LLaVA would use, with the weights in the checkpoint if they were trained."""
     recorded = original.config["mm_vision_tower"]
     inside = Path(original.source) / TOWER_DIRECTORY
     place = name or (str(inside) if inside.is_dir() and not Path(recorded).is_dir() else recorded)
@@ -220,27 +219,27 @@ def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> Vi
     except UserError as error:
         raise UserError(f"{error} (the checkpoint's tower is {recorded}; another place: --vision-tower DIR)") from None
     tower: Any = vision.model  # transformers declares `to` so that mypy misses its self
-    own = tower.to(dtype).state_dict()
+    loaded = tower.to(dtype).state_dict()
     tower.config.dtype = dtype
     stored = {}
     for long_name, tensor in original.part(TOWER).items():
-        short = long_name if long_name in own else long_name.removeprefix("vision_model.")
+        short = long_name if long_name in loaded else long_name.removeprefix("vision_model.")
         if not short.endswith("position_ids"):
             stored[short] = tensor
-    wrong = [n for n, t in stored.items() if n not in own or t.shape != own[n].shape]
+    wrong = [n for n, t in stored.items() if n not in loaded or t.shape != loaded[n].shape]
     if not wrong and not original.tower_is_trained:
-        # In bf16 it was rounded when the model was trained.
-        wrong = [n for n, t in stored.items() if not torch.allclose(t.float(), own[n].float(), rtol=1e-2, atol=1e-4)]
+        # Not exactly, because a model that was trained in bf16 holds a rounded tower.
+        wrong = [n for n, t in stored.items() if not torch.allclose(t.float(), loaded[n].float(), rtol=1e-2, atol=1e-4)]
     if wrong:
-        mend = "name another by --vision-tower, or set unfreeze_mm_vision_tower in config.json"
+        mend = "give another one with --vision-tower, or set unfreeze_mm_vision_tower in config.json"
         raise UserError(f"{original.source}: {wrong[0]} of its vision tower is not that of {place}: {mend}")
     if original.tower_is_trained:
-        tower.load_state_dict(own | stored)
+        tower.load_state_dict(loaded | stored)
     return vision
 
 
 def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
-    """Files for `to_original` that stock transformers has no place for; no path of this machine."""
+    """Return files, path → content, that only `to_original` needs. They contain no path of this machine."""
     config = {name: value for name, value in original.config.items() if name not in ("_name_or_path", "auto_map")}
     files = dict(original.files)
     if Path(config["mm_vision_tower"]).is_absolute() or Path(config["mm_vision_tower"]).is_dir():
@@ -261,9 +260,9 @@ def to_original(
     base: str | None = None,
     vision_tower: str | None = None,
 ) -> OriginalLlava:
-    """A stock model that was read from `directory`, as the original LLaVA keeps it; see `convert_llava`.
+    """Convert a stock model, which was read from `directory`, into the form of the original LLaVA; see `convert_llava`.
 
-    `mm_vision_tower` is missing in its configuration if the tower has no name, see `write_original`.
+    Its configuration has no `mm_vision_tower` if the tower has no name; see `write_original`.
     """
     config: Any = model.config
     fields = read_json(directory / KEPT / "config.json")
@@ -277,25 +276,26 @@ def to_original(
             place = resolve(base, "language model")
             files = kept_files(place)
             fields |= {name: read_json(place / "config.json").get(name) for name in ("vocab_size", "pad_token_id")}
-            ours, theirs = (tokenizer.get_vocab() for tokenizer in (processor.tokenizer, read_tokenizer(place)))
-            if not theirs.items() <= ours.items() or not len(theirs) <= (fields["vocab_size"] or 0):
+            vocabulary, base_vocabulary = processor.tokenizer.get_vocab(), read_tokenizer(place).get_vocab()
+            is_part = base_vocabulary.items() <= vocabulary.items()
+            if not is_part or not len(base_vocabulary) <= (fields["vocab_size"] or 0):
                 raise UserError(f"{base}: its tokenizer is not that of {directory}, which was trained on another model")
         generation = json.loads(model.generation_config.to_json_string())
         files["generation_config.json"] = _json(generation | {"pad_token_id": fields["pad_token_id"]})
     tower: Any = model.model.vision_tower
     if not isinstance(tower, CLIPVisionModel):
         kind = type(tower).__name__
-        raise UserError(f"{directory}: LLaVA's tower is a CLIPVisionModel, and no {kind}: pretrain with --tower clip")
+        raise UserError(f"{directory}: LLaVA's tower is a CLIPVisionModel, not a {kind}: pretrain with --tower clip")
     language = model.model.language_model
     tensors = {f"model.{name}": tensor for name, tensor in language.state_dict().items()}
     if not config.text_config.tie_word_embeddings:
         tensors["lm_head.weight"] = model.lm_head.weight.detach()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:  # without the rows of `<image>` and `<pad>`, if they were added when it was converted
+        if name in tensors:  # without the rows of `<image>` and `<pad>` if conversion added them
             tensors[name] = tensors[name][: fields["vocab_size"]].clone()
     tensors |= llava_tensors(model.model.multi_modal_projector)
     for name, tensor in tower.state_dict().items():
-        # The names that transformers had until 5.x, and LLaVA has.
+        # LLaVA has the names that transformers had before 5.x.
         tensors[f"{TOWER}vision_model.{name.removeprefix('vision_model.')}"] = tensor
     encoder = VisionEncoder(name="", source="", model=tower, image_processor=processor.image_processor)
     tower_name = _tower_name(encoder, directory, vision_tower, model.dtype)
@@ -308,38 +308,38 @@ def to_original(
     )
 
 
-def _tower_name(encoder: VisionEncoder, directory: Path, given: str | None, dtype: torch.dtype) -> str | None:
-    """The name under which the original LLaVA finds exactly this tower; None if it has none."""
-    if given is not None:
-        named: Any = load_vision(f"hf:{given}").model
+def _tower_name(encoder: VisionEncoder, directory: Path, name: str | None, dtype: torch.dtype) -> str | None:
+    """Return the name under which the original LLaVA finds exactly this tower, or None if there is none."""
+    if name is not None:
+        named: Any = load_vision(f"hf:{name}").model
         if dataclasses.replace(encoder, model=named.to(dtype)).weights_fingerprint != encoder.weights_fingerprint:
-            raise UserError(f"{directory}: its vision tower is not {given}: leave out --vision-tower")
-        return str(Path(given).resolve()) if Path(given).is_dir() else given
+            raise UserError(f"{directory}: its vision tower is not {name}: leave out --vision-tower")
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
     stored = read_json(directory / KEPT / KEPT_TOWER)
     return stored["mm_vision_tower"] if stored.get("weights") == encoder.weights_fingerprint else None
 
 
 def _config(model: Llava, processor: LlavaProcessors) -> dict[str, Any]:
-    """LLaVA's config.json for a model that was trained here, in the notation of its transformers (4.37)."""
+    """Return LLaVA's config.json for a model that was trained here, as LLaVA's transformers (4.37) reads it."""
     config: Any = model.config
     text = config.text_config
     if text.model_type not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
-        raise UserError(f"LLaVA has no class on a language model of kind {text.model_type!r}; it has: {known}")
+        raise UserError(f"LLaVA has no class for a language model of kind {text.model_type!r}; it has: {known}")
     rope = dict(text.rope_parameters)
     scaling = {"type": rope.get("rope_type", "default"), "factor": rope.get("factor")}
     head_dim = text.hidden_size // text.num_attention_heads
     lacks = {
         f"rotary positions of type {scaling['type']!r}": scaling["type"] not in ("default", "linear", "dynamic"),
-        "heads of a width of their own (head_dim)": getattr(text, "head_dim", None) not in (None, head_dim),
+        "attention heads of a custom width (head_dim)": getattr(text, "head_dim", None) not in (None, head_dim),
         "biases in the MLP (mlp_bias)": getattr(text, "mlp_bias", False),
     }
     for what, has in lacks.items():
         if has:
             raise UserError(f"LLaVA's transformers (4.37) has no {what}")
     if not isinstance(config.vision_feature_layer, int):
-        raise UserError(f"LLaVA takes one layer of the vision tower, this model {config.vision_feature_layer}")
-    select = {theirs: ours for ours, theirs in SELECT_FEATURE.items()}
+        raise UserError(f"LLaVA takes one layer of the vision tower, this model takes {config.vision_feature_layer}")
+    select = {strategy: feature for feature, strategy in SELECT_FEATURE.items()}
     cls, model_type = LANGUAGE_MODELS[text.model_type]
     new_names = ("rope_parameters", "dtype", "head_dim", "mlp_bias", "layer_types", "transformers_version")
     return {name: value for name, value in text.to_diff_dict().items() if name not in new_names} | {
@@ -364,15 +364,15 @@ def _config(model: Llava, processor: LlavaProcessors) -> dict[str, Any]:
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json as the tokenizers (0.15) and transformers of LLaVA read them."""
+    """Return tokenizer.json and tokenizer_config.json as LLaVA's tokenizers (0.15) and transformers read them."""
     state = json.loads(backend_with_bos(tokenizer).to_str())
     if {"Metaspace", "Prepend"} & set(re.findall(r'"type":"(\w+)"', json.dumps(state, separators=(",", ":")))):
-        raise UserError("LLaVA reads a SentencePiece tokenizer.model: name the language model that has it with --base")
+        raise UserError("LLaVA reads a SentencePiece tokenizer.model: give the language model that has it with --base")
     merges = state["model"].get("merges", [])
     state["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     named = ("bos_token", "eos_token", "unk_token", "pad_token")
     config = {name: getattr(tokenizer, name) for name in named} | {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # also where LLaVA asks for a slow one
+        "tokenizer_class": "PreTrainedTokenizerFast",  # also if LLaVA asks for a slow one
         "model_max_length": tokenizer.model_max_length,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
@@ -384,7 +384,7 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
 
 
 def _check_name(kind: str, name: str) -> None:
-    """Raise UserError for a directory that LLaVA's loader would take for another kind of model."""
+    """Raise UserError for a directory name by which LLaVA's loader would take the model for another kind."""
     words = {"llava", WORD_IN_NAME[kind]}
     others = {"lora", "mpt", *WORD_IN_NAME.values()} - words
     if {word for word in words | others if word in name.lower()} != words:
@@ -395,10 +395,10 @@ def _check_name(kind: str, name: str) -> None:
 def write_original(
     original: OriginalLlava, vision: PreTrainedConfig, image_processor: ImageProcessor, directory: Path
 ) -> None:
-    """Write a checkpoint that the original LLaVA loads; it appears whole or not at all.
+    """Write, atomically, a checkpoint that the original LLaVA loads.
 
-    A tower without a name goes to `vision_tower/` in it. `mm_vision_tower` has its absolute path, which must be
-    changed after moving the directory.
+    A tower without a name is saved in `vision_tower/` inside. `mm_vision_tower` is then an absolute path, which must
+    be changed if the directory moves.
     """
     with replacing(directory) as partial:
         save_torch_state_dict(dict(original.tensors), partial)

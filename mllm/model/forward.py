@@ -1,4 +1,4 @@
-"""The training forward pass: image features among word embeddings, and the loss on the answers."""
+"""The forward pass in training: insert image features into the word embeddings, and compute the loss on the answers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def embed_inputs(
     placeholders: int | None = None,
     image_sizes: Sequence[Size] = (),
 ) -> Tensor:
-    """The word embeddings [B, L, D] of `input_ids` with projected image tokens at the `<image>` positions.
+    """Return the word embeddings [B, L, D] of `input_ids` with projected image tokens at the `<image>` positions.
 
-    Equal to what the stock forward computes from pixels. `image_features` [n, N, W] are the encoder's tokens of all
-    squares in order; alternatively `pixel_values` [n, 3, S, S]. An image is a square, or with tiles as many as
-    `image_sizes`, (height, width) of each image, give; VIDEO stands there for a video, whose frames are its squares. In
-    a batch without images pass the same kind of tensor with n = 0: then a zero image goes through the same modules with
-    weight zero, because under ZeRO-3 every rank must run every module or the others wait for ever. `placeholders`:
-    their number, if known: without it the host waits for the GPU.
+    They equal those of the stock forward. `image_features` [n, N, W] are the encoder's tokens of all squares in order;
+    alternatively `pixel_values` [n, 3, S, S] are the squares. With tiles, `image_sizes` holds (height, width) of each
+    image, or VIDEO for a video, whose frames are its squares. `placeholders` is the number of placeholders in
+    `input_ids`; without it the host waits for the GPU. For a batch without images pass the same kind of tensor with
+    n = 0. A zero image then goes through the same modules with weight zero, because under ZeRO-3 every rank must run
+    every module, or the other ranks wait forever.
     """
     config, inner = model.config, model.model
     newline = newline_of(model)
@@ -39,7 +39,7 @@ def embed_inputs(
     if pixel_values is not None:
         has_images = len(pixel_values) > 0
         pixels = pixel_values if has_images else pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        # With checkpointing PEFT lets embeddings ask for gradients: a frozen tower would keep all its activations.
+        # With checkpointing PEFT makes embeddings require gradients, so a frozen tower would keep its activations.
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(learns):
             image_features = select_features(
@@ -63,7 +63,7 @@ def embed_inputs(
     if not has_images:
         unused = projected.sum() if newline is None else projected.sum() + newline.sum()
         return inputs_embeds + 0.0 * unused
-    # Not masked_scatter: its gradient is a selection, for whose size the host waits.
+    # Not masked_scatter, because its gradient is a selection, and the host would wait for its size.
     rows = inputs_embeds.flatten(0, 1).index_put((places_of(positions, placeholders),), tokens)
     return rows.view_as(inputs_embeds)
 
@@ -78,20 +78,20 @@ def causal_lm_loss(
     learned: int | None = None,
     packing: Packing | None = None,
 ) -> Tensor:
-    """Mean next-token cross entropy over the labelled positions; logits exist only for those.
+    """Return the mean next-token cross entropy over the labelled positions. Only those positions get logits.
 
-    inputs_embeds [B, L, D], attention_mask [B, L], labels [B, L] with -100 where nothing is learned. `num_items`
-    replaces the number of labelled tokens as divisor (gradient accumulation). `learned`: the number of labelled tokens,
-    if known: without it the host waits for the GPU. With `packing` the batch goes through the language model as one row
-    without padding, and the language model's attention must be `PACKED`. Without any label the loss is zero, and still
-    depends on every weight.
+    inputs_embeds [B, L, D], attention_mask [B, L], labels [B, L] with -100 where nothing is learned. `num_items`, for
+    gradient accumulation, replaces the number of labelled tokens as divisor. `learned` is that number; without it the
+    host waits for the GPU. With `packing` the batch goes through the language model as one row without padding, so the
+    attention of the language model must be `PACKED`. A batch without labels has loss zero, but the loss still depends
+    on every weight.
     """
     is_learned = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-    places = places_of(is_learned, int(is_learned.sum()) if learned is None else learned)
+    indices = places_of(is_learned, int(is_learned.sum()) if learned is None else learned)
     language_model = model.model.language_model
     if packing is None:
         outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        states = outputs.last_hidden_state.flatten(0, 1).index_select(0, places)
+        states = outputs.last_hidden_state.flatten(0, 1).index_select(0, indices)
     else:
         outputs = language_model(
             inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, packing.row)[None],
@@ -99,7 +99,7 @@ def causal_lm_loss(
             use_cache=False,
             packing=packing,
         )
-        states = outputs.last_hidden_state[0].index_select(0, packing.in_row(places))
+        states = outputs.last_hidden_state[0].index_select(0, packing.in_row(indices))
     logits = model.lm_head(states).float()
-    divisor = num_items if num_items is not None else max(len(places), 1)
-    return F.cross_entropy(logits, labels.flatten().index_select(0, places + 1), reduction="sum") / divisor
+    divisor = num_items if num_items is not None else max(len(indices), 1)
+    return F.cross_entropy(logits, labels.flatten().index_select(0, indices + 1), reduction="sum") / divisor

@@ -1,7 +1,7 @@
-"""One encoder, one projector, one language model → a stock LLaVA model and its processor.
+"""Build a stock LLaVA model and its processor from a vision encoder, a projector and a language model.
 
-The class is `LlavaForConditionalGeneration`, for tiles (mllm/model/tiles.py) `LlavaNextForConditionalGeneration`, and
-for videos `LlavaOnevisionForConditionalGeneration`.
+The class is `LlavaForConditionalGeneration`, or `LlavaNextForConditionalGeneration` with tiles (mllm/model/tiles.py),
+or `LlavaOnevisionForConditionalGeneration` with videos.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ A video is `{"type": "video", "path": "clip.mp4"}` in `content`, which torchcode
 def build_model(
     vision: VisionEncoder, llm: LanguageModel, *, projector: ProjectorKind = "mlp2x_gelu", seed: int = 0
 ) -> tuple[Llava, LlavaProcessors]:
-    """Assemble model and processor; the weights of both parts are shared, not copied, the projector is new."""
+    """Assemble the model and its processor. Encoder and language model are shared, not copied; the projector is new."""
     causal = llm.model
     context = llm.context_length
     if context is not None and vision.num_tokens >= context:
@@ -80,11 +80,11 @@ def build_model(
         projector_hidden_act=projector_activation(projector),
         pad_token_id=llm.tokenizer.pad_token_id,
     )
-    Layout.of(config)  # raises for tiles that the class sees otherwise
+    Layout.of(config)  # raises UserError for tiles that the stock class would process differently
     parts: list[Any] = [config.vision_config, config.text_config]
     for part in parts:
-        part._name_or_path = ""  # a path of this machine
-        part.__dict__.pop("auto_map", None)  # names code that does not come along, and is not needed
+        part._name_or_path = ""  # may be a path of this machine
+        part.__dict__.pop("auto_map", None)  # points to code that is not saved with the model, and not needed
     _check_language_model(llm, config)
     with torch.device("meta"):
         model: Any = model_class(config)
@@ -95,13 +95,13 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         init_projector(model.model.multi_modal_projector)
-        if vision.pinpoints:  # as LLaVA-NeXT's
+        if vision.pinpoints:  # initialised as in LLaVA-NeXT
             newline = torch.randn(causal.config.hidden_size) / causal.config.hidden_size**0.5
             model.model.image_newline = nn.Parameter(newline.to(causal.device, causal.dtype))
     model.model.multi_modal_projector.to(causal.dtype)
     model.generation_config = copy.deepcopy(causal.generation_config)
     try:
-        model.generation_config.validate(strict=True)  # as saving does, after hours of training
+        model.generation_config.validate(strict=True)  # saving would fail on it only after hours of training
     except ValueError as error:
         raise UserError(f"language model {llm.source}: its generation_config.json cannot be saved: {error}") from None
     model.eval()
@@ -110,7 +110,7 @@ def build_model(
 
 
 def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessors:
-    """The stock processor: images as `vision` wants them, as many `<image>` tokens as it gives."""
+    """Return the stock processor, with the preprocessing of `vision` and as many `<image>` tokens as it produces."""
     if vision.frames:
         settings = vision.image_processor.to_dict()
         names = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
@@ -119,7 +119,7 @@ def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessor
             image_processor=vision.image_processor,
             tokenizer=llm.tokenizer,
             video_processor=LlavaOnevisionVideoProcessor(**look, num_frames=vision.frames, do_sample_frames=True),
-            num_image_tokens=vision.num_tokens + (vision.select_feature == "default"),  # the CLS token counts there
+            num_image_tokens=vision.num_tokens + (vision.select_feature == "default"),  # it counts the CLS token
             vision_feature_select_strategy=vision.select_feature,
             chat_template=llm.tokenizer.chat_template,
             image_token=IMAGE_TOKEN,
@@ -146,12 +146,12 @@ def _check_language_model(llm: LanguageModel, config: Any) -> None:
 
 @torch.no_grad()
 def _check_logits(model: Llava, causal: PreTrainedModel, source: str) -> None:
-    """Refuse a language model whose logits the stock class would not compute: scaled or capped ones, for example."""
+    """Raise UserError if the stock class computes other logits than the language model, which may scale or cap them."""
     ids = torch.arange(1, 9, device=causal.device)[None] % causal.config.vocab_size
     causal.eval()
-    ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits
-    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
-        difference = f"{(ours - theirs).abs().max():.1e}"
+    stock, original = model(input_ids=ids).logits, causal(input_ids=ids).logits
+    if not torch.allclose(stock.float(), original.float(), rtol=1e-3, atol=1e-3):
+        difference = f"{(stock - original).abs().max():.1e}"
         raise UserError(f"language model {source}: a stock LLaVA model computes other logits, by up to {difference}")
 
 
@@ -168,19 +168,19 @@ def save_model(
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
-    The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
-    ("Vision encoder" → …, "Stage 1 data" → …), `base_model` the hub id of the language model that was trained on, where
-    it has one; for programs, FACTS holds what `vision` is and `trained_on`, stage → data ("demo" or a file's name).
-    `beside` are further small files, relative path → content.
-    Under ZeRO-3 call it inside `mllm.training.zero.full_parameters`.
+    The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
+
+    `card` holds the lines of the model card in order ("Vision encoder" → …, "Stage 1 data" → …), and `base_model` is
+    the hub id of the language model, if it has one. The file FACTS tells programs about `vision` and `trained_on`, a
+    mapping from stage to data ("demo" or a file name). `beside` holds more small files, relative path → content.
     """
     directory = Path(directory)
     with replacing(directory) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
+        # In a file of its own too, because vLLM and lmms-eval look for the image processor there.
         processor.image_processor.save_pretrained(partial)
-        # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
+        # A .bin file, because servers load every *.safetensors of a directory, and this one repeats weights.
         save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin", newline_of(model))
         write_json(partial / FACTS, {"vision_encoder": vision.facts, "trained_on": trained_on})
         for name, content in (beside or {}).items():
@@ -198,8 +198,8 @@ def save_model(
             ),
             name=name,
             about=f"A LLaVA-style model: {config.vision_config.model_type} vision encoder, "
-            f"{config.text_config.model_type} language model, {tokens} tokens per image. CLIPS-MLLM wrote it; "
-            "transformers and vLLM load it.",
+            f"{config.text_config.model_type} language model, {tokens} tokens per image. It was made with CLIPS-MLLM, "
+            "and transformers and vLLM load it.",
             facts=card,
             code=CODE,
             note=VIDEOS.replace("FRAMES", str(layout.frames)) if layout.frames else "",

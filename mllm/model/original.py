@@ -1,10 +1,10 @@
-"""Checkpoints of the original LLaVA (haotian-liu/LLaVA): one directory, LoRA on a base, or a projector on a base.
+"""Read checkpoints of the original LLaVA (haotian-liu/LLaVA): a full model, or LoRA or a projector on a base.
 
-All three are read as one configuration, one set of tensors and some small files. The names in it:
+All three kinds are read as one configuration, one set of tensors and some small files. The names of the tensors:
 
-    model.embed_tokens…, model.layers…, lm_head…   the language model's own
+    model.embed_tokens…, model.layers…, lm_head…   the language model
     model.mm_projector…                            the projector, see `mllm.model.projector`
-    model.vision_tower.vision_tower…               the vision tower's own, where the checkpoint repeats or trained it
+    model.vision_tower.vision_tower…               the vision tower, if the checkpoint repeats it or trained it
 
 Shapes: T text tokens · N image tokens · V words · S pixels.
 """
@@ -41,7 +41,7 @@ LANGUAGE_MODELS = {
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
     "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
 }
-"""transformers' kind of language model → LLaVA's class on it and its `model_type`; Qwen is LLaVA-NeXT's."""
+"""transformers' `model_type` of a language model → LLaVA's class and `model_type` for it. Qwen is from LLaVA-NeXT."""
 SELECT_FEATURE: dict[str, SelectFeature] = {"patch": "default", "cls_patch": "full"}
 """LLaVA's `mm_vision_select_feature` → transformers' `vision_feature_select_strategy`."""
 PROJECTOR, TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
@@ -66,19 +66,19 @@ EXPRESSIBLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalLlava:
-    """A whole model, as the original LLaVA keeps it."""
+    """A full model in the form in which the original LLaVA stores it."""
 
     config: dict[str, Any]
-    """config.json: the language model's fields and LLaVA's own (`mm_vision_tower`, `mm_projector_type`, …)."""
+    """config.json: the fields of the language model, and those of LLaVA (`mm_vision_tower`, `mm_projector_type`, …)."""
     tensors: dict[str, Tensor]
-    """Under LLaVA's names; LoRA is merged."""
+    """All weights under LLaVA's names, with LoRA merged."""
     files: dict[str, bytes]
-    """Those of KEPT_FILES that it has."""
+    """The contents of those KEPT_FILES that the checkpoint has."""
     source: str
 
     @property
     def kind(self) -> str:
-        """transformers' kind of its language model; UserError for one that is not in LANGUAGE_MODELS."""
+        """The key in LANGUAGE_MODELS of its language model. Raises UserError if there is none."""
         model_type = self.config.get("model_type")
         classes = self.config.get("architectures") or []
         for kind, (name, own_type) in LANGUAGE_MODELS.items():
@@ -90,13 +90,13 @@ class OriginalLlava:
         raise UserError(f"{self.source}/config.json: {', '.join(classes) or model_type} is not one of {known}")
 
     def field(self, name: str) -> Any:
-        """A field of EXPRESSIBLE, or LLaVA's default if it is missing."""
+        """Return the value of a field of EXPRESSIBLE, or LLaVA's default if the field is missing."""
         value = self.config.get(name)
         return EXPRESSIBLE[name][0] if value is None else value
 
     @property
     def text_config(self) -> PreTrainedConfig:
-        """The language model's own configuration, without LLaVA's fields."""
+        """The configuration of the language model, without LLaVA's fields."""
         cls = CONFIG_MAPPING[self.kind]
         known = {*cls().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "_name_or_path", "dtype"}
         return cls.from_dict(
@@ -105,45 +105,45 @@ class OriginalLlava:
 
     @property
     def tower_is_trained(self) -> bool:
-        """Whether LLaVA takes the tower's weights from the checkpoint, not from `mm_vision_tower`."""
+        """True if LLaVA would take the tower's weights from the checkpoint, not from `mm_vision_tower`."""
         parts = self.config.get("mm_tunable_parts") or ""  # LLaVA-NeXT
         return bool(self.config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names start with `prefix`, without it."""
+        """Return the tensors whose names start with `prefix`, under their names without it."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def language_model(self) -> PreTrainedModel:
-        """The causal language model alone, in the precision of its tensors, which it shares."""
-        others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the last is unused where patches stay flat
-        own = {
+        """Return the causal language model alone. It shares the tensors and has their precision."""
+        others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the newline is unused with flat patches
+        state = {
             name: tensor
             for name, tensor in self.tensors.items()
             if not name.startswith(others) and not name.endswith("rotary_emb.inv_freq")
         }
-        config, words = self.text_config, own.get("model.embed_tokens.weight")
+        config, words = self.text_config, state.get("model.embed_tokens.weight")
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         dtype = None if words is None else words.dtype
         with loading("LLaVA checkpoint", self.source):
-            # With its loading info it returns a pair, which its annotation does not say.
-            model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, **REPORTED)
+            # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
+            model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **REPORTED)
         check_complete(info, "LLaVA checkpoint", self.source)
         if info["unexpected_keys"]:
             unknown = ", ".join(sorted(info["unexpected_keys"])[:5])
-            raise UserError(f"{self.source}: these weights are of no part of a LLaVA model: {unknown}")
+            raise UserError(f"{self.source}: these weights belong to no part of a LLaVA model: {unknown}")
         return model
 
     def generation_config(self) -> GenerationConfig:
-        """generation_config.json, or what config.json says of generation; no `max_length`, which LLaVA never uses."""
+        """Return generation_config.json, or the defaults of config.json, without `max_length`, which LLaVA ignores."""
         if "generation_config.json" not in self.files:
             return GenerationConfig.from_model_config(self.text_config)
         return GenerationConfig.from_dict(from_json(self.files["generation_config.json"]) | {"max_length": None})
 
     @torch.no_grad()
     def logits(self, tower: nn.Module, before: Sequence[int], pixel_values: Tensor, after: Sequence[int]) -> Tensor:
-        """Logits [T + N, V] over a text, one image [1, 3, S, S] and a text, computed as LLaVA's own classes do.
+        """Compute the logits [T + N, V] over a text, one image [1, 3, S, S] and a text as LLaVA's own classes do.
 
-        `tower` is the vision tower. No part of a stock LLaVA model is used: this is what those are compared with.
+        `tower` is the vision tower. No part of a stock LLaVA model is used, because these are compared with the result.
         """
         language = self.language_model().eval()
         words = language.get_input_embeddings()
@@ -157,7 +157,7 @@ class OriginalLlava:
 
 
 def _projector(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """LLaVA's `build_vision_projector`: one linear layer, or two with a GELU between them."""
+    """Build the projector as LLaVA's `build_vision_projector` does: one linear layer, or two with a GELU in between."""
     weights = [tensors[name] for name in sorted(tensors) if name.endswith("weight")]
     layers: list[nn.Module] = []
     for weight in weights:
@@ -169,7 +169,7 @@ def _projector(tensors: Mapping[str, Tensor]) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------------- reading
 def is_original_llava(directory: Path) -> bool:
-    """Whether `directory` is one of the three kinds: its config.json names a vision tower in LLaVA's way."""
+    """Return True if `directory` is a checkpoint of the original LLaVA: its config.json has `mm_vision_tower`."""
     try:
         return "mm_vision_tower" in read_json(Path(directory) / "config.json")
     except ValueError:
@@ -177,38 +177,38 @@ def is_original_llava(directory: Path) -> bool:
 
 
 def refuse_original(directory: Path, what: str) -> None:
-    """UserError with the command that converts, where `directory` is an original LLaVA checkpoint."""
+    """Raise UserError with the command that converts `directory` if it is a checkpoint of the original LLaVA."""
     if is_original_llava(directory):
         place = Path(directory)
         parts = "" if _is_whole(place) else " --base LANGUAGE_MODEL"
         words = shlex.join(["python", "scripts/convert.py", str(place), f"{place.name}-hf"])
-        raise UserError(f"{what}: {place} is of the original LLaVA, convert it first: {words} --to transformers{parts}")
+        raise UserError(f"{what}: {place} is an original LLaVA; convert it first: {words} --to transformers{parts}")
 
 
 def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
-    """Read an original checkpoint of any of the three kinds.
+    """Read an original checkpoint of any of the three kinds. No pickled code is run.
 
-    `base` (directory or hub id) is what LLaVA calls --model-base: the language model, or the LLaVA checkpoint, that
-    LoRA adapters or a projector belong to. Nothing pickled is run.
+    `base` (directory or hub id) is LLaVA's --model-base: the language model, or the LLaVA checkpoint, on which LoRA
+    adapters or a projector were trained. Raises UserError for a checkpoint that a stock model cannot hold.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    whole = _is_whole(directory)
-    lora = not whole and (directory / "adapter_config.json").is_file()
+    full = _is_whole(directory)
+    lora = not full and (directory / "adapter_config.json").is_file()
     extra = directory / (TRAINABLES if lora else "mm_projector.bin")
-    if whole and base is not None:
-        raise UserError(f"{directory} is a whole model: leave out --base")
-    if not whole and not extra.is_file():
+    if full and base is not None:
+        raise UserError(f"{directory} is a full model: leave out --base")
+    if not full and not extra.is_file():
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}, or {extra.name}")
-    if not whole and base is None:
+    if not full and base is None:
         adapter = read_json(directory / "adapter_config.json") if lora else {}
         recorded = adapter.get("base_model_name_or_path") or config.get("_name_or_path")
-        raise UserError(f"{directory} is a part of a model: name the rest with --base (its configuration: {recorded})")
+        raise UserError(f"{directory} is only part of a model: give its base with --base (it was made on {recorded})")
     place = directory if base is None else resolve(base, "base model")
     original = OriginalLlava(config=config, tensors=read_model(place), files=kept_files(place), source=str(directory))
     assert original.kind  # raises
     problems = [
-        f"{name} is {original.field(name)!r}, possible: {', '.join(map(repr, values))}"
+        f"{name} is {original.field(name)!r}, possible are: {', '.join(map(repr, values))}"
         for name, (_, values) in EXPRESSIBLE.items()
         if original.field(name) not in values
     ]
@@ -216,8 +216,8 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
         problems.append("mm_vision_select_layer is missing")
     if problems:
         raise UserError(f"{directory}/config.json: a stock LLaVA model cannot hold this model: {'; '.join(problems)}")
-    if not whole:
-        added = {n.removeprefix("base_model.model."): tensor for n, tensor in read_weights(extra).items()}  # PEFT's
+    if not full:
+        added = {n.removeprefix("base_model.model."): t for n, t in read_weights(extra).items()}  # PEFT's prefix
         added = {f"model.{n}" if n.startswith("mm_projector.") else n: tensor for n, tensor in added.items()}
         original = replace(original, tensors=original.tensors | added)
     if lora:
@@ -232,12 +232,12 @@ def _is_whole(directory: Path) -> bool:
 
 
 def kept_files(directory: Path) -> dict[str, bytes]:
-    """Those of KEPT_FILES that are in `directory`."""
+    """Read those KEPT_FILES that are in `directory`."""
     return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
 
 
 def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:
-    """The language model's tensors with the LoRA adapters in `directory` added, in the base's precision as LLaVA."""
+    """Return the language model's tensors with the LoRA adapters in `directory` merged, in the base's precision."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     files = [directory / name for name in ("adapter_model.safetensors", "adapter_model.bin")]

@@ -1,6 +1,6 @@
-"""The projector between vision encoder and language model: transformers' own class, LLaVA's file format.
+"""The projector between vision encoder and language model, in transformers' own class and LLaVA's file format.
 
-`LlavaMultiModalProjector` is linear_1 → activation → linear_2. Two kinds fit into it exactly:
+`LlavaMultiModalProjector` computes linear_1 → activation → linear_2. Two kinds of projectors fit into it exactly:
 
     mlp2x_gelu   activation "gelu"; linear_1 and linear_2 are LLaVA's mm_projector.0 and mm_projector.2
     linear       activation "linear" (identity) and linear_2 fixed to the identity matrix with zero bias;
@@ -35,25 +35,25 @@ PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
 
 def projector_activation(kind: str) -> str:
-    """`LlavaConfig.projector_hidden_act` for a projector kind; UserError for an unknown kind."""
+    """Return `LlavaConfig.projector_hidden_act` for a projector kind. Raises UserError for an unknown kind."""
     if kind not in ACTIVATION:
         raise UserError(f"mm_projector_type {kind!r} is not known; choose one of: {', '.join(ACTIVATION)}")
     return ACTIVATION[kind]
 
 
 def projector_kind(projector: LlavaMultiModalProjector) -> ProjectorKind:
-    """Which of the two kinds a projector is."""
+    """Return the kind of a projector."""
     return "mlp2x_gelu" if "GELU" in type(projector.act).__name__ else "linear"
 
 
 def trainable_layers(projector: LlavaMultiModalProjector) -> dict[str, nn.Linear]:
-    """The layers that training changes; the fixed identity of `linear` is not among them."""
+    """Return the layers that training changes, which are all but the fixed identity of kind `linear`."""
     return {name: getattr(projector, name) for name in LLAVA_NAMES[projector_kind(projector)]}
 
 
 @torch.no_grad()
 def init_projector(projector: LlavaMultiModalProjector) -> None:
-    """PyTorch's default initialisation, as LLaVA's, from torch's current random state."""
+    """Initialise the weights with PyTorch's default, as LLaVA does, from torch's current random state."""
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()
     if projector_kind(projector) == "linear":
@@ -62,7 +62,7 @@ def init_projector(projector: LlavaMultiModalProjector) -> None:
 
 
 def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
-    """Its weights under LLaVA's names, copied to the CPU."""
+    """Return the projector's weights under LLaVA's names, copied to the CPU."""
     return {
         f"{LLAVA_NAMES[projector_kind(projector)][name]}.{part}": parameter.detach().to("cpu").clone()
         for name, layer in trainable_layers(projector).items()
@@ -71,9 +71,9 @@ def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
 
 
 def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
-    """Write LLaVA's `mm_projector` file: safetensors, or with the suffix .bin a torch file of plain tensors.
+    """Write LLaVA's `mm_projector` file: safetensors, or a torch file of plain tensors if the suffix is .bin.
 
-    `newline` [D], the embedding of models with tiles, goes into it under LLaVA-NeXT's name.
+    `newline` [D], the newline embedding of models with tiles, is saved with it under LLaVA-NeXT's name.
     """
     tensors = llava_tensors(projector)
     if newline is not None:
@@ -87,10 +87,10 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
 
 @torch.no_grad()
 def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
-    """Copy a projector file into `projector`: LLaVA's names or transformers', .safetensors or .bin.
+    """Copy the weights of a projector file (.safetensors or .bin, LLaVA's or transformers' names) into `projector`.
 
-    `newline` [D] becomes that of the file, or keeps its start if the file has none, as one of stage 1 without tiles. A
-    directory means the mm_projector file in it.
+    If `path` is a directory, its mm_projector file is read. `newline` [D] is overwritten if the file has one; a file
+    from a stage 1 without tiles has none. Raises UserError if the file does not fit.
     """
     path = Path(path)
     if path.is_dir():
@@ -100,13 +100,13 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
         path = files[0]
     weights = read_weights(path)
     assign_projector(projector, weights, path)
-    if newline is not None and NEWLINE in weights:  # its width is the projector's, which fits
+    if newline is not None and NEWLINE in weights:  # it has the width of the projector, which was checked
         newline.copy_(weights[NEWLINE])
 
 
 @torch.no_grad()
 def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, Tensor], path: Path | str) -> None:
-    """The same for weights that were read from `path`; those of other parts may be among them."""
+    """Copy `weights`, which were read from `path` and may include other parts of the model, into `projector`."""
     marked = {n: t for n, t in weights.items() if "mm_projector" in n or "multi_modal_projector" in n}
     tensors = {_short(name): tensor for name, tensor in (marked or weights).items()}
     kind = projector_kind(projector)
@@ -119,19 +119,19 @@ def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, 
             ".".join([renamed.get(n.split(".")[0], n.split(".")[0]), n.split(".")[-1]]): t for n, t in tensors.items()
         }
         if set(tensors) != {f"linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}:
-            raise UserError(f"{path} holds no projector that is known here; its tensors: {', '.join(sorted(tensors))}")
+            raise UserError(f"{path} holds no projector of a known kind. Its tensors: {', '.join(sorted(tensors))}")
         second, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
         is_identity = torch.equal(second, torch.eye(len(second))) and not bias.any()
         if kind == "linear" and is_identity:
             found_kind, tensors = "linear", {n: t for n, t in tensors.items() if n.startswith("linear_1.")}
     if found_kind != kind:
         raise UserError(f"{path} holds a {found_kind} projector, this model has {kind}: set --mm_projector_type")
-    own = projector.state_dict()
+    current = projector.state_dict()
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"has shape {tuple(tensor.shape)}, this model needs {tuple(own[name].shape)}"
+        if tensor.shape != current[name].shape:
+            shapes = f"has shape {tuple(tensor.shape)}, this model needs {tuple(current[name].shape)}"
             raise UserError(f"{path}: {name} {shapes}: it is of another encoder, layer choice or language model")
-    projector.load_state_dict(own | tensors)
+    projector.load_state_dict(current | tensors)
 
 
 def _short(name: str) -> str:

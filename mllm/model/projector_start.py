@@ -1,4 +1,4 @@
-"""The projector's start: image tokens regressed on the words of their captions, then sharpened by gradient."""
+"""Initialise the projector: regress image tokens on the words of their captions, then train it for a few steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from mllm.model.projector import projector_kind, trainable_layers
 
 LARGEST_FACTOR, WORD_SHARE, RANDOM_SHARE = 10.0, 0.12, 0.1
-"""Constants of `start_from_captions`."""
+"""Largest amplification of a map, and the shares of variance of two maps, see `start_from_captions`."""
 FEWEST, LARGEST_SHARE = 8, 0.1
-"""A word has a hidden unit of its own if so many captions hold it, and no larger a share of them."""
+"""A word gets a hidden unit of its own if at least so many captions, and at most this share of them, contain it."""
 THRESHOLD = 1.5
-"""From which evidence on such a unit speaks, in standard deviations over image tokens."""
+"""The evidence above which such a unit is active, in standard deviations over image tokens."""
 STEPS, BATCH, RATE, MOST_WORDS = 300, 64, 2e-3, 1_000
-"""Of `sharpen`: AdamW's steps, images of a step, peak rate (cosine), and words that are learned at most."""
+"""For `sharpen`: number of AdamW steps, images per step, peak learning rate (cosine), and most words to learn."""
 
 
 @torch.no_grad()
@@ -33,13 +33,13 @@ def least_squares_init(
     seed: int = 0,
     unused: int = 0,
 ) -> float:
-    """Start the projector at the ridge regression from `features` [n, W] to `targets` [n, D]; returns R².
+    """Set the projector to the ridge regression from `features` [n, W] to `targets` [n, D], and return its R².
 
-    `ridge` is relative to the mean variance of the regressors. `linear` gets the solution itself. For `mlp2x_gelu`,
-    linear_1 becomes D/2 directions of the whitened features (the principal axes first, then random ones) each with
-    both signs, and linear_2 the regression on its activations. gelu(z) − gelu(−z) = z, so wherever W ≤ D/2 every
-    linear map is within reach and the fit is at least as good as the linear one. The last `unused` of the D hidden
-    units stay zero.
+    `ridge` is relative to the mean variance of the regressors. A `linear` projector gets the solution itself. For
+    `mlp2x_gelu`, linear_1 becomes D/2 directions of the whitened features (the principal axes first, then random ones),
+    each with both signs, and linear_2 becomes the regression on its activations. Because gelu(z) − gelu(−z) = z, every
+    linear map can be represented if W ≤ D/2, so the fit is at least as good as the linear one. The last `unused` of
+    the D hidden units stay zero.
     """
     x, y = features.double(), targets.double()
     if projector_kind(projector) == "mlp2x_gelu":
@@ -58,10 +58,10 @@ def least_squares_init(
 
 
 def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Tensor:
-    """[n, D]: for each caption (token ids) the mean of its word embeddings, weighted by inverse document frequency.
+    """Return [n, D]: the mean word embedding of each caption (token ids), weighted by inverse document frequency.
 
-    With equal weights the words of every sentence ("a", "at the") make up most of the mean; a word of every caption
-    weighs nothing here. embeddings [V, D]. Raises ValueError for a caption without a token.
+    With equal weights, words of every sentence ("a", "at the") would dominate the mean, but here a word of all captions
+    has weight zero. embeddings [V, D]. Raises ValueError for a caption without tokens.
     """
     if not all(captions):
         raise ValueError("a caption without a token has no mean embedding")
@@ -75,7 +75,7 @@ def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Te
 
 
 def telling_words(captions: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Up to `most` tokens that distinguish captions: neither rare nor common, the most frequent first."""
+    """Return up to `most` tokens that are neither rare nor common in the captions, the most frequent ones first."""
     seen = Counter(token for caption in captions for token in set(caption))
     telling = [token for token, count in seen.items() if FEWEST <= count <= LARGEST_SHARE * len(captions)]
     return sorted(telling, key=lambda token: (-seen[token], token))[:most]
@@ -84,19 +84,19 @@ def telling_words(captions: Sequence[Sequence[int]], most: int) -> list[int]:
 def word_evidence(
     features: Tensor, captions: Sequence[Sequence[int]], words: Sequence[int], *, ridge: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Weight [K, W] and bias [K] that say, of an image token, whether the caption holds each of K words.
+    """Return weight [K, W] and bias [K] of a linear map from an image token to the evidence for each of K words.
 
-    features [n, N, W] of n images. A word's evidence is the ridge regression, from every token of an image, to 1/p − 1
-    where the caption holds it and −1 where not, p its share of the captions: how many times likelier it is here than
-    anywhere. It comes with a standard deviation of 1 over the tokens.
+    features [n, N, W] of n images. The evidence for a word is a ridge regression from every token of an image to
+    1/p − 1 if its caption contains the word, and to −1 if not, where p is the share of captions with the word. It
+    estimates how many times likelier the word is here than elsewhere, scaled to a standard deviation of 1 over tokens.
     """
     held = _held(captions, words).to(features.device, torch.double)
     rows = features.flatten(0, 1).double()
     mean = rows.mean(dim=0)
     centred = rows - mean
     covariance = centred.T @ centred / len(rows)
-    of_images = centred.view(features.shape).sum(dim=1)
-    weight = torch.linalg.solve(_regular(covariance, ridge), of_images.T @ (held / held.mean(dim=0) - 1) / len(rows)).T
+    by_image = centred.view(features.shape).sum(dim=1)
+    weight = torch.linalg.solve(_regular(covariance, ridge), by_image.T @ (held / held.mean(dim=0) - 1) / len(rows)).T
     deviation = ((weight @ covariance) * weight).sum(dim=1).clamp_min(1e-12).sqrt()
     weight /= deviation[:, None]
     return weight, -weight @ mean
@@ -111,18 +111,18 @@ def start_from_captions(
     *,
     seed: int = 0,
 ) -> float:
-    """Start the projector where image tokens look like the words of their captions; returns the regression's R².
+    """Set the projector so that image tokens resemble the words of their captions, and return the regression's R².
 
-    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Three maps are added, each with
-    its share of the variance of word embeddings, which is what the tokens get (a regression shrinks them to a tenth of
-    what the language model is used to), and the tokens' mean is that of the embeddings:
+    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. The projector is the sum of three
+    maps. Its outputs get the mean and the variance of the word embeddings, because a regression alone would shrink
+    them to a tenth of what the language model is used to. Each map contributes a share of that variance:
 
-    - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`).
-      Words that a patch does not show average out over images, so a patch comes to lie near the words for its content.
-    - `WORD_SHARE`, in `mlp2x_gelu` only: hidden units that the directions of the features leave over, at least a
-      quarter, add the embedding of one word each (`telling_words`) if its evidence (`word_evidence`) is above
-      `THRESHOLD`. A language model reads a name from tokens near that name's embedding.
-    - `RANDOM_SHARE`: a random map. Captions do not describe many of the features, and regressions drop those.
+    - The rest: every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`).
+      Words that a patch does not show average out over images, so a patch ends up near the words for its content.
+    - `WORD_SHARE`, in `mlp2x_gelu` only: the hidden units that the feature directions leave free, at least a quarter,
+      each add the embedding of one word (`telling_words`) if its evidence (`word_evidence`) is above `THRESHOLD`.
+      A language model reads a word from tokens near the embedding of that word.
+    - `RANDOM_SHARE`: a random map, because a regression drops all features that captions do not describe.
     """
     rows = features.flatten(0, 1)
     vocabulary = embeddings.float()
@@ -138,14 +138,14 @@ def start_from_captions(
         weight, bias = word_evidence(features, captions, words)
         before[0].weight[-len(words) :], before[0].bias[-len(words) :] = weight, bias - THRESHOLD
         random[:, -len(words) :] = 0
-        of_words = torch.zeros_like(random)
-        of_words[:, -len(words) :] = (vocabulary[words] - centre).T
-        parts.append((of_words, WORD_SHARE))
+        by_word = torch.zeros_like(random)
+        by_word[:, -len(words) :] = (vocabulary[words] - centre).T
+        parts.append((by_word, WORD_SHARE))
     inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
     words_distance = _distance_from_mean(vocabulary)
     total = torch.zeros_like(random)
     for part, share in parts:
-        # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
+        # Bounded, because outputs that hardly differ (an encoder without image information) would become noise.
         distance = torch.maximum(_distance_from_mean(inputs @ part.T), words_distance / LARGEST_FACTOR)
         total += share**0.5 * words_distance / distance * part
     _assign(last, total, centre - total @ inputs.mean(dim=0))
@@ -162,12 +162,12 @@ def sharpen(
     *,
     seed: int = 0,
 ) -> None:
-    """Train the projector for `STEPS` steps until some token of an image points at each word of its caption.
+    """Train the projector for `STEPS` steps so that for each word of a caption one image token points at that word.
 
-    A regression lets all tokens of an image resemble all words of its caption. Here the token nearest to a word counts:
-    the logit of "the caption holds this word" is the log-sum-exp over tokens of 8 times their cosine, plus a bias. The
-    tokens keep mean and spread of word embeddings. features [n, N, W], embeddings [V, D]. `places` are the number of
-    each token's place [n, N] and directions of the words for places [P, D]: each token then says its own place too.
+    A regression makes all tokens of an image resemble all words of its caption. Here only the token nearest to a word
+    counts: the logit of "the caption contains this word" is a bias plus the log-sum-exp, over tokens, of 8 × cosine.
+    Two penalties keep mean and spread of the word embeddings. features [n, N, W], embeddings [V, D]. `places`, if
+    given, makes each token point at the word for its position too: the position's index [n, N] and directions [P, D].
     """
     vocabulary = embeddings.float()
     centre, spread = vocabulary.mean(dim=0), _distance_from_mean(vocabulary)
@@ -185,17 +185,17 @@ def sharpen(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         chosen = torch.randint(len(features), (BATCH,), generator=generator)
-        given = features[chosen].float()
-        given = given * (torch.rand(given.shape, generator=generator) > 0.1) / 0.9
-        tokens = projector(given)
+        inputs = features[chosen].float()
+        inputs = inputs * (torch.rand(inputs.shape, generator=generator) > 0.1) / 0.9
+        tokens = projector(inputs)
         cosines = F.normalize(tokens - centre, dim=-1)
         logits = torch.logsumexp(8 * cosines @ directions.T, dim=1) + bias
         loss = F.binary_cross_entropy_with_logits(logits, held[chosen].float(), reduction="none").sum(dim=1).mean()
         loss += (_distance_from_mean(tokens.flatten(0, 1)) / spread - 1).square()
         loss += ((tokens.mean(dim=(0, 1)) - centre) / spread).square().sum()
         if places is not None:
-            of_token, of_words = places
-            loss += 2 * F.cross_entropy((8 * cosines @ of_words.T).flatten(0, 1), of_token[chosen].flatten())
+            by_token, place_words = places
+            loss += 2 * F.cross_entropy((8 * cosines @ place_words.T).flatten(0, 1), by_token[chosen].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -203,7 +203,7 @@ def sharpen(
 
 
 def _held(captions: Sequence[Sequence[int]], words: Sequence[int]) -> Tensor:
-    """Return whether each of n captions holds each of K words, bool [n, K]."""
+    """Return bool [n, K]: True where one of n captions contains one of K words."""
     column = {word: k for k, word in enumerate(words)}
     held = torch.zeros(len(captions), len(words), dtype=torch.bool)
     for row, caption in zip(held, captions, strict=True):
@@ -212,20 +212,20 @@ def _held(captions: Sequence[Sequence[int]], words: Sequence[int]) -> Tensor:
 
 
 def _regular(covariance: Tensor, ridge: float) -> Tensor:
-    """`ridge` times the mean variance added to the diagonal of [W, W]."""
+    """Add `ridge` times the mean variance to the diagonal of `covariance` [W, W]."""
     penalty = ridge * covariance.diagonal().mean() + 1e-8
     return covariance + penalty * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 def _distance_from_mean(x: Tensor) -> Tensor:
-    """Root mean square distance of the rows from their mean."""
+    """Return the root mean square distance of the rows from their mean."""
     return (x - x.mean(dim=0)).square().sum(dim=-1).mean().sqrt()
 
 
 def _two_signed_directions(x: Tensor, hidden: int, seed: int, unused: int) -> tuple[Tensor, Tensor]:
-    """Weight [hidden, W] and bias [hidden] whose outputs come in pairs ±z, each of unit variance over `x`.
+    """Return weight [hidden, W] and bias [hidden] whose outputs come in pairs ±z, each of unit variance over `x`.
 
-    The last `unused` of them are zero, and one more if that leaves an odd number.
+    The last `unused` outputs are zero, and one more if their number would be odd.
     """
     pairs = (hidden - unused) // 2
     mean = x.mean(dim=0)

@@ -1,4 +1,4 @@
-"""A frozen language model in 4 or 8 bits (bitsandbytes), and back: what QLoRA trains on and what it is merged into."""
+"""Quantise a frozen language model to 4 or 8 bits (bitsandbytes) for QLoRA, and dequantise it to merge the adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clips.common.errors import UserError
 
 
 def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Replace every linear layer in `model` by one of 4 bits (NF4 with quantised scales, as QLoRA) or 8, in place."""
+    """Quantise every linear layer of `model` in place, to 8 bits or to 4 (NF4 with quantised scales, as in QLoRA)."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):
@@ -20,12 +20,12 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
             continue
         size, bias = (layer.in_features, layer.out_features), layer.bias is not None
         weight = layer.weight.detach().clone()
-        new: Any  # the two kinds of layers and of weights have no common type
+        new: Any  # the two kinds of layers, and their weights, have no common type
         if bits == 4:
             kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
             new = bnb.nn.Linear4bit(*size, bias, compute_dtype=compute_dtype, device="meta", **kind)
             new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
-            # Else one forward in eval mode on a CPU repacks the weights in place, and gradients are wrong after it.
+            # Otherwise a forward in eval mode on a CPU repacks the weights in place, and later gradients are wrong.
             new.support_avx512bf16_for_cpu = False
         else:
             new = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, device="meta")
@@ -38,29 +38,29 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
 
 
 LARGEST_ERROR = {4: 0.15, 8: 0.05}
-"""Norm of the rounding error over that of the weights; a normal distribution gives 0.09 and 0.006."""
+"""Bits → largest norm of the rounding error relative to the weights; normally distributed ones give 0.09 and 0.006."""
 
 
 @torch.no_grad()
 def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None:
-    # bitsandbytes 0.50 on CPUs dequantises rows whose length is no multiple of the block of 64 wrongly.
-    own = layer.get_parameter("weight")
-    restored = dequantize_bnb_weight(own, state=getattr(layer, "state", None)).float().to(weight.device)
+    # bitsandbytes 0.50 on CPUs dequantises rows wrongly if their length is not a multiple of its block size, 64.
+    packed = layer.get_parameter("weight")
+    restored = dequantize_bnb_weight(packed, state=getattr(layer, "state", None)).float().to(weight.device)
     error = ((restored - weight.float()).norm() / weight.float().norm()).item()
     if not error < LARGEST_ERROR[bits]:
         where = f"layer {name} {tuple(weight.shape)} by {error:.0%} on this {weight.device.type}"
-        raise UserError(f"{bits} bits: bitsandbytes changes {where}: take 16 bits, or a GPU")
+        raise UserError(f"{bits} bits: bitsandbytes changes {where}: use 16 bits or a GPU")
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace the layers that `quantize` made by plain ones with the dequantised weights, in place."""
+    """Replace the layers that `quantize` made in place by plain linear layers with the dequantised weights."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-            own = layer.get_parameter("weight")
-            weight = dequantize_bnb_weight(own, state=getattr(layer, "state", None)).to(dtype)
+            packed = layer.get_parameter("weight")
+            weight = dequantize_bnb_weight(packed, state=getattr(layer, "state", None)).to(dtype)
             new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
             _replace(model, name, new)

@@ -1,15 +1,15 @@
-"""The tokens of pictures and videos and their order: one square, LLaVA-NeXT's tiles, LLaVA-OneVision's frames.
+"""Number and order of the tokens of images and videos: one square, LLaVA-NeXT's tiles, or LLaVA-OneVision's frames.
 
-A picture in tiles is seen twice: whole, squeezed into one square, and cut. To be cut, it is fitted into the canvas of
-`image_grid_pinpoints` that keeps most of it, and padded there. The cells of all tiles form one grid. The cells of the
-padding are dropped (`unpad`), and the newline embedding ends each row. This is the order of transformers'
-`LlavaNextModel.pack_image_features`; sizes are (height, width), as there.
+With tiles the model sees an image twice: resized to one square, and cut into tiles. For the tiles it is fitted into
+the canvas of `image_grid_pinpoints` that keeps most of its resolution, and padded. The cells of all tiles form one
+grid. The cells of the padding are dropped (`unpad`), and the newline embedding ends each row. This is the order of
+transformers' `LlavaNextModel.pack_image_features`, and sizes are (height, width) as they are there.
 
-A video is F frames, each in one square, and VIDEO stands for its size. The cells of each frame are pooled 2 × 2, and
-the newline embedding ends the video: transformers' `LlavaOnevisionModel.get_video_features`.
+A video is F frames of one square each, and the constant VIDEO takes the place of its size. The cells of each frame are
+pooled 2 × 2, and the newline embedding ends the video, as in transformers' `LlavaOnevisionModel.get_video_features`.
 
-Shapes: T squares of a picture, the whole first, then tiles by rows · F frames of a video · N cells of a square, g × g ·
-n pooled cells of a frame · D width of a word.
+Shapes: T squares of an image, the resized image first, then the tiles by rows · F frames of a video · N = g × g cells
+of a square · n pooled cells of a frame · D width of a word embedding.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from clips.common.errors import UserError
 from mllm.data.video import NO_VIDEOS, VIDEO, Size, VideoTokens
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
-"""The stock classes: one square a picture, tiles, or tiles and videos."""
+"""The stock classes, in order: for one square per image, for tiles, and for tiles and videos."""
 LlavaProcessors = LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor
 NEWLINE = -1
-"""The place of the newline in `Layout.order`."""
+"""Stands for the newline in `Layout.order`."""
 MOST_TILES_WITH_VIDEO = 9
-"""LLaVA-OneVision shrinks the cells of more tiles (`anyres_max_9`)."""
+"""With more tiles than this, LLaVA-OneVision shrinks the grid of cells (`anyres_max_9`)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many squares and tokens a picture of a size takes, and in what order."""
+    """How many squares and tokens an image of a given size takes, and in what order."""
 
     square: int
-    """Tokens of one square, N for tiles."""
+    """Tokens of one square; N with tiles."""
     side: int = 0
-    """Of a square, in pixels."""
+    """Side of a square in pixels."""
     pinpoints: tuple[Size, ...] = ()
-    """The canvases; without any, a picture is one square."""
+    """The canvases. If there are none, an image is one square."""
     frames: int = 0
-    """F; 0: the model takes no videos."""
+    """F, or 0 if the model takes no videos."""
 
     @classmethod
     def of(cls, config: Any) -> Layout:
-        """Of a saved model, by its config."""
+        """Return the layout of a model with this config. Raises UserError for more tiles than LLaVA-OneVision takes."""
         pinpoints = getattr(config, "image_grid_pinpoints", None)
         if not pinpoints:
             return cls(config.image_seq_length)
@@ -74,17 +74,17 @@ class Layout:
 
     @property
     def of_every(self) -> int | None:
-        """The tokens that every picture takes; None with tiles, where the tokens depend on its size."""
+        """The number of tokens of every image, or None with tiles, because then it depends on the image's size."""
         return None if self.pinpoints else self.square
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Of a picture for each canvas, and of a video if the model takes videos."""
+        """One image size for each canvas, and VIDEO if the model takes videos."""
         return (*self.pinpoints, VIDEO) if self.frames else self.pinpoints
 
     @property
     def most(self) -> int:
-        """Tokens of the picture or video with the most."""
+        """The largest number of tokens that an image or video can take."""
         return max([self.square, *map(self.tokens, self.sizes)])
 
     @property
@@ -92,14 +92,14 @@ class Layout:
         return max([1, *map(self.squares, self.sizes)])
 
     def __str__(self) -> str:
-        """The tokens of a picture, for people."""
+        """Return the number of tokens of an image as a text for people."""
         if not self.pinpoints:
             return f"{self.square:,}"
         video = f", {self.tokens(VIDEO):,} for a video," if self.frames else ""
         return f"{self.square:,} to {max(map(self.tokens, self.pinpoints)):,}{video}"
 
     def tokens(self, size: Size) -> int:
-        """Tokens of a picture of `size`, or of a video. Raises UserError if the model takes no videos."""
+        """Return the number of tokens of an image of `size`, or of a video. Raises UserError if it takes no videos."""
         if size == VIDEO:
             if not self.frames:
                 raise UserError(NO_VIDEOS)
@@ -107,19 +107,19 @@ class Layout:
         return len(self.order(size)) if self.pinpoints else self.square
 
     def squares(self, size: Size) -> int:
-        """T or F: the squares that the encoder reads of a picture of `size` or of a video."""
+        """Return T or F: how many squares the encoder reads for an image of `size` or for a video."""
         if size == VIDEO:
             return self.frames
         return 1 + math.prod(self._tiles(size)) if self.pinpoints else 1
 
     def _tiles(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles."""
+        """Return the rows and columns of tiles."""
         height, width = select_best_resolution(size, list(self.pinpoints))
         return height // self.side, width // self.side
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - layouts are few and frozen
     def order(self, size: Size) -> np.ndarray:
-        """int64 [tokens]: the place of each token in the picture's cells [T · N], or NEWLINE."""
+        """Return int64 [tokens]: the index of each token in the image's cells [T · N], or NEWLINE."""
         rows, columns = self._tiles(size)
         g = math.isqrt(self.square)
         tiles = np.arange(self.square, (1 + rows * columns) * self.square).reshape(rows, columns, g, g)
@@ -130,49 +130,49 @@ class Layout:
         return np.concatenate([np.arange(self.square), lines.ravel()])
 
     def arranged(self, cells: Tensor, newline: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Projected cells [squares of all pictures and videos, N, D] and the newline [D] → the tokens [tokens, D]."""
+        """Order projected cells [squares of all images and videos, N, D] and the newline [D] as tokens [tokens, D]."""
         end = cells.shape[0] * cells.shape[1]
-        places, pooled, first, last = [], [], 0, end + 1
+        indices, pooled, first, last = [], [], 0, end + 1
         for size in sizes:
             count = self.squares(size)
             if size == VIDEO:
                 pooled.append(pooled_cells(cells[first : first + count]).flatten(0, 1))
-                places.append(np.append(np.arange(last, last + len(pooled[-1])), end))
+                indices.append(np.append(np.arange(last, last + len(pooled[-1])), end))
                 last += len(pooled[-1])
             else:
                 order = self.order(size)
-                places.append(np.where(order == NEWLINE, end, first * self.square + order))
+                indices.append(np.where(order == NEWLINE, end, first * self.square + order))
             first += count
         if first != len(cells):
-            raise ValueError(f"{len(cells)} squares, but pictures of the sizes {list(sizes)}")
+            raise ValueError(f"{len(cells)} squares, but images of the sizes {list(sizes)}")
         rows = torch.cat([cells.flatten(0, 1), newline.to(cells.dtype)[None], *pooled])
-        index = torch.from_numpy(np.concatenate(places))
-        index = index.pin_memory() if cells.is_cuda else index  # from other memory the host would wait for the GPU
+        index = torch.from_numpy(np.concatenate(indices))
+        index = index.pin_memory() if cells.is_cuda else index  # without pinning the host would wait for the GPU
         return rows.index_select(0, index.to(cells.device, non_blocking=True))
 
 
 def pooled_cells(cells: Tensor) -> Tensor:
-    """The cells [F, N, D] of frames → [F, n, D], bilinear at half the resolution, as LLaVA-OneVision's `get_2dPool`."""
+    """Resize the cells [F, N, D] of frames bilinearly to half the resolution, [F, n, D], as LLaVA's `get_2dPool`."""
     g = math.isqrt(cells.shape[1])
     grid = cells.unflatten(1, (g, g)).permute(0, 3, 1, 2)
     return F.interpolate(grid, size=[math.ceil(g / 2)] * 2, mode="bilinear").flatten(2).transpose(1, 2)
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
-    """The ids of `<image>`, and of `<video>` in a model that takes videos."""
+    """Return the ids of `<image>` and, in a model that takes videos, of `<video>`."""
     video = getattr(config, "video_token_id", None)
     return (config.image_token_id,) if video is None else (config.image_token_id, video)
 
 
 def newline_of(model: Llava) -> nn.Parameter | None:
-    """The newline embedding [D] of a model with tiles or videos."""
+    """Return the newline embedding [D] of a model with tiles, or None if the model has none."""
     return getattr(model.model, "image_newline", None)
 
 
 def _padding(grid: Size, size: Size) -> tuple[int, int]:
-    """Rows above and below, and columns at both sides, that hold padding of a picture of `size` on `grid` cells.
+    """Return how many rows above and below, and columns left and right, of the `grid` of cells are padding of an image.
 
-    Rounded as transformers rounds. LLaVA-NeXT's own code cuts off where a product falls just below a whole number.
+    The numbers are rounded as in transformers. LLaVA-NeXT's code truncates products just below a whole number.
     """
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:

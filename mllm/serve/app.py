@@ -1,8 +1,8 @@
-"""An OpenAI-style server for one chat model: chat completions, models, health.
+"""A server with OpenAI's API for one chat model: chat completions, models, health.
 
-It serves its owner's own programs; for load and for strangers vLLM serves the same directory (docs/chat-and-serve.md).
-It opens no address and no file: pictures come as data URLs. A request passes: host, key → whole body → form → place in
-the queue → turn, in which its pictures are decoded and its answer is generated.
+It is meant for its owner's programs. For load and for strangers, serve the same directory with vLLM
+(docs/chat-and-serve.md). It opens no addresses and no files, so images come as data URLs. A request passes the checks
+of host and key, is read in full, validated and queued. In its turn its images are decoded and its answer is generated.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Message(BaseModel):
 
 
 class Question(BaseModel):
-    """The body of /v1/chat/completions. Other fields of OpenAI's are ignored."""
+    """The body of /v1/chat/completions. Other fields of OpenAI's API are ignored."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -80,7 +80,7 @@ class Question(BaseModel):
 
 
 def read_question(body: bytes, limits: Limits) -> Question:
-    """The question in a request's body. Raises UserError with the field that is wrong or above a limit."""
+    """Parse a request's body. Raises UserError with the name of a field that is invalid or above a limit."""
     check_values(body, limits)
     try:
         question = Question.model_validate_json(body)
@@ -98,7 +98,7 @@ def read_question(body: bytes, limits: Limits) -> Question:
 
 
 def read_picture(url: str, limits: Limits) -> LazyPicture:
-    """The picture of a data URL, decoded when the model reads it. Raises UserError for every other address."""
+    """Return the image in a data URL, which is decoded when the model reads it. Raises UserError for other URLs."""
     head, _, encoded = url.partition(";base64,")
     if head[:5].lower() != "data:" or not encoded:
         raise UserError("pictures: send data:image/png;base64,…; this server opens no address and no file")
@@ -110,8 +110,8 @@ def read_picture(url: str, limits: Limits) -> LazyPicture:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The whole body. Raises HTTPException 413 or 415."""
-    # Another site's page can make a browser post any other type here without asking this server first.
+    """Read the full body. Raises HTTPException 413 if it is too large, and 415 if it is not JSON."""
+    # Only JSON, because another site's page can make a browser post other types here without a preflight request.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send the body as Content-Type: application/json")
     body = bytearray()
@@ -123,7 +123,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threading.Event) -> Iterator[str | Stats]:
-    """The pieces of the answer, then its statistics. Raises UserError for a question that the model cannot read."""
+    """Yield the answer in pieces, then its statistics. Raises UserError for a question that the model cannot read."""
     tokens = question.max_tokens or limits.new_tokens
     settings = question.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
     sampling = Sampling(max_new_tokens=tokens, stop=tuple(question.stop), **settings)
@@ -136,19 +136,19 @@ def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threadin
 
 
 class Queue:
-    """One answer at a time, in the order of arrival; `waiting` requests may wait, and a turn ends after `seconds`."""
+    """A queue in which one request runs at a time, for at most `seconds`, while at most `waiting` others wait."""
 
     def __init__(self, waiting: int, seconds: float) -> None:
         self.waiting = waiting
         self.seconds = seconds
         self.places = 0
-        """Places that are taken, the running answer's included."""
+        """Number of requests in the queue, including the running one."""
         self._turn = asyncio.Semaphore(1)
 
     async def run(self, request: Request, work: Callable[[threading.Event], Iterator[Any]]) -> AsyncIterator[Any]:
-        """Yield what `work(cancel)` gives in its turn, in a thread. Raises HTTPException 429 if all places are taken.
+        """Wait for a turn, then run `work(cancel)` in a thread and yield its items. Raises HTTPException 429 if full.
 
-        `cancel` is set when the client has left and when the time is up.
+        `cancel` is set when the client has left or the time is up.
         """
         if self.places > self.waiting:
             raise HTTPException(429, "all places of the queue are taken: try again later")
@@ -167,7 +167,7 @@ class Queue:
         finally:
             gone.cancel()
             self.places -= 1
-            if not turn.cancel():  # it was done
+            if not turn.cancel():  # the turn had begun
                 self._turn.release()
 
 
@@ -177,28 +177,28 @@ async def _disconnected(request: Request) -> None:
 
 
 async def error_response(request: Request, error: Exception) -> JSONResponse:
-    """The status and OpenAI's error object for what went wrong; a defect's own words stay in the log."""
-    status, message, code = 500, "the server failed; its log says how", None
+    """Return the status and OpenAI's error object for an error. Only the log has the text of an unexpected one."""
+    status, message, code = 500, "the server failed; see its log", None
     if isinstance(error, HTTPException):
         status, message, code = error.status_code, error.detail, CODES.get(error.status_code)
     elif isinstance(error, UserError):
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
         status, message = 400, str(error)
     elif isinstance(error, (ClientDisconnect, asyncio.TimeoutError)):
-        status, message = 408, "the request did not arrive whole in time"
+        status, message = 408, "the request did not arrive completely in time"
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
 
 
 def ending(stats: Stats) -> dict[str, Any]:
-    """Why an answer ended, and its usage. OpenAI has no word for the time limit: it is "length"."""
+    """Return the finish reason and usage of an answer. OpenAI has no reason for the time limit, so it is "length"."""
     read, written = stats.prompt_tokens, stats.new_tokens
     usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     return {"finish_reason": "stop" if stats.finish_reason == "stop" else "length", "usage": usage}
 
 
 async def events(request: Request, items: AsyncIterator[Any], head: dict[str, Any], item: Any) -> AsyncIterator[str]:
-    """Server-sent events in OpenAI's form for an answer's `item` and those after it; usage is in the last event."""
+    """Yield OpenAI's server-sent events for the first `item` of an answer and for `items`, with usage at the end."""
 
     def event(delta: dict[str, str], finish_reason: str | None = None, usage: Any = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
@@ -220,13 +220,13 @@ async def events(request: Request, items: AsyncIterator[Any], head: dict[str, An
 
 
 def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """The server as an ASGI app."""
+    """Return the server as an ASGI app."""
     queue = Queue(limits.waiting, limits.seconds)
     model = Model(id=chat.name, created=int(time.time()), object="model", owned_by="clips-mllm")
 
     async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if api_key and not compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+        sent = request.headers.get("authorization", "")
+        if api_key and not compare_digest(sent.encode(), f"Bearer {api_key}".encode()):
             raise HTTPException(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'")
 
     app = FastAPI(title="CLIPS-MLLM", docs_url=None, redoc_url=None, openapi_url=None)
@@ -249,7 +249,7 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
         if question.model != chat.name:
             raise HTTPException(404, f"the model {question.model[:200]!r} is not served here: it is {chat.name!r}")
         items = queue.run(request, partial(answer, chat, question, limits))
-        first = await anext(items)  # an error before it has its own status
+        first = await anext(items)  # an error up to here sets the status of the response
         head = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time()), "model": chat.name}
         if question.stream:
             return StreamingResponse(events(request, items, head, first), media_type="text/event-stream")
@@ -258,14 +258,14 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
         message = {"role": "assistant", "content": "".join(pieces)}
         choice = {"index": 0, "message": message, "finish_reason": end["finish_reason"]}
         fields = head | {"object": "chat.completion", "choices": [choice], "usage": end["usage"]}
-        whole = openai_chat.ChatCompletion.model_validate(fields)
-        return Response(whole.model_dump_json(), media_type="application/json")
+        completion = openai_chat.ChatCompletion.model_validate(fields)
+        return Response(completion.model_dump_json(), media_type="application/json")
 
     return app
 
 
 def serve_from_flags(flags: argparse.Namespace) -> None:
-    """The command scripts/serve.py. Raises UserError for a limit and for a model that cannot be loaded."""
+    """Run scripts/serve.py. Raises UserError for an invalid limit or a model that cannot be loaded."""
     limits = from_flags(Limits, flags, "max_")
     chat = ChatModel.load(flags.model, **model_options(flags))
     api_key = os.environ.get("CLIPS_API_KEY", "")

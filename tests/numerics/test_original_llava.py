@@ -209,7 +209,7 @@ def test_lora_on_a_llava_checkpoint(tmp_path, parts):
     whole = write_whole(tmp_path, kind="mlp2x_gelu")
     tensors = read_original(lora, str(whole)).tensors
     assert all(torch.equal(tensors[name], tensor) for name, tensor in merged.items())
-    with pytest.raises(UserError, match="is a whole model: leave out --base"):
+    with pytest.raises(UserError, match="is a full model: leave out --base"):
         read_original(whole, str(tmp_path / "base"))
 
 
@@ -250,7 +250,7 @@ def test_weights_that_are_missing_or_of_no_part_are_named(tmp_path):
     tensors = read_all(original)
     cases = {
         "missing model.norm.weight": {n: t for n, t in tensors.items() if n != "model.norm.weight"},
-        r"of no part .*: model.vision_resampler.query": tensors | {"model.vision_resampler.query": torch.zeros(2)},
+        r"to no part .*: model.vision_resampler.query": tensors | {"model.vision_resampler.query": torch.zeros(2)},
         r"holds no projector": {n: t for n, t in tensors.items() if "mm_projector" not in n},
     }
     for message, changed in cases.items():
@@ -340,7 +340,7 @@ def test_a_sentencepiece_tokenizer_needs_its_file(tmp_path):
 def test_what_llava_has_no_class_for_is_named(tmp_path):
     write_run(tmp_path / "run")
     llm = load_llm(str(write_llm(tmp_path / "llm")), version="v1")
-    with pytest.raises(UserError, match="CLIPVisionModel, and no ViTModel"):
+    with pytest.raises(UserError, match="CLIPVisionModel, not a ViTModel"):
         convert_llava(str(save_own(tmp_path, llm)), tmp_path / "llava-own", "llava")
     own = save_own(tmp_path, llm, write_siglip(tmp_path / "siglip"))
     with pytest.raises(UserError, match="no SiglipVisionModel"):

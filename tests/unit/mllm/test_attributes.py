@@ -74,7 +74,9 @@ def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures
 
     answers = Counter(question.answer for question in questions if question.kind == "usage")
     assert answers["Casual"] > answers["Formal"] > 0, "as frequent as in the data"
-    assert f"'Casual' would always get {answers['Casual'] / answers.total():.1%}" in (out / "summary.txt").read_text()
+    assert (
+        f"always answering 'Casual' gets {answers['Casual'] / answers.total():.1%}" in (out / "summary.txt").read_text()
+    )
 
 
 def test_yes_and_no_say_nothing_without_the_picture(shop: Path, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     test = write_tar(tmp_path / "b.tar", [row | {"id": row["id"] + 100} for row in rows])
     out = build(tmp_path / "out", "--data", data, "--test-data", test, "--columns", "baseColour", "gender")
     usual = 60 - len(HOSTILE) - 1
-    counts = f"{usual} train and {usual} test rows; left out 2 rare ones, {2 * len(HOSTILE)} without"
+    counts = f"{usual} train and {usual} test rows; skipped 2 rare ones, {2 * len(HOSTILE)} without"
     assert f"column baseColour: 4 of 5 values in {counts}" in capsys.readouterr().out
     answers = {answer for _, answer in turns(out)}
     assert {'a "big" dot, so', "Men"} <= answers
@@ -226,7 +228,7 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
     table = write_csv(tmp_path / "shop.csv", rows)
     out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my pictures")
     text = capsys.readouterr().out
-    assert "left out 1 that are missing: 15003.png" in text
+    assert "skipped 1 missing images: 15003.png" in text
     assert "column productDisplayName:" in text
     assert "column id: 0 of" in text, "a value of its own in each row is no answer"
     assert "15003.png" not in (out / "instruct.json").read_text()

@@ -206,7 +206,7 @@ def test_a_change_of_mind_and_a_late_plan_are_in_the_report_and_verify(output: P
     differs = ['decides: "accuracy" → "accuracy/where"']
     assert report["fixed"] == {"sha256": before, "kept": False, "differs": differs}
     text = html.unescape(as_html(page(report, None)))
-    assert "was not kept to: decides: " in text
+    assert "was not kept: decides: " in text
     wheres = [row for row in report["differences"] if row["metric"] == "accuracy/where"]
     assert all(sentence(row) in text for row in wheres)
     verification = verify(output)
@@ -246,7 +246,7 @@ def test_an_archive_verifies_elsewhere_by_the_command(
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded: []\n")
-    assert "4 cells, 144 answers scored anew" in done.stdout
+    assert "4 cells, 144 answers scored again" in done.stdout
     assert list(elsewhere.iterdir()) == [elsewhere / "sent.tar.xz"]
 
 

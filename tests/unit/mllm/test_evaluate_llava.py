@@ -170,7 +170,7 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
     for fields, place_of_images, message in [
         ({"text": "What?", "images": ("0.png",)}, None, r"question 7.*no --image-folder"),
         ({"text": "What?", "images": ("missing.png",)}, store, r"question 7.*missing\.png"),
-        ({"text": "word " * 300}, store, r"question 7 has \d+ tokens with its pictures, the context is 512"),
+        ({"text": "word " * 300}, store, r"question 7 has \d+ tokens with its images, the context is 512"),
     ]:
         with pytest.raises(UserError, match=message):
             generate_answers(*loaded, [Question(id=7, **fields)], place_of_images)

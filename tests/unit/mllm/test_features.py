@@ -106,7 +106,7 @@ def test_broken_picture(parts, store, tmp_path):
     cache = FeatureCache(encoder, store, tmp_path / "cache")
     (store.location / "bad.png").write_bytes(b"\x89PNG nonsense")
     for name in ("bad.png", "gone.png"):
-        with pytest.raises(UserError, match=f"^picture {name} .*mend it or take"):
+        with pytest.raises(UserError, match=f"^image {name} .*repair it or remove"):
             cache.fill([name])
 
 

@@ -68,7 +68,7 @@ def test_versions_and_stop_tokens(tmp_path):
     for given, name in (("vicuna_v1", "v1"), ("qwen_1_5", "chatml")):  # LLaVA's names
         assert saved_format(load_llm(str(bare), version=given).tokenizer).name == name
     (bare / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"'mpt' is none of: plain, v1, .*vicuna_v1"):
+    with pytest.raises(UserError, match=r"'mpt' is not one of: plain, v1, .*vicuna_v1"):
         load_llm(str(bare), version="mpt")  # before the weights are read
 
 

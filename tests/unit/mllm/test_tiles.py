@@ -111,7 +111,7 @@ def test_order_is_that_of_transformers(chat: ChatModel) -> None:
     stock, counts = model.model.pack_image_features(parts, torch.tensor(sizes), "default", newline)
     assert counts.tolist() == [layout.tokens(size) for size in sizes]
     assert torch.equal(layout.arranged(cells, newline, sizes), torch.cat(stock))
-    with pytest.raises(ValueError, match="squares, but pictures"):
+    with pytest.raises(ValueError, match="squares, but images"):
         layout.arranged(cells[1:], newline, sizes)
 
 
@@ -126,7 +126,7 @@ def test_canvases_are_read_as_llava_s_and_bounded() -> None:
 
 
 def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="anyres needs a token for each patch"):
+    with pytest.raises(UserError, match="anyres needs a square of one token"):
         load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", select_feature="full")
     siglip = load_vision(write_siglip(tmp_path / "siglip"), image_aspect_ratio="anyres")  # has no CLS token
     assert siglip.facts["tiles"] == siglip.most_tiles == 4
