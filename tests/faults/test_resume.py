@@ -116,7 +116,7 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(killed, sh
     assert "data.train" not in results["refused"].text, "only what differs is shown"
     assert_said(results["never"], 2, "holds a run already", "--name")
     assert_said(results["pickle"], 2, "--resume", "model.pt")
-    assert_said(results["optimizer"], 2, "optim.kind cannot change within a run")
+    assert_said(results["optimizer"], 2, "optim.kind cannot change in a run")
     assert_said(results["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
     assert results["allowed"].code == 0, results["allowed"].text
     assert "goes on from" in results["allowed"].text

@@ -183,7 +183,7 @@ def test_what_is_no_clips_checkpoint_is_refused(tmp_path):
     directory = tmp_path / "official"
     w = write_official(directory, weights="safetensors")
     write_weights(w | {"visual.extra": torch.ones(1)}, directory / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match=r"no place here: visual\.extra"):
+    with pytest.raises(UserError, match=r"no tower here has: visual\.extra"):
         load_model(directory)
     del w["ln_final.bias"]
     write_weights(w, directory / "open_clip_model.safetensors")

@@ -343,7 +343,7 @@ def test_what_llava_has_no_class_for_is_named(tmp_path):
     with pytest.raises(UserError, match="CLIPVisionModel, not a ViTModel"):
         convert_llava(str(save_own(tmp_path, llm)), tmp_path / "llava-own", "llava")
     own = save_own(tmp_path, llm, write_siglip(tmp_path / "siglip"))
-    with pytest.raises(UserError, match="no SiglipVisionModel"):
+    with pytest.raises(UserError, match="not a SiglipVisionModel"):
         convert_llava(str(own), tmp_path / "llava-own", "llava")
     wide = load_llm(str(write_llm(tmp_path / "wide", head_dim=20)), version="v1")
     with pytest.raises(UserError, match="head_dim"):
