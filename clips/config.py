@@ -490,7 +490,7 @@ class TrainConfig:
     freeze: Freeze = "none"
     """The tower that is not trained (LiT); its projection into the shared space trains."""
     on_spike: OnSpike = "continue"
-    """What to do after a step whose loss or gradient norm is far above the recent ones (clips/training/watchdog.py):
+    """What to do after a step whose loss or gradient norm is far above the recent ones (clips/engine/watchdog.py):
     continue only records it, and skip also skips its update."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""

@@ -104,7 +104,7 @@ class TrainArguments:
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     warmup_ratio: float = usual("warmup_ratio", "share of the steps that warm up")
     warmup_steps: int | None = flag(None, "steps that warm up, instead of a share (default: from --warmup_ratio)")
-    lr_scheduler_type: str = usual("lr_scheduler_type", "schedule of transformers.Trainer")
+    lr_scheduler_type: str = usual("lr_scheduler_type", "schedule of transformers: linear, cosine, constant, …")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     num_train_epochs: float = usual("num_train_epochs", "passes over the data")
     max_steps: int = flag(None, "optimizer steps, instead of epochs (default: -1, epochs count)")
