@@ -4,7 +4,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ def main() -> None:
 
 def launch(words: list[str]) -> None:
     """Run each stage in separate processes, then the evaluation if there are questions for this model."""
-    from mllm.training.arguments import flags_of_stage, parser
+    from mllm.training.arguments import default_output_dir, flags_of_stage, parser
     from mllm.training.stages import STAGES
 
     flags = {number: parser().parse_args(flags_of_stage(words, stage.name)) for number, stage in STAGES.items()}
@@ -38,10 +37,10 @@ def launch(words: list[str]) -> None:
     command = [python]
     ranks = count_ranks(last.device)
     if ranks > 1:  # on a free port, because another training may use deepspeed's default port
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        command += f"-m deepspeed.launcher.runner --hostfile none --num_gpus {ranks} --master_port {port}".split()
+        from clips.common.runtime import unused_port
+
+        launcher = f"-m deepspeed.launcher.runner --hostfile none --num_gpus {ranks} --master_port {unused_port()}"
+        command += launcher.split()
     is_model = numbers != [1] and not last.dry_run
     # The demo's questions say nothing about a model that was trained on other data.
     evaluates = is_model and not any(stage.data_path or stage.karpathy for stage in flags.values())
@@ -50,8 +49,7 @@ def launch(words: list[str]) -> None:
         env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or number != numbers[-1] else {}
         more = ["--stage", str(number), *["--both_stages"] * (len(numbers) > 1)]
         run([*command, str(SCRIPTS / "train_llava.py"), *words, *more], os.environ | env)
-    kind, colon, _ = last.vision_tower.partition(":")  # openai/clip-… is hf:openai/clip-…
-    place = Path(last.output_dir or f"runs/llava-{'hf' if not colon and '/' in kind else kind}")
+    place = Path(last.output_dir or default_output_dir(last.vision_tower))
     # The run of a model that was trained on captions holds images for its evaluation.
     if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):
         script = str(SCRIPTS / "evaluate_llava.py")

@@ -152,9 +152,8 @@ class TrainArguments:
             values["reader"] = "none"
         if self.data_path is None or self.test_data or not is_captions(self.data_path):
             values["held_out"] = None
-        kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf
         if values["output_dir"] is None:
-            values["output_dir"] = os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}")
+            values["output_dir"] = default_output_dir(self.vision_tower)
         if values["lora_enable"] is None:
             values["lora_enable"] = self.bits < 16
         if self.stage == 2:  # it starts from stage 1's projector
@@ -214,6 +213,12 @@ class TrainArguments:
     def what_trains(self) -> dict[str, Any]:
         """Return the fields that change the result; a resumed run must have the same values."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_RESULT}
+
+
+def default_output_dir(vision_tower: str) -> str:
+    """Return the run directory of a command without --output_dir; a bare owner/name or directory is of kind hf."""
+    kind, colon, _ = vision_tower.partition(":")
+    return os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}")
 
 
 NOT_RESULT = {

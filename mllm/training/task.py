@@ -73,13 +73,8 @@ class TrainingModel(Objective):
         return loss, {"loss": loss.detach()}
 
     def _loss(self, batch: Batch, labels: Tensor | float | None) -> Tensor:
-        llava, ids, mask, features = (
-            self.llava,
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch.get("image_features"),
-        )
-        counts, pixels = batch.get("counts"), batch.get("pixel_values")
+        llava, ids, mask = self.llava, batch["input_ids"], batch["attention_mask"]
+        counts, features, pixels = (batch.get(name) for name in ("counts", "image_features", "pixel_values"))
         if counts is None:  # without them the host waits for the GPU
             counts = Counts.of(batch, *placeholder_ids(llava.config))
         if not self.features and pixels is None:  # a batch without images, see `embed_inputs`
@@ -94,12 +89,12 @@ class TrainingModel(Objective):
 
         So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.
         """
-        local = max(1, sum(batch["counts"].learned for batch in batches))
+        local = sum(batch["counts"].learned for batch in batches)
         if engine.world_size == 1:
-            return [local / len(batches)] * len(batches)
+            return [max(1, local) / len(batches)] * len(batches)
         labels = torch.full((), float(local), device=engine.device)  # filled there: nothing waits for the device
         dist.all_reduce(labels)
-        return [labels / (len(batches) * engine.world_size)] * len(batches)
+        return [labels.clamp(min=1) / (len(batches) * engine.world_size)] * len(batches)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`, the pixels in the encoder's precision."""
