@@ -246,7 +246,15 @@ def wait_until_gone(out: Path, seconds: float = 60) -> None:
     assert of_run(out) == []
 
 
+def environment(process: psutil.Process) -> dict[str, str]:
+    """The environment of a process, or nothing if it has ended."""
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except psutil.Error:
+        return {}
+
+
 def rank(out: Path, number: int) -> psutil.Process:
     """The training process of a rank."""
-    processes = [process for process in of_run(out) if process.environ().get("RANK") == str(number)]
+    processes = [process for process in of_run(out) if environment(process).get("RANK") == str(number)]
     return min(processes, key=psutil.Process.create_time)  # its workers came later

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import MACHINE, SCRIPT, deepspeed, lines, python, run, started, wait_for
+from launched import MACHINE, SCRIPT, deepspeed, environment, lines, python, run, started, wait_for
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, chosen_weights, has_report, is_finished
@@ -133,15 +133,8 @@ def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
 
 
 def rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
-    processes = [p for p in launcher.children(recursive=True) if _environment(p).get("RANK") == str(number)]
+    processes = [p for p in launcher.children(recursive=True) if environment(p).get("RANK") == str(number)]
     return min(processes, key=psutil.Process.create_time, default=None)
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except psutil.Error:
-        return {}
 
 
 def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(shards: tuple[str, ...], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, small_data, started, trace
+from launched import SCRIPT, deepspeed, environment, small_data, started, trace
 
 from clips.common.files import MANIFEST, read_json
 from clips.common.rundir import METRICS, parse_line, read_evaluations
@@ -88,7 +88,8 @@ def train_under(kills: Sequence[Kill], run_dir: Path, flags: Sequence[str], seed
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = psutil.Process(process.pid).children(recursive=True)
             for target in chosen(kill.victim, process.pid, family, rng):
-                target.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
+                    target.kill()
             process.wait(PATIENCE)
             _, alive = psutil.wait_procs(family, PATIENCE)
             for other in alive:
@@ -135,7 +136,7 @@ def chosen(victim: str, launcher: int, family: list[psutil.Process], rng: random
     parts: dict[str, list[psutil.Process]] = {"rank": [], "launcher": [psutil.Process(launcher)], "worker": []}
     ranks: set[int] = set()
     for process in family:  # parents come before their children
-        is_of_rank = "RANK" in process.environ()
+        is_of_rank = "RANK" in environment(process)
         part = "launcher" if not is_of_rank else "worker" if process.ppid() in ranks else "rank"
         if is_of_rank:
             ranks.add(process.pid)
