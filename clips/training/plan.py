@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 from clips.common.errors import UserError
@@ -23,13 +21,6 @@ def engine_settings(name: str) -> dict[str, Any]:
     if name not in files:
         raise UserError(f"--engine {name!r} is not known; choose one of: {', '.join(files)}")
     return json.loads(files[name].read_text(encoding="utf-8"))["zero_optimization"]
-
-
-def print_memory(run: RunConfig, ranks: int, zero: Mapping[str, Any]) -> None:
-    """Print the GPU memory of the phase of a run that takes most."""
-    steps = [rehearse(run, phase, ranks, stage=zero.get("stage", 0)) for phase in run.phases]
-    most = max(step.on_rank(zero, ranks) for step in steps)
-    print(f"memory per rank on a GPU, rehearsed: {most / 1e9:.3g} GB", file=sys.stderr)
 
 
 def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:

@@ -39,7 +39,6 @@ from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
 from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
-from clips.training.plan import print_memory
 from clips.training.prepare import (
     Options,
     facts_of_data,
@@ -119,8 +118,6 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     if options.dry_run:
         start.close()
         shutdown()
-        if start.rank == 0:
-            print_memory(run, start.ranks, ds_config.get("zero_optimization", {}))
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
