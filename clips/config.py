@@ -369,12 +369,8 @@ class DataConfig:
         mixed = self.train == "mix"
         _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
         _require(self.cache_gb >= 0, f"data.cache_gb {self.cache_gb} is negative; 0 makes no copies of remote data")
-        names = [part.name for part in self.mix]
-        _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
         tests = [part.name for part in self.further_tests]
         _require(len(set(tests)) == len(tests), f"data.further_tests names a set twice: {', '.join(tests)}")
-        for part in self.mix:
-            _require(0 < part.share < float("inf"), f"data.mix: the share of {part.name} is {part.share}, not above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
