@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import flip_bit
 
 from clips.common import files
 from clips.common.errors import UserError
@@ -24,12 +25,6 @@ def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
     state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3)
     state.logit_scale.append((8 * step, 14.25))
     return checkpoint.save(run_dir, weights, optimizer, state, keep)
-
-
-def flip_bit(path: Path, offset: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 8
-    path.write_bytes(bytes(data))
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -58,7 +53,7 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
     if damage == "missing":
         target.unlink()
     elif damage == "bit":
-        flip_bit(target, target.stat().st_size // 2)
+        flip_bit(target)
     else:
         target.write_bytes(target.read_bytes()[: -1 if damage == "truncated" and file != "MANIFEST.json" else 0])
     assert checkpoint.latest(tmp_path).state.step == 1

@@ -1,13 +1,12 @@
 """Tar shards and tables: what is there is found, what is damaged is named, what climbs out is refused."""
 
 import csv
-import io
 import json
 import os
 import pickle
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from bad_corpus import square as picture
+from launched import write_tar
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
@@ -43,17 +43,8 @@ def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
     return {f"s{i:03d}.{extension}": data for extension, data in members.items() if data is not None}
 
 
-def write_tar(path: Path, members: Mapping[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.type, info.size = tarfile.XHDTYPE if name.startswith("PaxHeaders") else tarfile.REGTYPE, len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def shard(path: Path, first: int, count: int) -> Path:
-    return write_tar(path, {k: v for i in range(first, first + count) for k, v in sample(i).items()})
+    return write_tar(path, [member for i in range(first, first + count) for member in sample(i).items()])
 
 
 def numbers(source: Source) -> list[int]:
@@ -137,7 +128,7 @@ def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
         "d/a.seg.png": b"mask", "d/a.jpg": b"one", "d/a.txt": b" web a ", "d/a.long.txt": b"long a", "d/a.cls": b"7\n",
         "d/b.png": b"two", "d/b.json": b'{"alt": "web b", "long": "long b"}', "d/.hidden": b"x", "README": b"x",
     }  # fmt: skip
-    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", members.items())
     source = open_tar(tmp_path, Fields(image="jpg;png", web="json:alt;txt", long="long.txt;json:long"))
     samples = [source.read(i) for i in range(2)]
     assert [(s.image, s.web, s.long) for s in samples] == [(b"one", "web a", "long a"), (b"two", "web b", "long b")]
@@ -148,7 +139,7 @@ def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
 def test_long_and_foreign_names(tmp_path: Path, format: int) -> None:
     stem = "ä/" * 60 + "日" * 100
     members = {f"{stem}{name.removeprefix('s000')}": data for name, data in sample(0).items()}
-    source = open_tar(write_tar(tmp_path / "a.tar", members, format=format))
+    source = open_tar(write_tar(tmp_path / "a.tar", members.items(), format=format))
     assert source.read(0).key.endswith(f"#{stem}")
 
 
