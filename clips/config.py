@@ -545,10 +545,6 @@ class RunConfig:
         """Samples of all phases, in full optimizer steps."""
         return sum(phase.seen for phase in self.phases)
 
-    @property
-    def steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -240,8 +240,6 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    if not isinstance(image, (str, Path)):
-        raise TypeError(f"an image is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     if not is_remote(str(image)) and Path(image).is_dir():
         raise UserError(f"{image} is a folder: give it alone, or the images in it (Path(folder).glob('*.jpg'))")
     try:

@@ -322,7 +322,8 @@ class TarSource(Source):
         """Say how many samples of a shard are skipped, and which is the first of them."""
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
-        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
+        extensions = itertools.compress(opened.index.extensions, opened.index.offsets[row] >= 0)
+        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(extensions))}"
         count = self.left_out[shard]
         return f"{self.shards[shard]}: {count:,} samples are skipped because a member is missing, the first is {first}"
 

@@ -6,7 +6,6 @@ A damaged shard still yields its good samples; `problems` says what was lost.
 
 from __future__ import annotations
 
-import itertools
 import json
 import tarfile
 from collections import Counter
@@ -59,9 +58,6 @@ class ShardIndex:
     extensions: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
-
-    def extensions_of(self, row: int) -> list[str]:
-        return list(itertools.compress(self.extensions, self.offsets[row] >= 0))
 
 
 def shard_summary(url: str) -> ShardSummary:

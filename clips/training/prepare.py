@@ -55,14 +55,10 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
     config_file = options.run_dir / "config.json"
     if options.resume == "never" and config_file.exists():
         raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
-    if config_file.exists():
+    if config_file.exists() and not options.allow_config_change:
         changes = difference(RunConfig.load(config_file), run)
-        if not options.allow_config_change:
-            rundir.refuse(
-                changes,
-                f"{options.run_dir} holds a run with another configuration",
-                "Give the new run another --name, or go on with the changes by --allow-config-change",
-            )
+        mend = "Give the new run another --name, or go on with the changes by --allow-config-change"
+        rundir.refuse(changes, f"{options.run_dir} holds a run with another configuration", mend)
     if not options.dry_run:
         try:
             (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -210,13 +210,10 @@ class Pretraining(Training):
         if visual.image_size != self.phase.image_size:
             visual.set_image_size(self.phase.image_size)
         if state.phase_step == 0:
-            self._begin_phase()
-
-    def _begin_phase(self) -> None:
-        self.state.recent_losses = []
-        self.state.recent_norms = []
-        if self.phase.fresh_optimizer:
-            self.engine.state.reset_optimizer()
+            state.recent_losses = []
+            state.recent_norms = []
+            if self.phase.fresh_optimizer:
+                self.engine.state.reset_optimizer()
 
     def rates(self) -> dict[str, float]:
         factor = lr_factor(self.phase, self.state.phase_step)
