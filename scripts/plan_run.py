@@ -29,7 +29,7 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.common.peaks import Machine
     from clips.recipes import recipe
-    from clips.training.plan import print_pretraining
+    from clips.training.rehearsal import print_pretraining
 
     run = recipe(flags.recipe).override(flags.set)
     machine = Machine(flags.kind, flags.gpus, flags.mfu)

@@ -1,7 +1,5 @@
 """A process: kept memory, bf16 that is tried, signals, its exit code; the peaks of cards, and the plan of a run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -20,9 +18,8 @@ from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 from clips.data.loader import to_device
 from clips.recipes import recipe
-from clips.training.plan import print_pretraining
 from clips.training.prepare import full_batch
-from clips.training.rehearsal import built
+from clips.training.rehearsal import built, print_pretraining
 
 FAULTS = """
 import resource, torch
