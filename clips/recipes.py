@@ -5,8 +5,6 @@ deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/{00000..099
 deepspeed scripts/pretrain_clips.py --recipe b16 --debug   # the same code in three tiny steps
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

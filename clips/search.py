@@ -4,8 +4,6 @@ Shapes: N images · E width of a feature. An index holds 4 · N · E bytes and t
 take 205 MB with E = 512. A search reads these features once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each rank writes `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tra
 rank 0 prints at the end, as `operators-rankN.txt`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

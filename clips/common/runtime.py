@@ -1,7 +1,5 @@
 """What a process runs on: its device, its process group, DeepSpeed's import."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes

@@ -4,8 +4,6 @@ A sample is the members that share a key: the path up to the first dot of the fi
 A damaged shard still yields its good samples; `problems` says what was lost.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """The flags of scripts/pretrain_clips.py, and the RunConfig that they describe."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Mapping

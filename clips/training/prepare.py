@@ -1,7 +1,5 @@
 """What a run prepares before its first step: its directory, data and tokenizer, and the plan that it prints."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

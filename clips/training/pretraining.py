@@ -1,7 +1,5 @@
 """Pretraining: prepare a run, train it in the loop of both halves, and finish it."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """The reader: a language model is taught on imagined scenes, and its adapter becomes a part of a stock model."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """The demo data: true captions, held-out layouts, the same bytes for a seed, never a half-built folder."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
