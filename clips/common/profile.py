@@ -23,7 +23,7 @@ SHOWN = 20
 def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[profile | None]:
     """Record `steps` optimizer steps inside, after the first SKIPPED; with `steps` 0 yield None.
 
-    The block calls `step` of what is yielded after each optimizer step. The record is written when these steps have
+    The block calls `profiler.step()` after each optimizer step. The record is written when these steps have
     ended, or when the block does.
     """
     if steps == 0:

@@ -46,6 +46,7 @@ class ShardSummary:
     layouts: dict[tuple[str, ...], int]
     """Extensions → samples that have exactly these."""
     problems: list[str]
+    """What could not be used."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,14 @@ def shard_summary(url: str) -> ShardSummary:
     raise AssertionError("the second time returns or raises")
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    indexes: list[str]
-    """Path of each shard's index."""
-    layouts: list[tuple[str, ...]]
-    """The sets of extensions that samples have."""
-    counts: np.ndarray
-    """int64 [shards, layouts]: samples."""
-    problems: list[str]
-    """What could not be used, each with its shard's name."""
-
-
-def open_shards(urls: Sequence[str]) -> ShardSet:
-    """Return the set of the shards `urls`. Missing indexes are made in threads, with a progress bar.
+def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
+    """Return the summary of each shard. Missing indexes are made in threads, with a progress bar.
 
     Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(shard_summary, urls)
-        summaries = list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
-
-    layouts = sorted({layout for summary in summaries for layout in summary.layouts})
-    counts = np.array([[summary.layouts.get(layout, 0) for layout in layouts] for summary in summaries], dtype=np.int64)
-    problems = [f"{url}: {line}" for url, summary in zip(urls, summaries, strict=True) for line in summary.problems]
-    return ShardSet([str(summary.index) for summary in summaries], layouts, counts, problems)
+        return list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
 
 
 def load_index(path: Path) -> ShardIndex:

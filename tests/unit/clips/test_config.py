@@ -24,10 +24,6 @@ def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
     run.save(tmp_path / "config.json")
     loaded = RunConfig.load(tmp_path / "config.json")
     assert loaded == run  # tuples again, not lists
-    assert difference(run, loaded) == []
-    assert isinstance(loaded.phases, tuple)
-    assert isinstance(loaded.optim.betas, tuple)
-    assert (loaded.model.captioner is None) == (name == "clip_baseline")
 
 
 @pytest.mark.parametrize(
@@ -65,8 +61,6 @@ def test_override_sets_one_field_and_leaves_the_rest() -> None:
         "train.seed: 0 → 5",
     ]
     assert isinstance(changed.phases[1].lr, float), "an integer is a float there"
-    assert from_dict(RunConfig, json.loads(json.dumps(changed.to_dict()))) == changed
-    assert run == replace(tiny_run(), phases=tiny_run().phases * 2)  # the old one is untouched
     together = tiny_run().override(["phases.*.batch_size=128", "phases.*.samples=128"])  # either alone does not fit
     assert (together.phases[0].batch_size, together.phases[0].samples) == (128, 128)
     changed = run.override(["data.val=a=b.csv", "data.image_root=null"])

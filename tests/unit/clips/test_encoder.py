@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model, run_python, script_parser, tiny_run
-from PIL import Image
 from range_server import serving
 from tiny_mllm import picture, write_export
 
@@ -47,15 +46,6 @@ def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path:
         torch.testing.assert_close(features, expected[: len(features)], atol=1e-6, rtol=0)
     torch.testing.assert_close(opened.encode_image(pixels[0]), expected[:1], atol=1e-6, rtol=0)
     assert opened.encode_image([]).shape == opened.encode_text([]).shape == (0, opened.embed_dim)
-
-
-def test_a_photo_is_upright_however_it_comes(opened: CLIPS, tmp_path: Path) -> None:
-    tags = Image.Exif()
-    tags[0x0112] = 6  # orientation: to be turned by 90°
-    picture().save(tmp_path / "photo.png", exif=tags)
-    turned = opened.encode_image(tmp_path / "photo.png")
-    torch.testing.assert_close(opened.encode_image(Image.open(tmp_path / "photo.png")), turned, atol=1e-6, rtol=0)
-    assert (opened.encode_image(picture()) - turned).abs().max() > 1e-4
 
 
 def test_texts_and_similarity(opened: CLIPS) -> None:
