@@ -252,20 +252,17 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
-    image = flags.image
-    if image is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
-        image = flags.text  # people try this first, and no encoder was trained on file names
+    is_image = is_remote(flags.query) or flags.query.lower().endswith(ENDINGS)  # no encoder was trained on names of files
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
     found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
     print(printable(found), file=sys.stderr)
-    query = flags.text if image is None else _open(image)
-    matches = index.search(query, flags.k)
+    matches = index.search(_open(flags.query) if is_image else flags.query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:
-        write_page(Path(flags.output), flags.text or flags.image, matches)
+        write_page(Path(flags.output), flags.query, matches)
         print(f"the images are in {flags.output}")
 
 
