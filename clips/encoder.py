@@ -252,7 +252,7 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
-    is_image = is_remote(flags.query) or flags.query.lower().endswith(ENDINGS)  # no encoder was trained on names of files
+    is_image = is_remote(flags.query) or flags.query.lower().endswith(ENDINGS)  # no encoder was trained on file names
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""

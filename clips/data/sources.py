@@ -295,8 +295,10 @@ class TarSource(Source):
             count = sum(self.left_out)
             total = count + len(self)
             self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are skipped, as follows")
-        for line in _first_of(self.problems):
+        for line in self.problems[:WARNED]:
             log.warning("%s", line)
+        if len(self.problems) > WARNED:
+            log.warning("and %d more problems", len(self.problems) - WARNED)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """Return the needed parts that a sample with these extensions lacks."""
@@ -638,12 +640,6 @@ def _missing_field(where: str, name: str, spec: str, names: Sequence[str]) -> Us
         f"{clip(', '.join(names)) or 'none'}. Name the right one with --fields {name}=FIELD"
         + (f".{CHOICES}" if name == "long" else "")
     )
-
-
-def _first_of(problems: Sequence[str]) -> list[str]:
-    """Return the first WARNED problems, and how many more there are."""
-    more = [f"and {len(problems) - WARNED:,} more problems"] if len(problems) > WARNED else []
-    return [*problems[:WARNED], *more]
 
 
 def _names(files: list[str]) -> str:

@@ -9,7 +9,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,19 +59,14 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """Return the summary of a shard's index, which is built and stored on first use, and again if it is damaged."""
-    for is_last in (False, True):
-        path = sidecar(url, INDEX, lambda target: _write_index(url, target))
-        try:
-            with safe_open(path, "numpy") as stored:
-                meta = from_array(stored.get_tensor("meta"))
-            return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if is_last:
-                raise UserError(f"{path} is damaged ({error}) and cannot be replaced: remove it") from None
-            with suppress(OSError):
-                path.unlink()
-    raise AssertionError("the second time returns or raises")
+    """Return the summary of a shard's index, which is built and stored on first use."""
+    path = sidecar(url, INDEX, lambda target: _write_index(url, target))
+    try:
+        with safe_open(path, "numpy") as stored:
+            meta = from_array(stored.get_tensor("meta"))
+        return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and it is made again") from None
 
 
 def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
