@@ -47,7 +47,9 @@ Mend it, set PHOTOS=DIR, or run the demo on drawings: bash scripts/quickstart.sh
 
 echo "== 1. install"
 install demo chat
-if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then # more threads than physical cores make the small matrices here slower
+  OMP_NUM_THREADS="$(python -c 'from joblib import cpu_count; print(cpu_count(only_physical_cores=True))')"
+fi
 export OMP_NUM_THREADS
 SEED="${SEED:-0}"
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set a lower number if the machine is busy with other work)"
