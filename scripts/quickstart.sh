@@ -15,10 +15,6 @@ set -euo pipefail
 
 what="${1:-demo}"
 case "$what" in demo | photos) ;; *) fail "$what is not known: bash scripts/quickstart.sh [photos]" ;; esac
-for place in . data runs; do
-  [ ! -e "$place" ] || [ -w "$place" ] ||
-    fail "you cannot write to $PWD/$place, which may belong to another user: clone the repository into your own folder"
-done
 
 # Make captions for pretraining and questions for the language model from a shop's photographs and their attributes.
 photos() {
