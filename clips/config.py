@@ -597,7 +597,6 @@ RETIRED: dict[str, Any] = {
     **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
 }
 """Fields of earlier configurations, which still load with this value because the program still behaves like that."""
-RETIRED_OBJECTIVES = ("caption", "caption+web")
 
 
 def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
@@ -621,11 +620,6 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        if cls is RunConfig:  # first, because the model of such a run fails too, less clearly
-            task = value.get("task")
-            objective = task.get("objective") if isinstance(task, dict) else None
-            what = f"{where}.task.objective {objective!r}"
-            _require(objective not in RETIRED_OBJECTIVES, f"{what} was removed; commit aa82178b is the last with it")
         fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
         unknown = sorted(fields.keys() - hints.keys())
         _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")

@@ -1,7 +1,6 @@
 """The configuration: validated, rebuilt from its JSON form, changed and compared by field, and made of flags."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,16 +88,6 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
     tree["train"]["keep_every"] = 32
     with pytest.raises(UserError, match="keep_every"):
         from_dict(RunConfig, tree)
-
-
-@pytest.mark.parametrize("objective", ["caption", "caption+web"])
-def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path: Path) -> None:
-    tree = tiny_run().to_dict()
-    tree["task"]["objective"] = objective
-    tree["model"] |= {"embed_dim": 0, "captioner": tree["model"]["captioner"] | {"web": False}}
-    (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=f"'{re.escape(objective)}' was removed; commit aa82178b is the last"):
-        RunConfig.load(tmp_path / "config.json")
 
 
 def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
