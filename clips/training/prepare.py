@@ -119,8 +119,7 @@ def prepare_data(
     def make() -> CaptionTokenizer:
         if initial is not None and initial.tokenizer is not None:
             return initial.tokenizer
-        texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
-        return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+        return build_tokenizer(run.captions.tokenizer, source.captions(), vocab_size=run.model.text.vocab_size)
 
     # Without config.json a tokenizer is of a run that never began.
     if dist.get_rank() == 0 and not has_begun and not options.dry_run:
