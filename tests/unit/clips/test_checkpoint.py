@@ -19,12 +19,12 @@ from clips.engine.checkpoint import TrainState, Writer
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
-def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
-    weights = {"a.weight": torch.full((size, 4), float(step)), "scale": torch.tensor(2.5)}
-    optimizer = {"a.weight/exp_avg": torch.arange(size * 4.0).view(size, 4) * step}
+def write(run_dir: Path, step: int) -> Path:
+    weights = {"a.weight": torch.full((64, 4), float(step)), "scale": torch.tensor(2.5)}
+    optimizer = {"a.weight/exp_avg": torch.arange(256.0).view(64, 4) * step}
     state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3)
     state.logit_scale.append((8 * step, 14.25))
-    return checkpoint.save(run_dir, weights, optimizer, state, keep)
+    return checkpoint.save(run_dir, weights, optimizer, state, 2)
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -84,12 +84,8 @@ def state(step: int) -> TrainState:
     return TrainState(seed=0, step=step, samples=8 * step)
 
 
-def save(run_dir: Path, *steps: int, keep: int = 99) -> list[Path]:
-    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), keep) for step in steps]
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [int(path.name[5:]) for path in reversed(checkpoints(run_dir))]
+def save(run_dir: Path, *steps: int) -> list[Path]:
+    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), 99) for step in steps]
 
 
 def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,10 +225,10 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         assert len(list(source.captions())) == 6
 
 
-def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
+def csv_of(path: Path, rows: list[str]) -> Path:
     for name in "abc":
         (path.parent / f"{name}.png").write_bytes(picture(ord(name)))
-    path.write_bytes(end.join(["image,alt,long", *rows, ""]).encode())
+    path.write_text("\n".join(["image,alt,long", *rows, ""]), encoding="utf-8")
     return path
 
 
