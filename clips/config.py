@@ -82,23 +82,12 @@ def _one_of(name: str, value: str, choices: Any) -> None:
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
 
-Objective = Literal["clips", "clip"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
-Positions = Literal[PositionTable, "learned"]
 ImagePool = Literal["mean", "cls"]
-TextPool = Literal["cls", "eos"]
-CaptionerInputs = Literal["queries", "tokens"]
-SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 TokenizerKind = Literal["bert", "wordpiece", "clip"]
-Precision = Literal["auto", "bf16", "fp32"]
-OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
-Contrastive = Literal["micro", "global"]
-OnSpike = Literal["continue", "skip"]
-Choose = Literal["last", "best"]
-LrScaling = Literal["linear", "sqrt", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +102,7 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
-    pos_embed: Positions = "sincos"
+    pos_embed: Literal[PositionTable, "learned"] = "sincos"
     """sincos: the fixed table of open_clip and MoCo v3. sincos_reference: that of the reference code and its published
     checkpoints, with another denominator of the frequencies. learned: see clips/model/vision.py."""
     patch_bias: bool = True
@@ -182,7 +171,7 @@ class TextConfig:
     activation: Activation = "gelu_tanh"
     causal: bool = False
     """Each slot attends to itself and the slots before it, as in CLIP."""
-    pool: TextPool = "cls"
+    pool: Literal["cls", "eos"] = "cls"
     """The slot that represents the text: a CLS in the last slot, or eos (rows are `bos … eos pad …`)."""
     norm_eps: float = 1e-6
 
@@ -211,7 +200,7 @@ class CaptionerConfig:
     heads: int
     length: int = 128
     """Caption positions; `bos … eos` of the long caption is cut to this length."""
-    inputs: CaptionerInputs = "queries"
+    inputs: Literal["queries", "tokens"] = "queries"
     mlp_ratio: float = 4.0
     head_bias: bool = True
     """A bias in the head over the vocabulary; the reference has none."""
@@ -252,7 +241,7 @@ class CaptionsConfig:
     """How the two texts of a sample become token ids."""
 
     tokenizer: TokenizerKind = "bert"
-    strategy: SubCaptionStrategy = "sentence"
+    strategy: Literal["sentence", "truncation", "random_mask", "block_mask", "full"] = "sentence"
     sub_caption_tokens: int = 32
     """Tokens that truncation, random_mask and block_mask keep."""
     sentence_share: float = 0.0
@@ -270,7 +259,7 @@ class CaptionsConfig:
 class TaskConfig:
     """The objective: L = L_con + caption_weight · L_cap."""
 
-    objective: Objective = "clips"
+    objective: Literal["clips", "clip"] = "clips"
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
     """With objective clip: share of the samples that train on their synthetic caption, if they have one."""
@@ -400,14 +389,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    kind: OptimizerKind = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.2
     decay_embeddings: bool = True
     """If True, token embeddings decay as matrices do. Positions, queries and CLS never decay. The reference decays
     kernels only."""
-    lr_scaling: LrScaling = "sqrt"
+    lr_scaling: Literal["linear", "sqrt", "none"] = "sqrt"
     """How the flag `--batch-size` scales the recipe's learning rates: with the batch, with its square root, or not.
     `phases.*.lr` is the rate that training uses."""
     clip_grad: float = 0.0
@@ -471,11 +460,11 @@ class TrainConfig:
     seed: int = 0
     debug: bool = False
     """True for the smoke test of a recipe (--debug), which no later command takes as the newest encoder."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights. auto: the precision that the run began with, or bf16 if the device has it."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
-    contrastive: Contrastive = "micro"
+    contrastive: Literal["micro", "global"] = "micro"
     """Batch of the contrastive loss if accumulation > 1. micro: each micro-batch of all ranks. global: the whole batch,
     exactly, in the memory of a micro-batch, at the cost of one more forward pass of the towers (docs/training.md)."""
     activation_checkpointing: bool = False
@@ -485,7 +474,7 @@ class TrainConfig:
     the first step."""
     freeze: Freeze = "none"
     """The tower that is not trained (LiT); its projection into the shared space trains."""
-    on_spike: OnSpike = "continue"
+    on_spike: Literal["continue", "skip"] = "continue"
     """What to do after a step whose loss or gradient norm is far above the recent ones (clips/engine/watchdog.py):
     continue only records it, and skip also skips its update."""
     log_every: int = 10
@@ -496,7 +485,7 @@ class TrainConfig:
     """Samples between two checkpoints; 0: only at the end and when stopped."""
     keep_checkpoints: int = 2
     """Number of the newest checkpoints that are kept."""
-    choose: Choose = "last"
+    choose: Literal["last", "best"] = "last"
     """The checkpoint that is measured and exported: the last one, or the best one on the validation split by the sum of
     R@1, R@5 and R@10 in both directions. The best one is kept, however old it is."""
 
