@@ -151,9 +151,11 @@ class CLIPS:
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
-    def encode_query(self, text: str) -> Tensor:
-        """Return the feature [E] of a sentence; names (fewer than SENTENCE_WORDS words) go through `encode_labels`."""
-        text = " ".join(text.split())
+    def encode_query(self, query: str | Picture) -> Tensor:
+        """Return the feature [E] of an image or a text; names (below SENTENCE_WORDS words) go by `encode_labels`."""
+        if not isinstance(query, str):
+            return self.encode_image(query)[0]
+        text = " ".join(query.split())
         is_name = len(text.split()) < SENTENCE_WORDS
         return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
 
@@ -168,11 +170,11 @@ class CLIPS:
         for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
         paths = [str(items.root / items.files[i]) for i in encoded.indices]
-        return Index(paths, encoded.features, self._encode_any, self._weights, len(encoded.skipped))
+        return Index(paths, encoded.features, self.encode_query, self._weights, len(encoded.skipped))
 
     def load_index(self, path: str | Path) -> Index:
         """Open the index that `Index.save` wrote. Raises UserError if it was made with other weights."""
-        return load_index(path, self._encode_any, self._weights, self.embed_dim)
+        return load_index(path, self.encode_query, self._weights, self.embed_dim)
 
     def kept_index(self, folder: str | Path, *, file: str | Path | None = None, workers: int = 0) -> tuple[Index, Path]:
         """Return the index of `folder` and the `file` that stores it (default: one in the cache).
@@ -189,9 +191,6 @@ class CLIPS:
             index.listing = listing
             index.save(path)
         return index, path
-
-    def _encode_any(self, query: str | Picture) -> Tensor:
-        return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
 
     @cached_property
     def _weights(self) -> str:

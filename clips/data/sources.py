@@ -533,7 +533,11 @@ class TableSource(Source):
         file, key, rows = self._rows(index)
         texts = self._captions(key, rows)
         value = self._value(rows[0], "image")
-        image = self._image(key, self._place(file, key, value))
+        place = self._place(file, key, value)
+        try:
+            image = place if isinstance(place, bytes) else read_regular(place, MAX_BYTES + 1)
+        except OSError as error:
+            raise BrokenSample(key, f"image: {reason(error)}: {place!s}") from None
         if isinstance(value, str):
             key += f" ({clip(value, LONGEST_PATH)})"
         return RawSample(key, image, texts, {name: cell for name, cell in rows[0].items() if name not in self._used})
@@ -588,14 +592,6 @@ class TableSource(Source):
         """Return `path` with slashes for the backslashes of Windows, unless a file has that very name."""
         is_of_windows = "\\" in path and not os.path.exists(os.path.join(self.roots[file], path))
         return path.replace("\\", "/") if is_of_windows else path
-
-    def _image(self, key: str, place: str | bytes) -> bytes:
-        if isinstance(place, bytes):
-            return place
-        try:
-            return read_regular(place, MAX_BYTES + 1)
-        except OSError as error:
-            raise BrokenSample(key, f"image: {reason(error)}: {place}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
         """Return the image in the cell, or its path."""

@@ -103,17 +103,12 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
         return built(run, phase).flops(batch, repeated=True) // micro
 
 
-def engine_settings(name: str) -> dict[str, Any]:
-    """Read the `zero_optimization` of ds_configs/`name`.json. Raises UserError with the files that are there."""
-    files = {path.stem: path for path in sorted(DS_CONFIGS.glob("zero*.json"))}
-    if name not in files:
-        raise UserError(f"--engine {name!r} is not known; choose one of: {', '.join(files)}")
-    return json.loads(files[name].read_text(encoding="utf-8"))["zero_optimization"]
-
-
 def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
-    """Print a row for each phase of the run. Raises UserError, after the table, if a phase does not fit."""
-    zero = engine_settings(engine)
+    """Print a row for each phase of the run by ds_configs/`engine`.json.
+
+    Raises UserError, after the table, if a phase does not fit.
+    """
+    zero = json.loads((DS_CONFIGS / f"{engine}.json").read_text(encoding="utf-8"))["zero_optimization"]
     accumulation = run.train.accumulation
     rows, days, too_large = [], 0.0, []
     for phase in run.phases:
