@@ -7,13 +7,14 @@ import sys
 from clips.common.errors import run_command
 from clips.common.flags import SET, Parser
 from clips.common.paths import DS_CONFIGS
+from clips.recipes import RECIPES, recipe
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     words = "pretrain: a recipe's run; llava: both LLaVA stages on its image tower"
     p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
-    p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
+    p.add_argument("--recipe", default="demo", choices=RECIPES, help="a name from clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
     p.add_argument("--kind", default="h100", help="a name from clips/common/peaks.py, such as h100, a100, rtx4090")
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak FLOPS that is reached")
@@ -30,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     from clips.common.peaks import Machine
-    from clips.recipes import recipe
     from clips.training.rehearsal import print_pretraining
 
     run = recipe(flags.recipe).override(flags.set)

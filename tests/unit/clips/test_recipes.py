@@ -7,7 +7,6 @@ from typing import get_args
 import pytest
 from conftest import tiny_run
 
-from clips.common.errors import UserError
 from clips.config import AugmentConfig, PhaseConfig, Schedule
 from clips.engine.checkpoint import TrainState
 from clips.engine.loop import crosses
@@ -148,5 +147,3 @@ def test_a_tower_that_others_run_differs_in_its_fields_alone() -> None:
     assert run.model.vision.transformers_class == "SiglipVisionModel"
     assert replace(run, model=replace(run.model, vision=recipe("b16").model.vision)) == recipe("b16")
     assert with_tower(recipe("b16"), "clips") == recipe("b16")
-    with pytest.raises(UserError, match="--tower 'resnet'"):
-        with_tower(recipe("demo"), "resnet")
