@@ -64,16 +64,15 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check(part: str, config: Any, *, numbers: bool = False) -> None:
-    """Raise UserError for an unknown choice, and with `numbers` for an integer below 1 or a non-finite float."""
+def _check(part: str, config: Any) -> None:
+    """Raise UserError for an unknown choice, an integer below 1 and a non-finite float in the sizes of a tower."""
     hints = typing.get_type_hints(type(config))
     for name, value in vars(config).items():
         if typing.get_origin(hints[name]) is Literal:
             _one_of(f"{part}.{name}", value, hints[name])
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(not (numbers and is_whole) or value > 0, f"{part}.{name} {value} is not positive")
-        is_real = numbers and isinstance(value, float)
-        _require(not is_real or math.isfinite(value), f"{part}.{name} {value} is not finite")
+        _require(not is_whole or value > 0, f"{part}.{name} {value} is not positive")
+        _require(not isinstance(value, float) or math.isfinite(value), f"{part}.{name} {value} is not finite")
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
@@ -117,7 +116,7 @@ class VisionConfig:
     """Share of an image's patches that the tower does not see in training (FLIP)."""
 
     def __post_init__(self) -> None:
-        _check("vision", self, numbers=True)
+        _check("vision", self)
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         has_fixed_table = self.pos_embed != "learned"
@@ -176,7 +175,7 @@ class TextConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check("text", self, numbers=True)
+        _check("text", self)
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
         _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
 
@@ -209,7 +208,7 @@ class CaptionerConfig:
     report 0.25 to 0.35 as cheaper and better."""
 
     def __post_init__(self) -> None:
-        _check("captioner", self, numbers=True)
+        _check("captioner", self)
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
         keep = self.image_token_keep
         _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
@@ -250,7 +249,6 @@ class CaptionsConfig:
     """Share of a text's tokens that the text tower does not read in training, drawn anew at each step."""
 
     def __post_init__(self) -> None:
-        _check("captions", self)
         _require(0 <= self.token_dropout < 1, f"captions.token_dropout {self.token_dropout} is not in [0, 1)")
         _require(0 <= self.sentence_share <= 1, f"captions.sentence_share {self.sentence_share} is not in [0, 1]")
 
@@ -269,7 +267,6 @@ class TaskConfig:
     """Caption positions whose logits are held at once."""
 
     def __post_init__(self) -> None:
-        _check("task", self)
         _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
         _require(0 < self.caption_share <= 1, f"task.caption_share {self.caption_share} is not in (0, 1]")
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
@@ -411,7 +408,6 @@ class OptimConfig:
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
-        _check("optim", self)
         _require(0 < self.layer_decay <= 1, f"optim.layer_decay {self.layer_decay} is not in (0, 1]")
         # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
         _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
@@ -440,7 +436,6 @@ class PhaseConfig:
     """Begin with an empty optimizer, as the reference does, instead of the previous phase's state."""
 
     def __post_init__(self) -> None:
-        _check(f"phase {self.name}", self)
         _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
         is_enough = self.samples >= self.batch_size
         _require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
@@ -495,7 +490,6 @@ class TrainConfig:
         return self.contrastive == "global" and self.accumulation > 1
 
     def __post_init__(self) -> None:
-        _check("train", self)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 
