@@ -24,8 +24,6 @@ from clips.training.optim import parameter_groups
 from clips.training.prepare import full_batch
 from clips.training.task import Task
 
-HEAD = ("phase", "micro-batches", "memory per rank, GB", "GFLOP per sample", "steps", "days", "GPU hours")
-
 
 @dataclass(frozen=True)
 class _Engine:
@@ -125,7 +123,8 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
             f"{memory / 1e9:.3g}", f"{flops / 1e9:,.1f}", f"{phase.steps:,}", f"{days_of_phase:.1f}",
             f"{24 * days_of_phase * machine.gpus:,.0f}",
         ])  # fmt: skip
-    print_table(f"{run.recipe} on {machine} with ds_configs/{engine}.json", HEAD, rows)
+    head = ("phase", "micro-batches", "memory per rank, GB", "GFLOP per sample", "steps", "days", "GPU hours")
+    print_table(f"{run.recipe} on {machine} with ds_configs/{engine}.json", head, rows)
     checkpoint = step.weights + step.state
     print(
         f"{step.parameters / 1e6:,.0f} M parameters train; {days:.1f} days, {24 * days * machine.gpus:,.0f} GPU hours; "
