@@ -151,9 +151,11 @@ class CLIPS:
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
-    def encode_query(self, text: str) -> Tensor:
-        """Return the feature [E] of a sentence; names (fewer than SENTENCE_WORDS words) go through `encode_labels`."""
-        text = " ".join(text.split())
+    def encode_query(self, query: str | Picture) -> Tensor:
+        """Return the feature [E] of an image or a text; names (below SENTENCE_WORDS words) go by `encode_labels`."""
+        if not isinstance(query, str):
+            return self.encode_image(query)[0]
+        text = " ".join(query.split())
         is_name = len(text.split()) < SENTENCE_WORDS
         return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
 
@@ -168,11 +170,11 @@ class CLIPS:
         for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
         paths = [str(items.root / items.files[i]) for i in encoded.indices]
-        return Index(paths, encoded.features, self._encode_any, self._weights, len(encoded.skipped))
+        return Index(paths, encoded.features, self.encode_query, self._weights, len(encoded.skipped))
 
     def load_index(self, path: str | Path) -> Index:
         """Open the index that `Index.save` wrote. Raises UserError if it was made with other weights."""
-        return load_index(path, self._encode_any, self._weights, self.embed_dim)
+        return load_index(path, self.encode_query, self._weights, self.embed_dim)
 
     def kept_index(self, folder: str | Path, *, file: str | Path | None = None, workers: int = 0) -> tuple[Index, Path]:
         """Return the index of `folder` and the `file` that stores it (default: one in the cache).
@@ -189,9 +191,6 @@ class CLIPS:
             index.listing = listing
             index.save(path)
         return index, path
-
-    def _encode_any(self, query: str | Picture) -> Tensor:
-        return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
 
     @cached_property
     def _weights(self) -> str:
@@ -240,8 +239,6 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    if not isinstance(image, (str, Path)):
-        raise TypeError(f"an image is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     if not is_remote(str(image)) and Path(image).is_dir():
         raise UserError(f"{image} is a folder: give it alone, or the images in it (Path(folder).glob('*.jpg'))")
     try:
@@ -254,20 +251,17 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
-    image = flags.image
-    if image is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
-        image = flags.text  # people try this first, and no encoder was trained on file names
+    is_image = is_remote(flags.query) or flags.query.lower().endswith(ENDINGS)  # no encoder was trained on file names
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
     found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
     print(printable(found), file=sys.stderr)
-    query = flags.text if image is None else _open(image)
-    matches = index.search(query, flags.k)
+    matches = index.search(_open(flags.query) if is_image else flags.query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:
-        write_page(Path(flags.output), flags.text or flags.image, matches)
+        write_page(Path(flags.output), flags.query, matches)
         print(f"the images are in {flags.output}")
 
 

@@ -4,8 +4,6 @@ Shapes: N images · E width of a feature. An index holds 4 · N · E bytes and t
 take 205 MB with E = 512. A search reads these features once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import read_regular
-from clips.common.page import Card, Cards, Page, Picture, Section, as_html, thumbnail
+from clips.common.page import Card, Cards, Page, Section, as_html, thumbnail
 from clips.common.tensors import read_safetensors, write_weights
 from clips.data.images import MAX_BYTES, decode_image
 from clips.data.sample import BrokenSample
@@ -101,7 +99,7 @@ def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
             image = decode_image(read_regular(match.path, MAX_BYTES + 1), match.path)
         except BrokenSample as broken:
             raise UserError(f"{broken}: remove the index, and the images are indexed again") from None
-        images = [Picture(thumbnail(image, THUMBNAIL))]
+        images = [thumbnail(image, THUMBNAIL)]
         cards.append(Card(f"{rank} · {match.score:.3f}", images, [("file", match.path, None)]))
     section = Section("Nearest first", [Cards(cards)], "With the cosine of image and query.")
     path.write_text(as_html(Page(f"Images nearest to “{query}”", "", [section])), encoding="utf-8")

@@ -11,7 +11,6 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--output", default="data/demo", help="folder for the data")
     p.add_argument("--seed", type=int, default=0, help="seed of every scene and text")
-    p.add_argument("--image-size", type=int, default=240, help="side of the images in pixels")
     return p
 
 
@@ -20,7 +19,7 @@ def main() -> None:
     from clips.common.live import say_next
     from clips.data.demo import ensure_demo
 
-    directory = ensure_demo(flags.output, seed=flags.seed, image_size=flags.image_size, again=True)
+    directory = ensure_demo(flags.output, seed=flags.seed, again=True)
     print(f"The demo data is in {directory}")
     say_next("deepspeed scripts/pretrain_clips.py")
 

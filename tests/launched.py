@@ -124,9 +124,9 @@ def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], exten
     return write_tar(path, ((f"{i:05d}.{name}", data) for i, row in rows for name, data in row.items()))
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)

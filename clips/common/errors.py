@@ -5,8 +5,6 @@
 each after saving.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import multiprocessing

@@ -3,8 +3,6 @@
 Captions, questions, keys and paths may hold anything: escape sequences, markup, or a megabyte in one word.
 """
 
-from __future__ import annotations
-
 import re
 
 LONGEST = 2000

@@ -3,8 +3,6 @@
 A command builds a `Parser` and adds flags with `add_argument`, or adds all fields of a dataclass with `add_options`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

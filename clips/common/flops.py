@@ -4,8 +4,6 @@ A multiply-add counts twice. Linear layers, convolutions and attention are count
 recomputation that saves memory is not (PaLM, appendix B).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

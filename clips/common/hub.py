@@ -1,7 +1,5 @@
 """Find a model directory by name, on disk or on the Hugging Face hub (fetched or cached), and files of packages."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re

@@ -3,8 +3,6 @@
 A terminal has one line that is rewritten. A file has a line every half minute, or every CLIPS_MLLM_LINE_SECONDS.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys

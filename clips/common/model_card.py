@@ -1,7 +1,5 @@
 """The model card of everything that is saved: the hub's header with its metrics, a table of facts, and opening code."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

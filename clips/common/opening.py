@@ -5,8 +5,6 @@ number of parameters, counted on torch's meta device, is compared with the size 
 loaders run without noise and without the model's own code.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 import re

@@ -50,7 +50,6 @@ class Bullets:
 @dataclass
 class Code:
     text: str
-    wraps: bool = False
 
 
 @dataclass
@@ -97,18 +96,11 @@ class Forest:
 
 
 @dataclass
-class Picture:
-    """A small encoded image on a card."""
-
-    png: bytes
-
-
-@dataclass
 class Card:
-    """An example: images, a title, and named texts."""
+    """An example: small PNG images, a title, and named texts."""
 
     title: str
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[bytes] = ()
     texts: Sequence[tuple[str, str, bool | None]] = ()
     """Name, text, and whether the text is right (None: not judged)."""
 

@@ -1,7 +1,5 @@
 """Paths of scripts and cached results, an id of this machine, and checks that an outside path stays below a root."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """GPUs by name: their peak throughput for MFU, and the memory of those that a run can be planned for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The check of a data set before a training: the training's own reader in a loop, which prints the faults."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

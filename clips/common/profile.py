@@ -1,15 +1,8 @@
-"""A look into a few training steps: torch's profiler as a trace, and the busiest operators.
+"""A look into a few training steps by torch's profiler.
 
-    with profiled(run_dir / "profile", steps, device) as profiler:
-        for batch in batches:
-            ...                # one optimizer step
-            profiler.step()
-
-writes for each rank `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing) and `operators-rankN.txt`, and
-prints the operators of rank 0 at the end.
+Each rank writes `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing) and its busiest operators, which
+rank 0 prints at the end, as `operators-rankN.txt`.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
@@ -28,9 +21,10 @@ SHOWN = 20
 
 @contextmanager
 def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[profile | None]:
-    """Record `steps` steps inside, after the first SKIPPED; with `steps` 0 yield None.
+    """Record `steps` optimizer steps inside, after the first SKIPPED; with `steps` 0 yield None.
 
-    The record is written when these steps have ended, or when the block does.
+    The block calls `profiler.step()` after each optimizer step. The record is written when these steps have
+    ended, or when the block does.
     """
     if steps == 0:
         yield None

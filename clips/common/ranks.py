@@ -1,7 +1,5 @@
 """What ranks do for one another: share work, do long work once for all, and report which rank was lost."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 import time

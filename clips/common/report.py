@@ -1,7 +1,5 @@
 """The page of a run of either half: twelve images, the curves, and the metrics against chance."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

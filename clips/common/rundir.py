@@ -13,8 +13,6 @@
 Imports nothing heavy: a plan or a progress bar asks about fifty runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

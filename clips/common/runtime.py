@@ -1,7 +1,5 @@
 """What a process runs on: its device, its process group, DeepSpeed's import."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes
@@ -32,8 +30,6 @@ PACKAGES = (
 KEEP_FREED = ((-1, 2**31 - 1), (-3, 2**30))
 """Options of glibc's mallopt and their values in bytes: M_TRIM_THRESHOLD, how much free memory at the heap's top stays;
 M_MMAP_THRESHOLD, from which size on a block is a mapping of its own, which ends when it is freed."""
-KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
-"""Variables of oneDNN and of torch's layer on it → how many compiled kernels each keeps (by default 1,024)."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -205,8 +201,8 @@ def bound_kernel_caches() -> None:
 
     Each length of a text compiles kernels anew. By default 1,024 are kept, twice: hundreds of MB.
     """
-    for name, capacity in KERNEL_CACHES.items():
-        os.environ.setdefault(name, capacity)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # of torch's layer on oneDNN
 
 
 def import_deepspeed() -> Any:

@@ -1,7 +1,5 @@
 """Remember a stop signal, or the loss of the launcher, until the step has ended and a checkpoint is written."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -4,8 +4,6 @@ Only this file reads weight files (apart from transformers' loaders). So two rul
 file is executed (`weights_only=True`), and unfit weights are refused by name, with both shapes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import re

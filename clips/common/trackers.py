@@ -1,7 +1,5 @@
 """The loggers of --report_to, the same in both halves: TensorBoard, Weights & Biases, trackio."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import import_module

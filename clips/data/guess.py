@@ -3,8 +3,6 @@
 Every guess is printed, with the flag that overrules it.
 """
 
-from __future__ import annotations
-
 import csv
 import logging
 import os

@@ -11,8 +11,6 @@ A batch is a dict of
 - keys, positions, and skipped: [(key, reason)] of broken samples that were substituted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import random

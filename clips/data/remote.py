@@ -5,8 +5,6 @@ the store (no such file, no permission) is an OSError at once. A passing error i
 names the URL after the last retry.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """The samples that a source returns, and the error of a broken sample."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Files derived from a data file on first use (tar indexes, Arrow copies), and opening data by path or URL."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -34,7 +34,7 @@ from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
 from clips.data.sample import BrokenSample, RawSample, Texts
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
-from clips.data.tar import INDEX, ShardIndex, load_index, open_shards, shard_summary
+from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, open_shards, shard_summary
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
@@ -268,45 +268,51 @@ class TarSource(Source):
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
-        self._set = open_shards(shards)
+        summaries = open_shards(shards)
+        self._indexes = [str(summary.index) for summary in summaries]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
 
-        names, lists = self._field_names(fields)
+        names, lists = self._field_names(fields, summaries)
         fields = self._guess(_names(shards), fields, need_long, names, lists)
         self._fields = {part: _alternatives(getattr(fields, part)) for part in PARTS}
         for part in self._needed:
             if not any((e if key is None else f"{e}:{key}") in names for e, key in self._fields[part]):
                 raise _missing_field(_names(shards), part, getattr(fields, part), names)
 
-        lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
-        self._set_sizes(self._set.counts[:, ~lacks].sum(axis=1).tolist())
-        self.left_out = self._set.counts[:, lacks].sum(axis=1).tolist()
+        lacking = {layout for summary in summaries for layout in summary.layouts if self._lacking(layout)}
+        self.left_out = [sum(n for layout, n in summary.layouts.items() if layout in lacking) for summary in summaries]
+        present = (sum(summary.layouts.values()) for summary in summaries)
+        self._set_sizes([count - lost for count, lost in zip(present, self.left_out, strict=True)])
         if not len(self):
             raise UserError(f"no sample of {_names(shards)} has all of: {', '.join(self._needed)}; found: {names}")
 
-        incomplete = np.flatnonzero(self.left_out)
-        self.problems = [*self._set.problems, *(self._incomplete(int(shard)) for shard in incomplete[:WARNED])]
+        incomplete = [shard for shard, lost in enumerate(self.left_out) if lost]
+        self.problems = [f"{shards[i]}: {line}" for i, summary in enumerate(summaries) for line in summary.problems]
+        self.problems += [self._incomplete(shard) for shard in incomplete[:WARNED]]
         if len(incomplete) > 1:
-            count, total = sum(self.left_out), int(self._set.counts.sum())
+            count = sum(self.left_out)
+            total = count + len(self)
             self.problems.insert(0, f"{_names(shards)}: {count:,} of {total:,} samples are skipped, as follows")
-        for line in _first_of(self.problems):
+        for line in self.problems[:WARNED]:
             log.warning("%s", line)
+        if len(self.problems) > WARNED:
+            log.warning("and %d more problems", len(self.problems) - WARNED)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """Return the needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _field_names(self, fields: Fields) -> tuple[list[str], set[str]]:
+    def _field_names(self, fields: Fields, summaries: Sequence[ShardSummary]) -> tuple[list[str], set[str]]:
         """Return everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples.
 
         The second result holds the names whose value is a list.
         """
         lists: set[str] = set()
-        names = {extension for layout in self._set.layouts for extension in layout}
-        shard = int(self._set.counts.any(axis=1).argmax())
+        names = {extension for summary in summaries for layout in summary.layouts for extension in layout}
+        shard = next((i for i, summary in enumerate(summaries) if summary.layouts), 0)
         index = self._index(shard)
         extensions = {e for part in PARTS for e, key in _alternatives(getattr(fields, part)) if key} | {"json"}
         with self._file(shard) as file:
@@ -322,7 +328,8 @@ class TarSource(Source):
         """Say how many samples of a shard are skipped, and which is the first of them."""
         opened = self._shard(shard)
         row = min(set(range(len(opened.index.keys))) - set(opened.rows))
-        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.index.extensions_of(row)))}"
+        extensions = itertools.compress(opened.index.extensions, opened.index.offsets[row] >= 0)
+        first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(extensions))}"
         count = self.left_out[shard]
         return f"{self.shards[shard]}: {count:,} samples are skipped because a member is missing, the first is {first}"
 
@@ -371,7 +378,7 @@ class TarSource(Source):
         return self._open[shard]
 
     def _index(self, shard: int) -> ShardIndex:
-        path = Path(self._set.indexes[shard])
+        path = Path(self._indexes[shard])
         # An index that was removed since the set was opened is made again.
         return load_index(path if path.is_file() else shard_summary(self.shards[shard]).index)
 
@@ -386,7 +393,7 @@ class TarSource(Source):
 
     def state(self, shard: int) -> str:
         """Return the stamp that the shard had when it was indexed."""
-        return made_for(Path(self._set.indexes[shard]), INDEX)
+        return made_for(Path(self._indexes[shard]), INDEX)
 
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
         """Read shard i from the file `copies(i)` from now on, if there is one. Open shards are closed."""
@@ -526,7 +533,11 @@ class TableSource(Source):
         file, key, rows = self._rows(index)
         texts = self._captions(key, rows)
         value = self._value(rows[0], "image")
-        image = self._image(key, self._place(file, key, value))
+        place = self._place(file, key, value)
+        try:
+            image = place if isinstance(place, bytes) else read_regular(place, MAX_BYTES + 1)
+        except OSError as error:
+            raise BrokenSample(key, f"image: {reason(error)}: {place!s}") from None
         if isinstance(value, str):
             key += f" ({clip(value, LONGEST_PATH)})"
         return RawSample(key, image, texts, {name: cell for name, cell in rows[0].items() if name not in self._used})
@@ -582,14 +593,6 @@ class TableSource(Source):
         is_of_windows = "\\" in path and not os.path.exists(os.path.join(self.roots[file], path))
         return path.replace("\\", "/") if is_of_windows else path
 
-    def _image(self, key: str, place: str | bytes) -> bytes:
-        if isinstance(place, bytes):
-            return place
-        try:
-            return read_regular(place, MAX_BYTES + 1)
-        except OSError as error:
-            raise BrokenSample(key, f"image: {reason(error)}: {place}") from None
-
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
         """Return the image in the cell, or its path."""
         if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
@@ -633,12 +636,6 @@ def _missing_field(where: str, name: str, spec: str, names: Sequence[str]) -> Us
         f"{clip(', '.join(names)) or 'none'}. Name the right one with --fields {name}=FIELD"
         + (f".{CHOICES}" if name == "long" else "")
     )
-
-
-def _first_of(problems: Sequence[str]) -> list[str]:
-    """Return the first WARNED problems, and how many more there are."""
-    more = [f"and {len(problems) - WARNED:,} more problems"] if len(problems) > WARNED else []
-    return [*problems[:WARNED], *more]
 
 
 def _names(files: list[str]) -> str:

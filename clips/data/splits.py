@@ -1,7 +1,5 @@
 """Where the training, validation and test samples of a run are."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path

@@ -4,8 +4,6 @@ On first use a table is copied to an Arrow file, which is memory-mapped: any row
 the pages. Parquet and CSV have no cheap access to single rows. The copy also keeps which rows could not be read.
 """
 
-from __future__ import annotations
-
 import bisect
 import codecs
 import csv

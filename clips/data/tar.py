@@ -4,15 +4,11 @@ A sample is the members that share a key: the path up to the first dot of the fi
 A damaged shard still yields its good samples; `problems` says what was lost.
 """
 
-from __future__ import annotations
-
-import itertools
 import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +45,7 @@ class ShardSummary:
     layouts: dict[tuple[str, ...], int]
     """Extensions → samples that have exactly these."""
     problems: list[str]
+    """What could not be used."""
 
 
 @dataclass(frozen=True)
@@ -60,51 +57,26 @@ class ShardIndex:
     offsets: np.ndarray
     sizes: np.ndarray
 
-    def extensions_of(self, row: int) -> list[str]:
-        return list(itertools.compress(self.extensions, self.offsets[row] >= 0))
-
 
 def shard_summary(url: str) -> ShardSummary:
-    """Return the summary of a shard's index, which is built and stored on first use, and again if it is damaged."""
-    for is_last in (False, True):
-        path = sidecar(url, INDEX, lambda target: _write_index(url, target))
-        try:
-            with safe_open(path, "numpy") as stored:
-                meta = from_array(stored.get_tensor("meta"))
-            return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if is_last:
-                raise UserError(f"{path} is damaged ({error}) and cannot be replaced: remove it") from None
-            with suppress(OSError):
-                path.unlink()
-    raise AssertionError("the second time returns or raises")
+    """Return the summary of a shard's index, which is built and stored on first use."""
+    path = sidecar(url, INDEX, lambda target: _write_index(url, target))
+    try:
+        with safe_open(path, "numpy") as stored:
+            meta = from_array(stored.get_tensor("meta"))
+        return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and it is made again") from None
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    indexes: list[str]
-    """Path of each shard's index."""
-    layouts: list[tuple[str, ...]]
-    """The sets of extensions that samples have."""
-    counts: np.ndarray
-    """int64 [shards, layouts]: samples."""
-    problems: list[str]
-    """What could not be used, each with its shard's name."""
-
-
-def open_shards(urls: Sequence[str]) -> ShardSet:
-    """Return the set of the shards `urls`. Missing indexes are made in threads, with a progress bar.
+def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
+    """Return the summary of each shard. Missing indexes are made in threads, with a progress bar.
 
     Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(shard_summary, urls)
-        summaries = list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
-
-    layouts = sorted({layout for summary in summaries for layout in summary.layouts})
-    counts = np.array([[summary.layouts.get(layout, 0) for layout in layouts] for summary in summaries], dtype=np.int64)
-    problems = [f"{url}: {line}" for url, summary in zip(urls, summaries, strict=True) for line in summary.problems]
-    return ShardSet([str(summary.index) for summary in summaries], layouts, counts, problems)
+        return list(tqdm(done, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
 
 
 def load_index(path: Path) -> ShardIndex:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
-from clips.common.page import Card, Picture, thumbnail
+from clips.common.page import Card, thumbnail
 from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
 from clips.data.images import decode_image
@@ -120,7 +120,7 @@ def nearest_texts(
             for cosine, j in zip(cosines.tolist(), nearest.tolist(), strict=True)
         ]
         picture = thumbnail(decode_image(items.read(images.indices[rows[i]]).image), SIDE)
-        cards.append(Card(texts[i], [Picture(picture)], found))
+        cards.append(Card(texts[i], [picture], found))
     return cards
 
 

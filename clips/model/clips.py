@@ -3,8 +3,6 @@
 Shapes: B samples · E embedding width · N image tokens · T caption positions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

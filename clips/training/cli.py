@@ -1,7 +1,5 @@
 """The flags of scripts/pretrain_clips.py, and the RunConfig that they describe."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Mapping
@@ -16,15 +14,16 @@ from clips.common.start import Start
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
-from clips.recipes import RECIPES, debug_twin, recipe, with_tower
+from clips.recipes import RECIPES, TOWERS, debug_twin, recipe, with_tower
 
 
 def parser() -> Parser:
     p = Parser("Pretrain a CLIPS encoder: the demo, or your own image / web caption / long caption triples (--data).")
-    p.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: demo, or small for data of your own)")
+    p.add_argument("--recipe", choices=RECIPES, help="what is trained (default: demo, or small for data of your own)")
     p.add_argument(
         "--tower",
         default="clips",
+        choices=TOWERS,
         help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM and "
         "SGLang run as SigLIP), clip (a LayerNorm before the blocks, as in CLIP) or clip_model (both towers as "
         "transformers' CLIPModel has them, which is then exported)",

@@ -1,7 +1,5 @@
 """After the last step: measure on the test split, export, write the report, and say what to do next."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run prepares before its first step: its directory, data and tokenizer, and the plan that it prints."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,14 +53,10 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
     config_file = options.run_dir / "config.json"
     if options.resume == "never" and config_file.exists():
         raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
-    if config_file.exists():
+    if config_file.exists() and not options.allow_config_change:
         changes = difference(RunConfig.load(config_file), run)
-        if not options.allow_config_change:
-            rundir.refuse(
-                changes,
-                f"{options.run_dir} holds a run with another configuration",
-                "Give the new run another --name, or go on with the changes by --allow-config-change",
-            )
+        mend = "Give the new run another --name, or go on with the changes by --allow-config-change"
+        rundir.refuse(changes, f"{options.run_dir} holds a run with another configuration", mend)
     if not options.dry_run:
         try:
             (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -125,8 +119,7 @@ def prepare_data(
     def make() -> CaptionTokenizer:
         if initial is not None and initial.tokenizer is not None:
             return initial.tokenizer
-        texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
-        return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+        return build_tokenizer(run.captions.tokenizer, source.captions(), vocab_size=run.model.text.vocab_size)
 
     # Without config.json a tokenizer is of a run that never began.
     if dist.get_rank() == 0 and not has_begun and not options.dry_run:

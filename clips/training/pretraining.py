@@ -1,7 +1,5 @@
 """Pretraining: prepare a run, train it in the loop of both halves, and finish it."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -39,7 +37,6 @@ from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
 from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
-from clips.training.plan import print_memory
 from clips.training.prepare import (
     Options,
     facts_of_data,
@@ -119,8 +116,6 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     if options.dry_run:
         start.close()
         shutdown()
-        if start.rank == 0:
-            print_memory(run, start.ranks, ds_config.get("zero_optimization", {}))
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
@@ -213,13 +208,10 @@ class Pretraining(Training):
         if visual.image_size != self.phase.image_size:
             visual.set_image_size(self.phase.image_size)
         if state.phase_step == 0:
-            self._begin_phase()
-
-    def _begin_phase(self) -> None:
-        self.state.recent_losses = []
-        self.state.recent_norms = []
-        if self.phase.fresh_optimizer:
-            self.engine.state.reset_optimizer()
+            state.recent_losses = []
+            state.recent_norms = []
+            if self.phase.fresh_optimizer:
+                self.engine.state.reset_optimizer()
 
     def rates(self) -> dict[str, float]:
         factor = lr_factor(self.phase, self.state.phase_step)

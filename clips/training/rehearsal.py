@@ -3,14 +3,17 @@
 The step runs the code of a real run. Of DeepSpeed's engine only the copy of the gradients in ZeRO 0 is modelled.
 """
 
-from __future__ import annotations
-
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clips.common.errors import UserError
+from clips.common.page import print_table
+from clips.common.paths import DS_CONFIGS
+from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
@@ -96,3 +99,39 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
     batch = full_batch(run, phase.image_size, micro, META, words=words, share=run.task.caption_share)
     with rehearsed_ranks(ranks):
         return built(run, phase).flops(batch, repeated=True) // micro
+
+
+def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
+    """Print a row for each phase of the run by ds_configs/`engine`.json.
+
+    Raises UserError, after the table, if a phase does not fit.
+    """
+    zero = json.loads((DS_CONFIGS / f"{engine}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    accumulation = run.train.accumulation
+    rows, days, too_large = [], 0.0, []
+    for phase in run.phases:
+        step = rehearse(run, phase, machine.gpus, stage=zero["stage"])
+        memory = step.on_rank(zero, machine.gpus)
+        if not machine.fits(memory):
+            too_large.append(phase.name)
+
+        flops = flops_per_sample(run, phase, machine.gpus)
+        days_of_phase = machine.days(phase.seen * flops)
+        days += days_of_phase
+        rows.append([
+            phase.name, f"{accumulation} × {phase.batch_size // (accumulation * machine.gpus):,}",
+            f"{memory / 1e9:.3g}", f"{flops / 1e9:,.1f}", f"{phase.steps:,}", f"{days_of_phase:.1f}",
+            f"{24 * days_of_phase * machine.gpus:,.0f}",
+        ])  # fmt: skip
+    head = ("phase", "micro-batches", "memory per rank, GB", "GFLOP per sample", "steps", "days", "GPU hours")
+    print_table(f"{run.recipe} on {machine} with ds_configs/{engine}.json", head, rows)
+    checkpoint = step.weights + step.state
+    print(
+        f"{step.parameters / 1e6:,.0f} M parameters train; {days:.1f} days, {24 * days * machine.gpus:,.0f} GPU hours; "
+        f"{checkpoint / 1e9:.2g} GB per checkpoint, at most {run.train.keep_checkpoints + 1} of them on disk\n"
+        f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; texts fill half of "
+        "their context (for the memory all of it); training never waits for data"
+    )
+    if too_large:
+        mend = f"--set train.accumulation={2 * accumulation} train.contrastive=global, --engine zero1, or more --gpus"
+        raise UserError(f"phase {', '.join(too_large)} does not fit {USABLE:.0%} of a GPU's memory: try {mend}")

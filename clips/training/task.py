@@ -8,8 +8,6 @@ The contrastive loss ℓ sees the micro-batch of all ranks. With `train.accumula
 size), and their losses and gradients are averaged; with "global" ℓ runs over the whole batch: grad_cache.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

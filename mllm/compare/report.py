@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clips.common.page import Block, Bullets, Card, Cards, Code, Folded, Page, Picture, Section, Table, thumbnail
+from clips.common.page import Block, Bullets, Card, Cards, Code, Folded, Page, Section, Table, thumbnail
 from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
@@ -49,7 +49,7 @@ def page(report: Report, image_folder: Path | None) -> Page:
     overall = [row for row in report["differences"] if row["metric"] == "accuracy"]
     examples = _examples(report, image_folder)
     configuration = json.dumps({"settings": settings, "cells": report["cells"]}, indent=2)
-    how: list[Block] = [Code(report["command"], wraps=True), Folded("Settings and every cell", [Code(configuration)])]
+    how: list[Block] = [Code(report["command"]), Folded("Settings and every cell", [Code(configuration)])]
 
     cost = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
     parts = list(dict.fromkeys(part for by_part in cost.values() for part in by_part))
@@ -172,7 +172,7 @@ def _examples(report: Report, image_folder: Path | None) -> list[Card]:
         ]
         texts.append(("truth", example["truth"], None))
         name = example["image"]
-        pictures = [Picture(thumbnail(store.load(name), THUMBNAIL))] if store and name else []
+        pictures = [thumbnail(store.load(name), THUMBNAIL)] if store and name else []
         cards.append(Card(example["question"], pictures, texts))
     return cards
 

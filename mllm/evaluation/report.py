@@ -14,7 +14,7 @@ import numpy as np
 from clips import BrokenSample
 from clips.common import report
 from clips.common.files import read_json, read_json_records
-from clips.common.page import Card, Picture, thumbnail
+from clips.common.page import Card, thumbnail
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
@@ -105,7 +105,7 @@ def _cards(answers: Sequence[dict[str, Any]], store: ImageStore) -> list[Card]:
         if not images or len(cards) == report.IMAGES:
             continue
         try:
-            picture = Picture(thumbnail(store.load(images[0]), report.SIDE))
+            picture = thumbnail(store.load(images[0]), report.SIDE)
         except BrokenSample:  # the demo was rebuilt in the meantime
             continue
         texts = [("answer", line["text"], line.get("correct"))]

@@ -80,5 +80,5 @@ def print_summary(what: str = "demo") -> None:
     if not is_demo:
         console.print("Normal is the range of three seeds on 7,983 of the photographs (docs/photographs.md).")
     elif artists != UNSEEN:
-        console.print("The test of unseen artists is missing, because npm got no drawings (data/demo/README.md).")
+        console.print("The test of unseen artists is missing, because npm got no drawings (docs/data.md).")
     console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))

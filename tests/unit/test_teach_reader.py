@@ -1,7 +1,5 @@
 """The reader: a language model is taught on imagined scenes, and its adapter becomes a part of a stock model."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -45,9 +43,7 @@ def loss(reader: Reader, samples: Sequence[Sample]) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(
-    llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(llm_path, tmp_path, monkeypatch):
     monkeypatch.setattr(teach_reader, "WARMUP", 2)
     monkeypatch.setattr(teach_reader, "EVERY", 160)
     flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=160, seed=0, rank=32, questions=2)

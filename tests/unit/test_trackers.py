@@ -91,9 +91,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     assert [text.split("\r")[-1].strip() for text in printed.getvalue().split("\n")] == ["stays", "again", ""]
 
 
-def test_a_slow_step_shows_progress(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_step_shows_progress(tmp_path, capsys, monkeypatch):
     """Four steps of 128 samples printed nothing for eight minutes."""
     monkeypatch.setenv(live.LINE_SECONDS, "0")
     log = RunLog(tmp_path, 16, {}, start_step=0, active=True, report_to=(), stage="instruct")

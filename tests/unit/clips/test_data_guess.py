@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from bad_corpus import encode
 from bad_corpus import square as picture
-from launched import write_tar
+from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import UserError
@@ -139,6 +139,11 @@ def jpeg(value: int) -> bytes:
     return encode(Image.new("RGB", (24, 16), (60 * value % 256, 90 + value // 64, value % 256)), "JPEG", quality=90)
 
 
+def write_jpegs(path: Path, count: int, texts: dict[str, bytes]) -> None:
+    """A tar with `count` pictures, each with the members `texts`."""
+    write_shard(path, [(jpeg(i), texts) for i in range(count)], "jpg")
+
+
 def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
     """`count` rows with pictures as the `datasets` library writes them, unless the row has a `url`."""
     rows = [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
@@ -189,12 +194,18 @@ def test_karpathys_files(name: str, tmp_path: Path) -> None:
         assert texts(opened(run, split)) == [ALL] * count
 
 
-def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """jxie/flickr8k: a column for each of the five captions."""
-    write_splits(tmp_path, {f"caption_{n}": text for n, text in enumerate(FIVE)})
+FLICKR8K = {f"caption_{n}": text for n, text in enumerate(FIVE)}
+"""jxie/flickr8k: a column for each of the five captions."""
+FLICKR30K = {"alt_text": FIVE, "original_alt_text": FIVE, "sentids": ["0", "1"], "split": "train", "img_id": "0"}
+"""AnyModal/flickr30k, with Karpathy's splits."""
+
+
+@pytest.mark.parametrize(("row", "said"), [(FLICKR8K, "'caption_0' to 'caption_4'"), (FLICKR30K, "'alt_text'")])
+def test_parquet_of_the_hub(row: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_splits(tmp_path, row)
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
     assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
-    assert "'caption_0' to 'caption_4' are read as one list, 'caption'" in caplog.text
+    assert said in caplog.text
     tokenizer = build_tokenizer("wordpiece", FIVE * 3, vocab_size=64)
     small = run.override(["phases.*.samples=3", "phases.*.batch_size=3", "data.workers=0"])
     batch = next(iter(make_loader(opened(run), tokenizer, small, rank=0, world_size=1)))
@@ -204,18 +215,11 @@ def test_flickr8k_as_parquet_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptur
 def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
     """pixparse/cc3m-wds, all in one folder, and what img2dataset writes: one caption is enough for CLIP."""
     caption = "a river has burst it 's banks and has spread out onto arable farmland alongside"
-    hub, fetched = {}, {}
-    for i in range(3):
-        key = f"{i:09}"
-        hub |= {f"{key}.jpg": jpeg(i), f"{key}.txt": caption.encode()}
-        account = json.dumps(img2dataset_json(key, caption=caption)).encode()
-        fetched |= {f"{key}.jpg": jpeg(i), f"{key}.json": account, f"{key}.txt": caption.encode()}
-    write_tar(tmp_path / "cc3m-wds/cc3m-train-0000.tar", hub.items())
-    write_tar(
-        tmp_path / "cc3m-wds/cc3m-validation-0000.tar", {"000000000.jpg": jpeg(0), "000000000.txt": b"a dog"}.items()
-    )
-    write_tar(tmp_path / "cc3m/00000.tar", fetched.items())
-    write_parquet(tmp_path / "cc3m/00000.parquet", 3, img2dataset_json("000000000", caption=caption))
+    account, text = img2dataset_json(caption=caption), {"txt": caption.encode()}
+    write_jpegs(tmp_path / "cc3m-wds/cc3m-train-0000.tar", 3, text)
+    write_jpegs(tmp_path / "cc3m-wds/cc3m-validation-0000.tar", 1, {"txt": b"a dog"})
+    write_jpegs(tmp_path / "cc3m/00000.tar", 3, {"json": json.dumps(account).encode()} | text)
+    write_parquet(tmp_path / "cc3m/00000.parquet", 3, account)
     (tmp_path / "cc3m/00000_stats.json").write_text("{}")
     for data in (tmp_path / "cc3m-wds/cc3m-train-*.tar", tmp_path / "cc3m"):
         held_out = ("--val-data", tmp_path / "cc3m-wds/cc3m-validation-*.tar")
@@ -226,9 +230,9 @@ def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
             opened(run_of("--recipe", "s16", "--data", data))
 
 
-def img2dataset_json(key: str, **columns: str) -> dict[str, Any]:
+def img2dataset_json(**columns: str) -> dict[str, Any]:
     """A JSON member of img2dataset: the table's columns, then its own account."""
-    account = {"url": f"http://images.example/{key}.jpg", "key": key, "status": "success", "error_message": None}
+    account = {"url": "http://images.example/0.jpg", "key": "000000000", "status": "success", "error_message": None}
     sizes = {"width": 24, "height": 16, "original_width": 240, "original_height": 160}
     return columns | account | sizes | {"exif": "{}", "sha256": "0" * 64}
 
@@ -242,14 +246,9 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
     with pytest.raises(UserError, match="img2dataset"):
         opened(run_of("--recipe", "b16", "--data", tmp_path / "hub/data/train_data"))
 
-    members = {}
-    for i in range(3):
-        key = f"{i:09}"
-        columns = {"caption": row["re_caption"], "org_caption": row["org_caption"]}
-        members[f"{key}.jpg"] = jpeg(i)
-        members[f"{key}.json"] = json.dumps(img2dataset_json(key, **columns)).encode()
-        members[f"{key}.txt"] = row["re_caption"].encode()
-    write_tar(tmp_path / "recap/00000.tar", members.items())
+    account = img2dataset_json(caption=row["re_caption"], org_caption=row["org_caption"])
+    members = {"json": json.dumps(account).encode(), "txt": row["re_caption"].encode()}
+    write_jpegs(tmp_path / "recap/00000.tar", 3, members)
     run = run_of("--recipe", "b16", "--data", tmp_path / "recap")
     assert texts(opened(run)) == [Texts(("dog.jpg",), ("A dog runs. It is brown.",))] * 3
 
@@ -257,21 +256,10 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
 def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
     """undefined443/coco-karpathy-wds."""
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
-        members = {}
-        for i in range(count):
-            members[f"{i:09}.jpg"] = jpeg(i)
-            members[f"{i:09}.json"] = json.dumps({"captions": FIVE, "cocoid": 522418 + i}).encode()
-        write_tar(tmp_path / f"{split}/{split}-00000.tar", members.items())
+        account = {"json": json.dumps({"captions": FIVE, "cocoid": 522418}).encode()}
+        write_jpegs(tmp_path / f"{split}/{split}-00000.tar", count, account)
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
     assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
-
-
-def test_flickr30k_as_parquet_of_the_hub(tmp_path: Path) -> None:
-    """AnyModal/flickr30k, with Karpathy's splits."""
-    row = {"alt_text": FIVE, "sentids": ["0", "1"], "split": "train", "img_id": "0", "filename": "1000092795.jpg"}
-    write_splits(tmp_path, row | {"original_alt_text": FIVE})
-    run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
-    assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
 
 
 def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:

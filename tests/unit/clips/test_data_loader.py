@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_corpus import encode
+from bad_corpus import good_picture as picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import recap, write_shard
@@ -30,10 +30,6 @@ from tests.conftest import dropping, tiny_run
 COUNT = 40
 WEB = [f"web text number {i}" for i in range(COUNT)]
 LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(COUNT)]
-
-
-def picture(i: int) -> bytes:
-    return encode(Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)))
 
 
 def write_set(path: Path, broken: set[int] = frozenset()) -> Source:

@@ -1,13 +1,11 @@
 """Tar shards and tables: what is there is found, what is damaged is named, what climbs out is refused."""
 
 import csv
-import io
 import json
 import os
 import pickle
 import re
 import tarfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import fsspec
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from bad_corpus import square as picture
+from launched import write_tar
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
@@ -43,17 +42,8 @@ def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
     return {f"s{i:03d}.{extension}": data for extension, data in members.items() if data is not None}
 
 
-def write_tar(path: Path, members: Mapping[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.type, info.size = tarfile.XHDTYPE if name.startswith("PaxHeaders") else tarfile.REGTYPE, len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def shard(path: Path, first: int, count: int) -> Path:
-    return write_tar(path, {k: v for i in range(first, first + count) for k, v in sample(i).items()})
+    return write_tar(path, [member for i in range(first, first + count) for member in sample(i).items()])
 
 
 def numbers(source: Source) -> list[int]:
@@ -137,7 +127,7 @@ def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
         "d/a.seg.png": b"mask", "d/a.jpg": b"one", "d/a.txt": b" web a ", "d/a.long.txt": b"long a", "d/a.cls": b"7\n",
         "d/b.png": b"two", "d/b.json": b'{"alt": "web b", "long": "long b"}', "d/.hidden": b"x", "README": b"x",
     }  # fmt: skip
-    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", members.items())
     source = open_tar(tmp_path, Fields(image="jpg;png", web="json:alt;txt", long="long.txt;json:long"))
     samples = [source.read(i) for i in range(2)]
     assert [(s.image, s.web, s.long) for s in samples] == [(b"one", "web a", "long a"), (b"two", "web b", "long b")]
@@ -148,7 +138,7 @@ def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
 def test_long_and_foreign_names(tmp_path: Path, format: int) -> None:
     stem = "ä/" * 60 + "日" * 100
     members = {f"{stem}{name.removeprefix('s000')}": data for name, data in sample(0).items()}
-    source = open_tar(write_tar(tmp_path / "a.tar", members, format=format))
+    source = open_tar(write_tar(tmp_path / "a.tar", members.items(), format=format))
     assert source.read(0).key.endswith(f"#{stem}")
 
 
@@ -176,10 +166,7 @@ def headers(path: Path) -> dict[str, int]:
     ],
     ids=["hole", "cut in a header"],
 )  # fmt: skip
-def test_damage_costs_its_samples_only(
-    tmp_path: Path, damage: Callable[[bytearray, dict[str, int]], bytes], left: list[int], said: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_damage_costs_its_samples_only(tmp_path, damage, left, said, caplog):
     path = shard(tmp_path / "a.tar", 0, 6)
     path.write_bytes(damage(bytearray(path.read_bytes()), headers(path)))
     assert numbers(open_tar(path)) == left
@@ -238,10 +225,10 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         assert len(list(source.captions())) == 6
 
 
-def csv_of(path: Path, rows: list[str], end: str = "\n") -> Path:
+def csv_of(path: Path, rows: list[str]) -> Path:
     for name in "abc":
         (path.parent / f"{name}.png").write_bytes(picture(ord(name)))
-    path.write_bytes(end.join(["image,alt,long", *rows, ""]).encode())
+    path.write_text("\n".join(["image,alt,long", *rows, ""]), encoding="utf-8")
     return path
 
 

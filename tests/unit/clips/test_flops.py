@@ -1,7 +1,5 @@
 """FLOPs by layers against what torch counts while the model really runs, forward and backward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What an engine of each ZeRO stage holds, against the shares that a plan takes (`Rehearsed.on_rank`)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A process: kept memory, bf16 that is tried, signals, its exit code; the peaks of cards, and the plan of a run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -20,9 +18,8 @@ from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 from clips.data.loader import to_device
 from clips.recipes import recipe
-from clips.training.plan import print_memory, print_pretraining
 from clips.training.prepare import full_batch
-from clips.training.rehearsal import built, rehearse
+from clips.training.rehearsal import built, print_pretraining
 
 FAULTS = """
 import resource, torch
@@ -53,11 +50,6 @@ def test_a_processor_that_claims_bf16_is_tried(ratio: float, has: bool, monkeypa
     monkeypatch.setattr(runtime, "claims_bf16", lambda _: True)
     monkeypatch.setattr(runtime, "_product_ratio", lambda: ratio)
     assert runtime.has_bf16(torch.device("cpu")) == has
-
-
-def test_the_ratio_of_two_products_is_that_of_this_processor() -> None:
-    emulates = not runtime.claims_bf16(torch.device("cpu"))
-    assert runtime._product_ratio() > 8 or not emulates
 
 
 COLLECTIVES_UNDER_WAY = """
@@ -138,9 +130,6 @@ def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
     assert process.returncode == 7
 
 
-SCRIPT = ROOT / "scripts" / "plan_run.py"
-
-
 def test_days_follow_from_flops_and_the_share_of_the_peak() -> None:
     machine = Machine("h100", 64, mfu=0.2)
     assert machine.days(86_400 * 64 * 0.2 * 989e12) == pytest.approx(1)
@@ -174,17 +163,3 @@ def test_the_flops_that_a_plan_shows_are_counted_ones(gpus: int, capsys: pytest.
     with rehearsed_ranks(gpus), FlopCounter() as counted:
         task(to_device(batch, META))[0].backward()
     assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / 256 / 1e9, abs=0.05)
-
-
-def test_a_dry_run_says_what_the_fullest_phase_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    run = recipe("demo")
-    print_memory(run, 8, {"stage": 0})
-    step = rehearse(run, run.phases[0], 8)
-    assert f"{step.on_rank({}, 8) / 1e9:.3g} GB" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_command() -> None:
-    done = run_python(SCRIPT, "--recipe", "s16", "--gpus", "512")
-    assert done.returncode == 0, done.stderr
-    assert "s16 on 512 × H100 of 80 GB" in done.stdout
