@@ -1,7 +1,6 @@
-"""A pickle that leaves a mark when it is run, in every form that a checkpoint may have."""
+"""A pickle that leaves a mark when it is run."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,6 @@ class Bomb:
         return os.mkdir, (self.mark,)
 
 
-def write_pickle(path: Path, mark: Path) -> None:
-    """A bare pickle."""
-    path.write_bytes(pickle.dumps(Bomb(mark)))
-
-
 def plant(path: Path, mark: Path) -> None:
     """`path` as torch saved it, with a bomb among what it holds; weights stay where they are."""
     content = torch.load(path, weights_only=False) if path.is_file() else {}
@@ -30,12 +24,8 @@ def plant(path: Path, mark: Path) -> None:
 
 
 def works(place: Path) -> None:
-    """The bomb is one: both forms of it go off where code is run."""
-    for number, write in enumerate((write_pickle, plant)):
-        mark, path = place / f"mark-{number}", place / f"bomb-{number}.pt"
-        write(path, mark)
-        if write is write_pickle:
-            pickle.loads(path.read_bytes())
-        else:
-            torch.load(path, weights_only=False)
-        assert mark.is_dir()
+    """The bomb is one: it goes off where code is run."""
+    mark, path = place / "mark", place / "bomb.pt"
+    plant(path, mark)
+    torch.load(path, weights_only=False)
+    assert mark.is_dir()

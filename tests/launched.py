@@ -1,6 +1,7 @@
 """What the tests of the pretraining command share: starting and watching real processes, small real data."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet
 from bad_corpus import encode
 from conftest import ROOT, run_group
 from PIL import Image
@@ -131,6 +134,21 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) 
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a table in the form that the suffix names: parquet, JSON lines, or text with tabs or commas."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
     return path
 
 

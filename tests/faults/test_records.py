@@ -19,7 +19,7 @@ from PIL import Image
 from clips.data.images import decode_image
 
 pytestmark = pytest.mark.slow
-PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(300)]
+PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(400)]
 
 
 def append(shard: Path, name: str, data: bytes = b"", **fields: object) -> None:
@@ -69,7 +69,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
         230: ("txt: not UTF-8", {"txt": "é".encode("latin-1")}),
         280: ("long caption is empty", {"txt": b" "}),
     }
-    samples = [(picture, rest | bad.get(i, ("", {}))[1]) for i, (picture, rest) in enumerate(PAIRS)]
+    samples = [(picture, rest | bad.get(i, ("", {}))[1]) for i, (picture, rest) in enumerate(PAIRS[:300])]
     write_shard(tmp_path / "data/0.tar", samples)
     check = ("scripts/check_data.py", "--data", tmp_path / "data")
     done = run_all({"run": train(tmp_path, "r", tmp_path / "data", "--samples", "300"), "check": python(*check)})
@@ -121,13 +121,6 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         assert not lines(tmp_path / "runs" / name), "nothing was trained on"
 
 
-Samples = list[tuple[bytes, dict[str, bytes]]]
-
-
-def good(count: int) -> Samples:
-    return [(picture, recap(web, long)) for picture, web, long in pictures(count)]
-
-
 def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
     fixed = ("--recipe", "demo", "--set", "train.precision=fp32", "train.log_every=1")
     return python(SCRIPT, "--debug", "--data", data, "--output", out, "--name", name, *flags, *fixed)
@@ -135,7 +128,7 @@ def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
 
 def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path: Path) -> None:
     """Three of 400, in one epoch: any number of workers takes the same substitutes and trains to the same losses."""
-    samples = good(400)
+    samples = list(PAIRS)
     faults = {20: b"", 121: samples[121][0][:60], 222: samples[222][0][:40] + bytes(200)}
     for place, data in faults.items():
         samples[place] = (data, samples[place][1])
@@ -160,7 +153,7 @@ def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path:
 
 
 def test_row_14_above_one_percent_the_run_ends_with_exit_4(tmp_path: Path) -> None:
-    samples = [(p if i % 2 else p[:40], rest) for i, (p, rest) in enumerate(good(64))]
+    samples = [(p if i % 2 else p[:40], rest) for i, (p, rest) in enumerate(PAIRS[:64])]
     write_shard(tmp_path / "data/0.tar", samples)
     done = run(train(tmp_path, "r", tmp_path / "data", "--samples", "200"))
     assert_said(done, 4, "data.max_broken_share = 1.0%", "skipped.jsonl", "0.tar#000", "--allow-config-change")
@@ -180,7 +173,7 @@ def test_row_15_bombs_are_skipped_in_bounded_memory(tmp_path: Path) -> None:
         "scans of 4000": with_scans(progressive, 4000),
         "bytes are above the limit": encode(Image.new("RGB", (8, 8)), "BMP") + bytes(65 << 20),
     }
-    samples = good(96)
+    samples = PAIRS[:96]
     write_shard(tmp_path / "clean/0.tar", samples)
     for place, data in enumerate(bombs.values()):
         samples[20 * place] = (data, samples[20 * place][1])
@@ -225,7 +218,7 @@ def twins(rgb: np.ndarray) -> list[tuple[np.ndarray, bytes]]:
 def test_row_16_every_kind_of_picture_trains_as_its_plain_twin(tmp_path: Path) -> None:
     """The same training, to the last digit, on pictures of each lossless kind and on their pixels as plain RGB."""
     plain, kinds = [], []
-    for i, (picture, rest) in enumerate(good(64)):
+    for i, (picture, rest) in enumerate(PAIRS[:64]):
         of_all = twins(np.asarray(decode_image(picture)))
         shown, kind = of_all[i % len(of_all)]
         plain.append((encode(Image.fromarray(shown)), rest))

@@ -95,20 +95,15 @@ def trained(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "engine")
+FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "engine", "lock")
 
 
 @pytest.mark.parametrize(("odd", "part"), [(i % 2, part) for i, part in enumerate(FAILURES)])
 def test_row_32_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
     facts = ["nothing", "nothing"]
-    # Rank 0 opens the data for its machine.
-    facts[0 if part == "data" else odd] = f"fails at the {part}"
+    # Rank 0 opens the data for its machine, and holds the lock.
+    facts[0 if part in ("data", "lock") else odd] = f"fails at the {part}"
     ranks = two_ranks(ROOT, (facts[0], facts[1]), *pretraining(tmp_path, shards))
-    assert_ended(ranks, "this rank alone fails")
-
-
-def test_a_lock_that_rank_0_does_not_get_ends_both(shards: tuple[str, ...], tmp_path: Path) -> None:
-    ranks = two_ranks(ROOT, ("fails at the lock", "nothing"), *pretraining(tmp_path, shards))
     assert_ended(ranks, "this rank alone fails")
 
 

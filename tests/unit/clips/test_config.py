@@ -17,14 +17,6 @@ from clips.training.prepare import with_precision
 from clips.training.task import Task
 
 
-@pytest.mark.parametrize("name", ["clip_baseline", "b16"])
-def test_config_json_alone_rebuilds_a_recipe(name: str, tmp_path: Path) -> None:
-    run = recipe(name)
-    run.save(tmp_path / "config.json")
-    loaded = RunConfig.load(tmp_path / "config.json")
-    assert loaded == run  # tuples again, not lists
-
-
 @pytest.mark.parametrize(
     ("assignment", "noun"),
     [

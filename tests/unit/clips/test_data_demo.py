@@ -98,23 +98,11 @@ def test_the_same_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None
     assert [of_another_seed.read(i).long for i in range(2)] != [first.read(i).long for i in range(2)]
 
 
-def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(demo, "_write_notes", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            ensure_demo(tmp_path / "data", sizes=SIZES)
-    assert not (tmp_path / "data").exists()
-    (tmp_path / "data.partial" / "train").mkdir(parents=True)  # as SIGKILL leaves it
-    (tmp_path / "data.partial" / "train" / "00000.tar").write_bytes(b"half")
-    ensure_demo(tmp_path / "data", sizes=SIZES)
-    assert not (tmp_path / "data.partial").exists()
-    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
+def test_the_demo_is_opened_by_its_name(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(train="demo", demo_dir=str(built))
     monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
     assert (len(open_split(data, "train", need_long=True)), len(open_split(data, "test", need_long=True))) == (16, 6)
-    names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
+    names = ["test"] if is_by_one(built) else ["test", UNSEEN]
     assert (held_out_sets(data), deciding_set(data)) == (names, names[-1])
 
 
@@ -122,15 +110,27 @@ def test_one_frame_builds_both_demos(tmp_path: Path) -> None:
     calls = []
 
     def write(work: Path) -> dict[str, str]:
+        assert not list(work.iterdir())
         calls.append(work)
         (work / "data.txt").write_text(f"build {len(calls)}")
         return {"note": "for people"}
+
+    def interrupted(work: Path) -> dict[str, str]:
+        (work / "half.txt").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_built(tmp_path / "d", {}, interrupted, what="test data")
+    assert not (tmp_path / "d").exists()
+    (tmp_path / "d.partial").mkdir(exist_ok=True)  # as SIGKILL leaves it
+    (tmp_path / "d.partial" / "half.txt").touch()
 
     def ensure(**changes: int) -> str:
         wanted = {"version": 1, "seed": 0} | changes
         return (ensure_built(tmp_path / "d", wanted, write, what="test data") / "data.txt").read_text()
 
     assert [ensure(), ensure(), ensure(seed=1), ensure(seed=1)] == ["build 1", "build 1", "build 2", "build 2"]
+    assert not (tmp_path / "d.partial").exists()
     stamp = tmp_path / "d" / "manifest.json"
     assert json.loads(stamp.read_text()) == {"built": {"version": 1, "seed": 1}, "note": "for people"}
     with pytest.raises(UserError, match="holds no test data"):

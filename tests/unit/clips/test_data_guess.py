@@ -9,12 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from bad_corpus import encode
 from bad_corpus import square as picture
-from launched import write_shard
+from launched import write_shard, write_table
 from PIL import Image
 
 from clips.common.errors import UserError
@@ -54,6 +52,8 @@ def test_usual_columns() -> None:
     fields = guess_fields("t", Fields(), ["id", "Path", "ALT"])
     assert (fields.image, fields.web, fields.long) == ("Path", "ALT", "")
     assert guess_fields("t", Fields(image="id", web="id2"), ["Path", "ALT"]) == Fields(image="id", web="id2")
+    fashion = guess_fields("t", Fields(), ["id", "gender", "articleType", "usage", "productDisplayName", "image"])
+    assert (fashion.image, fashion.web, fashion.long) == ("image", "productDisplayName", "")
 
 
 def test_the_default_layout_is_never_guessed_anew() -> None:
@@ -107,11 +107,7 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCapt
     for suffix in (".csv", ".jsonl"):
         folder = tmp_path / f"imagefolder{suffix}" / "train"
         pictures(folder)
-        rows = [{"file_name": f"{i}.png", "text": f"w {i}"} for i in range(3)]
-        if suffix == ".csv":
-            write_csv(folder / "metadata.csv", [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
-        else:
-            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_table(folder / f"metadata{suffix}", [{"file_name": f"{i}.png", "text": f"w {i}"} for i in range(3)])
         (folder.parent / "test").mkdir()
         source = guessed(folder.parent)
         assert webs(source) == ["w 0", "w 1", "w 2"]
@@ -146,9 +142,9 @@ def write_jpegs(path: Path, count: int, texts: dict[str, bytes]) -> None:
 
 def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
     """`count` rows with pictures as the `datasets` library writes them, unless the row has a `url`."""
-    rows = [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    write_table(
+        path, [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
+    )
 
 
 def write_splits(folder: Path, row: dict[str, Any]) -> None:
@@ -251,25 +247,3 @@ def test_recap_datacomp_as_urls_and_as_img2dataset_fetches_it(tmp_path: Path) ->
     write_jpegs(tmp_path / "recap/00000.tar", 3, members)
     run = run_of("--recipe", "b16", "--data", tmp_path / "recap")
     assert texts(opened(run)) == [Texts(("dog.jpg",), ("A dog runs. It is brown.",))] * 3
-
-
-def test_coco_as_tar_shards_of_the_hub(tmp_path: Path) -> None:
-    """undefined443/coco-karpathy-wds."""
-    for split, count in (("train", 3), ("val", 2), ("test", 1)):
-        account = {"json": json.dumps({"captions": FIVE, "cocoid": 522418}).encode()}
-        write_jpegs(tmp_path / f"{split}/{split}-00000.tar", count, account)
-    run = run_of("--data", tmp_path, "--val-data", tmp_path / "val", "--test-data", tmp_path / "test")
-    assert [texts(opened(run, split)) for split in ("train", "val", "test")] == [[ALL] * 3, [ALL] * 2, [ALL]]
-
-
-def test_fashion_as_parquet_of_the_hub(tmp_path: Path) -> None:
-    """ashraq/fashion-product-images-small: the shop's name is the web caption, and there is no long one."""
-    row = {"id": 15970, "gender": "Men", "masterCategory": "Apparel", "subCategory": "Topwear"}
-    row |= {"articleType": "Shirts", "baseColour": "Navy Blue", "season": "Fall", "year": 2011.0, "usage": "Casual"}
-    row["productDisplayName"] = "Turtle Check Men Navy Blue Shirt"
-    write_parquet(tmp_path / "data/train-00000-of-00002-6cff4c59f91661c3.parquet", 200, row)
-    run = run_of("--recipe", "small_clip", "--data", tmp_path)
-    train, val = (len(opened(run, split)) for split in ("train", "val"))
-    assert 0 < val < 20 < train == 200 - val
-    assert opened(run).texts(0) == Texts(("Turtle Check Men Navy Blue Shirt",))
-    assert opened(run).read(0).extra["baseColour"] == "Navy Blue"

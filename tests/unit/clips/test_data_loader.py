@@ -2,7 +2,6 @@
 
 import io
 import multiprocessing
-import pickle
 import random
 import tracemalloc
 from dataclasses import replace
@@ -116,15 +115,11 @@ def test_masks_keep_tokens_and_a_long_caption_without_a_word_gives_way_to_the_we
             assert [tokenizer.decode(ids) for ids in batch[name]] == [tokenizer.decode(ids) for ids in batch["web"]]
 
 
-def in_phases(run: RunConfig) -> RunConfig:
-    """Three phases, each with its own batch, resolution and augmentation."""
+def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = a_run(workers=2)
     first = replace(run.phases[0], samples=3 * 8)
     second = replace(first, name="b", samples=2 * 16, batch_size=16, image_size=48, augment=AugmentConfig())
-    return replace(run, phases=(first, second, replace(first, name="c", samples=2 * 4, batch_size=4)))
-
-
-def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, tokenizer: CaptionTokenizer) -> None:
-    run = in_phases(a_run(workers=2))
+    run = replace(run, phases=(first, second, replace(first, name="c", samples=2 * 4, batch_size=4)))
     others = set(multiprocessing.active_children())
     workers = [
         {child.pid for child in set(multiprocessing.active_children()) - others}
@@ -323,12 +318,6 @@ def test_a_mix_has_its_shares_and_walks_each_set_in_its_own_order(shares, seed, 
     assert mix.epoch(first + 7) == turn // sum(sets[part])
     substitute = mix.substitute(first + 7, random.Random(0)) - sum(map(sum, sets[:part]))
     assert 0 <= substitute < sum(sets[part]), "a substitute is of the same set"
-
-
-def test_a_mix_of_one_set_is_that_set() -> None:
-    order = SampleOrder([30, 40], 5)
-    mix = pickle.loads(pickle.dumps(MixedOrder([order], [3.0], 5)))
-    assert [mix.sample(i) for i in range(BLOCK + 100)] == [order.sample(i) for i in range(BLOCK + 100)]
 
 
 def test_sets_are_mixed_everywhere() -> None:

@@ -1,6 +1,5 @@
 """Tar shards and tables: what is there is found, what is damaged is named, what climbs out is refused."""
 
-import csv
 import json
 import os
 import pickle
@@ -9,11 +8,9 @@ import tarfile
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from bad_corpus import square as picture
-from launched import write_tar
+from launched import write_table, write_tar
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
@@ -192,25 +189,12 @@ ROWS = [
 TABLE_FIELDS = Fields(image="image", web="alt", long="long")
 
 
-def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
-    if path.suffix == ".parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    (path.parent / "pics").mkdir(exist_ok=True)
-    for i in range(3):
-        (path.parent / f"pics/{i}.png").write_bytes(picture(i))
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".parquet"])
 def test_tables(tmp_path: Path, suffix: str) -> None:
     path = write_table(tmp_path / f"t{suffix}", ROWS)
+    (tmp_path / "pics").mkdir()
+    for i in range(3):
+        (tmp_path / f"pics/{i}.png").write_bytes(picture(i))
     for source in (open_tar(path, TABLE_FIELDS), pickle.loads(pickle.dumps(open_tar(path, TABLE_FIELDS)))):
         assert len(source) == 4
         for i in range(2):

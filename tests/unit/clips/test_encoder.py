@@ -21,10 +21,20 @@ TEXTS = ["a dog", "a cat at a dog", "", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> CLIPS:
-    run = tmp_path_factory.mktemp("runs") / "clips"
-    write_export(run)
-    return CLIPS.from_pretrained(run, device="cpu")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and a folder with twelve pictures, one of them in a folder of its own, and a broken one."""
+    place = tmp_path_factory.mktemp("search")
+    write_export(place / "runs" / "clips")
+    (place / "pictures" / "more").mkdir(parents=True)
+    for i in range(12):
+        picture(40, seed=i).save(place / "pictures" / ("more/11.png" if i == 11 else f"{i:02}.png"))
+    (place / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    return place
+
+
+@pytest.fixture(scope="module")
+def opened(place: Path) -> CLIPS:
+    return CLIPS.from_pretrained(place / "runs" / "clips", device="cpu")
 
 
 def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path: Path) -> None:
@@ -97,30 +107,13 @@ def test_mistakes_are_named(opened: CLIPS, tmp_path: Path) -> None:
         CLIPS.from_pretrained(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and a folder with twelve pictures, one of them in a folder of its own, and a broken one."""
-    place = tmp_path_factory.mktemp("search")
-    write_export(place / "runs" / "clips")
-    (place / "pictures" / "more").mkdir(parents=True)
-    for i in range(12):
-        picture(40, seed=i).save(place / "pictures" / ("more/11.png" if i == 11 else f"{i:02}.png"))
-    (place / "pictures" / "broken.jpg").write_bytes(b"no picture")
-    return place
-
-
-@pytest.fixture(scope="module")
-def model(place: Path) -> CLIPS:
-    return CLIPS.from_pretrained(place / "runs" / "clips", device="cpu")
-
-
-def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model, place, tmp_path, caplog):
-    index = model.index(place / "pictures")
+def test_an_index_finds_what_a_sorted_list_of_cosines_finds(opened, place, tmp_path, caplog):
+    index = opened.index(place / "pictures")
     assert len(caplog.messages) == 1
     assert "broken.jpg" in caplog.text, "the unreadable picture is named"
-    assert len(model.index(place / "pictures", "0*.png")) == 10
-    assert (len(index), index.skipped, index.features.nbytes) == (12, 1, 4 * 12 * model.embed_dim)
-    cosines = torch.from_numpy(index.features) @ model.encode_text("a dog at a cat in the sun")[0]
+    assert len(opened.index(place / "pictures", "0*.png")) == 10
+    assert (len(index), index.skipped, index.features.nbytes) == (12, 1, 4 * 12 * opened.embed_dim)
+    cosines = torch.from_numpy(index.features) @ opened.encode_text("a dog at a cat in the sun")[0]
     matches = index.search("a dog at a cat in the sun", k=5)
     assert [match.path for match in matches] == [index.paths[i] for i in cosines.argsort(descending=True)[:5]]
     assert [match.score for match in matches] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-6)
@@ -129,29 +122,29 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model, place, tmp_pa
     assert index.search(own, k=1)[0].path == str(own.resolve())
 
     index.save(tmp_path / "made" / "pictures.idx")  # which every further run refused for its name
-    opened = model.load_index(tmp_path / "made" / "pictures.idx")
-    assert opened.search("dog") == index.search("dog")
+    loaded = opened.load_index(tmp_path / "made" / "pictures.idx")
+    assert loaded.search("dog") == index.search("dog")
     Index(index.paths, torch.from_numpy(index.features), index.encode, "other").save(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="made with other weights"):
-        model.load_index(tmp_path / "other.safetensors")
+        opened.load_index(tmp_path / "other.safetensors")
     for file in (place / "runs/clips/export/native/model.safetensors", tmp_path):
         with pytest.raises(UserError, match="is "):
-            model.load_index(file)
+            opened.load_index(file)
 
 
-def test_a_kept_index_is_made_once_and_anew_after_a_change(model: CLIPS, tmp_path: Path) -> None:
+def test_a_kept_index_is_made_once_and_anew_after_a_change(opened: CLIPS, tmp_path: Path) -> None:
     """No time decides: clocks tick slowly, or stand wrong."""
     folder = tmp_path / "pictures"
     file = folder / "kept.safetensors"
     folder.mkdir()
     picture(40, seed=0).save(folder / "0.png")
     os.utime(folder / "0.png", (4e9, 4e9))
-    model.kept_index(folder, file=file)
+    opened.kept_index(folder, file=file)
     written = file.stat().st_mtime_ns
-    assert len(model.kept_index(folder, file=file)[0]) == 1
+    assert len(opened.kept_index(folder, file=file)[0]) == 1
     assert file.stat().st_mtime_ns == written
     picture(40, seed=1).save(folder / "1.png")
-    assert [len(model.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
+    assert [len(opened.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
 
 
 def test_the_command_indexes_once_and_shows_pictures(place, tmp_path):
@@ -169,14 +162,14 @@ def test_the_command_indexes_once_and_shows_pictures(place, tmp_path):
     assert again.stdout.splitlines()[0].endswith("03.png")  # the name of a picture is that picture, and no text
 
 
-def test_folders_and_addresses_are_pictures_too(model: CLIPS, place: Path, tmp_path: Path) -> None:
+def test_folders_and_addresses_are_pictures_too(opened: CLIPS, place: Path, tmp_path: Path) -> None:
     picture(40).save(tmp_path / "a.png")
     picture(40, seed=1).save(tmp_path / "b.png")
-    wanted = model.encode_image([tmp_path / "a.png", tmp_path / "b.png"])
-    assert torch.equal(model.encode_image(str(tmp_path)), wanted)
+    wanted = opened.encode_image([tmp_path / "a.png", tmp_path / "b.png"])
+    assert torch.equal(opened.encode_image(str(tmp_path)), wanted)
     with pytest.raises(UserError, match="folder"):
-        model.encode_image([tmp_path])
+        opened.encode_image([tmp_path])
     with serving(tmp_path) as server:
-        assert torch.allclose(model.encode_image(f"{server.url}/a.png"), wanted[:1], atol=1e-6)
+        assert torch.allclose(opened.encode_image(f"{server.url}/a.png"), wanted[:1], atol=1e-6)
         with pytest.raises(UserError, match=r"none\.png: FileNotFoundError"):
-            model.encode_image(f"{server.url}/none.png")
+            opened.encode_image(f"{server.url}/none.png")

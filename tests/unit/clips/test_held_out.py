@@ -1,17 +1,14 @@
 """A share is held out by image, whatever rows, keys and order a set has; the check of pairs counts what is there."""
 
-import csv
-import json
 import os
 import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from bad_corpus import encode
-from launched import pictures, recap, write_shard
+from launched import pictures, recap, write_shard, write_table
 from PIL import Image
 
 from clips.common.errors import CommandError, UserError
@@ -44,16 +41,12 @@ def csv_of_paths(folder: Path, rows: list[Row]) -> Path:
     (folder / "pictures").mkdir(exist_ok=True)
     for i in {i for i, _ in rows}:
         (folder / f"pictures/{i}.png").write_bytes(picture(i))
-    with (folder / "t.csv").open("w", newline="") as file:
-        lines = [(f"{'./' * (k % 2)}pictures/{i}.png", text) for k, (i, text) in enumerate(rows)]
-        csv.writer(file).writerows([("image", "text"), *lines])
-    return folder / "t.csv"
+    named = [{"image": f"{'./' * (k % 2)}pictures/{i}.png", "text": text} for k, (i, text) in enumerate(rows)]
+    return write_table(folder / "t.csv", named)
 
 
 def parquet_of_bytes(folder: Path, rows: list[Row]) -> Path:
-    cells = {"image": [picture(i) for i, _ in rows], "text": [text for _, text in rows]}
-    pa.parquet.write_table(pa.table(cells), folder / "t.parquet")
-    return folder / "t.parquet"
+    return write_table(folder / "t.parquet", [{"image": picture(i), "text": text} for i, text in rows])
 
 
 def tar_of_members(folder: Path, rows: list[Row]) -> Path:
@@ -139,9 +132,6 @@ def test_a_folder_that_moves_keeps_its_facts_and_sides(tmp_path: Path) -> None:
     assert open_split(data[0], "train", need_long=False).facts() != facts[0]
 
 
-COLUMNS = Fields(image="image", web="web", long="long")
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
@@ -196,8 +186,8 @@ def test_a_process_that_dies_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, jobs: int) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    lines = [json.dumps({"image": name, "web": "w", "long": "l"}) for name in ("a.png", "../b.png")]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.png").write_bytes(picture(0))
+    rows = [{"image": name, "web": "w", "long": "l"} for name in ("a.png", "../b.png")]
+    table = write_table(tmp_path / "t.jsonl", rows)
     with pytest.raises(UserError, match=r"^[^\n]*t.jsonl#1: .*\.\./b.png"):
-        check_pairs(run_on(tmp_path / "t.jsonl", fields=COLUMNS), jobs=jobs)
+        check_pairs(run_on(table, fields=Fields(image="image", web="web", long="long")), jobs=jobs)

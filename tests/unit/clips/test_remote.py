@@ -1,7 +1,6 @@
 """Data behind URLs, from a real HTTP server that fails: what is read equals local files, and copies have a size."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -11,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from launched import pictures, recap, write_shard
-from pyarrow import parquet
+from launched import pictures, recap, write_shard, write_table
 from range_server import RangeServer, serving
 
 from clips.common.errors import CommandError, UserError
@@ -284,10 +281,9 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(folder, server, 
 def test_a_table_behind_a_url_holds_its_pictures(server, tmp_path: Path) -> None:
     server.root = tmp_path
     picture, web, long = pictures(1)[0]
-    rows = {"image": [picture], "web": [web], "long": [long]}
-    parquet.write_table(pa.table(rows), tmp_path / "t.parquet")
+    write_table(tmp_path / "t.parquet", [{"image": picture, "web": web, "long": long}])
     assert open_source(f"{server.url}/t.parquet", TABLE, need_long=True).read(0).image == picture
-    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "0.png", "web": web, "long": long}))
+    write_table(tmp_path / "t.jsonl", [{"image": "0.png", "web": web, "long": long}])
     with pytest.raises(UserError, match="img2dataset"):
         open_source(f"{server.url}/t.jsonl", TABLE, need_long=True)
 

@@ -1,6 +1,5 @@
 """Fields that hold a list: which caption a step draws, and what the long one is made of."""
 
-import csv
 import json
 import random
 from collections import Counter
@@ -8,12 +7,10 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from bad_corpus import square
-from launched import write_shard
+from launched import write_shard, write_table
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, Fields
@@ -91,10 +88,9 @@ def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, ca
             source.read(index)
     assert len(list(source.captions())) == 7
 
-    table = pa.table({"image": ["a.png"], "caption": [list(FIVE)]})
-    pa.parquet.write_table(table, tmp_path / "t.parquet")
     (tmp_path / "a.png").write_bytes(square())
-    assert opened(tmp_path / "t.parquet").texts(0) == source.texts(0)
+    table = write_table(tmp_path / "t.parquet", [{"image": "a.png", "caption": list(FIVE)}])
+    assert opened(table).texts(0) == source.texts(0)
 
 
 IMAGES, EACH = 12, 5
@@ -105,19 +101,11 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
     path = folder / name
     for i in range(IMAGES):
         (folder / f"{i}.png").write_bytes(square(i))
-    if path.suffix == ".parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif name == "results.csv":  # Kaggle's Flickr30K
-        lines = [["image_name", " comment_number", " comment"]]
-        lines += [[str(row["image"]), f" {row['number']}", f" {row['caption']}"] for row in rows]
-        path.write_text("".join("|".join(line) + "\n" for line in lines))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    if name != "results.csv":
+        return write_table(path, rows)
+    lines = ["image_name| comment_number| comment"]  # Kaggle's Flickr30K
+    lines += [f"{row['image']}| {row['number']}| {row['caption']}" for row in rows]
+    path.write_text("\n".join([*lines, ""]))
     return path
 
 
