@@ -1,11 +1,11 @@
 """The full evaluation reads, decodes and encodes each picture of a test set once; its figures are those of a plain loop
-over single pictures."""
+over single pictures. What a run and the commands measure, export and report."""
 
 import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import UserError
-from clips.config import EvalConfig, NamedSet, RunConfig
+from clips.common.rundir import has_report, is_finished
+from clips.config import DataConfig, EvalConfig, NamedSet, RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.evaluation.encode import encode_images
-from clips.evaluation.evaluate import evaluate, evaluate_from_flags
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags, nearest_texts
 from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_metrics
 from clips.evaluation.testsets import Item, PictureSet, SourceSet, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
-from clips.weights.export import write_native
+from clips.training.finish import finish_run
+from clips.weights.export import export_from_flags, write_native
 
 SIZES = {"train": 30, "test": 25, "more": 10}
 BROKEN = 6
@@ -63,7 +65,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return replace(tiny, data=data, eval=EvalConfig(batch_size=4))
 
 
-def test_each_picture_is_read_decoded_and_encoded_once(run, tokenizer, tmp_path, monkeypatch):
+def test_each_picture_is_read_decoded_and_encoded_once_and_every_figure_has_chance_and_items(
+    run, tokenizer, tmp_path, monkeypatch
+):
     read: Counter[str] = Counter()
     opened: Counter[bytes] = Counter()
     encoded: list[int] = []
@@ -86,8 +90,13 @@ def test_each_picture_is_read_decoded_and_encoded_once(run, tokenizer, tmp_path,
     monkeypatch.setattr(SourceSet, "read", counting_read)
     monkeypatch.setattr(Image, "open", counting_open)
     monkeypatch.setattr(VisionTower, "forward", counting_encode)
-    evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
+    figures = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
     evaluation = json.loads((tmp_path / "found.json").read_text())
+    assert evaluation["figures"] == {name: asdict(figure) for name, figure in figures.items()}
+    # Each third picture has a label and serves classification, the others retrieval.
+    assert (figures["sentence_i2t_r1"].items, figures["zero_shot_top1"].items) == (16, 8)
+    assert figures["sentence_i2t_r1"].chance == pytest.approx(100 / 16, abs=1e-3)
+    assert figures["part_t2i_r1"].items == 47  # at most five sentences each
     wanted = {"sentence_i2t_r1", "zero_shot_top1", "caption_token_top1", "linear_probe_top1"}
     assert wanted | {f"more/{name}" for name in wanted} <= evaluation["figures"].keys()
     assert evaluation["skipped_images"] == 2
@@ -211,11 +220,91 @@ def test_the_figures_are_those_of_a_loop_over_single_pictures(inputs, run, token
         assert slow == {name.removeprefix(prefix): figures.pop(name) for name in [f"{prefix}{key}" for key in slow]}
     assert not figures
 
-    images = encode_images(model, open_test_set(run.data, "test")[0], batch_size=4, tokenizer=tokenizer)
-    one_by_one = Slow(model, tokenizer, run, "test")
-    assert torch.allclose(images.features, one_by_one.features, atol=1e-6)
-    assert torch.allclose(images.pooled, one_by_one.pooled, atol=1e-5)
-    assert images.caption_tokens is not None
-    predicted, truth = (part.tolist() for part in images.caption_tokens)
-    assert (predicted, truth) == (one_by_one.predicted, one_by_one.truth)
-    assert len(set(predicted)) > 5, "predictions that differ"
+
+def test_the_nearest_texts_of_an_image_come_in_order_and_its_own_is_right(run, tokenizer):
+    cards = nearest_texts(random_model(run), tokenizer, run, "test", 32)
+    assert len(cards) == 12
+    for card in cards:
+        cosines = [float(shown.removeprefix("cosine ")) for shown, *_ in card.texts]
+        assert len(cosines) == 5
+        assert cosines == sorted(cosines, reverse=True)
+    kinds = {(text == card.title, right) for card in cards for _, text, right in card.texts}
+    assert kinds == {(True, True), (False, None)}
+
+
+def test_during_training_fewer_images_and_the_model_is_left_as_it_was(run, tokenizer):
+    run = replace(run, data=replace(run.data, val=run.data.test))
+    model = random_model(run).train()
+    model.visual.set_image_size(48)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "linear_probe_top1" not in evaluate(model, tokenizer, run, "val", image_size=32)
+    assert model.training
+    assert model.visual.image_size == 48
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.visual.set_image_size(32)
+    items, _ = open_test_set(run.data, "val")
+    assert len(encode_images(model, items, batch_size=8, limit=16).indices) == 16 - 1, "one of them is broken"
+    without = replace(run, data=replace(run.data, val=None))
+    with pytest.raises(UserError, match="--val-data"):
+        evaluate(model, tokenizer, without, "val")
+
+
+@pytest.mark.usefixtures("one_pixel")
+def test_a_report_that_fails_costs_nothing_and_can_be_made_again(run, tokenizer, tmp_path, capsys):
+    model = random_model(run)
+    run_dir = tmp_path / "my-[bold]run"
+    run_dir.mkdir()
+    line = {"kind": "train", "step": 1, "samples": 8, "loss": 4.9, "grad_norm": None}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "train", "st')  # cut by a killed run
+    run.save(run_dir / "config.json")
+    (run_dir / "report").write_text("in the way")
+    finish_run(run, model, tokenizer, run_dir)
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("warning")]
+    assert f"the report of {run_dir} is not written" in line
+    assert "Traceback" not in errors
+    assert is_finished(run_dir)
+    assert not has_report(run_dir)
+    assert json.loads((run_dir / "evaluation.json").read_text())["figures"]
+
+    (run_dir / "report").unlink()
+    finish_run(run, model, tokenizer, run_dir)
+    assert has_report(run_dir)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_commands_evaluate_and_export(run, tokenizer, tmp_path, capsys):
+    model = random_model(run)
+    native = tmp_path / "native"
+    write_native(model, run, tokenizer, native)
+    export_from_flags(script_parser("export_clips").parse_args(["--model", str(native), "--image-size", "48"]))
+    assert "48 px" in capsys.readouterr().out
+    stock = native / "export/open_clip"
+
+    classes, rng = tmp_path / "classes", np.random.default_rng(0)
+    for i in range(12):
+        folder = classes / ["cat", "dog"][i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird")
+
+    def figures(model_path, *flags):
+        out = tmp_path / "out.json"
+        parsed = script_parser("evaluate_clips").parse_args(
+            ["--model", str(model_path), "--output", str(out), *map(str, flags)]
+        )
+        evaluate_from_flags(parsed)
+        return json.loads(out.read_text())["figures"]
+
+    of_stock = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
+    assert of_stock["zero_shot_top1"]["items"] == 12
+    assert of_stock["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
+    probed = of_stock["linear_probe_top1"]
+    assert probed["value"] > 70  # tested on what it was fitted on
+    assert (probed["items"], probed["chance"]) == (12, 50)
+    assert "zero_shot_top1" in figures(native)  # the run's own test split
+    write_native(model, replace(run, data=DataConfig(train="")), tokenizer, tmp_path / "bare")
+    with pytest.raises(UserError, match="--data"):
+        export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
+    with pytest.raises(UserError, match="names no test data: give --data,"):  # it named a flag of another command
+        figures(tmp_path / "bare")
