@@ -222,30 +222,27 @@ Reasons = dict[str, str]
 """Of each sample that was left out, by its key, row or number."""
 
 
-def _fields(spec: str) -> Any:
-    from clips.config import Fields
-
-    if spec.endswith(".jsonl"):
-        return Fields(image="image", web="org_caption", long="long")
-    return Fields(image="img", web="json:org_caption", long="txt")
-
-
 def through_the_loader(spec: str, wanted: dict[str, str]) -> Reasons:
     """One epoch: each sample's own position holds it, or a substitute and the reason."""
     from conftest import tiny_run
 
+    from clips.config import Fields
     from clips.data.loader import make_loader
     from clips.data.sources import open_source
     from clips.data.tokenizer import build_tokenizer
 
-    source, run = open_source(spec, _fields(spec), need_long=True), tiny_run()
+    is_table, run = spec.endswith(".jsonl"), tiny_run()
+    fields = Fields(image="img", web="json:org_caption", long="txt")
+    if is_table:
+        fields = Fields(image="image", web="org_caption", long="long")
+    source = open_source(spec, fields, need_long=True)
     assert len(source) == len(wanted), (len(source), len(wanted))
     tokenizer = build_tokenizer("bert")
     run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=tokenizer.vocab_size)))
     run = replace(run, phases=(replace(run.phases[0], samples=len(source), batch_size=8),))
 
     def named(key: str) -> str:  # a table's row also names its picture: t.jsonl#3 (a.png)
-        return (key.partition(" (")[0] if spec.endswith(".jsonl") else key).rpartition("#")[2]
+        return (key.partition(" (")[0] if is_table else key).rpartition("#")[2]
 
     reasons: Reasons = {}
     keys: Counter[str] = Counter()
@@ -258,22 +255,17 @@ def through_the_loader(spec: str, wanted: dict[str, str]) -> Reasons:
     return reasons
 
 
-def _llava(data: str) -> tuple[Any, Any]:
+def through_llava_data(spec: str, wanted: dict[str, str]) -> Reasons:
+    """As training reads it: the records when it begins, each picture when its batch comes."""
     from tiny_tokenizers import make_tokenizer
 
+    from clips import BrokenSample
     from mllm.data.conversation import ConversationEncoder
+    from mllm.data.dataset import LlavaDataset
     from mllm.data.images import ImageStore
 
     encoder = ConversationEncoder(make_tokenizer("gpt2"), "chatml", 4, 120)
-    return encoder, ImageStore(Path(data).parent / "images")
-
-
-def through_llava_data(spec: str, wanted: dict[str, str]) -> Reasons:
-    """As training reads it: the records when it begins, each picture when its batch comes."""
-    from clips import BrokenSample
-    from mllm.data.dataset import LlavaDataset
-
-    encoder, store = _llava(spec)
+    store = ImageStore(Path(spec).parent / "images")
     dataset = LlavaDataset(spec, encoder, store, "skip")
     reasons = {str(problem["index"]): problem["message"] for problem in dataset.skipped}
     for row, record in enumerate(dataset.records):

@@ -28,7 +28,6 @@ from filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from clips.common.runtime import unused_port
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
@@ -216,11 +215,6 @@ def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are one pixel, as in forked processes (tests/warm.py): drawing them takes most of a report's time."""
     monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
-
-
-@pytest.fixture(name="unused_port")
-def _unused_port() -> int:
-    return unused_port()
 
 
 @pytest.fixture(scope="session")

@@ -216,19 +216,16 @@ def assert_same_training(run_dir: Path, other: Path, checkpoint: str) -> None:
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
-def assert_finished(
-    run_dir: Path, *, figures: bool = True, formats: tuple[str, ...] = ("native", "open_clip", "hf_vit")
-) -> None:
+def assert_finished(run_dir: Path) -> None:
     for name in ("config.json", "env.json", "metrics.jsonl", "skipped.jsonl", "LATEST", "report/index.html"):
         assert (run_dir / name).is_file(), name
-    for name in formats:
+    for name in ("native", "open_clip", "hf_vit"):
         assert any((run_dir / "export" / name).glob("*.safetensors")), name
     assert "<img" in (run_dir / "report/index.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())
-    if figures:
-        values = json.loads((run_dir / "evaluation.json").read_text())["figures"]
-        assert values
-        assert all(0 <= figure["value"] <= 100 for figure in values.values())
+    values = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+    assert values
+    assert all(0 <= figure["value"] <= 100 for figure in values.values())
 
 
 def assert_said(done: Done, code: int, *words: str) -> None:

@@ -46,10 +46,6 @@ def without(name: str) -> None:
     Path.stat = stat
 
 
-def shorter(data: type) -> None:
-    data.__len__ = lambda _: 7
-
-
 def other_sources() -> None:
     """The data that this rank gets has one sample less."""
     real = prepare.once_per_machine
@@ -124,7 +120,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
     # The data
     "fewer samples": other_sources,
-    "fewer conversations": lambda: shorter(LlavaDataset),
+    "fewer conversations": lambda: setattr(LlavaDataset, "__len__", lambda _: 7),
     # An error of one rank, in each part of the start
     "fails at the device": lambda: setattr(runtime, "choose_device", failing),
     "fails at the group": lambda: setattr(pretraining, "init_distributed", failing),

@@ -41,7 +41,7 @@ def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, 
     for name, done in run_all({name: python(SCRIPT, *flags, "--recipe", name) for name in recipes}).items():
         assert done.code == 0, done.text
         run_dir = tmp_path / f"{name}-debug"
-        assert_finished(run_dir, formats=("native", "open_clip", "hf_vit"))
+        assert_finished(run_dir)
         assert [line["step"] for line in trace(run_dir)] == [1, 2, 3]
         assert [line["step"] for line in trace(run_dir, "eval")] == [3]
         assert ("caption_loss" in trace(run_dir)[0]) == (name != "small_clip")

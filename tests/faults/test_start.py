@@ -100,11 +100,8 @@ FAILURES = ("device", "group", "run directory", "data", "tokenizer", "model", "e
 
 @pytest.mark.parametrize(("odd", "part"), [(i % 2, part) for i, part in enumerate(FAILURES)])
 def test_row_32_an_error_of_one_rank_ends_both(part: str, odd: int, shards: tuple[str, ...], tmp_path: Path) -> None:
-    facts = ["nothing", "nothing"]
-    # Rank 0 opens the data for its machine, and holds the lock.
-    facts[0 if part in ("data", "lock") else odd] = f"fails at the {part}"
-    ranks = two_ranks(ROOT, (facts[0], facts[1]), *pretraining(tmp_path, shards))
-    assert_ended(ranks, "this rank alone fails")
+    facts = facts_of(f"fails at the {part}", 0 if part in ("data", "lock") else odd)  # which rank 0 opens and holds
+    assert_ended(two_ranks(ROOT, facts, *pretraining(tmp_path, shards)), "this rank alone fails")
 
 
 @pytest.mark.parametrize(

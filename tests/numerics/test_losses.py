@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
+from clips.common.runtime import unused_port
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
 from clips.recipes import debug_twin, recipe
@@ -197,10 +198,10 @@ def _loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str,
 
 
 @pytest.mark.slow
-def test_two_ranks_average_to_the_loss_and_gradient_of_one(unused_port: int) -> None:
+def test_two_ranks_average_to_the_loss_and_gradient_of_one() -> None:
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_two_ranks, (unused_port, results), nprocs=2, start_method="fork")
+        mp.start_processes(_two_ranks, (unused_port(), results), nprocs=2, start_method="fork")
         (loss_0, grad_0), (loss_1, grad_1) = results[0], results[1]
     loss, grad = _loss_and_gradient(tiny_batch(0))
     assert (loss_0 + loss_1) / 2 == pytest.approx(loss, rel=1e-5)

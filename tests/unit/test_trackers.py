@@ -73,14 +73,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int = 200) -> io.StringIO:
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(live, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
-    return stream
-
-
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = on(Terminal(), monkeypatch, columns=20)
+    printed = Terminal()
+    monkeypatch.setattr(sys, "stderr", printed)
+    monkeypatch.setattr(live, "get_terminal_size", lambda: SimpleNamespace(columns=20))
     line = LiveLine()
     line.show("a long first line that is cut")
     line.show("short")

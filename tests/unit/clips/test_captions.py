@@ -227,12 +227,6 @@ def test_bert_is_the_reference_layout(tokenizers):
     assert bert.decode(row) == bert.decode(row.tolist()) == "a dog!"
 
 
-def many_ties() -> list[str]:
-    """Words of random letters: nearly every merge is a tie, which is where the order of a hash map would show."""
-    rng = random.Random(0)
-    return [" ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(8)) for _ in range(200)]
-
-
 def test_wordpiece_vocabulary():
     texts = ["Room 2024 has 12 Dogs and 7 cats", "room 99 has Dogs"] * 20
     small = build_tokenizer("wordpiece", texts, vocab_size=4096)
@@ -240,7 +234,6 @@ def test_wordpiece_vocabulary():
     assert small.encode(["2024"])[0] == [i for d in "2024" for i in small.encode([d])[0]]
     assert len(small.encode(["dogs"])[0]) == 1
     assert small.encode(["DOGS"]) == small.encode(["dogs"])
-    capped = build_tokenizer("wordpiece", many_ties(), vocab_size=100)
-    assert capped.vocab_size == 100
+    assert build_tokenizer("wordpiece", [" ".join(sentences) for sentences in HARD], vocab_size=200).vocab_size == 200
     chinese = ["".join(map(chr, range(0x4E00, 0x4E00 + 500)))]  # more characters than the table holds
     assert build_tokenizer("wordpiece", chinese, vocab_size=100).vocab_size <= 100

@@ -147,11 +147,6 @@ def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
     )
 
 
-def write_splits(folder: Path, row: dict[str, Any]) -> None:
-    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
-        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", count, row)
-
-
 def run_of(*flags: str | Path) -> RunConfig:
     return config_from_flags(parser().parse_args(list(map(str, flags))), {})
 
@@ -198,7 +193,8 @@ FLICKR30K = {"alt_text": FIVE, "original_alt_text": FIVE, "sentids": ["0", "1"],
 
 @pytest.mark.parametrize(("row", "said"), [(FLICKR8K, "'caption_0' to 'caption_4'"), (FLICKR30K, "'alt_text'")])
 def test_parquet_of_the_hub(row: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_splits(tmp_path, row)
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        write_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet", count, row)
     run = run_of("--data", tmp_path, "--val-data", tmp_path / "data/validation-*.parquet")
     assert [texts(opened(run, split)) for split in ("train", "val")] == [[ALL] * 3, [ALL] * 2]
     assert said in caplog.text

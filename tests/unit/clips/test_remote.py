@@ -17,6 +17,7 @@ from range_server import RangeServer, serving
 
 from clips.common.errors import CommandError, UserError
 from clips.common.paths import without_secrets
+from clips.common.runtime import unused_port
 from clips.config import Fields, RunConfig
 from clips.data import order, remote
 from clips.data.loader import ReadAhead, make_loader
@@ -123,7 +124,7 @@ def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer) -
     assert ended.value.exit_code == 1
 
 
-def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_port: int) -> None:
+def test_what_cannot_be_read_is_refused_at_once(server, folder: Path) -> None:
     with pytest.raises(UserError, match=rf"{server.url}/none.tar cannot be read"):
         open_source(f"{server.url}/none.tar", Fields(), need_long=True)
     server.fault = lambda method, name, before: 403
@@ -132,8 +133,9 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
     assert sum(server.asked.values()) < 20, "nothing is tried again"
     with serving(folder, ranges=False) as without, pytest.raises(UserError, match="supports ranges"):
         open_source(f"{without.url}/0.tar", Fields(), need_long=True).read(3)
-    with pytest.raises(CommandError, match=rf"127.0.0.1:{unused_port}/0.tar cannot be read"):
-        open_source(f"http://127.0.0.1:{unused_port}/0.tar", Fields(), need_long=True)
+    url = f"http://127.0.0.1:{unused_port()}/0.tar"
+    with pytest.raises(CommandError, match=f"{url} cannot be read"):
+        open_source(url, Fields(), need_long=True)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
     assert abs(paper["l"] - 600) < 120
 
 
-def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_list_in_a_shard_is_guessed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = opened(shard(tmp_path, [list(FIVE), ["only one"], ["x", 3], [None, " ", "a", "b"]]))
     assert "two of the others joined" in caplog.text
     assert source.texts(0) == Texts(tuple(FIVE), others=True)
@@ -87,10 +87,6 @@ def test_a_list_in_a_shard_and_in_a_table_is_guessed_and_said(tmp_path: Path, ca
         with pytest.raises(BrokenSample, match=reason):
             source.read(index)
     assert len(list(source.captions())) == 7
-
-    (tmp_path / "a.png").write_bytes(square())
-    table = write_table(tmp_path / "t.parquet", [{"image": "a.png", "caption": list(FIVE)}])
-    assert opened(table).texts(0) == source.texts(0)
 
 
 IMAGES, EACH = 12, 5
