@@ -108,17 +108,16 @@ def dropping(run: RunConfig) -> RunConfig:
     )
 
 
-def drawn_tokens(seed: int, *, size: int = 8, patches: int = 16) -> dict[str, torch.Tensor]:
-    """What the loader draws for a run that is `dropping` and images of so many patches, to go with `tiny_batch`."""
+def drawn_tokens(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
+    """What the loader draws for a run that is `dropping` and its images of 16 patches, to go with `tiny_batch`."""
     rng = random.Random(seed)
 
     def draw(there: int, kept: int) -> torch.Tensor:
         return torch.tensor([sorted(rng.sample(range(there), kept)) for _ in range(size)])
 
-    seen = round(0.5 * patches)
     caption = tiny_batch(seed, size=size)["caption"]
     caption[seed % 3 :: 3] = 0
-    return {"patches": draw(patches, seen), "image_tokens": draw(seen, round(0.4 * seen)), "caption": caption}
+    return {"patches": draw(16, 8), "image_tokens": draw(8, 3), "caption": caption}
 
 
 def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:
@@ -167,15 +166,15 @@ def script_parser(name: str) -> argparse.ArgumentParser:
 
 
 def run_python(
-    *arguments: str | Path, cwd: Path = ROOT, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 300
+    *arguments: str | Path, ranks: int = 1, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as a user would; several ranks through torchrun."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return run_group(
         [sys.executable, *launcher, *map(str, arguments)],
-        cwd=cwd,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
-        timeout=timeout,
+        timeout=300,
     )
 
 
@@ -209,6 +208,11 @@ def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     torch.set_num_threads(1)
     if request.node.get_closest_marker("draws"):
         monkeypatch.setenv(warm.DRAWS, "1")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import tiny_llava
 import torch
 from conftest import ROOT, run_group
-from launched import lines, of_run, started, wait_for, wait_until_gone
+from launched import flip_bit, lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import keep_at
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, losses, results, run
 
@@ -23,6 +23,7 @@ from clips.common.tensors import write_weights
 from clips.engine import checkpoint
 
 place = tiny_llava.place  # a fixture
+pytestmark = pytest.mark.slow
 
 FLAGS = [*ALIGN, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "4"]
 
@@ -53,7 +54,6 @@ def assert_equal(run_dir: Path, whole: Path) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.slow
 def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = place / "runs" / "killed"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -69,7 +69,6 @@ def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeyp
     assert_equal(killed, whole)
 
 
-@pytest.mark.slow
 def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system itself refuses to write beyond some bytes of a file, here in the optimizer's."""
     run_dir = kept(whole, tmp_path / "run")
@@ -89,14 +88,11 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
     assert_equal(run_dir, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
 def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     path = run_dir / "align/checkpoints/step-00000004/optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data if how == "one bit" else data[:-100])
+    flip_bit(path) if how == "one bit" else path.write_bytes(path.read_bytes()[:-100])
     code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
     assert not code, output
     assert "step-00000004 is not usable (optimizer.safetensors does not match its SHA-256" in output
@@ -104,7 +100,6 @@ def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     assert_equal(run_dir, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 def test_row_01_a_stage_killed_at_random_moments_comes_to_the_same_weights(stage, place, tmp_path, monkeypatch):
     """Four kills: in a step, in a save or in the start, wherever the run is then."""
@@ -125,7 +120,6 @@ def test_row_01_a_stage_killed_at_random_moments_comes_to_the_same_weights(stage
     assert_equal(killed, undisturbed)
 
 
-@pytest.mark.slow
 def test_what_is_sealed_and_does_not_fit_the_run(place, whole, tmp_path, monkeypatch):
     """The seal is no signature: another program may have made it. A checkpoint of the older layout is refused, too."""
     damaged = kept(whole, tmp_path / "run") / "align/checkpoints/step-00000004"
@@ -142,7 +136,6 @@ def test_what_is_sealed_and_does_not_fit_the_run(place, whole, tmp_path, monkeyp
     assert "was written by an older version" in output
 
 
-@pytest.mark.slow
 def test_workers_end_with_a_killed_process(place: Path, tmp_path: Path) -> None:
     out, log = place / "runs" / "orphaned", tmp_path / "log"
     flags = (*ALIGN, "--feature_cache", "False", "--dataloader_num_workers", "2", "--num_train_epochs", "1000")

@@ -235,7 +235,6 @@ def test_row_16_every_kind_of_picture_trains_as_its_plain_twin(tmp_path: Path) -
 MEMORY_MIB = 1024
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("route", bad_corpus.ROUTES)
 def test_each_kind_comes_out_as_it_must(route: str, tmp_path: Path) -> None:
     done = run_python(

@@ -219,12 +219,6 @@ def test_the_demo_is_what_it_was() -> None:
     assert np.array_equal(y, x.T)
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "artists"
-
-
 def package(icons: dict[str, object]) -> bytes:
     """A tarball such as npm's, with a set of drawings in it."""
     out = io.BytesIO()
@@ -253,7 +247,7 @@ def npm_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None
     monkeypatch.setenv("PATH", str(program.parent))
 
 
-def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monkeypatch):
+def test_what_npm_brings_counts_when_it_is_what_is_pinned(own_cache, tmp_path, monkeypatch):
     content = package({"icons": {"dog-face": {"body": '<rect width="10" height="5" fill="red"/>'}}})
     mine = pin(monkeypatch, content)
     log = tmp_path / "log"
@@ -274,7 +268,7 @@ def test_what_npm_brings_counts_when_it_is_what_is_pinned(cache, tmp_path, monke
     assert mine.tarball.read_bytes() == content
 
 
-def test_what_is_not_pinned_does_not_count_and_why_nothing_came_is_said(cache, tmp_path, monkeypatch):
+def test_what_is_not_pinned_does_not_count_and_why_nothing_came_is_said(own_cache, tmp_path, monkeypatch):
     pin(monkeypatch, package({"icons": {}}))
     for does, reason in (
         ("sys.exit('npm error code EAI_AGAIN')", "npm cannot fetch them: npm error code EAI_AGAIN"),

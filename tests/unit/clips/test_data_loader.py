@@ -47,7 +47,7 @@ def tokenizer() -> CaptionTokenizer:
     return build_tokenizer("wordpiece", WEB + LONG, vocab_size=200)
 
 
-def a_run(*, workers: int = 0, accumulation: int = 1, **changes: object) -> RunConfig:
+def a_run(*, workers: int = 0) -> RunConfig:
     run = tiny_run()
     text, captioner = replace(run.model.text, context_length=40), replace(run.model.captioner, length=48)
     augment = AugmentConfig(min_crop_area=0.5, jitter=0.3, grayscale=0.2)
@@ -55,7 +55,6 @@ def a_run(*, workers: int = 0, accumulation: int = 1, **changes: object) -> RunC
         run,
         model=replace(run.model, text=text, captioner=captioner),
         data=replace(run.data, workers=workers),
-        train=replace(run.train, accumulation=accumulation),
         phases=(replace(run.phases[0], augment=augment),),
     )
 

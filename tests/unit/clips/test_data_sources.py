@@ -20,13 +20,8 @@ from clips.data.sample import BrokenSample
 from clips.data.sources import Source, expand, open_source
 from clips.data.splits import check_readable
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:

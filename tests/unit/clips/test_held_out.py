@@ -18,6 +18,7 @@ from clips.data.check import check_pairs
 from clips.data.splits import held_out_images, open_split, split_spec
 from clips.recipes import recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 Row = tuple[int, str]
 """The number of an image, and one of its captions."""
 IMAGES = 200
@@ -130,11 +131,6 @@ def test_a_folder_that_moves_keeps_its_facts_and_sides(tmp_path: Path) -> None:
     with table.open("a") as file:
         file.write("pictures/0.png,one more\n")
     assert open_split(data[0], "train", need_long=False).facts() != facts[0]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
 
 
 def run_on(train: object, **data: object) -> RunConfig:

@@ -28,9 +28,7 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
-def cell(
-    directory: Path, *parts: str, code: str = "open({file!r}, 'w')", record: bool = True, may_fail: str = ""
-) -> Cell:
+def cell(directory: Path, *parts: str, code: str = "open({file!r}, 'w')", may_fail: str = "") -> Cell:
     """A cell whose steps each leave a file of their name."""
     steps = [
         Step(
@@ -42,7 +40,7 @@ def cell(
         )
         for part in parts
     ]
-    return Cell("a", directory.name, directory, tuple(steps), record={"of": 1} if record else None)
+    return Cell("a", directory.name, directory, tuple(steps), record={"of": 1})
 
 
 def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_every_recipe_has_a_debug_twin_of_three_steps(name: str) -> None:
         assert len(model.visual.pos_embed) == 1 + (phase.image_size // run.model.vision.patch_size) ** 2
 
 
-def phase(samples: int, warmup: int, schedule: str, batch: int = 10) -> PhaseConfig:
+def phase(samples: int, warmup: int, schedule: str) -> PhaseConfig:
     small = tiny_run().phases[0]
-    return replace(small, samples=samples, batch_size=batch, warmup_samples=warmup, schedule=schedule)
+    return replace(small, samples=samples, batch_size=10, warmup_samples=warmup, schedule=schedule)
 
 
 AFTER_WARM_UP = {

@@ -34,8 +34,7 @@ TABLE = Fields(image="image", web="web", long="long")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+def _soon_again(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "DELAYS", (0.01, 0.02, 0.04))
 
 

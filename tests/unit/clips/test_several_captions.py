@@ -50,9 +50,9 @@ def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
     assert Texts(("one",), ("one",)).pair() == ("one", "one"), "a single long caption is the user's own word"
 
 
-def test_a_check_counts_what_a_step_would_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_check_counts_what_a_step_would_cut(tmp_path: Path) -> None:
     """A step reads two of the others. All four would be too long for the captioner."""
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
     words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     path = shard(tmp_path, [[f"{word} {words}" for word in ("a", "b", "c", "d", "e")]] * 3)
     run = recipe("small")
