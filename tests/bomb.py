@@ -21,11 +21,3 @@ def plant(path: Path, mark: Path) -> None:
     """`path` as torch saved it, with a bomb among what it holds; weights stay where they are."""
     content = torch.load(path, weights_only=False) if path.is_file() else {}
     torch.save({**content, "planted": Bomb(mark)}, path)
-
-
-def works(place: Path) -> None:
-    """The bomb is one: it goes off where code is run."""
-    mark, path = place / "mark", place / "bomb.pt"
-    plant(path, mark)
-    torch.load(path, weights_only=False)
-    assert mark.is_dir()

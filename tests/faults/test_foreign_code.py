@@ -29,7 +29,9 @@ def mark(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_bomb_goes_off_where_code_is_run(tmp_path: Path) -> None:
-    bomb.works(tmp_path)
+    bomb.plant(tmp_path / "bomb.pt", tmp_path / "mark")
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert (tmp_path / "mark").is_dir()
 
 
 @pytest.fixture(scope="module")

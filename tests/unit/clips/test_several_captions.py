@@ -139,11 +139,9 @@ def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
     run = recipe("small")
     found = check_pairs(replace(run, data=replace(run.data, train=str(path))))
     assert (found.checked, found.faults.total()) == (IMAGES, 0)
-    assert next(CaptionStore(path).records())["conversations"][1]["value"] == sample_of(rows[0])
-
-
-def sample_of(row: dict[str, object]) -> object:
-    return row["caption"][0] if isinstance(row["caption"], list) else row["caption"]
+    first = rows[0]["caption"]
+    answer = next(CaptionStore(path).records())["conversations"][1]["value"]
+    assert answer == (first[0] if isinstance(first, list) else first)
 
 
 def test_long_captions_are_gathered_too(tmp_path: Path) -> None:
