@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import deepspeed.utils.groups
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, run_group
+from lab_runs import run_main
 from tiny_mllm import pictures, write_llm, write_run
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -118,20 +118,16 @@ def launch(place: Path, script: Path, *words: str, ranks: int = 2) -> subprocess
     return run_group(command, cwd=place, env=env, timeout=300)
 
 
-def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: str | Path) -> tuple[int, str]:
-    """A command of scripts/ as its user starts it, but in this process; returns its exit code and what it said."""
+def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: str | Path, code: int = 0) -> str:
+    """What a command of scripts/ says that ends with `code`, as its user starts it, but in this process."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "400")  # no path is broken over lines
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     output = io.StringIO()
-    with (
-        process_kept(),
-        contextlib.redirect_stderr(output),
-        contextlib.redirect_stdout(output),
-        pytest.raises(SystemExit) as ended,
-    ):
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    return ended.value.code, output.getvalue()
+    with process_kept(), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+        ended = run_main(monkeypatch, script, *words)
+    assert ended == code, output.getvalue()
+    assert "Traceback" not in output.getvalue()
+    return output.getvalue()
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:

@@ -62,8 +62,7 @@ def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeyp
     assert done.returncode == -signal.SIGKILL
     assert not (killed / "align/checkpoints/step-00000004").exists()
     assert check_seal(killed / "align/checkpoints/step-00000002")
-    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", killed)
-    assert not code, output
+    output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", killed)
     assert f"goes on from {killed / 'align/checkpoints/step-00000002'}" in output
     assert not (killed / "align/checkpoints").exists()
     assert_equal(killed, whole)
@@ -75,13 +74,11 @@ def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatc
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
     try:
-        code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+        output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", run_dir, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 1, output
     assert "the checkpoint of step 6 cannot be written" in output
     assert "The older ones are intact" in output
-    assert "Traceback" not in output
     assert check_seal(run_dir / "align/checkpoints/step-00000004")
     assert not (run_dir / "align/checkpoints/step-00000006").exists()
     run(place, monkeypatch, *FLAGS, "--output_dir", str(run_dir))
@@ -93,8 +90,7 @@ def test_row_05_a_damaged_checkpoint(how, place, whole, tmp_path, monkeypatch):
     run_dir = kept(whole, tmp_path / "run")
     path = run_dir / "align/checkpoints/step-00000004/optimizer.safetensors"
     flip_bit(path) if how == "one bit" else path.write_bytes(path.read_bytes()[:-100])
-    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
-    assert not code, output
+    output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", run_dir)
     assert "step-00000004 is not usable (optimizer.safetensors does not match its SHA-256" in output
     assert f"goes on from {run_dir / 'align/checkpoints/step-00000002'}" in output
     assert_equal(run_dir, whole)
@@ -125,14 +121,11 @@ def test_what_is_sealed_and_does_not_fit_the_run(place, whole, tmp_path, monkeyp
     damaged = kept(whole, tmp_path / "run") / "align/checkpoints/step-00000004"
     write_weights({"a": torch.ones(1)}, damaged / "model.safetensors")
     seal(damaged)
-    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", tmp_path / "run")
-    assert code == 2, output
+    output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", tmp_path / "run", code=2)
     assert f"cannot go on from {damaged}" in output
     assert "other parameters than those that train" in output
-    assert "Traceback" not in output
     (tmp_path / "run/align/checkpoint-4").mkdir()
-    code, output = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", tmp_path / "run")
-    assert code == 2, output
+    output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", tmp_path / "run", code=2)
     assert "was written by an older version" in output
 
 

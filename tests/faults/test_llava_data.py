@@ -50,8 +50,8 @@ def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monk
     records += [conversation("7.png", [("What?", "cat")])]
     hopeless = conversation("8.png", [("picture " * 200, "cat")])
     cut = ["--model_max_length", "64", "--output_dir"]
-    code, output = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
-    assert code == 2, output
+    words = flags(place, [*records, hopeless], *cut, "runs/no")
+    output = command(place, monkeypatch, "train_llava", *words, code=2)
     assert "sample 8 (id 8.png)" in output
     assert "every label is masked" in output
     assert not batches
@@ -93,10 +93,9 @@ def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkey
 def test_row_22_placeholders_that_are_not_the_pictures(images, text, place, batches, monkeypatch):
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
-    code, output = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
-    assert code == 2, output
+    words = flags(place, records, "--output_dir", "runs/wrong")
+    output = command(place, monkeypatch, "train_llava", *words, code=2)
     assert f"sample 1 (id wrong): it has {len(images)} image" in output
-    assert "Traceback" not in output
     assert not batches
     assert not (place / "runs/wrong").exists()
 
