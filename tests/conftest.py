@@ -168,14 +168,13 @@ def script_parser(name: str) -> argparse.ArgumentParser:
 def run_python(
     *arguments: str | Path, ranks: int = 1, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user would; several ranks through torchrun."""
+    """Run a script as a user would; several ranks through torchrun. It has to end without an error."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return run_group(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
-        timeout=300,
-    )
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    done = run_group(command, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def run_group(

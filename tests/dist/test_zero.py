@@ -31,8 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
     other: str | Path = "none"
     for ranks, frozen in ((2, "muon:vision"), (1, "adamw:vision")):
         out = folder / f"{ranks}.pt"
-        done = run_python(WORKER, "train", out, other, "adamw", "muon", frozen, "muon:dropping", ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_python(WORKER, "train", out, other, "adamw", "muon", frozen, "muon:dropping", ranks=ranks)
         states |= {(kind, ranks): stages for kind, stages in torch.load(out, weights_only=True).items()}
         other = out
     return states
@@ -182,8 +181,7 @@ def stable_rank(matrix: torch.Tensor) -> float:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found: optimizer → stage → findings."""
     out: Path = tmp_path_factory.mktemp("leave_out") / "found.pt"
-    done = run_python(ROOT / "tests" / "zero_worker.py", "leave_out", out, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(ROOT / "tests" / "zero_worker.py", "leave_out", out, ranks=2)
     return torch.load(out, weights_only=True)
 
 
