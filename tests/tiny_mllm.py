@@ -127,7 +127,7 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     model, processor = build_model(vision, llm, seed=3)
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
-    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
+    save_model(model, processor, root / "runs" / "llava" / "model", card={})
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:
@@ -161,5 +161,5 @@ def write_llava_on(run: Path, export: Path, **options: object) -> Path:
     llm = write_llm(run / "llm", **options)
     vision = load_vision(f"clips:{export}")
     model, processor = build_model(vision, load_llm(str(llm)))
-    save_model(model, processor, run / "model", vision=vision, card={})
+    save_model(model, processor, run / "model", card={})
     return run / "model"

@@ -130,7 +130,7 @@ def load_vision(
 
     from clips.common.opening import opening
     from mllm.data.video import MOST_DRAWN
-    from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
+    from mllm.encoders.encoder import VisionEncoder, check_tokens, prefix_tokens
     from mllm.encoders.load import LOADERS
 
     key, argument = parse_vision_name(name)
@@ -154,7 +154,7 @@ def load_vision(
             image_processor=processor,
             select_layer=select_layer,
             # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
-            select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
+            select_feature=select_feature if prefix_tokens(model.config) else "full",
             frames=frames,
         )
         check_tokens(encoder)

@@ -153,7 +153,7 @@ def convert_llava(
             if Path(place).is_dir():
                 encoder = encoder.replace(place, Path(place).name)
         card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": encoder}
-        save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
+        save_model(model, processor, target, card=card, beside=_kept(original, vision))
     elif not check_only:
         write_original(original, vision_config, processor.image_processor, target)
     return difference, get_format("auto", processor.tokenizer).name

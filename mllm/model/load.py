@@ -24,7 +24,7 @@ from mllm.model.original import refuse_original
 from mllm.model.tiles import Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
-"""A file beside a model's stock files with facts about it for programs. It is not needed for loading."""
+"""A file beside a model's stock files that says what it was trained on. It is not needed for loading."""
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,

@@ -276,7 +276,7 @@ def own(tmp_path):
 def save_own(tmp_path, llm, tower=None):
     vision = load_vision(tower or f"clips:{tmp_path / 'run'}", image_aspect_ratio="pad")
     model, processor = build_model(vision, llm, seed=3)
-    save_model(model, processor, tmp_path / "model", vision=vision, card={})
+    save_model(model, processor, tmp_path / "model", card={})
     return tmp_path / "model"
 
 

@@ -252,7 +252,7 @@ def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) ->
     write_llm(tmp_path / "llm", hidden_size=64, max_position_embeddings=512)  # whole blocks of 64
     vision = load_vision("clips", runs=place / "runs")
     built = build_model(vision, load_llm(str(tmp_path / "llm")))
-    save_model(*built, tmp_path / "llava" / "model", vision=vision, card={})
+    save_model(*built, tmp_path / "llava" / "model", card={})
     chat = ChatModel.load(str(tmp_path / "llava" / "model"), device="cpu", bits=4)
     assert any("bit" in type(layer).__name__ for layer in chat.model.modules())
     session = ChatSession(chat)
