@@ -35,7 +35,7 @@ from clips import (
 )
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading
+from clips.common.opening import NO_CODE, check_size, load_weights, loading
 from clips.common.rundir import check_current
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor, prefix_tokens
 
@@ -168,11 +168,8 @@ def _load_transformers(directory: Path) -> LoadedVision:
     with loading("vision encoder", directory):
         vision_config = getattr(config, "vision_config", config)
         check_size("vision encoder", directory, lambda: cls(vision_config))
-        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-        loaded: Any = cls.from_pretrained(directory, dtype=torch.float32, **REPORTED)
-        model, info = loaded
+        model, info = load_weights(cls, "vision encoder", directory, UNUSED, dtype=torch.float32)
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
-    check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
         for parameter in model.pooler.parameters():  # unused, but zero makes the weights reproducible
             nn.init.zeros_(parameter)
@@ -222,10 +219,7 @@ def _mapped(name: str, original: nn.Module) -> PreTrainedModel:
     except (NotPlain, AttributeError) as error:
         raise UserError(f"vision encoder {name} cannot be saved in a stock LLaVA model: {error}") from None
     # from_pretrained, because it reads the names of weights on the hub in every release of transformers.
-    model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
-    wrong = {key for key in info["missing_keys"] if not key.startswith(UNUSED)} | set(info["unexpected_keys"])
-    if wrong:
-        raise UserError(f"vision encoder {name}: these weights are missing or unknown: {', '.join(sorted(wrong)[:5])}")
+    model, _ = load_weights(cls, "vision encoder", name, UNUSED, config=config, state_dict=state)
     check_equal(model.eval(), original, plain.last_block)
     return model
 

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, naming
+from clips.common.opening import NO_CODE, check_size, load_weights, loading, naming
 from clips.common.paths import cache_root
 from clips.common.tensors import listed, read_weights
 from mllm import DEFAULT_LLM
@@ -108,10 +108,7 @@ def load_llm(
     with loading("language model", directory):
         config = AutoConfig.from_pretrained(directory, **NO_CODE)
         check_size("language model", directory, lambda: AutoModelForCausalLM.from_config(config, **NO_CODE))
-        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
-        model, info = loaded
-    check_complete(info, "language model", directory)
+        model, _ = load_weights(AutoModelForCausalLM, "language model", directory, dtype=dtype, **NO_CODE)
     if layers is not None:
         first, last = map(int, layers.split(","))
         total = keep_layers(model, first, last)
