@@ -114,8 +114,6 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     back = tmp_path / name
     assert convert_llava(str(converted), back, "llava")[1] == mode
     assert (converted / "README.md").is_file()  # a conversion has a card
-    assert f"--model-path {name} " in (back / "README.md").read_text(encoding="utf-8")  # "." is no name with a "llava"
-    assert "(haotian-liu/LLaVA)" in (back / "README.md").read_text(encoding="utf-8")
     again, written = config_of(back), read_all(back)
     assert {k: v for k, v in config.items() if k not in ("_name_or_path", "mm_vision_tower")} == {
         k: v for k, v in again.items() if k != "mm_vision_tower"
