@@ -304,10 +304,12 @@ def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, m
     for place, file, artists in (("", "answers", "seen"), (f"{UNSEEN}/", UNSEEN_ANSWERS, UNSEEN)):
         write_json(folders[0] / "evaluation.json", {"figures": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
         write(folders[1] / f"{file}.jsonl", [line | {"correct": False}])
+        write_json(folders[1] / "figures.json", {"figures": {f"{place}identity": {"value": 0, "chance": 3.1}}})
         print_summary()
         text = capsys.readouterr().out
         assert f"pictures by {artists} artists" in text
         assert "What? – A cat (wrong: A dog)" in text
+        assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
         assert ("test of unseen artists is missing" in text) == (artists == "seen")
 
 
