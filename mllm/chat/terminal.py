@@ -8,17 +8,14 @@ import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from functools import partial
-
-from PIL.Image import Image
 
 from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import printable
-from mllm.chat.limits import Limits, read_image, read_video
+from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import Video
+from mllm.chat.transcript import LazyPicture, Video, opened, size_of
 from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import is_video
@@ -31,16 +28,11 @@ COMMANDS = """\
   /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def load_image(path: str) -> Image | Video:
+def load_image(path: str) -> LazyPicture | Video:
     """Read an image or, by its file name, a video. Raises UserError with the reason if that fails."""
-    shows_video = is_video(path)
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            data = file.read((MAX_VIDEO_BYTES if shows_video else MAX_BYTES) + 1)
-        if not shows_video:
-            return read_image(data, OWN_IMAGES)
-        read_video(data, 1)
-        return Video(partial(read_video, data))
+            return opened(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 
@@ -65,7 +57,7 @@ class Talk:
         self.session = session
         self.sampling = sampling
         self.stats = stats
-        self.waiting: list[Image | Video] = []
+        self.waiting: list[LazyPicture | Video] = []
         """Images and videos for the next question."""
 
     def run(self, read: Callable[[], str]) -> None:
@@ -110,7 +102,8 @@ class Talk:
             self.session.model.image_tokens([image])
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
-            what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
+            height, width = size_of(image)
+            what = "a video" if isinstance(image, Video) else f"{width} × {height}"
             print(f"picture {number}: {path} ({what}) goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:

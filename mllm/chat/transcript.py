@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from PIL.Image import Image
 
-from mllm.data.video import VIDEO, Size
+from mllm.chat.limits import Limits, image_size, read_image, read_video
+from mllm.data.video import VIDEO, Size, is_video
 
 Turn = dict[str, Any]
 """`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
@@ -39,6 +40,18 @@ class Video:
 
 Picture = Image | LazyPicture | Video
 """What a turn can show. A video counts as a picture too."""
+
+
+def opened(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
+    """Return the image in `data` or, by its file name, the video. Raises UserError if it cannot be decoded.
+
+    It is decoded again when the model reads it, because keeping decoded images would take far more memory.
+    """
+    if is_video(name):
+        read_video(data, 1)
+        return Video(partial(read_video, data))
+    read_image(data, limits)
+    return LazyPicture(partial(read_image, data, limits), partial(image_size, data, limits))
 
 
 def decoded(picture: Picture, frames: int) -> Image | list[Image]:

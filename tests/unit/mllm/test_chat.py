@@ -299,7 +299,7 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
     quoted_home = f'"~/{odd.name}"'
     for line in (str(odd), f'"{odd}"', escaped, f"  {odd} ", odd.name, quoted_home, "./" + odd.name):
         (found,) = dropped_files(line)
-        assert load_image(found).size == (8, 6), line
+        assert load_image(found).size == (6, 8), line
     Image.new("RGB", (2, 2)).save("b.png")
     assert dropped_files(f'{escaped} "b.png"') == [str(odd), "b.png"]
     Path("notes").write_text("", encoding="utf-8")
