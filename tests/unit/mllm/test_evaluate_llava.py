@@ -17,7 +17,6 @@ import pytest
 import tiny_chat
 import torch
 from conftest import script_parser
-from tiny_mllm import pictures
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
@@ -28,7 +27,7 @@ from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.report import figures_of, one_caption, write_report
+from mllm.evaluation.report import figures_of, one_caption
 from mllm.evaluation.scores import (
     exact_match_figures,
     exactness,
@@ -301,18 +300,6 @@ def test_chance_is_the_commonest_truth_of_each_kind() -> None:
     ]
     assert (figure["value"], figure["chance"], figure["items"]) == pytest.approx((60, 60, 20))
     assert [figure["low"], figure["high"]] == pytest.approx([38.7, 78.1], abs=0.05)
-
-
-def test_the_page_of_a_run_leaves_out_an_image_that_is_gone(tmp_path: Path) -> None:
-    figures = {"unseen/overall": {"value": 60.0, "chance": 60.0, "low": 38.7, "high": 78.1, "items": 20}}
-    write_json(tmp_path / "figures.json", {"sets": {}, "test_set": "answers", "figures": figures})
-    write_json(tmp_path / "config.json", {})
-    line = {"prompt": "How many?", "text": "<b>no</b>", "expected": "One", "correct": False}
-    lines = [line | {"image": image} for image in (*pictures(tmp_path / "images", 1), "gone.png")]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write_report(tmp_path, ImageStore(tmp_path / "images"), tmp_path, tmp_path).read_text()
-    assert page.count('class="badge') == page.count("&lt;b&gt;no&lt;/b&gt;") == 1
-    assert all(text in page for text in ("60.0 [38.7, 78.1]", "<dt>truth</dt>", "“unseen”"))
 
 
 def test_yes_no_figures_are_pope_s() -> None:
