@@ -66,10 +66,6 @@ class Stats:
     """Number of prompt tokens that were in the key-value cache."""
     new_tokens: int
     """Number of generated tokens, including an end token."""
-    first_token_s: float
-    """Seconds from the question to the first token, or 0 if there was none."""
-    tokens_per_s: float
-    """Tokens per second after the first token."""
     finish_reason: Literal["stop", "length", "cancelled"]
 
 

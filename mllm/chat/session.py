@@ -7,7 +7,6 @@ generates the tokens of an answer, and `AnswerStreamer` decides which text can b
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext, suppress
@@ -45,15 +44,14 @@ class AnswerStreamer(TextIteratorStreamer):
         self.cancel = cancel
         self.is_stopped = False
         self.last_id: int | None = None
-        self.times: list[float] = []
-        """The time at which each token was generated."""
+        self.new_tokens = 0
         self._held = ""
         """Text that is not shown yet, because it may begin a stop text, or is space that may end the answer."""
         self._has_begun = False
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
+            self.new_tokens += 1
             self.last_id = int(value)
         super().put(value)
 
@@ -151,7 +149,6 @@ class ChatSession:
         self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None
     ) -> Generator[str, None, None]:
         """Check the prompt at once, then return the stream."""
-        start = time.perf_counter()
         tokens = self.model.image_tokens(images)
         prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
@@ -159,11 +156,9 @@ class ChatSession:
             limit = f"{context:,} at most ({self.model.layout} for each picture)"
             raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start a new one")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
-        return self._stream(prompt, sampling, streamer, start)
+        return self._stream(prompt, sampling, streamer)
 
-    def _stream(
-        self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer, start: float
-    ) -> Generator[str, None, None]:
+    def _stream(self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer) -> Generator[str, None, None]:
         pieces: list[str] = []
         is_whole = False
         future = self.model.worker.submit(self._generate, prompt, sampling, streamer)
@@ -181,19 +176,15 @@ class ChatSession:
                 answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(pieces)}]}
                 self.turns = [*prompt.turns, answer]
                 self.images = prompt.images
-                self.last = self._stats(streamer, len(prompt.ids), future.result(), start)
+                self.last = self._stats(streamer, len(prompt.ids), future.result())
         future.result()  # raises what the worker raised
 
-    def _stats(self, streamer: AnswerStreamer, prompt_tokens: int, cached_tokens: int, start: float) -> Stats:
-        times = streamer.times
-        seconds = times[-1] - times[0] if times else 0.0
+    def _stats(self, streamer: AnswerStreamer, prompt_tokens: int, cached_tokens: int) -> Stats:
         has_ended = streamer.is_stopped or streamer.last_id in self.model.encoder.stop_ids
         return Stats(
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
-            new_tokens=len(times),
-            first_token_s=times[0] - start if times else 0.0,
-            tokens_per_s=(len(times) - 1) / seconds if seconds else 0.0,
+            new_tokens=streamer.new_tokens,
             finish_reason="stop" if has_ended else "cancelled" if streamer.cancel.is_set() else "length",
         )
 

@@ -112,8 +112,6 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     session.keep(2)
     assert session.images == [images[0]]
     check(ask(session, "A red cat?", [images[2], images[1]], SHORT), 3)  # another prompt than the one that was read
-    assert session.last.first_token_s > 0
-    assert session.last.tokens_per_s > 0
     session.system = "Be rude."
     check(ask(session, "What?", (), SHORT), 3)  # the system text stands before everything
     session.keep(0)
@@ -334,11 +332,10 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     picture = str(place / "images" / "0.png")
     parser = script_parser("chat")
     common = ["--model", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
-    chat_from_flags(parser.parse_args([*common, "--prompt", "What is it?", "--image", picture, "--stats"]))
+    chat_from_flags(parser.parse_args([*common, "--prompt", "What is it?", "--image", picture]))
     printed = capsys.readouterr()
     expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
     assert printed.out == expected + "\n"
-    assert "cached" in printed.err
     with pytest.raises(UserError, match="tokens"):
         chat_from_flags(parser.parse_args([*common, "--prompt", "w " * 5000]))
     assert capsys.readouterr().out == ""
