@@ -15,19 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.transcript import Picture, Turn, count_images, decoded
 from mllm.data.conversation import Images
-from mllm.evaluation.batches import drawn_at, pixel_inputs, seeded, seen
+from mllm.evaluation.batches import answer_settings, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
 
 
@@ -205,13 +199,16 @@ class ChatSession:
                 pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
 
+        context = self.model.context_length
+        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(prompt.ids))
+        settings = answer_settings(self.model.encoder, room, sampling.temperature, sampling.top_p)
         # The random state is restored, so that the seed of one session does not affect another session.
         try:
             with nullcontext() if sampling.seed is None else seeded(model.device, sampling.seed):
                 model.generate(
                     **inputs,  # image sizes, needed for tiles, stay on the host, which reads them
                     **{CACHE: cache},
-                    generation_config=self._settings(sampling, len(prompt.ids)),
+                    generation_config=settings,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([streamer.is_done]),
                 )
@@ -236,18 +233,3 @@ class ChatSession:
         if cache is None or not are_same or prompt.ids[: len(read.ids)] != read.ids or prompt.ids == read.ids:
             return DynamicCache(config=self.model.model.config.get_text_config()), 0, 0
         return cache, len(read.ids), len(read.images)
-
-    def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
-        """Set every field that the model's own generation config could set."""
-        encoder = self.model.encoder
-        context = self.model.context_length
-        room = sampling.max_new_tokens if context is None else context - prompt_tokens
-        pad = self.model.processor.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            repetition_penalty=1.0,
-            num_beams=1,
-            eos_token_id=encoder.stop_ids,
-            pad_token_id=encoder.stop_ids[0] if pad is None else pad,
-            **drawn_at(sampling.temperature, sampling.top_p),
-        )
