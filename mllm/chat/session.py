@@ -101,11 +101,9 @@ class ChatSession:
         self._read = Prompt([], [], [])
 
     @classmethod
-    def from_turns(
-        cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture], system: str | None = None
-    ) -> ChatSession:
+    def from_turns(cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture]) -> ChatSession:
         """Return a session with existing turns. If the last one is the human's, `answer` continues it."""
-        session = cls(model, system=system)
+        session = cls(model)
         session.turns, session.images = list(turns), list(images)
         return session
 

@@ -107,11 +107,6 @@ def answers(
     yield html.escape(answer, quote=False)
 
 
-def about(model: ChatModel) -> str:
-    """Return a line of Markdown about the model and what it was trained on."""
-    return for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST)
-
-
 def demo_questions() -> list[Question]:
     """Return the first question of each kind about the demo's test scenes, or none if there is no demo."""
     questions = read_questions(DEMO_DIR / QUESTIONS) if (DEMO_DIR / QUESTIONS).is_file() else []
@@ -140,7 +135,7 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         examples=[[example, None, None, None] for example in examples] or None,  # settings stay as they are
-        description=about(model),
+        description=for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST),
         cache_examples=False,
         flagging_mode="never",
         api_visibility="private",

@@ -78,7 +78,8 @@ def test_prompts_are_what_training_builds(model: ChatModel, images: list, kind: 
 
 def fresh(session: ChatSession, sampling: Sampling = SHORT) -> str:
     """The last answer computed by a session that knows nothing."""
-    again = ChatSession.from_turns(session.model, session.turns[:-1], session.images, session.system)
+    again = ChatSession.from_turns(session.model, session.turns[:-1], session.images)
+    again.system = session.system
     text = "".join(again.answer(sampling))
     assert again.last.cached_tokens == 0
     return text

@@ -122,14 +122,13 @@ def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
     assert pad_rows([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
 
 
-def lengths(count: int = 403) -> list[int]:
+def lengths() -> list[int]:
     rng = np.random.default_rng(0)
-    return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, count)]
+    return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, 403)]
 
 
-def sampler(seed: int = 0, epoch: int = 0, chunks: int = 4, batch_size: int = 2, group: bool = True) -> list[int]:
-    order = EpochSampler(lengths(), batch_size=batch_size, chunks=chunks, seed=seed, group_by_modality_length=group)
-    return order.order(epoch)
+def sampler(seed: int = 0, epoch: int = 0, group: bool = True) -> list[int]:
+    return EpochSampler(lengths(), batch_size=2, chunks=4, seed=seed, group_by_modality_length=group).order(epoch)
 
 
 @pytest.mark.parametrize("group", [False, True])

@@ -44,14 +44,14 @@ model = tiny_chat.model  # a fixture
 LIMITS = {"most_frames": 1000, "pixels": 10**6, "kept_pixels": 10**6}
 
 
-def written(pictures: Sequence[np.ndarray], kind: str = "mp4", codec: str = "libx264", gop: int = 5) -> bytes:
+def written(pictures: Sequence[np.ndarray], kind: str = "mp4", codec: str = "libx264") -> bytes:
     """A video of `pictures`, uint8 [H, W, 3], at 10 frames a second."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = gop
+        stream.codec_context.gop_size = 5
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
