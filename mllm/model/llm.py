@@ -27,9 +27,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
-from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.files import write_once
@@ -209,9 +207,6 @@ def find_llm(name: str) -> tuple[Path, str]:
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Write the model in GGUF file `path` as safetensors (fp32, dequantised)."""
     print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
-    # transformers' switch for progress bars does not reach this one.
-    reader: Any = modeling_gguf_pytorch_utils
-    reader.tqdm = logging.tqdm
     if not torch.cuda.is_available():  # saving imports deepspeed, which would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with loading("language model", path):
