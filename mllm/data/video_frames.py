@@ -33,7 +33,7 @@ def chosen(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixels: int) -> list[np.ndarray]:
+def frames_of(data: bytes, frames: int, kept_pixels: int) -> list[np.ndarray]:
     """Decode the drawn frames to uint8 [H, W, 3] of equal sizes. Raises ValueError or av's errors for bad data."""
     options = {"format_whitelist": FORMATS}
     # Ignore metadata that is not UTF-8. av 19 and later always do so, and have no such option.
@@ -43,17 +43,12 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
         if not streams:
             raise ValueError("the file has no video stream")
         stream = streams[0]
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > pixels:
-            raise ValueError(f"its frames of {width} × {height} pixels are above the limit of {pixels}")
         times, keys = [], []
         for packet in container.demux(stream):  # counts frames without decoding, as the number in the file may be wrong
             if not packet.size or packet.is_discard:
                 continue
             times.append(packet.pts)
             keys += [packet.pts] * packet.is_keyframe
-            if len(times) > most_frames:
-                raise ValueError(f"it has more than {most_frames} frames")
         if not times:
             raise ValueError("it has no frames")
         ordered = sorted(time for time in times if time is not None)
