@@ -231,7 +231,7 @@ class LocalModel:
         begin = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         texts = new_texts(self.tokenizer, output[:, begin:], stop if isinstance(stop, list) else [stop])
-        for pair, (text, has_ended, _) in zip(pairs, texts, strict=True):
+        for pair, (text, has_ended) in zip(pairs, texts, strict=True):
             pair.long = text if has_ended else whole_sentences(text)
 
 

@@ -161,15 +161,11 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def new_texts(
-    tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
-) -> list[tuple[str, bool, int]]:
-    """Return for each row of generated ids [B, T] its text, whether it ended, and its number of tokens with the end."""
-    texts = []
-    for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
-        end = next((i for i, token in enumerate(row) if token in stop_ids), None)
-        texts.append((text.strip(), end is not None, len(row) if end is None else end + 1))
-    return texts
+def new_texts(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]) -> list[tuple[str, bool]]:
+    """Return for each row of generated ids [B, T] its text, and True if it ended before the limit on tokens."""
+    texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    ended = [any(token in stop_ids for token in row) for row in new_ids.tolist()]
+    return [(text.strip(), has_ended) for text, has_ended in zip(texts, ended, strict=True)]
 
 
 def _shared_length(rows: Sequence[list[int]], image_ids: Collection[int]) -> int:

@@ -106,7 +106,7 @@ def generate_answers(
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             responses = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
-            for i, (text, _, _) in zip(chosen, responses, strict=True):
+            for i, (text, _) in zip(chosen, responses, strict=True):
                 answers[i] = text
             if candidates:
                 rivals = [[answer_ids[text] for text in candidates[i]] for i in chosen]
