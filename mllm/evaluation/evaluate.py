@@ -75,8 +75,6 @@ def generate_answers(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
-        if question.images and store is None:
-            raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         tokens = []
         with _naming(question):
             for name in question.images:
@@ -92,7 +90,7 @@ def generate_answers(
     measured: list[dict[str, float]] = [{} for _ in questions]
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
-            # Each image of a batch is decoded and read once. Without a store no question has an image, see above.
+            # Each image of a batch is decoded and read once. Without a store no question has one (`open_questions`).
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
             pictures = []
             for name, question in asking.items():

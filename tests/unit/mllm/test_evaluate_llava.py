@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from clips.common.files import sha256, write_json
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, candidates_of, draw_evenly, read_questions
+from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
@@ -166,13 +166,15 @@ def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
 
 def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) -> None:
     store = ImageStore(place / "images")
-    for fields, place_of_images, message in [
-        ({"text": "What?", "images": ("0.png",)}, None, r"question 7.*no --image-folder"),
-        ({"text": "What?", "images": ("missing.png",)}, store, r"question 7.*missing\.png"),
-        ({"text": "word " * 300}, store, r"question 7 has \d+ tokens with its images, the context is 512"),
+    for fields, message in [
+        ({"text": "What?", "images": ("missing.png",)}, r"question 7.*missing\.png"),
+        ({"text": "word " * 300}, r"question 7 has \d+ tokens with its images, the context is 512"),
     ]:
         with pytest.raises(UserError, match=message):
-            generate_answers(*loaded, [Question(id=7, **fields)], place_of_images)
+            generate_answers(*loaded, [Question(id=7, **fields)], store)
+    (tmp_path / "question.jsonl").write_text('{"question_id": 7, "text": "What?", "image": "0.png"}')
+    with pytest.raises(UserError, match=r"question 7.*no --image-folder"):
+        open_questions(tmp_path / "question.jsonl", None, None)
     (tmp_path / "question.jsonl").write_text('{"question_id": 0, "text": "Fine?"}\n{"text": "What?"}\n')
     with pytest.raises(UserError, match="question_id"):
         read_questions(tmp_path / "question.jsonl")
