@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights, write_weights
+from clips.common.tensors import read_weights
 
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 ACTIVATION: dict[str, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
@@ -71,33 +71,25 @@ def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
 
 
 def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
-    """Write LLaVA's `mm_projector` file: safetensors, or a torch file of plain tensors if the suffix is .bin.
+    """Write LLaVA's `mm_projector.bin`, a torch file of plain tensors.
 
     `newline` [D], the newline embedding of models with tiles, is saved with it under LLaVA-NeXT's name.
     """
     tensors = llava_tensors(projector)
     if newline is not None:
         tensors[NEWLINE] = newline.detach().to("cpu").clone()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).suffix == ".bin":
-        torch.save(tensors, path)
-    else:
-        write_weights(tensors, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, path)
 
 
 @torch.no_grad()
 def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
     """Copy the weights of a projector file (.safetensors or .bin, LLaVA's or transformers' names) into `projector`.
 
-    If `path` is a directory, its mm_projector file is read. `newline` [D] is overwritten if the file has one; a file
+    If `path` is a directory, its mm_projector.bin is read. `newline` [D] is overwritten if the file has one; a file
     from a stage 1 without tiles has none. Raises UserError if the file does not fit.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin") if (path / name).is_file()]
-        if not files:
-            raise UserError(f"{path} holds no mm_projector.safetensors or mm_projector.bin")
-        path = files[0]
+    path = path / "mm_projector.bin" if path.is_dir() else path
     weights = read_weights(path)
     assign_projector(projector, weights, path)
     if newline is not None and NEWLINE in weights:  # it has the width of the projector, which was checked
