@@ -100,22 +100,20 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
 def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Copy `weights`, which were read from `path` and may include other parts of the model, into `projector`."""
     marked = {n: t for n, t in weights.items() if "mm_projector" in n or "multi_modal_projector" in n}
-    tensors = {_short(name): tensor for name, tensor in (marked or weights).items()}
+    layers = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}
+    tensors = {}
+    for name, tensor in (marked or weights).items():
+        first, *rest = _short(name).split(".")
+        tensors[".".join([layers.get(first, first), *rest])] = tensor
+    parts = [{f"linear_{i}.{part}" for part in ("weight", "bias")} for i in (1, 2)]
+    if set(tensors) not in (parts[0], parts[0] | parts[1]):
+        raise UserError(f"{path} holds no projector of a known kind. Its tensors: {', '.join(sorted(tensors))}")
     kind = projector_kind(projector)
-    if set(tensors) == {"weight", "bias"}:
-        found_kind, tensors = "linear", {f"linear_1.{part}": tensor for part, tensor in tensors.items()}
-    else:
-        found_kind = "mlp2x_gelu"
-        renamed = {"0": "linear_1", "2": "linear_2"}
-        tensors = {
-            ".".join([renamed.get(n.split(".")[0], n.split(".")[0]), n.split(".")[-1]]): t for n, t in tensors.items()
-        }
-        if set(tensors) != {f"linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}:
-            raise UserError(f"{path} holds no projector of a known kind. Its tensors: {', '.join(sorted(tensors))}")
-        second, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
-        is_identity = torch.equal(second, torch.eye(len(second))) and not bias.any()
-        if kind == "linear" and is_identity:
-            found_kind, tensors = "linear", {n: t for n, t in tensors.items() if n.startswith("linear_1.")}
+    is_linear = "linear_2.weight" not in tensors
+    if kind == "linear" and not is_linear:  # as transformers saves it, with the fixed identity
+        second = tensors["linear_2.weight"].float()
+        is_linear = torch.equal(second, torch.eye(len(second))) and not tensors["linear_2.bias"].any()
+    found_kind = "linear" if is_linear else "mlp2x_gelu"
     if found_kind != kind:
         raise UserError(f"{path} holds a {found_kind} projector, this model has {kind}: set --mm_projector_type")
     current = projector.state_dict()
