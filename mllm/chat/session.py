@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
-from mllm.chat.transcript import Picture, Turn, count_images, decoded
+from mllm.chat.transcript import Picture, Turn, decoded
 from mllm.data.conversation import Images
 from mllm.evaluation.batches import answer_settings, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
@@ -135,7 +135,8 @@ class ChatSession:
     def keep(self, answers: int) -> None:
         """Cut the conversation after its first `answers` answers. 0 starts a new one."""
         self.turns = self.turns[: 2 * answers]
-        self.images = self.images[: sum(map(count_images, self.turns))]
+        parts = [part for turn in self.turns for part in turn["value"]]
+        self.images = self.images[: sum(part["type"] == "image" for part in parts)]
 
     def _answer(
         self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None

@@ -66,7 +66,3 @@ def size_of(picture: Picture) -> Size:
     if isinstance(picture, Video):
         return VIDEO
     return (picture.height, picture.width) if isinstance(picture, Image) else picture.size
-
-
-def count_images(turn: Turn) -> int:
-    return sum(part["type"] == "image" for part in turn["value"])
