@@ -143,8 +143,8 @@ class VisionEncoder:
         return max((height * width // self.image_size**2 for height, width in self.pinpoints), default=0)
 
     @property
-    def weights(self) -> str:
-        """Name of the weights without a path of this machine: the run that exported them, or the argument's name."""
+    def weights_name(self) -> str:
+        """Name of the run that exported the weights, or of their file or directory, without a path of this machine."""
         place = Path(self.source)
         exported = place.parts[-2:] == ("export", "hf_vit")
         return place.resolve().parents[1].name if exported else Path(self.name.partition(":")[2]).name

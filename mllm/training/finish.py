@@ -80,7 +80,7 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         llm = trains["model_name_or_path"]
         reader = trains.get("reader") or ""
         data = trains["data_path"] or ""
-        towers = {} if is_hub_id(tower) else {tower: vision.weights, vision.source: vision.weights}
+        towers = {} if is_hub_id(tower) else {tower: vision.weights_name, vision.source: vision.weights_name}
         rows["Vision encoder"] = _without(facts["vision encoder"], towers)
         rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name, reader: Path(reader).name})
         rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
