@@ -15,7 +15,7 @@ from clips.common.escape import printable
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling, model_options
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import LazyPicture, Video, opened, size_of
+from mllm.chat.transcript import LazyPicture, Video, open_picture, size_of
 from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import is_video
@@ -32,7 +32,7 @@ def load_image(path: str) -> LazyPicture | Video:
     """Read an image or, by its file name, a video. Raises UserError with the reason if that fails."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            return opened(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
+            return open_picture(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 

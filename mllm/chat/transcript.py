@@ -42,7 +42,7 @@ Picture = Image | LazyPicture | Video
 """What a turn can show. A video counts as a picture too."""
 
 
-def opened(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
+def open_picture(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
     """Return the image in `data` or, by its file name, the video. Raises UserError if it cannot be decoded.
 
     It is decoded again when the model reads it, because keeping decoded images would take far more memory.

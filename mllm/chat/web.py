@@ -30,7 +30,7 @@ from clips.common.escape import LONGEST, for_markdown, printable
 from mllm.chat.limits import Limits, check_values
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import opened
+from mllm.chat.transcript import open_picture
 from mllm.data.demo import DEMO_DIR, IMAGES, QUESTIONS
 from mllm.data.questions import Question, read_questions
 from mllm.model.load import data_of
@@ -90,7 +90,7 @@ def answers(
     text, files = message["text"].strip(), message["files"]
     if len(text) > LIMITS.prompt_chars or len(files) > LIMITS.images:
         raise UserError(f"a question has at most {LIMITS.prompt_chars:,} characters, {LIMITS.images} pictures")
-    pictures = [opened(Path(path).read_bytes(), path, LIMITS) for path in files]
+    pictures = [open_picture(Path(path).read_bytes(), path, LIMITS) for path in files]
     model.check_squares([*session.images, *pictures], LIMITS.squares)
     sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
     cancel = threading.Event()
