@@ -52,7 +52,6 @@ class CaptionStore(ImageStore):
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
-        self.unreadable = self._source.unreadable
 
     def __len__(self) -> int:
         """Return the number of pairs, including those without a caption."""

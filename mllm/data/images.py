@@ -24,9 +24,6 @@ log = logging.getLogger("mllm.data")
 class ImageStore:
     """Images and videos by name in a folder or an uncompressed tar `location`, which each process opens itself."""
 
-    unreadable = 0
-    """Number of rows of a table that do not fit its header."""
-
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
         self._members: dict[str, tuple[int, int]] | None = None

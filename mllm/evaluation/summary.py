@@ -14,7 +14,6 @@ from clips.common.plots import pretty
 from clips.common.rundir import REPORT, UNSEEN, by_test_set
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
-from mllm.evaluation.report import right_by_one_answer
 
 DEMO_NORMAL = {
     "sentence_i2t_r1": (60, 82),
@@ -64,18 +63,15 @@ def print_summary(what: str = "demo") -> None:
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
         console.print(for_rich(f"  {folder / record['image']}"))
         console.print(for_rich(f"    {record['prompt']} – {record['text']} ({right})"))
-    figures, by_one_answer = measured[artists], right_by_one_answer(records)
-    ranges = DEMO_NORMAL if is_demo else PHOTOS_NORMAL
-    rows = [(name, pretty(name), figures[name]["value"], figures[name]["chance"]) for name in ranges if name in figures]
-    for name in (name for name in ranges if name not in figures):
-        by_kind = [record for record in records if name in ("overall", record["kind"])]
-        if by_kind:
-            right = 100 * sum(record["correct"] for record in by_kind) / len(by_kind)
-            rows.append((name, f"answers: {name.replace('_', ' ')}", right, 100 * by_one_answer[name] / len(by_kind)))
-    normal = {name: "{} to {}".format(*ends) for name, ends in ranges.items()}
-    shown = [(words, f"{value:.1f}", f"{chance:.1f}", normal[name]) for name, words, value, chance in rows]
+    answered = by_test_set(read_json(answers[-1].with_name("figures.json"))["figures"], "seen")[artists]
+    rows = []
+    for name, (low, high) in (DEMO_NORMAL if is_demo else PHOTOS_NORMAL).items():
+        figure = measured[artists].get(name) or answered.get(name)
+        if figure:
+            words = pretty(name) if name in measured[artists] else f"answers: {pretty(name)}"
+            rows.append((words, f"{figure['value']:.1f}", f"{figure['chance']:.1f}", f"{low} to {high}"))
     console.print()
-    console.print(table_of(pictures, ("figure", "%", "chance %", "normal %"), shown))
+    console.print(table_of(pictures, ("figure", "%", "chance %", "normal %"), rows))
     console.print("For answers, chance is the score of the most frequent answer of each kind.")
     if not is_demo:
         console.print("Normal is the range of three seeds on 7,983 of the photographs (docs/photographs.md).")

@@ -160,7 +160,6 @@ def save_model(
     processor: LlavaProcessors,
     directory: Path,
     *,
-    vision: VisionEncoder,
     card: Mapping[str, str],
     base_model: str | None = None,
     beside: Mapping[str, bytes] | None = None,
@@ -171,8 +170,8 @@ def save_model(
     The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
 
     `card` holds the lines of the model card in order ("Vision encoder" → …, "Stage 1 data" → …), and `base_model` is
-    the hub id of the language model, if it has one. The file FACTS tells programs about `vision` and `trained_on`, a
-    mapping from stage to data ("demo" or a file name). `beside` holds more small files, relative path → content.
+    the hub id of the language model, if it has one. The file FACTS holds `trained_on`, a mapping from stage to data
+    ("demo" or a file name). `beside` holds more small files, relative path → content.
     """
     directory = Path(directory)
     with replacing(directory) as partial:
@@ -182,7 +181,7 @@ def save_model(
         processor.image_processor.save_pretrained(partial)
         # A .bin file, because servers load every *.safetensors of a directory, and this one repeats weights.
         save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin", newline_of(model))
-        write_json(partial / FACTS, {"vision_encoder": vision.facts, "trained_on": trained_on})
+        write_json(partial / FACTS, {"trained_on": trained_on})
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)

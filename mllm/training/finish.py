@@ -58,7 +58,7 @@ def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
             llava = llava.to(dtype)
         save_model(
             llava, prepared.processor, run_dir / "model",
-            vision=prepared.vision, card=card(run_dir, summary, prepared.vision),
+            card=card(run_dir, summary, prepared.vision),
             trained_on=trained_on(run_dir),
             base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
         )  # fmt: skip
@@ -77,11 +77,10 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         trains = record["trains"]
         facts = record["facts"]
         tower = trains["vision_tower"].partition(":")[2]
-        weights = vision.facts["weights"]
         llm = trains["model_name_or_path"]
         reader = trains.get("reader") or ""
         data = trains["data_path"] or ""
-        towers = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
+        towers = {} if is_hub_id(tower) else {tower: vision.weights_name, vision.source: vision.weights_name}
         rows["Vision encoder"] = _without(facts["vision encoder"], towers)
         rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name, reader: Path(reader).name})
         rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
