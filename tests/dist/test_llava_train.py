@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-import tiny_llava
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, build, launch, losses, results, run
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -190,7 +190,9 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "zero2, bf16"])
-def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(engine: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(
+    engine: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With as many ranks bit for bit; the last step of each epoch has fewer samples than ranks."""
     name = engine.replace(", ", "-")
     flags = [*(ALIGN if "zero2" in engine else [*INSTRUCT, *START]), "--max_steps", "6", "--save_steps", "2"]

@@ -1,4 +1,4 @@
-"""ZeRO 0-3 and CPU offload against each other, resumed, on one rank and two, and with steps left out; real DeepSpeed."""
+"""ZeRO 0-3 and CPU offload against each other, resumed, on one rank and two, with steps left out; real DeepSpeed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +7,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
-from zero_worker import FRESH, stages_of
+from zero_worker import FRESH, LEFT_OUT, stages_of
 
 from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.task import Task
-
-from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-from conftest import ROOT, run_python
-from zero_worker import LEFT_OUT
 
 WORKER = ROOT / "tests" / "zero_worker.py"
 pytestmark = pytest.mark.slow
@@ -172,10 +164,6 @@ def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does
 def stable_rank(matrix: torch.Tensor) -> float:
     """Squared Frobenius norm over the largest squared singular value."""
     return float(matrix.norm() ** 2 / torch.linalg.matrix_norm(matrix, 2) ** 2)
-
-
-
-
 
 
 @pytest.fixture(scope="module")
