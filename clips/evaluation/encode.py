@@ -65,8 +65,6 @@ class ImageSet:
     """Why samples were skipped."""
     caption_tokens: tuple[Tensor, Tensor] | None = None
     """Predicted and true tokens [N] of all long captions, on the CPU; None if no caption is predicted."""
-    keys: Sequence[str] = ()
-    """Each image's name in its set."""
 
 
 class _Encoded(NamedTuple):
@@ -126,7 +124,6 @@ def encode_images(
         captions=[item.captions for item, _ in entries],
         labels=[item.label for item, _ in entries],
         indices=[index for _, index in entries],
-        keys=[item.key for item, _ in entries],
         skipped=skipped,
         caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
     )

@@ -133,10 +133,10 @@ def show_difference(row: Mapping[str, Any], digits: int = 1, scale: float = 1) -
     return signed(row["mean"], digits, scale) + ends
 
 
-def show_mean(values: Sequence[float], digits: int = 1) -> str:
+def show_mean(values: Sequence[float]) -> str:
     """Return `1.2 ± 0.3`: mean and standard deviation over seeds, or only the mean for one value."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
 
 
 # ------------------------------------------------------------------------------------------- seeds and images cross

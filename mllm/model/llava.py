@@ -61,15 +61,12 @@ def build_model(
     if context is not None and vision.num_tokens >= context:
         raise UserError(f"one image takes {vision.num_tokens} tokens ({vision.name}), the context is {context}")
     kind: dict[str, Any] = {"image_seq_length": vision.num_tokens}
-    config_class: Any = LlavaConfig
-    model_class: Any = LlavaForConditionalGeneration
+    config_class, model_class = stock_classes(tiles=bool(vision.pinpoints), videos=bool(vision.frames))
     if vision.pinpoints:
         kind |= {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
-        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
     if vision.frames:
         kind |= {"num_frames": vision.frames, "video_token_index": token_id(llm.tokenizer, VIDEO_TOKEN)}
         del kind["image_seq_length"]
-        config_class, model_class = LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     config = config_class(
         **kind,
         vision_config=copy.deepcopy(vision.config),
@@ -107,6 +104,15 @@ def build_model(
     model.eval()
     _check_logits(model, causal, llm.source)
     return model, build_processor(vision, llm)
+
+
+def stock_classes(*, tiles: bool, videos: bool) -> tuple[Any, Any]:
+    """Return transformers' classes of the configuration and of the model."""
+    if videos:
+        return LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+    if tiles:
+        return LlavaNextConfig, LlavaNextForConditionalGeneration
+    return LlavaConfig, LlavaForConditionalGeneration
 
 
 def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessors:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 
 from clips import is_of_demo
 from clips.common.errors import never_in_the_way
-from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
-from clips.common.live import say_next
+from clips.common.live import say, say_next
 from clips.common.page import save_plot
 from clips.common.plots import curves_plot
 from clips.common.report import curves
@@ -110,13 +108,13 @@ def _without(text: str, places: Mapping[str, str]) -> str:
     return text
 
 
-def print_next(stage: int, run_dir: Path, console: Console) -> None:
+def print_next(stage: int, run_dir: Path) -> None:
     """Print what the stage has written, and the next command."""
     if stage == 1:
-        console.print(for_rich(f"{run_dir}/align/{PROJECTOR} holds the projector."), highlight=False, soft_wrap=True)
+        say(f"{run_dir}/align/{PROJECTOR} holds the projector.")
         say_next("the same command with --stage 2")
     else:
-        console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
+        say(f"{run_dir}/model is the finished model.")
         if not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
             say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")
 
