@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Compare training speed with open_clip, by steps (`train`) or full programs (`program`).
+"""Compare training speed with open_clip, by steps (`train`) or full programs (`program`), or time a step's `parts`.
 
-Both train plain CLIP on the demo's .txt with equal towers, batch, precision, threads, crops and fused AdamW. `train`
-takes steps on ready batches in one process; open_clip pads each text to the context. `program` runs
-scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them, and measures samples/s between the first log
-line after the warm-up and the last one. All things that are compared take turns.
+`train` and `program` compare plain CLIP on the demo's .txt with equal towers, batch, precision, threads, crops and
+fused AdamW. `train` takes steps on ready batches in one process; open_clip pads each text to the context. `program`
+runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them, and measures samples/s between the
+first log line after the warm-up and the last one. `parts` measures a step of a recipe that grows by one part at a
+time. All things that are compared take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
 from clips.training.optim import make_engine, optimizer_step, rates_of
 from clips.training.task import Task
@@ -54,6 +56,8 @@ SIZES = {
     "b16": ("b16", 16, 10),
 }
 """Size → recipe (its first phase), samples per step that a CPU can process, and steps in a turn of `program`."""
+PARTS = ("train.accumulation=1", "train.activation_checkpointing=false")
+"""Settings for `parts`."""
 TURN, WARM = 2, 0.2
 """Steps in a turn of `train`, and the share of a program's samples that is not timed, as warm-up."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
@@ -79,6 +83,56 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     }
     seconds = fastest(parts, repeats, device)
     return [[kind, run.samples / by_kind, by_kind / seconds["ours"]] for kind, by_kind in seconds.items()]
+
+
+def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[Any]]:
+    """Measure a step that grows by one part at a time. Return milliseconds of each part's forward and backward pass."""
+    init_distributed(device)
+    source, tokenizer = open_data(run)
+    loader = make_loader(source, tokenizer, replace(run, data=replace(run.data, workers=0)), rank=0, world_size=1)
+    host = next(loader)
+    torch.manual_seed(0)
+    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
+    engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
+    task, model, batch = engine.task, engine.task.model, to_device(host, device)
+    kept = Kept(batch.get("patches"), batch.get("image_tokens"))
+    texts = [batch[name] for name in run.task.texts]
+
+    def outputs(count: int, caption: Tensor | None = None) -> list[Tensor]:
+        out = model(batch["images"], texts[:count], caption, kept)
+        return [out.image_features, *out.text_features, *([] if caption is None else [out.caption_states])]
+
+    growing: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "image tower": lambda: [model.visual(batch["images"], kept.patches)[0]],
+        "text tower, web caption": lambda: outputs(1),
+        "text tower, sub-caption": lambda: outputs(2),
+        "captioner's blocks": lambda: outputs(2, batch["caption"]),
+        "output layer and losses": lambda: [task(batch)[0]],
+    }
+
+    def measure(part: Callable[[], Sequence[Tensor]], backward: bool) -> None:
+        with torch.set_grad_enabled(backward), autocast(device, enabled=task.bf16):
+            total = torch.stack([x.float().sum() for x in part()]).sum()
+        if backward:
+            total.backward()
+
+    timed: dict[str, Callable[[], Any]] = {
+        f"{name}/forward": partial(measure, part, False) for name, part in growing.items()
+    }
+    timed |= {name: partial(measure, part, True) for name, part in growing.items()}
+    timed |= {"step": lambda: optimizer_step(engine, [host]), "data": lambda: next(loader)}
+    seconds = fastest(timed, repeats, device)
+    rows: list[list[Any]] = []
+    before = (0.0, 0.0)
+    for name in growing:
+        now = (seconds[f"{name}/forward"], seconds[name])
+        forward, both = now[0] - before[0], now[1] - before[1]
+        rows.append([name, 1e3 * forward, 1e3 * (both - forward), f"{both / seconds['step']:.0%}"])
+        before = now
+    rest = seconds["step"] - before[1]
+    rows.append(["optimizer and agreement", 1e3 * rest, "", f"{rest / seconds['step']:.0%}"])
+    rows.append(["step", 1e3 * seconds["step"], "", "100%"])
+    return [*rows, ["data, in another process", 1e3 * seconds["data"], "", ""]]
 
 
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
@@ -211,10 +265,11 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> fl
 
 def parser() -> argparse.ArgumentParser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    p.add_argument("what", choices=("train", "program"), help="what to measure")
+    p.add_argument("what", choices=("train", "program", "parts"), help="what to measure")
     p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
     p.add_argument("--repeats", type=int, default=5, help="turns of each thing that is compared")
     p.add_argument("--data", help="training data, as pretrain_clips.py takes it (default: the demo's)")
+    p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of the recipe, for `parts`")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
@@ -224,17 +279,24 @@ def main() -> None:
     device = choose_device(flags.device)
     data = flags.data or str(ensure_demo("data/demo") / "train")
     own = our_flags(flags.size, device, data)
+    columns = ("", "samples/s", "ours / this")
+    if flags.what == "parts":
+        name, batch, _ = SIZES[flags.size]
+        own = ["--recipe", name, "--data", data, "--batch-size", str(batch), "--set", *PARTS, *flags.set]
+        columns = ("", "forward, ms", "backward, ms", "of a step")
     run = cli.config_from_flags(cli.parser().parse_args(own))
     if run.train.precision == "auto":
         run = replace(run, train=replace(run.train, precision="bf16" if has_bf16(device) else "fp32"))
     if flags.what == "train":
         rows = compare_steps(run, device, flags.repeats)
+    elif flags.what == "parts":
+        rows = time_parts(run, device, flags.repeats)
     else:
         rows = compare_programs(run, own, flags.repeats, device.type)
 
     cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    print_table(f"{flags.what}, {flags.size}: {where}", ("", "samples/s", "ours / this"), cells)
+    print_table(f"{flags.what}, {flags.size}: {where}", columns, cells)
 
 
 if __name__ == "__main__":
