@@ -4,8 +4,6 @@ Shapes: I images · N tokens of all long captions · T texts · C classes · P p
 D width of the image tower.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

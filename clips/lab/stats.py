@@ -11,8 +11,6 @@ Shapes: S independent seeds, R runs, I items (questions), C clusters (images; qu
 [S, I] or [R, I]: 0 or 1 for right answers, any number otherwise. Groups are numbers from 0, of shape [R] or [I].
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A variant that several claims need is trained once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -8,8 +8,6 @@ A `Study` says which differences decide, before anything trains. The result of e
     looks       seeds and deciding metric of every result that was written; after more than one it has no verdicts
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

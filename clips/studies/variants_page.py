@@ -1,7 +1,5 @@
 """The page of a study of variants, made from the content of its JSON file alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Model cards of exports and conversions. They show metrics of exactly these weights, and no path of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any

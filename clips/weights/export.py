@@ -9,8 +9,6 @@ Each is loaded back with the stock library and compared with the trained weights
 open_clip has no classes for is exported without that format (`open_clip_lacks`).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

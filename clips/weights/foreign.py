@@ -6,8 +6,6 @@ here are always normalised with ImageNet's. A tower that computes anything else 
 open_clip's directories are read in clips/weights/open_clip.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

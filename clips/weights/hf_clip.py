@@ -4,8 +4,6 @@ CLIPModel reads an image off its CLS token and a text at its eos, under a causal
 towers. SiglipModel pools an image by attention after the last LayerNorm, which no tower here does.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

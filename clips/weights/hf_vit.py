@@ -5,8 +5,6 @@ what is pooled (`mean` of the patches, or `cls`). The image embedding is the L2-
 LayerNorm of the pooled tokens. A tower that came without a projection has no such file.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -98,12 +96,11 @@ def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tenso
     """
     import transformers
 
-    from clips.common.opening import REPORTED, check_complete, loading
+    from clips.common.opening import load_weights, loading
 
     (name,) = read_json(directory / "config.json")["architectures"]
     with loading("export hf_vit", directory):
-        model, info = getattr(transformers, name).from_pretrained(directory, **REPORTED)
-    check_complete(info, "export hf_vit", directory)
+        model, _ = load_weights(getattr(transformers, name), "export hf_vit", directory)
     tokens = model.eval()(images, output_hidden_states=True).hidden_states[-1]
     inner = getattr(model, "vision_model", model)  # a level that transformers removed in 5.x
     norm = inner.layernorm if name == "ViTModel" else inner.post_layernorm

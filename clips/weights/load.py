@@ -1,7 +1,5 @@
 """Load a trained encoder from whatever holds one: a run, an export, a checkpoint."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The chat in a terminal: a conversation with commands, or a single answer for a script."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

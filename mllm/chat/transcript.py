@@ -1,7 +1,5 @@
 """A conversation as a list of turns, and the images and videos that its turns show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -4,8 +4,6 @@ It listens on 127.0.0.1 and fetches nothing from elsewhere. Each visitor's conve
 and stays in memory. Uploads stay in a temporary directory that is removed at the end.
 """
 
-from __future__ import annotations
-
 import html
 import os
 import signal

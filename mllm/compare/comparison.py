@@ -18,8 +18,6 @@ comparison can be verified without other files.
 Imports that need torch are inside the functions that train, because verifying needs no torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -3,8 +3,6 @@
 They are in percent, as in clips/.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

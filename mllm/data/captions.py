@@ -1,7 +1,5 @@
 """Captions as conversations: both stages can train on the data of pretraining, without a file in LLaVA's format."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -3,8 +3,6 @@
 A model's format is saved with its tokenizer (`save_format`). `auto` reads it, or derives it from a chat template.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

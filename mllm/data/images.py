@@ -1,7 +1,5 @@
 """Load images and videos by name from a folder or a tar file, and preprocess them for an encoder."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

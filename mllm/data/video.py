@@ -3,8 +3,6 @@
 PyAV decodes in a separate process (mllm/data/video_frames.py), and each of its failures becomes a `BrokenSample`.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import signal

@@ -8,8 +8,6 @@ JSON, {"size": [width, height]} or {"error": reason}, then the RGB bytes of each
 project, which is not on its path.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """A vision encoder as the language side uses it: features, number of tokens, preprocessing, fingerprint."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Load each kind of vision encoder as a stock transformers model. Only exact mappings are allowed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial

@@ -3,8 +3,6 @@
 It also answers a user's own questions in LLaVA's `question.jsonl` format, and writes LLaVA's answer format.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

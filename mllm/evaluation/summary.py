@@ -1,7 +1,5 @@
 """Print the end of the quickstart: some answers, metrics beside chance and the normal range, and the page to open."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

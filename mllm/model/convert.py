@@ -6,8 +6,6 @@
 A converted stock directory keeps the original's small files in `original_llava/`, and the way back restores them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -4,8 +4,6 @@ The class is `LlavaForConditionalGeneration`, or `LlavaNextForConditionalGenerat
 or `LlavaOnevisionForConditionalGeneration` with videos.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from pathlib import Path

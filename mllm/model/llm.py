@@ -4,8 +4,6 @@ The default, SmolLM2-135M-Instruct, comes from the hub or, if the hub cannot be 
 The package holds it quantised to 4 bits (Q4_1), which is a slightly different model, so the source is recorded.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

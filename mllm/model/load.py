@@ -1,7 +1,5 @@
 """Load a trained LLaVA-style model by directory or hub id, and find the newest one that was trained here."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any, Literal

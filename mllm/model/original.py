@@ -9,8 +9,6 @@ All three kinds are read as one configuration, one set of tensors and some small
 Shapes: T text tokens · N image tokens · V words · S pixels.
 """
 
-from __future__ import annotations
-
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@
 Shapes: W width of an image token · D width of a word embedding · n rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal

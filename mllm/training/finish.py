@@ -1,7 +1,5 @@
 """Write a finished stage: its projector, after stage 2 also adapter, model and card, and last of all done.json."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The FLOPs of a LLaVA stage: its units of work, and what each unit costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 This is clips/training/rehearsal.py for LLaVA. The weights are bf16, as DeepSpeed trains them, the data is LLaVA-1.5's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -9,8 +9,6 @@ runs/NAME/model/      the stock transformers model (adapters merged); mm_project
 runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_lora_trainables.bin
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
