@@ -37,7 +37,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError, first_
 from clips.common.escape import clip, one_line
 from clips.common.files import check_target, from_json, placing, read_json, write_json
 from clips.common.hub import model_digest, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, loading
+from clips.common.opening import NO_CODE, load_weights, loading
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
 from mllm.evaluation.batches import new_texts
@@ -200,9 +200,7 @@ class LocalModel:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         with loading("captioner", directory):
             self.processor: Any = AutoProcessor.from_pretrained(directory, padding_side="left", **NO_CODE)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
-        model, info = loaded
-        check_complete(info, "captioner", directory)
+            model, _ = load_weights(AutoModelForImageTextToText, "captioner", directory, dtype=dtype, **NO_CODE)
         self.model = model.to(self.device).eval()
         self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
         if self.tokenizer is None or not (self.processor.chat_template or self.tokenizer.chat_template):
@@ -233,7 +231,7 @@ class LocalModel:
         begin = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         texts = new_texts(self.tokenizer, output[:, begin:], stop if isinstance(stop, list) else [stop])
-        for pair, (text, has_ended, _) in zip(pairs, texts, strict=True):
+        for pair, (text, has_ended) in zip(pairs, texts, strict=True):
             pair.long = text if has_ended else whole_sentences(text)
 
 

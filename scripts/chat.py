@@ -19,7 +19,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--stop", action="append", metavar="TEXT", help="text that ends an answer; repeatable")
     p.add_argument("--seed", type=int, help="makes sampled answers repeatable")
-    p.add_argument("--stats", action="store_true", help="show tokens/s, time to the first token, cached tokens")
     web = p.add_argument_group("web page")
     web.add_argument("--web", action="store_true", help="serve a page for the browser instead")
     web.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1 to listen on")

@@ -26,11 +26,10 @@ def parser() -> Parser:
     claims = add("claims", "the paper's claims at small scale", 48_000)
     claims.add_argument(
         "--claims",
-        default="a,b,c,d,e",
-        help="a: length of the text, b: ablation, c: sub-caption strategies, d: share of synthetic captions, e: LLaVA, "
+        default="a,b,c,d",
+        help="a: length of the text, b: ablation, c: sub-caption strategies, d: share of synthetic captions, "
         "f: CLIPS against CLIP at equal time (--recipe small)",
     )
-    claims.add_argument("--llava-report", default="runs/compare/report.json", help="report of compare_encoders.py")
     claims.add_argument("--first-seed", type=int, default=0, help="first of the consecutive --seeds")
     words = "small is for your own photographs: --set data.train=… data.test=…"
     claims.add_argument("--recipe", default="demo", choices=("demo", "small"), help=words)
@@ -51,7 +50,7 @@ def main() -> None:
 
         letters = flags.claims.replace(" ", "").split(",")
         common |= {"settings": flags.set, "recipe": flags.recipe, "first_seed": flags.first_seed}
-        reproduce(output, letters, llava_report=Path(flags.llava_report), **common)
+        reproduce(output, letters, **common)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def rank(out: Path, number: int) -> psutil.Process:
-    """The training process of a rank."""
+def rank(out: Path, number: int) -> psutil.Process | None:
+    """The training process of a rank, or None if it has ended."""
     processes = [process for process in of_run(out) if environment(process).get("RANK") == str(number)]
-    return min(processes, key=psutil.Process.create_time)  # its workers came later
+    return min(processes, key=psutil.Process.create_time, default=None)  # its workers came later

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import deepspeed.utils.groups
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, run_group
 from lab_runs import run_main
@@ -141,3 +142,12 @@ def results(run_dir: Path) -> dict[str, Tensor]:
     for path in sorted(run_dir.rglob("*.safetensors")) + sorted(run_dir.rglob("*.bin")):
         tensors |= {f"{path.relative_to(run_dir)}:{name}": tensor for name, tensor in read_weights(path).items()}
     return tensors
+
+
+def assert_same_results(run_dir: Path, other: Path, tolerance: float = 0.0) -> dict[str, Tensor]:
+    """Both runs left the same weights, bit for bit unless there is a tolerance. Returns those of `run_dir`."""
+    weights, others = results(run_dir), results(other)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], atol=tolerance, rtol=tolerance, msg=name)
+    return weights

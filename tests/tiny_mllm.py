@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,13 @@ def write_run(directory: Path, objective: str = "clips", *, seed: int = 0, **vis
     return model
 
 
-def write_siglip(directory: Path, look: Mapping[str, Any] | None = None, **options: object) -> str:
-    """A random SigLIP tower of 32 px with its image processor (`look`: its fields); returns the encoder's name."""
+def write_siglip(directory: Path, **options: object) -> str:
+    """A random SigLIP tower of 32 px with its image processor; returns the encoder's name."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = SiglipVisionConfig(**shape | {"image_size": 32, "patch_size": 8} | options)
     SiglipVisionModel(config).save_pretrained(directory)
-    SiglipImageProcessor(size={"height": 32, "width": 32}, **(look or {})).save_pretrained(directory)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
     return f"hf:{directory}"
 
 
@@ -127,7 +126,7 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     model, processor = build_model(vision, llm, seed=3)
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
-    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
+    save_model(model, processor, root / "runs" / "llava" / "model", card={})
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:
@@ -161,5 +160,5 @@ def write_llava_on(run: Path, export: Path, **options: object) -> Path:
     llm = write_llm(run / "llm", **options)
     vision = load_vision(f"clips:{export}")
     model, processor = build_model(vision, load_llm(str(llm)))
-    save_model(model, processor, run / "model", vision=vision, card={})
+    save_model(model, processor, run / "model", card={})
     return run / "model"

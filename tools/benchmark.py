@@ -8,8 +8,6 @@ first log line after the warm-up and the last one. `parts` measures a step of a 
 time. All things that are compared take turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

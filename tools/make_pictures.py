@@ -5,8 +5,6 @@
 that the first model answers wrong. So the images are not a random choice. The command prints their names.
 """
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Sequence

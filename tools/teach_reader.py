@@ -11,8 +11,6 @@ Every `EVERY` samples the tool prints right answers in % on held-out words and s
 command continues. 32,000 samples take about 90 minutes on one core with AVX-512 bf16.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

@@ -19,8 +19,6 @@ verdict of a study of pretraining. `{… @NAME}` reads another file. A row with 
 each `A = B` after the arrow, in which A replaces NAME and B replaces IT.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping

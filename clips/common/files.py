@@ -1,7 +1,5 @@
 """Files that a crash cannot leave half written: atomic replacement, locks, sealed and built directories; JSON files."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -20,9 +20,9 @@ TEMPLATE = """---
 
 ## Use
 
-{{ place }}, with an image of yours:
+In the directory of this file, with an image of yours:
 
-```{{ language }}
+```python
 {{ code }}
 ```
 {% if note %}
@@ -56,8 +56,6 @@ def write_card(
     facts: Mapping[str, str],
     code: str,
     note: str = "",
-    language: str = "python",
-    place: str = "In the directory of this file",
 ) -> None:
     """Write `directory`/README.md with the header `data`; `name` and `facts` may hold any text."""
     rows = [(for_markdown(fact), for_markdown(text, LONGEST)) for fact, text in facts.items()]
@@ -69,7 +67,5 @@ def write_card(
         facts=markdown(("", ""), rows),
         code=code,
         note=note,
-        language=language,
-        place=place,
     )
     card.save(directory / "README.md")

@@ -24,11 +24,9 @@ LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_LAYERS = 1024
 """Maximum number of layers, because each layer that is built takes memory even without weights."""
-NO_CODE = {"trust_remote_code": False}
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Option for every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it
 asks at the terminal and runs the model's code on a "y"."""
-REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Options for loaders whose report `check_complete` reads. By default they raise an error without the wrong shapes."""
 
 
 @contextmanager
@@ -90,7 +88,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
 
     reports.disable_progress_bar()
     verbosity = reports.get_verbosity()
-    reports.set_verbosity_error()  # `check_complete` decides what matters
+    reports.set_verbosity_error()  # `load_weights` decides what matters
     try:
         with opening(what, directory):
             yield
@@ -98,8 +96,18 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
         reports.set_verbosity(verbosity)
 
 
-def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
-    """Raise UserError if `from_pretrained(…, **REPORTED)` left weights random, except prefixes in `allowed`."""
+def load_weights(
+    cls: Any, what: str, directory: Path | str, allowed: tuple[str, ...] = (), **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model of `cls.from_pretrained(directory, **options)` and the report of its loading.
+
+    Raises UserError if a weight is missing, except prefixes in `allowed`, or has another shape. With the option
+    `state_dict` its tensors are the weights, and `directory` is only shown.
+    """
+    source = None if "state_dict" in options else directory
+    # By default it would raise an error without the wrong shapes.
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = cls.from_pretrained(source, **reported, **options)
     problems = [
         f"{name}: {tuple(shape)} in the file, {tuple(expected)} in the model"
         for name, shape, expected in sorted(info["mismatched_keys"])
@@ -107,3 +115,4 @@ def check_complete(info: dict[str, Any], what: str, directory: Path | str, allow
     problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if not name.startswith(allowed)]
     if problems:
         raise UserError(f"{what}: the weights in {directory} do not fit their config.json: {listed(problems)}")
+    return model, info

@@ -5,8 +5,6 @@ fused kernel. Code that would make a GPU's host wait, or mix devices, raises. By
 allocator hands them out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -6,8 +6,6 @@ samples, and samples are shuffled inside a group. So reading stays within a few 
 shuffled as a whole. `MixedOrder` mixes several sets by their shares.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

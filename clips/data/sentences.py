@@ -1,7 +1,5 @@
 """Sentences of a long caption, and the sub-captions that are drawn from them (paper, section 3.1)."""
 
-from __future__ import annotations
-
 import random
 import re
 from itertools import chain

@@ -1,7 +1,5 @@
 """What a run writes while it trains: the .jsonl files, the loggers of --report_to, the progress line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """The training loop of both halves: batches, passes, agreement, step, log, checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NoReturn

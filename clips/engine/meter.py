@@ -1,7 +1,5 @@
 """The measurements between two lines of the log: losses, speed, memory, and each rank's own time."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

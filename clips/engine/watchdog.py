@@ -8,8 +8,6 @@ of the median). The decision depends only on values that are the same on every r
 all ranks decide alike and a resumed run decides as before.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -14,8 +14,6 @@ Where to find the flat fp32 tensors that the inner (torch) optimizer steps on:
 The names say fp16 and bit16 for historical reasons. The weights are fp32, or bf16 with these fp32 masters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Shapes: I images · N tokens of all long captions · T texts · C classes · P p
 D width of the image tower.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,8 +63,6 @@ class ImageSet:
     """Why samples were skipped."""
     caption_tokens: tuple[Tensor, Tensor] | None = None
     """Predicted and true tokens [N] of all long captions, on the CPU; None if no caption is predicted."""
-    keys: Sequence[str] = ()
-    """Each image's name in its set."""
 
 
 class _Encoded(NamedTuple):
@@ -126,7 +122,6 @@ def encode_images(
         captions=[item.captions for item, _ in entries],
         labels=[item.label for item, _ in entries],
         indices=[index for _, index in entries],
-        keys=[item.key for item, _ in entries],
         skipped=skipped,
         caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
     )

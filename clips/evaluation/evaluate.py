@@ -3,8 +3,6 @@
 Every metric is in percent or in nats, and comes with its chance level and the number of samples it was measured on.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Metrics of an encoder: their names on several test sets, their JSON file, and their table for the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

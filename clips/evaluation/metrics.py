@@ -6,8 +6,6 @@ the same scores exactly chance.
 Shapes: I images · T texts · C classes · P prompts per class · E embedding width · D width of the image tower.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The file is a tar in xz, sorted and without times or owners, so that equal studi
 files whose names match a pattern, and a bounded number of bytes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import lzma

@@ -3,8 +3,6 @@
 A cell is a variant at a seed. The engine (`clips.lab.run`) knows commands, files and times; it knows no model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pretraining runs as the cells of a study, and the metrics that they leave."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 A study computes its result as plain data, then a `Page` from the result. The page can be made again from the JSON.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -11,8 +11,6 @@ Shapes: S independent seeds, R runs, I items (questions), C clusters (images; qu
 [S, I] or [R, I]: 0 or 1 for right answers, any number otherwise. Groups are numbers from 0, of shape [R] or [I].
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,10 +131,10 @@ def show_difference(row: Mapping[str, Any], digits: int = 1, scale: float = 1) -
     return signed(row["mean"], digits, scale) + ends
 
 
-def show_mean(values: Sequence[float], digits: int = 1) -> str:
+def show_mean(values: Sequence[float]) -> str:
     """Return `1.2 ± 0.3`: mean and standard deviation over seeds, or only the mean for one value."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
 
 
 # ------------------------------------------------------------------------------------------- seeds and images cross

@@ -9,8 +9,6 @@ visible to everything and never sees the positions; positions are causal among t
 Position k predicts token k + 1 of `bos … eos` in both.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -13,8 +13,6 @@ Padding is treated in one of two ways:
   the first padding slot stays visible). Therefore such a tower exports to stock open_clip exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Shapes: B images · S side of the square · P patch size · N = (S / P)² patch 
 token, else 0 · D width.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

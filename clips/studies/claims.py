@@ -1,11 +1,8 @@
-"""The paper's claims at small scale: variants of the recipes, which should beat which, and (e) from LLaVA's report.
+"""The paper's claims at small scale: variants of the recipes, and which should beat which.
 
 A variant that several claims need is trained once.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +12,6 @@ from clips.common.errors import UserError
 from clips.common.page import Page
 from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
-from clips.lab.stats import turned
 from clips.studies.variants import DECIDING, Question, Study, Variant, check_settings, seeded_runs
 from clips.studies.variants_page import Words, page
 
@@ -100,7 +96,6 @@ CLAIMS = {
         "tokens). The learning rates were found at 20 %.",
     ),
 }
-LLAVA = "e"
 WORDS: Words = {
     "win": "reproduced here",
     "loss": "contradicted here",
@@ -154,7 +149,6 @@ def reproduce(
     seeds: int = 5,
     samples: int = 48_000,
     jobs: int = 2,
-    llava_report: Path = Path("runs/compare/report.json"),
     settings: Sequence[str] = (),
     decides: str = DECIDING,
     recipe: str = "demo",
@@ -167,54 +161,19 @@ def reproduce(
     CommandError when a run fails.
     """
     known = on_photographs() if recipe == "small" else CLAIMS
-    letters = sorted((*known, LLAVA))
-    unknown = [key for key in claims if key not in letters]
+    unknown = [key for key in claims if key not in known]
     if unknown:
-        raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join(letters)}")
+        raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join(known)}")
     questions = {key: claim for key, claim in known.items() if key in claims}
     names = list(dict.fromkeys(name for claim in questions.values() for name in claim.variants))
     about = {"name": "claims", "title": "The claims of CLIPS", "questions": questions, "decides": decides}
     study = variant_study(names, range(first_seed, first_seed + seeds), samples, settings, recipe, **about)
     check_settings(study.everything())
-    judged = {LLAVA: judge_llava(llava_report)} if LLAVA in claims else {}
-    return study.carry_out(output, jobs, claims_page, dry_run=dry_run, judged=judged)
+    return study.carry_out(output, jobs, claims_page, dry_run=dry_run)
 
 
 def claims_page(result: Mapping[str, Any]) -> Page:
     variants = result["variants"].values()
-    note = f"{result['samples']:,} samples seen by a run, {result['seeds']} seeds" if variants else ""
+    note = f"{result['samples']:,} samples seen by a run, {result['seeds']} seeds"
     is_drawn = all(variant["recipe"] in PHOTOGRAPHS for variant in variants)
     return page(result, "The claims of CLIPS, in small", note, (DRAWN if is_drawn else "") + LIMITS, WORDS)
-
-
-def judge_llava(report: Path) -> dict[str, Any]:
-    """Return claim (e), clips − clip, from the report of scripts/compare_encoders.py; `missing` says how to get it.
-
-    The report counts in shares of the questions, and the claim in percentage points.
-    """
-    claim = {
-        "title": "LLaVA with CLIPS against LLaVA with CLIP",
-        "paper": "With the CLIPS encoder LLaVA answers better than with a CLIP encoder.",
-        "report": str(report),
-    }
-    if not report.exists():
-        missing = f"python scripts/compare_encoders.py writes {report}; then run this command again"
-        return claim | {"verdict": "not run", "missing": missing}
-    try:
-        row = next(
-            row
-            for row in json.loads(report.read_text(encoding="utf-8"))["differences"]
-            if {row["a"], row["b"]} == {"clips", "clip"} and row["metric"] == "accuracy"
-        )
-        sign = 100 if row["a"] == "clips" else -100
-        contrast = {
-            "a": "clips",
-            "b": "clip",
-            **{name: row[name] for name in ("metric", "seeds", "items")},
-            "mean": sign * row["mean"],
-            "ci95": sorted(sign * end for end in row["ci95"]),
-            "verdict": row["verdict"] if row["a"] == "clips" else turned(row["verdict"]),
-        }
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"{report} is not a report of compare_encoders.py on clips and clip: {error!r}") from None
-    return claim | {"contrasts": [contrast], "verdict": contrast["verdict"]}

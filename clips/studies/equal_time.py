@@ -6,8 +6,6 @@
 3. Equal time: the baseline again, for as many samples as it sees in the time that CLIPS took.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

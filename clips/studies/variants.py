@@ -8,8 +8,6 @@ A `Study` says which differences decide, before anything trains. The result of e
     looks       seeds and deciding metric of every result that was written; after more than one it has no verdicts
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -113,7 +111,6 @@ class Study:
         *,
         dry_run: bool = False,
         more: Mapping[str, Any] | None = None,
-        judged: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
         """Train what is missing, write NAME.json and NAME.html into `output`, and return the result.
 
@@ -121,7 +118,6 @@ class Study:
             page: makes the page of the result.
             dry_run: print the plan and return None.
             more: further parts of the result.
-            judged: questions that have an answer already, by their key.
 
         Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
         """
@@ -138,8 +134,6 @@ class Study:
         took = read_json(output / f"{self.name}.json").get("seconds") if was_finished else None
         result = self.result(output)
         result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}
-        result["questions"] |= judged or {}
-        result["questions"] = dict(sorted(result["questions"].items()))
         result |= more or {}
         write_report(result, output, self.name, lambda: page(result))
         self._say(result, output)
@@ -148,23 +142,23 @@ class Study:
     def result(self, output: Path) -> dict[str, Any]:
         """Return metrics, differences and verdicts of the finished runs in `output`."""
         runs = self.everything()
-        names = measured([output / run.name for run in runs]) if runs else []
-        seeds = max(map(len, self.runs.values()), default=0)
+        names = measured([output / run.name for run in runs])
+        seeds = max(map(len, self.runs.values()))
         before = output / f"{self.name}.json"
         written = read_json(before) if before.is_file() else {}
-        first = min((run.seed for run in runs), default=0)
-        looks = {f"{seeds} seeds{f' from {first}' if first else ''} by {self.decides}"} if runs else set()
+        first = min(run.seed for run in runs)
+        looks = {f"{seeds} seeds{f' from {first}' if first else ''} by {self.decides}"}
         looks.update(written.get("looks", ["an older result"] if written else []))
         variants = {name: self._record(name, output, names) for name in self.runs}
         rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
         return {
             "study": self.name,
             "command": shlex.join(["python", *sys.argv]),
-            "samples": runs[0].config().samples if runs else 0,
+            "samples": runs[0].config().samples,
             "seeds": seeds,
             "looks": sorted(looks),
-            "deciding_figure": decides(list(next(iter(rows.values()))[0]), self.decides) if rows else self.decides,
-            "environment": environment(output / runs[0].name) if runs else {},
+            "deciding_figure": decides(list(next(iter(rows.values()))[0]), self.decides),
+            "environment": environment(output / runs[0].name),
             "questions": {
                 key: judge(question, rows, self.decides, kept=len(looks) == 1)
                 for key, question in self.questions.items()
@@ -189,7 +183,7 @@ class Study:
     def _say(self, result: Mapping[str, Any], output: Path) -> None:
         for key, question in result["questions"].items():
             say(f"({key}) {question['title']}")
-            for c in question.get("contrasts", ()):
+            for c in question["contrasts"]:
                 say(f"  {c['a']} − {c['b']}: {show_difference(c)} {c['verdict']}")
         say(f"written to {output}/{self.name}.html and {self.name}.json")
 

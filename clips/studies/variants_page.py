@@ -1,7 +1,5 @@
 """The page of a study of variants, made from the content of its JSON file alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,12 +33,12 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
         Tile(f"({key}) {q['title']}", [(_in_words(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])
         for key, q in questions.items()
     ]
-    count = sum(len(q.get("contrasts", ())) for q in questions.values())
+    count = sum(len(q["contrasts"]) for q in questions.values())
     decides = (
         f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
         f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/comparison.md). "
-        f"Results were written of {' and of '.join(result['looks']) or 'no runs'}. Intervals are Welch's over seeds. "
+        f"Results were written of {' and of '.join(result['looks'])}. Intervals are Welch's over seeds. "
         "They hold for other seeds, not for other test images, and are not corrected for the number of comparisons "
         f"({count})."
     )
@@ -63,14 +61,12 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
     if question.get("paper"):
         blocks.append(Paragraph(question["paper"], "The paper"))
     blocks.append(Paragraph(f"{_in_words(question['verdict'], words)}.", "Verdict"))
-    if "missing" in question:
-        return [*blocks, Paragraph(f"To get there: {question['missing']}.")]
 
     contrasts = question["contrasts"]
-    labels = {name: variants[name]["label"] for name in question.get("variants", ())}
-    pairs = {f"{labels.get(c['a'], c['a'])} − {labels.get(c['b'], c['b'])}": c for c in contrasts}
+    compared = {name: variants[name] for name in question["variants"]}
+    pairs = {f"{compared[c['a']]['label']} − {compared[c['b']]['label']}": c for c in contrasts}
     metric = contrasts[0]["metric"]
-    figures = contrasts[0].get("figures", {})
+    figures = contrasts[0]["figures"]
     decide = [deciding_name(name, figures) for name in ("sentence_r1", *BESIDE)]
     candidates = dict.fromkeys([decide[0], "sentence_r1", *decide])
     beside = [name for name in candidates if name in figures and name != metric]
@@ -78,15 +74,11 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
         (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["figures"][name]) for name in beside))
         for pair, c in pairs.items()
     ]
-    head = ("comparison", called(metric) if figures else metric, "verdict", *map(called, beside))
+    head = ("comparison", called(metric), "verdict", *map(called, beside))
     intervals = [(pair, c) for pair, c in pairs.items() if c["ci95"]]
     if intervals:
         blocks.append(forest(intervals))
     blocks.append(Table(head, rows, css_class({text: COLOURS[kind] for kind, text in words.items()})))
-    if not figures:  # from the report of another study
-        return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
-
-    compared = {name: variants[name] for name in labels}
     blocks.append(Paragraph("Only the first metric decides. Differences in percentage points with 95 % intervals."))
     if question.get("caution"):
         blocks.append(Paragraph(question["caution"], "With care"))
@@ -117,7 +109,7 @@ def _how(result: Mapping[str, Any]) -> list[Block]:
     took = f"{in_words(result['seconds'])}, {result['jobs']} runs at a time; finished runs are not repeated"
     return [
         Paragraph(f"{result['command']} ({took})", "Command"),
-        *([Table(("variant", "recipe", "settings", "runs"), rows, css_class({}))] if rows else []),
+        Table(("variant", "recipe", "settings", "runs"), rows, css_class({})),
         Paragraph(described(result["environment"]), "Environment"),
         Paragraph("The JSON file beside this page holds each run's configuration, seed and command."),
     ]

@@ -44,8 +44,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,
-        image_size=size, evaluations=read_evaluations(run_dir).values(), samples=run.samples,
-        checkpoint=weights,
+        image_size=size, evaluations=read_evaluations(run_dir).values(), checkpoint=weights,
     )  # fmt: skip
     for name, difference in differences.items():
         say(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")

@@ -11,8 +11,6 @@ the step wait on the host, with their images as bytes.
 Shapes: A micro-batches · B samples of each · W ranks · E embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: B local batch · W ranks · E embedding width · D decoder width · V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

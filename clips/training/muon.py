@@ -5,8 +5,6 @@ In ZeRO 0 every rank has all matrices at once, so each rank orthogonalises a sha
 is DeepSpeed's, in the precision that it chooses.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable

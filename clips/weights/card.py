@@ -1,7 +1,5 @@
 """Model cards of exports and conversions. They show metrics of exactly these weights, and no path of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,13 +67,13 @@ def write_cards(
     *,
     name: str,
     evaluations: Iterable[dict[str, Any]],
-    samples: int | None,
+    checkpoint: Mapping[str, Any] | None,
 ) -> None:
     """Write a README.md for each format below `directory`.
 
     `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
-    other weights, of another resolution or of only part of a set are not shown. `samples` is the number of samples
-    that the weights have seen, None if unknown.
+    other weights, of another resolution or of only part of a set are not shown. `checkpoint` is that of the weights
+    (`clips.common.rundir.weights_of`), None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size
@@ -96,7 +94,7 @@ def write_cards(
             _header(kind, model_name=name, eval_results=results),
             name=name,
             about=f"{ABOUT[kind]} See [arXiv 2411.16828](https://arxiv.org/abs/2411.16828).",
-            facts=_facts(run, samples, weights),
+            facts=_facts(run, (checkpoint or {}).get("samples"), weights),
             code=CODE[kind],
             note=note,
         )

@@ -4,8 +4,6 @@ The model is written beside its target and loaded there by the library of the fo
 random images and real captions have equal features.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

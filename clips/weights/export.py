@@ -9,8 +9,6 @@ Each is loaded back with the stock library and compared with the trained weights
 open_clip has no classes for is exported without that format (`open_clip_lacks`).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -60,15 +58,14 @@ def export_all(
     *,
     image_size: int | None = None,
     evaluations: Iterable[dict[str, Any]] = (),
-    samples: int | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Write and check all formats under `directory`; return the largest feature difference of each.
 
     Fixed positions are recomputed for `image_size` (default: the configured size), learned positions are resampled.
     `sample_images` [B, 3, S, S] are normalised and of that size. An old export is replaced only when the new one is
-    complete and right. `evaluations` and `samples` are for the model cards, see `write_cards`. `checkpoint` is written
-    as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError if a format differs.
+    complete and right. `evaluations` are for the model cards, see `write_cards`. `checkpoint` is written as
+    checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError if a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -91,7 +88,7 @@ def export_all(
             write_hf_clip(trained, tokenizer, partial / "hf")
         write_hf_vit(trained.visual, partial / "hf_vit")
         differences = check_exports(trained, tokenizer, partial, sample_images.float().cpu(), list(sample_texts))
-        write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
+        write_cards(partial, trained, run, name=name, evaluations=evaluations, checkpoint=checkpoint)
         if checkpoint is not None:
             write_json(partial / MADE_OF, checkpoint)
     return differences
@@ -192,8 +189,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(
         loaded.model, run, loaded.tokenizer, out, images, texts,
-        image_size=size, evaluations=read_evaluations(loaded.home).values(), samples=loaded.samples,
-        checkpoint=loaded.checkpoint,
+        image_size=size, evaluations=read_evaluations(loaded.home).values(), checkpoint=loaded.checkpoint,
     )  # fmt: skip
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")

@@ -6,9 +6,6 @@ here are always normalised with ImageNet's. A tower that computes anything else 
 open_clip's directories are read in clips/weights/open_clip.py.
 """
 
-from __future__ import annotations
-
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.common.tensors import listed, read_model, read_safetensors
+from clips.common.tensors import hash_weights, listed, read_model, read_safetensors
 from clips.config import Activation, CaptionerConfig, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -83,11 +80,7 @@ class InitialWeights:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the tensors and their names, independent of file, format and place."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_weights(self.tensors).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ CLIPModel reads an image off its CLS token and a text at its eos, under a causal
 towers. SiglipModel pools an image by attention after the last LayerNorm, which no tower here does.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +109,10 @@ def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    from clips.common.opening import NO_CODE, REPORTED, check_complete, loading
+    from clips.common.opening import NO_CODE, load_weights, loading
 
-    loader: Any = CLIPModel
     with loading("export hf", directory):
-        stock, info = loader.from_pretrained(directory, **REPORTED)
-    check_complete(info, "export hf", directory)
+        stock, _ = load_weights(CLIPModel, "export hf", directory)
     words: Any = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     ids = words(list(map(clean, texts)), padding=True, truncation=True, return_tensors="pt")
     output = stock.eval()(pixel_values=images, **ids)

@@ -5,8 +5,6 @@ what is pooled (`mean` of the patches, or `cls`). The image embedding is the L2-
 LayerNorm of the pooled tokens. A tower that came without a projection has no such file.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.tensors import write_weights
 from clips.config import ImagePool, TextConfig, VisionConfig
@@ -97,26 +94,19 @@ def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tenso
     The embedding is not normalised. It is pooled as the projection's file says, or by `pool` if there is no such file.
     Raises UserError if a tensor was not loaded.
     """
-    tokens, norm = hf_tokens(directory, images)
+    import transformers
+
+    from clips.common.opening import load_weights, loading
+
+    (name,) = read_json(directory / "config.json")["architectures"]
+    with loading("export hf_vit", directory):
+        model, _ = load_weights(getattr(transformers, name), "export hf_vit", directory)
+    tokens = model.eval()(images, output_hidden_states=True).hidden_states[-1]
+    inner = getattr(model, "vision_model", model)  # a level that transformers removed in 5.x
+    norm = inner.layernorm if name == "ViTModel" else inner.post_layernorm
     weight = None
     if (directory / EMBEDDING).is_file():
         weight, pool = read_embedding(directory)
     prefix = tokens.shape[1] - math.isqrt(tokens.shape[1]) ** 2
     pooled = norm(tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1))
     return tokens, pooled if weight is None else pooled @ weight.T
-
-
-def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
-    """Return the tokens [B, C + N, D] of stock transformers before the final LayerNorm, and that LayerNorm."""
-    import transformers
-
-    from clips.common.opening import loading
-
-    (name,) = read_json(directory / "config.json")["architectures"]
-    with loading("export hf_vit", directory):
-        model, info = getattr(transformers, name).from_pretrained(directory, output_loading_info=True)
-    if left := {kind: names for kind, names in info.items() if names}:
-        raise UserError(f"{directory}: transformers did not take the weights one to one: {left}")
-    inner = getattr(model, "vision_model", model)  # a level that transformers removed in 5.x
-    norm = inner.layernorm if name == "ViTModel" else inner.post_layernorm
-    return model.eval()(images, output_hidden_states=True).hidden_states[-1], norm

@@ -4,8 +4,6 @@ Only weights are taken, no optimizer state and no step. A part in the file bring
 its tokenizer too; the recipe defines all other parts. init_from.json in the run directory records this for resuming.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

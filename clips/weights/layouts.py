@@ -1,7 +1,5 @@
 """Names of towers in the formats of transformers, timm and open_clip: one table per format, read in both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 

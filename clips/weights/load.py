@@ -1,7 +1,5 @@
 """Load a trained encoder from whatever holds one: a run, an export, a checkpoint."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +54,6 @@ class LoadedModel:
     """The directory that was given or found, or the one in the hub's cache."""
     home: Path
     """The directory for results: `path`; the run of a checkpoint; runs/OWNER--NAME for a model of the hub."""
-    samples: int | None = None
-    """Number of training samples that the weights have seen, if known."""
     checkpoint: dict[str, Any] | None = None
     """The checkpoint of a run that the weights come from (`clips.common.rundir.weights_of`), if known."""
     is_checkpoint: bool = False
@@ -83,10 +79,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
             model, run, tokenizer, of = _load_checkpoint(checkpoint.load(directory, "checkpoint"), home)
         else:
             model, run, tokenizer, of = _load(directory)
-    return LoadedModel(
-        model, run, tokenizer, path=directory, home=home, samples=(of or {}).get("samples"), checkpoint=of,
-        is_checkpoint=is_checkpoint,
-    )  # fmt: skip
+    return LoadedModel(model, run, tokenizer, directory, home, checkpoint=of, is_checkpoint=is_checkpoint)
 
 
 Loaded = tuple[CLIPSModel, RunConfig, CaptionTokenizer, dict[str, Any] | None]

@@ -4,8 +4,6 @@ open_clip's patch convolution has no bias. Ours, if there is one (`vision.patch_
 patch tokens, which gives the same sum. For padding see clips/model/text.py and `open_clip_config`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -15,9 +15,8 @@ import torch
 from clips import CONCEPTS
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
-from mllm.chat.transcript import Picture, Video, size_of
+from mllm.chat.transcript import Picture, size_of
 from mllm.data.conversation import ConversationEncoder
-from mllm.data.video import Size
 from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -66,10 +65,6 @@ class Stats:
     """Number of prompt tokens that were in the key-value cache."""
     new_tokens: int
     """Number of generated tokens, including an end token."""
-    first_token_s: float
-    """Seconds from the question to the first token, or 0 if there was none."""
-    tokens_per_s: float
-    """Tokens per second after the first token."""
     finish_reason: Literal["stop", "length", "cancelled"]
 
 
@@ -108,13 +103,8 @@ class ChatModel:
         return f" It was trained on {', '.join(data)}, so ask questions like those." if data else ""
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """Return the number of tokens of each picture. Raises UserError for a broken header, which only tiles need."""
-        any_size: Size = (1, 1)  # without tiles the size does not matter
-        matters = bool(self.layout.pinpoints)
-        return [
-            self.layout.tokens(size_of(picture) if matters or isinstance(picture, Video) else any_size)
-            for picture in pictures
-        ]
+        """Return the number of tokens of each picture. Raises UserError for a broken header."""
+        return [self.layout.tokens(size_of(picture)) for picture in pictures]
 
     def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
         """Raise UserError if the encoder would read more than `most` squares, on which the cost of pictures depends."""

@@ -7,7 +7,6 @@ generates the tokens of an answer, and `AnswerStreamer` decides which text can b
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext, suppress
@@ -16,19 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
-from mllm.chat.transcript import Picture, Turn, count_images, decoded
+from mllm.chat.transcript import Picture, Turn, decoded
 from mllm.data.conversation import Images
-from mllm.evaluation.batches import drawn_at, pixel_inputs, seeded, seen
+from mllm.evaluation.batches import answer_settings, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
 
 
@@ -45,15 +38,14 @@ class AnswerStreamer(TextIteratorStreamer):
         self.cancel = cancel
         self.is_stopped = False
         self.last_id: int | None = None
-        self.times: list[float] = []
-        """The time at which each token was generated."""
+        self.new_tokens = 0
         self._held = ""
         """Text that is not shown yet, because it may begin a stop text, or is space that may end the answer."""
         self._has_begun = False
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
+            self.new_tokens += 1
             self.last_id = int(value)
         super().put(value)
 
@@ -109,11 +101,9 @@ class ChatSession:
         self._read = Prompt([], [], [])
 
     @classmethod
-    def from_turns(
-        cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture], system: str | None = None
-    ) -> ChatSession:
+    def from_turns(cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture]) -> ChatSession:
         """Return a session with existing turns. If the last one is the human's, `answer` continues it."""
-        session = cls(model, system=system)
+        session = cls(model)
         session.turns, session.images = list(turns), list(images)
         return session
 
@@ -145,13 +135,13 @@ class ChatSession:
     def keep(self, answers: int) -> None:
         """Cut the conversation after its first `answers` answers. 0 starts a new one."""
         self.turns = self.turns[: 2 * answers]
-        self.images = self.images[: sum(map(count_images, self.turns))]
+        parts = [part for turn in self.turns for part in turn["value"]]
+        self.images = self.images[: sum(part["type"] == "image" for part in parts)]
 
     def _answer(
         self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None
     ) -> Generator[str, None, None]:
         """Check the prompt at once, then return the stream."""
-        start = time.perf_counter()
         tokens = self.model.image_tokens(images)
         prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
@@ -159,11 +149,9 @@ class ChatSession:
             limit = f"{context:,} at most ({self.model.layout} for each picture)"
             raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start a new one")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
-        return self._stream(prompt, sampling, streamer, start)
+        return self._stream(prompt, sampling, streamer)
 
-    def _stream(
-        self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer, start: float
-    ) -> Generator[str, None, None]:
+    def _stream(self, prompt: Prompt, sampling: Sampling, streamer: AnswerStreamer) -> Generator[str, None, None]:
         pieces: list[str] = []
         is_whole = False
         future = self.model.worker.submit(self._generate, prompt, sampling, streamer)
@@ -181,19 +169,15 @@ class ChatSession:
                 answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(pieces)}]}
                 self.turns = [*prompt.turns, answer]
                 self.images = prompt.images
-                self.last = self._stats(streamer, len(prompt.ids), future.result(), start)
+                self.last = self._stats(streamer, len(prompt.ids), future.result())
         future.result()  # raises what the worker raised
 
-    def _stats(self, streamer: AnswerStreamer, prompt_tokens: int, cached_tokens: int, start: float) -> Stats:
-        times = streamer.times
-        seconds = times[-1] - times[0] if times else 0.0
+    def _stats(self, streamer: AnswerStreamer, prompt_tokens: int, cached_tokens: int) -> Stats:
         has_ended = streamer.is_stopped or streamer.last_id in self.model.encoder.stop_ids
         return Stats(
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
-            new_tokens=len(times),
-            first_token_s=times[0] - start if times else 0.0,
-            tokens_per_s=(len(times) - 1) / seconds if seconds else 0.0,
+            new_tokens=streamer.new_tokens,
             finish_reason="stop" if has_ended else "cancelled" if streamer.cancel.is_set() else "length",
         )
 
@@ -214,13 +198,16 @@ class ChatSession:
                 pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
 
+        context = self.model.context_length
+        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(prompt.ids))
+        settings = answer_settings(self.model.encoder, room, sampling.temperature, sampling.top_p)
         # The random state is restored, so that the seed of one session does not affect another session.
         try:
             with nullcontext() if sampling.seed is None else seeded(model.device, sampling.seed):
                 model.generate(
                     **inputs,  # image sizes, needed for tiles, stay on the host, which reads them
                     **{CACHE: cache},
-                    generation_config=self._settings(sampling, len(prompt.ids)),
+                    generation_config=settings,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([streamer.is_done]),
                 )
@@ -245,18 +232,3 @@ class ChatSession:
         if cache is None or not are_same or prompt.ids[: len(read.ids)] != read.ids or prompt.ids == read.ids:
             return DynamicCache(config=self.model.model.config.get_text_config()), 0, 0
         return cache, len(read.ids), len(read.images)
-
-    def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
-        """Set every field that the model's own generation config could set."""
-        encoder = self.model.encoder
-        context = self.model.context_length
-        room = sampling.max_new_tokens if context is None else context - prompt_tokens
-        pad = self.model.processor.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            repetition_penalty=1.0,
-            num_beams=1,
-            eos_token_id=encoder.stop_ids,
-            pad_token_id=encoder.stop_ids[0] if pad is None else pad,
-            **drawn_at(sampling.temperature, sampling.top_p),
-        )

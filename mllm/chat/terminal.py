@@ -1,24 +1,19 @@
 """The chat in a terminal: a conversation with commands, or a single answer for a script."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from functools import partial
-
-from PIL.Image import Image
 
 from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import printable
-from mllm.chat.limits import Limits, read_image, read_video
-from mllm.chat.model import ChatModel, Sampling, Stats, model_options
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel, Sampling, model_options
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import Video
+from mllm.chat.transcript import LazyPicture, Video, open_picture, size_of
 from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import is_video
@@ -31,16 +26,11 @@ COMMANDS = """\
   /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def load_image(path: str) -> Image | Video:
+def load_image(path: str) -> LazyPicture | Video:
     """Read an image or, by its file name, a video. Raises UserError with the reason if that fails."""
-    shows_video = is_video(path)
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            data = file.read((MAX_VIDEO_BYTES if shows_video else MAX_BYTES) + 1)
-        if not shows_video:
-            return read_image(data, OWN_IMAGES)
-        read_video(data, 1)
-        return Video(partial(read_video, data))
+            return open_picture(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 
@@ -61,11 +51,10 @@ def dropped_files(line: str) -> list[str]:
 class Talk:
     """A conversation that reads one line at a time."""
 
-    def __init__(self, session: ChatSession, sampling: Sampling, *, stats: bool = False) -> None:
+    def __init__(self, session: ChatSession, sampling: Sampling) -> None:
         self.session = session
         self.sampling = sampling
-        self.stats = stats
-        self.waiting: list[Image | Video] = []
+        self.waiting: list[LazyPicture | Video] = []
         """Images and videos for the next question."""
 
     def run(self, read: Callable[[], str]) -> None:
@@ -110,7 +99,8 @@ class Talk:
             self.session.model.image_tokens([image])
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
-            what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
+            height, width = size_of(image)
+            what = "a video" if isinstance(image, Video) else f"{width} × {height}"
             print(f"picture {number}: {path} ({what}) goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
@@ -123,15 +113,6 @@ class Talk:
             print(" (stopped)", end="")
         print()
         self.waiting = []
-        if self.stats and self.session.last:
-            print(stats_line(self.session.last))
-
-
-def stats_line(stats: Stats) -> str:
-    return (
-        f"[{stats.new_tokens} tokens at {stats.tokens_per_s:.1f}/s, the first after {stats.first_token_s:.2f} s; "
-        f"prompt {stats.prompt_tokens}, of them {stats.cached_tokens} cached; {stats.finish_reason}]"
-    )
 
 
 def chat_from_flags(flags: argparse.Namespace) -> None:
@@ -151,20 +132,20 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     images = [load_image(path) for path in flags.image or ()]
     session = ChatSession(ChatModel.load(flags.model, **model_options(flags)), system=flags.system)
     if flags.prompt is not None:
-        _answer_once(session, session.ask(flags.prompt, images, sampling), stats=flags.stats)
+        _answer_once(session.ask(flags.prompt, images, sampling))
         return
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
     print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}."
           f"{model.scope} Drop a picture file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
-    talk = Talk(session, sampling, stats=flags.stats)
+    talk = Talk(session, sampling)
     talk.waiting = images
     with suppress(ImportError):
         import readline  # noqa: F401 - lets `input` edit lines and recall earlier ones
     talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
 
 
-def _answer_once(session: ChatSession, answer: Generator[str, None, None], *, stats: bool) -> None:
+def _answer_once(answer: Generator[str, None, None]) -> None:
     """Print one answer to stdout, and nothing else."""
     try:
         for piece in answer:
@@ -172,5 +153,3 @@ def _answer_once(session: ChatSession, answer: Generator[str, None, None], *, st
         print(flush=True)
     except KeyboardInterrupt:
         raise Stopped("stopped", exit_code=130) from None
-    if stats and session.last:
-        print(stats_line(session.last), file=sys.stderr)

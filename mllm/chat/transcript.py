@@ -1,15 +1,14 @@
 """A conversation as a list of turns, and the images and videos that its turns show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from PIL.Image import Image
 
-from mllm.data.video import VIDEO, Size
+from mllm.chat.limits import Limits, image_size, read_image, read_video
+from mllm.data.video import VIDEO, Size, is_video
 
 Turn = dict[str, Any]
 """`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
@@ -41,6 +40,18 @@ Picture = Image | LazyPicture | Video
 """What a turn can show. A video counts as a picture too."""
 
 
+def open_picture(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
+    """Return the image in `data` or, by its file name, the video. Raises UserError if it cannot be decoded.
+
+    It is decoded again when the model reads it, because keeping decoded images would take far more memory.
+    """
+    if is_video(name):
+        read_video(data, 1)
+        return Video(partial(read_video, data))
+    read_image(data, limits)
+    return LazyPicture(partial(read_image, data, limits), partial(image_size, data, limits))
+
+
 def decoded(picture: Picture, frames: int) -> Image | list[Image]:
     """Decode an image, or `frames` frames of a video. Raises UserError if that fails."""
     if isinstance(picture, Video):
@@ -53,7 +64,3 @@ def size_of(picture: Picture) -> Size:
     if isinstance(picture, Video):
         return VIDEO
     return (picture.height, picture.width) if isinstance(picture, Image) else picture.size
-
-
-def count_images(turn: Turn) -> int:
-    return sum(part["type"] == "image" for part in turn["value"])

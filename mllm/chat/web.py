@@ -4,8 +4,6 @@ It listens on 127.0.0.1 and fetches nothing from elsewhere. Each visitor's conve
 and stays in memory. Uploads stay in a temporary directory that is removed at the end.
 """
 
-from __future__ import annotations
-
 import html
 import os
 import signal
@@ -27,16 +25,14 @@ from starlette.responses import JSONResponse, Response
 
 from clips.common.errors import UserError, in_one_line
 from clips.common.escape import LONGEST, for_markdown, printable
-from mllm.chat.limits import Limits, check_values, image_size, read_image, read_video
+from mllm.chat.limits import Limits, check_values
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import LazyPicture, Picture, Video
-from mllm.data.demo import IMAGES, QUESTIONS
+from mllm.chat.transcript import open_picture
+from mllm.data.demo import DEMO_DIR, IMAGES, QUESTIONS
 from mllm.data.questions import Question, read_questions
-from mllm.data.video import is_video
 from mllm.model.load import data_of
 
-DEMO = Path("data/llava_demo")
 LIMITS = Limits()
 SHOWN_EVERY_S = 0.1
 """Seconds between updates, because a page that draws every token of a fast model has no time for clicks."""
@@ -75,19 +71,6 @@ async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Respo
 
 
 # ---------------------------------------------------------------------------------------------- the chat
-def open_upload(path: str) -> Picture:
-    """Open an uploaded image or video. Raises UserError if it cannot be decoded.
-
-    It is decoded again when the model reads it, because keeping decoded images would take far more memory.
-    """
-    data = Path(path).read_bytes()
-    if is_video(path):
-        read_video(data, 1)
-        return Video(partial(read_video, data))
-    read_image(data, LIMITS)
-    return LazyPicture(partial(read_image, data, LIMITS), partial(image_size, data, LIMITS))
-
-
 def answers(
     model: ChatModel,
     message: dict[str, Any],
@@ -105,7 +88,7 @@ def answers(
     text, files = message["text"].strip(), message["files"]
     if len(text) > LIMITS.prompt_chars or len(files) > LIMITS.images:
         raise UserError(f"a question has at most {LIMITS.prompt_chars:,} characters, {LIMITS.images} pictures")
-    pictures = [open_upload(path) for path in files]
+    pictures = [open_picture(Path(path).read_bytes(), path, LIMITS) for path in files]
     model.check_squares([*session.images, *pictures], LIMITS.squares)
     sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
     cancel = threading.Event()
@@ -122,14 +105,9 @@ def answers(
     yield html.escape(answer, quote=False)
 
 
-def about(model: ChatModel) -> str:
-    """Return a line of Markdown about the model and what it was trained on."""
-    return for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST)
-
-
 def demo_questions() -> list[Question]:
     """Return the first question of each kind about the demo's test scenes, or none if there is no demo."""
-    questions = read_questions(DEMO / QUESTIONS) if (DEMO / QUESTIONS).is_file() else []
+    questions = read_questions(DEMO_DIR / QUESTIONS) if (DEMO_DIR / QUESTIONS).is_file() else []
     return list({question.kind: question for question in reversed(questions)}.values())[::-1]
 
 
@@ -139,7 +117,8 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
         file_types=kinds, file_count="multiple", sources=["upload"], show_label=False,
         placeholder=f"Ask about a {' or a '.join(kinds).replace('image', 'picture')}",
     )  # fmt: skip
-    examples = [{"text": question.text, "files": [str(DEMO / IMAGES / question.images[0])]} for question in questions]
+    files = [str(DEMO_DIR / IMAGES / question.images[0]) for question in questions]
+    examples = [{"text": question.text, "files": [file]} for question, file in zip(questions, files, strict=True)]
     gr.ChatInterface(
         partial(answers, model),
         multimodal=True,
@@ -154,7 +133,7 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         examples=[[example, None, None, None] for example in examples] or None,  # settings stay as they are
-        description=about(model),
+        description=for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST),
         cache_examples=False,
         flagging_mode="never",
         api_visibility="private",
@@ -181,7 +160,7 @@ def launch(name: str | None, *, port: int, block: bool = True, **options: Any) -
             ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], theme=THEME, css=CSS,
             max_file_size=2 * LIMITS.image_bytes,  # a video may be larger
             # gradio serves files under these paths only, and data/ may be a link to another disk
-            allowed_paths=[str(named(DEMO / IMAGES)) for named in (Path.absolute, Path.resolve)],
+            allowed_paths=[str(named(DEMO_DIR / IMAGES)) for named in (Path.absolute, Path.resolve)],
             app_kwargs={"middleware": [hosts, Middleware(BaseHTTPMiddleware, dispatch=bounded)]},
         )  # fmt: skip
     except OSError:

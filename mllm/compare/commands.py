@@ -1,7 +1,5 @@
 """The commands of each encoder and each cell of a comparison, their settings, and the plan compare.json."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

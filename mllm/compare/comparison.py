@@ -18,8 +18,6 @@ comparison can be verified without other files.
 Imports that need torch are inside the functions that train, because verifying needs no torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -171,7 +169,7 @@ class Comparison:
     """The flags of scripts/compare_encoders.py. Equal comparisons have equal cells."""
 
     encoders: tuple[str, ...] = _option(
-        lambda text: tuple(filter(None, text.split(","))),
+        _names,
         ENCODERS,
         "names as for train_llava.sh --vision, separated by commas; plain clips and clip are pretrained here, and in "
         "clips:DIR {seed} is the pretraining seed (default: clips,clip,random,blind; --quick: clips,random)",

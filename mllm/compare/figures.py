@@ -131,9 +131,6 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     metrics, differences = compare_scores(comparison, scores, kept=fixed["kept"])
     benchmarks, benchmark_differences = compare_benchmarks(comparison)
 
-    on_answers: dict[str, Any] = {"loose_answers": loose_answers(comparison, answers)} if answers else {}
-    if "accuracy" in scores:
-        on_answers["blind_questions"] = blind_questions(comparison, answers, scores["accuracy"])
     return {
         "plan": plan,
         "fixed": fixed,
@@ -144,7 +141,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
             for name in comparison.names
         },
         "differences": differences,
-        **on_answers,
+        **({"loose_answers": loose_answers(comparison, answers)} if answers else {}),
         **({"benchmark_differences": benchmark_differences} if comparison.benchmarks else {}),
         "cells": [_cell_record(comparison, cell) for cell in cells],
         "examples": pick_examples(comparison, answers) if answers else [],
@@ -442,24 +439,6 @@ def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
     """Return bool [I]: True for questions that blind models answer right in more than half of their runs."""
     runs = [overall.by_encoder[name] for name in sorted(_blind(comparison))]
     return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
-
-
-def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores) -> dict[str, Any]:
-    """Return numbers, answers and ids of the questions in the deciding column that blind models answer, by kind.
-
-    `overall` is `accuracy` of `item_scores`. The result is empty if no blind models were compared.
-    """
-    if not _blind(comparison):
-        return {}
-    marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
-    lines = [line for line in first if COLUMNS.get(line["file"], line["file"]) == overall.column and "correct" in line]
-    solved = [line for line, is_solved in zip(lines, marked, strict=True) if is_solved]
-    kinds: dict[str, Any] = {}
-    for kind in dict.fromkeys(line["kind"] for line in lines):
-        expected = Counter(line["expected"] for line in solved if line["kind"] == kind)
-        questions = sum(line["kind"] == kind for line in lines)
-        kinds[kind] = {"solved": expected.total(), "questions": questions, "answers": dict(expected.most_common())}
-    return {"questions": len(lines), "solved": [line["question_id"] for line in solved], "kinds": kinds}
 
 
 def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:

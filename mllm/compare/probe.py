@@ -3,8 +3,6 @@
 They are in percent, as in clips/.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +11,6 @@ from tqdm import tqdm
 
 from clips import (
     PROBE_SAMPLES,
-    BrokenSample,
     DataConfig,
     ImageSet,
     decode_image,
@@ -83,16 +80,10 @@ def _labelled(split: str, limit: int | None) -> Labelled:
 def _image_set(encoder: VisionEncoder, labelled: Labelled, device: torch.device) -> ImageSet:
     model: Any = encoder.model  # the `to` of transformers is typed as a function of the model
     model.to(device)
-    pooled, skipped = [], []
-    labels: list[str | None] = []
+    pooled = []
     for start in range(0, len(labelled), 64):
-        pixels = []
-        for image, label in labelled[start : start + 64]:
-            try:
-                pixels.append(image_pixels(encoder.image_processor, decode_image(image))[:1])  # without tiles
-                labels.append(label)
-            except BrokenSample as broken:
-                skipped.append(str(broken))
-        pooled.append(encoder.features(torch.cat(pixels).to(device, model.dtype)).mean(1).float().cpu())
-    features = torch.cat(pooled)
-    return ImageSet(features, features, [{} for _ in labels], labels, list(range(len(labels))), skipped)
+        images = [decode_image(image) for image, _ in labelled[start : start + 64]]
+        pixels = torch.cat([image_pixels(encoder.image_processor, image)[:1] for image in images])  # without tiles
+        pooled.append(encoder.features(pixels.to(device, model.dtype)).mean(1).float().cpu())
+    features, count = torch.cat(pooled), len(labelled)
+    return ImageSet(features, features, [{}] * count, [label for _, label in labelled], list(range(count)), [])

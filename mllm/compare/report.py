@@ -1,7 +1,5 @@
 """The page of a comparison of encoders, from the content of report.json (mllm/compare/figures.py)."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -8,8 +8,6 @@ same scripts that a user runs. docs/design.md walks through a cell.
     OUTPUT/compare.json             the plan, fixed before the first cell, and OUTPUT/questions/: see comparison.py
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -10,8 +10,6 @@ taken as recorded: likelihoods of right answers, metrics of the encoders themsel
 scores of lmms-eval, times and memory.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

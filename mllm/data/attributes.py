@@ -7,8 +7,6 @@ train.tar …     with --pack: images, attributes and the captions `web` and `lo
 summary.txt     what was skipped, and the score of always giving the most frequent answer of each kind
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import hashlib

@@ -1,7 +1,5 @@
 """Captions as conversations: both stages can train on the data of pretraining, without a file in LLaVA's format."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -52,7 +50,6 @@ class CaptionStore(ImageStore):
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
-        self.unreadable = self._source.unreadable
 
     def __len__(self) -> int:
         """Return the number of pairs, including those without a caption."""

@@ -11,8 +11,6 @@ only the format and the sample's images add control tokens. Texts are stripped a
 boundary is then also a boundary of the tokenizer's pre-tokenisation, so the ids equal those of the full rendering.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -6,8 +6,6 @@ or into rows of a feature cache.
 Shapes: B samples of a batch · L longest sample · N images of the batch, in the order of their placeholders.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

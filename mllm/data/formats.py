@@ -3,8 +3,6 @@
 A model's format is saved with its tokenizer (`save_format`). `auto` reads it, or derives it from a chat template.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -213,11 +211,8 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format | None:
     """Return the chat template's strings around the texts as a format, or None if no control token ends an answer."""
 
     def pieces(talk: list[dict[str, str]]) -> list[str]:
-        try:
-            text: Any = tokenizer.apply_chat_template(talk, tokenize=False)
-        except (TemplateError, TypeError, ValueError):
-            return []
-        return re.split(_CONTENTS, text)
+        text = _render(tokenizer, tokenizer.chat_template, talk, generate=False)
+        return re.split(_CONTENTS, text) if text else []
 
     turns = pieces(_TALK[1:])
     if len(turns) != 5:

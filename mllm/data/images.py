@@ -1,7 +1,5 @@
 """Load images and videos by name from a folder or a tar file, and preprocess them for an encoder."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable
@@ -23,9 +21,6 @@ log = logging.getLogger("mllm.data")
 
 class ImageStore:
     """Images and videos by name in a folder or an uncompressed tar `location`, which each process opens itself."""
-
-    unreadable = 0
-    """Number of rows of a table that do not fit its header."""
 
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)

@@ -108,7 +108,7 @@ def open_questions(
     return questions, store
 
 
-def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:
+def draw_evenly(questions: list[Question], limit: int | None) -> list[Question]:
     """Draw `limit` questions evenly over kinds and, within a kind, over answers. Return them in the order of the file.
 
     The counts of kinds, and of answers within a kind, differ by at most one while questions are left. A smaller limit
@@ -116,7 +116,7 @@ def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> 
     """
     if limit is None or limit >= len(questions):
         return questions
-    rng = random.Random(seed)
+    rng = random.Random(0)
     piles: dict[str, dict[str | None, list[int]]] = {}
     for i in rng.sample(range(len(questions)), len(questions)):
         piles.setdefault(questions[i].kind, {}).setdefault(questions[i].answer, []).append(i)

@@ -1,7 +1,5 @@
 """The order of samples in an epoch, which can be grouped by modality and length, and is the same on every rank."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,7 @@
-"""Draw frames evenly from a video, within limits on bytes, frames, pixels, memory and time.
+"""Draw frames evenly from a video, within limits on bytes, memory and time.
 
 PyAV decodes in a separate process (mllm/data/video_frames.py), and each of its failures becomes a `BrokenSample`.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import json
@@ -26,10 +24,6 @@ ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 """File name extensions, in lower case, of videos."""
 MAX_BYTES = 256 * 2**20
 """Largest file, in bytes."""
-MAX_FRAMES = 2**18
-"""Most frames of a file: 2.4 hours at 30 frames per second."""
-MAX_PIXELS = 16_000_000
-"""Largest frame, in pixels; an 8K frame has twice as many."""
 KEPT_PIXELS = 2**20
 """The sides of a larger frame are divided by a whole number: 720p stays as it is, 1080p is halved."""
 MOST_DRAWN = 64
@@ -62,8 +56,7 @@ def decode_video(data: bytes, frames: int, key: str = "video", seconds: float = 
         raise BrokenSample(key, "video: the file is empty")
     if len(data) > MAX_BYTES:
         raise BrokenSample(key, f"video: {len(data)} bytes are above the limit of {MAX_BYTES}")
-    limits = {"most_frames": MAX_FRAMES, "pixels": MAX_PIXELS, "kept_pixels": KEPT_PIXELS}
-    request = json.dumps(limits | {"frames": frames, "seconds": seconds, "bytes": MEMORY})
+    request = json.dumps({"frames": frames, "kept_pixels": KEPT_PIXELS, "seconds": seconds, "bytes": MEMORY})
     late = BrokenSample(key, f"video: decoding takes more than {seconds:g} s")
     try:
         # Isolated (-I) from modules in the current directory and from the environment.

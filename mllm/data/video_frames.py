@@ -8,8 +8,6 @@ JSON, {"size": [width, height]} or {"error": reason}, then the RGB bytes of each
 project, which is not on its path.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import io
@@ -17,7 +15,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import av
@@ -33,7 +31,7 @@ def chosen(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixels: int) -> list[np.ndarray]:
+def frames_of(data: bytes, frames: int, kept_pixels: int) -> list[np.ndarray]:
     """Decode the drawn frames to uint8 [H, W, 3] of equal sizes. Raises ValueError or av's errors for bad data."""
     options = {"format_whitelist": FORMATS}
     # Ignore metadata that is not UTF-8. av 19 and later always do so, and have no such option.
@@ -43,33 +41,26 @@ def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixe
         if not streams:
             raise ValueError("the file has no video stream")
         stream = streams[0]
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > pixels:
-            raise ValueError(f"its frames of {width} × {height} pixels are above the limit of {pixels}")
         times, keys = [], []
         for packet in container.demux(stream):  # counts frames without decoding, as the number in the file may be wrong
             if not packet.size or packet.is_discard:
                 continue
             times.append(packet.pts)
             keys += [packet.pts] * packet.is_keyframe
-            if len(times) > most_frames:
-                raise ValueError(f"it has more than {most_frames} frames")
         if not times:
             raise ValueError("it has no frames")
         ordered = sorted(time for time in times if time is not None)
         starts = sorted(time for time in keys if time is not None)
+        numbers = chosen(len(times), frames)
         if len(ordered) < len(times) or not starts:  # AVI has no times, so its frames are counted from the first
-            ordered, frames_at = list(range(len(times))), numbered(container, stream)
-        else:
-            frames_at = timed(container, stream, starts)
-        return picked([ordered[i] for i in chosen(len(ordered), frames)], frames_at, kept_pixels)
+            return upright(numbered(container, stream, numbers), kept_pixels)
+        return upright(timed(container, stream, starts, [ordered[i] for i in numbers]), kept_pixels)
 
 
-def timed(container: Any, stream: Any, keys: list[int]) -> Any:
-    """Make a generator that receives a time and yields the frame at that time, after a seek to the last key frame."""
+def timed(container: Any, stream: Any, keys: list[int], times: list[int]) -> Iterator[Any]:
+    """Yield the frames at ascending `times`, each after a seek to the last key frame unless that is decoded already."""
     frame, decoder = None, None
-    target = yield None
-    while True:
+    for target in times:
         key = keys[max(bisect.bisect_right(keys, target) - 1, 0)]
         if decoder is None or frame is None or frame.pts is None or frame.pts < key:
             container.seek(key, stream=stream, backward=True)
@@ -80,31 +71,28 @@ def timed(container: Any, stream: Any, keys: list[int]) -> Any:
             if following is None:
                 break
             frame = following
-        target = yield frame
+        yield frame
 
 
-def numbered(container: Any, stream: Any) -> Any:
-    """Make a generator that receives the number of a frame and yields this frame. It decodes from the first frame."""
+def numbered(container: Any, stream: Any, numbers: list[int]) -> Iterator[Any]:
+    """Yield the frames with ascending `numbers`. All frames up to them are decoded."""
     container.seek(0)
     frame, at = None, -1
     decoder: Iterator[Any] = container.decode(stream)
-    target = yield None
-    while True:
+    for target in numbers:
         while at < target:
             following = next(decoder, None)
             if following is None:
                 break
             frame, at = following, at + 1
-        target = yield frame
+        yield frame
 
 
-def picked(targets: list[int], frames_at: Any, kept_pixels: int) -> list[np.ndarray]:
-    """Return the frames `targets` as upright images in the size of the first one."""
-    next(frames_at)
+def upright(frames: Iterable[Any], kept_pixels: int) -> list[np.ndarray]:
+    """Return the frames as upright images in the size of the first one. Raises ValueError for a missing frame."""
     pictures: list[np.ndarray] = []
     size, last = (0, 0), None
-    for target in targets:
-        frame = frames_at.send(target)
+    for frame in frames:
         if frame is None:
             raise ValueError("none of its frames can be decoded")
         if frame is last:

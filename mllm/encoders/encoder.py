@@ -1,9 +1,6 @@
 """A vision encoder as the language side uses it: features, number of tokens, preprocessing, fingerprint."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     CLIPImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
@@ -38,25 +34,19 @@ UNUSED = ("pooler.", "head.", "vision_model.head.")
 """Prefixes of parameters that come after the token features and so do not count as the encoder's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A vision model that stock `LlavaForConditionalGeneration` can hold."""
-
-    cls: type[PreTrainedModel]
-    prefix_tokens: Callable[[Any], int] = lambda config: 1
-    """Maps the model's config to the number of tokens before the patches (CLS, registers)."""
-
-
-KINDS = {
-    "clip_vision_model": Kind(cls=CLIPVisionModel),
-    "siglip_vision_model": Kind(cls=SiglipVisionModel, prefix_tokens=lambda config: 0),
-    "vit": Kind(cls=ViTModel),
-    "dinov2": Kind(cls=Dinov2Model),
-    "dinov2_with_registers": Kind(
-        cls=Dinov2WithRegistersModel, prefix_tokens=lambda config: 1 + config.num_register_tokens
-    ),
+KINDS: dict[str, type[PreTrainedModel]] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "vit": ViTModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
 }
 """transformers' `model_type` → the model class that a stock LLaVA model holds."""
+
+
+def prefix_tokens(config: Any) -> int:
+    """Return the number of tokens before the patches: CLS and registers. SigLIP has none."""
+    return 0 if config.model_type == "siglip_vision_model" else 1 + getattr(config, "num_register_tokens", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +72,7 @@ class VisionEncoder:
 
     @property
     def prefix_tokens(self) -> int:
-        return KINDS[self.config.model_type].prefix_tokens(self.config)
+        return prefix_tokens(self.config)
 
     @property
     def image_size(self) -> int:
@@ -138,15 +128,12 @@ class VisionEncoder:
         """Return one line about the encoder for plans and model cards."""
         tiles = f", whole and up to {self.most_tiles} tiles" if self.pinpoints else ""
         tiles += f", videos in {self.frames} frames" if self.frames else ""
+        is_padded = getattr(self.image_processor, "do_pad", False) and not self.pinpoints
         return (
             f"{self.name} ({type(self.model).__name__} from {self.source}; {self.image_size} px{tiles}"
-            f"{', padded to a square' if self.is_padded else ''}, {self.num_tokens} tokens × {self.width}, "
+            f"{', padded to a square' if is_padded else ''}, {self.num_tokens} tokens × {self.width}, "
             f"layer {self.select_layer}, {'patch tokens' if self.select_feature == 'default' else 'all tokens'})"
         )
-
-    @property
-    def is_padded(self) -> bool:
-        return bool(getattr(self.image_processor, "do_pad", False)) and not self.pinpoints
 
     @property
     def most_tiles(self) -> int:
@@ -154,19 +141,11 @@ class VisionEncoder:
         return max((height * width // self.image_size**2 for height, width in self.pinpoints), default=0)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about the encoder that a saved model keeps for programs. They contain no path of this machine."""
-        kind, _, argument = self.name.partition(":")
+    def weights_name(self) -> str:
+        """Name of the run that exported the weights, or of their file or directory, without a path of this machine."""
         place = Path(self.source)
         exported = place.parts[-2:] == ("export", "hf_vit")
-        return {
-            "kind": kind,
-            "weights": place.resolve().parents[1].name if exported else Path(argument).name,
-            "image_size": self.image_size,
-            "padded": self.is_padded,
-            "num_tokens": self.num_tokens,
-            "width": self.width,
-        } | {name: n for name, n in (("tiles", self.most_tiles), ("frames", self.frames)) if n}
+        return place.resolve().parents[1].name if exported else Path(self.name.partition(":")[2]).name
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
@@ -183,10 +162,6 @@ def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[in
 @torch.no_grad()
 def check_tokens(encoder: VisionEncoder) -> None:
     """Run one image through preprocessing and model. Raises UserError if stock LLaVA expects other tokens."""
-    with torch.device("meta"):
-        rebuilt = type(AutoModel.from_config(encoder.config))
-    if rebuilt is not type(encoder.model):
-        raise UserError(f"vision encoder {encoder.name}: a stock LLaVA model would hold a {rebuilt.__name__}")
     layers = encoder.config.num_hidden_layers
     chosen = [encoder.select_layer] if isinstance(encoder.select_layer, int) else encoder.select_layer
     if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):

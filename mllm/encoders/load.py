@@ -1,7 +1,5 @@
 """Load each kind of vision encoder as a stock transformers model. Only exact mappings are allowed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -35,9 +33,9 @@ from clips import (
 )
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading
+from clips.common.opening import NO_CODE, check_size, load_weights, loading
 from clips.common.rundir import check_current
-from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
+from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor, prefix_tokens
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Name of an interpolation → PIL's number, which image processors save."""
@@ -161,18 +159,15 @@ def _load_export(directory: Path) -> LoadedVision:
 def _load_transformers(directory: Path) -> LoadedVision:
     with loading("vision encoder", directory):
         config = AutoConfig.from_pretrained(directory, **NO_CODE)
-    kind = KINDS.get(TWO_TOWERS.get(config.model_type, config.model_type))
-    if kind is None:
+    cls: Any = KINDS.get(TWO_TOWERS.get(config.model_type, config.model_type))
+    if cls is None:
         known = ", ".join([*TWO_TOWERS, *KINDS])
         raise UserError(f"vision encoder {directory} is of kind {config.model_type!r}; known kinds: {known}")
     with loading("vision encoder", directory):
         vision_config = getattr(config, "vision_config", config)
-        check_size("vision encoder", directory, lambda: kind.cls(vision_config))
-        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-        loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, **REPORTED)
-        model, info = loaded
+        check_size("vision encoder", directory, lambda: cls(vision_config))
+        model, info = load_weights(cls, "vision encoder", directory, UNUSED, dtype=torch.float32)
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
-    check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
         for parameter in model.pooler.parameters():  # unused, but zero makes the weights reproducible
             nn.init.zeros_(parameter)
@@ -222,10 +217,7 @@ def _mapped(name: str, original: nn.Module) -> PreTrainedModel:
     except (NotPlain, AttributeError) as error:
         raise UserError(f"vision encoder {name} cannot be saved in a stock LLaVA model: {error}") from None
     # from_pretrained, because it reads the names of weights on the hub in every release of transformers.
-    model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
-    wrong = {key for key in info["missing_keys"] if not key.startswith(UNUSED)} | set(info["unexpected_keys"])
-    if wrong:
-        raise UserError(f"vision encoder {name}: these weights are missing or unknown: {', '.join(sorted(wrong)[:5])}")
+    model, _ = load_weights(cls, "vision encoder", name, UNUSED, config=config, state_dict=state)
     check_equal(model.eval(), original, plain.last_block)
     return model
 
@@ -261,7 +253,7 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
     embeddings: Any = getattr(model, "vision_model", model).embeddings  # transformers removed this level in 5.x
     patch = embeddings.patch_embeddings.projection if is_vit else embeddings.patch_embedding
     positions = embeddings.position_embeddings[0] if is_vit else embeddings.position_embedding.weight
-    prefix_tokens = KINDS[model.config.model_type].prefix_tokens(model.config)
+    prefix = prefix_tokens(model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         init_weights(model)
@@ -272,7 +264,7 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
         nn.init.normal_(patch.weight, std=0.0 if blind else patch.weight[0].numel() ** -0.5)
     if patch.bias is not None:
         nn.init.zeros_(patch.bias)
-    if prefix_tokens:
+    if prefix:
         nn.init.zeros_(embeddings.cls_token if is_vit else embeddings.class_embedding)
-    grid = int((len(positions) - prefix_tokens) ** 0.5)
-    positions.copy_(sincos_positions(positions.shape[1], grid)[1 - prefix_tokens :])
+    grid = int((len(positions) - prefix) ** 0.5)
+    positions.copy_(sincos_positions(positions.shape[1], grid)[1 - prefix :])

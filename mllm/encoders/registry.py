@@ -16,8 +16,9 @@ Shapes: B images · N image tokens · W width of a token.
 
 from __future__ import annotations
 
-import ast
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,31 +82,21 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
     `text` is a list of (width, height) in pixels, a range of squares such as "(1x1),...,(2x3)", or None for CANVASES.
     `side` is the side of a square in pixels. Raises UserError if a canvas does not consist of 1 to MOST_TILES squares.
     """
-    canvases: Any
-    if text is None:
-        canvases = [(side * width, side * height) for width, height in CANVASES]
-    elif pairs := re.findall(r"\((\d+)x(\d+)\)", text):
-        (w, h), (last_w, last_h) = (map(int, pair) for pair in (pairs[0], pairs[-1]))
-        within = max(last_w, last_h) <= MOST_TILES
-        squares = [(i, j) for i in range(w, last_w + 1) for j in range(h, last_h + 1)] if within else []
-        canvases = [(side * i, side * j) for i, j in squares]
-    else:
-        try:
-            canvases = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            canvases = None
-
-    def fits(canvas: Any) -> bool:
-        if not isinstance(canvas, (list, tuple)) or len(canvas) != 2 or {*map(type, canvas)} != {int}:
-            return False
-        width, height = canvas
-        return min(canvas) > 0 and not width % side and not height % side and width * height <= MOST_TILES * side**2
-
-    is_list = isinstance(canvases, (list, tuple)) and 0 < len(canvases) <= MOST_CANVASES
-    if not is_list or not all(map(fits, canvases)):
+    canvases: Sequence[tuple[int, int]] = CANVASES
+    if text is not None:
+        unit = 1 if "x" in text else side  # a range counts squares, and a list pixels
+        numbers = [int(number) for number in re.findall(r"\d+", text)]
+        is_whole = len(numbers) % 2 == 0 and not any(number % unit for number in numbers)
+        canvases = list(zip(numbers[::2], numbers[1::2], strict=True)) if is_whole else []
+        canvases = [(width // unit, height // unit) for width, height in canvases]
+        if "x" in text and canvases:
+            (width, height), (last_width, last_height) = canvases[0], canvases[-1]
+            widths, heights = range(width, last_width + 1), range(height, last_height + 1)
+            canvases = list(itertools.product(widths[:MOST_CANVASES], heights[:MOST_CANVASES]))
+    if not 0 < len(canvases) <= MOST_CANVASES or not all(0 < w * h <= MOST_TILES for w, h in canvases):
         form = f"[(width, height), …] in multiples of {side} pixels, of at most {MOST_TILES} squares"
         raise UserError(f"--image_grid_pinpoints {text!r} must be {form}, or a range (1x1),...,(2x2)")
-    return [[height, width] for width, height in canvases]
+    return [[side * height, side * width] for width, height in canvases]
 
 
 def load_vision(
@@ -130,7 +121,7 @@ def load_vision(
 
     from clips.common.opening import opening
     from mllm.data.video import MOST_DRAWN
-    from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
+    from mllm.encoders.encoder import VisionEncoder, check_tokens, prefix_tokens
     from mllm.encoders.load import LOADERS
 
     key, argument = parse_vision_name(name)
@@ -154,7 +145,7 @@ def load_vision(
             image_processor=processor,
             select_layer=select_layer,
             # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
-            select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
+            select_feature=select_feature if prefix_tokens(model.config) else "full",
             frames=frames,
         )
         check_tokens(encoder)

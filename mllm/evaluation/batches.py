@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, DynamicLayer, PreTrainedTokenizerBase
+from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedTokenizerBase
 
-from mllm.data.conversation import IGNORE
+from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
 from mllm.data.video import VIDEO, Size
@@ -135,11 +135,22 @@ def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: L
     return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
 
 
-def drawn_at(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
-    """Return the fields of a GenerationConfig for sampling at `temperature`, or for greedy decoding below COLDEST."""
-    if temperature < COLDEST:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": 0}
+def answer_settings(
+    encoder: ConversationEncoder, max_new_tokens: int, temperature: float, top_p: float = 1.0
+) -> GenerationConfig:
+    """Return the settings of `generate`, with every field that the model's own settings could change."""
+    pad = encoder.tokenizer.pad_token_id
+    drawn: dict[str, Any] = {"do_sample": False}
+    if temperature >= COLDEST:
+        drawn = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        num_beams=1,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=encoder.stop_ids[0] if pad is None else pad,
+        **drawn,
+    )
 
 
 @contextmanager
@@ -150,15 +161,11 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def new_texts(
-    tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
-) -> list[tuple[str, bool, int]]:
-    """Return for each row of generated ids [B, T] its text, whether it ended, and its number of tokens with the end."""
-    texts = []
-    for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
-        end = next((i for i, token in enumerate(row) if token in stop_ids), None)
-        texts.append((text.strip(), end is not None, len(row) if end is None else end + 1))
-    return texts
+def new_texts(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]) -> list[tuple[str, bool]]:
+    """Return for each row of generated ids [B, T] its text, and True if it ended before the limit on tokens."""
+    texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    ended = [any(token in stop_ids for token in row) for row in new_ids.tolist()]
+    return [(text.strip(), has_ended) for text, has_ended in zip(texts, ended, strict=True)]
 
 
 def _shared_length(rows: Sequence[list[int]], image_ids: Collection[int]) -> int:

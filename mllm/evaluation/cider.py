@@ -5,8 +5,6 @@ corpus, clipped counts, a Gaussian penalty on the length difference (sigma 6), a
 differs: it takes lower-case words without punctuation, whereas the Java PTB tokenizer splits contractions.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 It also answers a user's own questions in LLaVA's `question.jsonl` format, and writes LLaVA's answer format.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
@@ -37,7 +35,7 @@ from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.data.video import is_video
-from mllm.evaluation.batches import drawn_at, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
+from mllm.evaluation.batches import answer_settings, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import figures_of, one_caption, write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.load import CACHE, data_of, find_model, load_llava, model_name, newest_model
@@ -75,8 +73,6 @@ def generate_answers(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
-        if question.images and store is None:
-            raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         tokens = []
         with _naming(question):
             for name in question.images:
@@ -86,19 +82,13 @@ def generate_answers(
         if context is not None and len(ids) >= context:
             raise UserError(f"question {question.id} has {len(ids)} tokens with its images, the context is {context}")
         prompts.append(ids)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        eos_token_id=encoder.stop_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        **drawn_at(temperature),
-    )
+    settings = answer_settings(encoder, max_new_tokens, temperature)
     answer_ids = {text: encoder.answer(text) for text in dict.fromkeys(chain.from_iterable(candidates))}
     answers = [""] * len(questions)
     measured: list[dict[str, float]] = [{} for _ in questions]
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
-            # Each image of a batch is decoded and read once. Without a store no question has an image, see above.
+            # Each image of a batch is decoded and read once. Without a store no question has one (`open_questions`).
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
             pictures = []
             for name, question in asking.items():
@@ -112,7 +102,7 @@ def generate_answers(
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             responses = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
-            for i, (text, _, _) in zip(chosen, responses, strict=True):
+            for i, (text, _) in zip(chosen, responses, strict=True):
                 answers[i] = text
             if candidates:
                 rivals = [[answer_ids[text] for text in candidates[i]] for i in chosen]

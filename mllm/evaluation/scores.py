@@ -1,7 +1,5 @@
 """Score answers: exact match by kind of question, POPE's metrics, CIDEr-D. Also write LLaVA's answer lines."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

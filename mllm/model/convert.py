@@ -6,8 +6,6 @@
 A converted stock directory keeps the original's small files in `original_llava/`, and the way back restores them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -19,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData, save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
-from clips.common.model_card import write_card
 from clips.common.opening import loading, opening
 from clips.common.tensors import write_weights
 from mllm.data.conversation import ConversationEncoder
@@ -153,7 +150,7 @@ def convert_llava(
             if Path(place).is_dir():
                 encoder = encoder.replace(place, Path(place).name)
         card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": encoder}
-        save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
+        save_model(model, processor, target, card=card, beside=_kept(original, vision))
     elif not check_only:
         write_original(original, vision_config, processor.image_processor, target)
     return difference, get_format("auto", processor.tokenizer).name
@@ -415,18 +412,6 @@ def write_original(
             write_weights(original.part(TOWER), tower / "model.safetensors")
             config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
         write_json(partial / "config.json", config)
-        word = WORD_IN_NAME[original.kind]
-        write_card(
-            partial,
-            ModelCardData(pipeline_tag="image-text-to-text", tags=["llava", "clips-mllm"]),
-            name=directory.name,
-            about="A model in the layout of the original LLaVA (haotian-liu/LLaVA), with its logits.",
-            facts={"Written by": "CLIPS-MLLM"},
-            code=f"python -m llava.serve.cli --model-path {directory.name} --image-file picture.png",
-            note=f"LLaVA's loader goes by the directory's name: keep \"{word}\" in it.",
-            language="bash",
-            place="In the directory above the model's",
-        )
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,5 @@
 """The forward pass in training: insert image features into the word embeddings, and compute the loss on the answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ The class is `LlavaForConditionalGeneration`, or `LlavaNextForConditionalGenerat
 or `LlavaOnevisionForConditionalGeneration` with videos.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,15 +59,12 @@ def build_model(
     if context is not None and vision.num_tokens >= context:
         raise UserError(f"one image takes {vision.num_tokens} tokens ({vision.name}), the context is {context}")
     kind: dict[str, Any] = {"image_seq_length": vision.num_tokens}
-    config_class: Any = LlavaConfig
-    model_class: Any = LlavaForConditionalGeneration
+    config_class, model_class = stock_classes(tiles=bool(vision.pinpoints), videos=bool(vision.frames))
     if vision.pinpoints:
         kind |= {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
-        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
     if vision.frames:
         kind |= {"num_frames": vision.frames, "video_token_index": token_id(llm.tokenizer, VIDEO_TOKEN)}
         del kind["image_seq_length"]
-        config_class, model_class = LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     config = config_class(
         **kind,
         vision_config=copy.deepcopy(vision.config),
@@ -107,6 +102,15 @@ def build_model(
     model.eval()
     _check_logits(model, causal, llm.source)
     return model, build_processor(vision, llm)
+
+
+def stock_classes(*, tiles: bool, videos: bool) -> tuple[Any, Any]:
+    """Return transformers' classes of the configuration and of the model."""
+    if videos:
+        return LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+    if tiles:
+        return LlavaNextConfig, LlavaNextForConditionalGeneration
+    return LlavaConfig, LlavaForConditionalGeneration
 
 
 def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessors:
@@ -160,7 +164,6 @@ def save_model(
     processor: LlavaProcessors,
     directory: Path,
     *,
-    vision: VisionEncoder,
     card: Mapping[str, str],
     base_model: str | None = None,
     beside: Mapping[str, bytes] | None = None,
@@ -171,8 +174,8 @@ def save_model(
     The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
 
     `card` holds the lines of the model card in order ("Vision encoder" → …, "Stage 1 data" → …), and `base_model` is
-    the hub id of the language model, if it has one. The file FACTS tells programs about `vision` and `trained_on`, a
-    mapping from stage to data ("demo" or a file name). `beside` holds more small files, relative path → content.
+    the hub id of the language model, if it has one. The file FACTS holds `trained_on`, a mapping from stage to data
+    ("demo" or a file name). `beside` holds more small files, relative path → content.
     """
     directory = Path(directory)
     with replacing(directory) as partial:
@@ -182,7 +185,7 @@ def save_model(
         processor.image_processor.save_pretrained(partial)
         # A .bin file, because servers load every *.safetensors of a directory, and this one repeats weights.
         save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin", newline_of(model))
-        write_json(partial / FACTS, {"vision_encoder": vision.facts, "trained_on": trained_on})
+        write_json(partial / FACTS, {"trained_on": trained_on})
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)

@@ -4,8 +4,6 @@ The default, SmolLM2-135M-Instruct, comes from the hub or, if the hub cannot be 
 The package holds it quantised to 4 bits (Q4_1), which is a slightly different model, so the source is recorded.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -27,14 +25,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
-from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading, naming
+from clips.common.opening import NO_CODE, check_size, load_weights, loading, naming
 from clips.common.paths import cache_root
 from clips.common.tensors import listed, read_weights
 from mllm import DEFAULT_LLM
@@ -108,10 +104,7 @@ def load_llm(
     with loading("language model", directory):
         config = AutoConfig.from_pretrained(directory, **NO_CODE)
         check_size("language model", directory, lambda: AutoModelForCausalLM.from_config(config, **NO_CODE))
-        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
-        model, info = loaded
-    check_complete(info, "language model", directory)
+        model, _ = load_weights(AutoModelForCausalLM, "language model", directory, dtype=dtype, **NO_CODE)
     if layers is not None:
         first, last = map(int, layers.split(","))
         total = keep_layers(model, first, last)
@@ -212,9 +205,6 @@ def find_llm(name: str) -> tuple[Path, str]:
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Write the model in GGUF file `path` as safetensors (fp32, dequantised)."""
     print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
-    # transformers' switch for progress bars does not reach this one.
-    reader: Any = modeling_gguf_pytorch_utils
-    reader.tqdm = logging.tqdm
     if not torch.cuda.is_available():  # saving imports deepspeed, which would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with loading("language model", path):

@@ -1,7 +1,5 @@
 """Load a trained LLaVA-style model by directory or hub id, and find the newest one that was trained here."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +16,13 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.opening import NO_CODE, REPORTED, check_complete, check_size, loading
+from clips.common.opening import NO_CODE, check_size, load_weights, loading
 from clips.common.rundir import take_newest
 from mllm.model.original import refuse_original
 from mllm.model.tiles import Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
-"""A file beside a model's stock files with facts about it for programs. It is not needed for loading."""
+"""A file beside a model's stock files that says what it was trained on. It is not needed for loading."""
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
@@ -57,12 +55,8 @@ def load_llava(
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
         check_size("model", directory, lambda: cls(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
-        # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-        loaded: Any = cls.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager" if slow else None, **REPORTED
-        )
-        model, info = loaded
-    check_complete(info, "model", directory)
+        attention = "eager" if slow else None
+        model, _ = load_weights(cls, "model", directory, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval(), processor
 
 

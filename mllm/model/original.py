@@ -9,8 +9,6 @@ All three kinds are read as one configuration, one set of tensors and some small
 Shapes: T text tokens · N image tokens · V words · S pixels.
 """
 
-from __future__ import annotations
-
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,7 +29,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_json
 from clips.common.hub import resolve
-from clips.common.opening import REPORTED, check_complete, loading
+from clips.common.opening import load_weights, loading
 from clips.common.tensors import MODEL_WEIGHTS, read_model, read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
 from mllm.model.projector import ACTIVATION
@@ -122,12 +120,12 @@ class OriginalLlava:
             if not name.startswith(others) and not name.endswith("rotary_emb.inv_freq")
         }
         config, words = self.text_config, state.get("model.embed_tokens.weight")
-        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         dtype = None if words is None else words.dtype
         with loading("LLaVA checkpoint", self.source):
-            # With REPORTED it returns a pair of model and loading info, which its annotation does not say.
-            model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **REPORTED)
-        check_complete(info, "LLaVA checkpoint", self.source)
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, info = load_weights(
+                cls, "LLaVA checkpoint", self.source, config=config, state_dict=state, dtype=dtype
+            )
         if info["unexpected_keys"]:
             unknown = ", ".join(sorted(info["unexpected_keys"])[:5])
             raise UserError(f"{self.source}: these weights belong to no part of a LLaVA model: {unknown}")

@@ -9,8 +9,6 @@
 Shapes: W width of an image token · D width of a word embedding · n rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights, write_weights
+from clips.common.tensors import read_weights
 
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 ACTIVATION: dict[str, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
@@ -71,33 +69,25 @@ def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
 
 
 def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
-    """Write LLaVA's `mm_projector` file: safetensors, or a torch file of plain tensors if the suffix is .bin.
+    """Write LLaVA's `mm_projector.bin`, a torch file of plain tensors.
 
     `newline` [D], the newline embedding of models with tiles, is saved with it under LLaVA-NeXT's name.
     """
     tensors = llava_tensors(projector)
     if newline is not None:
         tensors[NEWLINE] = newline.detach().to("cpu").clone()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).suffix == ".bin":
-        torch.save(tensors, path)
-    else:
-        write_weights(tensors, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, path)
 
 
 @torch.no_grad()
 def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
     """Copy the weights of a projector file (.safetensors or .bin, LLaVA's or transformers' names) into `projector`.
 
-    If `path` is a directory, its mm_projector file is read. `newline` [D] is overwritten if the file has one; a file
+    If `path` is a directory, its mm_projector.bin is read. `newline` [D] is overwritten if the file has one; a file
     from a stage 1 without tiles has none. Raises UserError if the file does not fit.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin") if (path / name).is_file()]
-        if not files:
-            raise UserError(f"{path} holds no mm_projector.safetensors or mm_projector.bin")
-        path = files[0]
+    path = path / "mm_projector.bin" if path.is_dir() else path
     weights = read_weights(path)
     assign_projector(projector, weights, path)
     if newline is not None and NEWLINE in weights:  # it has the width of the projector, which was checked
@@ -108,22 +98,20 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
 def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Copy `weights`, which were read from `path` and may include other parts of the model, into `projector`."""
     marked = {n: t for n, t in weights.items() if "mm_projector" in n or "multi_modal_projector" in n}
-    tensors = {_short(name): tensor for name, tensor in (marked or weights).items()}
+    layers = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}
+    tensors = {}
+    for name, tensor in (marked or weights).items():
+        first, *rest = _short(name).split(".")
+        tensors[".".join([layers.get(first, first), *rest])] = tensor
+    parts = [{f"linear_{i}.{part}" for part in ("weight", "bias")} for i in (1, 2)]
+    if set(tensors) not in (parts[0], parts[0] | parts[1]):
+        raise UserError(f"{path} holds no projector of a known kind. Its tensors: {', '.join(sorted(tensors))}")
     kind = projector_kind(projector)
-    if set(tensors) == {"weight", "bias"}:
-        found_kind, tensors = "linear", {f"linear_1.{part}": tensor for part, tensor in tensors.items()}
-    else:
-        found_kind = "mlp2x_gelu"
-        renamed = {"0": "linear_1", "2": "linear_2"}
-        tensors = {
-            ".".join([renamed.get(n.split(".")[0], n.split(".")[0]), n.split(".")[-1]]): t for n, t in tensors.items()
-        }
-        if set(tensors) != {f"linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}:
-            raise UserError(f"{path} holds no projector of a known kind. Its tensors: {', '.join(sorted(tensors))}")
-        second, bias = tensors["linear_2.weight"].float(), tensors["linear_2.bias"]
-        is_identity = torch.equal(second, torch.eye(len(second))) and not bias.any()
-        if kind == "linear" and is_identity:
-            found_kind, tensors = "linear", {n: t for n, t in tensors.items() if n.startswith("linear_1.")}
+    is_linear = "linear_2.weight" not in tensors
+    if kind == "linear" and not is_linear:  # as transformers saves it, with the fixed identity
+        second = tensors["linear_2.weight"].float()
+        is_linear = torch.equal(second, torch.eye(len(second))) and not tensors["linear_2.bias"].any()
+    found_kind = "linear" if is_linear else "mlp2x_gelu"
     if found_kind != kind:
         raise UserError(f"{path} holds a {found_kind} projector, this model has {kind}: set --mm_projector_type")
     current = projector.state_dict()

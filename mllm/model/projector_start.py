@@ -1,7 +1,5 @@
 """Initialise the projector: regress image tokens on the words of their captions, then train it for a few steps."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

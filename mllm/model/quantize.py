@@ -1,7 +1,5 @@
 """Quantise a frozen language model to 4 or 8 bits (bitsandbytes) for QLoRA, and dequantise it to merge the adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ It is meant for its owner's programs. For load and for strangers, serve the same
 of host and key, is read in full, validated and queued. In its turn its images are decoded and its answer is generated.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64

@@ -1,7 +1,5 @@
 """The check of a LLaVA data set: records are read, images decoded and conversations tokenised as in training."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -11,8 +11,6 @@ float16 keeps 11 bits: cached features differ by at most 2^-11 of their value fr
 Shapes: B squares (an image is one, or with tiles several) · N image tokens · W width of a token.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Write a finished stage: its projector, after stage 2 also adapter, model and card, and last of all done.json."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -9,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 
 from clips import is_of_demo
 from clips.common.errors import never_in_the_way
-from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
-from clips.common.live import say_next
+from clips.common.live import say, say_next
 from clips.common.page import save_plot
 from clips.common.plots import curves_plot
 from clips.common.report import curves
@@ -58,7 +54,7 @@ def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
             llava = llava.to(dtype)
         save_model(
             llava, prepared.processor, run_dir / "model",
-            vision=prepared.vision, card=card(run_dir, summary, prepared.vision),
+            card=card(run_dir, summary, prepared.vision),
             trained_on=trained_on(run_dir),
             base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
         )  # fmt: skip
@@ -77,11 +73,10 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         trains = record["trains"]
         facts = record["facts"]
         tower = trains["vision_tower"].partition(":")[2]
-        weights = vision.facts["weights"]
         llm = trains["model_name_or_path"]
         reader = trains.get("reader") or ""
         data = trains["data_path"] or ""
-        towers = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
+        towers = {} if is_hub_id(tower) else {tower: vision.weights_name, vision.source: vision.weights_name}
         rows["Vision encoder"] = _without(facts["vision encoder"], towers)
         rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name, reader: Path(reader).name})
         rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
@@ -111,13 +106,13 @@ def _without(text: str, places: Mapping[str, str]) -> str:
     return text
 
 
-def print_next(stage: int, run_dir: Path, console: Console) -> None:
+def print_next(stage: int, run_dir: Path) -> None:
     """Print what the stage has written, and the next command."""
     if stage == 1:
-        console.print(for_rich(f"{run_dir}/align/{PROJECTOR} holds the projector."), highlight=False, soft_wrap=True)
+        say(f"{run_dir}/align/{PROJECTOR} holds the projector.")
         say_next("the same command with --stage 2")
     else:
-        console.print(for_rich(f"{run_dir}/model is the finished model."), highlight=False, soft_wrap=True)
+        say(f"{run_dir}/model is the finished model.")
         if not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
             say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")
 

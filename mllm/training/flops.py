@@ -1,14 +1,12 @@
 """The FLOPs of a LLaVA stage: its units of work, and what each unit costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from clips.common.flops import forward_flops, training_flops
-from mllm.encoders.encoder import KINDS
+from mllm.encoders.encoder import prefix_tokens
 from mllm.model.packing import pairs_of
 from mllm.model.tiles import Layout, Llava
 
@@ -52,7 +50,7 @@ def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
     (patches,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
     blocks = _blocks(tower)
     count = (image_size // patches.kernel_size[0]) ** 2
-    tokens = count + KINDS[tower.config.model_type].prefix_tokens(tower.config)
+    tokens = count + prefix_tokens(tower.config)
     layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     used = max(layer if layer >= 0 else len(blocks) + 1 + layer for layer in layers)
     total = count * training_flops(patches, False)

@@ -1,7 +1,5 @@
 """Apply the freeze table to a model: each parameter's part, whether it trains, its rate, and the check."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

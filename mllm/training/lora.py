@@ -4,8 +4,6 @@ No other module of `mllm` makes adapters; mllm/model/llm.py merges one that was 
 models and never import PEFT.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import torch

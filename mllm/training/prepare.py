@@ -1,7 +1,5 @@
 """The parts that a stage needs before its first step: encoder, language model, data, projector, freeze plan."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

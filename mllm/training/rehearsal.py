@@ -3,8 +3,6 @@
 This is clips/training/rehearsal.py for LLaVA. The weights are bf16, as DeepSpeed trains them, the data is LLaVA-1.5's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -14,17 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    ViTConfig,
-)
+from transformers import AutoConfig, ViTConfig
 
 from clips.common.errors import UserError
 from clips.common.page import print_table
@@ -32,14 +20,14 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
 from mllm.encoders.encoder import select_features
+from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import PICTURES_AT_ONCE
 from mllm.training.flops import costs_of, units_of
-from mllm.training.freeze import apply_freeze, count_parameters, llava_of
-from mllm.training.lora import add_lora
-from mllm.training.prepare import start_bytes
+from mllm.training.freeze import count_parameters, llava_of
+from mllm.training.prepare import start_bytes, trainable
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.task import TrainingModel, steps_of
 from mllm.training.zero import fitted
@@ -105,25 +93,19 @@ class Planned:
         pinpoints = ((rows * side, columns * side),) if self.tiles else ()
         return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
 
-    def build(self, device: str = "meta") -> Llava:
-        """Build the model in bf16, frozen: without weights, or with random weights on another `device`."""
+    def build(self) -> Llava:
+        """Build the model without weights, in bf16 and frozen."""
         text = AutoConfig.for_model(**{"model_type": "llama"} | LANGUAGE_MODELS[self.language_model])
         parts: dict[str, Any] = {"vision_config": ViTConfig(**self.vision), "text_config": text}
-        pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
-        with torch.device(device):
-            if self.frames:
-                parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-                # num_frames is a field of our own, which the class keeps.
-                parts |= {"image_grid_pinpoints": pinpoints, "num_frames": self.frames}
-                model: nn.Module = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts))
-            elif pinpoints:
-                parts |= {"image_seq_length": self.layout.square, "image_grid_pinpoints": pinpoints}
-                model = LlavaNextForConditionalGeneration(LlavaNextConfig(**parts))
-            else:
-                parts |= {"image_seq_length": self.layout.square}
-                model = LlavaForConditionalGeneration(LlavaConfig(**parts))
-        model.to(torch.bfloat16).requires_grad_(False)
-        return llava_of(model)
+        parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        if self.tiles:
+            parts["image_grid_pinpoints"] = [list(canvas) for canvas in self.layout.pinpoints]
+        # num_frames is a field of our own, which the class keeps.
+        parts |= {"num_frames": self.frames} if self.frames else {"image_seq_length": self.layout.square}
+        config_class, model_class = stock_classes(tiles=bool(self.tiles), videos=bool(self.frames))
+        with torch.device(META):
+            model = model_class(config_class(**parts))
+        return llava_of(model.to(torch.bfloat16).requires_grad_(False))
 
 
 def staged(
@@ -133,12 +115,9 @@ def staged(
 
     Flags: `features` are cached, the encoder (`tower`) trains too, batches are `padded` instead of packed.
     """
-    if arguments.gradient_checkpointing:
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     freeze = freeze_table(STAGES[arguments.stage], lora=arguments.lora_enable, unfreeze_mm_vision_tower=tower)
     with torch.device(model.device):
-        full: nn.Module = add_lora(model, arguments) if freeze["language_model"] == "lora" else model
-    apply_freeze(full, freeze)
+        full = trainable(model, arguments, freeze, model.device, dtype=model.dtype)
     vision: Any = model.config.vision_config
     return TrainingModel(full, features=features, image_size=vision.image_size, packed=not padded).train()
 

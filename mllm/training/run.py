@@ -9,12 +9,11 @@ runs/NAME/model/      the stock transformers model (adapters merged); mm_project
 runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_lora_trainables.bin
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
 from clips.common.errors import CommandError, UserError, first_line
-from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.live import say
+from clips.common.page import table_of
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import environment, init_distributed, meet_on, shutdown
@@ -39,13 +38,17 @@ from clips.engine.checkpoint import Checkpoint, TrainState, Writer
 from clips.engine.engine import Engine
 from clips.engine.log import RunLog
 from clips.engine.loop import train as train_loop
-from mllm.training.arguments import TrainArguments
+from mllm.data.captions import CaptionStore
+from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
-from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
-from mllm.training.task import Stage, TrainingModel, make_optimizer
+from mllm.training.stages import PARTS
+from mllm.training.task import Stage, TrainingModel, make_optimizer, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
+
+FEW = 20
+"""Number of optimizer steps below which the plan says that a stage learns next to nothing."""
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -55,7 +58,6 @@ def run_stage(flags: TrainArguments) -> None:
     """
     begin = time.perf_counter()
     with Start() as start:
-        console = Console(emoji=False, stderr=True, quiet=start.rank != 0)
         device = meet_on(start, flags.device)
         arguments = flags.resolve(start.ranks)
         deepspeed = deepspeed_config(arguments, start.ranks)
@@ -67,7 +69,8 @@ def run_stage(flags: TrainArguments) -> None:
         lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
         data = f"{len(prepared.dataset):,} samples (lengths {lengths})"
         start.agree({"the training data": data, "the vision encoder": prepared.vision.fingerprint})
-        print_plan(prepared, start.ranks, console)
+        if start.rank == 0:
+            print_plan(prepared, start.ranks)
         if arguments.dry_run:
             start.close()
             shutdown()
@@ -78,12 +81,12 @@ def run_stage(flags: TrainArguments) -> None:
         if start.rank == 0:
             checkpoint.remove_leftovers(prepared.stage_dir)
         if start.of_rank_0((prepared.stage_dir / "done.json").is_file()):
-            console.print(f"stage {arguments.stage} is finished already: {for_rich(str(prepared.stage_dir))}")
+            _say(start, f"stage {arguments.stage} is finished already: {prepared.stage_dir}")
             start.close()
         else:
             before = newest(prepared.stage_dir)
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
-            summary = train(prepared, before, start, console, begin)
+            summary = train(prepared, before, start, begin)
             with naming_lost_ranks(lambda: summary["steps"]):
                 with full_parameters(prepared.model, prepared.zero):
                     if start.rank == 0:
@@ -92,13 +95,11 @@ def run_stage(flags: TrainArguments) -> None:
                 dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
     if start.rank == 0:
         write_curves(prepared.run_dir)  # last: a plot that fails costs nothing
-    print_next(arguments.stage, prepared.run_dir, console)
+        print_next(arguments.stage, prepared.run_dir)
     shutdown()
 
 
-def train(
-    prepared: Prepared, before: Checkpoint | None, start: Start, console: Console, begin: float
-) -> dict[str, Any]:
+def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: float) -> dict[str, Any]:
     """Take the stage's steps from the checkpoint `before` on and return its summary (done.json).
 
     `begin` is the time when the preparation began. `start` is closed once the engine is made. Raises Stopped after a
@@ -112,11 +113,11 @@ def train(
     assert_freeze(prepared.model, prepared.freeze)
     state = TrainState(seed=arguments.seed) if before is None else before.state
     if before is not None:
-        console.print(f"goes on from {for_rich(str(before.path))}")
+        _say(start, f"goes on from {before.path}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
-        console.print("projector's start: up to 8,192 samples are read, then fitted: up to minutes on a CPU")
+        _say(start, "projector's start: up to 8,192 samples are read, then fitted: up to minutes on a CPU")
         r2 = fit_to_captions(prepared, collator)
-        console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
+        _say(start, f"projector started from the captions (R² {r2:.2f})")
     has_masters = arguments.bf16 and prepared.zero > 0
     model = TrainingModel(
         prepared.model, features=arguments.caches_features, image_size=prepared.vision.image_size,
@@ -162,6 +163,11 @@ def train(
     }
 
 
+def _say(start: Start, text: str) -> None:
+    if start.rank == 0:
+        say(text)
+
+
 def put_back(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter]) -> None:
     """Give the trained parameters the values of a checkpoint. Raises UserError if it holds other parameters."""
     saved = checkpoint.weights()
@@ -195,3 +201,58 @@ def writing(failed: str) -> Iterator[None]:
             f"{failed}: {first_line(error)}. The older checkpoints are intact: make room, then the same command goes "
             "on from the last one"
         ) from error
+
+
+# ------------------------------------------------------------------------------------------- the plan
+def command_line(arguments: TrainArguments, world_size: int) -> str:
+    """Return the command of this stage, with every flag that differs from the parser's default."""
+    words = ["deepspeed", f"--num_gpus={world_size}"] if world_size > 1 else ["python"]
+    words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
+    for field in dataclasses.fields(TrainArguments):
+        value = getattr(arguments, field.name)
+        others = STAGE_FLAGS[3 - arguments.stage]
+        if value is None or value == field.default or field.name in ("stage", "dry_run", *others):
+            continue
+        words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def print_plan(prepared: Prepared, ranks: int) -> None:
+    """Print the freeze table with counts and rates, then what else matters."""
+    arguments = prepared.arguments
+    freeze = prepared.freeze
+    samples = len(prepared.dataset)
+    stage = arguments.description
+    counts = count_parameters(prepared.model)
+    table = []
+    for part in PARTS:
+        total, trained = counts[part]
+        rate = "–" if freeze[part] == "frozen" else f"{arguments.rates[part]:g}"
+        how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
+        table.append((part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate))
+    head = ("part", "trains", "parameters", "trained", "learning rate")
+    say(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
+    steps = steps_of(arguments, samples)
+    batch = f"{ranks} × {arguments.gradient_accumulation_steps} × {arguments.per_device_train_batch_size}"
+    facts = dict(prepared.facts)
+    facts["steps"] = (
+        f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
+        f"{steps * arguments.batch_size:,} samples, {steps * arguments.batch_size / samples:.1f} epochs"
+    )
+    if steps < FEW:
+        more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
+        facts["few steps"] = f"the model hardly changes: take {more}"
+    if stage.number == 2 and arguments.small and isinstance(prepared.store, CaptionStore):
+        facts["to expect"] = (
+            "short sentences in the words of these captions. It mentions what many captions do, and invents the rest. "
+            "For more take published encoders and models, --vision hf:… --model_name_or_path …, without --small"
+        )
+    if stage.number == 1 and arguments.reader == "none" and "layers" in facts.get("language model", ""):
+        facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
+    facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
+        f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
+    )
+    facts["writes to"] = str(Path(arguments.output_dir))
+    facts["command"] = command_line(arguments, ranks)
+    for name, value in facts.items():
+        say(f"  {name:<16} {value}")

@@ -4,8 +4,6 @@ Every run prints the freeze table and asserts it before the first step (mllm/tra
 nothing heavy: the command builds its flags from it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

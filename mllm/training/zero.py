@@ -1,7 +1,5 @@
 """DeepSpeed in a LLaVA stage: the engine's settings, their check before a step, and full parameters after it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

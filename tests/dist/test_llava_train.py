@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-import tiny_llava
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, build, launch, losses, results, run
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, build, launch, losses, run
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -58,11 +58,8 @@ def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(kind, 
         file.write(json.dumps({"stage": stage, "step": 9, "loss": 0.0}) + '\n{"stage": "al')
     run(place, monkeypatch, *flags, "--output_dir", broken)
     assert losses(place / broken) == losses(place / whole)
-    first, second = results(place / whole), results(place / broken)
-    assert first.keys() == second.keys()
+    first = assert_same_results(place / whole, place / broken)
     assert "align/mm_projector.bin:model.mm_projector.0.weight" in first or stage != "align"
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
     start = read_weights(place / "start.bin")
     moved = first[f"{stage}/mm_projector.bin:model.mm_projector.2.weight"]
     assert stage == "align" or not torch.equal(moved, start["model.mm_projector.2.weight"])
@@ -182,15 +179,14 @@ def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkey
     one, two = (losses(two_ranks / f"runs/{name}-{ranks}") for ranks in ("one", "two"))
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=2e-4)
     if engine is None:
-        first, second = (results(two_ranks / f"runs/{name}-{ranks}") for ranks in ("one", "two"))
-        assert first.keys() == second.keys()
-        for key, tensor in first.items():
-            torch.testing.assert_close(second[key], tensor, atol=2e-3, rtol=2e-3, msg=key)
+        assert_same_results(two_ranks / f"runs/{name}-two", two_ranks / f"runs/{name}-one", 2e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "zero2, bf16"])
-def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(engine: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(
+    engine: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With as many ranks bit for bit; the last step of each epoch has fewer samples than ranks."""
     name = engine.replace(", ", "-")
     flags = [*(ALIGN if "zero2" in engine else [*INSTRUCT, *START]), "--max_steps", "6", "--save_steps", "2"]
@@ -208,9 +204,7 @@ def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(engine: str, place: 
         found = [loss for _, loss in losses(target)]
         assert found == expected if ranks == 2 else found == pytest.approx(expected, rel=2e-2 if more else 2e-4)
         if ranks == 2:
-            first, second = results(whole), results(target)
-            assert first.keys() == second.keys()
-            assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+            assert_same_results(target, whole)
     alone = shutil.copytree(whole.with_name(f"{name}-kept"), place / f"runs/{name}-1")
     run(place, monkeypatch, *flags, "4", *more, "--output_dir", f"runs/{name}-1")
     assert [loss for _, loss in losses(alone)] == pytest.approx(expected, rel=2e-2 if more else 2e-4)

@@ -1,32 +1,29 @@
 """Several ranks: one opens the data of its machine for all, and each encodes its share of a validation."""
 
 import json
-from dataclasses import asdict, replace
-from pathlib import Path
-import pytest
-from conftest import random_model, run_python, tiny_run
-from launched import pictures, small_data, write_shard
-from clips.config import EvalConfig, RunConfig
-from clips.data.splits import open_split
-from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.evaluate import evaluate
-from clips.weights.export import write_native
-import json
 import multiprocessing
 import os
 import sys
 import time
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
 import pytest
 import torch.distributed as dist
-from launched import pictures, recap, write_shard
+from conftest import random_model, run_python, tiny_run
+from launched import pictures, recap, small_data, write_shard
+
 from clips.common import ranks
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import unused_port
-from clips.config import Fields
+from clips.config import EvalConfig, Fields, RunConfig
 from clips.data.sources import Source, open_source
+from clips.data.splits import open_split
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.evaluate import evaluate
+from clips.weights.export import write_native
 
 pytestmark = pytest.mark.slow
 RANK = """

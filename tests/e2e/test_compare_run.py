@@ -14,6 +14,7 @@ from conftest import ROOT
 from lab_runs import run_main
 from launched import wait_for
 from small_demo import LLAVA_SIZES, shrink
+from tiny_llava import conversation
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.rundir import UNSEEN
@@ -34,8 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records, questions = [], []
     for i, name in enumerate(pictures(root / "images", 8)):
         answer = ("A red cat", "two dogs")[i % 2]
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
-        records.append({"id": name, "image": name, "conversations": turns})
+        records.append(conversation(name, [("What is it?", answer)]))
         questions.append({"question_id": i, "image": name, "text": "What is it?", "kind": "what", "answer": answer})
     (root / "data.json").write_text(json.dumps(records))
     (root / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))

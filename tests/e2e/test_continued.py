@@ -6,14 +6,23 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-from launched import MACHINE, SCRIPT, deepspeed, environment, lines, python, run, started, wait_for
+from launched import (
+    SCRIPT,
+    assert_same_training,
+    checkpoints,
+    deepspeed,
+    lines,
+    python,
+    rank,
+    run,
+    started,
+    wait_for,
+)
 
 from clips.common.errors import UserError
-from clips.common.rundir import MADE_OF, checkpoints, chosen_weights, has_report, is_finished
+from clips.common.rundir import MADE_OF, chosen_weights, has_report, is_finished
 from clips.weights.load import load_model
 from mllm.encoders.registry import load_vision
 
@@ -27,21 +36,6 @@ EVERY_STEP = (
 """Each step is saved and validated."""
 
 
-def trace(run_dir: Path) -> list[dict[str, Any]]:
-    """Every logged figure that does not depend on the machine, of training and validation."""
-    return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines(run_dir)]
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [int(path.name[5:]) for path in reversed(checkpoints(run_dir))]
-
-
-def same_weights(one: Path, other: Path, step: int) -> bool:
-    names = ("model.safetensors", "optimizer.safetensors")
-    places = [run_dir / "checkpoints" / f"step-{step:08d}" for run_dir in (one, other)]
-    return all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in names)
-
-
 @pytest.fixture(scope="module")
 def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output directory of an uninterrupted run."""
@@ -53,7 +47,7 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_what_a_run_keeps_and_says_of_its_weights(whole: Path) -> None:
     run_dir = whole / "r"
-    assert steps(run_dir) == [8, 9, 10]
+    assert checkpoints(run_dir) == ["step-00000008", "step-00000009", "step-00000010"]
     newest = chosen_weights(run_dir)
     assert (newest["step"], newest["samples"]) == (STEPS, 8 * STEPS)
     for name in ("export", "report"):
@@ -71,9 +65,8 @@ def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, 
     (aside,) = (run_dir / "checkpoints").glob("aside-*")
     assert f"newer checkpoints than step-00000008 are put aside: {aside}" in done.text
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000009", "step-00000010"]
-    assert trace(run_dir) == trace(whole / "r")
-    assert steps(run_dir) == steps(whole / "r")
-    assert same_weights(run_dir, whole / "r", STEPS)
+    assert checkpoints(run_dir) == checkpoints(whole / "r")
+    assert_same_training(run_dir, whole / "r", f"step-{STEPS:08d}")
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -132,19 +125,13 @@ def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
     assert is_finished(out / "r"), "its own export stays"
 
 
-def rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
-    processes = [p for p in launcher.children(recursive=True) if environment(p).get("RANK") == str(number)]
-    return min(processes, key=psutil.Process.create_time, default=None)
-
-
 def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The other rank leaves; rank 0 then stands still for longer than ranks wait for each other, and finishes."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
     words = ("--debug", "--name", "r", "--output", tmp_path, *shards, "--timeout-minutes", "0.15")
     with started(deepspeed(SCRIPT, *words), log) as process:
-        launcher = psutil.Process(process.pid)
-        wait_for(lambda: checkpoints(run_dir) and rank(launcher, 1) is None, process, log)
-        first = rank(launcher, 0)
+        wait_for(lambda: checkpoints(run_dir) and rank(tmp_path, 1) is None, process, log)
+        first = rank(tmp_path, 0)
         assert first is not None
         assert not has_report(run_dir), "its end is over already"
         first.suspend()

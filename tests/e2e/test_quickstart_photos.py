@@ -59,7 +59,7 @@ def test_photographs_become_a_model_that_chats(tmp_path: Path) -> None:
     assert len(re.findall(asked, summary)) == 3
     row = r"(\w.*?) +│ +[\d.]+ │ +([\d.]+) │ +(\d+ to \d+)"
     assert len(re.findall(row, summary)) == 8
-    assert re.findall(row, summary)[-1] == ("answers: yes no", "50.0", "76 to 92")
+    assert re.findall(row, summary)[-1] == ("answers: yes no", "50.0", "77 to 92")
     figures = json.loads(next(root.glob("runs/llava-photos/evaluation/*/figures.json")).read_text())
     assert figures["figures"]["overall"]["items"] == 4 * 5
     evaluation = json.loads((root / "runs" / "photos" / "evaluation.json").read_text())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import warm
 from conftest import ROOT, run_group
+from tiny_llava import conversation
 from tiny_mllm import pictures, write_llm, write_run
 
 pytestmark = pytest.mark.slow
@@ -46,13 +47,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", initializer_range=0.1)
-    align, instruct = [], []
-    for name in pictures(root / "images", 8):
-        for data, answer in ((align, "A red cat"), (instruct, "two dogs")):
-            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
-            data.append({"id": name, "image": name, "conversations": turns})
-    (root / "align.json").write_text(json.dumps(align))
-    (root / "instruct.json").write_text(json.dumps(instruct))
+    names = pictures(root / "images", 8)
+    for data, answer in (("align", "A red cat"), ("instruct", "two dogs")):
+        records = [conversation(name, [("What is it?", answer)]) for name in names]
+        (root / f"{data}.json").write_text(json.dumps(records))
     question = {"question_id": 1, "image": "0.png", "text": "What is it?", "kind": "what", "answer": "two dogs"}
     (root / "question.jsonl").write_text(json.dumps(question) + "\n")
     return root

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, run_group
 from launched import flip_bit, lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import keep_at
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, losses, results, run
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, command, losses, run
 
 from clips.common.files import check_seal, seal
 from clips.common.tensors import write_weights
@@ -49,9 +49,7 @@ def anywhere(place: Path, flags: Sequence[str]) -> list[str]:
 
 def assert_equal(run_dir: Path, whole: Path) -> None:
     assert losses(run_dir) == losses(whole)
-    first, second = results(whole), results(run_dir)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert_same_results(run_dir, whole)
 
 
 def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,6 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     back = tmp_path / name
     assert convert_llava(str(converted), back, "llava")[1] == mode
     assert (converted / "README.md").is_file()  # a conversion has a card
-    assert f"--model-path {name} " in (back / "README.md").read_text(encoding="utf-8")  # "." is no name with a "llava"
-    assert "(haotian-liu/LLaVA)" in (back / "README.md").read_text(encoding="utf-8")
     again, written = config_of(back), read_all(back)
     assert {k: v for k, v in config.items() if k not in ("_name_or_path", "mm_vision_tower")} == {
         k: v for k, v in again.items() if k != "mm_vision_tower"
@@ -276,7 +274,7 @@ def own(tmp_path):
 def save_own(tmp_path, llm, tower=None):
     vision = load_vision(tower or f"clips:{tmp_path / 'run'}", image_aspect_ratio="pad")
     model, processor = build_model(vision, llm, seed=3)
-    save_model(model, processor, tmp_path / "model", vision=vision, card={})
+    save_model(model, processor, tmp_path / "model", card={})
     return tmp_path / "model"
 
 

@@ -222,10 +222,8 @@ def test_karpathy_s_file_trains_and_its_test_split_is_described(tmp_path: Path) 
     assert [line["references"] for line in read_json_records(tmp_path / TEST)] == [["a 3", "b 3"]]
 
 
-def record(name: str | None, *values: str, **more: Any) -> dict[str, Any]:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    own = {"id": "i6IyJda_0"} if name is None else {"id": Path(name).stem, "image": name}
-    return own | more | {"conversations": turns}
+def record(name: str | None, *values: str) -> dict[str, Any]:
+    return sample(0, name, *values) | {"id": Path(name or "i6IyJda_0").stem}
 
 
 PRETRAIN = [  # liuhaotian/LLaVA-Pretrain: the picture stands before or behind the words
@@ -237,7 +235,7 @@ SHORT = "<image>\nWhat is it?\nAnswer the question using a single word or phrase
 MIX = [  # liuhaotian/LLaVA-Instruct-150K, llava_v1_5_mix665k.json: five folders of pictures, and texts of ShareGPT
     record("coco/train2017/000000033471.jpg", "<image>\nWhat is it?", "A bus.", "Is it driving?", "Yes."),
     *(record(f"{name}.jpg", SHORT, "Tree") for name in (*FOLDERS, "vg/VG_100K/4", "vg/VG_100K_2/51")),
-    record(None, "How to tell if a customer segment is well segmented?", "1. Homogeneity", model=""),
+    record(None, "How to tell if a customer segment is well segmented?", "1. Homogeneity") | {"model": ""},
 ]
 
 

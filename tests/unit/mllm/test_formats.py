@@ -120,7 +120,7 @@ def test_every_reader_asks_as_training_did(kind, version, clips, tmp_path, monke
     single, whole = trained_prompt(training, FIRST), trained_prompt(training, *talk)
     bos = llm.tokenizer.bos_token_id
     assert whole.count(bos) == (kind not in ("gpt2", "llama3"))
-    save_model(model, processor, tmp_path / "model", vision=vision, card={})
+    save_model(model, processor, tmp_path / "model", card={})
     chat = ChatModel.load(str(tmp_path / "model"), device="cpu", dtype="float32")
 
     calls: list[list[int]] = []

@@ -40,7 +40,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shape in ("ViT", "CLIP", "SigLIP"):
         write_run(root / shape / "clips-demo", **SHAPES[shape])
     write_llm(root / "llm")
-    write_llm(root / "wide", hidden_size=64, intermediate_size=128)  # whole blocks of bitsandbytes' 64 weights
     return root
 
 

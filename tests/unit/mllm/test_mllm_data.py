@@ -16,7 +16,7 @@ from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
 
 from clips.common.errors import UserError
-from clips.common.files import write_json
+from clips.common.files import read_json_records, write_json
 from clips.common.rundir import UNSEEN
 from clips.data.demo import NUMBERS, PLACES, ensure_demo
 from mllm.data.captions import open_store
@@ -122,14 +122,13 @@ def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
     assert pad_rows([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
 
 
-def lengths(count: int = 403) -> list[int]:
+def lengths() -> list[int]:
     rng = np.random.default_rng(0)
-    return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, count)]
+    return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, 403)]
 
 
-def sampler(seed: int = 0, epoch: int = 0, chunks: int = 4, batch_size: int = 2, group: bool = True) -> list[int]:
-    order = EpochSampler(lengths(), batch_size=batch_size, chunks=chunks, seed=seed, group_by_modality_length=group)
-    return order.order(epoch)
+def sampler(seed: int = 0, epoch: int = 0, group: bool = True) -> list[int]:
+    return EpochSampler(lengths(), batch_size=2, chunks=4, seed=seed, group_by_modality_length=group).order(epoch)
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -181,10 +180,6 @@ def demo(tmp_path_factory) -> tuple[Path, Path]:
     return ensure_llava_demo(root / "llava", root / "scenes", **OPTIONS), root
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def truths(root: Path) -> dict[str, dict]:
     scenes = {}
     for split in ("train", "test", UNSEEN):
@@ -211,7 +206,7 @@ def test_demo_answers_are_true(demo):
     directory, root = demo
     truth = truths(root)
     files = [directory / name for name in (QUESTIONS, UNSEEN_QUESTIONS) if (directory / name).is_file()]
-    questions = [(q["image"], q["text"], q["answer"], q["kind"]) for file in files for q in rows(file)]
+    questions = [(q["image"], q["text"], q["answer"], q["kind"]) for file in files for q in read_json_records(file)]
     for sample in json.loads((directory / "instruct.json").read_text()):
         values = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
         if "image" in sample:
@@ -258,7 +253,7 @@ def test_demo_answers_are_true(demo):
 def test_demo_questions_are_balanced_and_held_out(demo):
     directory, root = demo
     truth = truths(root)
-    questions = rows(directory / QUESTIONS)
+    questions = read_json_records(directory / QUESTIONS)
     assert Counter(q["kind"] for q in questions) == dict.fromkeys(KINDS, 20)
     assert [q["question_id"] for q in questions] == list(range(len(questions)))
     assert len({(q["image"], q["text"]) for q in questions}) == len(questions)
@@ -266,7 +261,7 @@ def test_demo_questions_are_balanced_and_held_out(demo):
     assert max(Counter(q["answer"] for q in questions if q["kind"] == "count").values()) <= 7
 
     if (directory / UNSEEN_QUESTIONS).is_file():  # the same questions about the same scenes
-        unseen = rows(directory / UNSEEN_QUESTIONS)
+        unseen = read_json_records(directory / UNSEEN_QUESTIONS)
         assert [q | {"image": q["image"].replace(UNSEEN, "test")} for q in unseen] == questions
         assert all((directory / IMAGES / q["image"]).is_file() for q in unseen)
 
@@ -278,7 +273,7 @@ def test_demo_questions_are_balanced_and_held_out(demo):
     instruct = {s["image"] for s in json.loads((directory / "instruct.json").read_text()) if "image" in s}
     assert (len(trained), len(instruct)) == (50, 50)
     assert not trained & instruct
-    tested = {q["image"] for q in questions} | {row["image"] for row in rows(directory / DESCRIPTIONS)}
+    tested = {q["image"] for q in questions} | {row["image"] for row in read_json_records(directory / DESCRIPTIONS)}
     assert not {layout(name) for name in trained | instruct} & {layout(name) for name in tested}
 
 
@@ -304,10 +299,12 @@ def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, m
     for place, file, artists in (("", "answers", "seen"), (f"{UNSEEN}/", UNSEEN_ANSWERS, UNSEEN)):
         write_json(folders[0] / "evaluation.json", {"figures": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
         write(folders[1] / f"{file}.jsonl", [line | {"correct": False}])
+        write_json(folders[1] / "figures.json", {"figures": {f"{place}identity": {"value": 0, "chance": 3.1}}})
         print_summary()
         text = capsys.readouterr().out
         assert f"pictures by {artists} artists" in text
         assert "What? – A cat (wrong: A dog)" in text
+        assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
         assert ("test of unseen artists is missing" in text) == (artists == "seen")
 
 
