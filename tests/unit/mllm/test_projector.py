@@ -223,3 +223,17 @@ def test_a_start_from_captions_keeps_what_captions_do_not_tell():
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     rest = y - x @ torch.linalg.lstsq(x, y).solution
     assert rest.square().mean() < 0.05 * y.var()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_a_start_survives_the_rounding_of_bf16_also_where_all_images_have_the_same_tokens(kind):
+    """As those of a blind encoder, whose few tokens leave most axes of the features empty."""
+    _, captions, _ = scenes()
+    words = torch.randn(110, 64)
+    tokens = 2 + torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(0))
+    features = tokens.expand(len(captions), -1, -1).contiguous()
+    projector = make(kind)
+    start_from_captions(projector, features, captions, words)
+    exact, rounded = projector(tokens), projector(tokens.bfloat16().float())
+    spread = (words - words.mean(dim=0)).norm(dim=1).mean()
+    assert (exact - rounded).norm(dim=-1).max() < 0.1 * spread
