@@ -17,8 +17,8 @@ FEWEST, LARGEST_SHARE = 8, 0.1
 """A word gets a hidden unit of its own if at least so many captions, and at most this share of them, contain it."""
 THRESHOLD = 1.5
 """The evidence above which such a unit is active, in standard deviations over image tokens."""
-ROUNDING = 2**-6
-"""Least deviation of an axis relative to the features' size: four times the rounding of bf16."""
+LEAST_DEVIATION = 2**-6
+"""Least standard deviation along an axis, relative to the features' size: four times the rounding of bf16."""
 STEPS, BATCH, RATE, MOST_WORDS = 300, 64, 2e-3, 1_000
 """For `sharpen`: number of AdamW steps, images per step, peak learning rate (cosine), and most words to learn."""
 
@@ -232,9 +232,8 @@ def _two_signed_directions(x: Tensor, hidden: int, seed: int, unused: int) -> tu
     centred = x - mean
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))  # ascending
     # Axes that only rounding fills, as where every image has the same tokens, would be amplified to noise in bf16.
-    rounding = x.square().mean() * ROUNDING**2
-    # [W, W], largest axis first
-    whiten = (axes / (variances.clamp_min(rounding.clamp_min(variances[-1] * 1e-6)) + 1e-8).sqrt()).T.flip(0)
+    floor = torch.maximum(variances[-1] * 1e-6, x.square().mean() * LEAST_DEVIATION**2)
+    whiten = (axes / (variances.clamp_min(floor) + 1e-8).sqrt()).T.flip(0)  # [W, W], largest axis first
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(pairs, len(whiten), generator=generator, dtype=x.dtype).to(x.device)
     mix /= mix.norm(dim=1, keepdim=True)
