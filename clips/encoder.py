@@ -4,10 +4,10 @@
 
     model = CLIPS.from_pretrained("runs/demo")  # a run, an export, or nothing: the newest run here
     model.similarity(["cat.jpg", "dog.jpg"], ["a photo of a cat", "a photo of a dog"])
+    model.classify("cat.jpg", ["cat", "dog"])
     model.index("pictures/").search("two dogs", k=10)
 
-Shapes: B images · T texts · C labels · N patches of an image, a grid of G × G · S side of an image in pixels ·
-E width of a feature.
+Shapes: B images · T texts · C labels · S side of an image in pixels · E width of a feature.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from clips.data.images import ENDINGS, MAX_BYTES, decode_image, eval_transform, 
 from clips.data.remote import read_range, remote_facts
 from clips.data.sample import BrokenSample
 from clips.evaluation.encode import encode_images, encode_texts, prompt_features
-from clips.evaluation.testsets import Classes, PictureSet, default_templates
+from clips.evaluation.testsets import Classes, PictureSet, check_templates, default_templates
 from clips.model.clips import MAX_LOGIT_SCALE
 from clips.search import Index, load_index, write_page
 from clips.weights.load import LoadedModel, load_model
@@ -66,8 +66,8 @@ class CLIPS:
         self.device = device
         self._transform = eval_transform(self.image_size)
         self.templates = tuple(PROMPTS) if self.data == "demo" else default_templates()
-        """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
-        self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
+        """Default templates of `encode_labels`: open_clip's general ones, or the demo's."""
+        self._class_features = lru_cache(maxsize=64)(self._encode_classes)
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
@@ -146,18 +146,48 @@ class CLIPS:
             return torch.empty(0, self.embed_dim)
         return encode_texts(self.model, self.tokenizer, texts, batch_size=BATCH)
 
-    def _encode_labels(self, names: tuple[str, ...]) -> Tensor:
-        """Return [C, E]: for each name the normalised mean over the prompts. The results of recent lists are cached."""
-        features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
+    def encode_labels(self, labels: Iterable[str] | str, templates: Iterable[str] | str | None = None) -> Tensor:
+        """Return L2-normalised features [C, E] of class names, such as ["cat", "dog"].
+
+        Each is the normalised mean of the features of its prompts, which are the `templates` (default:
+        `self.templates`) with the name in place of `{}`. The results of recent calls are cached.
+        """
+        chosen = self.templates if templates is None else check_templates(_texts(templates), "templates")
+        return self._class_features(Classes(tuple(_texts(labels)), chosen))
+
+    def _encode_classes(self, classes: Classes) -> Tensor:
+        if not classes.names:
+            return torch.empty(0, self.embed_dim)
+        features = prompt_features(self.model, self.tokenizer, classes, batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
+    def classify(
+        self, images: Images, labels: Iterable[str] | str, templates: Iterable[str] | str | None = None
+    ) -> list[dict[str, float]]:
+        """Classify images without training (zero-shot): return label → probability for each image, likeliest first.
+
+        The probabilities are the softmax of `logit_scale` × cosine over the labels, as in CLIP. `templates` are those
+        of `encode_labels`, such as "a sprite of a {}.".
+
+            >>> model.classify("cat.jpg", ["cat", "dog"])
+            [{'cat': 0.97, 'dog': 0.03}]
+        """
+        names = list(dict.fromkeys(_texts(labels)))
+        cosines = self.encode_image(images) @ self.encode_labels(names, templates).T
+        rows = (self.logit_scale * cosines).softmax(dim=-1).tolist()
+        return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in rows]
+
     def encode_query(self, query: str | Picture) -> Tensor:
-        """Return the feature [E] of an image or a text; names (below SENTENCE_WORDS words) go by `encode_labels`."""
-        if not isinstance(query, str):
+        """Return the feature [E] of an image or a text.
+
+        A string is an image if it is a URL or ends like an image's file name (`a/25.gif`), because no encoder was
+        trained on file names. A text below SENTENCE_WORDS words is a name and goes through `encode_labels`.
+        """
+        if not isinstance(query, str) or is_remote(query) or query.lower().endswith(ENDINGS):
             return self.encode_image(query)[0]
         text = " ".join(query.split())
         is_name = len(text.split()) < SENTENCE_WORDS
-        return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
+        return (self.encode_labels(text) if is_name else self.encode_text(text))[0]
 
     def index(self, folder: str | Path, pattern: str = "**/*", *, workers: int = 0) -> Index:
         """Encode the images in `folder` and its subfolders, and return their index for `Index.search`.
@@ -251,13 +281,12 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
-    is_image = is_remote(flags.query) or flags.query.lower().endswith(ENDINGS)  # no encoder was trained on file names
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
     found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
     print(printable(found), file=sys.stderr)
-    matches = index.search(_open(flags.query) if is_image else flags.query, flags.k)
+    matches = index.search(flags.query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))
     if flags.output:

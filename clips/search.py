@@ -59,7 +59,11 @@ class Index:
         return f"Index({len(self):,} images, {self.features.nbytes / 1e6:.1f} MB)"
 
     def search(self, query: Any, k: int = 10) -> list[Match]:
-        """Return the `k` images nearest to a text or an image (a PIL image, a Path, an array), nearest first."""
+        """Return the `k` images nearest to a text or an image (a PIL image, a path, a URL, an array), nearest first.
+
+        >>> model.index("photos/").search("two dogs on a beach", k=1)
+        [Match(path='/home/me/photos/0412.jpg', score=0.31)]
+        """
         cosines = self.features @ self.encode(query).numpy()
         rows = np.argsort(-cosines, kind="stable")[:k]
         return [Match(self.paths[row], float(cosines[row])) for row in rows]

@@ -128,7 +128,7 @@ class Classes:
 
     def prompts(self) -> list[str]:
         """Return the C × P prompts, class by class."""
-        return [template.format(name) for name in self.names for template in self.templates]
+        return [template.replace("{}", name) for name in self.names for template in self.templates]
 
     def index(self, labels: Sequence[str]) -> list[int]:
         """Return the class index of each label. Raises UserError with the labels that are no class.
@@ -167,9 +167,16 @@ def load_classes(spec: str | Path) -> Classes:
         raise UserError(f"{path} is not a class list (a class per line, or JSON with classes): {error!r}") from None
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path} must name at least one class, and none twice")
-    if wrong := [template for template in templates if "{}" not in template]:
-        raise UserError(f"{path}: the template {wrong[0]!r} has no {{}} for the class name")
-    return Classes(names, templates)
+    return Classes(names, check_templates(templates, path))
+
+
+def check_templates(templates: Iterable[str], where: str | Path) -> tuple[str, ...]:
+    """Return the templates. Raises UserError if there are none, or if one has no place for the class name."""
+    templates = tuple(templates)
+    for template in templates or [""]:
+        if not isinstance(template, str) or "{}" not in template:
+            raise UserError(f"{where}: the template {template!r} has no {{}} for the class name")
+    return templates
 
 
 def classes_of(labels: Iterable[str]) -> Classes | None:

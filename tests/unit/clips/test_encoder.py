@@ -73,7 +73,22 @@ def test_texts_and_similarity(opened: CLIPS) -> None:
 def test_labels_are_the_mean_over_prompts(opened: CLIPS) -> None:
     prompts = [template.format("dog") for template in opened.templates]
     expected = torch.nn.functional.normalize(opened.encode_text(prompts).mean(dim=0), dim=0)
-    torch.testing.assert_close(opened.encode_labels(("dog",))[0], expected, atol=1e-6, rtol=0)
+    for labels in (("dog",), ["dog", "cat"], iter(["dog"]), "dog"):
+        torch.testing.assert_close(opened.encode_labels(labels)[0], expected, atol=1e-6, rtol=0)
+    plain = opened.encode_labels(["dog"], templates=["a {} at a {"])
+    torch.testing.assert_close(plain, opened.encode_text("a dog at a {"), atol=1e-6, rtol=0)
+    assert opened.encode_labels([]).shape == (0, opened.embed_dim)
+    with pytest.raises(UserError, match=r"'a dog' has no \{\}"):
+        opened.encode_labels(["dog"], templates="a dog")
+
+
+def test_classify_gives_the_softmax_of_open_clip_by_label(opened: CLIPS) -> None:
+    images, labels = [picture(40, seed=i) for i in range(3)], ["dog", "cat", "two dogs"]
+    expected = (opened.logit_scale * opened.encode_image(images) @ opened.encode_labels(labels, "a {}").T).softmax(-1)
+    found = opened.classify(images, labels, templates="a {}")
+    torch.testing.assert_close(torch.tensor([[scores[label] for label in labels] for scores in found]), expected)
+    assert [next(iter(scores)) for scores in found] == [labels[i] for i in expected.argmax(dim=1)]
+    assert opened.classify(images[0], labels)[0].keys() == set(labels)
 
 
 def test_captions_are_the_captioner_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +134,9 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(opened, place, tmp_p
     assert [match.score for match in matches] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-6)
     assert len(index.search("dog", k=100)) == 12
     own = place / "pictures" / "more" / "11.png"
-    assert index.search(own, k=1)[0].path == str(own.resolve())
+    assert index.search(own, k=1)[0].path == index.search(str(own), k=1)[0].path == str(own.resolve())
+    with pytest.raises(UserError, match=r"a/25\.gif: No such file"):  # no search for the words of a path
+        index.search("a/25.gif")
 
     index.save(tmp_path / "made" / "pictures.idx")  # which every further run refused for its name
     loaded = opened.load_index(tmp_path / "made" / "pictures.idx")
