@@ -62,7 +62,7 @@ class Index:
         """Return the `k` images nearest to a text or an image (a PIL image, a path, a URL, an array), nearest first.
 
         >>> model.index("photos/").search("two dogs on a beach", k=1)
-        [Match(path='/home/me/photos/0412.jpg', score=0.31)]
+        [Match(path='/data/photos/0412.jpg', score=0.31)]
         """
         cosines = self.features @ self.encode(query).numpy()
         rows = np.argsort(-cosines, kind="stable")[:k]

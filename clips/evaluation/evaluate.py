@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
+from clips.common.live import say
 from clips.common.page import Card, thumbnail
 from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
@@ -34,6 +35,7 @@ from clips.evaluation.testsets import (
     SourceSet,
     TestSet,
     classes_of,
+    count_trained_on,
     load_classes,
     open_test_set,
 )
@@ -244,9 +246,13 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
+    if trained := sum(count_trained_on(run.data, items) for items, _ in sets.values()):
+        total = sum(len(items) for items, _ in sets.values())
+        missing = f"{name}: the model was trained on {trained:,} of these {total:,} images."
     write_figures(
         out, figures, model, skipped,
         test_set=name, checkpoint=loaded.checkpoint, image_size=size, missing=missing, limit=flags.limit,
+        trained_on=trained,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
@@ -256,20 +262,24 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     """Return the name of the measurement, and the sets by name; metrics of the first set have plain names."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
-        items = SourceSet(open_source(f"{path}#{flags.split}", Fields(), image_root=flags.image_root, need_long=False))
-        name = f"{path.stem}-{flags.split}-{_key(path)}"
+        split = flags.split or "test"
+        items = SourceSet(open_source(f"{path}#{split}", Fields(), image_root=flags.image_root, need_long=False))
+        name = f"{path.stem}-{split}-{_key(path)}"
         return name, {name: (items, None)}
     if flags.data is not None:
         name = f"{Path(flags.data).stem.strip('*{}') or 'data'}-{_key(Path(flags.data))}"
         return name, {name: (_open(flags.data, flags, run), None)}
     tests = held_out_sets(run.data)
     known = dict.fromkeys(("val", "test", *tests))
-    if flags.split not in known:
-        raise UserError(f"--split {flags.split!r} of the run's own data: choose one of {', '.join(known)}")
-    names = [name for name in (tests if flags.split == "test" else [flags.split]) if split_spec(run.data, name)]
+    split = flags.split or ("test" if tests or not split_spec(run.data, "val") else "val")
+    if split not in known:
+        raise UserError(f"--split {split!r} of the run's own data: choose one of {', '.join(known)}")
+    names = [name for name in (tests if split == "test" else [split]) if split_spec(run.data, name)]
     if not names:
-        raise UserError(f"the model's run names no {flags.split} data: give --data, in any form that training takes")
-    return flags.split, {name: open_test_set(run.data, name) for name in names}
+        raise UserError(f"the model's run names no {split} data: give --data, in any format that training accepts")
+    if split != flags.split and split == "val":
+        say("the run has no test data: measuring on the validation images, which it did not train on")
+    return split, {name: open_test_set(run.data, name) for name in names}
 
 
 def _key(data: Path) -> str:

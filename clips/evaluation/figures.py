@@ -40,6 +40,7 @@ def write_figures(
     image_size: int | None = None,
     missing: str | None = None,
     limit: int | None = None,
+    trained_on: int = 0,
 ) -> None:
     """Write each metric's value, chance level (percent or nats) and number of samples, and the hash of the weights.
 
@@ -47,8 +48,9 @@ def write_figures(
         test_set: Name of the set whose metrics have plain names.
         checkpoint: The run's checkpoint that the weights come from (`clips.common.rundir.weights_of`), if known.
         image_size: Side of the square images in pixels.
-        missing: A test that could not be made, in words.
+        missing: What the metrics lack, in words.
         limit: Number of images that were asked for; None for the whole set. A model card shows only whole sets.
+        trained_on: Number of images that the model was trained on. A model card shows no set with such images.
     """
     content = {
         "test_set": test_set,
@@ -56,6 +58,7 @@ def write_figures(
         "checkpoint": checkpoint,
         "image_size": image_size or model.visual.image_size,
         "limit": limit,
+        "trained_on": trained_on,
         "unit": "percent; log ranks and losses: nats",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_regular
-from clips.common.paths import inside
+from clips.common.paths import inside, is_remote
 from clips.common.tensors import listed
 from clips.config import DataConfig
 from clips.data.demo import demo_split
@@ -28,6 +30,8 @@ PROTOCOLS = {
     "long": "the whole long caption, as far as the text tower reads",
 }
 SENTENCES_PER_IMAGE = 5
+MOST_COMPARED = 100_000
+"""Number of training images up to which `count_trained_on` reads them, which takes about a minute."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,27 @@ def open_test_set(data: DataConfig, split: str) -> tuple[SourceSet, Classes | No
     items = SourceSet(open_split(data, split, need_long=False))
     demo = split_spec(data, split) == demo_split(data.demo_dir, split)
     return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
+
+
+def count_trained_on(data: DataConfig, items: TestSet) -> int:
+    """Return the number of images of a test set that the run has trained on, by their bytes.
+
+    It is 0 if the training data is not on this machine, is the demo's, or has more than MOST_COMPARED images.
+    """
+    train = None
+    if data.train not in ("", "demo"):
+        with contextlib.suppress(UserError, OSError):  # the model may have been trained elsewhere
+            train = SourceSet(open_split(data, "train", need_long=False))
+    if train is None or len(train) > MOST_COMPARED or any(map(is_remote, train.source.files)):
+        return 0
+    trained = set(_image_digests(train))
+    return sum(digest in trained for digest in _image_digests(items))
+
+
+def _image_digests(items: TestSet) -> Iterator[bytes]:
+    for index in range(len(items)):
+        with contextlib.suppress(BrokenSample):
+            yield hashlib.sha256(items.read(index).image).digest()
 
 
 @dataclass(frozen=True)

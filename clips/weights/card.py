@@ -72,8 +72,8 @@ def write_cards(
     """Write a README.md for each format below `directory`.
 
     `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
-    other weights, of another resolution or of only part of a set are not shown. `checkpoint` is that of the weights
-    (`clips.common.rundir.weights_of`), None if unknown.
+    other weights, of another resolution, of only part of a set or of training images are not shown. `checkpoint` is
+    that of the weights (`clips.common.rundir.weights_of`), None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size
@@ -81,6 +81,7 @@ def write_cards(
         result(test_set, name, pretty(name), round(figure["value"], 1), chance=figure["chance"], items=figure["items"])
         for evaluation in evaluations
         if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
+        if not evaluation.get("trained_on")
         for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
         for name, figure in figures.items()
         if name.endswith(("_r1", "_top1"))

@@ -1,13 +1,16 @@
 """A share is held out by image, whatever rows, keys and order a set has; the check of pairs counts what is there."""
 
+import json
 import os
 import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_corpus import encode
+from conftest import random_model, script_parser, tiny_run
 from launched import pictures, recap, write_shard, write_table
 from PIL import Image
 
@@ -16,7 +19,10 @@ from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
 from clips.data.splits import held_out_images, open_split, split_spec
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.evaluate import evaluate_from_flags
 from clips.recipes import recipe
+from clips.weights.export import write_native
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 Row = tuple[int, str]
@@ -181,3 +187,30 @@ def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, jobs: int) ->
     table = write_table(tmp_path / "t.jsonl", rows)
     with pytest.raises(UserError, match=r"^[^\n]*t.jsonl#1: .*\.\./b.png"):
         check_pairs(run_on(table, fields=Fields(image="image", web="web", long="long")), jobs=jobs)
+
+
+def test_evaluation_takes_the_held_out_images_and_counts_those_trained_on(tmp_path, capsys) -> None:
+    """The run's own table was measured without a word, and its held-out images were no default."""
+    table = csv_of_paths(tmp_path, layout(1, "in order"))
+    tokenizer = build_tokenizer("wordpiece", ["0 1 2 3 4 5 6 7 8 9"], vocab_size=64)
+    run = replace(tiny_run(), data=DataConfig(train=str(table), held_out=0.1, workers=0))
+    write_native(random_model(run), run, tokenizer, tmp_path / "native")
+    held_out = len(sides(run.data)["val"])
+
+    def evaluated(*flags: str) -> dict[str, Any]:
+        words = ["--model", str(tmp_path / "native"), "--output", str(tmp_path / "out.json"), "--batch-size", "99"]
+        evaluate_from_flags(script_parser("evaluate_clips").parse_args([*words, *flags]))
+        return json.loads((tmp_path / "out.json").read_text())
+
+    default = evaluated()
+    assert (default["test_set"], default["figures"]["web_i2t_r1"]["items"]) == ("val", held_out)
+    assert default["trained_on"] == 0
+    assert "no test data" in capsys.readouterr().err
+    copy = tmp_path / "elsewhere"  # by bytes, whatever the files are called
+    copy.mkdir()
+    shutil.copy(tmp_path / "pictures/1.png", copy / "7.png")
+    (copy / "new.png").write_bytes(picture(IMAGES))
+    write_table(copy / "t.csv", [{"image": name, "text": f"a {name}"} for name in ("7.png", "new.png")])
+    assert evaluated("--data", str(copy / "t.csv"))["trained_on"] == (1 - (picture(1) in sides(run.data)["val"]))
+    assert evaluated("--data", str(table))["trained_on"] == IMAGES - held_out
+    assert f"trained on {IMAGES - held_out} of these {IMAGES} images" in " ".join(capsys.readouterr().out.split())
