@@ -80,6 +80,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
 
 
+def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return name → type ("F32") and shape from the header of a safetensors file, without reading its tensors."""
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
+
+
 def read_torch(path: Path) -> Any:
     """Return the tensors and plain values of a torch file. Raises UserError if it is damaged or holds anything else."""
     try:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,11 +27,12 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
-from clips.common.files import write_once
+from clips.common.escape import clip
+from clips.common.files import read_json, sha256, write_once
 from clips.common.hub import packaged_file, resolve
 from clips.common.opening import NO_CODE, check_size, load_weights, loading, naming
 from clips.common.paths import cache_root
-from clips.common.tensors import listed, read_weights
+from clips.common.tensors import listed, read_shapes, read_weights
 from mllm import DEFAULT_LLM
 from mllm.data.formats import (
     IMAGE_TOKEN,
@@ -51,6 +51,15 @@ PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
 READER = Path(__file__).parent / "reader"
 """The adapter that tools/teach_reader.py trained for the first six and last two layers of the default model."""
+LORA_FIELDS = {
+    "r", "lora_alpha", "target_modules", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "lora_dropout", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+"""Fields of PEFT's adapter_config.json that `merge_adapter` reads, or that change nothing in a merged weight."""
+LORA_DEFAULTS = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+"""Values of further fields under which an adapter is plain LoRA; the fields beside these must be empty."""
+MOST_RANK = 4096
+FACTOR_TYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 PROBES = (
     "It is red.  What is   that?",
     "def f(x):\n    if x:  # 12 %\n\t\treturn x\n        return  None",
@@ -110,7 +119,7 @@ def load_llm(
         total = keep_layers(model, first, last)
         source += f", its first {first} and last {last} of {total} layers" if total > first + last else ""
     if reader != "none":
-        merge_adapter(model, READER if reader == "default" else Path(reader))
+        merge_adapter(model, READER if reader == "default" else Path(reader), layers)
         source += f", taught to find words again (--reader {reader})"
     return ready_for_images(model, tokenizer, source, version, videos=videos)
 
@@ -168,22 +177,59 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
     return total
 
 
-def merge_adapter(model: PreTrainedModel, directory: Path) -> None:
-    """Merge the PEFT adapter in `directory` into the weights of `model`. Raises UserError if it has other layers."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel, directory: Path, layers: str | None) -> None:
+    """Merge the LoRA adapter in `directory` into the weights of `model`, whose `--llm_layers` are `layers`.
 
-    factors = read_weights(directory / "adapter_model.safetensors")
-    with naming("adapter", directory), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that the model was read from another folder
-        wrapped: Any = get_peft_model(model, PeftConfig.from_pretrained(str(directory)))
-        expected = {name: value.shape for name, value in get_peft_model_state_dict(wrapped).items()}
-        found = {name: value.shape for name, value in factors.items()}
-        if expected == found:
-            set_peft_model_state_dict(wrapped, factors)
-        wrapped.merge_and_unload(safe_merge=True)
-    if expected != found:
-        differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise UserError(f"the adapter {directory} is not of these layers of the language model: {listed(differing)}")
+    Only plain LoRA is merged, and all shapes are compared before a factor is read, so a stranger's configuration
+    decides neither memory nor time. Raises UserError for any other adapter, and for one taught to other layers.
+    """
+    file = directory / "adapter_model.safetensors"
+    with naming("adapter", directory):
+        rank, scale, targets = _plain_lora(directory / "adapter_config.json")
+        weights: dict[tuple[str, str], Tensor] = {}
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not targets.isdisjoint((name, name.rpartition(".")[2])):
+                a, b = (f"base_model.model.{name}.lora_{letter}.weight" for letter in "AB")
+                weights[a, b] = module.weight
+                expected |= {a: (rank, module.in_features), b: (module.out_features, rank)}
+        stored = read_shapes(file)
+        found = {name: shape for name, (_, shape) in stored.items()}
+        if expected != found:
+            differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+            raise UserError(f"adapter: {directory} is not of these layers of the language model: {listed(differing)}")
+        if kinds := {kind for kind, _ in stored.values()} - {*FACTOR_TYPES}:
+            raise UserError(f"{file} holds factors of type {listed(sorted(kinds))}: convert them to F32, BF16 or F16")
+        facts = read_json(directory / "reader.json")
+        if facts.get("layers", layers) != layers:
+            taught = clip(str(facts["layers"]), 20)
+            raise UserError(f"adapter: {directory} was taught to --llm_layers {taught}: use these, or --reader none")
+        if "sha256" in facts and facts["sha256"] != sha256(file):
+            raise UserError(f"{file} does not have the SHA-256 that reader.json records: restore it")
+        factors = read_weights(file)
+        for (a, b), weight in weights.items():
+            weight += (factors[b].float() @ factors[a].float() * scale).to(weight.dtype)
+            if not weight.isfinite().all():
+                raise UserError(f"{file}: {a} or {b} makes a weight NaN or infinite: use another adapter")
+
+
+def _plain_lora(path: Path) -> tuple[int, float, set[str]]:
+    """Return rank, scale and the names of the layers of the adapter_config.json at `path`.
+
+    Raises UserError if it asks for anything beyond LoRA of one rank and one scale on layers with plain names.
+    """
+    config = read_json(path)
+    rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))
+    if type(rank) is not int or not 0 < rank <= MOST_RANK or not isinstance(alpha, (int, float)):
+        raise UserError(f"{path}: r must be a number from 1 to {MOST_RANK}, and lora_alpha a number")
+    if not isinstance(targets, list) or not all(isinstance(t, str) and re.fullmatch(r"[\w.]+", t) for t in targets):
+        raise UserError(f"{path}: target_modules must be a list of plain names, such as q_proj")
+    values = {name: value for name, value in config.items() if name not in LORA_FIELDS}
+    others = [name for name, value in values.items() if value not in (None, False, {}, [], LORA_DEFAULTS.get(name))]
+    if others:
+        raise UserError(f"{path} asks for more than plain LoRA: {clip(listed(others), 200)}. Merge it with PEFT first")
+    return rank, alpha / rank, set(targets)
 
 
 def find_llm(name: str) -> tuple[Path, str]:

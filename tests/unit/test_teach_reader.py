@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_mllm import write_llm
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from clips import PLACES
 from clips.common.errors import UserError
-from clips.common.files import read_json, sha256
+from clips.common.files import read_json, sha256, write_json
+from clips.common.tensors import read_weights, write_weights
+from mllm.model import llm
 from mllm.model.llm import READER, LanguageModel, load_llm
 from mllm.training.stages import DEMO_LAYERS
 from tools import teach_reader
@@ -73,6 +76,75 @@ def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(llm_p
     assert loss(reader, samples) < taught + 0.3 * (before - taught), "half of the rank keeps most"
     with pytest.raises(UserError, match=r"not of these layers.*layers\.2"):
         load_llm(str(llm_path), reader=str(adapter))
+
+
+@pytest.fixture
+def adapter(llm_path: Path, tmp_path: Path) -> Path:
+    """A random adapter of rank 2 for the two layers of `cut_model`, as PEFT and tools/teach_reader.py write one."""
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(cut_model(llm_path).model, config)
+    for name, weight in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
+    facts = {"layers": "1,1", "sha256": sha256(tmp_path / "adapter_model.safetensors")}
+    write_json(tmp_path / "reader.json", facts)
+    return tmp_path
+
+
+def test_an_adapter_is_merged_as_peft_merges_it(llm_path: Path, adapter: Path) -> None:
+    by_peft: Any = PeftModel.from_pretrained(cut_model(llm_path).model, str(adapter))
+    merged, plain = cut_model(llm_path, adapter).model.state_dict(), cut_model(llm_path).model.state_dict()
+    for name, weight in by_peft.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], weight)
+    assert sum(not torch.equal(plain[name], merged[name]) for name in plain) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 10**6}, "r must be a number from 1"),
+        ({"r": 4096}, "not of these layers"),
+        ({"r": True}, "r must be"),
+        ({"lora_alpha": "3"}, "lora_alpha a number"),
+        ({"lora_alpha": 10**400}, "OverflowError"),
+        ({"rank_pattern": {"q_proj": 10**7}}, "plain LoRA: rank_pattern"),
+        ({"layer_replication": [[0, 1000000]]}, "plain LoRA: layer_replication"),
+        ({"target_modules": "(.*)*" * 40 + "$"}, "list of plain names"),
+        ({"target_modules": ["(a+)+$"]}, "list of plain names"),
+        ({"target_modules": ["q_proj"]}, "not of these layers"),
+        ({"use_dora": True, "bias": "all", "x": 1}, "bias.*use_dora.*x"),
+        ({"peft_type": "IA3"}, "peft_type"),
+    ],
+)  # fmt: skip
+def test_a_strangers_adapter_decides_neither_memory_nor_time(llm_path, adapter, change, message, monkeypatch):
+    path = adapter / "adapter_config.json"
+    write_json(path, read_json(path) | change)
+    monkeypatch.setattr(llm, "read_weights", None)  # it is refused before a factor is read
+    with pytest.raises(UserError, match=message):
+        cut_model(llm_path, adapter)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float64, "nan", "inf"])
+def test_factors_are_finite_floats(llm_path: Path, adapter: Path, kind: Any) -> None:
+    file = adapter / "adapter_model.safetensors"
+    factors, name = read_weights(file), "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    if isinstance(kind, str):
+        factors[name][0, 0] = float(kind)
+    else:
+        factors[name] = factors[name].to(kind)
+    write_weights(factors, file)
+    with pytest.raises(UserError, match=r"SHA-256|of type"):
+        cut_model(llm_path, adapter)
+    (adapter / "reader.json").unlink()
+    with pytest.raises(UserError, match=r"NaN or infinite|of type"):
+        cut_model(llm_path, adapter)
+
+
+def test_an_adapter_is_merged_only_into_the_layers_it_was_taught_to(llm_path: Path, adapter: Path) -> None:
+    for layers in ("2,0", "0,2"):  # of the same shapes
+        with pytest.raises(UserError, match="taught to --llm_layers 1,1: use these"):
+            load_llm(str(llm_path), layers=layers, reader=str(adapter))
 
 
 def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
