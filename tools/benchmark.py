@@ -37,10 +37,11 @@ from clips.common.paths import SCRIPTS
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.config import RunConfig
 from clips.data.demo import ensure_demo
-from clips.data.loader import Batch, make_loader, to_device
+from clips.data.loader import make_loader, to_device
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.engine.engine import Batch
 from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
 from clips.training.optim import make_engine, optimizer_step, rates_of

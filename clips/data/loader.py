@@ -12,24 +12,17 @@ A batch is a dict of
 """
 
 import contextlib
-import multiprocessing
 import random
-import re
-import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.process import BaseProcess
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.paths import is_remote
-from clips.common.signals import start_worker
 from clips.config import CaptionerConfig, PhaseConfig, RunConfig
 from clips.data.images import Preprocess, normalise, stacked
 from clips.data.order import MixedOrder, Order, SampleOrder
@@ -38,15 +31,15 @@ from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
 from clips.data.sources import MixedSource, PartSource, Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
+from clips.engine.engine import Batch
+from clips.engine.loader import load_batches
 
-Batch = dict[str, Any]
 MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
 SHARD_THREADS = 4
 """Number of shards that a process fetches at once."""
 GROUPS = 3
 """Groups of the order that have copies at once: this one, the next, and that of a process that is behind."""
-_DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
 
 
 def make_loader(
@@ -66,16 +59,8 @@ def make_loader(
     MAX_ATTEMPTS - 1 substitutes are broken, and CommandError if a worker died.
     """
     micro = [micro_batch_size(one, run.train.accumulation, world_size) for one in run.phases]
-    loader = DataLoader(
-        BatchDataset(source, tokenizer, run),
-        batch_size=None,  # the dataset returns whole batches, since texts and images are handled together
-        sampler=_places(run, micro, rank, world_size, phase, step),
-        num_workers=run.data.workers,
-        collate_fn=_unchanged,
-        worker_init_fn=start_worker,
-        pin_memory=torch.cuda.is_initialized(),
-    )
-    return _iterate(loader)
+    places = _places(run, micro, rank, world_size, phase, step)
+    return load_batches(BatchReader(source, tokenizer, run), places, run.data.workers, "data.workers")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -195,21 +180,16 @@ class _Shards:
         return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
 
 
-class BatchDataset(Dataset):
-    """Maps a place to its batch."""
+class BatchReader:
+    """Reads the batch of a place."""
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
         self.order = source.order(run.train.seed)
         self.ahead = ReadAhead(source, self.order, int(run.data.cache_gb * 1e9))
 
-    def __getitem__(self, place: Place) -> Batch | CommandError:
-        try:
-            return self._batch(*place)
-        except CommandError as error:  # raised in the main process, where it keeps its type and exit code
-            return error
-
-    def _batch(self, phase: int, positions: range) -> Batch:
+    def __call__(self, place: Place) -> Batch:
+        phase, positions = place
         task, text = self.run.task, self.run.model.text
         captioner = self.run.model.captioner if task.captions else None
         keys, pixels, skipped = [], [], []
@@ -295,46 +275,3 @@ class BatchDataset(Dataset):
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
         return random.Random(f"{self.run.train.seed}/{self.order.epoch(position)}/{position}/{purpose}")
-
-
-def _iterate(loader: DataLoader) -> Iterator[Batch]:
-    # torch's first loader sets a SIGCHLD handler that raises anywhere in the main process, even in the midst of a save.
-    # Without the handler a dead worker is noticed within 5 s, while a batch is awaited.
-    iterator = iter(loader)
-    workers = multiprocessing.active_children()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        while True:
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            if isinstance(batch, CommandError):
-                raise batch
-            yield batch
-    except (RuntimeError, OSError, EOFError) as error:
-        worker = _dead_worker(error, workers)
-        if worker is None:
-            raise
-        raise CommandError(f"{worker} died, probably for lack of memory or /dev/shm: use fewer data.workers") from error
-    finally:
-        del iterator  # a traceback that somebody keeps would keep the workers too
-
-
-def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
-    """Return the dead worker that caused `error`, or None.
-
-    A worker's socket closes a moment before its process is seen to be dead.
-    """
-    named = _DEAD_WORKER.search(str(error))
-    if named:
-        return named.group()
-    if not workers or (isinstance(error, RuntimeError) and "Pin memory thread" not in str(error)):
-        return None
-    time.sleep(1)
-    dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
-    return f"DataLoader worker (pid(s) {', '.join(dead)})" if dead else None
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -18,11 +18,11 @@ from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
 from clips.config import PhaseConfig, RunConfig, difference
-from clips.data.loader import Batch
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.engine import checkpoint
+from clips.engine.engine import Batch
 from clips.model.clips import CLIPSModel
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 

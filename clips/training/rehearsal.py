@@ -16,7 +16,8 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
-from clips.data.loader import Batch, micro_batch_size, to_device
+from clips.data.loader import micro_batch_size, to_device
+from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel
 from clips.training.grad_cache import CachedGradients

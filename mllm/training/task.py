@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from clips.common.errors import UserError
 from clips.common.runtime import autocast
-from clips.common.signals import start_worker
 from clips.engine.checkpoint import TrainState
 from clips.engine.engine import Batch, Engine, Objective
+from clips.engine.loader import load_batches
 from clips.engine.loop import Training
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import LlavaDataset, pad_rows
@@ -156,6 +156,11 @@ class Collator:
         return batch
 
 
+def read_batch(dataset: LlavaDataset, collator: Collator, indices: Sequence[int]) -> Batch:
+    """Read the micro-batch of these samples. Raises UserError for an image that cannot be read."""
+    return collator([dataset[index] for index in indices])
+
+
 class Stage(Training):
     """What a stage gives to the loop besides its engine."""
 
@@ -178,15 +183,9 @@ class Stage(Training):
             group_by_modality_length=self.arguments.group_by_modality_length,
         )
         indices = sampler.batches(rank=dist.get_rank(), ranks=self.engine.world_size, step=self.state.step)
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=islice(indices, (self.steps - self.state.step) * self.engine.accumulation),
-            num_workers=self.arguments.dataloader_num_workers,
-            collate_fn=self.collator,
-            worker_init_fn=start_worker,
-            pin_memory=self.engine.device.type == "cuda",
-        )
-        return iter(loader)
+        left = islice(indices, (self.steps - self.state.step) * self.engine.accumulation)
+        read = partial(read_batch, self.dataset, self.collator)
+        return load_batches(read, left, self.arguments.dataloader_num_workers, "--dataloader_num_workers")
 
     def batch_size(self) -> int:
         return self.arguments.batch_size

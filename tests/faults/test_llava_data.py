@@ -1,6 +1,12 @@
-"""Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without pictures, text alone; real runs."""
+"""Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without pictures, text alone; real runs.
+
+Also data workers: a broken image in one of them, and one that is killed.
+"""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +16,7 @@ from tiny_llava import INSTRUCT, START, TRAIN, assert_same_results, command, con
 from transformers import AutoTokenizer
 
 from mllm.data.sampler import EpochSampler
-from mllm.training.task import TrainingModel
+from mllm.training.task import Collator, TrainingModel
 
 place = tiny_llava.place  # a fixture
 TOKENS = 16
@@ -98,6 +104,30 @@ def test_row_22_placeholders_that_are_not_the_pictures(images, text, place, batc
     assert f"sample 1 (id wrong): it has {len(images)} image" in output
     assert not batches
     assert not (place / "runs/wrong").exists()
+
+
+WORKERS = ("--feature_cache", "False", "--dataloader_num_workers", "1", "--max_steps", "2")
+
+
+def test_a_broken_image_in_a_data_worker_is_one_sentence(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "images" / "broken.png").write_bytes((place / "images" / "0.png").read_bytes()[:60])
+    records = [conversation("broken.png", [("What is it?", "cat")])] * 4
+    words = flags(place, records, *WORKERS, "--output_dir", "runs/broken")
+    output = command(place, monkeypatch, "train_llava", *words, code=2)
+    assert "error: image broken.png in images: " in output
+    assert "Caught" not in output
+
+
+def test_a_killed_data_worker_is_named_with_the_flag(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Collator, samples: list[dict]) -> None:
+        assert multiprocessing.parent_process() is not None, "the samples are read in a worker"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Collator, "__call__", killed)
+    words = flags(place, [conversation("0.png", [("What is it?", "cat")])] * 4, *WORKERS, "--output_dir", "runs/killed")
+    output = command(place, monkeypatch, "train_llava", *words, code=1)
+    assert "died, probably for lack of memory or /dev/shm: use fewer --dataloader_num_workers" in output
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "torch's handler raises anywhere"
 
 
 @pytest.mark.slow
