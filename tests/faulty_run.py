@@ -30,7 +30,6 @@ import torch
 from clips.common import ranks
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
-from clips.engine import loop
 from clips.engine.engine import Engine
 from clips.training import cli, prepare, pretraining, task
 
@@ -43,7 +42,7 @@ SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
 real_loader, real_to_device, real_decoded = pretraining.make_loader, task.to_device, Preprocess.decoded
-real_crosses = loop.crosses
+real_saves = pretraining.Pretraining.saves
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def main() -> None:
             task.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
             if flags.fault.startswith("spike"):
-                loop.crosses = lambda every, *samples: samples[1] >= SAVED * BATCH and real_crosses(every, *samples)
+                pretraining.Pretraining.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
             task.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 

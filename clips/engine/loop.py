@@ -26,11 +26,9 @@ class Training:
     state: TrainState
     """The progress, which the loop updates."""
     samples: int
-    """Samples of the whole training, a multiple of the step."""
+    """Samples of the whole training."""
     log_every: int
     """Steps between two lines of the log."""
-    save_every: int
-    """Samples between two checkpoints; 0: only the last step has one."""
 
     def batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches, with the "keys" of their samples, from the current state to the end."""
@@ -60,6 +58,10 @@ class Training:
 
     def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
         """Raise BrokenDataError if too many samples were replaced; `skipped` are those since the last log line."""
+
+    def saves(self) -> bool:
+        """Return True if the step that just ended is followed by a checkpoint; the last step always is."""
+        raise NotImplementedError
 
     def validates(self) -> bool:
         """Return True if the step that just ended is followed by a validation."""
@@ -101,13 +103,12 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
         training.end_step()
         if profiler is not None:
             profiler.step()
-        before = state.samples
         state.samples += training.batch_size()
         state.step += 1
         state.phase_step += 1
 
         is_last = state.samples >= training.samples
-        saves = crosses(training.save_every, before, state.samples) or is_last or reduced.stopping > 0
+        saves = training.saves() or is_last or reduced.stopping > 0
         # A checkpoint needs a line too, because the means start again after it.
         if state.step % training.log_every == 0 or saves:
             training.check_skipped(meter.log(log, state, next(iter(rates.values())), reduced.grad_norm))
@@ -138,11 +139,6 @@ def accumulate(engine: Engine, batches: Sequence[Batch]) -> list[dict[str, Tenso
         engine.backward(loss, last=number == len(batches))
         found.append(terms)
     return found
-
-
-def crosses(every: int, before: int, now: int) -> bool:
-    """Return True if a multiple of `every` samples is above `before` and not above `now`; False if `every` is 0."""
-    return every > 0 and now // every > before // every
 
 
 def _end_not_finite(state: TrainState, losses: list[Tensor], keys: list[list[str]]) -> NoReturn:

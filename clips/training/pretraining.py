@@ -31,7 +31,7 @@ from clips.engine import checkpoint, watchdog
 from clips.engine.checkpoint import TrainState, Writer
 from clips.engine.engine import Batch, Engine, Reduced, read_ds_config
 from clips.engine.log import RunLog
-from clips.engine.loop import Training, crosses, keys_of_all_ranks, train
+from clips.engine.loop import Training, keys_of_all_ranks, train
 from clips.evaluation.evaluate import evaluate
 from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
@@ -182,7 +182,7 @@ class Pretraining(Training):
     ) -> None:  # fmt: skip
         self.run, self.engine, self.source, self.tokenizer, self.state = run, engine, source, tokenizer, state
         self.run_dir = run_dir
-        self.samples, self.log_every, self.save_every = run.samples, run.train.log_every, run.train.checkpoint_every
+        self.samples, self.log_every = run.samples, run.train.log_every
 
     @property
     def phase(self) -> PhaseConfig:
@@ -249,10 +249,17 @@ class Pretraining(Training):
             "A run on data without them needs another --name"
         )
 
+    def saves(self) -> bool:
+        return self._crosses(self.run.train.checkpoint_every)
+
     def validates(self) -> bool:
-        state = self.state
-        crossed = crosses(self.run.train.eval_every, state.samples - self.phase.batch_size, state.samples)
-        return (crossed or state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
+        crossed = self._crosses(self.run.train.eval_every)
+        return (crossed or self.state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
+
+    def _crosses(self, every: int) -> bool:
+        """Return True if the last step crossed a multiple of `every` samples; False if `every` is 0."""
+        now = self.state.samples
+        return every > 0 and now // every > (now - self.phase.batch_size) // every
 
     def owes_validation(self) -> bool:
         """Return True if the run has ended between a checkpoint and the validation of that step. Collective."""

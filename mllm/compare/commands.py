@@ -1,7 +1,6 @@
 """The commands of each encoder and each cell of a comparison, their settings, and the plan compare.json."""
 
 import json
-import math
 import shutil
 import sys
 from functools import partial
@@ -38,6 +37,7 @@ from mllm.evaluation.scores import scorer_version
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import START_IMAGES, data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
+from mllm.training.task import samples_after, steps_of
 
 MODEL = "llava_hf"
 """lmms-eval's name for a stock LLaVA model of transformers."""
@@ -69,9 +69,8 @@ def train_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> Tr
 def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
     """Return how many samples one stage of a cell trains on."""
     arguments = train_arguments(comparison, cell, stage)
-    if arguments.max_steps > 0:
-        return arguments.max_steps * arguments.batch_size
-    return math.ceil(arguments.num_train_epochs * dataset_size(arguments))
+    samples = dataset_size(arguments)
+    return samples_after(steps_of(arguments, samples), samples, arguments.batch_size)
 
 
 def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:

@@ -44,7 +44,7 @@ from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.stages import PARTS
-from mllm.training.task import Stage, TrainingModel, make_optimizer, steps_of
+from mllm.training.task import Stage, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
 
 FEW = 20
@@ -233,11 +233,12 @@ def print_plan(prepared: Prepared, ranks: int) -> None:
     head = ("part", "trains", "parameters", "trained", "learning rate")
     say(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
     steps = steps_of(arguments, samples)
+    seen = samples_after(steps, samples, arguments.batch_size)
     batch = f"{ranks} × {arguments.gradient_accumulation_steps} × {arguments.per_device_train_batch_size}"
     facts = dict(prepared.facts)
     facts["steps"] = (
         f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
-        f"{steps * arguments.batch_size:,} samples, {steps * arguments.batch_size / samples:.1f} epochs"
+        f"{seen:,} samples, {seen / samples:.1f} epochs"
     )
     if steps < FEW:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"

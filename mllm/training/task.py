@@ -170,8 +170,9 @@ class Stage(Training):
         self.arguments, self.engine, self.dataset, self.collator = arguments, engine, dataset, collator
         self.state = state
         self.steps = steps_of(arguments, len(dataset))
-        self.samples = self.steps * arguments.batch_size
-        self.log_every, self.save_every = arguments.logging_steps, arguments.save_steps * arguments.batch_size
+        self.samples = samples_after(self.steps, len(dataset), arguments.batch_size)
+        state.samples = samples_after(state.step, len(dataset), arguments.batch_size)  # an old one counted full steps
+        self.log_every = arguments.logging_steps
         self.factor = schedule(arguments, self.steps)
 
     def batches(self) -> Iterator[Batch]:
@@ -188,7 +189,11 @@ class Stage(Training):
         return load_batches(read, left, self.arguments.dataloader_num_workers, "--dataloader_num_workers")
 
     def batch_size(self) -> int:
-        return self.arguments.batch_size
+        done = samples_after(self.state.step + 1, len(self.dataset), self.arguments.batch_size)
+        return done - self.state.samples
+
+    def saves(self) -> bool:
+        return self.state.step % self.arguments.save_steps == 0
 
     def begin_step(self) -> None:
         """Seed the dropout of the adapters, so that a resumed stage draws what it would have drawn."""
@@ -204,6 +209,12 @@ def steps_of(arguments: TrainArguments, samples: int) -> int:
     if arguments.max_steps > 0:
         return arguments.max_steps
     return math.ceil(arguments.num_train_epochs * math.ceil(samples / arguments.batch_size))
+
+
+def samples_after(steps: int, samples: int, batch_size: int) -> int:
+    """Return how many samples `steps` optimizer steps train on, of a data set of `samples`."""
+    epochs, rest = divmod(steps, math.ceil(samples / batch_size))
+    return epochs * samples + rest * batch_size
 
 
 def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:

@@ -10,7 +10,7 @@ import tiny_llava
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, build, launch, losses, run
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, build, command, launch, losses, run
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -99,6 +99,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(place
     with pytest.raises(NotFiniteError, match=r"(?s)step 1;.*rank 0: sample \d+ \(id \d+\.png\), sample"):
         run(place, monkeypatch, *ALIGN, "--output_dir", "runs/nan")
     assert not list((place / "runs/nan/align").glob("checkpoints/*"))
+
+
+def test_the_short_last_step_of_an_epoch_counts_the_samples_that_it_has(place, monkeypatch):
+    """20 samples in steps of 8, two epochs: in the plan, the log and done.json, also after a resume."""
+    flags = [*ALIGN, "--batch_size", "8", "--output_dir", "runs/short", "--save_steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "begin_step", Stage.begin_step)  # undone at the end of the block
+        stop_in_step(4)
+        output = command(place, monkeypatch, "train_llava", *flags, code=143)
+    assert "= 40 samples, 2.0 epochs" in output
+    assert (place / "runs/short/align/checkpoints/step-00000002").is_dir()
+    run(place, monkeypatch, *flags)
+    lines = [json.loads(line) for line in (place / "runs/short/metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [8, 16, 20, 28, 36, 40]
+    assert json.loads((place / "runs/short/align/done.json").read_text())["samples"] == 40
 
 
 def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
