@@ -37,7 +37,9 @@ from clips.common.errors import BrokenDataError, CommandError, UserError, first_
 from clips.common.escape import clip, one_line
 from clips.common.files import check_target, from_json, placing, read_json, write_json
 from clips.common.hub import model_digest, resolve
+from clips.common.live import say_next
 from clips.common.opening import NO_CODE, load_weights, loading
+from clips.common.paths import unused
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
 from mllm.evaluation.batches import new_texts
@@ -360,7 +362,8 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
 
     counts = dict(sum(left_out.values(), Counter())) | {"no pair": sum(source.left_out)}
     print(f"{len(source):,} pairs are captioned in {output}; left out: {counts}")
-    print(f"Next: python scripts/pretrain_clips.py --name recaptioned --data {shlex.quote(str(output))}")
+    name = unused(Path("runs/recaptioned")).name
+    say_next(f"python scripts/pretrain_clips.py --name {name} --data {shlex.quote(str(output))}")
 
 
 def stop(number: int, frame: Any) -> None:

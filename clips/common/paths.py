@@ -1,5 +1,6 @@
 """Paths of scripts and cached results, an id of this machine, and checks that an outside path stays below a root."""
 
+import itertools
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,12 @@ def this_machine() -> str | None:
         return None
     # Each container of a machine numbers its processes anew.
     return f"{boot.read_text(encoding='utf-8').strip()} {os.readlink(numbers)}"
+
+
+def unused(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, … that does not exist."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], others) if not candidate.exists())
 
 
 def is_remote(url: str) -> bool:

@@ -4,10 +4,11 @@ import argparse
 import random
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 from clips.common.errors import BrokenDataError
 from clips.common.live import say_next
-from clips.common.paths import without_secrets
+from clips.common.paths import unused, without_secrets
 from clips.common.preflight import Checked, Found, check, drawn
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
@@ -31,7 +32,8 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     words += ["--mix", *flags.mix] if flags.mix else [flag, data]
     words += ["--fields", *flags.fields] if flags.fields else []
     words += ["--image-root", flags.image_root] if flags.image_root else []
-    say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")
+    name = unused(Path("runs/mine")).name
+    say_next(f"python scripts/pretrain_clips.py --name {name} {shlex.join(words)}")
 
 
 def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Found:

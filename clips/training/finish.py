@@ -3,8 +3,11 @@
 import shlex
 from pathlib import Path
 
+import torch
+
 from clips.common.errors import never_in_the_way
 from clips.common.live import say, say_next
+from clips.common.paths import unused
 from clips.common.report import write_report
 from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
 from clips.common.tensors import assign_weights
@@ -60,11 +63,16 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
 
 
 def print_next(run: RunConfig, run_dir: Path) -> None:
+    """Print what the run has written, and the command that trains a LLaVA-style model on it and on its captions."""
     report = f"{REPORT}, " if has_report(run_dir) else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
     say(f"{run_dir} holds the finished run: {report}evaluation.json, metrics.jsonl, export/ ({formats})")
-    model = shlex.quote(str(run_dir))
-    if run.data.train == "demo":
-        say_next(f"bash scripts/train_llava.sh --vision clips:{model}")
-    else:
-        say_next(f"python scripts/search.py 'words that describe a picture' --pictures FOLDER --model {model}")
+    words = ["--vision", f"clips:{run_dir}"]
+    if run.data.train != "demo":
+        first = run.data.mix[0] if run.data.mix else run.data
+        words += ["--output_dir", str(unused(run_dir.with_name(f"llava-{run_dir.name}")))]
+        words += ["--data_path", run.data.mix[0].data if run.data.mix else run.data.train]
+        words += ["--image_folder", first.image_root] if first.image_root else []
+        words += ["--test_data", run.data.test] if run.data.test else []
+        words += [] if torch.cuda.is_available() else ["--small"]
+    say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +26,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clips import ENDINGS, MAX_CAPTION, NAMES, BrokenSample, Table, decode_image, expand, read_members
 from clips.common.errors import UserError
 from clips.common.escape import printable
-from clips.common.files import ensure_built, from_json
-from clips.common.paths import can_encode
+from clips.common.files import STAMP, ensure_built, from_json, read_json
+from clips.common.live import say_next
+from clips.common.paths import can_encode, unused
 from mllm.data.captions import QUESTION
-from mllm.data.demo import ALIGN, INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
+from mllm.data.demo import ALIGN, IMAGES, INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
 from mllm.data.images import ImageStore
 
 SUMMARY = "summary.txt"
@@ -81,9 +85,17 @@ def build_from_flags(flags: argparse.Namespace) -> None:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
     # A higher version rebuilds older folders.
-    settings = json.loads(json.dumps(vars(flags) | {"version": 2, "states": states}))
+    settings = json.loads(json.dumps(vars(flags) | {"version": 3, "states": states}))
     ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
-    print(printable(Path(flags.output, SUMMARY).read_text(encoding="utf-8"), None))
+    output = Path(flags.output)
+    print(printable((output / SUMMARY).read_text(encoding="utf-8"), None))
+    print(printable(f"written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}"))
+    words = ["--output_dir", str(unused(Path("runs", f"llava-{output.name}")))]
+    words += [] if torch.cuda.is_available() else ["--small"]
+    words += ["--image_folder", read_json(output / STAMP)[IMAGES]["train"]]
+    words += ["--align.data_path", str(output / ALIGN) if (output / ALIGN).is_file() else "CAPTIONS"]
+    words += ["--instruct.data_path", str(output / INSTRUCT)]
+    say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
 
 
 def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) -> dict[str, Any]:
@@ -112,7 +124,12 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
         share = count / answers.total()
         lines.append(f"test, {kind}: {answers.total():,} questions; always answering {answer!r} gets {share:.1%}")
     (work / SUMMARY).write_text("\n".join(lines), encoding="utf-8")
-    return {}
+    return {
+        IMAGES: {
+            split: f"{flags.output}/{split}.tar" if flags.pack else str(of_split[0].store.location)
+            for split, of_split in rows.items()
+        }
+    }
 
 
 def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: list[str]) -> dict[str, list[Row]]:

@@ -6,14 +6,19 @@ import json
 import shlex
 from pathlib import Path
 
+import torch
+
 from clips import BrokenSample, Fields, parse_fields
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.live import say_next
+from clips.common.paths import unused
 from clips.common.preflight import Checked, Found, check, drawn
+from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, ImageTokens, RecordReader, bad_sample
+from mllm.data.demo import ALIGN
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
@@ -30,8 +35,17 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     check_data(flags.conversations, encoder, store, flags.limit, flags.jobs)
-    words = [] if isinstance(store, CaptionStore) else ["--stage", "1" if version == "plain" else "2"]
-    words += ["--data_path", flags.conversations]
+    captions = Path(flags.conversations).parent / ALIGN
+    words = ["--output_dir", str(unused(Path("runs/llava-mine")))]
+    words += [] if torch.cuda.is_available() else ["--small"]
+    words += [] if flags.language_model == DEFAULT_LLM else ["--model_name_or_path", flags.language_model]
+    if isinstance(store, CaptionStore):
+        words += ["--data_path", flags.conversations]
+    elif version == "plain":
+        words += ["--stage", "1", "--data_path", flags.conversations]
+    else:  # stage 2 starts from the projector of stage 1
+        words += ["--align.data_path", str(captions) if captions.is_file() else "CAPTIONS"]
+        words += ["--instruct.data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
     words += ["--fields", *flags.fields] if flags.fields else []
     say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")

@@ -10,13 +10,14 @@ from peft import PeftModel
 
 from clips import is_of_demo
 from clips.common.errors import never_in_the_way
-from clips.common.files import read_json, write_json
+from clips.common.files import STAMP, read_json, write_json
 from clips.common.hub import is_hub_id
 from clips.common.live import say, say_next
 from clips.common.page import save_plot
 from clips.common.plots import curves_plot
 from clips.common.report import curves
-from mllm.data.captions import TEST
+from mllm.data.captions import TEST, is_captions
+from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
@@ -108,13 +109,20 @@ def _without(text: str, places: Mapping[str, str]) -> str:
 
 def print_next(stage: int, run_dir: Path) -> None:
     """Print what the stage has written, and the next command."""
+    data = read_json(run_dir / "config.json")[STAGES[stage].name]["trains"]["data_path"]
     if stage == 1:
         say(f"{run_dir}/align/{PROJECTOR} holds the projector.")
-        say_next("the same command with --stage 2")
-    else:
-        say(f"{run_dir}/model is the finished model.")
-        if not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
-            say_next(f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}")
+        other = "" if data is None or is_captions(data) else ", and conversations as --data_path"
+        say_next(f"the same command with --stage 2{other}")
+        return
+    say(f"{run_dir}/model is the finished model.")
+    model = ["--model", f"{run_dir}/model"]
+    images = read_json(Path(data).parent / STAMP).get(IMAGES, {}) if data else {}
+    if "test" in images:  # of build_questions.py
+        words = [*model, "--questions", str(Path(data).parent / QUESTIONS), "--image-folder", images["test"]]
+        say_next(f"python scripts/evaluate_llava.py {shlex.join(words)}")
+    elif not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it
+        say_next(f"python scripts/chat.py {shlex.join(model)}")
 
 
 def write_curves(run_dir: Path) -> None:

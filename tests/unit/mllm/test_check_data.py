@@ -99,8 +99,9 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
     printed = capsys.readouterr()
     assert "4 of 4 samples checked would be trained on" in printed.out
-    named = f"--stage 2 --data_path {data / 'good.json'} --image_folder {data / 'images'}"
-    assert named in printed.err, "without a stage the next step was refused"
+    named = f"--align.data_path CAPTIONS --instruct.data_path {data / 'good.json'} --image_folder {data / 'images'}"
+    assert named in printed.err, "stage 2 alone is refused in a run without a projector"
+    assert f"--output_dir runs/llava-mine --small --model_name_or_path {tmp_path / 'llm'}" in printed.err
     (data / "odd.jsonl").write_text('{"image": "a.png", "alt words": "a dog"}\n')
     fields = ["--fields", "web=alt words"]
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "odd.jsonl"), *fields]))
