@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, write_json
+from clips.common.flags import bounded, check_choice, check_fields
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
@@ -64,23 +64,6 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check(part: str, config: Any) -> None:
-    """Raise UserError for an unknown choice, an integer below 1 and a non-finite float in the sizes of a tower."""
-    hints = typing.get_type_hints(type(config))
-    for name, value in vars(config).items():
-        if typing.get_origin(hints[name]) is Literal:
-            _one_of(f"{part}.{name}", value, hints[name])
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(not is_whole or value > 0, f"{part}.{name} {value} is not positive")
-        _require(not isinstance(value, float) or math.isfinite(value), f"{part}.{name} {value} is not finite")
-
-
-def _one_of(name: str, value: str, choices: Any) -> None:
-    """Raise UserError unless `value` is one of `choices`, a Literal type."""
-    known = typing.get_args(choices)
-    _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
-
-
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
 ImagePool = Literal["mean", "cls"]
@@ -93,12 +76,12 @@ Freeze = Literal["none", "vision", "text"]
 class VisionConfig:
     """The image tower (docs/method.md, "Architecture"). `image_size` is the export resolution in pixels."""
 
-    width: int
-    layers: int
-    heads: int
-    image_size: int = 224
-    patch_size: int = 16
-    mlp_ratio: float = 4.0
+    width: int = bounded(at_least=1)
+    layers: int = bounded(at_least=1)
+    heads: int = bounded(at_least=1)
+    image_size: int = bounded(224, at_least=1)
+    patch_size: int = bounded(16, at_least=1)
+    mlp_ratio: float = bounded(4.0, above=0)
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
     pos_embed: Literal[PositionTable, "learned"] = "sincos"
@@ -111,14 +94,13 @@ class VisionConfig:
     activation: Activation = "gelu"
     pool: ImagePool = "mean"
     """The input of the final LayerNorm and the projection: the mean of the patch tokens, or the CLS token."""
-    norm_eps: float = 1e-6
-    patch_dropout: float = 0.0
+    norm_eps: float = bounded(1e-6, at_least=0)
+    patch_dropout: float = bounded(0.0, at_least=0, below=1)
     """Share of an image's patches that the tower does not see in training (FLIP)."""
 
     def __post_init__(self) -> None:
-        _check("vision", self)
+        check_fields(self, "vision.")
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
-        _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         has_fixed_table = self.pos_embed != "learned"
         _require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
         _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false removes")
@@ -158,12 +140,12 @@ def check_image_size(image_size: int, patch_size: int, name: str = "image size")
 class TextConfig:
     """The text tower. `context_length` counts every slot, with the CLS in the last one."""
 
-    width: int
-    layers: int
-    heads: int
-    context_length: int = 80
-    vocab_size: int = 32_000
-    mlp_ratio: float = 4.0
+    width: int = bounded(at_least=1)
+    layers: int = bounded(at_least=1)
+    heads: int = bounded(at_least=1)
+    context_length: int = bounded(80, at_least=5)
+    vocab_size: int = bounded(32_000, at_least=1)
+    mlp_ratio: float = bounded(4.0, above=0)
     pad_mask: bool = False
     """False, as in the reference: padding is attended, and every text is padded to `context_length`.
     True: padding is masked, so a batch is padded only to its longest text (see clips/model/text.py)."""
@@ -172,12 +154,11 @@ class TextConfig:
     """Each slot attends to itself and the slots before it, as in CLIP."""
     pool: Literal["cls", "eos"] = "cls"
     """The slot that represents the text: a CLS in the last slot, or eos (rows are `bos … eos pad …`)."""
-    norm_eps: float = 1e-6
+    norm_eps: float = bounded(1e-6, at_least=0)
 
     def __post_init__(self) -> None:
-        _check("text", self)
+        check_fields(self, "text.")
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
-        _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
 
     @property
     def words(self) -> int:
@@ -194,24 +175,22 @@ class TextConfig:
 class CaptionerConfig:
     """The autoregressive decoder over [image tokens; web-text states; caption positions]."""
 
-    width: int
-    layers: int
-    heads: int
-    length: int = 128
+    width: int = bounded(at_least=1)
+    layers: int = bounded(at_least=1)
+    heads: int = bounded(at_least=1)
+    length: int = bounded(128, at_least=1)
     """Caption positions; `bos … eos` of the long caption is cut to this length."""
     inputs: Literal["queries", "tokens"] = "queries"
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = bounded(4.0, above=0)
     head_bias: bool = True
     """A bias in the head over the vocabulary; the reference has none."""
-    image_token_keep: float = 1.0
+    image_token_keep: float = bounded(1.0, above=0, at_most=1)
     """Share of the image tower's patch tokens that the captioner sees in training, drawn for each sample. The authors
     report 0.25 to 0.35 as cheaper and better."""
 
     def __post_init__(self) -> None:
-        _check("captioner", self)
+        check_fields(self, "captioner.")
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
-        keep = self.image_token_keep
-        _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
 
     def kept_tokens(self, tokens: int) -> int:
         """Return how many of an image's `tokens` the captioner sees in training."""
@@ -224,11 +203,11 @@ class ModelConfig:
     text: TextConfig
     """The text tower, and the vocabulary of the captioner."""
     captioner: CaptionerConfig | None
-    embed_dim: int
+    embed_dim: int = bounded(at_least=1)
     """Width of the space that images and texts share."""
 
     def __post_init__(self) -> None:
-        _require(self.embed_dim > 0, f"model.embed_dim {self.embed_dim} is not positive")
+        check_fields(self, "model.")
 
 
 TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
@@ -241,16 +220,15 @@ class CaptionsConfig:
 
     tokenizer: TokenizerKind = "bert"
     strategy: Literal["sentence", "truncation", "random_mask", "block_mask", "full"] = "sentence"
-    sub_caption_tokens: int = 32
+    sub_caption_tokens: int = bounded(32, at_least=1)
     """Tokens that truncation, random_mask and block_mask keep."""
-    sentence_share: float = 0.0
+    sentence_share: float = bounded(0.0, at_least=0, at_most=1)
     """Share of the long caption's sentences, consecutive and at least one, that the strategy `sentence` keeps."""
-    token_dropout: float = 0.0
+    token_dropout: float = bounded(0.0, at_least=0, below=1)
     """Share of a text's tokens that the text tower does not read in training, drawn anew at each step."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.token_dropout < 1, f"captions.token_dropout {self.token_dropout} is not in [0, 1)")
-        _require(0 <= self.sentence_share <= 1, f"captions.sentence_share {self.sentence_share} is not in [0, 1]")
+        check_fields(self, "captions.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,18 +236,16 @@ class TaskConfig:
     """The objective: L = L_con + caption_weight · L_cap."""
 
     objective: Literal["clips", "clip"] = "clips"
-    caption_weight: float = 2.0
-    synthetic_share: float = 0.2
+    caption_weight: float = bounded(2.0, at_least=0)
+    synthetic_share: float = bounded(0.2, at_least=0, at_most=1)
     """With objective clip: share of the samples that train on their synthetic caption, if they have one."""
-    caption_share: float = 1.0
+    caption_share: float = bounded(1.0, above=0, at_most=1)
     """Share of the samples whose long caption is predicted; each step draws them anew."""
-    caption_chunk: int = 4096
+    caption_chunk: int = bounded(4096, at_least=1)
     """Caption positions whose logits are held at once."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
-        _require(0 < self.caption_share <= 1, f"task.caption_share {self.caption_share} is not in (0, 1]")
-        _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
+        check_fields(self, "task.")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -305,13 +281,16 @@ class MixPart:
     """One of several sets that training mixes."""
 
     name: str
-    share: float
+    share: float = bounded(above=0)
     """Share of the samples, relative to the shares of the other sets."""
     data: str
     """Data of the set, written as `DataConfig.train`."""
     fields: Fields | None = None
     """Its fields, if they differ from `DataConfig.fields`."""
     image_root: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"data.mix, {self.name}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +314,7 @@ class DataConfig:
     mix: tuple[MixPart, ...] = ()
     """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
-    held_out: float = 0.0
+    held_out: float = bounded(0.0, at_least=0, below=1)
     """Without `val`: share of the images of `train`, at most 1,000, that are held out for validation. The demo, a mix,
     and a set of fewer than 100 images hold none out."""
     test: str | None = None
@@ -345,16 +324,15 @@ class DataConfig:
     image_root: str | None = None
     """Tables: the folder that image paths are relative to, by default the table's folder."""
     demo_dir: str = "data/demo"
-    workers: int = 2
-    cache_gb: float = 50
+    workers: int = bounded(2, at_least=0)
+    cache_gb: float = bounded(50, at_least=0)
     """Remote data: GB of this machine's disk for copies of shards and images; 0 makes no copies."""
-    max_broken_share: float = 0.01
+    max_broken_share: float = bounded(0.01, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.held_out < 1, f"data.held_out {self.held_out} is not in [0, 1)")
+        check_fields(self, "data.")
         mixed = self.train == "mix"
         _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
-        _require(self.cache_gb >= 0, f"data.cache_gb {self.cache_gb} is negative; 0 makes no copies of remote data")
         tests = [part.name for part in self.further_tests]
         _require(len(set(tests)) == len(tests), f"data.further_tests names a set twice: {', '.join(tests)}")
 
@@ -363,43 +341,39 @@ class DataConfig:
 class AugmentConfig:
     """Augmentation in training. By default every part is off, and the image is only squashed to a square."""
 
-    min_crop_area: float = 1.0
+    min_crop_area: float = bounded(1.0, above=0, at_most=1)
     """Smallest share of the image's area that a random crop keeps (its aspect is 3/4 … 4/3); 1: no crop."""
-    jitter: float = 0.0
+    jitter: float = bounded(0.0, at_least=0)
     """Brightness, contrast and saturation are multiplied by factors from 1 ± jitter."""
-    hue: float = 0.0
+    hue: float = bounded(0.0, at_least=0, at_most=0.5)
     """Largest turn of the hue, as a share of the colour circle."""
-    jitter_probability: float = 1.0
+    jitter_probability: float = bounded(1.0, at_least=0, at_most=1)
     """Share of the samples whose colours are changed by `jitter` and `hue`."""
-    grayscale: float = 0.0
+    grayscale: float = bounded(0.0, at_least=0, at_most=1)
     """Share of the samples that lose their colours."""
-    mirror: float = 0.0
+    mirror: float = bounded(0.0, at_least=0, at_most=1)
     """Share of the samples whose image is mirrored left to right; captions keep their words."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
-        _require(self.jitter >= 0, f"augment.jitter {self.jitter} is negative")
-        for name in ("jitter_probability", "grayscale", "mirror"):
-            _require(0 <= getattr(self, name) <= 1, f"augment.{name} {getattr(self, name)} is not in [0, 1]")
-        _require(0 <= self.hue <= 0.5, f"augment.hue {self.hue} is not in [0, 0.5]")
+        check_fields(self, "augment.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     kind: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.2
+    betas: tuple[float, float] = bounded((0.9, 0.95), at_least=0, below=1)
+    eps: float = bounded(1e-8, at_least=0)
+    weight_decay: float = bounded(0.2, at_least=0)
     decay_embeddings: bool = True
     """If True, token embeddings decay as matrices do. Positions, queries and CLS never decay. The reference decays
     kernels only."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "sqrt"
     """How the flag `--batch-size` scales the recipe's learning rates: with the batch, with its square root, or not.
     `phases.*.lr` is the rate that training uses."""
-    clip_grad: float = 0.0
+    clip_grad: float = bounded(0.0, at_least=0)
     """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/optim.py."""
-    muon_momentum: float = 0.95
-    layer_decay: float = 1.0
+    muon_momentum: float = bounded(0.95, at_least=0, below=1)
+    layer_decay: float = bounded(1.0, above=0, at_most=1)
     """Learning rate of a tower's layer as a share of that of the layer above it; below 1, lower layers stay close to
     their initial weights. Projections, temperature and captioner have the full rate, embeddings the lowest."""
 
@@ -408,7 +382,7 @@ class OptimConfig:
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
-        _require(0 < self.layer_decay <= 1, f"optim.layer_decay {self.layer_decay} is not in (0, 1]")
+        check_fields(self, "optim.")
         # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
         _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
 
@@ -419,15 +393,15 @@ class PhaseConfig:
 
     name: str
     samples: int
-    batch_size: int
+    batch_size: int = bounded(at_least=1)
     """Samples of one optimizer step, over all ranks and accumulation steps."""
-    lr: float
+    lr: float = bounded(at_least=0)
     """Peak AdamW learning rate at this batch size."""
-    muon_lr: float = 0.0
+    muon_lr: float = bounded(0.0, at_least=0)
     """Peak learning rate of the blocks' matrices when optim.kind = "muon"."""
     image_size: int
     """Side in pixels of the square that every image is squashed to."""
-    warmup_samples: int = 0
+    warmup_samples: int = bounded(0, at_least=0)
     schedule: Schedule = "cosine"
     """After the warm-up the rate falls to 0 along a half cosine wave (cosine), linearly (linear), or linearly over the
     phase's last third (trapezoid). With constant it stays at the peak, for a phase that another one follows."""
@@ -436,7 +410,7 @@ class PhaseConfig:
     """Begin with an empty optimizer, as the reference does, instead of the previous phase's state."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
+        check_fields(self, f"phase {self.name}: ")
         is_enough = self.samples >= self.batch_size
         _require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
 
@@ -452,12 +426,12 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    seed: int = 0
+    seed: int = bounded(0, at_least=0)
     debug: bool = False
     """True for the smoke test of a recipe (--debug), which no later command takes as the newest encoder."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights. auto: the precision that the run began with, or bf16 if the device has it."""
-    accumulation: int = 1
+    accumulation: int = bounded(1, at_least=1)
     """Micro-batches of one optimizer step."""
     contrastive: Literal["micro", "global"] = "micro"
     """Batch of the contrastive loss if accumulation > 1. micro: each micro-batch of all ranks. global: the whole batch,
@@ -472,13 +446,13 @@ class TrainConfig:
     on_spike: Literal["continue", "skip"] = "continue"
     """What to do after a step whose loss or gradient norm is far above the recent ones (clips/engine/watchdog.py):
     continue only records it, and skip also skips its update."""
-    log_every: int = 10
+    log_every: int = bounded(10, at_least=1)
     """Optimizer steps between two lines of metrics.jsonl."""
-    eval_every: int = 0
+    eval_every: int = bounded(0, at_least=0)
     """Samples between two evaluations on the validation split; 0: only at the end."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = bounded(0, at_least=0)
     """Samples between two checkpoints; 0: only at the end and when stopped."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = bounded(2, at_least=1)
     """Number of the newest checkpoints that are kept."""
     choose: Literal["last", "best"] = "last"
     """The checkpoint that is measured and exported: the last one, or the best one on the validation split by the sum of
@@ -490,15 +464,17 @@ class TrainConfig:
         return self.contrastive == "global" and self.accumulation > 1
 
     def __post_init__(self) -> None:
-        for name in ("accumulation", "log_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        check_fields(self, "train.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    batch_size: int = 128
-    max_images: int = 5000
+    batch_size: int = bounded(128, at_least=1)
+    max_images: int = bounded(5000, at_least=1)
     """Images of the retrieval evaluation during training; at the end the whole set is used."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -598,7 +574,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
         pairs = zip(kinds, value, strict=True)
         return tuple(from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(pairs))
     if origin is Literal:
-        _one_of(where, value, cls)
+        check_choice(where, value, cls)
         return value
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")

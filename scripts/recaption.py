@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from clips.common.errors import start
-from clips.common.flags import Parser, at_least
+from clips.common.flags import Parser, at_least, share
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--part-size", type=at_least(1), default=5000, help="pairs per part; a stop loses at most one part")
     p.add_argument("--max-new-tokens", type=at_least(1), default=256, help="longest caption, in tokens")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="pairs at once for the model or for each server")
-    p.add_argument("--max-left-out-share", type=float, default=0.3, help="stop if more pairs than this are skipped")
+    p.add_argument("--max-left-out-share", type=share, default=0.3, help="stop if more pairs than this are skipped")
     return p
 
 

@@ -6,15 +6,21 @@ A command builds a `Parser` and adds flags with `add_argument`, or adds all fiel
 import argparse
 import dataclasses
 import difflib
+import math
+import operator
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from clips.common.errors import UserError
 
 T = TypeVar("T")
 SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
 """Arguments of the flag `--set`, which sets fields of clips/config.py in every command that has it."""
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+"""The bounds that a field may declare for its numbers → how a number is compared with them."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,11 +28,12 @@ class Parser(argparse.ArgumentParser):
 
     A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
     Words of a flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the
-    command with exit code 2 and the flag of the nearest name.
+    command with exit code 2 and the flag of the nearest name. A float must be finite.
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
+        self.register("type", float, _finite)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
@@ -68,14 +75,51 @@ class _Formatter(argparse.HelpFormatter):
         return f"{text} (default: {words.replace('%', '%%')})"
 
 
-def option(default: Any, text: str, *aliases: str, underscores: bool = False, **argument: Any) -> Any:
+def option(
+    default: Any, text: str, *aliases: str, underscores: bool = False, bounds: Mapping[str, float] | None = None,
+    **argument: Any,
+) -> Any:  # fmt: skip
     """Return a dataclass field that `add_options` turns into a flag.
 
     `text` is the flag's help, and `aliases` are further names. `underscores` keeps the field's name as the flag's name
-    and lets a bool take a value, as LLaVA's scripts do. `argument` goes to `add_argument`, for example `metavar`.
+    and lets a bool take a value, as LLaVA's scripts do. `bounds` are as in `bounded`. `argument` goes to
+    `add_argument`, for example `metavar`.
     """
     metadata = {"help": text, "aliases": aliases, "underscores": underscores, "argument": argument}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"bounds": bounds or {}})
+
+
+def bounded(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """Return a dataclass field whose numbers `check_fields` keeps within `bounds`, which are named as in BOUNDS."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def check_fields(config: Any, prefix: str) -> None:
+    """Raise UserError for a field of a dataclass that is not one of its choices, not finite, or out of its bounds.
+
+    `prefix` and the field's name begin the message. None is not checked.
+    """
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), f"{prefix}{f.name}"
+        if value is None:
+            continue
+        if get_origin(hints[f.name]) is Literal:
+            check_choice(name, value, hints[f.name])
+        bounds = f.metadata.get("bounds", {})
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name} {number} must be a finite number")
+            if not all(BOUNDS[kind](number, bound) for kind, bound in bounds.items()):
+                words = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
+                raise UserError(f"{name} {number} must be {words}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise UserError unless `value` is one of `choices`, a Literal type."""
+    known = get_args(choices)
+    if value not in known:
+        raise UserError(f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
 
 def add_options(parser: argparse._ActionsContainer, kind: type, prefix: str = "") -> None:
@@ -127,6 +171,19 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return float(text)
+
+
+def share(text: str) -> float:
+    """Return the share that `text` gives, else raise ArgumentTypeError."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a share from 0 to 1")
+    return float(text)
 
 
 def at_least(least: int) -> Callable[[str], int]:

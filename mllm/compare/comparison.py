@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256
-from clips.common.flags import Parser, add_options, at_least, from_flags, option
+from clips.common.flags import Parser, add_options, at_least, check_fields, from_flags, option
 from clips.common.rundir import METRICS, UNSEEN, read_metrics
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
 from mllm.encoders.registry import parse_vision_name
@@ -180,11 +180,14 @@ class Comparison:
         None,
         "LLaVA runs of each kind of encoder, on its pretrained encoders in turn (default: one more than --seeds; "
         f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
+        type=at_least(1),
     )
     output: Path = option(Path("runs/compare"), "directory for encoders, cells and the report")
     jobs: int = option(1, "cells to run in parallel (default: two on a CPU, one on a GPU)", type=at_least(1))
     quick: bool = option(False, "compare clips with random: one encoder on half of the samples, four LLaVA runs")
-    budget: float | None = option(None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)")
+    budget: float | None = option(
+        None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)", bounds={"above": 0}
+    )
     train_flags: tuple[str, ...] = _option(_words, (), "more flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
         (), "train again with these flags: 'tiles=--image_aspect_ratio anyres'", type=_variant, metavar="NAME=FLAGS"
@@ -200,6 +203,9 @@ class Comparison:
     decides: str | None = option(
         None, "accuracy, log_likelihood or share, also as NAME/KIND, or cider_d (default: accuracy)", metavar="METRIC"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
     @property
     def is_demo(self) -> bool:

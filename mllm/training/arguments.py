@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from clips.common.errors import UserError
-from clips.common.flags import Parser, add_options, from_flags, option
+from clips.common.flags import Parser, add_options, check_fields, from_flags, option
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import loggers
 from mllm import DEFAULT_LLM
@@ -21,15 +21,18 @@ HELP = (
 )
 
 
-def flag(default: Any, text: str, *aliases: str) -> Any:
-    """Declare a flag that keeps its underscores; a * at the end of `text` means "the default depends on the stage"."""
+def flag(default: Any, text: str, *aliases: str, **bounds: float) -> Any:
+    """Declare a flag that keeps its underscores; a * at the end of `text` means "the default depends on the stage".
+
+    `bounds` are as in `clips.common.flags.bounded`.
+    """
     shown = text.removesuffix("*") + (" (default: the stage's)" if text.endswith("*") else "")
-    return option(default, shown, *aliases, underscores=True)
+    return option(default, shown, *aliases, underscores=True, bounds=bounds)
 
 
-def usual(name: str, text: str) -> Any:
+def usual(name: str, text: str, **bounds: float) -> Any:
     """Declare a flag with one default for both stages, which `resolve` fills in."""
-    return flag(None, f"{text} (default: {DEFAULTS['both'][name]})")
+    return flag(None, f"{text} (default: {DEFAULTS['both'][name]})", **bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,9 @@ class TrainArguments:
     fields: tuple[str, ...] | None = flag(None, "captions: as in pretraining (default: the encoder's, or guessed)")
     karpathy: str | None = flag(None, "captions of COCO or Flickr with the splits of A. Karpathy's JSON file")
     test_data: str | None = flag(None, "captions to measure a model of captions on (default: a share held out)")
-    held_out: float = flag(0.05, "captions: share of the images to hold out of training, at most 1,000")
+    held_out: float = flag(
+        0.05, "captions: share of the images to hold out of training, at most 1,000", at_least=0, below=1
+    )
     small: bool = flag(False, "the demo's rates, batches, steps and layers for other data: minutes on a CPU")
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or skip them and list them in skipped.jsonl"
@@ -83,35 +88,43 @@ class TrainArguments:
         None, "order of an image's tokens (default: spatial_unpad for anyres, else flat)"
     )
     frames_upbound: int = flag(
-        0, "frames per video, evenly spaced; needs anyres, the model is then LLaVA-OneVision's (default: no videos)"
+        0,
+        "frames per video, evenly spaced; needs anyres, the model is then LLaVA-OneVision's (default: no videos)",
+        at_least=0,
     )
     group_by_modality_length: bool = flag(None, "batches of one modality and similar lengths (default: in stage 2)")
-    model_max_length: int = usual("model_max_length", "longest sample in tokens")
+    model_max_length: int = usual("model_max_length", "longest sample in tokens", at_least=1)
 
     unfreeze_mm_vision_tower: bool = flag(False, "train the encoder too")
     tune_mm_mlp_adapter: bool = flag(False, "train the projector only")
     freeze_mm_mlp_adapter: bool = flag(False, "keep the projector as it is")
     freeze_backbone: bool = flag(False, "keep the language model as it is")
     lora_enable: bool = flag(None, "LoRA on the language model's linear layers in stage 2*")
-    lora_r: int = usual("lora_r", "rank of the adapters")
-    lora_alpha: int = usual("lora_alpha", "scale × rank")
-    lora_dropout: float = usual("lora_dropout", "dropout before the adapters")
+    lora_r: int = usual("lora_r", "rank of the adapters", at_least=1)
+    lora_alpha: int = usual("lora_alpha", "scale × rank", at_least=1)
+    lora_dropout: float = usual("lora_dropout", "dropout before the adapters", at_least=0, below=1)
     bits: Literal[4, 8, 16] = flag(16, "4 or 8: quantised language model (bitsandbytes) with LoRA")
 
-    learning_rate: float = flag(None, "peak learning rate*")
-    mm_projector_lr: float | None = flag(None, "peak learning rate of the projector (default: --learning_rate)")
-    mm_vision_tower_lr: float | None = flag(None, "peak learning rate of the encoder (default: --learning_rate)")
-    weight_decay: float = flag(0.0, "AdamW's weight decay")
-    warmup_ratio: float = usual("warmup_ratio", "share of the steps that warm up")
-    warmup_steps: int | None = flag(None, "steps that warm up, instead of a share (default: from --warmup_ratio)")
+    learning_rate: float = flag(None, "peak learning rate*", at_least=0)
+    mm_projector_lr: float | None = flag(
+        None, "peak learning rate of the projector (default: --learning_rate)", at_least=0
+    )
+    mm_vision_tower_lr: float | None = flag(
+        None, "peak learning rate of the encoder (default: --learning_rate)", at_least=0
+    )
+    weight_decay: float = flag(0.0, "AdamW's weight decay", at_least=0)
+    warmup_ratio: float = usual("warmup_ratio", "share of the steps that warm up", at_least=0, at_most=1)
+    warmup_steps: int | None = flag(
+        None, "steps that warm up, instead of a share (default: from --warmup_ratio)", at_least=0
+    )
     lr_scheduler_type: str = usual("lr_scheduler_type", "schedule of transformers: linear, cosine, constant, …")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    num_train_epochs: float = usual("num_train_epochs", "passes over the data")
-    max_steps: int = flag(None, "optimizer steps, instead of epochs (default: -1, epochs count)")
-    batch_size: int = flag(None, "samples of one optimizer step over all ranks*")
-    per_device_train_batch_size: int = flag(None, "samples of one forward pass (default: 16)")
-    gradient_accumulation_steps: int = flag(None, "forward passes of one step (default: from --batch_size)")
-    seed: int = flag(0, "seed of the projector, the adapters and the order")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", at_least=0)
+    num_train_epochs: float = usual("num_train_epochs", "passes over the data", above=0)
+    max_steps: int = flag(None, "optimizer steps, instead of epochs (default: -1, epochs count)", at_least=-1)
+    batch_size: int = flag(None, "samples of one optimizer step over all ranks*", at_least=1)
+    per_device_train_batch_size: int = flag(None, "samples of one forward pass (default: 16)", at_least=1)
+    gradient_accumulation_steps: int = flag(None, "forward passes of one step (default: from --batch_size)", at_least=1)
+    seed: int = flag(0, "seed of the projector, the adapters and the order", at_least=0)
 
     bf16: bool = flag(None, "bf16 arithmetic (default: if the device has it)")
     gradient_checkpointing: bool = flag(None, "recompute activations in the backward pass (default: on GPUs)")
@@ -119,14 +132,19 @@ class TrainArguments:
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
     feature_cache: bool = flag(True, "compute the features of a frozen encoder once")
     cache_dir: str | None = flag(None, "folder of the cached features (default: ~/.cache/clips-mllm/features)")
-    dataloader_num_workers: int = flag(None, "data processes (default: 4 if images are decoded for a GPU, else 0)")
-    logging_steps: int = flag(10, "steps between two lines of metrics.jsonl")
-    save_steps: int = flag(200, "steps between two checkpoints")
-    save_total_limit: int = flag(2, "checkpoints that are kept")
+    dataloader_num_workers: int = flag(
+        None, "data processes (default: 4 if images are decoded for a GPU, else 0)", at_least=0
+    )
+    logging_steps: int = flag(10, "steps between two lines of metrics.jsonl", at_least=1)
+    save_steps: int = flag(200, "steps between two checkpoints", at_least=0)
+    save_total_limit: int = flag(2, "checkpoints that are kept", at_least=0)
     report_to: str = flag("none", REPORT_TO)
     run_name: str | None = flag(None, "the run's name in these loggers (default: RUN/STAGE)")
-    profile: int = flag(0, "optimizer steps that torch's profiler records into STAGE/profile")
+    profile: int = flag(0, "optimizer steps that torch's profiler records into STAGE/profile", at_least=0)
     dry_run: bool = option(False, "print the command and the plan, train nothing")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
     def resolve(self, world_size: int) -> TrainArguments:
         """Return the flags with every default filled in. Raises UserError for values that contradict each other."""

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_group
 
 from clips.common.files import write_json
-from clips.common.flags import Parser, add_options, at_least, from_flags, given, option
+from clips.common.flags import Parser, add_options, at_least, from_flags, given, option, share
 from clips.recipes import debug_twin, recipe
 from clips.weights.load import _newest_run, newest_export
 
@@ -137,6 +137,8 @@ def parser() -> Parser:
     p = Parser("A command.")
     p.add_argument("--model", help="which model (default: the newest)")
     p.add_argument("--count", type=at_least(4), help="how many (default: none)")
+    p.add_argument("--rate", type=float, default=1.0, help="a float")
+    p.add_argument("--part", type=share, default=1.0, help="a share")
     add_options(p, Sizes)
     return p
 
@@ -164,6 +166,22 @@ def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pyte
     text = capsys.readouterr().err
     assert word in text
     assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--rate", "nan"), "--rate: nan must be a finite number"),
+        (("--rate", "inf"), "--rate: inf must be a finite number"),
+        (("--rate", "fast"), "--rate: invalid float value: 'fast'"),
+        (("--part", "2"), "--part: 2 must be a share from 0 to 1"),
+        (("--part", "nan"), "--part: nan must be"),
+    ],
+)
+def test_a_number_that_is_none_ends_with_2(words: tuple[str, str], hint: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args([*words])
+    assert hint in capsys.readouterr().err
 
 
 @pytest.mark.slow

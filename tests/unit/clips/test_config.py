@@ -32,6 +32,14 @@ from clips.training.task import Task
         ("model.embed_dim=0", "embed_dim"),
         ("model.vision.patch_dropout=1", "patch_dropout"),
         ("optim.clip_grad=1", "clip_grad"),
+        ("eval.batch_size=0", "^eval.batch_size 0 must be at least 1$"),  # failed at the first validation, and on
+        ("captions.sub_caption_tokens=-1", "^captions.sub_caption_tokens -1 must be at least 1$"),  # trained in silence
+        ("captions.sub_caption_tokens=0", "sub_caption_tokens 0"),
+        ("data.workers=-1", "data.workers -1 must be at least 0"),
+        ("data.held_out=1", r"data.held_out 1\.0 must be at least 0 and below 1"),
+        ("optim.eps=NaN", "optim.eps nan must be a finite number"),
+        ("optim.betas=[0.9, Infinity]", "optim.betas inf must be a finite number"),
+        ("phases.*.lr=-1", r"lr -1\.0 must be at least 0"),
     ],
 )
 def test_wrong_values_are_named(assignment: str, noun: str) -> None:
@@ -174,7 +182,7 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
     phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
     assert (phase.batch_size, phase.lr) == (32, own.lr), "--set sets one field"
-    with pytest.raises(UserError, match="batch_size must be positive"):
+    with pytest.raises(UserError, match="batch_size 0 must be at least 1"):
         pretrain("--batch-size", "0")
 
 

@@ -209,6 +209,22 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
             schedule(replace(resolved, lr_scheduler_type=kind), 1000)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("per_device_train_batch_size", "0", "at least 1"),  # was a ZeroDivisionError
+        ("per_device_train_batch_size", "-4", "at least 1"),  # was accepted
+        ("logging_steps", "0", "at least 1"),  # was a ZeroDivisionError after the first step
+        ("dataloader_num_workers", "-1", "at least 0"),
+        ("warmup_ratio", "1.5", "at least 0 and at most 1"),
+        ("num_train_epochs", "0", "above 0"),
+    ],
+)
+def test_a_flag_out_of_its_bounds_is_refused_in_one_sentence(name: str, value: str, rule: str) -> None:
+    with pytest.raises(UserError, match=f"^--{name} {value}.* must be {rule}$"):
+        arguments(f"--{name}", value)
+
+
 def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Path) -> None:
     """One file of captions for both stages was refused, and so were `--fields` and `--karpathy`."""
     lines = {"talk.jsonl": {"image": "0.png", "conversations": []}, "pairs.jsonl": {"image": "0.png", "caption": ["a"]}}
