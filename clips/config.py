@@ -266,8 +266,8 @@ OTHERS = "others"
 class Fields:
     """Where the three parts of a sample are found; `;` separates alternatives.
 
-    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names. A caption's
-    field may hold a list: then a step draws one web caption, and joins the long ones.
+    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names. `a.b` is the
+    key b of an object a. A caption's field may hold a list: then a step draws one web caption, and joins the long ones.
     """
 
     image: str = "jpg;jpeg;png;webp"

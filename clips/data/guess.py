@@ -6,6 +6,7 @@ Every guess is printed, with the flag that overrules it.
 import csv
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ log = logging.getLogger("clips.data")
 NAMES = {
     "image": (
         *("image", "file_name", "filepath", "path", "filename", "file", "image_path", "img", "picture", "photo"),
-        *("image_name", "url", "image_url"),
+        *("image_name", "image_file", "url", "image_url"),
     ),
     "web": (
         *("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web", "captions"),
@@ -36,6 +37,11 @@ LONGEST_TEXT = 1 << 18
 """Bytes that are read of a text file beside an image."""
 
 
+def usual(name: str) -> str:
+    """Return the name of a column as NAMES spells it: "Image File" is `image_file`."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
 def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
     """Return `fields` for data with the fields `names`; a missing part that the user left open is taken from NAMES.
 
@@ -43,7 +49,7 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
     caption is guessed only by its own names. If the web caption is guessed, the default field of long captions is no
     longer used, since `txt` is the web caption outside of Recap-DataComp-1B. Nothing is printed without `where`.
     """
-    named = {name.removeprefix("json:").lower(): name for name in reversed(names)}
+    named = {usual(name.removeprefix("json:")): name for name in reversed(names)}
     default = Fields()
 
     def is_open(part: str) -> bool:
@@ -83,17 +89,21 @@ def guess_delimiter(header: str, url: str) -> str:
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
     """Return the folder of a table's image paths: `root`, which is the table's folder or the user's choice.
 
-    If the user chose none, and only the current folder holds one of the first images, return that folder.
+    If none of the first images is there, take the folder in it, or beside it, that the table's name ends with (COCO:
+    annotations/captions_train2017.json and train2017). If the user chose no root, also try the current folder.
     """
     if not paths:
         return root
     if is_remote(root) or is_remote(paths[0]):
         raise UserError(f"{where} names images by URL: train on the tar shards of img2dataset (docs/data.md)")
-    if any(os.path.exists(os.path.join(root, path)) for path in paths):
-        return root
-    if not is_given and any(map(os.path.exists, paths)):
-        say_once(f"{where}: images are looked for in ., the current folder (guessed; --image-root overrules)")
-        return "."
+    of_split = PurePosixPath(where).stem.rpartition("_")[2]
+    beside = [] if is_given else [os.path.join(os.path.dirname(os.path.abspath(root)), of_split), "."]
+    for folder in (root, os.path.join(root, of_split), *beside):
+        if any(os.path.exists(os.path.join(folder, path)) for path in paths):
+            if folder != root:
+                place = "the current folder" if folder == "." else folder
+                say_once(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
+            return folder
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
     raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
 
@@ -195,7 +205,13 @@ class KarpathyFile:
         self.url = self.name = spec
         self.root = str(Path(path).parent)
         try:
-            images = from_json(read_bytes(Path(path)))["images"]
+            content = from_json(read_bytes(Path(path)))
+            if isinstance(content, dict) and "annotations" in content:
+                raise UserError(
+                    f"{path} is COCO's own file of captions, not Karpathy's: give it as --data (train_llava.sh: "
+                    "--data_path), with the folder of its images as --image-root (--image_folder)"
+                )
+            images = content["images"]
             self._rows = [
                 {
                     "image": str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),

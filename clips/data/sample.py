@@ -1,8 +1,8 @@
-"""The samples that a source returns, and the error of a broken sample."""
+"""The samples that a source returns, how their cells are named, and the error of a broken sample."""
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +102,21 @@ class BrokenSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"
+
+
+def flat(cells: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of cells. The key b of an object in cell a is `a.b`, but an image stays whole."""
+    for name, value in cells.items():
+        if isinstance(value, dict) and not {"bytes", "path"} & value.keys():
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def cell_of(cells: Mapping[str, Any], name: str) -> Any:
+    """Return the cell that `flat` calls `name`, or None if there is none."""
+    first, is_nested, rest = name.partition(".")
+    if name in cells or not is_nested:
+        return cells.get(name)
+    inner = cells.get(first)
+    return cell_of(inner, rest) if isinstance(inner, dict) else None

@@ -25,20 +25,23 @@ from tqdm import tqdm
 
 from clips.common.errors import UserError, reason
 from clips.common.escape import clip
-from clips.common.files import from_json, read_regular
+from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy, say_once
 from clips.data.images import MAX_BYTES
+from clips.data.members import Members, OpenShard
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
-from clips.data.sample import BrokenSample, RawSample, Texts
+from clips.data.sample import BrokenSample, RawSample, Texts, cell_of, flat
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, open_shards, shard_summary
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
-"""Endings of tables' names."""
+"""Endings of tables that are found in a folder."""
+NAMED = (*TABLES, ".json", ".token", ".token.txt")
+"""Endings of all tables. Those that a folder may have for another purpose are read only if they are named."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
@@ -86,8 +89,11 @@ def expand(spec: str) -> list[str]:
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
     for file in files:
-        if not (file.endswith((".tar", *TABLES)) or os.path.isdir(file) or is_karpathy(file)):
-            raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(TABLES)}")
+        if not (file.endswith((".tar", *NAMED)) or os.path.isdir(file) or is_karpathy(file)):
+            raise UserError(
+                f"{file} is of no known kind; known are .tar (not compressed), {', '.join(NAMED)}. Of any other list "
+                "make a .csv whose first line is image,caption"
+            )
     return files
 
 
@@ -270,7 +276,7 @@ class TarSource(Source):
         self.shards = self.files = shards
         summaries = open_shards(shards)
         self._indexes = [str(summary.index) for summary in summaries]
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
 
@@ -316,12 +322,12 @@ class TarSource(Source):
         index = self._index(shard)
         extensions = {e for part in PARTS for e, key in _alternatives(getattr(fields, part)) if key} | {"json"}
         with self._file(shard) as file:
-            opened = _OpenShard(self.shards[shard], index, file, range(min(PROBED_SAMPLES, len(index.keys))))
+            opened = OpenShard(self.shards[shard], index, file, range(min(PROBED_SAMPLES, len(index.keys))))
             for extension, row in itertools.product(extensions, opened.rows):
                 with contextlib.suppress(BrokenSample):  # counted when training reads it
-                    values = _Members(opened, row).json(extension) or {}
-                    names |= {f"{extension}:{key}" for key in values}
-                    lists |= {f"{extension}:{key}" for key, value in values.items() if isinstance(value, list)}
+                    values = Members(opened, row).json(extension) or {}
+                    names |= {f"{extension}:{key}" for key, _ in flat(values)}
+                    lists |= {f"{extension}:{key}" for key, value in flat(values) if isinstance(value, list)}
         return sorted(names), lists
 
     def _incomplete(self, shard: int) -> str:
@@ -352,18 +358,18 @@ class TarSource(Source):
             return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
         return next(filter(None, (members.read(e, IMAGE_TAIL) for e, _ in self._fields["image"])), b"")
 
-    def _captions(self, members: _Members) -> Texts:
+    def _captions(self, members: Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
         )
         return self._checked(members.key, [web], [long])
 
-    def _members(self, index: int) -> _Members:
+    def _members(self, index: int) -> Members:
         shard, place = self._locate(index)
         opened = self._shard(shard)
-        return _Members(opened, opened.rows[place])
+        return Members(opened, opened.rows[place])
 
-    def _shard(self, shard: int) -> _OpenShard:
+    def _shard(self, shard: int) -> OpenShard:
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
             self._open, self._process = OrderedDict(), os.getpid()
         if shard not in self._open:
@@ -371,7 +377,7 @@ class TarSource(Source):
             layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
             complete = [not self._lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
             rows = np.flatnonzero(np.array(complete, dtype=bool)[layout_of.ravel()]).tolist()
-            self._open[shard] = _OpenShard(self.shards[shard], index, self._file(shard), rows)
+            self._open[shard] = OpenShard(self.shards[shard], index, self._file(shard), rows)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
@@ -404,66 +410,6 @@ class TarSource(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_copies": None}
-
-
-class _OpenShard:
-    """A shard's file and index, and the rows of its complete samples."""
-
-    def __init__(self, url: str, index: ShardIndex, file: BinaryIO, rows: Sequence[int]) -> None:
-        self.label = without_secrets(url)
-        self.index, self.file, self.rows = index, file, rows
-        self.column = {extension: i for i, extension in enumerate(index.extensions)}
-
-
-class _Members:
-    """The members of one sample, read on demand."""
-
-    def __init__(self, shard: _OpenShard, row: int) -> None:
-        self.shard, self.row = shard, row
-        self.key = f"{shard.label}#{shard.index.keys[row]}"
-        self._json: dict[str, dict[str, Any] | None] = {}
-
-    def read(self, extension: str, last: int = MAX_BYTES) -> bytes | None:
-        """Return a member, or its `last` bytes; None if the sample has none."""
-        column = self.shard.column.get(extension)
-        if column is None:
-            return None
-        offset = int(self.shard.index.offsets[self.row, column])
-        size = int(self.shard.index.sizes[self.row, column])
-        if offset < 0:
-            return None
-        if size > MAX_BYTES:
-            raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
-        skipped = max(0, size - last)
-        try:
-            self.shard.file.seek(offset + skipped)
-            data = self.shard.file.read(size - skipped)
-        except OSError as error:
-            raise BrokenSample(self.key, f"{extension}: {error}") from None
-        if len(data) != size - skipped:
-            raise BrokenSample(self.key, f"{extension}: cut off, {skipped + len(data)} of {size} bytes are there")
-        return data
-
-    def json(self, extension: str) -> dict[str, Any] | None:
-        if extension not in self._json:
-            data = self.read(extension)
-            try:
-                value = None if data is None else from_json(data)
-            except ValueError as error:
-                raise BrokenSample(self.key, f"{extension}: bad JSON ({error})") from None
-            if value is not None and not isinstance(value, dict):
-                raise BrokenSample(self.key, f"{extension}: not a JSON object")
-            self._json[extension] = value
-        return self._json[extension]
-
-    def text(self, extension: str, key: str | None) -> Any:
-        if key is not None:
-            return (self.json(extension) or {}).get(key)
-        data = self.read(extension)
-        try:
-            return None if data is None else data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenSample(self.key, f"{extension}: not UTF-8 ({error})") from None
 
 
 class TableSource(Source):
@@ -582,7 +528,7 @@ class TableSource(Source):
         return file, f"{table.name}#{order[starts[i]]}", rows
 
     def _value(self, row: dict[str, Any], name: str) -> Any:
-        return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
+        return next((cell for c in self._fields[name] if (cell := cell_of(row, c)) is not None), None)
 
     def _captions(self, key: str, rows: list[dict[str, Any]]) -> Texts:
         web, long = ([self._value(row, part) for row in rows] for part in PARTS[1:])

@@ -1,4 +1,4 @@
-"""Tables (CSV, TSV, JSON lines, Parquet) as rows with random access.
+"""Tables (CSV, TSV, JSON, Parquet) as rows with random access.
 
 On first use a table is copied to an Arrow file, which is memory-mapped: any row costs microseconds, and workers share
 the pages. Parquet and CSV have no cheap access to single rows. The copy also keeps which rows could not be read.
@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import posixpath
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -24,12 +25,15 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from clips.common.errors import UserError
-from clips.common.files import from_json
+from clips.common.files import MOST_JSON, from_json
 from clips.common.paths import without_secrets
-from clips.data.guess import NAMES, guess_delimiter, say_once
+from clips.data.guess import NAMES, guess_delimiter, say_once, usual
+from clips.data.sample import cell_of, flat
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
+CSV = (".csv", ".tsv", "captions.txt")
+"""Endings of files with cells of text. Of others than these and Parquet, each row is kept as a JSON object."""
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
 """Maximum number of characters in a row of a CSV file."""
@@ -52,7 +56,7 @@ class Table:
         self.url = url
         self.name = without_secrets(url)
         self.root = posixpath.dirname(url) or "."
-        self.is_json = url.endswith(".jsonl")
+        self.is_json = not url.endswith((*CSV, ".parquet"))
         self._path = sidecar(url, ".idx.arrow", lambda target: _write_arrow(url, target))
         self._reader: pa.ipc.RecordBatchFileReader | None = None
         reader = self._open()
@@ -61,8 +65,9 @@ class Table:
             self._starts.append(self._starts[-1] + reader.get_batch(i).num_rows)
         self._numbered: dict[str, list[str]] = {}
         schema = reader.schema
-        lists = {field.name for field in schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)}
-        columns, lists = self._json_columns() if self.is_json else (schema.names, lists)
+        kinds = dict(itertools.chain.from_iterable(map(_nested, schema)))
+        lists = {name for name, kind in kinds.items() if pa.types.is_list(kind) or pa.types.is_large_list(kind)}
+        columns, lists = self._json_columns() if self.is_json else (list(kinds), lists)
         self._numbered = _numbered(columns)
         for name, parts in self._numbered.items():
             say_once(f"{self.name}: {parts[0]!r} to {parts[-1]!r} are read as one list, {name!r}")
@@ -145,11 +150,12 @@ class Table:
         cells = batch[column] if column in batch.schema.names else pa.nulls(batch.num_rows)
         if not self.is_json and (pa.types.is_string(cells.type) or not self.url.endswith(".parquet")):
             return cells.cast(pa.large_binary()).fill_null(b"")
+        others = set(batch.schema.names) - {column, column.partition(".")[0]}
         names = []
         for place in range(batch.num_rows):
             cell = None
             with suppress(ValueError, RecursionError):  # reported when the row itself is read
-                cell = self._row(batch, place, (), set(batch.schema.names) - {column}).get(column)
+                cell = cell_of(self._row(batch, place, (), others), column)
             if isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
                 cell = cell.get("bytes") or cell.get("path")
             if isinstance(cell, bytes):
@@ -171,20 +177,30 @@ class Table:
         lists: set[str] = set()
         for i in range(min(100, len(self))):
             with suppress(ValueError, RecursionError):  # reported when the row itself is read
-                row = self.row(i, ())
+                row = dict(flat(self.row(i, ())))
                 columns |= dict.fromkeys(row)
                 lists |= {name for name, value in row.items() if isinstance(value, list)}
         return list(columns), lists
 
 
 def _numbered(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Return a caption's name → the columns of that name and a number (caption_0 … caption_4 of the hub's Flickr8k)."""
+    """Return a caption's name → the columns of that name and a number (caption_0 … caption_4, "Caption 1" …)."""
     parts: dict[str, list[str]] = {}
     for column in columns:
-        name, _, number = column.rpartition("_")
-        if number.isdecimal() and name.lower() in NAMES["web"] + NAMES["long"] and name not in columns:
+        name = re.sub(r"[\s_-]*\d+$", "", column)
+        if name not in columns and usual(name) in NAMES["web"] + NAMES["long"]:
             parts.setdefault(name, []).append(column)
     return parts
+
+
+def _nested(field: pa.Field, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Yield the name and type of a Parquet column, or those of its parts, as `flat` names the cells of a row."""
+    kind, name = field.type, prefix + field.name
+    if pa.types.is_struct(kind) and not {"bytes", "path"} & {part.name for part in kind}:
+        for part in kind:
+            yield from _nested(part, f"{name}.")
+    else:
+        yield name, kind
 
 
 def _write_arrow(url: str, target: Path) -> None:
@@ -199,11 +215,11 @@ def _write_arrow(url: str, target: Path) -> None:
             encoding = "utf-8"
             if url.endswith(".parquet"):
                 batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
-            elif url.endswith(".jsonl"):
-                batches = _json(file)
-            else:
+            elif url.endswith(CSV):
                 encoding = _encoding(url)
                 batches = _csv(file, url, encoding, left_out)
+            else:
+                batches = _json(_objects(file, url))
             head = next(batches)
             names = head.schema.names
             twice = [column for column in set(names) if names.count(column) > 1]
@@ -216,17 +232,49 @@ def _write_arrow(url: str, target: Path) -> None:
                     writer.write_batch(batch)
                 # The skipped rows are known only at the end.
                 writer.write_batch(head.slice(0, 0), {"left_out": json.dumps(asdict(left_out))})
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeError, csv.Error) as error:
+    except (ValueError, pa.ArrowNotImplementedError, csv.Error) as error:
         raise UserError(f"{name} is not a readable table: {error}") from None
     except StopIteration:
         count = f" that fit its header: {left_out.count:,} have other cells" if left_out.count else ""
         raise UserError(f"{name} has no rows{count}") from None
 
 
-def _json(file: Any) -> Iterator[pa.RecordBatch]:
-    """Yield lines as bytes, so that a bad line breaks only its own row."""
-    filled = filter(bytes.strip, file)
-    while lines := list(itertools.islice(filled, ROWS_PER_BATCH)):
+def _objects(file: Any, url: str) -> Iterator[bytes]:
+    """Yield the rows of a file as JSON objects: lines, a list, COCO's captions, or Flickr8k's `a.jpg#0<TAB>text`."""
+    if url.endswith(".jsonl"):
+        yield from filter(bytes.strip, file)
+    elif url.endswith(".json"):
+        yield from (json.dumps(row).encode() for row in _json_rows(file.read(MOST_JSON + 1)))
+    else:
+        for line in filter(bytes.strip, file):
+            image, _, caption = line.decode().strip().partition("\t")
+            yield json.dumps({"image": image.rpartition("#")[0], "caption": caption}).encode()
+
+
+def _json_rows(data: bytes) -> list[Any]:
+    """Return the objects of a JSON list, or the captions of COCO's file, each with the entries of its image.
+
+    An image without a caption is a row, too, so it is counted as broken. Raises ValueError for any other content.
+    """
+    if len(data) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes: write an object a line, as .jsonl")
+    content = from_json(data)
+    if isinstance(content, list):
+        return content
+    try:
+        images = {image["id"]: image for image in content["images"]}
+        rows = [images.get(caption["image_id"], {}) | caption for caption in content["annotations"]]
+        captioned = {row["image_id"] for row in rows}
+        return rows + [image for number, image in images.items() if number not in captioned]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "neither a list of objects nor COCO's images and annotations (Karpathy's file is given as --karpathy)"
+        ) from None
+
+
+def _json(rows: Iterator[bytes]) -> Iterator[pa.RecordBatch]:
+    """Yield rows as bytes, so that a bad line breaks only its own row."""
+    while lines := list(itertools.islice(rows, ROWS_PER_BATCH)):
         yield pa.record_batch({"line": pa.array(lines, pa.binary())})
 
 

@@ -33,8 +33,8 @@ def parser() -> Parser:
     data = p.add_mutually_exclusive_group()
     data.add_argument(
         "--data",
-        help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
-        "the datasets library, or a folder of images with texts beside them "
+        help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.json/.jsonl/.parquet table, a folder "
+        "of the datasets library, or a folder of images with texts beside them "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
     data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="several sets, by shares")

@@ -12,7 +12,7 @@ from typing import Any
 
 from clips import BrokenSample, DataConfig, Fields, Source, decode_image, expand, open_split, split_spec
 from clips.common.errors import UserError
-from clips.common.files import from_json, open_regular, read_json_records, replacing
+from clips.common.files import open_regular, read_json_records, replacing
 from clips.common.paths import is_remote
 from mllm.data.images import ImageStore
 
@@ -22,6 +22,8 @@ QUESTION = f"<image>\n{DESCRIBE}"
 HINT = (
     "A LLaVA file, .json or .jsonl, has records with 'conversations'. For captions --image_folder is the --image-root"
 )
+FIRST_RECORD = 1 << 20
+"""Bytes of a .json file in which its first record must end."""
 TEST, TEST_IMAGES = "held_out/description.jsonl", "held_out/images.tar"
 """Paths in the run of a model that was trained on captions: the questions of its evaluation, and their images."""
 
@@ -106,12 +108,16 @@ def write_test(run_dir: Path, source: Source) -> None:
 
 
 def is_captions(data_path: Path | str) -> bool:
-    """Return True for data of pretraining, which is neither .json nor a .jsonl of records with `conversations`."""
+    """Return True for data of pretraining, which is no .json or .jsonl whose first record has `conversations`."""
     suffix = Path(data_path).suffix
     if suffix not in (".json", ".jsonl") or is_remote(str(data_path)):
         return True
-    with suppress(OSError, ValueError, UserError), open_regular(expand(str(data_path))[0]) as file:
-        record = from_json(next(filter(bytes.strip, file), b""))
+    with suppress(OSError, ValueError, RecursionError, UserError), open_regular(expand(str(data_path))[0]) as file:
+        head = next(filter(bytes.strip, file), b"") if suffix == ".jsonl" else file.read(FIRST_RECORD)
+        text = head.decode("utf-8-sig", "ignore").lstrip()
+        if suffix == ".json" and text.startswith("{"):  # COCO's; LLaVA's is a list
+            return True
+        record, _ = json.JSONDecoder().raw_decode(text.lstrip("[ \t\r\n"))
         return isinstance(record, dict) and "conversations" not in record
     return False
 

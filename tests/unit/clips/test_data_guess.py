@@ -19,11 +19,12 @@ from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
 from clips.data.guess import guess_fields
 from clips.data.loader import make_loader
-from clips.data.sample import Texts
+from clips.data.sample import BrokenSample, Texts
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.training.cli import config_from_flags, parser
+from mllm.data.captions import is_captions
 
 
 def pictures(folder: Path, count: int = 3) -> None:
@@ -54,6 +55,13 @@ def test_usual_columns() -> None:
     assert guess_fields("t", Fields(image="id", web="id2"), ["Path", "ALT"]) == Fields(image="id", web="id2")
     fashion = guess_fields("t", Fields(), ["id", "gender", "articleType", "usage", "productDisplayName", "image"])
     assert (fashion.image, fashion.web, fashion.long) == ("image", "productDisplayName", "")
+
+
+def test_headings_of_a_spreadsheet(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    rows = [(f"{i}.png", *FIVE) for i in range(3)]
+    table = write_csv(tmp_path / "t.csv", [("Image File", *(f"Caption {k}" for k in range(1, 6))), *rows])
+    assert [guessed(table, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
 
 
 def test_the_default_layout_is_never_guessed_anew() -> None:
@@ -183,6 +191,73 @@ def test_karpathys_files(name: str, tmp_path: Path) -> None:
     run = run_of("--karpathy", tmp_path / "dataset.json", "--image-root", tmp_path / "pictures")
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         assert texts(opened(run, split)) == [ALL] * count
+
+
+def write_coco(folder: Path, images: int = 3, captions: int = 5) -> Path:
+    """COCO's own captions, in its folders. Of the last image there are none."""
+    (folder / "annotations").mkdir(parents=True)
+    pictures(folder / "val2017", images)
+    entries = [{"license": 1, "file_name": f"{i}.png", "coco_url": "http://x", "id": 100 + i} for i in range(images)]
+    texts = [{"image_id": 100 + i, "id": i, "caption": FIVE[k]} for k in range(captions) for i in range(images - 1)]
+    path = folder / "annotations/captions_val2017.json"
+    path.write_text(json.dumps({"info": {}, "images": entries, "annotations": texts}))
+    return path
+
+
+def test_cocos_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    coco = write_coco(tmp_path / "coco")
+    for root in ({}, {"image_root": str(tmp_path / "coco")}):
+        source = guessed(coco, need_long=True, **root)
+        assert [source.read(i).image for i in range(2)] == [picture(0), picture(1)]
+        assert [source.texts(i) for i in range(2)] == [ALL, ALL]
+        with pytest.raises(BrokenSample, match="web caption is empty"):
+            source.read(2)
+    assert caplog.text.count("looked for in " + str(tmp_path / "coco/val2017")) == 1
+    assert is_captions(coco)
+    with pytest.raises(UserError, match=r"COCO's own file.* --data"):
+        opened(run_of("--karpathy", coco))
+    (tmp_path / "k.json").write_text('{"images": [{"split": "train", "sentences": []}]}')
+    with pytest.raises(UserError, match="--karpathy"):
+        guessed(tmp_path / "k.json")
+
+
+def test_a_list_of_objects_and_flickrs_tokens(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    rows = [{"image": f"{i}.png", "text": f"w {i}"} for i in range(3)]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    assert webs(guessed(tmp_path / "list.json")) == ["w 0", "w 1", "w 2"]
+    assert is_captions(tmp_path / "list.json")
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "0", "conversations": []}], indent=1))
+    assert not is_captions(tmp_path / "llava.json")
+    lines = [f'{i}.png#{k}\t{text} "{i}\n' for i in range(3) for k, text in enumerate(FIVE)]
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(lines))
+    source = guessed(tmp_path / "Flickr8k.token.txt", need_long=True)
+    assert source.texts(2) == Texts(tuple(f'{text} "2' for text in FIVE), others=True)
+    (tmp_path / "Flickr8k.lemma.txt").write_text("0.png#0\tw\n")
+    with pytest.raises(UserError, match=r"first line is image,caption"):
+        guessed(tmp_path / "Flickr8k.lemma.txt")
+
+
+def test_nested_keys_and_struct_fields(tmp_path: Path) -> None:
+    """An object is named by its keys, but an image of the datasets library stays whole."""
+    pictures(tmp_path)
+    rows: list[dict[str, Any]] = [
+        {"file": {"name": f"{i}.png", "size": 1}, "note": {"captions": FIVE, "by": "me"}} for i in range(3)
+    ]
+    named = Fields(image="file.name", web="note.captions")
+    for name in ("t.jsonl", "t.parquet"):
+        source = open_source(str(write_table(tmp_path / name, rows)), named, need_long=True)
+        assert [source.read(i).image for i in range(3)] == [picture(i) for i in range(3)]
+        assert source.texts(1) == ALL
+        with pytest.raises(UserError, match=r"found: file.name, file.size, note.captions, note.by"):
+            open_source(str(tmp_path / name), Fields(image="file", web="note.captions"), need_long=False)
+    inside = [{"photo": {"data": {"bytes": picture(i), "path": None}}, "text": f"w {i}"} for i in (0, 1, 2, 2)]
+    write_table(tmp_path / "i.parquet", inside)
+    source = open_source(str(tmp_path / "i.parquet"), Fields(image="photo.data"), need_long=False)
+    assert webs(source) == ["w 0", "w 1", "w 2"]
+    write_jpegs(tmp_path / "a.tar", 2, {"json": json.dumps(rows[0]).encode()})
+    source = open_source(str(tmp_path / "a.tar"), Fields(web="json:note.captions"), need_long=True)
+    assert texts(source) == [ALL, ALL]
 
 
 FLICKR8K = {f"caption_{n}": text for n, text in enumerate(FIVE)}
