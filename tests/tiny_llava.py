@@ -34,6 +34,7 @@ from mllm.model.llm import load_llm
 from mllm.model.projector import save_projector
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.run import run_stage
+from mllm.training.task import TrainingModel
 
 COMMON = ["--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", "--batch_size", "4"]
 COMMON += ["--logging_steps", "1", "--num_train_epochs", "2", "--bf16", "False", "--cache_dir", "cache"]
@@ -52,6 +53,20 @@ def write_place(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Every batch that is trained on, as the model gets it."""
+    seen: list[dict] = []
+    original = TrainingModel.forward
+
+    def forward(self, inputs, *rest):
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return original(self, inputs, *rest)
+
+    monkeypatch.setattr(TrainingModel, "forward", forward)
+    return seen
 
 
 @functools.cache

@@ -355,3 +355,6 @@ def add_special_tokens(
     for table in tables.values():
         table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with torch.device("meta"):  # the row without a gradient must be that of the saved model, once it is opened again
+        reopened = type(model)(model.config)
+    layers[0].padding_idx = reopened.get_input_embeddings().padding_idx

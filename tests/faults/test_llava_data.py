@@ -16,25 +16,11 @@ from tiny_llava import INSTRUCT, START, TRAIN, assert_same_results, command, con
 from transformers import AutoTokenizer
 
 from mllm.data.sampler import EpochSampler
-from mllm.training.task import Collator, TrainingModel
+from mllm.training.task import Collator
 
-place = tiny_llava.place  # a fixture
+place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16
 """Of one picture, by the tiny encoder."""
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Every batch that is trained on, as the model gets it."""
-    seen: list[dict] = []
-    original = TrainingModel.forward
-
-    def forward(self, inputs, *rest):
-        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return original(self, inputs, *rest)
-
-    monkeypatch.setattr(TrainingModel, "forward", forward)
-    return seen
 
 
 def flags(place: Path, records: list[dict], *more: str) -> list[str]:

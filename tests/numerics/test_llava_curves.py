@@ -1,6 +1,7 @@
 """Twenty steps of a LLaVA stage, fp32, one rank, against losses and gradient norms that were stored before.
 
-They were made by transformers' Trainer at commit 09df7532: `python tests/numerics/test_llava_curves.py DIR`.
+`python tests/numerics/test_llava_curves.py DIR` makes them. Those of align and lora are still of transformers' Trainer
+(commit 09df7532). The others are of the loop here, which the last test compares with one of torch and transformers.
 """
 
 import io
@@ -11,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_llava
-from tiny_llava import ALIGN, INSTRUCT, START, conversation, run, write_place
+import torch
+from tiny_llava import ALIGN, INSTRUCT, START, build, conversation, losses, run, write_place
+from transformers import LlavaForConditionalGeneration, get_scheduler
+
+from mllm.model.projector import load_projector
 
 av = pytest.importorskip("av")
 STORED = Path(__file__).parents[1] / "data" / "llava_curves.json"
@@ -35,7 +40,7 @@ KINDS = {
     ),
     "encoder_too": (*INSTRUCT, *START, "--unfreeze_mm_vision_tower", "--gradient_accumulation_steps", "2"),
 }
-place = tiny_llava.place  # a fixture
+place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 
 
 def add_videos(place: Path) -> None:
@@ -73,6 +78,30 @@ def test_losses_are_the_stored_ones(kind: str, place: Path, monkeypatch: pytest.
     assert len(stored) == 20
     for step, (now, before) in enumerate(zip(curve_of(kind, place, monkeypatch), stored, strict=True), 1):
         assert now == pytest.approx(before, rel=1e-6), f"step {step}"
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_those_of_a_stock_loop(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that a stage begins with, saved, opened and trained by transformers and torch alone."""
+    model = build(place)
+    load_projector(model.model.multi_modal_projector, place / "start.bin")
+    model.save_pretrained(place / "began")
+    flags = (*KINDS["full"], "--feature_cache", "False", "--max_steps", "20", "--output_dir", "runs/stock")
+    run(place, monkeypatch, *flags)
+    stock = LlavaForConditionalGeneration.from_pretrained(place / "began").train()
+    stock.model.vision_tower.requires_grad_(False)
+    trained = [parameter for parameter in stock.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, 1, 20)
+    assert len(batches) == 20
+    for (step, ours), batch in zip(losses(place / "runs/stock"), batches, strict=True):
+        loss = stock(**batch).loss
+        assert ours == pytest.approx(loss.item(), rel=1e-4), f"step {step}"
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # a batch without images moves the projector by its momentum
+        schedule.step()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def test_adds_image_and_a_padding_token_of_its_own(tmp_path, tie):
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model(ids).logits[..., :old_length], before.eval()(ids).logits)
 
+    words = model.get_input_embeddings()
+    words(torch.tensor([tokenizer.eos_token_id])).sum().backward()
+    assert words.weight.grad[tokenizer.eos_token_id].any(), "the end of a turn learns, though it was the padding token"
+    model.save_pretrained(tmp_path / "saved")
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").get_input_embeddings()
+    assert words.padding_idx == reopened.padding_idx == tokenizer.pad_token_id
+
 
 def test_keeps_a_padding_token_of_its_own(tmp_path):
     """And can be saved: vicuna-7b-v1.5 has temperature and top_p in its generation_config.json, and no do_sample."""
