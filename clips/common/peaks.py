@@ -1,5 +1,7 @@
 """GPUs by name: their peak throughput for MFU, and the memory of those that a run can be planned for."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +22,9 @@ PEAK_TFLOPS = {
     "A40": 149.7,
     "A10G": 70.0,
     "A10": 125.0,
-    "A6000": 154.8,
+    "RTX A6000": 154.8,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 6000 Ada": 364.2,
     "RTX 5090": 209.5,
@@ -31,8 +34,14 @@ PEAK_TFLOPS = {
     "MI300X": 1307.4,
     "MI250X": 191.5,
 }
-"""Part of a GPU's name → its dense bf16 peak in TFLOP/s with fp32 sums, as its maker states it; the longest part that
-matches counts. The MI250X's peak is that of one of its two dies, which torch sees as one GPU."""
+"""Name of a GPU → its dense bf16 peak in TFLOP/s with fp32 sums, as its maker states it. The MI250X's peak is that of
+one of its two dies, which torch sees as one GPU."""
+_MODEL = "|".join(sorted(map(re.escape, PEAK_TFLOPS), key=len, reverse=True))
+NAME = re.compile(
+    rf"(?:NVIDIA |AMD )?(?:GeForce |Instinct )?({_MODEL})(?i:[ -](?:SXM\d?|PCIe|\d+GB?|HBM\w+|Generation|AC))*"
+)
+"""torch's name of a GPU in the table. Only its socket and its memory may follow the model, because an RTX 3090 Ti, a
+laptop's RTX 4090 and a MIG slice of an A100 have other peaks."""
 CARDS = {
     "b200": ("B200", 180),
     "h200": ("H200", 141),
@@ -49,8 +58,8 @@ USABLE = 0.9
 
 def stated_peak(name: str) -> float | None:
     """Return the FLOP/s of a GPU by its name, or None if it is not in the table."""
-    parts = [part for part in PEAK_TFLOPS if part in name]
-    return PEAK_TFLOPS[max(parts, key=len)] * 1e12 if parts else None
+    match = NAME.fullmatch(name)
+    return PEAK_TFLOPS[match[1]] * 1e12 if match else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,12 @@ class Machine:
         return flops / (self.gpus * self.mfu * PEAK_TFLOPS[CARDS[self.kind][0]] * 1e12) / 86_400
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the stated peak of a GPU in FLOP/s, or None for a CPU or a GPU that is not in the table."""
-    return stated_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def peak_flops(device: torch.device, say: Callable[[str], None]) -> float | None:
+    """Return the stated peak of a GPU in FLOP/s, or None for a CPU or an unknown GPU, which `say` reports."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = stated_peak(name)
+    if peak is None:
+        say(f"the peak of this GPU, {name}, is not in clips/common/peaks.py: the run records no MFU")
+    return peak

@@ -80,7 +80,7 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
     stop = StopSignal()
     # In ZeRO-3 ranks wait for each other's weights inside the model.
     own_time = OwnTime(engine.task.alone(), engine.device) if engine.stage < 3 else None
-    meter = Meter(engine.device, state, own_time, peak_flops(engine.device))
+    meter = Meter(engine.device, state, own_time, peak_flops(engine.device, log.say))
     batches = meter.timed(training.batches())
 
     while state.samples < training.samples:

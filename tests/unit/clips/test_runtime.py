@@ -13,7 +13,7 @@ from conftest import ROOT, FlopCounter, run_python
 
 from clips.common import runtime
 from clips.common.errors import UserError
-from clips.common.peaks import CARDS, Machine, stated_peak
+from clips.common.peaks import CARDS, Machine, peak_flops, stated_peak
 from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
 from clips.data.loader import to_device
@@ -71,13 +71,30 @@ def test_a_process_that_ends_amid_collectives_has_its_own_exit_code() -> None:
     assert done.returncode == 7, done.stderr
 
 
-def test_the_name_that_fits_best_counts() -> None:
-    assert stated_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert stated_peak("NVIDIA H100 PCIe") == 756e12
-    assert stated_peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert stated_peak("NVIDIA GH200 480GB") == 989e12
-    assert stated_peak("NVIDIA L40S") == 362e12
-    assert stated_peak("Some Card 7") is None
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989,
+    "NVIDIA GH200 480GB": 989, "NVIDIA GH200 144G HBM3e": 989, "NVIDIA B200": 2250, "NVIDIA GB200": 2500,
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A40": 149.7,
+    "NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362,
+    "NVIDIA RTX A6000": 154.8, "NVIDIA RTX 6000 Ada Generation": 364.2, "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165.2, "AMD Instinct MI300X": 1307.4,
+}  # fmt: skip
+"""torch's names, and their peaks in TFLOP/s."""
+UNKNOWN = ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU",
+           "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA RTX 4000 Ada Generation", "NVIDIA H20", "Card 7")  # fmt: skip
+"""Names of which a part is in the table: an A1000 had the peak of an A100."""
+
+
+def test_a_gpu_has_its_own_peak_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name: stated_peak(name) for name in PEAKS} == {name: pytest.approx(1e12 * t) for name, t in PEAKS.items()}
+    assert [name for name in UNKNOWN if stated_peak(name)] == []
+    said: list[str] = []
+    for name in ("NVIDIA L40", "NVIDIA RTX A4000"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        peak_flops(torch.device("cuda"), said.append)
+    assert peak_flops(torch.device("cpu"), said.append) is None
+    assert len(said) == 1
+    assert "NVIDIA RTX A4000" in said[0]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
