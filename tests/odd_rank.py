@@ -1,6 +1,7 @@
 """The real training commands as a rank that has found something else than the others: python odd_rank.py FACT COMMAND …
 
-COMMAND: pretrain or llava, with its flags, or start: a start of a few parts, without a training. RANK, WORLD_SIZE and
+COMMAND: pretrain or llava, with its flags, or a start without a training: start, of a few parts, or pause, in which
+rank 0 stands still for longer than a request to the store may take. RANK, WORLD_SIZE and
 the rest are in the environment: no launcher stands above the ranks, which would end the others if one fails.
 """
 
@@ -8,6 +9,7 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -101,6 +103,20 @@ def only_start(how: str, where: str) -> None:
             work()
 
 
+def pause() -> None:
+    """A start in which rank 0 is stopped, as a debugger or a full machine stops it, and goes on before the timeout."""
+    with start.Start() as begun:
+        end = time.monotonic() + 3 * start.TELL_EVERY
+        if begun.rank == 0:
+            goes_on = f"sleep {2 * start.TELL_EVERY}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", goes_on], start_new_session=True)
+            lost("SIGSTOP")
+        while time.monotonic() < end:
+            begun.at("the work")  # so that each of its requests reads the signs of life, too
+            time.sleep(0.01)
+        begun.finish()
+
+
 def with_full_disk(write: Callable[..., None]) -> Callable[..., None]:
     def written(*arguments: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -144,6 +160,8 @@ FACTS: dict[str, Callable[[], object]] = {
 
 def main() -> None:
     fact, command, *flags = sys.argv[1:]
+    if command == "pause":
+        return pause()
     if command == "start":
         how, _, where = fact.partition(" at ")
         return only_start(how, where)

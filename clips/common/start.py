@@ -34,6 +34,8 @@ SIGN_EVERY = 1.0
 """Seconds between two signs of life of a rank."""
 HURRY = 10.0
 """Seconds without a sign of life after which a rank is reported, once the connection to a rank is lost."""
+ANSWER = timedelta(days=7)
+"""Time limit for an answer of the store, whose process may be stopped for a while: `_watch` ends a start, not this."""
 LONGEST_VALUE = 200
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that a launcher sets for each of its ranks."""
@@ -100,6 +102,7 @@ class Start:
                 met.push(self)
                 threading.Thread(target=self._watch, daemon=True).start()
                 server = self._connect()
+                server.set_timeout(ANSWER)
                 _stores.append(server)
                 self.store = PrefixStore(name, server)
                 clone = PrefixStore(name, server.clone())  # a store answers one thread at a time

@@ -203,6 +203,11 @@ def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(pa
         assert "has not begun (for one process unset RANK" in ranks[0][1].partition("error: rank 1 of 2 ")[2]
 
 
+def test_a_rank_0_that_is_stopped_for_less_than_the_timeout_ends_nobody() -> None:
+    """The requests of rank 1 to its store take longer than the store's own time limit."""
+    assert_done(two_ranks(ROOT, ("nothing", "nothing"), "pause"))
+
+
 @pytest.mark.parametrize("case", TRAININGS)
 def test_row_32_a_rank_that_is_lost_before_a_training_is_named(case, lost):
     assert_named(lost[case].result(), 1 - case[2])
