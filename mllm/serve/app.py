@@ -34,6 +34,8 @@ from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
 from mllm.chat.transcript import LazyPicture, Turn
 
+READ_AT_ONCE = 32
+"""Number of bodies that are read at once, because each takes memory before its request is in the queue."""
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "queue_full"}
 
 
@@ -143,13 +145,17 @@ class Queue:
         """Number of requests in the queue, including the running one."""
         self._turn = asyncio.Semaphore(1)
 
+    def check_place(self) -> None:
+        """Raise HTTPException 429 if no further request may wait."""
+        if self.places > self.waiting:
+            raise HTTPException(429, "all places of the queue are taken: try again later")
+
     async def run(self, request: Request, work: Callable[[threading.Event], Iterator[Any]]) -> AsyncIterator[Any]:
-        """Wait for a turn, then run `work(cancel)` in a thread and yield its items. Raises HTTPException 429 if full.
+        """Wait for a turn, then run `work(cancel)` in a thread and yield its items. Raises as `check_place`.
 
         `cancel` is set when the client has left or the time is up.
         """
-        if self.places > self.waiting:
-            raise HTTPException(429, "all places of the queue are taken: try again later")
+        self.check_place()
         self.places += 1
         cancel = threading.Event()
         gone = asyncio.create_task(_disconnected(request))
@@ -219,7 +225,7 @@ async def events(request: Request, items: AsyncIterator[Any], head: dict[str, An
 
 def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_hosts: Sequence[str] = ()) -> FastAPI:
     """Return the server as an ASGI app."""
-    queue = Queue(limits.waiting, limits.seconds)
+    queue, reading = Queue(limits.waiting, limits.seconds), asyncio.Semaphore(READ_AT_ONCE)
     model = Model(id=chat.name, created=int(time.time()), object="model", owned_by="clips-mllm")
 
     async def check_key(request: Request) -> None:
@@ -242,7 +248,9 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
 
     @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
     async def chat_completions(request: Request) -> Response:
-        body = await asyncio.wait_for(read_body(request, limits.body_bytes), limits.body_seconds)
+        queue.check_place()
+        async with reading:
+            body = await asyncio.wait_for(read_body(request, limits.body_bytes), limits.body_seconds)
         question = await asyncio.to_thread(read_question, body, limits)
         if question.model != chat.name:
             raise HTTPException(404, f"the model {question.model[:200]!r} is not served here: it is {chat.name!r}")
@@ -270,7 +278,8 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
     app = create_app(chat, limits, api_key=api_key, allowed_hosts=[flags.host, *flags.allowed_hosts])
     access = "with the key of CLIPS_API_KEY" if api_key else "without a key (CLIPS_API_KEY sets one)"
     print(f"{chat.name} ({chat.directory}): {chat.layout} tokens for each picture, {access}", flush=True)
+    # Without limit_concurrency: it counts connections, not requests, and refuses all of a burst with a bare 503.
     uvicorn.run(
         app, host=flags.host, port=flags.port, ws="none", lifespan="off", server_header=False,
-        timeout_graceful_shutdown=10, limit_concurrency=limits.waiting + 32,
+        timeout_graceful_shutdown=10,
     )  # fmt: skip

@@ -4,8 +4,10 @@ import contextlib
 import json
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -16,6 +18,7 @@ from PIL import Image
 from serve_process import (
     BAD,
     CHAT,
+    KEY,
     Running,
     ask,
     assert_ends,
@@ -127,6 +130,24 @@ def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place
     assert len(refused) == 24 - 1 - Limits().waiting
     print(f"{peak - before} MiB above the loaded model")
     assert peak - before < 1024
+
+
+def test_a_burst_of_sixty_connections_is_queued_or_told_why(place: Path) -> None:
+    """All are open before the first one asks, and each that finds no place gets 429 with a reason."""
+    body = json.dumps(CHAT | {"messages": [user("Hello")], "max_tokens": 1}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    for waiting, least in ((64, 60), (16, 17)):
+        with started(place, "--max-waiting", str(waiting)) as server, contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", port_of(server))
+            clients = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(60)]
+            for client in clients:
+                client.sendall(head.encode() + body)
+            answers = [b"".join(iter(partial(client.recv, 65536), b"")) for client in clients]
+        statuses = Counter(answer.split()[1] for answer in answers)
+        assert statuses[b"200"] >= least, statuses
+        assert statuses[b"200"] + statuses[b"429"] == 60, statuses
+        assert all(b"try again later" in answer for answer in answers if answer.split()[1] == b"429")
 
 
 def test_row_28_this_machine_alone_reaches_it(server: Running) -> None:
