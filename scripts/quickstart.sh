@@ -69,12 +69,10 @@ else
 fi
 
 echo "== 3. pretrain, evaluate, export and report"
-if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
+if [ "$OMP_NUM_THREADS" -gt 1 ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
   # Two ranks with half of the cores each, because the demo's matrices are too small for threads (docs/speed.md).
-  # On a free port, because another training on this machine may use deepspeed's default port.
-  port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
   OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) \
-    python -m deepspeed.launcher.runner --hostfile none --num_gpus 2 --master_port "$port" "${pretrain[@]}"
+    python -m clips.common.launch --standalone --nproc-per-node 2 "${pretrain[@]}"
 else # one core, or GPUs, of which the demo's small model needs only one
   python "${pretrain[@]}"
 fi

@@ -2,7 +2,6 @@
 """Train one stage of a LLaVA-style model or, with --launch (scripts/train_llava.sh), both, and evaluate the model."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ def main() -> None:
 
 def launch(words: list[str]) -> None:
     """Run each stage in separate processes, then the evaluation if there are questions for this model."""
+    from clips.common.launch import launcher
     from mllm.training.arguments import default_output_dir, flags_of_stage, parser
     from mllm.training.stages import STAGES
 
@@ -34,13 +34,7 @@ def launch(words: list[str]) -> None:
     last = flags[2]
     numbers = [last.stage] if last.stage else list(STAGES)
     python = os.environ.get("PYTHON") or sys.executable
-    command = [python]
-    ranks = count_ranks(last.device)
-    if ranks > 1:  # on a free port, because another training may use deepspeed's default port
-        from clips.common.runtime import unused_port
-
-        launcher = f"-m deepspeed.launcher.runner --hostfile none --num_gpus {ranks} --master_port {unused_port()}"
-        command += launcher.split()
+    command = [python, *launcher(ranks_of(last.device)), str(SCRIPTS / "train_llava.py")]
     is_model = numbers != [1] and not last.dry_run
     # The demo's questions say nothing about a model that was trained on other data.
     evaluates = is_model and not any(stage.data_path or stage.karpathy for stage in flags.values())
@@ -48,7 +42,7 @@ def launch(words: list[str]) -> None:
         # A stage prints a next step only if none follows here. Each stage ignores the flags of the other.
         env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or number != numbers[-1] else {}
         more = ["--stage", str(number), *["--both_stages"] * (len(numbers) > 1)]
-        run([*command, str(SCRIPTS / "train_llava.py"), *words, *more], os.environ | env)
+        run([*command, *words, *more], os.environ | env)
     place = Path(last.output_dir or default_output_dir(last.vision_tower))
     # The run of a model that was trained on captions holds images for its evaluation.
     if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):
@@ -56,15 +50,14 @@ def launch(words: list[str]) -> None:
         run([python, script, "--model", str(place / "model"), "--device", last.device], os.environ)
 
 
-def count_ranks(device: str) -> int:
-    """Return NUM_GPUS, by default the number of GPUs that nvidia-smi lists for a `device` that is not the CPU."""
-    number = os.environ.get("NUM_GPUS", "")
-    if not number and device != "cpu" and shutil.which("nvidia-smi"):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        return len(listing.stdout.splitlines())
-    if number and not number.isdecimal():
+def ranks_of(device: str) -> int:
+    """Return how many processes train a stage: NUM_GPUS, by default one for each GPU that torch sees."""
+    from clips.common.launch import count_ranks
+
+    number = os.environ.get("NUM_GPUS") or None
+    if number and not (number.isdecimal() and int(number)):
         raise UserError(f"NUM_GPUS={number} must be a number of GPUs")
-    return int(number or 1)
+    return count_ranks(number and int(number), device, "NUM_GPUS")
 
 
 def run(command: list[str], env: Mapping[str, str]) -> None:

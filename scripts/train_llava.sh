@@ -8,7 +8,8 @@
 #   bash scripts/train_llava.sh --help                          # every flag with its default
 #
 # The same command resumes a stopped run. Flags have LLaVA's names, and --align.FLAG and --instruct.FLAG apply to one
-# stage only. NUM_GPUS=N sets the number of GPUs (default: all), or the number of processes if there are no GPUs.
+# stage only. NUM_GPUS=N sets the number of GPUs (default: all
+# that CUDA_VISIBLE_DEVICES shows), or the number of processes if there are no GPUs.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

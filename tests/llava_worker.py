@@ -1,4 +1,4 @@
-"""Started through the deepspeed launcher or alone: scripts/train_llava.py, to which something happens at a step.
+"""Started as ranks or alone: scripts/train_llava.py, to which something happens at a step.
 
 python llava_worker.py keep STEP [flags]: once the checkpoint of STEP is whole, the run is copied to OUTPUT_DIR-kept.
 python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
@@ -60,7 +60,7 @@ def kill_at(step: int) -> None:
     checkpoint.seal = seal
 
 
-def run_each(words: list[str], local_rank: list[str]) -> None:
+def run_each(words: list[str]) -> None:
     """Run the stages whose flags stand between the + of `words`; the process group stays for the next stage."""
     running.shutdown = lambda: None
     running.init_distributed = lambda device: None if dist.is_initialized() else init_distributed(device)
@@ -68,14 +68,13 @@ def run_each(words: list[str], local_rank: list[str]) -> None:
     for word in words:
         stages.append([]) if word == "+" else stages[-1].append(word)
     for flags in stages:
-        run_stage(parse_train_arguments([*flags, *local_rank]))
+        run_stage(parse_train_arguments(flags))
     shutdown()
 
 
 if __name__ == "__main__":
-    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]  # the launcher puts it first
-    what, step, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    what, step, *flags = sys.argv[1:]
     if what == "each":
-        sys.exit(run_command(lambda: run_each(flags, local_rank)))
+        sys.exit(run_command(lambda: run_each(flags)))
     (keep_at if what == "keep" else kill_at)(int(step))
-    sys.exit(run_command(lambda: run_stage(parse_train_arguments([*flags, *local_rank]))))
+    sys.exit(run_command(lambda: run_stage(parse_train_arguments(flags))))

@@ -25,7 +25,7 @@ from tiny_mllm import pictures, write_llm, write_run
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from clips.common.runtime import unused_port
+from clips.common.launch import launcher
 from clips.common.signals import STOP_SIGNALS
 from clips.common.tensors import read_weights
 from mllm.encoders.registry import load_vision
@@ -127,9 +127,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 
 
 def launch(place: Path, script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Ranks through the real deepspeed launcher; a hang ends as a failure."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(unused_port()), str(script), *words]
+    """Ranks as train_llava.sh starts them; a hang ends as a failure."""
+    command = [sys.executable, *launcher(ranks), str(script), *words]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return run_group(command, cwd=place, env=env, timeout=300)
 

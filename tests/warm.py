@@ -44,7 +44,10 @@ READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", 
 NOT_READ = ("PYTHONPATH", "PYTHON", "OMP_NUM_THREADS")
 """Of these a fork sets `sys.path`, the scripts for a shell start `$PYTHON`, and every fork computes in one thread."""
 PROGRAMS = ("deepspeed", "torchrun")
-MODULES = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+MODULES = (
+    *("clips.common.launch", "torch.distributed.run"),
+    *("deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+)
 SPACE = 1 << 15
 """Bytes for the arguments, and for the environment, that /proc shows of a forked process."""
 PIXEL = base64.b64decode(

@@ -10,9 +10,10 @@ from typing import Any
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json, replacing, sha256
+from clips.common.launch import launcher
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import deciding_name, difference, refuse
-from clips.common.runtime import choose_device, unused_port
+from clips.common.runtime import choose_device
 from clips.lab.grid import RECORD, Cell, Step, fix
 from mllm.compare.comparison import (
     COLUMNS,
@@ -90,14 +91,10 @@ def dataset_size(arguments: TrainArguments) -> int:
 # ------------------------------------------------------------------------------------------- cells for the engine
 def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
     """Return a cell for the lab's runner, with its steps: both stages, the answers and the benchmarks."""
-    launcher = [sys.executable]
-    if comparison.gpus > 1:
-        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
-        launcher += ["--master_port", str(unused_port())]  # cells may run in parallel
-
+    train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():
-        command = [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, number)]
+        command = [*train, *train_flags(comparison, cell, number)]
         done = cell.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file))
     if comparison.asks_questions:

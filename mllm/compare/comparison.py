@@ -194,7 +194,7 @@ class Comparison:
     )
     pretrain_flags: tuple[str, ...] = _option(_words, (), "more flags of pretrain_clips.py, in one string")
     device: str = option("auto", "auto, cpu or cuda")
-    gpus: int = option(1, "GPUs of each cell (deepspeed launcher)", type=at_least(1))
+    gpus: int = option(1, "GPUs of each cell", type=at_least(1))
     questions: Path | None = option(None, "your own questions with answers (default: the demo's)")
     image_folder: Path | None = option(None, "folder or tar with the images of --questions")
     limit: int | None = option(None, "questions per file (default: 400 for the demo and --quick)", type=at_least(1))

@@ -20,6 +20,7 @@ from clips import parser as pretraining_parser
 from clips.common.errors import CommandError, UserError
 from clips.common.files import read_json, sha256
 from clips.common.flags import given
+from clips.common.launch import count_ranks
 from clips.common.live import say
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
@@ -116,6 +117,7 @@ def check_request(comparison: Comparison) -> None:
         raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}, so that each encoder is used")
     if min(c.jobs, c.gpus) > 1:
         raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; use only one of the two")
+    count_ranks(c.gpus, c.device, "--gpus")
 
     arms = c.arms
     if len({arm.folder for arm in arms}) < max(2, len(arms)):

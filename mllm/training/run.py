@@ -26,6 +26,7 @@ from torch import nn
 
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.files import write_json
+from clips.common.launch import launcher
 from clips.common.live import say
 from clips.common.page import table_of
 from clips.common.profile import profiled
@@ -206,8 +207,7 @@ def writing(failed: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- the plan
 def command_line(arguments: TrainArguments, world_size: int) -> str:
     """Return the command of this stage, with every flag that differs from the parser's default."""
-    words = ["deepspeed", f"--num_gpus={world_size}"] if world_size > 1 else ["python"]
-    words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
+    words = ["python", *launcher(world_size), "scripts/train_llava.py", "--stage", str(arguments.stage)]
     for field in dataclasses.fields(TrainArguments):
         value = getattr(arguments, field.name)
         others = STAGE_FLAGS[3 - arguments.stage]

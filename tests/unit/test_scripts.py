@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from conftest import ROOT, run_group
 
 from clips.common.files import write_json
 from clips.common.flags import Parser, add_options, at_least, from_flags, given, option, share
+from clips.common.launch import launcher
 from clips.recipes import debug_twin, recipe
 from clips.weights.load import _newest_run, newest_export
 
@@ -94,7 +94,7 @@ def test_a_driver_that_pips_torch_does_not_fit_needs_an_index(tmp_path: Path, bo
 def test_the_quickstart_runs_under_a_path_with_a_space(tmp_path: Path) -> None:
     """pip wrote the path into the first line of deepspeed, and the kernel took what is before the space."""
     place = tmp_path / "my venv"
-    script = f'echo "$@" >>"{tmp_path}/calls"; if [[ "$2" == *socket* ]]; then exec {sys.executable} "$@"; fi'
+    script = f'echo "$@" >>"{tmp_path}/calls"; if [[ "$2" == *device_count* ]]; then echo 0; fi'
     for name in ("python", "pip"):
         program(place / "bin" / name, script)
     env = os.environ | {"VENV": str(place), "OMP_NUM_THREADS": "2"}
@@ -104,22 +104,87 @@ def test_the_quickstart_runs_under_a_path_with_a_space(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[-4:-3] == ["&&"]
     calls = (tmp_path / "calls").read_text()
-    if shutil.which("nvidia-smi") is None:  # on GPUs it is one rank
-        assert re.search(r"runner --hostfile none --num_gpus 2 --master_port \d+ scripts/pretrain_clips", calls)
+    assert "-m clips.common.launch --standalone --nproc-per-node 2 scripts/pretrain_clips" in calls
     subprocess.run([place / "bin" / "deepspeed", "a b"], check=True)
     assert (tmp_path / "calls").read_text().endswith("-m deepspeed.launcher.runner a b\n")
 
 
-def test_ranks_of_a_script_take_a_free_port(tmp_path: Path) -> None:
-    """Port 29500 was fixed: a training beside any other job of deepspeed ended in 40 lines of EADDRINUSE."""
+TORCH = """
+import os
+class cuda:
+    def device_count():
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
+        return 1 / 0 if visible == "broken" else len(visible.split(",")) if visible else 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "number", "words", "expected"),
+    [
+        ("2,3", "", "", 2),
+        ("2,3", "2", "", 2),
+        ("2,3", "1", "", 1),
+        ("2,3", "3", "", "error: NUM_GPUS 3: torch sees 2 GPU(s) here with CUDA_VISIBLE_DEVICES=2,3; "),
+        ("2,3", "3", "--device cpu", 3),
+        ("MIG-GPU-5f/1/0,MIG-GPU-5f/2/0", "", "", 2),
+        ("", "", "", 1),
+        ("", "3", "", 3),
+        ("", "0", "", "error: NUM_GPUS=0 must be a number of GPUs"),
+        ("broken", "", "", "error: torch cannot count the GPUs: ZeroDivisionError: division by zero. "),
+        ("broken", "", "--device cpu", 1),
+    ],
+)
+def test_a_rank_for_each_gpu_that_torch_sees(visible, number, words, expected, tmp_path):
+    """CUDA_VISIBLE_DEVICES was ignored, and nvidia-smi counted a line for each slice of MIG."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(TORCH)
     python = program(tmp_path / "python", f'if [ "$2" = --launch ]; then exec {sys.executable} "$@"; fi; echo "$@"')
-    command = ["bash", ROOT / "scripts/train_llava.sh", "--vision", "random", "--stage", "1"]
-    env = os.environ | {"PYTHON": str(python), "NUM_GPUS": "2"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    (port,) = re.findall(r"--master_port (\d+)", done.stdout)
-    assert port != "29500"
-    with socket.socket() as probe:
-        probe.bind(("", int(port)))
+    command = ["bash", ROOT / "scripts/train_llava.sh", "--vision", "random", "--stage", "1", *words.split()]
+    env = {"PYTHON": str(python), "NUM_GPUS": number, "CUDA_VISIBLE_DEVICES": visible}
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    if isinstance(expected, str):
+        assert (done.returncode, expected in done.stderr, done.stdout) == (2, True, ""), done.stderr
+        return
+    ranks = re.findall(r"-m clips.common.launch --standalone --nproc-per-node (\d+) \S+/train_llava.py", done.stdout)
+    assert ranks == ([str(expected)] if expected > 1 else []), done.stderr
+    assert "scripts/train_llava.py" in done.stdout
+
+
+RANK = """
+import os, signal, sys, time
+rank, what = os.environ["RANK"], sys.argv[1]
+print(f"rank {rank} sees {os.environ['CUDA_VISIBLE_DEVICES']}", flush=True)
+if what == "fails" and rank == "1":
+    sys.exit(4)
+if what == "is killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what in dir(signal):
+    number, ready = getattr(signal, what), __file__ + ".ready"
+    signal.signal(number, lambda *_: (time.sleep(0.3), print("saved", flush=True), sys.exit(128 + number)))
+    if rank == "0":
+        open(ready, "w").close()
+    while not os.path.exists(ready):
+        time.sleep(0.01)
+    if rank == "1":
+        os.kill(os.getppid(), number)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("ends", 0), ("fails", 4), ("is killed", 137), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)],
+)
+def test_ranks_see_the_variable_and_end_with_their_own_code(what: str, code: int, tmp_path: Path) -> None:
+    """torchrun ends with 1 and a traceback, whatever its ranks ended with."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, *launcher(2), str(tmp_path / "rank.py"), what]
+    done = run_group(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert [f"rank {rank} sees MIG-a,MIG-b" in done.stdout for rank in (0, 1)] == [True, True]
+    assert done.stdout.count("saved") == (2 if what.startswith("SIG") else 0)
+    assert done.stderr.strip() == ("error: rank 1 was ended by SIGKILL" if what == "is killed" else "")
 
 
 @dataclass(frozen=True)
