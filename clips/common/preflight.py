@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,11 @@ def drawn(samples: int, limit: int | None) -> Sequence[int]:
 def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1) -> Found:
     """Read the samples `indices` in `jobs` processes; print the faults, and what would be trained on.
 
+    If no sample at all can be used, the first fault of each kind stands for all.
     Raises CommandError as `read` does, and if a process died.
     """
     found, first = Found(len(indices)), ""
+    faults: list[Checked] = []  # since the last good sample
     seen: set[tuple[str, int]] = set()
     workers: dict[str, Any] = {"num_workers": jobs, "multiprocessing_context": "fork"} if jobs > 1 else {}
     loader: Any = DataLoader(_Samples(read), None, sampler=indices, worker_init_fn=start_worker, **workers)  # type: ignore[arg-type]
@@ -73,8 +75,10 @@ def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1)
             if sample.kind:
                 found.faults[sample.kind] += 1
                 if found.faults[sample.kind] <= PRINTED:
-                    tqdm.write(one_line(sample.shown))
+                    faults.append(sample)
                 continue
+            _print(faults)
+            faults.clear()
             first = first or sample.shown
             found.cut.update(sample.cut)
             texts = {(name, hash(text)) for name, text in sample.texts.items()}
@@ -84,10 +88,17 @@ def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1)
         if "DataLoader worker" not in str(error):
             raise
         raise CommandError(f"a process died, probably for lack of memory: use fewer than --jobs {jobs}") from error
+    _print(faults if first else {fault.kind: fault for fault in reversed(faults)}.values())
     for what, counts in (("", found.faults), ("cut: ", found.cut), ("repeated: ", found.repeated)):
         for name, count in counts.most_common():
             print(f"{count:>11,} × {what}{name}")
     trained = found.checked - found.faults.total()
-    print(f"{trained:,} of {found.checked:,} samples checked would be trained on. The first is")
-    print(f"  {printable(first)}")
+    print(f"{trained:,} of {found.checked:,} samples checked would be trained on{'. The first is' * bool(first)}")
+    if first:
+        print(f"  {printable(first)}")
     return found
+
+
+def _print(faults: Iterable[Checked]) -> None:
+    for fault in faults:
+        tqdm.write(one_line(fault.shown))

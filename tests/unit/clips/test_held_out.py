@@ -14,7 +14,7 @@ from conftest import random_model, script_parser, tiny_run
 from launched import pictures, recap, write_shard, write_table
 from PIL import Image
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
@@ -173,6 +173,19 @@ def test_everything_is_counted(data: Path, jobs: int, capsys: pytest.CaptureFixt
         f"{data.parent}/", ""
     )
     assert check_pairs(run_on(data), limit=200, jobs=jobs).checked == 200
+
+
+def test_a_wrong_field_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failing guess printed 100 equal lines, and the advice to train on broken samples alone."""
+    csv_of_paths(tmp_path, layout(1, "in order"))
+    wrong = write_table(tmp_path / "w.jsonl", [{"image": f"pictures/{i}.png", "text": i} for i in range(IMAGES)])
+    run = replace(recipe("small_clip"), data=DataConfig(train=str(wrong)))
+    with pytest.raises(BrokenDataError, match=r"200 of 200 .* --fields") as refused:
+        check_pairs(run)
+    assert "max_broken_share=" not in str(refused.value)
+    printed = capsys.readouterr().out
+    assert printed.count("web caption is int") == 2, "the first row, and the count of all"
+    assert "The first is" not in printed
 
 
 def test_a_process_that_dies_is_one_sentence() -> None:
