@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,8 @@ NAMES = {
 }
 """Part of a sample → usual names of its column, JSON key or member; the first one that is present counts."""
 HELD_OUT = ("test", "val", "dev")
+PROBED_TEXTS = 32
+"""Number of texts that decide if each line is a caption."""
 LONGEST_TEXT = 1 << 18
 """Bytes that are read of a text file beside an image."""
 
@@ -146,10 +149,14 @@ def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> N
 
 
 class PictureFolder:
-    """A folder, with subfolders, of images beside texts of the same name (a.jpg, a.txt), as a table of two columns."""
+    """A folder, with subfolders, of images beside texts of the same name (a.jpg, a.txt), as a table.
 
-    columns = ("image", "txt")
-    lists = ()
+    The text is `txt`. If most of the first texts have several lines, without an empty one, then each line is a caption:
+    `captions` are the lines, and `whole` is the text.
+    """
+
+    columns: Sequence[str] = ("image", "txt")
+    lists: Sequence[str] = ()
 
     def __init__(self, folder: str) -> None:
         self.url = self.name = self.root = folder
@@ -157,6 +164,14 @@ class PictureFolder:
         self.left_out = len(without)
         if without:
             say_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
+        several = []
+        for name in self._names[:PROBED_TEXTS]:
+            with suppress(ValueError):  # reported when the row itself is read
+                lines = self._text(name).strip().splitlines()
+                several.append(len(lines) > 1 and all(map(str.strip, lines)))
+        if 2 * sum(several) > len(several):
+            self.columns, self.lists = ("image", "captions", "whole"), ("captions",)
+            say_once(f"{folder}: each line of a text is a caption (guessed; --fields web=whole takes the text as one)")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -164,15 +179,20 @@ class PictureFolder:
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
         """Return row `i` as `Table.row`. Raises ValueError for a text that cannot be read."""
         name = self._names[i]
+        text = self._text(name)
+        texts = {"captions": text.splitlines(), "whole": text} if self.lists else {"txt": text}
+        return {"image": name} | texts
+
+    def _text(self, name: str) -> str:
         path = os.path.join(self.root, os.path.splitext(name)[0] + ".txt")
         try:
             data = read_regular(path, LONGEST_TEXT)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
         try:
-            return {"image": name, "txt": data.decode("utf-8-sig")}
+            return data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            return {"image": name, "txt": data.decode("cp1252")}
+            return data.decode("cp1252")
 
     @staticmethod
     def pairs(folder: str) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from clips.common.paths import without_secrets
 def mend_broken(share: float) -> str:
     """Say what to do with data of which `share` is broken; the limit in the message is above that share."""
     if share > 0.9:
-        return "Something is wrong with the whole set: name the right columns with --fields, or the images' folder with --image-root"
+        return "No accident: name the right columns with --fields, or the folder of the images with --image-root"
     limit = min(1.0, math.floor(100 * share + 2) / 100)
     return f"Take them out of the data, or train with more of them: --set data.max_broken_share={limit:g}"
 

@@ -134,6 +134,19 @@ def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptu
         guessed(tmp_path / "none")
 
 
+def test_each_line_of_a_text_is_a_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures(tmp_path)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("\r\n".join([*FIVE, ""]))
+    assert [guessed(tmp_path, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
+    assert "each line of a text is a caption" in caplog.text
+    whole = open_source(str(tmp_path), Fields(web="whole"), need_long=False).texts(0)
+    assert (len(whole.web), whole.long, whole.web[0].splitlines()) == (1, (), FIVE)
+    (tmp_path / "1.txt").write_text("One paragraph.\n\nAnother one.")
+    (tmp_path / "2.txt").write_text("One line.")
+    assert webs(guessed(tmp_path))[1] == "One paragraph.\n\nAnother one."
+
+
 CLIP = ("--set", "task.objective=clip", "task.caption_weight=0", "model.captioner=null")
 FIVE = [f"A dog runs on the grass {i} ." for i in range(5)]
 ALL = Texts(tuple(FIVE), others=True)
