@@ -63,20 +63,23 @@ def holds_out(data: DataConfig) -> bool:
 
 
 @lru_cache
-def held_out_images(data: DataConfig) -> tuple[np.ndarray, str]:
-    """Return the hashes of the images that validate, none if there are too few, and a line for the plan.
+def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
+    """Return the hashes of the images that validate, a line for the plan, and the hashes below the share that train.
 
     An image validates if its hash is below the share. So every seed validates on the same images, all captions of an
-    image are on one side, and added images move no other image into validation.
+    image are on one side, and added images move no other image into validation, except where they end the time of too
+    few images, when none validates.
     """
     hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
     images = np.unique(hashes)
-    chosen = images[images < data.held_out * 2.0**64][:MOST_HELD_OUT]
+    below = images[images < data.held_out * 2.0**64]
+    chosen = below[:MOST_HELD_OUT]
     if len(images) < FEWEST_IMAGES or not 1 < len(chosen) < len(images):
         few = f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives others)"
-        return chosen[:0], few
+        return chosen[:0], few, below
     rows = np.isin(hashes, chosen).sum()
-    return chosen, f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data gives others)"
+    line = f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data gives others)"
+    return chosen, line, below[len(chosen) :]
 
 
 def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:

@@ -10,7 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clips import BrokenSample, DataConfig, Fields, Source, decode_image, expand, open_split, split_spec
+from clips import (
+    BrokenSample,
+    DataConfig,
+    Fields,
+    Source,
+    decode_image,
+    expand,
+    held_out_images,
+    open_split,
+    split_spec,
+)
 from clips.common.errors import UserError
 from clips.common.files import open_regular, read_json_records, replacing
 from clips.common.paths import is_remote
@@ -52,6 +62,11 @@ class CaptionStore(ImageStore):
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
+        self.facts: dict[str, Any] = {"source": self._source.facts()}
+        """For data.json: also the hashes of the images held out, and of those that another set could hold out."""
+        if held_out and not test:
+            for name, images in zip(("held_out", "trained_on"), held_out_images(data)[::2], strict=True):
+                self.facts[name] = [f"{image:016x}" for image in images]
 
     def __len__(self) -> int:
         """Return the number of pairs, including those without a caption."""

@@ -6,7 +6,9 @@ or into rows of a feature cache.
 Shapes: B samples of a batch · L longest sample · N images of the batch, in the order of their placeholders.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,6 +219,13 @@ class LlavaDataset(Dataset):
         if sizes:
             sample["image_sizes"] = sizes
         return sample
+
+    def facts(self) -> dict[str, Any]:
+        """Return the number of samples, and a hash of their ids, image names and turns in their order."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            digest.update(json.dumps([record.id, record.images, record.turns]).encode())
+        return {"samples": len(self), "sha256": digest.hexdigest()}
 
     @property
     def truncated(self) -> int:

@@ -44,7 +44,7 @@ from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
-from mllm.training.task import Collator
+from mllm.training.task import Collator, steps_of
 from mllm.training.zero import fitted, zero_stage
 
 PROJECTOR = "mm_projector.bin"
@@ -76,6 +76,8 @@ class Prepared:
     freeze: dict[str, Training]
     facts: dict[str, str]
     """For the plan and the model card."""
+    data: dict[str, Any]
+    """For data.json, by which a stage goes on with the same data only."""
 
     @property
     def run_dir(self) -> Path:
@@ -134,9 +136,11 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     width = llava.config.get_text_config().hidden_size
+    data = dataset.facts() | (store.facts if isinstance(store, CaptionStore) else {})
     return Prepared(
         arguments=arguments, device=device, deepspeed=fitted(deepspeed, width),
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
+        data=data,
     )  # fmt: skip
 
 
@@ -262,10 +266,12 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
             f"{run_dir} holds a run whose stage {stage.name} has other settings",
             "Give the new run another --output_dir, or remove that directory",
         )
+    check_same_data(prepared)
     if not write:
         return
     prepared.stage_dir.mkdir(parents=True, exist_ok=True)
     rundir.hold(run_dir)
+    write_json(prepared.stage_dir / rundir.DATA, prepared.data)
     store = prepared.store
     if stage.number == 2 and isinstance(store, CaptionStore) and store.test and not (run_dir / TEST).is_file():
         write_test(run_dir, store.test)
@@ -273,6 +279,36 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     if prepared.dataset.skipped:
         lines = "".join(json.dumps(problem) + "\n" for problem in prepared.dataset.skipped)
         write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
+
+
+def check_same_data(prepared: Prepared) -> None:
+    """Raise UserError if the stage has trained on other data, or stage 1 on images that stage 2 would hold out.
+
+    Older runs have no record and go on. A stage that has no checkpoint yet takes other data.
+    """
+    stage_dir, run_dir, now = prepared.stage_dir, prepared.run_dir, prepared.data
+    before = read_json(stage_dir / rundir.DATA)
+    trained = max((int(path.name[5:]) for path in rundir.checkpoints(stage_dir)), default=0)
+    changed = ""
+    if before not in ({}, now) and (trained or (stage_dir / "done.json").is_file()):
+        was, number = before["samples"], now["samples"]
+        changed = f"{was:,} samples, now {number:,}" if was != number else f"as many, {was:,} samples"
+    elif trained > steps_of(prepared.arguments, now["samples"]):
+        changed = f"step {trained:,} is beyond the end with the {now['samples']:,} samples of now"
+    if changed:
+        raise UserError(
+            f"{stage_dir} has trained on other data ({changed}): give another --output_dir to begin anew, or put the "
+            "data back as it was to go on"
+        )
+    if prepared.arguments.stage == 2 and prepared.arguments.pretrain_mm_mlp_adapter is None:
+        held_out = now.get("held_out", [])
+        leaked = set(held_out) & set(read_json(run_dir / "align" / rundir.DATA).get("trained_on", []))
+        if leaked:
+            raise UserError(
+                f"stage 1 in {run_dir} has trained on {len(leaked):,} of the {len(held_out):,} images that stage 2 "
+                "would hold out, because its data had other images: give --instruct.held_out 0 or "
+                "--instruct.test_data, or another --output_dir to train both stages on the data of now"
+            )
 
 
 def collator_of(prepared: Prepared, start: Start) -> Collator:

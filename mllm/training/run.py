@@ -1,7 +1,7 @@
 """One stage of a LLaVA-style model, from its flags to its files in runs/NAME.
 
 runs/NAME/config.json env.json metrics.jsonl curves.png
-runs/NAME/align/      checkpoints/step-N while it runs, then mm_projector.bin and done.json
+runs/NAME/align/      data.json, checkpoints/step-N while it runs, then mm_projector.bin and done.json
                       profile/ with --profile; skipped.jsonl with --on_bad_sample skip
 runs/NAME/instruct/   the same
 runs/NAME/held_out/   of captions: images that were not trained on, and a question file (mllm/data/captions.py)
@@ -11,8 +11,6 @@ runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_l
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -67,8 +65,7 @@ def run_stage(flags: TrainArguments) -> None:
 
         start.at("the parts of the model")
         prepared = prepare(arguments, device, deepspeed)
-        lengths = hashlib.sha256(json.dumps(prepared.dataset.modality_lengths).encode()).hexdigest()[:8]
-        data = f"{len(prepared.dataset):,} samples (lengths {lengths})"
+        data = f"{len(prepared.dataset):,} samples ({prepared.data['sha256'][:8]})"
         start.agree({"the training data": data, "the vision encoder": prepared.vision.fingerprint})
         if start.rank == 0:
             print_plan(prepared, start.ranks)

@@ -1,22 +1,26 @@
 """Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without pictures, text alone; real runs.
 
-Also data workers: a broken image in one of them, and one that is killed.
+Also data workers: a broken image in one of them, and one that is killed. And data that changes between two commands.
 """
 
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import tiny_llava
 import torch
-from tiny_llava import INSTRUCT, START, TRAIN, assert_same_results, command, conversation, launch, losses, run
+from llava_worker import stop_in_step
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, assert_same_results, command, conversation, launch, losses, run
+from tiny_mllm import pictures
 from transformers import AutoTokenizer
 
+from clips.data.splits import held_out_images
 from mllm.data.sampler import EpochSampler
-from mllm.training.task import Collator
+from mllm.training.task import Collator, Stage
 
 place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16
@@ -114,6 +118,57 @@ def test_a_killed_data_worker_is_named_with_the_flag(place: Path, monkeypatch: p
     output = command(place, monkeypatch, "train_llava", *words, code=1)
     assert "died, probably for lack of memory or /dev/shm: use fewer --dataloader_num_workers" in output
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "torch's handler raises anywhere"
+
+
+def test_a_stopped_stage_goes_on_with_the_same_data_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It went on in silence with other records, or in another order, and with fewer ended in islice's ValueError."""
+    records = [conversation(f"{i}.png", [("What is it?", f"cat {i}")]) for i in range(12)]
+
+    def ended(code: int, of: list[dict]) -> str:
+        words = flags(place, of, "--num_train_epochs", "2", "--output_dir", "runs/stopped")
+        return command(place, monkeypatch, "train_llava", *words, code=code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "begin_step", Stage.begin_step)  # undone at the end of the block
+        stop_in_step(4)
+        ended(143, records)
+    another = conversation("12.png", [("What is it?", "a dog")])
+    for of, changed in (
+        (records[::-1], "as many, 12 samples"),
+        ([*records[1:], another], "as many, 12 samples"),
+        ([*records, another], "12 samples, now 13"),
+        (records[:4], "12 samples, now 4"),
+    ):
+        output = ended(2, of)
+        assert f"runs/stopped/instruct has trained on other data ({changed}): give another --output_dir" in output
+    record = place / "runs/stopped/instruct/data.json"
+    record.rename(place / "kept.json")  # as in a run that an older version began
+    assert "(step 4 is beyond the end with the 4 samples of now)" in ended(2, records[:4])
+    assert not record.exists()
+    (place / "kept.json").replace(record)
+    assert "goes on from runs/stopped/instruct/checkpoints/step-0000000" in ended(0, records)
+
+
+def test_stage_2_holds_no_image_out_that_stage_1_trained_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 99 images none is held out. With 61 more 12 were, of which stage 1 had seen 8."""
+    names = pictures(place / "many", 160)
+
+    def ended(code: int, stage: int, images: int, output_dir: str, *more: str) -> str:
+        held_out_images.cache_clear()  # a command is a process of its own
+        rows = "".join(f"{name},a red cat {name}\n" for name in names[:images])
+        (place / "many" / "t.csv").write_text(f"image,text\n{rows}")
+        words = [*(ALIGN if stage == 1 else INSTRUCT), "--data_path", "many/t.csv", "--image_folder", "many"]
+        words += ["--max_steps", "1", "--held_out", "0.08", "--output_dir", output_dir, *more]
+        return command(place, monkeypatch, "train_llava", *words, code=code)
+
+    ended(0, 1, 99, "runs/few")
+    assert "runs/few/align has trained on other data (99 samples, now 1" in ended(2, 1, 160, "runs/few")
+    leaks = ended(2, 2, 160, "runs/few")
+    assert re.search(r"stage 1 in runs/few has trained on \d+ of the \d+ images that stage 2 would hold out", leaks)
+    assert not (place / "runs/few/held_out").exists()
+    ended(0, 2, 160, "runs/few", "--instruct.held_out", "0")
+    ended(0, 1, 120, "runs/more")  # from 100 on an image stays on its side
+    assert "held out" in ended(0, 2, 160, "runs/more")
 
 
 @pytest.mark.slow
