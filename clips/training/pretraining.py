@@ -65,6 +65,11 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
     return min(1.0, (phase.steps - step) / falling)
 
 
+def crosses(every: int, before: int, now: int) -> bool:
+    """Return True if a multiple of `every` samples is above `before` and not above `now`; False if `every` is 0."""
+    return every > 0 and now // every > before // every
+
+
 def optimizer_steps(run: RunConfig, state: TrainState) -> int:
     """Return the steps taken since the optimizer began: with the run, or with the last phase that has a fresh one."""
     since = state.step
@@ -257,9 +262,7 @@ class Pretraining(Training):
         return (crossed or self.state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
 
     def _crosses(self, every: int) -> bool:
-        """Return True if the last step crossed a multiple of `every` samples; False if `every` is 0."""
-        now = self.state.samples
-        return every > 0 and now // every > (now - self.phase.batch_size) // every
+        return crosses(every, self.state.samples - self.phase.batch_size, self.state.samples)
 
     def owes_validation(self) -> bool:
         """Return True if the run has ended between a checkpoint and the validation of that step. Collective."""

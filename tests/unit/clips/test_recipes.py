@@ -9,10 +9,9 @@ from conftest import tiny_run
 
 from clips.config import AugmentConfig, PhaseConfig, Schedule
 from clips.engine.checkpoint import TrainState
-from clips.engine.loop import crosses
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
-from clips.training.pretraining import lr_factor, optimizer_steps
+from clips.training.pretraining import crosses, lr_factor, optimizer_steps
 
 PAPER = ("s16", "b16", "l14", "h14")
 # shared by the four: (samples, batch, lr per 256, warm-up samples)
