@@ -7,17 +7,22 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from shutil import get_terminal_size
 from time import monotonic
 from typing import Any
 
 from tqdm import tqdm
 
-from clips.common.errors import outlive_readers
+from clips.common.errors import UserError, outlive_readers
 from clips.common.escape import clip, for_rich, printable
+from clips.common.files import read_json, write_json
+from clips.common.paths import cache_root
 
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Environment variable: seconds between two lines of a file, by default 30."""
+SPEEDS = "speeds.json"
+"""File in the cache: description of a training → samples per second of its last run."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -92,6 +97,23 @@ def say_next(command: str) -> None:
     if not os.environ.get("CLIPS_MLLM_GOES_ON"):
         outlive_readers()
         print(f"Next: {printable(command)}", file=sys.stderr, flush=True)
+
+
+def remember_speed(training: str, samples_per_s: float) -> None:
+    """Record in the cache how fast a training was; `training` describes it and the devices. Never raises."""
+    path = cache_root() / SPEEDS
+    with suppress(OSError, UserError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, read_json(path) | {training: float(f"{samples_per_s:.3g}")})
+
+
+def expected_time(training: str, samples: int) -> str:
+    """Return "about 38 min" by the last such training on this machine, or "" if none was recorded."""
+    with suppress(OSError, UserError):
+        speed = read_json(cache_root() / SPEEDS).get(training)
+        if isinstance(speed, float) and speed > 0:
+            return f"about {in_words(samples / speed)} by the last such run here"
+    return ""
 
 
 def in_words(seconds: float) -> str:

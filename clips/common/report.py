@@ -1,6 +1,8 @@
 """The page of a run of either half: twelve images, the curves, and the metrics against chance."""
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,22 @@ def metric_rows(figures: Mapping[str, Mapping[str, Any]], first: str) -> tuple[l
     for name in dict.fromkeys(name for metrics in sets.values() for name in metrics):
         by_set = [metrics.get(name) for metrics in sets.values()]
         one = next(figure for figure in by_set if figure is not None)
-        values = ["" if figure is None else _shown(figure) for figure in by_set]
+        values = [
+            "" if figure is None else _shown(figure) + " (at chance)" * at_chance(name, figure) for figure in by_set
+        ]
         rows.append([pretty(name), *values, _shown(one, "chance"), f"{one['items']:,}"])
     return ["metric", *sets, "chance", "items"], rows
+
+
+def at_chance(name: str, figure: Mapping[str, Any]) -> bool:
+    """Return True if a metric in percent does not differ from chance: by its 95 % interval, else by its `items`."""
+    value, chance = figure.get("value"), figure.get("chance")
+    if value is None or chance is None:
+        return False
+    if "low" in figure:
+        return bool(figure["low"] <= chance <= figure["high"])
+    width = 1.96 * math.sqrt(max(0, chance * (100 - chance)) / max(1, figure["items"]))
+    return re.search(r"_(r|top)\d", name) is not None and abs(value - chance) <= width
 
 
 def _shown(figure: Mapping[str, Any], field: str = "value") -> str:

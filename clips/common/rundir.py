@@ -61,6 +61,12 @@ def is_debug(run_dir: Path) -> bool:
     return isinstance(train, dict) and bool(train.get("debug"))
 
 
+def newest_vision(runs: Path) -> str:
+    """Return the --vision of the newest exported encoder under `runs`, or "clips" if there is none."""
+    exports = [path for path in runs.glob("*/export/hf_vit") if not is_debug(path.parents[1])]
+    return f"clips:{max(exports, key=os.path.getmtime).parents[1]}" if exports else "clips"
+
+
 # ------------------------------------------------------------------------------------------- what is of which weights
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the finished checkpoints of a pretraining run, newest first."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
-from clips.common.live import say
+from clips.common.live import expected_time, say
 from clips.common.page import table_of
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
@@ -25,6 +25,9 @@ from clips.engine import checkpoint
 from clips.engine.engine import Batch
 from clips.model.clips import CLIPSModel
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
+
+MANY_EPOCHS = 50
+"""Number of epochs above which the plan warns; the recipes are meant for 0.1 to 20."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +229,7 @@ def print_plan(
     beginning: Beginning | None = None,
 ) -> None:
     """Print what is about to happen. Nothing is measured or rehearsed here; scripts/plan_run.py has memory and days."""
+    begun = previous.state.samples if previous is not None else 0
     parts = "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.parameter_counts().items())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
@@ -241,7 +245,11 @@ def print_plan(
             spec = held_out_images(run.data)[1]
         rows.append((f"  {name}", spec))
     rows += [(f"phase {phase.name}", phase_line(run, phase, samples, ranks)) for phase in run.phases]
-
+    if run.samples > MANY_EPOCHS * samples:
+        hint = "which it may learn by heart: give fewer --samples, or --init-from pretrained weights"
+        rows.append(("", f"{run.samples / max(samples, 1):,.0f} epochs over your {samples:,} images, {hint}"))
+    if time := expected_time(speed_name(run, model, ranks, device), run.samples - begun):
+        rows.append(("time", time))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     is_slow = run.train.precision == "bf16" and not has_bf16(device)
     slow = f", which this {device.type} only emulates: train.precision=fp32 is many times faster" if is_slow else ""
@@ -250,13 +258,21 @@ def print_plan(
     rows.append(("on", f"{ranks} × {device.type}{threads}"))
     rows.append(("writes to", str(run_dir)))
     if previous is not None:
-        rows.append(("goes on from", f"{previous.path} ({previous.state.samples:,} samples)"))
+        rows.append(("goes on from", f"{previous.path} ({begun:,} samples)"))
         if holds_out(run.data) and not (run_dir / rundir.DATA).is_file():
             rows.append(("  but", "it began when rows were held out, so it has trained on images that now validate"))
 
     say(table_of(f"recipe {run.recipe}", (), rows))
     if beginning is not None:
         say(beginning.table(run))
+
+
+def speed_name(run: RunConfig, model: CLIPSModel, ranks: int, device: torch.device) -> str:
+    """Return what identifies trainings of equal speed, for `expected_time`."""
+    sizes = ", ".join(f"{phase.image_size} px" for phase in run.phases)
+    parameters = sum(p.numel() for p in model.parameters())
+    on = f"{ranks} × {device.type}, {torch.get_num_threads()} threads"
+    return f"{run.recipe}: {parameters:,} parameters, {sizes}, {run.train.precision} on {on}"
 
 
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:

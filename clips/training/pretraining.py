@@ -15,6 +15,7 @@ import torch.distributed as dist
 from clips.common.errors import BrokenDataError, UserError
 from clips.common.escape import printable
 from clips.common.files import write_json
+from clips.common.live import remember_speed
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
@@ -45,6 +46,7 @@ from clips.training.prepare import (
     prepare_data,
     print_plan,
     read_given_weights,
+    speed_name,
     with_precision,
 )
 from clips.training.task import Task
@@ -153,7 +155,9 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     ):
         if training.owes_validation():
             training.validate(log)
-        train(training, log, writer, profiler)
+        speed = train(training, log, writer, profiler)["samples_per_s"]
+        if start.rank == 0 and speed:
+            remember_speed(speed_name(run, model, start.ranks, device), speed)
         trained = plain_model(engine, run)
     shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
     if trained is not None:

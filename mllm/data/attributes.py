@@ -34,6 +34,7 @@ from clips.common.escape import printable
 from clips.common.files import STAMP, ensure_built, from_json, read_json
 from clips.common.live import say_next
 from clips.common.paths import can_encode, unused
+from clips.common.rundir import newest_vision
 from mllm.data.captions import QUESTION
 from mllm.data.demo import ALIGN, IMAGES, INSTRUCT, QUESTIONS, QuestionAnswer, turns_of
 from mllm.data.images import ImageStore
@@ -90,12 +91,13 @@ def build_from_flags(flags: argparse.Namespace) -> None:
     output = Path(flags.output)
     print(printable((output / SUMMARY).read_text(encoding="utf-8"), None))
     print(printable(f"written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}"))
-    words = ["--output_dir", str(unused(Path("runs", f"llava-{output.name}")))]
+    target = unused(Path("runs", f"llava-{output.name}"))
+    words = ["--vision", newest_vision(Path("runs")), "--output_dir", str(target)]
     words += [] if torch.cuda.is_available() else ["--small"]
     words += ["--image_folder", read_json(output / STAMP)[IMAGES]["train"]]
     words += ["--align.data_path", str(output / ALIGN) if (output / ALIGN).is_file() else "CAPTIONS"]
     words += ["--instruct.data_path", str(output / INSTRUCT)]
-    say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
+    say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")
 
 
 def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from clips.common.escape import printable
 from clips.common.live import say_next
 from clips.common.paths import unused
 from clips.common.preflight import Checked, Found, check, drawn
+from clips.common.rundir import newest_vision
 from mllm import DEFAULT_LLM
 from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder, Encoded
@@ -36,7 +37,7 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     check_data(flags.conversations, encoder, store, flags.limit, flags.jobs)
     captions = Path(flags.conversations).parent / ALIGN
-    words = ["--output_dir", str(unused(Path("runs/llava-mine")))]
+    words = ["--vision", newest_vision(Path("runs")), "--output_dir", str(unused(Path("runs/llava-mine")))]
     words += [] if torch.cuda.is_available() else ["--small"]
     words += [] if flags.language_model == DEFAULT_LLM else ["--model_name_or_path", flags.language_model]
     if isinstance(store, CaptionStore):
@@ -48,7 +49,7 @@ def check_from_flags(flags: argparse.Namespace) -> None:
         words += ["--instruct.data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
     words += ["--fields", *flags.fields] if flags.fields else []
-    say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
+    say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")
 
 
 def check_data(

@@ -25,7 +25,7 @@ from torch import nn
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.files import write_json
 from clips.common.launch import launcher
-from clips.common.live import say
+from clips.common.live import expected_time, remember_speed, say
 from clips.common.page import table_of
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
@@ -46,8 +46,8 @@ from mllm.training.stages import PARTS
 from mllm.training.task import Stage, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
 
-FEW = 20
-"""Number of optimizer steps below which the plan says that a stage learns next to nothing."""
+FEW, MANY_EPOCHS = 20, 20
+"""Optimizer steps below which the plan says that a stage learns next to nothing, and epochs above which it warns."""
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -85,6 +85,8 @@ def run_stage(flags: TrainArguments) -> None:
             before = newest(prepared.stage_dir)
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
             summary = train(prepared, before, start, begin)
+            if start.rank == 0 and summary["samples_per_s"]:
+                remember_speed(speed_name(prepared, start.ranks), summary["samples_per_s"])
             with naming_lost_ranks(lambda: summary["steps"]):
                 with full_parameters(prepared.model, prepared.zero):
                     if start.rank == 0:
@@ -214,6 +216,15 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
     return shlex.join(words)
 
 
+def speed_name(prepared: Prepared, ranks: int) -> str:
+    """Return what identifies stages of equal speed, for `expected_time`."""
+    arguments = prepared.arguments
+    parts = ", ".join(f"{total:,}" for total, _ in count_parameters(prepared.model).values())
+    how = f"batch {arguments.batch_size}, {'cached' if arguments.caches_features else 'live'} features"
+    on = f"{ranks} × {prepared.device.type}, {torch.get_num_threads()} threads"
+    return f"{arguments.description.name}: {parts} parameters, {how} on {on}"
+
+
 def print_plan(prepared: Prepared, ranks: int) -> None:
     """Print the freeze table with counts and rates, then what else matters."""
     arguments = prepared.arguments
@@ -237,6 +248,10 @@ def print_plan(prepared: Prepared, ranks: int) -> None:
         f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
         f"{seen:,} samples, {seen / samples:.1f} epochs"
     )
+    if seen > MANY_EPOCHS * samples:
+        facts["many epochs"] = f"it may learn the {samples:,} samples by heart: give fewer --max_steps, or more data"
+    if duration := expected_time(speed_name(prepared, ranks), seen):
+        facts["time"] = duration
     if steps < FEW:
         more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from bad_corpus import square
 
 from clips.common.errors import NotFiniteError, UserError
+from clips.common.report import metric_rows
 from clips.evaluation.metrics import (
+    Figure,
     expected_hits,
     expected_log_rank,
     retrieval_metrics,
@@ -132,6 +135,19 @@ def test_zero_shot_ensemble_and_single_prompts():
     # prompt 0: both right. prompt 1: image 0 goes to class 1, image 1 to class 0
     assert metrics["single_prompt_top1"].value == pytest.approx(50)
     assert metrics["top5"].value == 100  # five of two classes
+
+
+def test_a_table_says_what_is_at_chance():
+    figures = {
+        "web_i2t_r1": Figure(12.0, 10.0, 100),
+        "web_t2i_r1": Figure(18.0, 10.0, 100),
+        "web_i2t_log_rank": Figure(2.0, 2.0, 100),
+        "unseen/web_i2t_r1": Figure(12.0, 10.0, 10_000),
+    }
+    _, rows = metric_rows({name: asdict(figure) for name, figure in figures.items()}, "test")
+    assert [row[1:3] for row in rows] == [["12.0 (at chance)", "12.0"], ["18.0", ""], ["2.00", ""]]
+    asked = {"yes_no": {"value": 53.0, "chance": 50.0, "items": 100, "low": 43.0, "high": 62.0}}
+    assert metric_rows(asked, "test")[1][0][1] == "53.0 [43.0, 62.0] (at chance)"
 
 
 def test_folder_per_class(tmp_path):

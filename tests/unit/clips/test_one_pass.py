@@ -18,6 +18,7 @@ from launched import write_shard
 from PIL import Image
 
 from clips.common.errors import UserError
+from clips.common.live import remember_speed
 from clips.common.rundir import has_report, is_finished
 from clips.config import DataConfig, EvalConfig, NamedSet, RunConfig
 from clips.data.images import decode_image, eval_transform
@@ -30,6 +31,7 @@ from clips.evaluation.testsets import Item, PictureSet, SourceSet, classes_of, o
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
 from clips.training.finish import finish_run
+from clips.training.prepare import print_plan, speed_name
 from clips.weights.export import export_from_flags, write_native
 
 SIZES = {"train": 30, "test": 25, "more": 10}
@@ -271,6 +273,23 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(run, tokenizer,
     finish_run(run, model, tokenizer, run_dir)
     assert has_report(run_dir)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_plan_says_how_long_and_how_many_epochs(run, tmp_path, capsys, own_cache):
+    model, device = random_model(run), torch.device("cpu")
+
+    def plan(samples: int) -> str:
+        print_plan(run, model, samples, tmp_path, device, 1, None)
+        return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+    first = plan(run.samples)
+    assert "epochs over your" not in first
+    assert "about" not in first, "nothing is known yet"
+    remember_speed(speed_name(run, model, 1, device), run.samples / 150)
+    assert "time about 2.5 min" in plan(run.samples)
+    assert f"{run.samples} epochs over your 1 images" in plan(1)
+    (tmp_path / "cache" / "speeds.json").write_text("[]")
+    assert "about" not in plan(run.samples)
 
 
 def test_commands_evaluate_and_export(run, tokenizer, tmp_path, capsys):

@@ -53,12 +53,14 @@ def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/llava-out").mkdir(parents=True)
+    for folder in ("llava-out", "mine/export/hf_vit"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
     flags = ("--held-out", "0.2", "--caption", "productDisplayName", "--ask", "articleType=What is sold?")
     out = build(tmp_path / "out", "--data", shop, *flags)
     printed = capsys.readouterr()
     assert f"{out}: align.json, instruct.json, manifest.json, question.jsonl" in printed.out
     (line,) = [line for line in printed.err.splitlines() if line.startswith("Next: ")]
+    assert "--vision clips:runs/mine " in line, "it need not be of the objective clips"
     assert f"--output_dir runs/llava-out-2 --small --image_folder {shop} --align.data_path {out / 'align.json'}" in line
     assert line.endswith(f"--instruct.data_path {out / 'instruct.json'}")
     assert json.loads((out / "manifest.json").read_text())["images"] == dict.fromkeys(("train", "test"), str(shop))

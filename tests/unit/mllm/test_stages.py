@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
 from tiny_mllm import write_llm, write_run
 from torch import nn
@@ -295,8 +296,9 @@ def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, batch: int, capsys
     resolved = arguments("--data_path", "x", "--batch_size", str(batch)).resolve(1)
     facts = {"language model": "the hub's, its first 2 and last 2 of 30 layers"} if batch == 256 else {}
     prepared: Any = SimpleNamespace(
-        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0
-    )
+        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
     print_plan(prepared, 1)
     text = capsys.readouterr().err
     assert "  steps  " in text
