@@ -42,7 +42,7 @@ from mllm.data.dataset import pad_rows
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import PACKED, Counts, Packing
 
-BATCH, RATE, WARMUP, FALLING, EVERY = 16, 5e-4, 30, 0.3, 1_600
+BATCH, RATE, WARMUP, FALLING, EVERY = 16, 5e-4, 30, 0.3, 3_200
 """Samples per step, AdamW's peak rate, warm-up steps, share of steps in which the rate falls to 0; EVERY is above."""
 LARGEST, HEADER = 8_000_000, 40_000
 GRID = 6
@@ -52,10 +52,10 @@ PLACES_OF_CELLS = torch.eye(len(PLACES))[torch.cdist(CELLS, torch.tensor([*PLACE
 COUNTS = {1: 5, 2: 6, 3: 5}
 """Number of things in a scene → relative frequency."""
 KINDS = {
-    "identity": (18, 26),
+    "identity": (17, 25),
     "count": (1, 1),
-    "where": (10, 22),
-    "relation": (8, 14),
+    "where": (10, 21),
+    "relation": (9, 16),
     "yes_no": (30, 8),
     "value": (15, 20),
     "is_value": (15, 6),
@@ -63,14 +63,19 @@ KINDS = {
 }
 """Kind of question about a scene, or about a row of a table → share of the conversations in %, before and after sample
 `MATCHED`, because the model learns first whether a word is there, and later which word is where."""
+NAMING = ("identity", "relation", "value")
+"""Kinds whose answer is a name."""
+FORMS = {"word": 58, "two words": 27, "plural": 9, "joined": 6}
+"""Form of a name → relative frequency."""
 MATCHED = 6_400
 WHAT_KIND = "What kind of {words} is this?"
 SHOP = (
-    "backpack bag band bath beauty belt black body book boots bottle boy bronze brown cap casual chain charcoal child "
-    "clothes coat coffee copper cosmetics cream fashion flip fluorescent foot formal foundation free garment gift "
-    "girl glass glove gold grey hair heel home jacket jewel kid laptop lime lip makeup mask messenger metallic mist "
-    "mobile multi mustard nail navy neck night none pant party rain rose rust sea sets shoe short silver skin smart "
-    "sock sport steel suit tablet tie tone track travel trunk vest vintage waist wallet wash water wear wedding women"
+    "backpack bag band bath beauty belt black body book boots bottle boy brief bronze brown cap care casual chain "
+    "charcoal child clothes coat coffee copper cosmetics cream dress fall fashion flat flip fluorescent foot football "
+    "formal foundation free garment gift girl glass glove gold good grey hair heel home jacket jewel kid laptop lime "
+    "lip makeup mask messenger metallic mist mobile multi mustard nail navy neck night none pant party personal rain "
+    "rose rust sea sets shirt shoe short silver skin smart sock sport sporting spring steel suit summer tablet tie "
+    "tight tone track travel trunk vest vintage waist wallet wash watch water wear wedding winter women"
 )
 """Words of shops. They and their plurals are excluded too, so that the reader can be measured on a shop."""
 
@@ -99,12 +104,12 @@ class Imagination:
         """Mostly words that are one token at the start of an answer too."""
 
     def names(self, rng: random.Random, count: int, words: Sequence[str]) -> list[str]:
-        """Draw different names, each of them a word, two words, a plural, or two words joined."""
+        """Draw different names, each of them a word, two words, a plural, or two words joined (`FORMS`)."""
         names: dict[str, None] = {}
         while len(names) < count:
             first, second = rng.choices(words, k=2)
             forms = (first, f"{first} {second}", f"{first}s", f"{first}{second.lower()}")
-            name = rng.choices(forms, (75, 12, 8, 5))[0]
+            name = rng.choices(forms, [*FORMS.values()])[0]
             names[name.lower() if rng.random() < 0.2 else name] = None
         return list(names)
 
@@ -130,7 +135,7 @@ class Imagination:
         mixed = words + 0.5 * (0.6 + 0.8 * b) * by_tag + 0.6 * n * other
         return self.centre + (0.8 + 0.4 * a) * self.spread * F.normalize(mixed)
 
-    def of_scene(self, kind: str, rng: random.Random) -> Sample:
+    def of_scene(self, kind: str, rng: random.Random, first: bool) -> Sample:
         """Return a conversation about a scene of the demo with random names."""
         *names, ground = self.names(rng, 1 + rng.choices([*COUNTS], [*COUNTS.values()])[0], self.words)
         drawn = replace(draw_scene(rng, names), background=ground)
@@ -144,16 +149,14 @@ class Imagination:
         scene = demo.DemoScene("", b"", things, ground, describe(drawn, rng).caption, "")
         if kind == "caption":
             return [(rng.choice(demo.CAPTION_PROMPTS), scene.caption)], cells
-        first = [ask(scene, things[0], rng) for ask, share in demo.FIRST.items() if rng.random() < share / 3]
-        if kind == "yes_no":
-            others = self.names(rng, 40, self.words)
-            pairs = [demo.is_there(scene, about, yes, rng, others) for about in things for yes in (True, False)]
-        else:
-            asked = rng.sample(things, 1 if kind == "count" else len(things))
-            pairs = [pair for about in asked if (pair := demo.KINDS[kind](scene, about, rng))]
-        return first + rng.sample(pairs, len(pairs)), cells
+        turns = demo.talk_about(kind, scene, rng, self.names(rng, 40, self.words))
+        if not turns or kind == "count" or not first:
+            return turns, cells
+        return [
+            ask(scene, things[0], rng) for ask, share in demo.FIRST.items() if rng.random() < share / 3
+        ] + turns, cells
 
-    def of_table(self, kind: str, rng: random.Random) -> Sample:
+    def of_table(self, kind: str, rng: random.Random, first: bool) -> Sample:
         """Return a conversation about a row of a table whose columns and values are random names."""
         columns = self.names(rng, rng.choice((1, 1, 2, 3)), self.words)
         *values, ground = self.names(rng, len(columns) + 1, self.values)
@@ -165,17 +168,34 @@ class Imagination:
         if kind == "value":
             pairs = [(rng.choice((WHAT_VALUE, WHAT_KIND)).format(words=words), value) for words, value in row]
         else:
-            others = zip(columns, self.names(rng, len(columns), self.values), strict=True)
-            asked = [(pair, "Yes") for pair in row] + [(pair, "No") for pair in others]
-            pairs = [(IS_VALUE.format(words=words, value=value), answer) for (words, value), answer in asked]
-        return [(f"{question}\n{SHORT}", answer) for question, answer in rng.sample(pairs, len(pairs))], cells
+            others = iter([name for name in self.names(rng, 3 * len(columns), self.values) if name not in values])
 
-    def sample(self, kind: str, rng: random.Random) -> Sample:
-        """Return a conversation with one kind of question, from the first scene that has such a question."""
+            def is_value(fact: demo.QuestionAnswer, yes: bool) -> demo.QuestionAnswer:
+                value = fact[1] if yes else next(others)
+                return IS_VALUE.format(words=fact[0], value=value), "Yes" if yes else "No"
+
+            pairs = demo.by_coin(row, is_value, rng)
+        return [(f"{question}\n{SHORT}", answer) for question, answer in pairs], cells
+
+    def sample(self, kind: str, rng: random.Random, *, first: bool = True) -> Sample:
+        """Return a conversation with one kind of question, from the first scene that has such a question.
+
+        With `first` some conversations about scenes begin with a question about the number of things or the background.
+        """
         while True:
-            pairs, cells = (self.of_table if "value" in kind else self.of_scene)(kind, rng)
+            pairs, cells = (self.of_table if "value" in kind else self.of_scene)(kind, rng, first)
             if pairs:
-                return list(dict(pairs).items()), cells
+                return pairs, cells
+
+    def question(self, kind: str, rng: random.Random) -> Sample:
+        """Return one question without a conversation. A relation stands at the end of its conversation."""
+        pairs, cells = self.sample(kind, rng, first=False)
+        return pairs[-1:] if kind == "relation" else pairs[:1], cells
+
+    def form(self, answer: str) -> str:
+        """Return the form of the name in an answer, with or without an article."""
+        name = answer.removeprefix("A ")
+        return "two words" if " " in name else "one token" if len(self.tokens(name)) == 1 else "several tokens"
 
 
 class Reader:
@@ -212,17 +232,21 @@ class Reader:
 
     @torch.no_grad()
     def right(self, imagination: Imagination, questions: int) -> dict[str, float]:
-        """Return the right answers in % for each kind. Every question is asked alone."""
+        """Return the right answers in % for each kind and, where the answer is a name, for each form of the name."""
         right = {}
         for kind in [kind for kind in KINDS if kind != "caption"]:
             rng = random.Random(f"questions/{kind}")
-            samples = [imagination.sample(kind, rng) for _ in range(questions)]
-            asked = [(pairs[-1:], cells) for pairs, cells in samples]
-            wrong = 0
+            samples = [imagination.question(kind, rng) for _ in range(questions)]
+            wrong: set[int] = set()
             for start in range(0, questions, 2 * BATCH):
-                logits, tokens, rows = self.predict(asked[start : start + 2 * BATCH])
-                wrong += len(rows[logits.argmax(-1) != tokens].unique())
-            right[kind] = round(100 - 100 * wrong / questions, 1)
+                logits, tokens, rows = self.predict(samples[start : start + 2 * BATCH])
+                wrong |= {start + row for row in rows[logits.argmax(-1) != tokens].tolist()}
+            groups: dict[str, list[bool]] = {}
+            for number, (pairs, _) in enumerate(samples):
+                names = [kind, f"{kind}, {imagination.form(pairs[0][1])}"] if kind in NAMING else [kind]
+                for name in names:
+                    groups.setdefault(name, []).append(number not in wrong)
+            right |= {name: round(100 * sum(group) / len(group), 1) for name, group in sorted(groups.items())}
         return right
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 10
+VERSION = 11
 """Increase it if texts or files change, so that older folders are rebuilt."""
 ALIGN = "align.json"
 INSTRUCT = "instruct.json"
@@ -52,8 +52,8 @@ DESCRIPTIONS = "description.jsonl"
 IMAGES = "images"
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which covers all things in few tokens."""
-DESCRIBED_SHARE = 0.05
-"""Share of the conversations that end with a long description."""
+DESCRIBED_SHARE = 0.03
+"""Share of the instruction samples that ask for a long description."""
 SHOW = (
     "Describe the picture.",
     "What do you see in this picture?",
@@ -105,6 +105,7 @@ IS_THERE = (
 )
 
 
+T = TypeVar("T")
 Thing = tuple[str, str]
 """Name and place of one thing."""
 QuestionAnswer = tuple[str, str]
@@ -152,9 +153,15 @@ def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Questi
 
 def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer | None:
     """Ask for the only thing on one side of another thing, or return None if no side of a thing has exactly one."""
+    relations = relations_of(scene)
+    return relation_question(rng.choice(relations), rng) if relations else None
+
+
+def relations_of(scene: DemoScene) -> list[tuple[str, str, Thing]]:
+    """Return (thing, side, other) for each side of another thing that has exactly one thing."""
     relations = []
-    for other, other_place in scene.things:
-        other_x, other_y = PLACES[other_place]
+    for other in scene.things:
+        other_x, other_y = PLACES[other[1]]
         for side, (right, down) in SIDES.items():
             things = []
             for thing, place in scene.things:
@@ -163,25 +170,26 @@ def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Question
                     things.append(thing)
             if len(things) == 1:
                 relations.append((things[0], side, other))
-    if not relations:
-        return None
-    thing, side, other = rng.choice(relations)
+    return relations
+
+
+def relation_question(relation: tuple[str, str, Thing], rng: random.Random) -> QuestionAnswer:
+    thing, side, (other, _) = relation
     return rng.choice(RELATION).format(side=side, other=other), f"A {thing}"
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
     """Ask about a thing that is in the image or, in half of the cases, about one that is not."""
-    return is_there(scene, about, rng.random() < 0.5, rng)
+    yes = rng.random() < 0.5
+    return is_there(about[0] if yes else rng.choice(absent_from(scene)), about[1], yes, rng)
 
 
-def is_there(
-    scene: DemoScene, about: Thing, yes: bool, rng: random.Random, names: Iterable[str] = CONCEPTS
-) -> QuestionAnswer:
-    """Ask if a thing is there: `about` if the answer shall be `yes`, otherwise one of `names` that is not there."""
-    thing, place = about
-    absent = rng.choice([name for name in names if name not in dict(scene.things)])
-    named = thing if yes else absent
-    return rng.choice(IS_THERE).format(thing=named, at=at_place(place)), "Yes" if yes else "No"
+def absent_from(scene: DemoScene, names: Iterable[str] = CONCEPTS) -> list[str]:
+    return [name for name in names if name not in dict(scene.things)]
+
+
+def is_there(thing: str, place: str, yes: bool, rng: random.Random) -> QuestionAnswer:
+    return rng.choice(IS_THERE).format(thing=thing, at=at_place(place)), "Yes" if yes else "No"
 
 
 KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | None]] = {
@@ -195,6 +203,51 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | No
 model with an untrained encoder answers nearly all of these questions too."""
 FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that mention no thing → share of the conversations that begin with them; later turns give them away."""
+TALKS = {"identity": 2, "where": 1, "relation": 1, "yes_no": 2}
+"""Kind of the other questions of a conversation → relative frequency."""
+
+
+def talk_about(
+    kind: str, scene: DemoScene, rng: random.Random, names: Iterable[str] = CONCEPTS
+) -> list[QuestionAnswer]:
+    """Return turns with questions of one kind, of which none helps to guess a later answer without the image.
+
+    Several relations would name each other's answers, so there is one, after the place of the thing that it mentions.
+    Places of several things exclude each other, as they do in an image. Returns [] if the scene has no such question.
+
+    Args:
+        names: Names among which those of absent things are drawn.
+    """
+    things = rng.sample(scene.things, len(scene.things))
+    if kind == "yes_no":
+        absent = iter(rng.sample(absent_from(scene, names), 2 * len(things)))
+        return by_coin(things, lambda thing, yes: is_there(thing[0] if yes else next(absent), thing[1], yes, rng), rng)
+    if kind == "relation":
+        if not (relations := relations_of(scene)):
+            return []
+        relation = rng.choice(relations)
+        return [ask_where(scene, relation[2], rng), relation_question(relation, rng)]
+    ask = KINDS[kind]
+    return [pair for thing in things[: 1 if kind == "count" else None] if (pair := ask(scene, thing, rng))]
+
+
+def by_coin(facts: Sequence[T], ask: Callable[[T, bool], QuestionAnswer], rng: random.Random) -> list[QuestionAnswer]:
+    """Return yes/no questions about `facts`, in random order, at most two for each of them.
+
+    As long as there is a fact that no "Yes" has confirmed, a coin decides whether the next question is about it or
+    about something untrue in its place. So earlier answers decide whether a question is asked, but not its answer.
+
+    Args:
+        ask: Makes a question from a fact and from whether its answer is "Yes".
+    """
+    left = rng.sample(facts, len(facts))
+    pairs: list[QuestionAnswer] = []
+    while left and len(pairs) < 2 * len(facts):
+        yes = rng.random() < 0.5
+        pairs.append(ask(left[-1], yes))
+        if yes:
+            left.pop()
+    return pairs
 
 
 def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
@@ -202,26 +255,19 @@ def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
-    """Return a record with a short caption, or with a conversation from one of three groups of questions.
+    """Return a record with a short caption, a long description, or a conversation.
 
-    No turn of a conversation may give away a later answer. Therefore a caption stands alone, and after the questions in
-    `FIRST` there are only identity questions, only questions that mention things, or only yes/no questions.
+    No turn of a conversation may give away a later answer. Therefore captions and descriptions stand alone, and after
+    the questions in `FIRST` all are of one kind.
     """
     if rng.random() < CAPTION_SHARE:
         return align_record(scene, rng)
-    things = rng.sample(scene.things, len(scene.things))
-    first = [ask(scene, things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
-    relations = [ask_relation(scene, thing, rng) for thing in things[:2]]
-    yes_no = [is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
-    groups = (
-        [ask_identity(scene, thing, rng) for thing in things],
-        [*filter(None, relations), *(ask_where(scene, thing, rng) for thing in things)],
-        rng.sample(yes_no, len(yes_no)),
-    )
-    pairs = list(dict([*first, *rng.choice(groups)]).items())
-    if rng.random() < DESCRIBED_SHARE:
-        pairs.append((rng.choice(SHOW), scene.description))
-    return _record(scene.name, pairs, scene.name, rng)
+    if rng.random() < DESCRIBED_SHARE / (1 - CAPTION_SHARE):
+        return _record(scene.name, [(rng.choice(SHOW), scene.description)], scene.name, rng)
+    first = [ask(scene, scene.things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
+    kind = rng.choices([*TALKS], [*TALKS.values()])[0]
+    talk = talk_about(kind, scene, rng) or talk_about("where", scene, rng)
+    return _record(scene.name, [*first, *talk], scene.name, rng)
 
 
 def text_record(number: int, rng: random.Random) -> dict[str, Any]:
