@@ -243,7 +243,8 @@ class Comparison:
         if self.questions is not None:
             return {self.questions.stem: self.questions}, self.image_folder
         demo = ensure_any_llava_demo(DEMO_DIR)
-        return demo_questions(demo), demo / IMAGES
+        files = {name: file for name, file in demo_questions(demo).items() if name in COLUMNS}
+        return files, demo / IMAGES
 
     def asked(self, path: Path) -> list[Question]:
         """Return the questions of a file that every cell answers, in their order."""

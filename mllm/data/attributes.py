@@ -1,6 +1,6 @@
 """Turn attributes into questions: from tables or tar shards with attribute columns to LLaVA's training and test files.
 
-instruct.json   a conversation for each image, with one open or yes/no question about each column
+instruct.json   for each image one open or yes/no question about each column, in conversations of independent columns
 question.jsonl  held-out questions with `kind` and `answer`; a kind is a column, or yes_no
 align.json      with --caption: images and captions, for stage 1
 train.tar …     with --pack: images, attributes and the captions `web` and `long`, for pretraining
@@ -19,7 +19,7 @@ import re
 import shlex
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -319,9 +319,53 @@ def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple
     return pairs
 
 
+def independent_groups(columns: Sequence[Column], most: float = 0.03) -> list[list[Column]]:
+    """Return groups of columns of which none predicts another one, so that they can be asked in one conversation.
+
+    A column predicts another one if the most frequent value of the other one, among the other rows with the same value,
+    is right for more rows than without the column, by more than the share `most`.
+    """
+    groups: list[list[Column]] = []
+    for column in columns:
+        others = (group for group in groups if not any(_predicts(a, column, most) for a in group))
+        group = next(others, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(column)
+    return groups
+
+
+def _predicts(a: Column, b: Column, most: float) -> bool:
+    """Return True if one of two columns predicts the other one in the training rows."""
+    first, second = (column.answers["train"] for column in (a, b))
+    pairs = [(first[row], second[row]) for row in first.keys() & second.keys()]
+    for known, asked in ((0, 1), (1, 0)):
+        alone = Counter(pair[asked] for pair in pairs)
+        given = {value: Counter(pair[asked] for pair in group) for value, group in _by(pairs, known).items()}
+        gain = sum(_is_most(given[pair[known]], pair[asked]) - _is_most(alone, pair[asked]) for pair in pairs)
+        if gain > most * len(pairs):
+            return True
+    return False
+
+
+def _by(pairs: Sequence[tuple[str, str]], place: int) -> dict[str, list[tuple[str, str]]]:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        groups.setdefault(pair[place], []).append(pair)
+    return groups
+
+
+def _is_most(counts: Counter[str], value: str) -> bool:
+    """Return True if `value` is the most frequent one among the other rows."""
+    return all(count < counts[value] - 1 for other, count in counts.items() if other != value)
+
+
 def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dict[str, Any]]:
-    """Return a record for each row with an answer, with its questions in random order."""
-    turns: list[list[QuestionAnswer]] = [[] for _ in rows]
+    """Return a record for each row and group of columns with an answer, with its questions in random order.
+
+    Columns that predict each other are in different groups, because an earlier turn would give away the answer.
+    """
+    turns: dict[str, dict[int, QuestionAnswer]] = {}
     for column in columns:
         rng = random.Random(f"{seed}/train/{column.words}")
         answers = column.answers["train"]
@@ -331,15 +375,17 @@ def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dic
             question = IS_VALUE.format(words=column.words, value=answers[first])
             by_row[first] = (question, "Yes")
             by_row[second] = (question, "No")
-        for number, turn in by_row.items():
-            turns[number].append(turn)
+        turns[column.words] = by_row
 
     records = []
+    groups = independent_groups(columns)
     for number, row in enumerate(rows):
-        if turns[number]:
-            random.Random(f"{seed}/order/{number}").shuffle(turns[number])
-            (question, answer), *others = turns[number]
-            records.append(_record(row, [(f"<image>\n{question}\n{SHORT}", answer), *others]))
+        rng = random.Random(f"{seed}/order/{number}")
+        for group in groups:
+            talk = [turns[column.words][number] for column in group if number in turns[column.words]]
+            if talk:
+                (question, answer), *others = rng.sample(talk, len(talk))
+                records.append(_record(row, [(f"<image>\n{question}\n{SHORT}", answer), *others]))
     return records
 
 

@@ -1,10 +1,12 @@
 """Build demo data in LLaVA's format from the demo scenes (clips/data/demo.py), with exact answers.
 
-    images/           the scenes: train-NNNNNN.jpg, test-NNNNNN.jpg, unseen-NNNNNN.jpg
+    images/           the scenes: train-NNNNNN.jpg, val-NNNNNN.jpg, test-NNNNNN.jpg, unseen-NNNNNN.jpg
     align.json        images and short captions, for `plain`
     instruct.json     short captions, conversations of about five questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
     question_unseen.jsonl  the same questions about the same scenes, drawn by the held-out artist
+    question_val.jsonl     the same kinds of questions about scenes by the artist of validation, for tuning
+    talk.jsonl      questions after one or two earlier turns, about the held-out artist's scenes
     description.jsonl held-out images to describe, with `references`
 
 A thing is in a scene at most once, at one of five places. The layouts of test images never occur in training images
@@ -40,7 +42,7 @@ from clips import (
 from clips.common.errors import UserError
 from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
-from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.data.questions import TALKS, UNSEEN_ANSWERS
 
 VERSION = 11
 """Increase it if texts or files change, so that older folders are rebuilt."""
@@ -48,6 +50,8 @@ ALIGN = "align.json"
 INSTRUCT = "instruct.json"
 QUESTIONS = "question.jsonl"
 UNSEEN_QUESTIONS = "question_unseen.jsonl"
+VAL_QUESTIONS = "question_val.jsonl"
+TALK_QUESTIONS = "talk.jsonl"
 DESCRIPTIONS = "description.jsonl"
 IMAGES = "images"
 CAPTION_SHARE = 0.4
@@ -203,7 +207,7 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | No
 model with an untrained encoder answers nearly all of these questions too."""
 FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that mention no thing → share of the conversations that begin with them; later turns give them away."""
-TALKS = {"identity": 2, "where": 1, "relation": 1, "yes_no": 2}
+SUBJECTS = {"identity": 2, "where": 1, "relation": 1, "yes_no": 2}
 """Kind of the other questions of a conversation → relative frequency."""
 
 
@@ -265,7 +269,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     if rng.random() < DESCRIBED_SHARE / (1 - CAPTION_SHARE):
         return _record(scene.name, [(rng.choice(SHOW), scene.description)], scene.name, rng)
     first = [ask(scene, scene.things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
-    kind = rng.choices([*TALKS], [*TALKS.values()])[0]
+    kind = rng.choices([*SUBJECTS], [*SUBJECTS.values()])[0]
     talk = talk_about(kind, scene, rng) or talk_about("where", scene, rng)
     return _record(scene.name, [*first, *talk], scene.name, rng)
 
@@ -330,6 +334,41 @@ def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[di
                 if by_answer[answer] and left:
                     questions.append({"question_id": len(questions)} | by_answer[answer].pop())
                     left -= 1
+    return questions
+
+
+def talk_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
+    """Return `per_kind` questions of each of six kinds, with the `earlier` turns of their conversations.
+
+    Four kinds ask whether a thing is in a scene of one thing: at once, after one and two questions with "No", and after
+    one about the same thing with "Yes". In half of the questions the thing is there. Two kinds are the second question
+    for the name and for the place of a thing.
+    """
+    single = [scene for scene in scenes if len(scene.things) == 1]
+    several = [scene for scene in scenes if len(scene.things) > 1]
+    questions: list[dict[str, Any]] = []
+
+    def add(kind: str, scene: DemoScene, pairs: list[QuestionAnswer]) -> None:
+        *earlier, (text, answer) = pairs
+        questions.append({"question_id": len(questions), "image": scene.name, "text": text, "category": "conv"})
+        questions[-1] |= {"kind": kind, "answer": answer, "earlier": earlier}
+
+    earlier_answers = {"alone": (), "after_no": (False,), "after_two_no": (False, False), "after_yes": (True,)}
+    for kind, answers in earlier_answers.items():
+        rng = random.Random(f"{seed}/talks/{kind}")
+        for number, scene in enumerate(rng.sample(single, min(per_kind, len(single)))):
+            ((thing, place),) = scene.things
+            absent = iter(rng.sample(absent_from(scene), 3))
+            pairs: dict[str, str] = {}
+            for yes in (*answers, number % 2 == 0):
+                name, before = thing if yes else next(absent), len(pairs)
+                while len(pairs) == before:  # the same thing in other words
+                    pairs |= [is_there(name, place, yes, rng)]
+            add(kind, scene, [*pairs.items()])
+    for kind in ("identity", "where"):
+        rng = random.Random(f"{seed}/talks/{kind}")
+        for scene in rng.sample(several, min(per_kind, len(several))):
+            add(f"second_{kind}", scene, talk_about(kind, scene, rng)[:2])
     return questions
 
 
@@ -401,6 +440,9 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
     if (demo_dir / UNSEEN).is_dir():
         unseen = _write_images(demo_dir, UNSEEN, None, work / IMAGES)
         questions[UNSEEN_QUESTIONS] = eval_questions(unseen, per_kind, seed)
+        questions[TALK_QUESTIONS] = talk_questions(unseen, per_kind // 2, seed)
+        val = _write_images(demo_dir, "val", None, work / IMAGES)
+        questions[VAL_QUESTIONS] = eval_questions(val, per_kind, seed)
     for name, rows in questions.items():
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(demo_dir / "ATTRIBUTION.md", work)
@@ -422,7 +464,8 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
 
 def demo_questions(directory: Path) -> dict[str, Path]:
     """Return name of the answers → file of held-out questions, for the files in `directory`."""
-    files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
+    files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
+    files |= {UNSEEN_ANSWERS: UNSEEN_QUESTIONS, TALKS: TALK_QUESTIONS}
     return {name: directory / file for name, file in files.items() if (directory / file).is_file()}
 
 

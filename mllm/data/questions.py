@@ -1,4 +1,4 @@
-"""Read LLaVA's question files, with this project's extra fields `kind`, `answer` and `references`.
+"""Read LLaVA's question files, with this project's extra fields `kind`, `answer`, `references` and `earlier`.
 
 If a question has several images, `image` is a list, as in LLaVA-Interleave.
 """
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 UNSEEN_ANSWERS = "answers_unseen"
 """The name of the answers to the demo's questions about the held-out artist."""
+TALKS = "talks"
+"""The name of the answers to the demo's questions after earlier turns."""
 
 LIKELIHOODS = ("log_likelihood", "share")
 """Fields of an answer line about the right answer: log likelihood per token in nats, and share among its candidates."""
@@ -37,6 +39,8 @@ class Question:
     kind: str = "question"
     answer: str | None = None
     references: tuple[str, ...] = ()
+    earlier: tuple[tuple[str, str], ...] = ()
+    """Questions and answers of the same conversation, before this question."""
 
     @property
     def image(self) -> str | list[str] | None:
@@ -51,7 +55,7 @@ def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer`, `references`."""
+    """Read LLaVA's question.jsonl (`question_id`, `text`, `image`) with the optional fields of `Question`."""
     questions = []
     for index, line in enumerate(read_json_records(path)):
         if not isinstance(line, dict) or "question_id" not in line:
@@ -63,6 +67,12 @@ def read_questions(path: Path) -> list[Question]:
             raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")
+        earlier = line.get("earlier") or []
+        if not isinstance(earlier, list) or not all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+            for turn in earlier
+        ):
+            raise UserError(f"{where}: earlier must be a list of pairs, [question, answer]")
         texts: list[Any] = [line.get("text"), line.get("kind") or "", line.get("answer") or ""]
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise UserError(f"{where}: text, kind and answer must be texts")
@@ -74,6 +84,7 @@ def read_questions(path: Path) -> list[Question]:
                 kind=line.get("kind") or "question",
                 answer=line.get("answer"),
                 references=tuple(references),
+                earlier=tuple((question, answer) for question, answer in earlier),
             )
         )
     return questions

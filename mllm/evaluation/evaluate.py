@@ -56,7 +56,7 @@ def generate_answers(
     seed: int = 0,
     candidates: Sequence[Sequence[str]] = (),
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Ask each question alone. Return the answers in order, and how likely the first of each `candidates` is.
+    """Ask each question, after its earlier turns. Return the answers, and how likely the first of each `candidates` is.
 
     `candidates` are the possible answers to each question. If there are none, no likelihoods are measured. Otherwise
     they are appended to the prompts, which are read once, `batch_size` candidates at a time (`batches.likelihoods`).
@@ -78,7 +78,7 @@ def generate_answers(
             for name in question.images:
                 is_sized = layout.pinpoints or is_video(name)
                 tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.square)
-        ids = encoder.prompt([_turn(question)], tokens, f"question {question.id}")
+        ids = encoder.prompt(_turns(question), tokens, f"question {question.id}")
         if context is not None and len(ids) >= context:
             raise UserError(f"question {question.id} has {len(ids)} tokens with its images, the context is {context}")
         prompts.append(ids)
@@ -112,15 +112,14 @@ def generate_answers(
     return answers, measured
 
 
-def _turn(question: Question) -> dict[str, Any]:
-    """Return the human's turn, with images before the text, or in it if it has one `<image>` for each of several."""
-    text = question.text
-    if any(map(is_video, question.images)):
-        text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN)
-    if len(question.images) > 1 and text.count(IMAGE_TOKEN) == len(question.images):
-        return {"from": "human", "value": text}
-    parts = [{"type": "image"} for _ in question.images]
-    return {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
+def _turns(question: Question) -> list[dict[str, Any]]:
+    """Return the turns up to the question, with the images before the first text, or in it where it has `<image>`."""
+    texts = [*chain.from_iterable(question.earlier), question.text]
+    first: Any = texts[0].replace(VIDEO_TOKEN, IMAGE_TOKEN) if any(map(is_video, question.images)) else texts[0]
+    if len(question.images) < 2 or first.count(IMAGE_TOKEN) != len(question.images):
+        first = [*({"type": "image"} for _ in question.images), {"type": "text", "text": texts[0]}]
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return [{"from": "human", "value": first}, *turns[1:]]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from clips.common import report
 from clips.common.files import read_json, read_json_records
 from clips.common.page import Card, thumbnail
 from clips.common.rundir import UNSEEN
-from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, images_of
+from mllm.data.questions import LIKELIHOODS, TALKS, UNSEEN_ANSWERS, Question, images_of
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import normalise
 
@@ -42,7 +42,7 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
     Shares are in percent. Chance is the score of the most frequent answer of each kind.
 
     Args:
-        name: name of the set. The metrics on the held-out artist are called unseen/METRIC.
+        name: name of the set. Metrics on the held-out artist are called unseen/METRIC, those in talks talks/METRIC.
         scored: result of `score`.
         lines: the answer lines, with or without likelihoods.
     """
@@ -51,6 +51,13 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
     for kind, row in scored.get("exact_match", {}).items():
         about = {"value": row["accuracy"], "chance": chance[kind] / row["n"], "low": row["low"], "high": row["high"]}
         figures[kind] = {field: 100 * share for field, share in about.items()} | {"items": row["n"]}
+        by_answer: dict[str, list[bool]] = {}
+        for line in lines if name == TALKS else ():
+            if line["kind"] == kind:
+                by_answer.setdefault(normalise(line["expected"]), []).append(line["correct"])
+        if set(by_answer) == {"yes", "no"}:
+            for answer, right in by_answer.items():
+                figures[f"{kind}_if_{answer}"] = {"value": 100 * fmean(right), "items": len(right)}
     yes_no = dict(scored.get("yes_no", {}))
     items = yes_no.pop("n", 0)
     figures |= {f"pope_{figure}": {"value": 100 * share, "items": items} for figure, share in yes_no.items()}
@@ -62,7 +69,7 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
             figures[f"{field}_{kind}"] = {"value": value, "items": len(by_kind)}
     if "cider" in scored:
         figures["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
-    place = f"{UNSEEN}/" if name == UNSEEN_ANSWERS else ""
+    place = {UNSEEN_ANSWERS: f"{UNSEEN}/", TALKS: f"{TALKS}/"}.get(name, "")
     return {place + name.replace("/", "|"): metric for name, metric in figures.items()}
 
 

@@ -111,6 +111,8 @@ def answer_line(question: Question, answer: str, model_name: str) -> str:
     line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
     if question.image is not None:
         line["image"] = question.image
+    if question.earlier:
+        line["earlier"] = question.earlier
     if question.answer is not None:
         line |= {"kind": question.kind, "expected": question.answer, "correct": is_right(answer, question.answer)}
     return json.dumps(line, ensure_ascii=False) + "\n"
