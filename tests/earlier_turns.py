@@ -12,7 +12,7 @@ Talk = Sequence[tuple[str, str]]
 
 
 def guessed(talks: Sequence[Talk], kind_of: Callable[[str, str], str]) -> dict[str, tuple[float, float, int]]:
-    """Return for each kind of later question the share that the better rule guesses, that of a constant, and the number.
+    """Return for each kind of later question: share that the better rule guesses, share of a constant, number.
 
     One rule knows the answer before, the other one is a logistic regression on all words and pairs of words of the
     earlier turns and of the question. Both are fitted on half of the conversations, and measured on the other half.
