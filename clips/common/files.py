@@ -229,8 +229,9 @@ def lock(path: Path, *, wait: bool) -> IO[str]:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hex. Raises OSError as `open_regular`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

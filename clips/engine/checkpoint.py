@@ -175,15 +175,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
     A damaged checkpoint is shown in a warning and the one before it is used. Raises NoCheckpointError if there are
     checkpoints but none is usable: a run never starts again from zero in silence.
     """
-    parent = run_dir / "checkpoints"
-    if not parent.is_dir():
-        return None
     candidates = checkpoints(run_dir)
     if usable := first_usable(candidates, _verified):
         return usable
     if candidates or (run_dir / "LATEST").exists():
         raise NoCheckpointError(
-            f"no usable checkpoint in {parent}, although some were written. "
+            f"no usable checkpoint in {run_dir / 'checkpoints'}, although some were written. "
             f"Restore one from a copy, or start over on purpose under another --name or with {run_dir} removed"
         )
     return None

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, beside the training, refused when damaged, never silently started over."""
 
 import json
+import os
 import shutil
 import threading
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import torch
 from launched import flip_bit
 
 from clips.common import files
-from clips.common.errors import UserError
+from clips.common.errors import NoCheckpointError, UserError
 from clips.common.rundir import checkpoints, chosen_weights
 from clips.engine import checkpoint
 from clips.engine.checkpoint import TrainState, Writer
@@ -45,7 +46,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "bit", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "bit", "missing", "empty", "pipe"])
 def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, capsys):
     write(tmp_path, 1)
     bad = write(tmp_path, 2)
@@ -54,6 +55,9 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
         target.unlink()
     elif damage == "bit":
         flip_bit(target)
+    elif damage == "pipe":  # to open it would wait for ever
+        target.unlink()
+        os.mkfifo(target)
     else:
         target.write_bytes(target.read_bytes()[: -1 if damage == "truncated" and file != "MANIFEST.json" else 0])
     assert checkpoint.latest(tmp_path).state.step == 1
@@ -62,6 +66,13 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
         checkpoint.load(bad)
     write(tmp_path, 2)  # trained again, the same step replaces the bad one
     assert checkpoint.latest(tmp_path).state.step == 2
+
+
+def test_a_run_whose_checkpoints_were_removed_does_not_start_over(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(NoCheckpointError, match="although some were written"):
+        checkpoint.latest(tmp_path)
 
 
 def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
