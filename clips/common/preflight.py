@@ -26,7 +26,7 @@ class Checked:
     kind: str = ""
     """Kind of the fault; empty if the sample would be trained on."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Texts whose repetitions are counted."""
+    """Texts, and the hash of an image, whose repetitions are counted."""
     cut: Sequence[str] = ()
     """Names of the texts of which the model reads only the beginning."""
 

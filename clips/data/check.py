@@ -1,6 +1,7 @@
 """The check of pretraining pairs: images are decoded and captions tokenised, as a training does."""
 
 import argparse
+import hashlib
 import random
 import shlex
 from dataclasses import replace
@@ -60,7 +61,8 @@ def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Foun
         texts = {name: text for name, text in pair if text}
         tokens = zip(texts, tokenizer.encode([*texts.values()]), strict=True)
         cut = [name for name, ids in tokens if len(ids) > room[name]]
-        return Checked(f"{raw.key}: {texts}", texts=texts, cut=cut)
+        seen = texts | {"image": hashlib.sha256(raw.image).hexdigest()}  # also one of another name in a table of paths
+        return Checked(f"{raw.key}: {texts}", texts=seen, cut=cut)
 
     for problem in source.problems:
         print(without_secrets(problem))

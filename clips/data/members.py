@@ -27,8 +27,8 @@ class Members:
         self.key = f"{shard.label}#{shard.index.keys[row]}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
-    def read(self, extension: str, last: int = MAX_BYTES) -> bytes | None:
-        """Return a member, or its `last` bytes; None if the sample has none."""
+    def read(self, extension: str) -> bytes | None:
+        """Return a member, or None if the sample has none."""
         column = self.shard.column.get(extension)
         if column is None:
             return None
@@ -38,14 +38,13 @@ class Members:
             return None
         if size > MAX_BYTES:
             raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
-        skipped = max(0, size - last)
         try:
-            self.shard.file.seek(offset + skipped)
-            data = self.shard.file.read(size - skipped)
+            self.shard.file.seek(offset)
+            data = self.shard.file.read(size)
         except OSError as error:
             raise BrokenSample(self.key, f"{extension}: {error}") from None
-        if len(data) != size - skipped:
-            raise BrokenSample(self.key, f"{extension}: cut off, {skipped + len(data)} of {size} bytes are there")
+        if len(data) != size:
+            raise BrokenSample(self.key, f"{extension}: cut off, {len(data)} of {size} bytes are there")
         return data
 
     def json(self, extension: str) -> dict[str, Any] | None:

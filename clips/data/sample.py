@@ -122,3 +122,11 @@ def cell_of(cells: Mapping[str, Any], name: str) -> Any:
         return cells.get(name)
     inner = cells.get(first)
     return cell_of(inner, rest) if isinstance(inner, dict) else None
+
+
+def image_in(cell: Any) -> Any:
+    """Return the bytes or the path in an image's cell, which is {"bytes": …, "path": …} in the datasets library."""
+    if isinstance(cell, dict):
+        data = cell.get("bytes")
+        return data if data and isinstance(data, bytes) else cell.get("path")
+    return cell

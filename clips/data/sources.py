@@ -33,7 +33,7 @@ from clips.data.images import MAX_BYTES
 from clips.data.members import Members, OpenShard
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, store_of
-from clips.data.sample import BrokenSample, RawSample, Texts, cell_of, flat
+from clips.data.sample import BrokenSample, RawSample, Texts, cell_of, flat, image_in
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, open_shards, shard_summary
 
@@ -46,10 +46,10 @@ OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys."""
-IMAGE_TAIL = 1 << 14
-"""Number of last bytes by which an image is identified. The first bytes may be a colour profile that many share."""
 WARNED = 10
 """Warnings printed one by one; further ones are counted."""
+MOST_ROWS = 1000
+"""Rows of one image that are read: reading one sample must not take seconds."""
 MAX_CAPTION = 20_000
 """Characters of a field's captions that are kept, ten times the length of a long caption."""
 LONGEST_PATH = 200
@@ -184,7 +184,7 @@ class Source:
         return None
 
     def image_id(self, index: int) -> bytes:
-        """Return an identity of the sample's image: its path, or its last bytes. Raises BrokenSample."""
+        """Return an identity of the sample's image: its path, or its bytes. Raises BrokenSample."""
         raise NotImplementedError
 
     def image_hashes(self) -> np.ndarray:
@@ -356,7 +356,7 @@ class TarSource(Source):
         members = self._members(index)
         if is_remote(self.shards[self._locate(index)[0]]):  # a request for each image could take days
             return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
-        return next(filter(None, (members.read(e, IMAGE_TAIL) for e, _ in self._fields["image"])), b"")
+        return next(filter(None, (members.read(e) for e, _ in self._fields["image"])), b"")
 
     def _captions(self, members: Members) -> Texts:
         web, long = (
@@ -466,7 +466,7 @@ class TableSource(Source):
         paths = []
         for index in range(self._starts[file], min(self._starts[file] + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
-                value = self._value(self._rows(index)[2][0], "image")
+                value = self._value(self._rows(index, most=1)[2][0], "image")
                 if isinstance(value, (bytes, dict)):
                     return None
                 if isinstance(value, str) and value:
@@ -496,7 +496,7 @@ class TableSource(Source):
         if not self._named[self._locate(index)[0]]:
             return None  # a row that holds its image is long
         try:
-            file, key, rows = self._rows(index)
+            file, key, rows = self._rows(index, most=1)
             value = self._value(rows[0], "image")
             place = self._place(file, key, value)
         except BrokenSample as broken:
@@ -506,20 +506,22 @@ class TableSource(Source):
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
     def image_id(self, index: int) -> bytes:
-        file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"])
+        file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"], most=1)
         place = self._place(file, key, self._value(rows[0], "image"))
         if isinstance(place, bytes):
-            return place[-IMAGE_TAIL:]
+            return place
         # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
         return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
 
-    def _rows(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, list[dict[str, Any]]]:
-        """Return the number of the table, the sample's name, and its rows."""
+    def _rows(
+        self, index: int, without: Sequence[str] = (), most: int = MOST_ROWS
+    ) -> tuple[int, str, list[dict[str, Any]]]:
+        """Return the number of the table, the sample's name, and at most `most` of its rows."""
         file, i = self._locate(index)
         table = self.tables[file]
         order, starts = self._by_image[file]
         rows = []
-        for number in order[starts[i] : starts[i + 1]][:MAX_CAPTION]:
+        for number in order[starts[i] : starts[i + 1]][:most]:
             try:
                 rows.append(table.row(int(number), self._used, without))
             except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
@@ -541,8 +543,7 @@ class TableSource(Source):
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
         """Return the image in the cell, or its path."""
-        if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
-            value = value.get("bytes") or value.get("path")
+        value = image_in(value)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:

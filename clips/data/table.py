@@ -28,7 +28,7 @@ from clips.common.errors import UserError
 from clips.common.files import MOST_JSON, from_json
 from clips.common.paths import without_secrets
 from clips.data.guess import NAMES, guess_delimiter, say_once, usual
-from clips.data.sample import cell_of, flat
+from clips.data.sample import cell_of, flat, image_in
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
@@ -37,6 +37,8 @@ CSV = (".csv", ".tsv", "captions.txt")
 ROWS_PER_BATCH = 512
 LONGEST_ROW = 1 << 22
 """Maximum number of characters in a row of a CSV file."""
+UNPACKED, RATIO = 2**30, 100
+"""Most bytes of a table's copy: UNPACKED, and RATIO times the file. A small Parquet file can unpack to terabytes."""
 csv.field_size_limit(LONGEST_ROW)
 
 
@@ -155,9 +157,7 @@ class Table:
         for place in range(batch.num_rows):
             cell = None
             with suppress(ValueError, RecursionError):  # reported when the row itself is read
-                cell = cell_of(self._row(batch, place, (), others), column)
-            if isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
-                cell = cell.get("bytes") or cell.get("path")
+                cell = image_in(cell_of(self._row(batch, place, (), others), column))
             if isinstance(cell, bytes):
                 cell = hashlib.blake2b(cell).hexdigest()
             names.append(cell.encode("utf-8", "surrogatepass") if isinstance(cell, str) else b"")
@@ -211,6 +211,7 @@ def _write_arrow(url: str, target: Path) -> None:
         with open_binary(url) as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{name} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            room = UNPACKED + RATIO * file.seek(0, io.SEEK_END)
             file.seek(0)
             encoding = "utf-8"
             if url.endswith(".parquet"):
@@ -229,6 +230,9 @@ def _write_arrow(url: str, target: Path) -> None:
             with pa.ipc.new_file(str(target), head.schema.with_metadata({"encoding": encoding})) as writer:
                 writer.write_batch(head)
                 for batch in batches:
+                    room -= batch.nbytes
+                    if room < 0:
+                        raise UserError(f"{name} unpacks to over {RATIO} times its size: its rows repeat each other")
                     writer.write_batch(batch)
                 # The skipped rows are known only at the end.
                 writer.write_batch(head.slice(0, 0), {"left_out": json.dumps(asdict(left_out))})

@@ -214,7 +214,7 @@ def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
         cell = cells.pop(column, None)
         if not isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
             cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
-        in_table = None if cell.get("bytes") is None else partial(_read_cell, table, number, column)
+        in_table = partial(_read_cell, table, number, column) if isinstance(cell.get("bytes"), bytes) else None
         yield Row(str(cell.get("path") or cells.get("id", number)), cells, store, in_table)
 
 

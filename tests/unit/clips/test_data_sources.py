@@ -5,19 +5,24 @@ import os
 import pickle
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import fsspec
+import pyarrow as pa
 import pytest
 from bad_corpus import square as picture
 from launched import write_table, write_tar
+from pyarrow import parquet
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data import sidecar as sidecar_module
+from clips.data import table
 from clips.data.guess import say_once
 from clips.data.sample import BrokenSample
-from clips.data.sources import Source, expand, open_source
+from clips.data.sources import MOST_ROWS, Source, expand, open_source
 from clips.data.splits import check_readable
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -202,6 +207,31 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         with pytest.raises(BrokenSample, match=r"gone\.png"):
             source.read(3)
         assert len(list(source.captions())) == 6
+
+
+def test_an_image_of_bytes_that_are_text_is_broken(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": value, "path": None}, "alt": "w", "long": "l"} for value in ("t.jsonl", 10**12)]
+    path = write_table(tmp_path / "t.jsonl", rows)
+    source = open_tar(path, TABLE_FIELDS)
+    for index in range(2):
+        with pytest.raises(BrokenSample, match="neither a path nor bytes"):
+            source.read(index)
+
+
+def test_rows_that_repeat_each_other_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of equal rows fit in a small Parquet file; a copy of theirs is bounded, and so is a sample of them."""
+    (tmp_path / "a.png").write_bytes(picture(1))
+    count = 100_000
+    column = {name: pa.array([text]).take(pa.array([0] * count)) for name, text in (("image", "a.png"), ("alt", "w"))}
+    parquet.write_table(pa.table(column), path := tmp_path / "t.parquet")
+    source = open_tar(path, replace(TABLE_FIELDS, long=""), need_long=False)
+    with mock.patch.object(table.Table, "row", autospec=True, side_effect=table.Table.row) as rows:
+        assert source.read(0).web == "w"
+    assert 1 < rows.call_count <= MOST_ROWS
+    monkeypatch.setattr(table, "UNPACKED", 2**16)
+    os.utime(path, (0, 0))  # else its copy is there
+    with pytest.raises(UserError, match="repeat each other"):
+        open_tar(path, replace(TABLE_FIELDS, long=""), need_long=False)
 
 
 def csv_of(path: Path, rows: list[str]) -> Path:

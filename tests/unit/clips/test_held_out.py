@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bad_corpus import encode
 from conftest import random_model, script_parser, tiny_run
@@ -18,6 +19,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
+from clips.data.sources import open_source
 from clips.data.splits import held_out_images, open_split, split_spec
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
@@ -81,6 +83,22 @@ def test_no_image_is_on_both_sides(write, tmp_path: Path) -> None:
             assert held_out_images(data)[1].startswith(f"{len(images['val'])} of {IMAGES} images held out")
             held_out.append(images["val"])
     assert all(other == held_out[0] for other in held_out), "rows and their order change nothing"
+
+
+def test_images_with_the_same_end_are_two(tmp_path: Path) -> None:
+    images = [bytes([i]) + bytes(1 << 15) for i in range(3)]
+    write_table(tmp_path / "t.parquet", [{"image": image, "text": "w"} for image in images])
+    write_shard(tmp_path / "t.tar", [(image, {"txt": b"w"}) for image in images])
+    for name in ("t.parquet", "t.tar"):
+        source = open_source(str(tmp_path / name), Fields(), need_long=False)
+        assert len(np.unique(source.image_hashes())) == 3
+
+
+def test_a_check_counts_copies_under_other_names(tmp_path: Path) -> None:
+    table = csv_of_paths(tmp_path, layout(1, "in order", 20))
+    for i in range(3):
+        shutil.copy(tmp_path / f"pictures/{10 + i}.png", tmp_path / f"pictures/{i}.png")
+    assert check_pairs(replace(run_on(table), task=recipe("small_clip").task)).repeated == {"image": 3}
 
 
 def test_added_images_move_no_other_into_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +183,7 @@ def test_everything_is_counted(data: Path, jobs: int, capsys: pytest.CaptureFixt
     assert found.checked == 300
     assert found.faults == {"image": 10, "web caption is empty": 3}
     assert found.cut == {"long caption": 1}
-    assert found.repeated == {"web caption": 19}
+    assert found.repeated == {"web caption": 19, "image": 5}
     printed = capsys.readouterr().out
     assert printed.count("image: image file is truncated") == 10
     assert "10 × image" in printed

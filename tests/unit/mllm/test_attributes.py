@@ -244,6 +244,11 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
     assert "column productDisplayName:" in text
     assert "column id: 0 of" in text, "a value of its own in each row is no answer"
     assert "15003.png" not in (out / "instruct.json").read_text()
+    odd = [row | {"image": {"bytes": value}} for row, value in zip(rows, ("text", 10**12), strict=False)]
+    lines = [json.dumps(row) + "\n" for row in (*odd, *(row | {"image": row["path"]} for row in rows[4:]))]
+    (tmp_path / "shop.jsonl").write_text("".join(lines))
+    build(tmp_path / "odd", "--data", tmp_path / "shop.jsonl", "--image-root", tmp_path / "my pictures")
+    assert "skipped 2 missing images" in capsys.readouterr().out, "what is no bytes is no image"
     with pytest.raises(UserError, match="image-root"):
         build(tmp_path / "none", "--data", table, "--image-root", tmp_path)
     with pytest.raises(UserError, match="shade"):
