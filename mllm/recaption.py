@@ -333,7 +333,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     kind, _, name = flags.captioner.partition(":")
     if kind not in ("hf", "endpoint") or not name:
         raise UserError(f"--captioner {flags.captioner!r} must be hf:ID_OR_DIR or endpoint:URL[,URL…][#MODEL]")
-    if kind == "hf" and not is_of_demo(flags.data) and "demo" in data_of(name):
+    if kind == "hf" and not is_of_demo(flags.data) and data_of(name) == ["demo"]:
         raise UserError(f"{name} was trained on the demo, so it would describe other images with the demo's things")
     fields = parse_fields(flags.fields, Fields())
     source = open_source(flags.data, fields, image_root=flags.image_root, need_long=False)

@@ -550,9 +550,15 @@ def demo_split(directory: str | Path, split: str) -> str:
 
 
 def is_of_demo(data: str) -> bool:
-    """Return True if `data` (as `DataConfig.train`) is the demo, or lies in a folder that `ensure_demo` built."""
-    folders = [folder for part in data.split(";") for folder in (Path(part), *Path(part).parents[:2])]
-    return data == "demo" or any(built_as(folder) for folder in folders)
+    """Return True if `data` (as `DataConfig.train`) is the demo, or lies in folders of the demo or its LLaVA half."""
+    parts = [(Path(part), *Path(part).parents[:2]) for part in data.split(";")]
+    return data == "demo" or all(any(map(_holds_demo, folders)) for folders in parts)
+
+
+def _holds_demo(folder: Path) -> bool:
+    """Return True if the stamp of `folder` is that of `ensure_demo`, which the LLaVA half repeats as its `scenes`."""
+    built = built_as(folder) or {}
+    return (built.get("scenes") or built).keys() == {"version", "seed", "image_size", "sizes"}
 
 
 def ensure_demo(

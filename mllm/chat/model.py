@@ -97,7 +97,7 @@ class ChatModel:
     def scope(self) -> str:
         """A sentence or two about what the model was trained on and can be asked, or "" if there is no record."""
         data = data_of(self.directory)
-        if "demo" in data:
+        if data == ["demo"]:
             asked = "Ask what is where, how many things there are, or whether a thing is in the picture"
             return f" It knows drawings of {len(CONCEPTS)} things and nothing else. {asked}."
         return f" It was trained on {', '.join(data)}, so ask questions like those." if data else ""

@@ -146,7 +146,7 @@ def launch(name: str | None, *, port: int, block: bool = True, **options: Any) -
     `options` go to `ChatModel.load`. Raises UserError if the model cannot be opened or the port is taken.
     """
     model = ChatModel.load(name, **options)
-    questions = demo_questions() if "demo" in data_of(model.directory) else []
+    questions = demo_questions() if data_of(model.directory) == ["demo"] else []
     uploads = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = uploads.name  # gradio has no other setting for the directory of uploads
 

@@ -3,8 +3,10 @@
 import csv
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +15,16 @@ from conftest import script_parser
 from pyarrow import parquet
 from tiny_shop import picture, products, write_hub, write_tar
 
-from clips import Fields, open_source
+from clips import Fields, is_of_demo, open_source
 from clips.common.errors import UserError
+from clips.common.files import STAMP, write_json
+from mllm.chat import web
+from mllm.chat.model import ChatModel
 from mllm.data.attributes import SHORT, balanced_pairs, build_from_flags, describe, value_of
 from mllm.data.images import ImageStore
 from mllm.data.questions import read_questions
+from mllm.model.load import FACTS, data_of
+from mllm.training.finish import trained_on
 
 FEW = ("--min-count", "2", "--per-kind", "40")
 
@@ -147,6 +154,34 @@ def test_one_picture_is_in_one_split(tmp_path: Path) -> None:
 def pictures_of(tar: Path) -> list[bytes]:
     store = ImageStore(tar)
     return [store.read(f"{number:08}.jpg") for number in range(len(open_source(str(tar), Fields(), need_long=False)))]
+
+
+def test_a_model_of_these_questions_is_not_the_demos(shop, tmp_path, monkeypatch) -> None:
+    """Every folder with a stamp was the demo's, so chat and page said that a shop's model knows drawings alone."""
+    out = build(tmp_path / "out", "--data", shop, "--caption", "productDisplayName", "--pack")
+    scenes = {"version": 1, "seed": 0, "image_size": 8, "sizes": {}}
+    for name, built in (("demo", scenes), ("llava_demo", {"version": 1, "scenes": scenes, "align": 8})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / STAMP, {"built": built})
+    assert is_of_demo(str(tmp_path / "demo/train/0.tar"))
+    assert not is_of_demo(f"{tmp_path}/demo/train;{out}/train.tar")
+    shown: list[list[Any]] = []
+    monkeypatch.setattr(web, "add_chat", lambda model, questions: (shown.append(questions), sys.exit()))
+    monkeypatch.setattr(web, "demo_questions", lambda: ["of the demo"])
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the page sets it
+    for folder, learned in (("out", ["align.json", "instruct.json"]), ("llava_demo", ["demo"])):
+        paths = {stage: f"{tmp_path}/{folder}/{stage}.json" for stage in ("align", "instruct")}
+        (model := tmp_path / f"run-{folder}" / "model").mkdir(parents=True)
+        write_json(model.parent / "config.json", {stage: {"trains": {"data_path": paths[stage]}} for stage in paths})
+        write_json(model / "config.json", {})
+        write_json(model / FACTS, {"trained_on": trained_on(model.parent)})
+        assert data_of(model) == learned
+        opened = SimpleNamespace(directory=model)
+        assert ("drawings" in ChatModel.scope.fget(opened)) == (folder == "llava_demo")
+        monkeypatch.setattr(web.ChatModel, "load", lambda *_, opened=opened: opened)
+        with pytest.raises(SystemExit):
+            web.launch(None, port=0)
+    assert shown == [[], ["of the demo"]]
 
 
 def test_a_test_that_was_trained_on_is_counted_and_refused(tmp_path: Path) -> None:
