@@ -317,6 +317,9 @@ class DataConfig:
     held_out: float = bounded(0.0, at_least=0, below=1)
     """Without `val`: share of the images of `train`, at most 1,000, that are held out for validation. The demo, a mix,
     and a set of fewer than 100 images hold none out."""
+    key: str | None = None
+    """A column, or a JSON key of shards: samples with equal values, such as front and back of one thing, are held out
+    together."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
     """Test sets beside `test`; their metrics are called NAME/METRIC. The studies decide by a set named `unseen`."""

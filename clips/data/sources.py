@@ -137,6 +137,8 @@ class Source:
     """Rows of all tables, including those that do not fit. A sample may have several."""
     problems: Sequence[str] = ()
     """Damage found when the set was opened, shard by shard."""
+    names: Sequence[str] = ()
+    """The names of all fields that were found."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -153,6 +155,7 @@ class Source:
     ) -> Fields:
         """Return the fields as `guess_fields` and note which parts a sample needs."""
         fields = guess_fields(where, fields, names, lists)
+        self.names = names
         self._need_long = need_long
         self._others = fields.long == OTHERS
         self._needed = PARTS if need_long and not self._others else PARTS[:2]
@@ -187,14 +190,25 @@ class Source:
         """Return an identity of the sample's image: its path, or its bytes. Raises BrokenSample."""
         raise NotImplementedError
 
-    def image_hashes(self) -> np.ndarray:
-        """Return uint64 [samples]: a hash of each `image_id`, the same on every machine; broken samples share one."""
+    def key_of(self, index: int, key: str) -> Any:
+        """Return the sample's cell in the column, or under the JSON key, `key`, or None. Raises BrokenSample."""
+        raise NotImplementedError
+
+    def image_hashes(self, key: str | None = None) -> np.ndarray:
+        """Return uint64 [samples]: a hash of each `image_id`, the same on every machine; broken samples share one.
+
+        With `key`, samples of equal `key_of` share a hash. Raises UserError if there is no such field.
+        """
+        if key and not {key, f"json:{key}"} & set(self.names):
+            raise UserError(f"--key {key!r} is not among the fields found: {clip(', '.join(self.names))}")
         hashes = bytearray()
         for index in tqdm(range(len(self)), "telling images apart", unit="image", leave=False, disable=None):
-            image = b""
+            identity = b""
             with contextlib.suppress(BrokenSample):  # counted when training reads it
-                image = self.image_id(index)
-            hashes += hashlib.sha256(b"held out" + image).digest()[:8]
+                cell = self.key_of(index, key) if key else None
+                is_empty = cell is None or cell == ""
+                identity = self.image_id(index) if is_empty else f" key {cell}".encode("utf-8", "surrogatepass")
+            hashes += hashlib.sha256(b"held out" + identity).digest()[:8]
         return np.frombuffer(hashes, "<u8")
 
     def facts(self) -> dict[str, Any]:
@@ -358,6 +372,10 @@ class TarSource(Source):
             return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
         return next(filter(None, (members.read(e) for e, _ in self._fields["image"])), b"")
 
+    def key_of(self, index: int, key: str) -> Any:
+        (name,) = _alternatives(key if key in self.names else f"json:{key}")
+        return self._members(index).text(*name)
+
     def _captions(self, members: Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
@@ -512,6 +530,9 @@ class TableSource(Source):
             return place
         # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
         return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
+
+    def key_of(self, index: int, key: str) -> Any:
+        return cell_of(self._rows(index, self._fields["image"], most=1)[2][0], key)
 
     def _rows(
         self, index: int, without: Sequence[str] = (), most: int = MOST_ROWS

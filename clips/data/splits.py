@@ -18,7 +18,7 @@ OWN = ("train", "val", "test")
 FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
 """Fewest images of which a share is held out, and the most images that are held out."""
 HASHES: dict[tuple[Any, ...], np.ndarray] = {}
-"""`Source.image_hashes` by the data's spec, fields, root and facts: a process reads the images of a set once."""
+"""`Source.image_hashes` by the data's spec, fields, root, key and facts: a process reads the images of a set once."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -68,24 +68,25 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
 
     An image validates if its hash is below the share. So every seed validates on the same images, all captions of an
     image are on one side, and added images move no other image into validation, except where they end the time of too
-    few images, when none validates.
+    few images, when none validates. With `data.key`, the same holds for the values of that field, each with all its
+    images.
     """
     hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
-    images = np.unique(hashes)
+    images, what = np.unique(hashes), f"values of {data.key!r}" if data.key else "images"
     below = images[images < data.held_out * 2.0**64]
     chosen = below[:MOST_HELD_OUT]
     if len(images) < FEWEST_IMAGES or not 1 < len(chosen) < len(images):
-        few = f"no image is held out of {len(images):,}, fewer than {FEWEST_IMAGES} (--val-data gives others)"
+        few = f"no image is held out of {len(images):,} {what}, fewer than {FEWEST_IMAGES} (--val-data gives others)"
         return chosen[:0], few, below
     rows = np.isin(hashes, chosen).sum()
-    line = f"{len(chosen):,} of {len(images):,} images held out, {rows:,} rows (--val-data gives others)"
+    line = f"{len(chosen):,} of {len(images):,} {what} held out, {rows:,} rows (--val-data gives others)"
     return chosen, line, below[len(chosen) :]
 
 
 def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:
-    key = (data.train, data.fields, data.image_root, source.facts()["sha256"])
+    key = (data.train, data.fields, data.image_root, data.key, source.facts()["sha256"])
     if key not in HASHES:
-        HASHES[key] = source.image_hashes()
+        HASHES[key] = source.image_hashes(data.key)
     return HASHES[key]
 
 

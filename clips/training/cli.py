@@ -40,6 +40,7 @@ def parser() -> Parser:
     data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="several sets, by shares")
     data.add_argument("--karpathy", metavar="FILE", help="COCO or Flickr with all splits of A. Karpathy's JSON file")
     p.add_argument("--val-data", help="validation data (default: the demo's, a share that small holds out, or none)")
+    p.add_argument("--key", metavar="COLUMN", help="hold out rows with equal values together (default: equal images)")
     p.add_argument(
         "--test-data", nargs="+", metavar="DATA", help="first DATA, then NAME=DATA (default: the demo's, or none)"
     )
@@ -134,7 +135,7 @@ def config_from_flags(flags: argparse.Namespace, architecture: Mapping[str, Any]
     run = with_tower(recipe(recipe_name(flags)), flags.tower)
     if flags.debug:
         run = debug_twin(run)
-    named = {"train": flags.data, "val": flags.val_data, "image_root": flags.image_root}
+    named = {"train": flags.data, "val": flags.val_data, "image_root": flags.image_root, "key": flags.key}
     data = replace(run.data, **{key: value for key, value in named.items() if value is not None})
     if flags.karpathy:
         file = flags.karpathy
@@ -174,6 +175,8 @@ def config_from_flags(flags: argparse.Namespace, architecture: Mapping[str, Any]
         raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")
     if run.train.init_from != flags.init_from:
         raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
+    if flags.key and (run.data.val or not run.data.held_out or run.data.train in ("demo", "mix")):
+        raise UserError("--key is of the share of --data that is held out: --set data.held_out=0.05, no --val-data")
     if not run.data.train:
         raise UserError(f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (docs/data.md)")
     return run

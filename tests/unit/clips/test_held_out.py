@@ -1,6 +1,7 @@
 """A share is held out by image, whatever rows, keys and order a set has; the check of pairs counts what is there."""
 
 import json
+import json
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from clips.data.splits import held_out_images, open_split, split_spec
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.recipes import recipe
+from clips.training.cli import config_from_flags, parser
 from clips.weights.export import write_native
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -131,11 +133,35 @@ def test_tables_in_two_folders_and_samples_without_a_long_caption(tmp_path: Path
     assert len(train) < 2 * IMAGES / 3 < len(train) + len(val)
 
 
+def test_rows_with_equal_keys_are_on_one_side(tmp_path: Path) -> None:
+    """Front and back of one thing were on both sides, and validation chose what had learned by heart."""
+    csv_of_paths(tmp_path, layout(1, "in order"))
+    rows = [{"image": f"pictures/{i}.png", "text": f"t {i // 2}", "article": {"id": i // 2}} for i in range(IMAGES)]
+    samples = [
+        (picture(i), {"txt": b"t", "json": f'{{"article": {{"id": {i // 2}}}}}'.encode()}) for i in range(IMAGES)
+    ]
+    held_out = []
+    for table in (write_table(tmp_path / "t.jsonl", rows), write_shard(tmp_path / "t.tar", samples)):
+        data = DataConfig(train=str(table), held_out=0.1, key="article.id")
+        images = sides(data)
+        things = [{i // 2 for i in range(IMAGES) if picture(i) in images[split]} for split in ("train", "val")]
+        assert not things[0] & things[1]
+        assert held_out_images(data)[1].startswith(f"{len(things[1])} of 100 values of 'article.id' held out, ")
+        held_out.append(things[1])
+        with pytest.raises(UserError, match=r"--key 'id' is not among .*article.id"):
+            sides(replace(data, key="id"))
+    assert held_out[0] == held_out[1]
+    flags = ["--data", str(table), "--key", "article.id"]
+    assert config_from_flags(parser().parse_args(flags), {}).data.key == "article.id"
+    with pytest.raises(UserError, match="held_out"):
+        config_from_flags(parser().parse_args([*flags, "--val-data", str(table)]), {})
+
+
 def test_few_images_and_a_mix_hold_nothing_out(tmp_path: Path) -> None:
     data = DataConfig(train=str(csv_of_paths(tmp_path, layout(5, "shuffled", 8))), held_out=0.05)
     assert len({s.read(i).image for s in [open_split(data, "train", need_long=False)] for i in range(len(s))}) == 8
     assert split_spec(data, "val") is None
-    assert held_out_images(data)[1] == "no image is held out of 8, fewer than 100 (--val-data gives others)"
+    assert held_out_images(data)[1] == "no image is held out of 8 images, fewer than 100 (--val-data gives others)"
     (tmp_path / "many").mkdir()
     many = csv_of_paths(tmp_path / "many", layout(1, "in order"))
     mix = replace(data, train="mix", mix=(MixPart(name="a", share=1, data=str(many)),))
