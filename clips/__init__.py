@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
-    from clips.data.guess import NAMES
+    from clips.data.guess import NAMES, expand
     from clips.data.images import (
         ENDINGS,
         IMAGENET_MEAN,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     )
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sentences import split_sentences
-    from clips.data.sources import MAX_CAPTION, Source, expand, open_source
+    from clips.data.sources import MAX_CAPTION, Source, open_source
     from clips.data.splits import held_out_images, held_out_sets, open_split, split_spec
     from clips.data.table import Table
     from clips.data.tar import read_members

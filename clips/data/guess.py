@@ -1,9 +1,10 @@
-"""Guess what users do not say about their data: fields, the files of a folder, the root of image paths.
+"""Find the files of a set, and guess what users do not say about it: fields, and the root of image paths.
 
 Every guess is printed, with the flag that overrules it.
 """
 
 import csv
+import glob
 import logging
 import os
 import re
@@ -14,11 +15,14 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from braceexpand import braceexpand
+
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import ENDINGS
+from clips.data.remote import store_of
 
 log = logging.getLogger("clips.data")
 NAMES = {
@@ -33,6 +37,10 @@ NAMES = {
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
 """Part of a sample → usual names of its column, JSON key or member; the first one that is present counts."""
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
+"""Endings of tables that are found in a folder."""
+NAMED = (*TABLES, ".json", ".token", ".token.txt")
+"""Endings of all tables. Those that a folder may have for another purpose are read only if they are named."""
 HELD_OUT = ("test", "val", "dev")
 PROBED_TEXTS = 32
 """Number of texts that decide if each line is a caption."""
@@ -109,6 +117,45 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
             return folder
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
     raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
+
+
+def expand(spec: str) -> list[str]:
+    """Return the data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
+
+    A `;` or `{…}` in the name of an existing file or folder is part of the name.
+    """
+    files: list[str] = []
+    parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(";")]
+    for part in filter(None, parts):
+        patterns = [part] if os.path.exists(part) else braceexpand(part)
+        for pattern in patterns:
+            files += _match(pattern)
+    if not files:
+        raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
+    for file in files:
+        if not (file.endswith((".tar", *NAMED)) or os.path.isdir(file) or is_karpathy(file)):
+            raise UserError(
+                f"{file} is of no known kind; known are .tar (not compressed), {', '.join(NAMED)}. Of any other list "
+                "make a .csv whose first line is image,caption"
+            )
+    return files
+
+
+def _match(pattern: str) -> list[str]:
+    if is_karpathy(pattern):
+        return [pattern]
+    if is_remote(pattern):
+        if not glob.has_magic(pattern):
+            return [pattern]
+        filesystem, path = store_of(pattern)
+        files = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+    elif os.path.isdir(pattern):
+        files = in_folder(pattern, (".tar", *TABLES))
+    else:
+        files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not files:
+        raise UserError(f"no data at {pattern!r}: no file, no folder of .tar, {', '.join(TABLES)} or a.jpg, a.txt")
+    return files
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from clips.common.errors import UserError, reason
@@ -28,20 +26,16 @@ from clips.common.escape import clip
 from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import KarpathyFile, PictureFolder, guess_fields, guess_root, in_folder, is_karpathy, say_once
+from clips.data.guess import KarpathyFile, PictureFolder, expand, guess_fields, guess_root, is_karpathy, say_once
 from clips.data.images import MAX_BYTES
 from clips.data.members import Members, OpenShard
 from clips.data.order import MixedOrder, Order, SampleOrder
-from clips.data.remote import check_state, store_of
+from clips.data.remote import check_state
 from clips.data.sample import BrokenSample, RawSample, Texts, cell_of, flat, image_in
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, open_shards, shard_summary
 
 log = logging.getLogger("clips.data")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
-"""Endings of tables that are found in a folder."""
-NAMED = (*TABLES, ".json", ".token", ".token.txt")
-"""Endings of all tables. Those that a folder may have for another purpose are read only if they are named."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
@@ -73,45 +67,6 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     if tables:
         return TableSource(files, fields, image_root, need_long)
     return TarSource(files, fields, need_long)
-
-
-def expand(spec: str) -> list[str]:
-    """Return the data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
-
-    A `;` or `{…}` in the name of an existing file or folder is part of the name.
-    """
-    files: list[str] = []
-    parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(";")]
-    for part in filter(None, parts):
-        patterns = [part] if os.path.exists(part) else braceexpand(part)
-        for pattern in patterns:
-            files += _match(pattern)
-    if not files:
-        raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
-    for file in files:
-        if not (file.endswith((".tar", *NAMED)) or os.path.isdir(file) or is_karpathy(file)):
-            raise UserError(
-                f"{file} is of no known kind; known are .tar (not compressed), {', '.join(NAMED)}. Of any other list "
-                "make a .csv whose first line is image,caption"
-            )
-    return files
-
-
-def _match(pattern: str) -> list[str]:
-    if is_karpathy(pattern):
-        return [pattern]
-    if is_remote(pattern):
-        if not glob.has_magic(pattern):
-            return [pattern]
-        filesystem, path = store_of(pattern)
-        files = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
-    elif os.path.isdir(pattern):
-        files = in_folder(pattern, (".tar", *TABLES))
-    else:
-        files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(f"no data at {pattern!r}: no file, no folder of .tar, {', '.join(TABLES)} or a.jpg, a.txt")
-    return files
 
 
 def _place(starts: Sequence[int], index: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from clips.common.errors import UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.paths import cache_root
 from clips.config import Fields
-from clips.data.sources import expand, open_source
+from clips.data.guess import expand
+from clips.data.sources import open_source
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from mllm.chat.model import ChatModel

@@ -20,9 +20,9 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data import sidecar as sidecar_module
 from clips.data import table
-from clips.data.guess import say_once
+from clips.data.guess import expand, say_once
 from clips.data.sample import BrokenSample
-from clips.data.sources import MOST_ROWS, Source, expand, open_source
+from clips.data.sources import MOST_ROWS, Source, open_source
 from clips.data.splits import check_readable
 
 pytestmark = pytest.mark.usefixtures("own_cache")

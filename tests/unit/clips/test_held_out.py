@@ -1,7 +1,6 @@
 """A share is held out by image, whatever rows, keys and order a set has; the check of pairs counts what is there."""
 
 import json
-import json
 import os
 import random
 import shutil
