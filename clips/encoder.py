@@ -113,7 +113,7 @@ class CLIPS:
             return self._transform(_open(image))
         size = self.image_size
         if image.shape != (3, size, size) or not image.is_floating_point():
-            raise ValueError(f"give floats [3, {size}, {size}] of `preprocess`, not {image.dtype} {list(image.shape)}")
+            raise ValueError(f"expected floats [3, {size}, {size}] of `preprocess`: {image.dtype} {list(image.shape)}")
         return image.to("cpu", torch.float32)
 
     def tokenize(self, texts: Iterable[str] | str) -> Tensor:
@@ -239,7 +239,7 @@ class CLIPS:
         images differ in number.
         """
         if self.model.captioner is None:
-            raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
+            raise UserError(f"{self.path} has no captioner: open a run of a CLIPS recipe, or its native export")
         webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         captions: list[str] = []
@@ -258,19 +258,19 @@ def _texts(texts: Iterable[str] | str) -> list[str]:
     strings = [texts] if isinstance(texts, str) else list(texts)
     for text in strings:
         if not isinstance(text, str):
-            raise TypeError(f"texts are strings, found a {type(text).__name__}")
+            raise TypeError(f"texts must be strings, found a {type(text).__name__}")
     return strings
 
 
 def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
-            raise ValueError(f"an array is an image of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
+            raise ValueError(f"an array must be uint8 [H, W, 3] or [H, W], found {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not is_remote(str(image)) and Path(image).is_dir():
-        raise UserError(f"{image} is a folder: give it alone, or the images in it (Path(folder).glob('*.jpg'))")
+        raise UserError(f"{image} is a folder: give only it, or a list of its images (Path(folder).glob('*.jpg'))")
     try:
         if is_remote(str(image)):
             return decode_image(read_range(str(image), 0, min(remote_facts(str(image))[0], MAX_BYTES + 1)))

@@ -83,9 +83,9 @@ def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str, 
         paths, features = json.loads(facts["paths"]), tensors["features"]
         index = Index(paths, features, encode, facts["weights"], int(facts["skipped"]))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path} is no index of images: name another file, or remove it") from None
+        raise UserError(f"{path} is not an index of images: choose another file, or remove it") from None
     if index.weights != weights:
-        raise UserError(f"{path} was made with other weights than this model's: index the images again")
+        raise UserError(f"{path} was made with another model's weights: remove it, and the images are indexed again")
     are_paths = isinstance(paths, list) and all(isinstance(name, str) and "\0" not in name for name in paths)
     are_features = features.dtype == torch.float32 and features.shape == (len(paths), width)
     if not are_paths or not are_features or index.skipped < 0 or not ((features.norm(dim=1) - 1).abs() < 0.01).all():

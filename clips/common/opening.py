@@ -47,7 +47,9 @@ def naming(what: str, place: Path | str) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         why = f"it may hold pickled code ({unpickling_reason(error)})"
-        raise UserError(f"{what}: a weight file of {place} was refused: {why}. Nothing in it was run") from None
+        raise UserError(
+            f"{what}: a weight file of {place} was refused: {why}. Nothing in it was run; use a .safetensors copy"
+        ) from None
     except Exception as error:
         problem = in_one_line(error)
         if "trust_remote_code" in problem:
@@ -114,5 +116,6 @@ def load_weights(
     ]
     problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if not name.startswith(allowed)]
     if problems:
-        raise UserError(f"{what}: the weights in {directory} do not fit their config.json: {listed(problems)}")
+        mend = "take config.json and weights from one download or export"
+        raise UserError(f"{what}: the weights in {directory} do not fit their config.json: {listed(problems)}; {mend}")
     return model, info

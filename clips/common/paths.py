@@ -67,7 +67,7 @@ def is_plain(name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> str:
-    """Return the path of `name` below the folder `root`, with links resolved. Raises ValueError if it leads out.
+    """Return the path of `name` below the folder `root`, with links resolved. Raises ValueError if it is outside.
 
     An absolute `name` is allowed if it is below `root`.
     """
@@ -76,4 +76,4 @@ def inside(root: str | Path, name: str) -> str:
         path = os.path.realpath(os.path.join(real_root, name))
         if Path(path).is_relative_to(real_root):
             return path
-    raise ValueError(f"{name!r} leads out of {str(root)!r}")
+    raise ValueError(f"{name!r} is outside {str(root)!r}")

@@ -134,7 +134,7 @@ def attention_of_a_gpu(
         flash = FUSED._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if query.shape[1] != key.shape[1]:
-        raise Waits("attention with a mask and grouped heads has no fused kernel on a GPU: repeat the keys' heads")
+        raise Waits("attention with a mask and grouped heads has no fused kernel on a GPU: repeat keys and values")
     bias = attn_mask
     if bias is not None:
         if bias.dtype == torch.bool:

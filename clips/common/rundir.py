@@ -115,7 +115,7 @@ def check_current(export: Path) -> Path:
     """Return `export`, the export/ of a run. Raises UserError if the run has trained further since it was made."""
     if not is_current(export):
         command = f"python scripts/export_clips.py --model {shlex.quote(str(export.parent))}"
-        raise UserError(f"{export} is not of the run's chosen checkpoint: `{command}` exports it")
+        raise UserError(f"{export} was made from a checkpoint that its run no longer selects: run `{command}` again")
     return export
 
 

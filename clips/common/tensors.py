@@ -37,19 +37,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read name → tensor (on the CPU) from a .safetensors file or a torch file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no weight file at {path}")
+        raise UserError(f"there is no weight file {path}: check the path")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
         content = read_torch(path)
     except UserError as error:
-        raise UserError(f"{error}. Convert it to .safetensors where you trust it.") from None
+        raise UserError(f"{error}. If you trust it, convert it to .safetensors in an isolated environment") from None
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     tensors = dict(content) if isinstance(content, Mapping) else {}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no weights: expected names with tensors")
+        raise UserError(f"{path} holds no weights: expected a dictionary of tensors, such as a state_dict")
     return {str(name).removeprefix("module."): value for name, value in tensors.items()}
 
 

@@ -110,7 +110,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _by_strips(image, _on_white)
     if image.mode in (*_OPAQUE_MODES, "P"):
         return image.convert("RGB")
-    raise ValueError(f"images of mode {image.mode} are not supported")
+    raise ValueError(f"images of mode {image.mode} are not supported: convert it to RGB")
 
 
 def decode_rgba(data: bytes) -> Image.Image:

@@ -110,7 +110,7 @@ class MixedOrder:
         """`shares` are relative. Raises ValueError for a share below 2 / BLOCK of their sum."""
         total = float(sum(shares))
         if len(parts) != len(shares) or not all(math.isfinite(s) and s * BLOCK >= 2 * total > 0 for s in shares):
-            raise ValueError(f"shares {list(shares)} must be numbers, none below {2 / BLOCK:.2g} of their sum")
+            raise ValueError(f"shares must be positive, none below {2 / BLOCK:.2%} of their sum: {list(shares)}")
         self.parts, self.shares, self.seed = list(parts), list(shares), seed
         self.bounds = np.cumsum([0.0, *shares]) / total
         self.bounds[-1] = 1.0

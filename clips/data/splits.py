@@ -123,4 +123,4 @@ def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
     try:
         return MixedSource(sources, [part.share for part in data.mix])
     except ValueError as error:
-        raise UserError(f"data.mix: {error}") from None
+        raise UserError(f"--mix (data.mix): {error}") from None

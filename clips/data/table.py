@@ -239,8 +239,8 @@ def _write_arrow(url: str, target: Path) -> None:
     except (ValueError, pa.ArrowNotImplementedError, csv.Error) as error:
         raise UserError(f"{name} is not a readable table: {error}") from None
     except StopIteration:
-        count = f" that fit its header: {left_out.count:,} have other cells" if left_out.count else ""
-        raise UserError(f"{name} has no rows{count}") from None
+        count = f": {left_out.count:,} have another number of columns than the header" if left_out.count else ""
+        raise UserError(f"{name} has no usable rows{count}. Check its separator and quotes") from None
 
 
 def _objects(file: Any, url: str) -> Iterator[bytes]:

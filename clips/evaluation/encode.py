@@ -115,7 +115,7 @@ def encode_images(
     entries = [entry for batch in full for entry in batch.items]
     skipped = [reason for batch in full for reason in batch.skipped]
     if not entries:
-        raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
+        raise UserError(f"no image of the test set can be read: {skipped[0] if skipped else 'it is empty'}")
     return ImageSet(
         features=torch.cat([features for features, _ in towers]),
         pooled=torch.cat([pooled for _, pooled in towers]),

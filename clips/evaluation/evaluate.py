@@ -240,9 +240,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         image_size=size, batch_size=batch_size, workers=run.data.workers,
     )  # fmt: skip
     if not figures:
-        raise UserError("nothing to measure: the test set has neither captions nor labels")
+        raise UserError("nothing to measure: the test set has neither captions nor labels; name its --fields")
     if flags.probe_train is not None and not any(figure.endswith("linear_probe_top1") for figure in figures):
-        raise UserError(f"--probe-train {flags.probe_train}: it has none of the labels of the test images")
+        raise UserError(
+            f"--probe-train {flags.probe_train} has none of the labels of the test images: use the same class names"
+        )
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)

@@ -112,7 +112,7 @@ def _read_inside(root: Path, name: str) -> bytes:
     try:
         return read_regular(inside(root, name), MAX_BYTES + 1)
     except ValueError:
-        raise BrokenSample(name, "the path leads out of the image folder") from None
+        raise BrokenSample(name, "the path is outside the image folder") from None
     except OSError as error:
         raise BrokenSample(name, f"cannot be read: {error.strerror}") from None
 
@@ -191,7 +191,7 @@ def load_classes(spec: str | Path) -> Classes:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a class list (a class per line, or JSON with classes): {error!r}") from None
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{path} must name at least one class, and none twice")
+        raise UserError(f"{path} must list at least one class, and no class twice")
     return Classes(names, check_templates(templates, path))
 
 

@@ -117,7 +117,7 @@ def _load_foreign(directory: Path, kind: str) -> tuple[CLIPSModel, RunConfig, Ca
     foreign = READERS[kind](directory)
     if foreign.text is None or foreign.tokenizer is None or foreign.embed_dim is None:
         train = f"python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}"
-        raise UserError(f"{directory} is an image tower alone: train a text tower that fits it with `{train}`")
+        raise UserError(f"{directory} has only an image tower: train a text tower for it with `{train}`")
     tokenizer = foreign.tokenizer
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
     model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), foreign.tensors, directory)

@@ -67,12 +67,12 @@ def _read(reader: Callable[..., T], data: bytes, limits: Limits) -> T:
     from clips import MAX_PIXELS, BrokenSample
 
     if len(data) > limits.image_bytes:
-        raise UserError(f"the picture has {len(data):,} bytes, the limit is {limits.image_bytes:,}")
+        raise UserError(f"the image has {len(data):,} bytes, the limit is {limits.image_bytes:,}: send a smaller one")
     try:
         return reader(data, max_pixels=min(limits.image_pixels, MAX_PIXELS), reduce_to=KEPT_PIXELS)
     except BrokenSample as broken:
         reason = re.sub(r" <_io.*?>", "", broken.reason.removeprefix("image: "))  # Pillow shows its buffer
-        raise UserError(f"the picture cannot be read: {reason}") from None
+        raise UserError(f"the image cannot be read: {reason}") from None
 
 
 def read_video(data: bytes, frames: int) -> list[Image.Image]:

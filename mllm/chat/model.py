@@ -42,7 +42,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature must be a number of 0 or more": 0 <= self.temperature < math.inf,
+            "temperature must be 0 or more": 0 <= self.temperature < math.inf,
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "max_new_tokens must be above 0": self.max_new_tokens >= 1,
             "seed must be a whole number of 0 or more": self.seed is None or 0 <= self.seed < 2**63,
@@ -98,7 +98,7 @@ class ChatModel:
         """A sentence or two about what the model was trained on and can be asked, or "" if there is no record."""
         data = data_of(self.directory)
         if data == ["demo"]:
-            asked = "Ask what is where, how many things there are, or whether a thing is in the picture"
+            asked = "Ask what is where, how many things there are, or whether a thing is in the image"
             return f" It knows drawings of {len(CONCEPTS)} things and nothing else. {asked}."
         return f" It was trained on {', '.join(data)}, so ask questions like those." if data else ""
 
@@ -112,7 +112,10 @@ class ChatModel:
             return
         squares = sum(self.layout.squares(size_of(picture)) for picture in pictures)
         if squares > most:
-            raise UserError(f"these {len(pictures)} pictures have {squares} squares, the limit is {most}: send fewer")
+            raise UserError(
+                f"these {len(pictures)} images are split into {squares} crops, more than the limit of {most}: "
+                "send fewer or smaller images"
+            )
 
     @staticmethod
     def load(

@@ -146,7 +146,7 @@ class ChatSession:
         prompt = Prompt(turns, images, self.prompt_ids(turns, tokens))
         context = self.model.context_length
         if context is not None and len(prompt.ids) >= context:
-            limit = f"{context:,} at most ({self.model.layout} for each picture)"
+            limit = f"{context:,} at most ({self.model.layout} for each image)"
             raise ContextError(f"the talk takes {len(prompt.ids):,} tokens, the model reads {limit}: start a new one")
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(prompt, sampling, streamer)

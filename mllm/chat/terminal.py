@@ -101,7 +101,7 @@ class Talk:
             number = len(self.session.images) + len(self.waiting)
             height, width = size_of(image)
             what = "a video" if isinstance(image, Video) else f"{width} × {height}"
-            print(f"picture {number}: {path} ({what}) goes with your next question")
+            print(f"image {number}: {path} ({what}) goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """Print an answer while it is generated; Ctrl-C ends it."""
@@ -136,8 +136,8 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         return
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
-    print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}."
-          f"{model.scope} Drop a picture file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
+    print(f"{model.name}: {model.layout} tokens for each image, format {model.encoder.format.name}{room}."
+          f"{model.scope} Drop an image file here and ask. Commands:\n{COMMANDS}")  # fmt: skip
     talk = Talk(session, sampling)
     talk.waiting = images
     with suppress(ImportError):

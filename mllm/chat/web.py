@@ -86,8 +86,10 @@ def answers(
     session = talk.setdefault("session", ChatSession(model))
     session.keep(sum(turn["role"] == "assistant" for turn in history))
     text, files = message["text"].strip(), message["files"]
-    if len(text) > LIMITS.prompt_chars or len(files) > LIMITS.images:
-        raise UserError(f"a question has at most {LIMITS.prompt_chars:,} characters, {LIMITS.images} pictures")
+    if len(text) > LIMITS.prompt_chars:
+        raise UserError(f"the question is too long: it may have {LIMITS.prompt_chars:,} characters")
+    if len(files) > LIMITS.images:
+        raise UserError(f"too many images: a question may have {LIMITS.images}")
     pictures = [open_picture(Path(path).read_bytes(), path, LIMITS) for path in files]
     model.check_squares([*session.images, *pictures], LIMITS.squares)
     sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
@@ -115,7 +117,7 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
     kinds = ["image", "video"] if model.takes_videos else ["image"]
     box = gr.MultimodalTextbox(
         file_types=kinds, file_count="multiple", sources=["upload"], show_label=False,
-        placeholder=f"Ask about a {' or a '.join(kinds).replace('image', 'picture')}",
+        placeholder=f"Ask about a {' or a '.join(kinds)}",
     )  # fmt: skip
     files = [str(DEMO_DIR / IMAGES / question.images[0]) for question in questions]
     examples = [{"text": question.text, "files": [file]} for question, file in zip(questions, files, strict=True)]
@@ -133,7 +135,7 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         examples=[[example, None, None, None] for example in examples] or None,  # settings stay as they are
-        description=for_markdown(f"{model.name}: {model.layout} tokens for each picture.{model.scope}", LONGEST),
+        description=for_markdown(f"{model.name}: {model.layout} tokens for each image.{model.scope}", LONGEST),
         cache_examples=False,
         flagging_mode="never",
         api_visibility="private",

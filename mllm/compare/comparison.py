@@ -369,7 +369,10 @@ def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
     if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | LATER != known:
-        raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
+        raise UserError(
+            f"{output} was planned by an incompatible version (its format is not {FORMAT}): start again with a new "
+            "--output, or check out the version in its compare.json"
+        )
     fixed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     return Comparison(output=output, decides=plan.get("decides"), **fixed)
 

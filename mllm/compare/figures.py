@@ -262,7 +262,7 @@ def read_answers(comparison: Comparison) -> Lines:
             answers[cell] += [json.loads(line) | {"file": name} for line in lines]
         questions = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
         if questions[0] != questions[1]:
-            raise UserError(f"cell {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
+            raise UserError(f"run {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
     return answers
 
 

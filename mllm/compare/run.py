@@ -116,7 +116,7 @@ def check_request(comparison: Comparison) -> None:
     if c.llava_runs is not None and c.llava_runs < c.seeds:
         raise UserError(f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}, so that each encoder is used")
     if min(c.jobs, c.gpus) > 1:
-        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; use only one of the two")
+        raise UserError(f"--jobs {c.jobs} with --gpus {c.gpus}: the runs would share GPUs; use only one of the two")
     count_ranks(c.gpus, c.device, "--gpus")
 
     arms = c.arms
@@ -134,7 +134,7 @@ def check_request(comparison: Comparison) -> None:
             raise UserError(f"{option}: --{name} is set by the comparison itself; leave it out")
 
     if c.questions is None and not c.is_demo and not c.benchmarks:
-        raise UserError("the demo's questions say nothing about models of other data: give --questions or --benchmarks")
+        raise UserError("the demo's questions cannot measure models of other data: give --questions or --benchmarks")
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) -> None:
@@ -142,7 +142,10 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) 
     for encoder in encoders:
         objective = pretrain_config(comparison, encoder).task.objective
         if objective != encoder.kind:
-            raise UserError(f"--pretrain-flags: {encoder.kind} would be trained with the objective {objective}")
+            raise UserError(
+                f"--pretrain-flags: they turn the encoder `{encoder.kind}` into one of the objective `{objective}`: "
+                "remove task.objective from them"
+            )
     if comparison.questions is not None:
         questions, _ = open_questions(comparison.questions, comparison.image_folder, comparison.question_limit)
         if not any(question.answer is not None or question.references for question in questions):

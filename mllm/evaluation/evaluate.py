@@ -66,7 +66,7 @@ def generate_answers(
     the left (see batches.py). Raises UserError for a question that cannot be asked.
     """
     if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
+        raise UserError(f"--temperature must be 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
     layout = Layout.of(model.config)
     encoder = ConversationEncoder(tokenizer, conv_mode, layout.of_every)
@@ -127,7 +127,7 @@ def _naming(question: Question) -> Iterator[None]:
     try:
         yield
     except BrokenSample as broken:
-        raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
+        raise UserError(f"question {question.id}: image {broken.key}: {broken.reason}") from None
     except UserError as error:  # a video for a model that takes none
         raise UserError(f"question {question.id}: {error}") from None
 
@@ -161,7 +161,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             files, store = {"descriptions": run_dir / TEST}, ImageStore(run_dir / TEST_IMAGES)
         elif data and "demo" not in data:
             what = f"{directory}, trained on {', '.join(data)}"
-            raise UserError(f"the demo's questions say nothing about {what}: give --questions, --image-folder")
+            raise UserError(f"the demo's questions cannot measure {what}: give --questions and --image-folder")
         else:
             demo = ensure_any_llava_demo(DEMO_DIR)
             files, store = demo_questions(demo), ImageStore(demo / IMAGES)

@@ -117,8 +117,11 @@ def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, 
     current = projector.state_dict()
     for name, tensor in tensors.items():
         if tensor.shape != current[name].shape:
-            shapes = f"has shape {tuple(tensor.shape)}, this model needs {tuple(current[name].shape)}"
-            raise UserError(f"{path}: {name} {shapes}: it is of another encoder, layer choice or language model")
+            shapes = f"has shape {tuple(tensor.shape)}, expected {tuple(current[name].shape)}"
+            raise UserError(
+                f"{path} does not fit this model: {name} {shapes}. It was trained for another vision encoder, "
+                "--mm_vision_select_layer or language model"
+            )
     projector.load_state_dict(current | tensors)
 
 

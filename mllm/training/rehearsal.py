@@ -77,7 +77,8 @@ class Planned:
             raise UserError(f"--tiles {self.tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
         if self.frames and (self.tiles is None or math.prod(self.canvas) > MOST_TILES_WITH_VIDEO):
             raise UserError(
-                f"--frames needs --tiles of {MOST_TILES_WITH_VIDEO} at most, as the stock class with videos"
+                f"--frames needs --tiles with at most {MOST_TILES_WITH_VIDEO} tiles, such as 3x3: transformers' "
+                "LlavaOnevision supports no more"
             )
 
     @property

@@ -236,7 +236,7 @@ def test_an_image_tower_of_timm_becomes_one_of_transformers(tmp_path: Path) -> N
     distances = convert(f"timm:{tmp_path / 'timm'}", tmp_path / "vit", "transformers")
     assert distances.keys() == {"image tokens"}
     assert not (tmp_path / "vit" / "embedding.safetensors").exists()
-    with pytest.raises(UserError, match="image tower alone"):
+    with pytest.raises(UserError, match="--init-from"):
         convert(str(tmp_path / "timm"), tmp_path / "native", "native")
 
 

@@ -260,7 +260,7 @@ def test_weights_that_are_missing_or_of_no_part_are_named(tmp_path):
         read_original(original)
     write_tensors(original, tensors, shards=2, safe=False)
     (original / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(UserError, match=r"no weight file at .*pytorch_model-00002-of-00002\.bin"):
+    with pytest.raises(UserError, match=r"no weight file .*pytorch_model-00002-of-00002\.bin"):
         read_original(original)
 
 

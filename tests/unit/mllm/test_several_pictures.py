@@ -101,7 +101,7 @@ def test_chat_and_terminal(model, files, expected, capsys):
     with pytest.raises(StopIteration):
         talk.run(lambda: next(lines))
     assert turn_text(talk.session.turns[-1]) == expected
-    assert "picture 2: " in capsys.readouterr().out
+    assert "image 2: " in capsys.readouterr().out
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:
@@ -118,8 +118,8 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
     with served(model, Limits(squares=5)) as address:
         costly = post(address, CHAT | {"messages": [user(*shown, TEXT)]})
     assert costly.status_code == (400 if with_tiles else 200)
-    assert not with_tiles or "2 pictures have 8 squares" in costly.text
-    with pytest.raises(ContextError, match=r"\(16( to 88)? for each picture"):
+    assert not with_tiles or "2 images are split into 8 crops" in costly.text
+    with pytest.raises(ContextError, match=r"\(16( to 88)? for each image"):
         ChatSession(model).ask(TEXT, [load_image(str(files[0]))] * 32)
 
 

@@ -299,7 +299,7 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callabl
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.mp4").write_bytes(b"no video")
-    with pytest.raises(UserError, match=r"question 0: picture a.mp4: video: it is no whole mp4"):
+    with pytest.raises(UserError, match=r"question 0: image a.mp4: video: it is no whole mp4"):
         generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
 
 
