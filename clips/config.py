@@ -199,6 +199,8 @@ class CaptionerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The shapes of both towers, and of the captioner if there is one."""
+
     vision: VisionConfig
     text: TextConfig
     """The text tower, and the vocabulary of the captioner."""
@@ -308,6 +310,8 @@ class NamedSet:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The data sets of a run, and how their samples are read."""
+
     train: str = "demo"
     """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
     .parquet)."""
@@ -363,6 +367,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """The optimizer and its hyperparameters; learning rates belong to the phases."""
+
     kind: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = bounded((0.9, 0.95), at_least=0, below=1)
     eps: float = bounded(1e-8, at_least=0)
@@ -419,6 +425,7 @@ class PhaseConfig:
 
     @property
     def steps(self) -> int:
+        """Number of optimizer steps of the phase."""
         return self.samples // self.batch_size
 
     @property
@@ -429,6 +436,8 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Precision, batches, checkpoints, and what a run does on a spike."""
+
     seed: int = bounded(0, at_least=0)
     debug: bool = False
     """True for the smoke test of a recipe (--debug), which no later command takes as the newest encoder."""
@@ -472,6 +481,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """How large the batches and the sets of evaluations are."""
+
     batch_size: int = bounded(128, at_least=1)
     max_images: int = bounded(5000, at_least=1)
     """Images of the retrieval evaluation during training; at the end the whole set is used."""
@@ -482,6 +493,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Everything that defines a pretraining run; config.json holds exactly this."""
+
     recipe: str
     model: ModelConfig
     captions: CaptionsConfig
@@ -508,9 +521,11 @@ class RunConfig:
         return sum(phase.seen for phase in self.phases)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as nested dictionaries, as config.json has them."""
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
+        """Write the configuration to `path` as JSON, atomically."""
         write_json(path, self.to_dict())
 
     @staticmethod

@@ -75,6 +75,9 @@ class CLIPS:
 
         `path` is a directory or a hub id (owner/name); None is the newest run in runs/. `device` is auto, cpu, cuda or
         cuda:N. Raises UserError if there is no trained model.
+
+        >>> CLIPS.from_pretrained("runs/demo")
+        CLIPS('runs/demo': 60 px, image tower 128×4, text tower 128×2, features of 128, captioner, …, on cpu)
         """
         return cls(load_model(path), choose_device(device))
 
@@ -122,7 +125,11 @@ class CLIPS:
 
     @torch.no_grad()
     def encode_image(self, images: Images) -> Tensor:
-        """Return L2-normalised features [B, E] on the CPU."""
+        """Return L2-normalised features [B, E] on the CPU.
+
+        >>> model.encode_image(["cat.jpg", "dog.jpg"]).shape
+        torch.Size([2, 128])
+        """
         features = [self.model.encode_image(batch).cpu() for batch in self._batches(images)]
         return torch.cat(features) if features else torch.empty(0, self.embed_dim)
 
@@ -140,7 +147,7 @@ class CLIPS:
             yield torch.stack([self.preprocess(image) for image in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """Return L2-normalised features [T, E] on the CPU."""
+        """Return L2-normalised features [T, E] on the CPU; one text gives [1, E]."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
@@ -192,6 +199,9 @@ class CLIPS:
     def index(self, folder: str | Path, pattern: str = "**/*", *, workers: int = 0) -> Index:
         """Encode the images in `folder` and its subfolders, and return their index for `Index.search`.
 
+        >>> model.index("photos/").search("two dogs on a beach", k=1)[0].path
+        '/data/photos/0412.jpg'
+
         `pattern` selects files. Unreadable images are skipped and counted, and the first three are logged. `workers` is
         the number of processes that read images. Raises UserError if no image can be read.
         """
@@ -228,7 +238,11 @@ class CLIPS:
         return hash_weights(self.model.state_dict()).hexdigest()[:12]
 
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:
-        """Return the cosines [B, T] of images and texts."""
+        """Return the cosines [B, T] of images and texts.
+
+        >>> model.similarity("cat.jpg", ["a photo of a cat", "a photo of a dog"])
+        tensor([[0.41, 0.13]])
+        """
         return self.encode_image(images) @ self.encode_text(texts).T
 
     @torch.no_grad()

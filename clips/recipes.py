@@ -223,7 +223,11 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """Return the recipe `name` of RECIPES."""
+    """Return the recipe `name` of RECIPES, a complete configuration that `dataclasses.replace` can change.
+
+    >>> recipe("small").phases[0].batch_size
+    128
+    """
     return RECIPES[name]()
 
 

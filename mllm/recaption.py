@@ -110,6 +110,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
     """An HTTP client that reads at most LARGEST bytes of an answer and does not decompress it, against zip bombs."""
 
     async def send(self, request: Any, **options: Any) -> Any:
+        """Send a request and read its answer. Raises ValueError if the answer exceeds LARGEST bytes."""
         response = await super().send(request, **options | {"stream": True})
         body = bytearray()
         async with contextlib.aclosing(response):
@@ -212,6 +213,7 @@ class LocalModel:
         self.identity = model_digest(directory, whole=True)
 
     def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """Yield the pairs in order, with a caption or the reason why there is none."""
         pairs = iter(pairs)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
             while batch := list(itertools.islice(pairs, self.flags.batch_size)):
@@ -238,6 +240,7 @@ class LocalModel:
 
 
 def read_pairs(source: Source, indices: Iterable[int]) -> Iterator[Pair]:
+    """Yield the pair at each index; one that cannot be read has a reason instead of an image."""
     for index in indices:
         try:
             sample = source.read(index)

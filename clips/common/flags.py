@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, _finite)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args` (default: sys.argv), where a flag may have `_` for `-` and the other way round."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._as_known(word) for word in words], namespace)
 
@@ -48,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         return word
 
     def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and `message`, with the most similar flag if one is misspelt."""
         known = set(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):

@@ -35,6 +35,8 @@ def names_and_numbers(column: int, text: str) -> str:
 # ------------------------------------------------------------------------------------------- blocks
 @dataclass
 class Paragraph:
+    """A paragraph of plain text."""
+
     text: str
     mark: str = ""
     """A word in bold before the text, such as "Verdict"."""
@@ -42,6 +44,8 @@ class Paragraph:
 
 @dataclass
 class Bullets:
+    """A bulleted list."""
+
     lines: Sequence[str]
     css: str = ""
     """"big" for findings."""
@@ -49,6 +53,8 @@ class Bullets:
 
 @dataclass
 class Code:
+    """Preformatted text."""
+
     text: str
 
 
@@ -72,6 +78,7 @@ class Chart:
 
     @property
     def png(self) -> bytes:
+        """Draw the plot as a PNG file."""
         return png(self.plot)
 
 
@@ -90,6 +97,8 @@ class Interval:
 
 @dataclass
 class Forest:
+    """Intervals below each other on one axis, with a line at zero."""
+
     intervals: Sequence[Interval]
     reach: str
     """Label at both ends of the axis, without its sign."""
@@ -107,11 +116,15 @@ class Card:
 
 @dataclass
 class Cards:
+    """Examples next to each other, as many in a row as fit."""
+
     cards: Sequence[Card]
 
 
 @dataclass
 class Tile:
+    """A result in large type at the top of the page."""
+
     label: str
     words: Sequence[tuple[str, str]]
     """The words in large type, each with its CSS class: "good", "bad", "open" (a verdict), or "" (a number)."""
@@ -131,6 +144,8 @@ Block = Paragraph | Bullets | Code | Table | Chart | Forest | Cards | Folded
 
 @dataclass
 class Section:
+    """A heading with its blocks and a note below it."""
+
     title: str
     blocks: Sequence[Block]
     note: str = ""
@@ -138,6 +153,8 @@ class Section:
 
 @dataclass
 class Page:
+    """A page: title, note, tiles and sections. `as_html` renders it."""
+
     title: str
     note: str
     sections: Sequence[Section]

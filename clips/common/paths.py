@@ -41,6 +41,7 @@ def unused(path: Path) -> Path:
 
 
 def is_remote(url: str) -> bool:
+    """Return True for a URL such as s3://bucket/x.tar, False for a local path."""
     return "://" in url
 
 

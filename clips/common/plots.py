@@ -20,6 +20,8 @@ GRID = "#e3e6ec"
 
 @dataclass(frozen=True)
 class Panel:
+    """A chart of the metrics `names` over samples, from `lines` of metrics.jsonl."""
+
     title: str
     lines: list[dict[str, Any]]
     names: Sequence[str]

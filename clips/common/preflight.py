@@ -33,6 +33,8 @@ class Checked:
 
 @dataclass
 class Found:
+    """Counts of what a check of a data set found."""
+
     checked: int
     faults: Counter[str] = field(default_factory=Counter)
     """Kind → samples."""

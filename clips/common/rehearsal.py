@@ -126,9 +126,10 @@ def attention_of_a_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute `F.scaled_dot_product_attention` with the fused kernel that torch chooses on a GPU (sdp_utils.cpp).
+    """Stand in for `F.scaled_dot_product_attention` on the meta device: call the fused kernel that a GPU would run.
 
-    Raises Waits if only the plain kernel is left, which holds every attention score in memory.
+    So its memory is counted. torch chooses the kernel in sdp_utils.cpp. query [B, H, L, D], key and value [B, H, S, D].
+    Raises Waits if only the unfused kernel fits, because it holds every attention score in memory.
     """
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         flash = FUSED._scaled_dot_product_flash_attention

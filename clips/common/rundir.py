@@ -144,7 +144,11 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
-    """Return metrics called NAME/METRIC as test set → metric; plain names belong to the set `first`."""
+    """Group metrics by test set; names without a slash belong to the set `first`.
+
+    >>> by_test_set({"r1": 4.3, "flickr/r1": 2.5}, "test")
+    {'test': {'r1': 4.3}, 'flickr': {'r1': 2.5}}
+    """
     sets: dict[str, dict[str, T]] = {}
     for name, figure in figures.items():
         test_set, _, plain = name.rpartition("/")
@@ -177,7 +181,7 @@ def refuse(changes: Sequence[str], what: str, mend: str) -> None:
 
 
 def began_with(run_dir: Path) -> dict[str, Any] | None:
-    """Return init_from.json (`clips.weights.initial.Beginning`) of a run that has begun, or None if it is missing."""
+    """Return init_from.json (`Beginning`) of a run, or None if it has not started or started from random weights."""
     return (read_json(run_dir / INIT_FROM) or None) if (run_dir / "config.json").is_file() else None
 
 

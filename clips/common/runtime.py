@@ -242,6 +242,7 @@ def package_versions() -> dict[str, str]:
 
 
 def shutdown() -> None:
+    """Wait for all ranks and leave the process group, if there is one. Collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

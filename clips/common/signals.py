@@ -148,9 +148,9 @@ def start_worker(worker: int) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process once `parent`, which started it, is gone, as after a SIGKILL; it looks every second.
+    """Start a thread that exits this process with code 1 within a second after `parent`, which started it, is gone.
 
-    torch's own watch ends a worker's work, but then waits for ever to hand over batches that nobody takes.
+    torch's own watch stops a worker's work after a SIGKILL of the parent, but then blocks on batches that nobody takes.
     """
 
     def watch() -> None:

@@ -34,7 +34,11 @@ SHOWN = 5
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read name → tensor (on the CPU) from a .safetensors file or a torch file."""
+    """Read the tensors of a .safetensors or torch file by name, on the CPU.
+
+    A `state_dict`, `model` or `module` around them is unwrapped, and the prefix `module.` is removed from names. Raises
+    UserError if the file is missing, may hold pickled code, or holds anything but tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no weight file {path}: check the path")
@@ -68,6 +72,7 @@ def read_model(directory: Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
+    """Return the files in a model directory that hold weights, in any known format."""
     return [path for pattern in WEIGHT_FILES for path in directory.glob(pattern) if path.is_file()]
 
 

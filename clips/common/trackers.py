@@ -40,6 +40,7 @@ class Trackers:
             module.init(project="clips-mllm", name=name, config=dict(config), **where)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Send scalars of optimizer step `step` to TensorBoard and the other loggers."""
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
@@ -47,6 +48,7 @@ class Trackers:
             module.log(dict(scalars), step=step)
 
     def close(self) -> None:
+        """Flush and close all loggers."""
         if self.board is not None:
             self.board.close()
         for module in self.others:

@@ -176,6 +176,8 @@ as much as artists differ."""
 
 @dataclass(frozen=True)
 class Thing:
+    """A drawing in a scene: what it shows, where, how large, and how it is changed."""
+
     concept: str
     place: str
     size: str
@@ -204,6 +206,8 @@ class Ground:
 
 @dataclass(frozen=True)
 class Scene:
+    """A demo scene before it is drawn."""
+
     things: tuple[Thing, ...]
     """From back to front."""
     background: str
@@ -213,6 +217,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Description:
+    """The captions of a scene: the web caption, and the sentences of the long one."""
+
     web: str
     web_is_wrong: bool
     sentences: list[str]
@@ -323,6 +329,7 @@ def at_place(place: str) -> str:
 
 
 def capital(text: str) -> str:
+    """Return `text` with a capital first letter, as in "A red ball"."""
     return text[0].upper() + text[1:]
 
 

@@ -89,7 +89,7 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
 
 
 def guess_delimiter(header: str, url: str) -> str:
-    """Return the character that cuts a table's header into most columns: a comma, a tab, a semicolon or a pipe."""
+    """Return the delimiter that gives the header most columns: comma, tab, semicolon or pipe. Print an unusual one."""
     usual = "\t" if url.endswith(".tsv") else ","
     delimiter = max(usual, *"\t;|,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if delimiter != usual:

@@ -119,6 +119,7 @@ class ReadAhead:
             self._parts = {i: _Shards(part, orders[i], copies, share) for i, part in remote}
 
     def at(self, positions: Sequence[int]) -> None:
+        """Copy the shards that the next samples need, which stand at `positions` of the order."""
         if not self._parts:
             return
         first: dict[int, int] = {}

@@ -48,6 +48,7 @@ class Members:
         return data
 
     def json(self, extension: str) -> dict[str, Any] | None:
+        """Return the parsed JSON member, or None if there is none. Raises BrokenSample if it is no object."""
         if extension not in self._json:
             data = self.read(extension)
             try:
@@ -60,6 +61,7 @@ class Members:
         return self._json[extension]
 
     def text(self, extension: str, key: str | None) -> Any:
+        """Return a text member, or the value of `key` in a JSON member. Raises BrokenSample."""
         if key is not None:
             return cell_of(self.json(extension) or {}, key)
         data = self.read(extension)

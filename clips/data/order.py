@@ -130,10 +130,12 @@ class MixedOrder:
         return int(labels[place]), int(turns[place])
 
     def epoch(self, position: int) -> int:
+        """Return the epoch that the part of this position is in."""
         part, turn = self.draw(position)
         return self.parts[part].epoch(turn)
 
     def sample(self, position: int) -> int:
+        """Return the sample index at a position, counted through all parts."""
         part, turn = self.draw(position)
         return int(self.starts[part]) + self.parts[part].sample(turn)
 

@@ -199,6 +199,7 @@ class MixedSource(Source):
         self.order(0)
 
     def order(self, seed: int) -> Order:
+        """Return the order that draws from the sources by their shares."""
         return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)
 
     def _part(self, index: int) -> tuple[Source, int]:
@@ -206,10 +207,12 @@ class MixedSource(Source):
         return self.sources[part], index
 
     def read(self, index: int) -> RawSample:
+        """Read a sample of the source that `index` falls into. Raises as `Source.read`."""
         source, index = self._part(index)
         return source.read(index)
 
     def texts(self, index: int) -> Texts:
+        """Return the captions from the source that `index` falls into."""
         source, index = self._part(index)
         return source.texts(index)
 
@@ -229,12 +232,15 @@ class PartSource(Source):
         self._set_sizes(np.diff(np.searchsorted(indices, ends), prepend=0).tolist())
 
     def read(self, index: int) -> RawSample:
+        """Read sample `index` of the part. Raises as `Source.read`."""
         return self.source.read(int(self._indices[index]))
 
     def texts(self, index: int) -> Texts:
+        """Return the captions of sample `index` of the part."""
         return self.source.texts(int(self._indices[index]))
 
     def missing(self, index: int) -> str | None:
+        """Return why the image of sample `index` of the part is missing, or None."""
         return self.source.missing(int(self._indices[index]))
 
 
@@ -309,6 +315,7 @@ class TarSource(Source):
         return f"{self.shards[shard]}: {count:,} samples are skipped because a member is missing, the first is {first}"
 
     def read(self, index: int) -> RawSample:
+        """Read image, captions and JSON of a sample. Raises BrokenSample if the image is empty."""
         members = self._members(index)
         image = next(filter(None, (members.read(e) for e, _ in self._fields["image"])), None)
         if image is None:
@@ -319,9 +326,11 @@ class TarSource(Source):
         return RawSample(members.key, image, self._captions(members), extra)
 
     def texts(self, index: int) -> Texts:
+        """Return the captions, without reading the image member."""
         return self._captions(self._members(index))
 
     def image_id(self, index: int) -> bytes:
+        """Return the last bytes of the image, or shard and key if the shard is remote."""
         members = self._members(index)
         if is_remote(self.shards[self._locate(index)[0]]):  # a request for each image could take days
             return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
@@ -449,6 +458,7 @@ class TableSource(Source):
         return paths
 
     def read(self, index: int) -> RawSample:
+        """Read the image and all captions of its rows. Raises BrokenSample if the image cannot be read."""
         file, key, rows = self._rows(index)
         texts = self._captions(key, rows)
         value = self._value(rows[0], "image")
@@ -462,10 +472,12 @@ class TableSource(Source):
         return RawSample(key, image, texts, {name: cell for name, cell in rows[0].items() if name not in self._used})
 
     def texts(self, index: int) -> Texts:
+        """Return the captions of all rows of the image, without reading the image column."""
         _, key, rows = self._rows(index, without=self._fields["image"])
         return self._captions(key, rows)
 
     def missing(self, index: int) -> str | None:
+        """Return why the file of the image is missing, or None; images inside the table are not checked."""
         if not self._named[self._locate(index)[0]]:
             return None  # a row that holds its image is long
         try:
@@ -479,6 +491,7 @@ class TableSource(Source):
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
     def image_id(self, index: int) -> bytes:
+        """Return the image's path below the first table's folder, or its last bytes if it is in a cell."""
         file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"], most=1)
         place = self._place(file, key, self._value(rows[0], "image"))
         if isinstance(place, bytes):

@@ -80,6 +80,7 @@ def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
 
 
 def load_index(path: Path) -> ShardIndex:
+    """Load the index of a shard from its sidecar file."""
     stored = load_file(path)
     extensions = from_array(stored["meta"])["extensions"]
     return ShardIndex(from_array(stored["keys"]), extensions, stored["offsets"], stored["sizes"])
@@ -91,6 +92,7 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def from_array(stored: np.ndarray) -> Any:
+    """Undo `as_array`."""
     return json.loads(stored.tobytes())
 
 

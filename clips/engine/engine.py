@@ -175,6 +175,7 @@ class Engine:
 
     @property
     def task(self) -> Any:
+        """The `Objective` that is trained, with the model in it."""
         return self.engine.module
 
     def set_rates(self, rates: Mapping[str, float]) -> None:

@@ -103,6 +103,7 @@ class RunLog:
             ) from None
 
     def skipped(self, samples: list[tuple[str, str]], step: int) -> None:
+        """Append the broken samples (key, reason) of a step to skipped.jsonl."""
         if self.active and samples:
             self._append(SKIPPED, [{"step": step, "key": key, "reason": reason} for key, reason in samples])
 
@@ -111,7 +112,10 @@ class RunLog:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def spike(self, figures: dict[str, Any], keys: list[list[str]]) -> None:
-        """Write a line of spikes.jsonl with `keys`, which are each rank's samples of the step, and print a warning."""
+        """Append a step to spikes.jsonl (rank 0 only); `keys` are the sample keys of each rank.
+
+        Prints a warning if the loss jumped or the step was skipped; a spike of only the gradient norm is just recorded.
+        """
         if self.active:
             with self._writing(figures["step"]):
                 self._append(SPIKES, [figures | {"keys": keys}])
@@ -131,6 +135,7 @@ class RunLog:
             self.line.say(text)
 
     def close(self) -> None:
+        """Close the files, the loggers and the progress line."""
         if self.active:
             self.line.close()
             for file in (self.metrics, self.trackers):

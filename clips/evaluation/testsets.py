@@ -46,6 +46,8 @@ class Item:
 
 
 class TestSet(Protocol):
+    """What can be evaluated on: a length, and samples by index."""
+
     def __len__(self) -> int: ...
     def read(self, index: int) -> Item:
         """Read a sample. If it raises BrokenSample, the sample is skipped and counted."""
@@ -62,6 +64,7 @@ class SourceSet:
         return len(self.source)
 
     def read(self, index: int) -> Item:
+        """Read image, captions by protocol and label of a sample. Raises BrokenSample."""
         sample = self.source.read(index)
         sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "")
         several = list(sample.texts.web) if len(sample.texts.web) > 1 else _strings(sample.extra.get("captions"))
@@ -95,6 +98,7 @@ class PictureSet:
         return len(self.files)
 
     def read(self, index: int) -> Item:
+        """Read an image file; its name is the key. Raises BrokenSample."""
         name = self.files[index]
         return Item(image=_read_inside(self.root, name), key=name)
 
@@ -105,6 +109,7 @@ class FolderSet(PictureSet):
     pattern, expected = "*/*", "one folder per class, with images in it"
 
     def read(self, index: int) -> Item:
+        """Read an image file, labelled by its folder. Raises BrokenSample."""
         return replace(super().read(index), label=Path(self.files[index]).parent.name)
 
 
@@ -147,6 +152,8 @@ def _image_digests(items: TestSet) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Classes:
+    """Class names for zero-shot classification, and the templates of their prompts."""
+
     names: tuple[str, ...]
     templates: tuple[str, ...]
     """Prompts with `{}` in place of the class name."""

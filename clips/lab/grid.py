@@ -30,6 +30,7 @@ class Step:
 
     @property
     def log(self) -> Path | None:
+        """File of the step's output, or None if it has no folder."""
         return self.folder / "log.txt" if self.folder else None
 
 
@@ -54,13 +55,16 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Name of the cell, which is that of its directory."""
         return self.directory.name
 
     @property
     def log(self) -> Path:
+        """File of the cell's output, next to its directory."""
         return self.directory.parent / f"{self.name}.log"
 
     def is_done(self) -> bool:
+        """Return True if every step is done."""
         return all(step.is_done() for step in self.steps)
 
 

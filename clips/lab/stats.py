@@ -45,6 +45,7 @@ class Estimate:
 
     @property
     def ci95(self) -> list[float] | None:
+        """The 95 % interval [low, high], or None if there are too few seeds for one."""
         return None if self.low is None or self.high is None else [self.low, self.high]
 
 

@@ -33,6 +33,8 @@ def caption_mask(prefix: int, positions: int, visible_BM: Tensor | None, device:
 
 
 class Captioner(nn.Module):
+    """A transformer that predicts caption tokens from image tokens and web-text states (shapes above)."""
+
     def __init__(self, config: CaptionerConfig, vision: VisionConfig, text: TextConfig) -> None:
         super().__init__()
         self.config = config

@@ -145,6 +145,7 @@ class CLIPSModel(nn.Module):
         return self.captioner.generate(*prefix, bos_id, eos_id, self.pad_id)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations of all blocks in the backward pass, to save memory, or stop doing so."""
         for tower in (self.visual, self.text, self.captioner):
             if tower is not None:
                 tower.blocks.activation_checkpointing = enabled

@@ -57,6 +57,7 @@ class KVCache:
         self.v: Tensor | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, L, D] of new positions; return those of all positions."""
         self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
         self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
         return self.k, self.v
@@ -83,9 +84,11 @@ class Packed(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """Number of rows R."""
         return self.samples * self.slots if self.indices is None else len(self.indices)
 
     def pack(self, x_BLD: Tensor) -> Tensor:
+        """Return the rows [R, D] of padded sequences [B, L, D]."""
         x = x_BLD.flatten(0, 1)
         return x if self.indices is None else x.index_select(0, self.indices)
 
@@ -103,6 +106,8 @@ Visible = Tensor | None | Sequence[Packed]
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with one projection for query, key and value."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -110,6 +115,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, visible: Visible, cache: KVCache | None, last: Packed | None = None) -> Tensor:
+        """Attend in sequences [B, L, D], or in rows [R, D] of batches; with `last`, only its rows are queries."""
         qkv = self.qkv(x)
         if visible is None or isinstance(visible, Tensor):
             return self.proj(self._attend(qkv, visible, cache))
@@ -134,6 +140,7 @@ class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), which OpenAI's CLIP uses instead of the GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x · sigmoid(1.702 x), OpenAI's approximation of GELU."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -145,6 +152,8 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 
 
 class Mlp(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -152,6 +161,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers to the last dimension; the shape stays."""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -168,6 +178,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, visible: Visible = None, cache: KVCache | None = None, last: Packed | None = None
     ) -> Tensor:
+        """Return the block's output for `x`; the arguments are those of `Attention.forward`."""
         attended = self.attn(self.norm1(x), visible, cache, last)
         if last is not None and visible is not None and not isinstance(visible, Tensor):
             x = last.pack(visible[0].unpack(x)[:, -last.slots :])

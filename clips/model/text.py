@@ -48,6 +48,8 @@ class TextStates(NamedTuple):
 
 
 class TextTower(nn.Module):
+    """The text tower; `forward` returns the states of several texts in one pass."""
+
     def __init__(self, config: TextConfig, embed_dim: int, pad_id: int) -> None:
         super().__init__()
         self.config = config

@@ -47,6 +47,8 @@ def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
 
 
 class VisionTower(nn.Module):
+    """The image tower, a ViT; `forward` returns a pooled vector and all tokens."""
+
     image_size: int
     """Side of the square input images in pixels; `set_image_size` changes it."""
     pos_embed: Tensor

@@ -173,6 +173,7 @@ def reproduce(
 
 
 def claims_page(result: Mapping[str, Any]) -> Page:
+    """Render the result of the claims study as a page."""
     variants = result["variants"].values()
     note = f"{result['samples']:,} samples seen by a run, {result['seeds']} seeds"
     is_drawn = all(variant["recipe"] in PHOTOGRAPHS for variant in variants)

@@ -81,6 +81,7 @@ def validation_score(run: Path) -> float:
 
 
 def equal_time_page(result: Mapping[str, Any]) -> Page:
+    """Render the result of the study at equal training time as a page."""
     note = f"{result['samples']:,} samples, for CLIP at equal time {result['equal_time_samples']:,}; "
     note += f"{result['seeds']} seeds; learning rates times {result['multipliers']}"
     return page(result, QUESTION.title, note, LIMITS)

@@ -46,6 +46,8 @@ Rows = Mapping[str, Sequence[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Variant:
+    """A recipe with settings: one row of a study."""
+
     label: str
     recipe: str
     settings: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ def seeded_runs(
 
 @dataclass(frozen=True)
 class Question:
+    """A question that a study answers by comparing pairs of variants."""
+
     title: str
     variants: tuple[str, ...]
     contrasts: tuple[tuple[str, str], ...]
@@ -80,6 +84,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Study:
+    """Variants, their runs for each seed, and the questions about them."""
+
     name: str
     """Name of the result's files: NAME.json and NAME.html."""
     title: str
@@ -91,6 +97,7 @@ class Study:
     """The metric that decides, one of MEANS or FIGURES."""
 
     def everything(self) -> list[PretrainingRun]:
+        """Return the runs of all variants."""
         return [run for runs in self.runs.values() for run in runs]
 
     def cells(self, output: Path) -> list[Cell]:

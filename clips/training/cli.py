@@ -18,6 +18,7 @@ from clips.recipes import RECIPES, TOWERS, debug_twin, recipe, with_tower
 
 
 def parser() -> Parser:
+    """Return the parser of scripts/pretrain_clips.py."""
     p = Parser("Pretrain a CLIPS encoder: the demo, or your own image / web caption / long caption triples (--data).")
     p.add_argument("--recipe", choices=RECIPES, help="what is trained (default: demo, or small for data of your own)")
     p.add_argument(

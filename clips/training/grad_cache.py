@@ -32,6 +32,7 @@ class RandomState:
         self.devices, self.states = get_device_states(torch.empty(0, device=device))
 
     def replay(self) -> None:
+        """Set the generators of host and devices to the recorded state."""
         torch.set_rng_state(self.cpu)
         set_device_states(self.devices, self.states)
 

@@ -19,6 +19,7 @@ pass, so that a step never holds the full similarity matrix."""
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

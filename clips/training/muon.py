@@ -21,10 +21,13 @@ AT_ONCE = 2**24
 
 
 class BatchedMuon(MuonWithAuxAdam):
+    """DeepSpeed's Muon with AdamW for the other parameters; matrices of one shape are orthogonalised together."""
+
     param_groups: list[dict[str, Any]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, step_id: Any = None) -> Any:
+        """Update all parameters. Collective under ZeRO 0, where each rank orthogonalises a share of the matrices."""
         groups = self.param_groups  # ZeRO 1 and 2 put one group at a time in their place
         full = [group for group in groups if group["use_muon"] and all(p.ndim == 2 for p in group["params"])]
         for group in full:

@@ -63,6 +63,7 @@ def layers_above(name: str, model: ModelConfig) -> int:
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW, or Muon for the group `muon` and AdamW for the others."""
     adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)

@@ -199,12 +199,14 @@ class Pretraining(Training):
         return self.run.phases[self.state.phase]
 
     def batches(self) -> Iterator[Batch]:
+        """Return the loader of this rank's micro-batches, from the current phase and step on."""
         return make_loader(
             self.source, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
             phase=self.state.phase, step=self.state.phase_step,
         )  # fmt: skip
 
     def batch_size(self) -> int:
+        """Return the batch size of the current phase."""
         return self.phase.batch_size
 
     def begin_step(self) -> None:
@@ -223,6 +225,7 @@ class Pretraining(Training):
                 self.engine.state.reset_optimizer()
 
     def rates(self) -> dict[str, float]:
+        """Return the learning rates of the next step by the schedule of the phase."""
         factor = lr_factor(self.phase, self.state.phase_step)
         return rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
 
@@ -243,6 +246,7 @@ class Pretraining(Training):
         return False
 
     def end_step(self) -> None:
+        """Clamp the logit scale."""
         limit_logit_scale(self.engine)
 
     def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
@@ -259,9 +263,11 @@ class Pretraining(Training):
         )
 
     def saves(self) -> bool:
+        """Return True if the step crossed a multiple of train.checkpoint_every samples."""
         return self._crosses(self.run.train.checkpoint_every)
 
     def validates(self) -> bool:
+        """Return True after train.eval_every samples and at the end, if there is validation data."""
         crossed = self._crosses(self.run.train.eval_every)
         return (crossed or self.state.samples >= self.samples) and bool(split_spec(self.run.data, "val"))
 

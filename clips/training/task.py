@@ -43,10 +43,12 @@ class Task(Objective):
     def forward(
         self, batch: dict[str, Any], cached: CachedGradients | None = None, *, features_only: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]] | Outputs:
-        """Return (loss, detached loss terms: contrastive_loss, caption_loss, …) of a batch of clips/data/loader.py.
+        """Compute the loss of a batch from clips/data/loader.py: (loss, detached loss terms to log).
 
-        With `cached` gradients of a whole batch, the loss has the gradient of this micro-batch's share, and only the
-        loss terms hold its value. With `features_only` return the model's outputs instead, without the captioner.
+        Args:
+            cached: Second pass of GradCache: the loss is a surrogate. Its gradient is this micro-batch's part of the
+                gradient over the whole batch, and its value means nothing; the terms hold the true values.
+            features_only: First pass: return the model's outputs instead, without the captioner.
         """
         if cached is not None and cached.random is not None:
             cached.random.replay()
@@ -57,6 +59,7 @@ class Task(Objective):
             return self._loss(batch, cached)
 
     def alone(self) -> CLIPSModel:
+        """Return the model whose own time is measured, without collectives."""
         return self.model
 
     def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:

@@ -119,11 +119,11 @@ def _largest_difference(features: Sequence[Tensor], expected: Sequence[Tensor]) 
 
 
 Features = tuple[Tensor, ...]
-"""Features of images [B, E] and of texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar."""
+"""Features of images [B, E] and of texts [T, E], both L2-normalised, and ln(1 / temperature), a scalar."""
 
 
 def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
-    """Return the features of `images` [B, 3, S, S] and of texts as `ids` [T, L]."""
+    """Return the features of `images` [B, 3, S, S] and of texts as `ids` [T, L], and the logit scale (`Features`)."""
     return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
 
 
@@ -149,6 +149,7 @@ def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tenso
 
 
 def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
+    """Write config.json, model.safetensors and tokenizer/, which `load_native` reads."""
     directory.mkdir(parents=True, exist_ok=True)
     run.save(directory / "config.json")
     write_weights(model.state_dict(), directory / "model.safetensors")

@@ -120,6 +120,7 @@ class Beginning:
         return table_of(title, ("parameters of", "from the file", "new"), rows, names=3)
 
     def save(self, run_dir: Path) -> None:
+        """Write init_from.json into the run directory."""
         write_json(run_dir / rundir.INIT_FROM, dataclasses.asdict(self))
 
 

@@ -53,7 +53,7 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 
 
 def logit_scale_parameter(model: CLIPSModel) -> Tensor:
-    """Return the temperature as training uses it (at most MAX_LOGIT_SCALE), as the scalar that open_clip stores."""
+    """Return open_clip's `logit_scale`: ln(1 / temperature), a scalar clamped to ln(MAX_LOGIT_SCALE) as in training."""
     return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
 
 
@@ -130,7 +130,7 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
 
 
 def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
-    """Write both towers for stock open_clip (≥ 3.3), which has no place for the captioner."""
+    """Write open_clip_config.json, weights and tokenizer of both towers for open_clip ≥ 3.3; it has no captioner."""
     visual, text = dict(plain_vit(model.visual).tensors), model.text.state_dict()
     bias = visual.pop("patch_embed.bias", None)
     visual["pos_embed"] = positions_with_bias(visual["pos_embed"], bias, model.config.vision.prefix_tokens)

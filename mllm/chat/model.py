@@ -124,6 +124,8 @@ class ChatModel:
         """Load a model by directory or hub id, by default the newest in runs/. Raises UserError if that fails.
 
         `bits` 4 or 8 quantises the language model. `dtype` "auto" is bf16 on a GPU and fp32 on a CPU.
+
+        >>> model = ChatModel.load("runs/llava-clips/model")
         """
         directory = find_model(name) if name else str(newest_model())
         place = choose_device(device)

@@ -44,12 +44,14 @@ class AnswerStreamer(TextIteratorStreamer):
         self._has_begun = False
 
     def put(self, value: Tensor) -> None:
+        """Take new token ids from `generate`, and remember the last one."""
         if not self.next_tokens_are_prompt:
             self.new_tokens += 1
             self.last_id = int(value)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Queue finished text, but hold back the start of a possible stop text."""
         if not self.is_stopped:
             text = self._held + text
             ends = [text.index(stop) for stop in self.stop if stop in text]
@@ -80,6 +82,12 @@ class Prompt:
 
 class ChatSession:
     """One conversation: its turns, its images, and the key-value cache of the part that the model has read.
+
+    >>> session = ChatSession(ChatModel.load())
+    >>> "".join(session.ask("What colour is the star?", [Image.open("star.png")]))
+    'Red.'
+    >>> "".join(session.ask("And where is it?"))
+    'At the top.'
 
     Attributes:
         turns: the questions and answers so far, without the system text.

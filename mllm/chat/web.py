@@ -44,6 +44,7 @@ class Page(gr.Blocks):
     """A page of Gradio that shows failed events as messages instead of logging a traceback for each."""
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Run an event of the page; any error becomes a message for the visitor."""
         try:
             return await super().process_api(*arguments, **options)
         except Exception as error:
@@ -114,6 +115,7 @@ def demo_questions() -> list[Question]:
 
 
 def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
+    """Add the chat with its examples and sampling controls to the page under construction."""
     kinds = ["image", "video"] if model.takes_videos else ["image"]
     box = gr.MultimodalTextbox(
         file_types=kinds, file_count="multiple", sources=["upload"], show_label=False,

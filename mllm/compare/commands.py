@@ -142,6 +142,7 @@ def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
 
 # ------------------------------------------------------------------------------------------- the encoders
 def pretrain_flags(comparison: Comparison, encoder: PretrainedEncoder) -> list[str]:
+    """Return the flags of scripts/pretrain_clips.py for an encoder of the comparison."""
     flags = ["--recipe", RECIPES[encoder.kind], "--name", encoder.directory.name, "--seed", str(encoder.seed)]
     flags += ["--output", str(encoder.directory.parent), "--device", comparison.device]
     if comparison.quick:

@@ -115,11 +115,13 @@ class EncoderCell:
 
     @property
     def run(self) -> str:
+        """The seeds of the run in words, such as `seed 0, LLaVA seed 1`."""
         first = f"seed {self.pretraining_seed}"
         return first if self.seed == self.pretraining_seed else f"{first}, LLaVA seed {self.seed}"
 
     @property
     def vision(self) -> str:
+        """The encoder as --vision takes it."""
         return f"{self.kind}:{self.argument}" if self.argument else self.kind
 
     @property
@@ -129,20 +131,25 @@ class EncoderCell:
 
     @property
     def name(self) -> str:
+        """Name of the run, which is that of its directory."""
         return self.directory.name
 
     @property
     def evaluation(self) -> Path:
+        """Directory of the answers and metrics."""
         return self.directory / "evaluation"
 
     @property
     def figures(self) -> Path:
+        """File with the metrics of the answers."""
         return self.evaluation / "figures.json"
 
     def read(self, name: str) -> dict[str, Any]:
+        """Return a JSON file of the run, or {} if it is missing."""
         return read_json(self.directory / name)
 
     def fingerprint(self) -> str:
+        """Return the fingerprint of the vision encoder that stage 2 recorded."""
         return self.read("config.json")["instruct"]["trains"]["vision_fingerprint"]
 
 
@@ -155,6 +162,7 @@ class Arm(NamedTuple):
 
     @property
     def folder(self) -> str:
+        """Name of the arm as part of a directory's name."""
         return re.sub(r"[^\w.-]+", "-", f"{self.encoder}-{self.variant}").strip("-")
 
 
@@ -223,6 +231,7 @@ class Comparison:
 
     @property
     def budget_share(self) -> float:
+        """Share of the stages' samples that is trained on; 1 is the full training."""
         return self.budget or (SHARE if self.quick or self.is_demo else 1.0)
 
     @property
@@ -276,6 +285,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
+        """Names of the arms, in the order of the report."""
         return [arm.name for arm in self.arms]
 
     @property
@@ -360,6 +370,7 @@ def columns_of(files: Iterable[str]) -> list[str]:
 
 
 def of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
+    """Return the questions of the column that decides (the first one)."""
     columns = columns_of(by_file)
     return [q for name, questions in by_file.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 

@@ -472,6 +472,7 @@ def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]
 
 # ------------------------------------------------------------------------------------------- lmms-eval's scores
 def benchmark_folder(cell: Path, task: str) -> Path:
+    """Return the directory into which lmms-eval writes the results of `task`."""
     return cell / "benchmarks" / task
 
 

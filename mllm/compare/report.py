@@ -232,6 +232,7 @@ def not_shown(report: Report) -> list[str]:
 
 # ------------------------------------------------------- in words: one spelling for report, verification and docs
 def metric_name(metric: str) -> str:
+    """Return a metric in words, with its column if it has one."""
     figure, at, column = metric.partition("@")
     name = METRICS.get(figure) or figure.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
     return f"{name}, {column}" if at else name
@@ -243,10 +244,12 @@ def digits_and_scale(metric: str) -> tuple[int, int]:
 
 
 def difference_text(row: dict[str, Any]) -> str:
+    """Return a row's mean difference as a text, in the unit of its metric."""
     return show_difference(row, *digits_and_scale(row["metric"]))
 
 
 def interval_text(row: dict[str, Any]) -> str:
+    """Return a row's 95 % interval as a text, in the unit of its metric."""
     return show_interval(row["ci95"], *digits_and_scale(row["metric"]))
 
 

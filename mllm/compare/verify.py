@@ -50,6 +50,8 @@ NAMED = 30
 
 @dataclass
 class Verification:
+    """What a verification recomputed, and where that differs from the report."""
+
     report: dict[str, Any]
     differs: list[str] = field(default_factory=list)
     """Differences from report.json, one line each. The comparison is verified if there are none."""

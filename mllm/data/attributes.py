@@ -58,9 +58,11 @@ class Row:
     """Reads the image, if it is inside the table."""
 
     def is_missing(self) -> bool:
+        """Return True if the image is in no table and its file is missing."""
         return not self.in_table and self.store.problem(self.image) is not None
 
     def read(self) -> bytes:
+        """Return the bytes of the image."""
         return self.in_table() if self.in_table else self.store.read(self.image)
 
 

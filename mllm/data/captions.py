@@ -93,6 +93,7 @@ class CaptionStore(ImageStore):
         return self._source.missing(int(name))
 
     def read(self, name: str) -> bytes:
+        """Return the bytes of the image of pair `name`. Raises BrokenSample."""
         return self._source.read(int(name)).image
 
 

@@ -128,6 +128,7 @@ class DemoScene:
 
     @staticmethod
     def of(sample: RawSample, name: str) -> DemoScene:
+        """Return the scene called `name` that a sample of the demo holds."""
         assert sample.long is not None  # `_write_images` opens the scenes with need_long
         extra = sample.extra
         places = list(PLACES)
@@ -137,21 +138,25 @@ class DemoScene:
 
 
 def ask_identity(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
+    """Ask what is at the place of `about`."""
     thing, place = about
     wordings = WHAT_AT if len(scene.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
     return rng.choice(wordings).format(at=at_place(place)), f"A {thing}"
 
 
 def ask_count(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
+    """Ask how many things there are."""
     return rng.choice(HOW_MANY), capital(NUMBERS[len(scene.things)])
 
 
 def ask_where(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
+    """Ask where the thing `about` is."""
     thing, place = about
     return rng.choice(WHERE).format(thing=thing), capital(at_place(place))
 
 
 def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAnswer:
+    """Ask for the background."""
     return rng.choice(BACKGROUND), capital(scene.background)
 
 
@@ -255,6 +260,7 @@ def by_coin(facts: Sequence[T], ask: Callable[[T, bool], QuestionAnswer], rng: r
 
 
 def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
+    """Return a record of stage 1: a prompt and the long caption."""
     return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
 
 

@@ -326,6 +326,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the special tokens of a tokenizer by their text."""
     return {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 

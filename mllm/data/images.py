@@ -92,6 +92,7 @@ class ImageStore:
 
 
 def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
+    """Return the error for an image that cannot be read, with what to do about it."""
     return UserError(
         f"image {broken.key} in {store.location}: {broken.reason}; repair it or remove its sample. "
         "scripts/check_data.py lists every broken image of a data set"

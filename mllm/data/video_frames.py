@@ -109,6 +109,7 @@ def upright(frames: Iterable[Any], kept_pixels: int) -> list[np.ndarray]:
 
 
 def main() -> None:
+    """Decode the video on stdin within the limits in argv; write a JSON header and the frames to stdout."""
     request = json.loads(sys.argv[1])
     limits = {resource.RLIMIT_AS: request.pop("bytes"), resource.RLIMIT_CPU: math.ceil(request.pop("seconds"))}
     for kind, most in limits.items():

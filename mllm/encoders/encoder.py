@@ -72,6 +72,7 @@ class VisionEncoder:
 
     @property
     def prefix_tokens(self) -> int:
+        """Number of tokens before the patches (CLS, registers)."""
         return prefix_tokens(self.config)
 
     @property
@@ -82,6 +83,7 @@ class VisionEncoder:
 
     @property
     def patch_size(self) -> int:
+        """Side of a patch in pixels."""
         size = self.config.patch_size
         return size if isinstance(size, int) else size[0]
 
@@ -98,6 +100,7 @@ class VisionEncoder:
 
     @property
     def width(self) -> int:
+        """Width W of the tokens that the projector reads; several layers are concatenated."""
         layers = 1 if isinstance(self.select_layer, int) else len(self.select_layer)
         return self.config.hidden_size * layers
 

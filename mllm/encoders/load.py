@@ -53,6 +53,8 @@ Loader = Callable[[str, Path, int], LoadedVision]
 
 
 def trained_here(objective: str, recipe: str) -> Loader:
+    """Return the loader of encoders pretrained here: a directory, or the newest run of `objective`."""
+
     def load(argument: str, runs: Path, seed: int) -> LoadedVision:
         if not argument:
             return _load_export(newest_export(runs, objective, recipe))
@@ -62,6 +64,8 @@ def trained_here(objective: str, recipe: str) -> Loader:
 
 
 def untrained(blind: bool) -> Loader:
+    """Return the loader of an untrained encoder, whose tokens are the same for all images if `blind`."""
+
     def load(argument: str, runs: Path, seed: int) -> LoadedVision:
         model, processor, source = load_clips(argument, runs, seed)
         reinitialise(model, seed, blind=blind)

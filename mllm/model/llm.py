@@ -71,6 +71,8 @@ PROBES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
+    """A language model, ready for images (`ready_for_images`)."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     """It has `<image>`, a padding token of its own and a chat template, and it pads on the left for generation."""
@@ -79,6 +81,7 @@ class LanguageModel:
 
     @property
     def image_token_id(self) -> int:
+        """Id of `<image>`."""
         return token_id(self.tokenizer, IMAGE_TOKEN)
 
     @property
@@ -132,7 +135,11 @@ def ready_for_images(
     *,
     videos: bool = False,
 ) -> LanguageModel:
-    """Give a loaded language model `<image>`, a padding token and the conversation format `version`; see `load_llm`."""
+    """Prepare a loaded language model for training on images, in place; see `load_llm` for the arguments.
+
+    Adds `<image>` (and `<video>`) and a padding token, sets the chat template of `version`, adds its end token to
+    eos_token_id, and drops sampling defaults that transformers refuses to save.
+    """
     generation = model.generation_config
     if not generation.do_sample:
         # transformers would refuse to save sampling values without do_sample, as Vicuna 1.5 has them.

@@ -40,6 +40,8 @@ def load_llava(
     """Load a stock LLaVA model by directory or hub id, in eval mode. Raises UserError if it cannot be loaded.
 
     `dtype` "auto" means the precision of the files, and None means bf16 on a GPU and fp32 on a CPU.
+
+    >>> model, processor = load_llava("runs/llava-clips/model", torch.device("cpu"))
     """
     directory = resolve(find_model(name), "model")
     refuse_original(directory, "model")

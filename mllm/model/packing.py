@@ -61,7 +61,13 @@ def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *im
 
 
 def pairs_of(samples: int, longest: int, shared: int) -> int:
-    """Return the number of pairs of query and key that `packed_attention` computes, for counting FLOPs."""
+    """Count the query–key pairs of one `packed_attention` call, for FLOPs.
+
+    Args:
+        samples: Number of rows.
+        longest: Number of positions to which the rows are padded.
+        shared: Number of first positions that all rows share, and that are computed once.
+    """
     rest = longest - shared
     return samples * rest * longest + shared * shared
 

@@ -51,7 +51,10 @@ def trainable_layers(projector: LlavaMultiModalProjector) -> dict[str, nn.Linear
 
 @torch.no_grad()
 def init_projector(projector: LlavaMultiModalProjector) -> None:
-    """Initialise the weights with PyTorch's default, as LLaVA does, from torch's current random state."""
+    """Initialise the weights with PyTorch's default, as LLaVA does, from torch's current random state.
+
+    In a "linear" projector the second layer becomes the identity.
+    """
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()
     if projector_kind(projector) == "linear":

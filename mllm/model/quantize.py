@@ -52,7 +52,10 @@ def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace the layers that `quantize` made in place by plain linear layers with the dequantised weights."""
+    """Undo `quantize` in place: replace each bitsandbytes layer by an nn.Linear with dequantised weights in `dtype`.
+
+    Returns the model.
+    """
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):

@@ -89,6 +89,7 @@ class Layout:
 
     @property
     def most_squares(self) -> int:
+        """Largest number of squares that an image is split into."""
         return max([1, *map(self.squares, self.sizes)])
 
     def __str__(self) -> str:

@@ -40,6 +40,8 @@ CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "queue_full"}
 
 
 class Message(BaseModel):
+    """A message of OpenAI's chat completions, with text and image parts."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[openai_chat.ChatCompletionContentPartTextParam | openai_chat.ChatCompletionContentPartImageParam],
@@ -48,13 +50,16 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
+        """The text parts, joined."""
         return "".join(part["text"] for part in self.content if part["type"] == "text")
 
     @property
     def urls(self) -> list[str]:
+        """The URLs of the image parts."""
         return [part["image_url"]["url"] for part in self.content if part["type"] == "image_url"]
 
     def turn(self) -> Turn:
+        """Return the message as a turn of LLaVA's format, images before the text."""
         pictures = [{"type": "image"} for _ in self.urls]
         value = [*pictures, {"type": "text", "text": self.text}]
         return {"from": {"user": "human", "assistant": "gpt"}.get(self.role, "system"), "value": value}

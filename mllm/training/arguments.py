@@ -216,6 +216,7 @@ class TrainArguments:
 
     @property
     def description(self) -> Stage:
+        """The stage that these flags describe."""
         return STAGES[self.stage]
 
     @property
@@ -226,6 +227,7 @@ class TrainArguments:
 
     @property
     def caches_features(self) -> bool:
+        """True if the features of the frozen encoder are computed once."""
         return self.feature_cache and not self.unfreeze_mm_vision_tower
 
     def what_trains(self) -> dict[str, Any]:

@@ -81,14 +81,17 @@ class Prepared:
 
     @property
     def run_dir(self) -> Path:
+        """Directory of the run, shared by both stages."""
         return Path(self.arguments.output_dir)
 
     @property
     def stage_dir(self) -> Path:
+        """Directory of this stage in the run."""
         return self.run_dir / self.arguments.description.name
 
     @property
     def zero(self) -> int:
+        """ZeRO stage of the DeepSpeed config; 0 for none."""
         return zero_stage(self.deepspeed)
 
 

@@ -89,6 +89,7 @@ class Planned:
 
     @property
     def layout(self) -> Layout:
+        """Token layout of the planned model: patches of a square, tile grid, frames."""
         side = self.vision["image_size"]
         rows, columns = self.canvas
         pinpoints = ((rows * side, columns * side),) if self.tiles else ()

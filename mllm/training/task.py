@@ -60,6 +60,7 @@ class TrainingModel(Objective):
 
     @property
     def llava(self) -> Llava:
+        """The LLaVA model, without adapters around it."""
         return llava_of(self.model)
 
     def forward(self, batch: Batch, labels: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,6 +109,7 @@ class TrainingModel(Objective):
         return sum(count * self.costs[unit] for unit, count in units_of(batch, packed=self.packed).items())
 
     def tokens(self, batch: Batch) -> int:
+        """Return the number of tokens of a batch, padding not counted."""
         return batch["counts"].real
 
     def train(self, mode: bool = True) -> TrainingModel:
@@ -119,6 +121,7 @@ class TrainingModel(Objective):
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that train by name; a checkpoint holds these."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
@@ -176,6 +179,7 @@ class Stage(Training):
         self.factor = schedule(arguments, self.steps)
 
     def batches(self) -> Iterator[Batch]:
+        """Return the loader of this rank's micro-batches, from the current step on."""
         sampler = EpochSampler(
             self.dataset.modality_lengths,
             batch_size=self.arguments.per_device_train_batch_size,
@@ -189,10 +193,12 @@ class Stage(Training):
         return load_batches(read, left, self.arguments.dataloader_num_workers, "--dataloader_num_workers")
 
     def batch_size(self) -> int:
+        """Return the number of samples of the next step; the last step of an epoch may have fewer."""
         done = samples_after(self.state.step + 1, len(self.dataset), self.arguments.batch_size)
         return done - self.state.samples
 
     def saves(self) -> bool:
+        """Return True after every --save_steps steps."""
         return self.state.step % self.arguments.save_steps == 0
 
     def begin_step(self) -> None:
@@ -200,6 +206,7 @@ class Stage(Training):
         torch.manual_seed(hash((self.arguments.seed, self.state.step, dist.get_rank())))
 
     def rates(self) -> dict[str, float]:
+        """Return the learning rate of each part in the next step."""
         factor, peaks = self.factor(self.state.step), self.arguments.rates
         return {part: peaks[part] * factor for part in reversed(PARTS)}  # the language model's first: it is logged
 

@@ -43,6 +43,7 @@ def fitted(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
