@@ -330,7 +330,7 @@ class TarSource(Source):
         return self._captions(self._members(index))
 
     def image_id(self, index: int) -> bytes:
-        """Return the last bytes of the image, or shard and key if the shard is remote."""
+        """Return the bytes of the image, or shard and key if the shard is remote."""
         members = self._members(index)
         if is_remote(self.shards[self._locate(index)[0]]):  # a request for each image could take days
             return f"{os.path.basename(members.shard.label)}#{members.shard.index.keys[members.row]}".encode()
@@ -491,7 +491,7 @@ class TableSource(Source):
         return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
     def image_id(self, index: int) -> bytes:
-        """Return the image's path below the first table's folder, or its last bytes if it is in a cell."""
+        """Return the image's path below the first table's folder, or its bytes if it is in a cell."""
         file, key, rows = self._rows(index, self._fields["web"] + self._fields["long"], most=1)
         place = self._place(file, key, self._value(rows[0], "image"))
         if isinstance(place, bytes):
