@@ -50,7 +50,7 @@ FACE = {
     if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("clips.")
     for alias in node.names
 }
-"""Public name → the module that it comes from."""
+"""The module of each public name."""
 __all__ = list(FACE)
 
 

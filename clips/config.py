@@ -1,6 +1,6 @@
 """Configuration: frozen, keyword-only dataclasses, validated on construction.
 
-One nested `RunConfig` describes a run completely; its JSON form `runs/NAME/config.json` alone rebuilds the run.
+One nested `RunConfig` describes a run completely; its JSON form, `runs/NAME/config.json`, suffices to rebuild the run.
 Recipes (`clips/recipes.py`) are functions that return a `RunConfig`.
 """
 
@@ -118,7 +118,7 @@ class VisionConfig:
         return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
     def tokens(self, image_size: int | None = None) -> int:
-        """Return the number of patch tokens of an image of `image_size` pixels, without the CLS."""
+        """Return the number of patch tokens (without CLS) for images of `image_size` pixels."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
     def kept_tokens(self, image_size: int) -> int:
@@ -213,7 +213,7 @@ class ModelConfig:
 
 
 TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
-"""Part of a model → its field that concerns only training, so that initial weights do not set it."""
+"""Field of each part of a model that concerns only training, so that initial weights do not set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ class CaptionsConfig:
     sentence_share: float = bounded(0.0, at_least=0, at_most=1)
     """Share of the long caption's sentences, consecutive and at least one, that the strategy `sentence` keeps."""
     token_dropout: float = bounded(0.0, at_least=0, below=1)
-    """Share of a text's tokens that the text tower does not read in training, drawn anew at each step."""
+    """Share of a text's tokens that the text tower does not read in training, drawn again at each step."""
 
     def __post_init__(self) -> None:
         check_fields(self, "captions.")
@@ -242,7 +242,7 @@ class TaskConfig:
     synthetic_share: float = bounded(0.2, at_least=0, at_most=1)
     """With objective clip: share of the samples that train on their synthetic caption, if they have one."""
     caption_share: float = bounded(1.0, above=0, at_most=1)
-    """Share of the samples whose long caption is predicted; each step draws them anew."""
+    """Share of the samples whose long caption is predicted; each step draws them again."""
     caption_chunk: int = bounded(4096, at_least=1)
     """Caption positions whose logits are held at once."""
 
@@ -326,7 +326,7 @@ class DataConfig:
     together."""
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
-    """Test sets beside `test`; their metrics are called NAME/METRIC. The studies decide by a set named `unseen`."""
+    """Further test sets; their metrics are called NAME/METRIC. The studies decide by a set named `unseen`."""
     fields: Fields = field(default_factory=Fields)
     image_root: str | None = None
     """Tables: the folder that image paths are relative to, by default the table's folder."""
@@ -440,7 +440,7 @@ class TrainConfig:
 
     seed: int = bounded(0, at_least=0)
     debug: bool = False
-    """True for the smoke test of a recipe (--debug), which no later command takes as the newest encoder."""
+    """True for the smoke test of a recipe (--debug); no later command takes it as the newest encoder."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast over fp32 weights. auto: the precision that the run began with, or bf16 if the device has it."""
     accumulation: int = bounded(1, at_least=1)
@@ -485,7 +485,7 @@ class EvalConfig:
 
     batch_size: int = bounded(128, at_least=1)
     max_images: int = bounded(5000, at_least=1)
-    """Images of the retrieval evaluation during training; at the end the whole set is used."""
+    """Images of the retrieval evaluation during training; at the end the full set is used."""
 
     def __post_init__(self) -> None:
         check_fields(self, "eval.")
@@ -537,7 +537,7 @@ class RunConfig:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
     def override(self, assignments: list[str], values: Mapping[str, Any] | None = None) -> RunConfig:
-        """Set `values` (path → value), then apply `a.b.c=value` assignments; only the result must be a valid run.
+        """Set `values` by their paths, then apply `a.b.c=value` assignments; only the result must be a valid run.
 
         The value of an assignment is JSON or text, and phases are addressed by their index or `*`.
         """
@@ -573,7 +573,7 @@ RETIRED: dict[str, Any] = {
     **{"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"},
     **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
 }
-"""Fields of earlier configurations, which still load with this value because the program still behaves like that."""
+"""Fields of earlier configurations. They still load if they have this value, because it is what the program does."""
 
 
 def from_dict(cls: Any, value: Any, where: str = "config") -> Any:

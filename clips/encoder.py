@@ -51,7 +51,7 @@ Picture = Image.Image | str | Path | np.ndarray | Tensor
 Images = Picture | Iterable[Picture]
 """One image or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 SENTENCE_WORDS = 4
-"""A text of at least this many words is encoded as it is; a shorter one is a name, which goes into the prompts."""
+"""A text of at least this many words is encoded as it is; a shorter one is a name and goes into the prompts."""
 
 
 class CLIPS:
@@ -171,7 +171,7 @@ class CLIPS:
     def classify(
         self, images: Images, labels: Iterable[str] | str, templates: Iterable[str] | str | None = None
     ) -> list[dict[str, float]]:
-        """Classify images without training (zero-shot): return label → probability for each image, likeliest first.
+        """Classify images without training (zero-shot): return each image's probabilities by label, likeliest first.
 
         The probabilities are the softmax of `logit_scale` × cosine over the labels, as in CLIP. `templates` are those
         of `encode_labels`, such as "a sprite of a {}.".
@@ -234,7 +234,7 @@ class CLIPS:
 
     @cached_property
     def _weights(self) -> str:
-        """A name of the weights by their hash, which takes seconds for a large model."""
+        """A name of the weights by their hash; for a large model it takes seconds."""
         return hash_weights(self.model.state_dict()).hexdigest()[:12]
 
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:

@@ -51,7 +51,7 @@ PRESETS: dict[str, ModelConfig] = {
         embed_dim=128,
     ),
 }
-"""Name → sizes of towers and captioner, as published (docs/method.md, "Architecture"), and the demo's."""
+"""Sizes of towers and captioner by name: as published (docs/method.md, "Architecture"), and the demo's."""
 
 
 def demo() -> RunConfig:
@@ -88,7 +88,7 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
-    On data without synthetic captions it trains on web captions alone.
+    On data without synthetic captions it trains only on web captions.
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
@@ -237,8 +237,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"pre_norm": True},
     "clip_model": {"pre_norm": True, "pool": "cls"},
 }
-"""Shape of the image tower → fields of VisionConfig. clips is the paper's (ViTModel); the others are SiglipVisionModel
-and CLIPVisionModel. clip_model has CLIP's text tower too (CLIPModel)."""
+"""Fields of VisionConfig for each shape of the image tower. clips is the paper's (ViTModel); the others are
+SiglipVisionModel and CLIPVisionModel. clip_model has CLIP's text tower too (CLIPModel)."""
 
 
 def with_tower(run: RunConfig, name: str) -> RunConfig:

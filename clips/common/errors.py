@@ -35,7 +35,7 @@ class CommandError(Exception):
 
 
 class UserError(CommandError):
-    """The user's mistake: the message says what, where, and how to mend it."""
+    """The user's mistake: the message says what is wrong, where, and how to fix it."""
 
     exit_code = 2
 
@@ -137,9 +137,9 @@ def outlive_readers() -> bool:
 
 
 def _kill_workers() -> None:
-    """Kill the data workers of this process, which ends with an error whose traceback keeps their loader alive.
+    """Kill the data workers of this process before it ends with an error, whose traceback keeps their loader alive.
 
-    torch would send each of them SIGTERM, which `start_worker` (clips/common/signals.py) lets it obey a minute later.
+    torch would send each of them SIGTERM, but `start_worker` (clips/common/signals.py) makes it wait for a minute.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error of its own
     for worker in multiprocessing.active_children():
@@ -177,7 +177,7 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def _of_system(error: OSError) -> str:
-    """Return the message of an OSError, which for the cache folder also gives the variable that moves it."""
+    """Return the message of an OSError; for the cache folder it also gives the variable that moves it."""
     message = in_one_line(error)
     place = Path(os.fsdecode(error.filename or ""))
     if place.is_absolute() and (place.is_relative_to(cache_root()) or cache_root().is_relative_to(place)):

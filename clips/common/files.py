@@ -98,7 +98,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def write_once(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Return `directory`, which `write(empty directory)` fills if it is missing, once for all processes."""
+    """Return `directory`. If it is missing, `write(empty directory)` fills it, once for all processes."""
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock(directory.parent / f".{directory.name}.lock", wait=True):
@@ -189,7 +189,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file of unknown origin for reading. Raises OSError also for a pipe, which would block for ever."""
+    """Open a file of unknown origin for reading. Raises OSError also for a pipe, which could block forever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -198,7 +198,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def check_target(directory: Path) -> None:
-    """Raise UserError if nothing can be written at `directory`, which need not exist. Call it before any work."""
+    """Raise UserError if nothing can be written at `directory` (it need not exist). Call it before any work."""
     try:
         place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=place):

@@ -18,13 +18,13 @@ from clips.common.errors import UserError
 
 T = TypeVar("T")
 SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
-"""Arguments of the flag `--set`, which sets fields of clips/config.py in every command that has it."""
+"""Arguments of the flag `--set`, by which many commands set fields of clips/config.py."""
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
-"""The bounds that a field may declare for its numbers → how a number is compared with them."""
+"""Comparison of a number with each kind of bound that a field may declare."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that accepts whole flag names only and prints `(default: …)` once for each flag.
+    """An ArgumentParser that accepts only full flag names and prints `(default: …)` once for each flag.
 
     A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
     Words of a flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the
@@ -92,7 +92,7 @@ def option(
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """Return a dataclass field whose numbers `check_fields` keeps within `bounds`, which are named as in BOUNDS."""
+    """Return a dataclass field whose numbers `check_fields` keeps within `bounds`, named as in BOUNDS."""
     return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
@@ -189,7 +189,7 @@ def share(text: str) -> float:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return the argparse type of whole numbers of at least `least`."""
+    """Return the argparse type of integers of at least `least`."""
 
     def number(text: str) -> int:
         if int(text) < least:

@@ -14,7 +14,7 @@ from clips.common.files import sha256
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
-"""Files beside the weights: configurations, tokenizer files, and LLaVA's file beside adapters."""
+"""Files next to the weights: configurations, tokenizer files, and LLaVA's file next to adapters."""
 NATIVE_TOKENIZER = "tokenizer/*.json"
 """Tokenizer files of native exports; nothing else is fetched from a model's subdirectories."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -36,7 +36,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path:
-    """Return the local directory of `name`, a directory or a hub id, which is downloaded unless the hub's cache has it.
+    """Return the local directory of `name`, a directory or a hub id. Download the latter unless the hub's cache has it.
 
     `what` describes the model in error messages. The first of the patterns `weights` that matches a file on the hub is
     fetched. Raises UserError if nothing is found or the hub cannot be reached.

@@ -30,7 +30,7 @@ def launcher(ranks: int) -> list[str]:
 def count_ranks(wanted: int | None, device: str, name: str) -> int:
     """Return how many processes train: those that are `wanted`, by default one for each GPU that torch sees.
 
-    Raises UserError, which calls the wish `name`, if there are GPUs, but fewer.
+    Raises UserError if there are GPUs, but fewer; the message says `name` for the number that was asked for.
     """
     gpus = 0 if device == "cpu" or wanted == 1 else count_gpus()
     if gpus and wanted and wanted > gpus:

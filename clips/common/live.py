@@ -22,7 +22,7 @@ from clips.common.paths import cache_root
 LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
 """Environment variable: seconds between two lines of a file, by default 30."""
 SPEEDS = "speeds.json"
-"""File in the cache: description of a training → samples per second of its last run."""
+"""File in the cache with the samples per second of the last run of each training."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -31,7 +31,7 @@ WORDS = {
     "mfu": "{:.0%} of the GPU's peak",
     "peak_memory_gb": "{:.1f} GB",
 }
-"""Metric of a record → words for it, the most useful first, because a narrow terminal cuts the end."""
+"""Words for the metrics of a record, the most useful first, because a narrow terminal cuts the end."""
 
 
 class LiveLine:
@@ -93,7 +93,7 @@ def say(what: Any) -> None:
 
 
 def say_next(command: str) -> None:
-    """Print the one next command on stderr, unless the script that runs this command goes on by itself."""
+    """Print the one next command on stderr, unless the script that runs this command continues by itself."""
     if not os.environ.get("CLIPS_MLLM_GOES_ON"):
         outlive_readers()
         print(f"Next: {printable(command)}", file=sys.stderr, flush=True)

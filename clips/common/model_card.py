@@ -35,7 +35,7 @@ The metrics of exactly these weights, if they were measured, are in the header o
 
 
 def result(test_set: str, metric: str, name: str, value: float, **facts: Any) -> EvalResult:
-    """Return a metric for a card's header; `facts` are plain values beside it, such as the number of questions."""
+    """Return a metric for a card's header; `facts` are further plain values, such as the number of questions."""
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=test_set,  # results are grouped by it

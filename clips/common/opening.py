@@ -69,7 +69,7 @@ def check_layers(config: Any, place: Path) -> None:
 def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> None:
     """Raise UserError if the model of `build` has far more parameters than the weight files hold.
 
-    It is built on the meta device, which takes no memory. Files of 4 bits hold two parameters in a byte.
+    It is built on the meta device, so it takes no memory. Files of 4 bits hold two parameters in a byte.
     """
     stored = sum(path.stat().st_size for path in weight_files(directory))
     logging.disable(logging.WARNING)  # the warning that such a model has no weights

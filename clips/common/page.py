@@ -65,12 +65,12 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     css_class: Callable[[int, str], str] = names_and_numbers
-    """Column and text → class of a cell or heading."""
+    """CSS class of a cell or heading, by its column and text."""
 
 
 @dataclass
 class Chart:
-    """A plot beside others."""
+    """A plot in a row of plots."""
 
     plot: Plot
     words: str
@@ -133,7 +133,7 @@ class Tile:
 
 @dataclass
 class Folded:
-    """Blocks behind a summary, which opens them."""
+    """Blocks that stay hidden until their summary is clicked."""
 
     summary: str
     blocks: Sequence[Block]

@@ -8,12 +8,12 @@ from pathlib import Path, PurePosixPath
 CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "scripts"
-"""The scripts, which comparisons start as processes."""
+"""Folder of the scripts; comparisons start them as processes."""
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
 def cache_root() -> Path:
-    """Return the folder of cached results, which may be deleted: indexes of read-only data, features, converted models.
+    """Return the folder of cached results: indexes of read-only data, features, converted models. It may be deleted.
 
     `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
     """

@@ -34,8 +34,8 @@ PEAK_TFLOPS = {
     "MI300X": 1307.4,
     "MI250X": 191.5,
 }
-"""Name of a GPU → its dense bf16 peak in TFLOP/s with fp32 sums, as its maker states it. The MI250X's peak is that of
-one of its two dies, which torch sees as one GPU."""
+"""Dense bf16 peak in TFLOP/s with fp32 sums, as the GPU's maker states it. The MI250X's is that of one of its two dies,
+because torch sees each die as a GPU."""
 _MODEL = "|".join(sorted(map(re.escape, PEAK_TFLOPS), key=len, reverse=True))
 NAME = re.compile(
     rf"(?:NVIDIA |AMD )?(?:GeForce |Instinct )?({_MODEL})(?i:[ -](?:SXM\d?|PCIe|\d+GB?|HBM\w+|Generation|AC))*"
@@ -51,7 +51,7 @@ CARDS = {
     "l40s": ("L40S", 48),
     "rtx4090": ("RTX 4090", 24),
 }
-"""`--kind` of a plan → (its name above, its memory in GB)."""
+"""Name above and memory in GB of each `--kind` of a plan."""
 USABLE = 0.9
 """Share of a GPU's memory that a plan fills; CUDA's context, NCCL's buffers and the allocator's gaps take the rest."""
 
@@ -91,7 +91,7 @@ class Machine:
 
 
 def peak_flops(device: torch.device, say: Callable[[str], None]) -> float | None:
-    """Return the stated peak of a GPU in FLOP/s, or None for a CPU or an unknown GPU, which `say` reports."""
+    """Return the stated peak of a GPU in FLOP/s, or None for a CPU or an unknown GPU; `say` reports the latter."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""The check of a data set before a training: the training's own reader in a loop, which prints the faults."""
+"""Check a data set before a training: run the training's own reader in a loop, and print the faults."""
 
 import random
 from collections import Counter
@@ -54,7 +54,7 @@ class _Samples:
 
 
 def drawn(samples: int, limit: int | None) -> Sequence[int]:
-    """Return all indices, or `limit` of them, which are always the same."""
+    """Return all indices, or always the same `limit` of them."""
     every = range(samples)
     return every if limit is None or limit >= samples else sorted(random.Random(0).sample(every, limit))
 

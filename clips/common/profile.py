@@ -1,7 +1,7 @@
 """A look into a few training steps by torch's profiler.
 
-Each rank writes `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing) and its busiest operators, which
-rank 0 prints at the end, as `operators-rankN.txt`.
+Each rank writes `trace-rankN.json` (for https://ui.perfetto.dev or chrome://tracing), and its busiest operators as
+`operators-rankN.txt`. Rank 0 prints its own at the end.
 """
 
 import sys

@@ -63,7 +63,7 @@ def rehearsed_ranks(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Bytes of one rank's step, as rehearsed without an optimizer and with every weight whole."""
+    """Bytes of one rank's step, as rehearsed without an optimizer and without sharding."""
 
     parameters: int
     """Number of parameters that train."""
@@ -153,7 +153,7 @@ class AsOnGpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
-        """Autocast's cache: a weight's id → (the weight, its copy)."""
+        """Autocast's cache: (weight, copy) by the weight's id."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

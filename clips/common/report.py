@@ -26,7 +26,7 @@ CURVES = {
     "share of time waiting for data": ("data_wait_share",),
     "peak memory, GB": ("peak_memory_gb",),
 }
-"""Title of a curve → its fields of metrics.jsonl."""
+"""Fields of metrics.jsonl by the title of their curve."""
 UNITS = "Percent, if the name says nothing else; log ranks and losses are in nats, and lower is better."
 
 
@@ -38,7 +38,7 @@ def write_report(
     facts: str = "",
     directory: Path | None = None,
 ) -> Path:
-    """Write report/index.html of a run, whole or not at all, and return its path.
+    """Write report/index.html of a run atomically, and return its path.
 
     Args:
         evaluations: contents of evaluation*.json or figures.json: `figures` (name → value, chance, items), `test_set`
@@ -73,7 +73,7 @@ def write_report(
 
 
 def curves(run_dir: Path) -> list[Panel]:
-    """Return the curves of metrics.jsonl, separately for each stage, or none if the run has not begun."""
+    """Return the curves of metrics.jsonl, separately for each stage, or none if the run has not started."""
     stages: dict[str, list[dict[str, Any]]] = {}
     for line in read_metrics(run_dir) if (run_dir / METRICS).is_file() else ():
         stages.setdefault(line.get("stage", ""), []).append(line)

@@ -1,13 +1,13 @@
 """A run directory of either half: its configuration, lock, metrics, and whether it is finished.
 
-    runs/NAME/config.json     alone rebuilds the run; a run with another configuration does not go on here
+    runs/NAME/config.json     rebuilds the run by itself; a run with another configuration is refused here
     runs/NAME/env.json        machine and packages (clips/common/runtime.py)
-    runs/NAME/data.json       number and hash of the training data; a run goes on with the same data only
+    runs/NAME/data.json       number and hash of the training data; a run resumes only with the same data
     runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; a kill may cut the last line
     runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/engine/checkpoint.py)
     runs/NAME/export/, report/, evaluation*.json
-                              made of the weights of one checkpoint, which each of them names
+                              made from the weights of one checkpoint; each records which
     runs/NAME/.lock           held by the process that trains here; names the process and its host
 
 Imports nothing heavy: a plan or a progress bar asks about fifty runs.
@@ -134,7 +134,7 @@ def _is_of(evaluation: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> b
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return stem of evaluation*.json ("evaluation" for the run's own test set) → its content.
+    """Return the contents of evaluation*.json by file stem ("evaluation": the run's own test set).
 
     Evaluations of other weights than the run's chosen ones are skipped.
     """
@@ -192,7 +192,7 @@ _held: dict[Path, IO[str]] = {}
 def hold(run_dir: Path) -> None:
     """Keep other processes from training in `run_dir` until this one ends. Raises UserError if one does already.
 
-    The lock file identifies the process, which may be on another host or have outlived its launcher.
+    The lock file identifies the process, because it may be on another host or have outlived its launcher.
     """
     place = run_dir.resolve()
     if place in _held:
@@ -237,7 +237,7 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
 def keep_lines(path: Path, step: int, **fields: Any) -> None:
     """Keep the complete lines of a .jsonl file up to `step`, and those in which one of `fields` differs.
 
-    Lines after the checkpoint that a killed run goes on from are removed, so that no step is recorded twice.
+    Lines after the checkpoint from which a killed run resumes are removed, so that no step is recorded twice.
     """
     if not path.exists():
         return

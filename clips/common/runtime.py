@@ -48,7 +48,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 _bf16: dict[str, bool] = {}
-"""Device type → whether it computes in bfloat16: tried here, or agreed on by all ranks."""
+"""Whether each device type computes in bfloat16: tried here, or agreed on by all ranks."""
 
 
 def claims_bf16(device: torch.device) -> bool:
@@ -188,7 +188,7 @@ def _gloo_threads() -> list[str]:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for later allocations unless the user set the allocator. Return True if it does.
 
-    By default glibc gives freed tensors back to the kernel, and each step faults their pages in anew (docs/speed.md).
+    By default glibc gives freed tensors back to the kernel, and each step faults their pages in again (docs/speed.md).
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False
@@ -199,7 +199,7 @@ def keep_freed_memory() -> bool:
 def bound_kernel_caches() -> None:
     """Let oneDNN keep fewer compiled kernels; call it before the process's first matrix product.
 
-    Each length of a text compiles kernels anew. By default 1,024 are kept, twice: hundreds of MB.
+    Each length of a text compiles new kernels. By default 1,024 are kept, twice: hundreds of MB.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # of torch's layer on oneDNN
@@ -222,7 +222,7 @@ def import_deepspeed() -> Any:
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Return the content of env.json: what besides the configuration may explain a difference between two runs."""
+    """Return the content of env.json: what may explain a difference between two runs of one configuration."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

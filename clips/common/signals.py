@@ -24,7 +24,7 @@ class StopSignal:
     """Remembers SIGTERM, Ctrl-C, SIGUSR1 (a scheduler's) or SIGHUP, so that the step ends and a checkpoint is written.
 
     SIGHUP comes when a terminal is closed or its connection is lost. Under `nohup` it stays ignored. Launchers pass on
-    a signal that the whole process group has received already, so a second one changes nothing; only another Ctrl-C
+    a signal that the process group has received already, so a second one changes nothing; only another Ctrl-C
     after `PATIENCE` seconds ends the run at once.
     """
 
@@ -100,7 +100,7 @@ def _adopts(process: psutil.Process) -> bool:
 
 
 def has_lost(known: Sequence[int]) -> bool:
-    """Return True if one of `known`, which `launchers` returned before, is gone.
+    """Return True if a launcher is gone; `known` are those that `launchers` returned before.
 
     The system gives an orphan another parent at once. Command lines are not read again, since this runs at every step.
     """
@@ -123,7 +123,7 @@ _takes_over = threading.Event()
 def end_with_launcher() -> None:
     """End this process once its launcher is gone, until a StopSignal takes over. Before that there is nothing to save.
 
-    Ranks that wait for one another would otherwise wait for the whole timeout of a collective.
+    Ranks that wait for one another would otherwise wait until a collective times out.
     """
 
     def watch() -> None:

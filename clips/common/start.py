@@ -1,8 +1,8 @@
 """The start of a run: ranks meet, compare what each of them has found, and name the rank that is missing.
 
-What one rank measures, finds or reads alone never decides whether a collective follows: rank 0 decides and tells, or
-all ranks compare first. Both go through the store of the process group, not through collectives: a collective that one
-rank leaves out ends after half an hour and does not say which rank it was.
+A rank never enters or skips a collective because of what only it measures, finds or reads: rank 0 decides and
+broadcasts, or all ranks compare first. Both go through the store of the process group, not through collectives, because
+a collective that one rank skips ends after half an hour and does not say which rank it was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _stores: list[Any] = []
 
 
 def find_ranks() -> tuple[int, int]:
-    """Return (this process's rank, number of ranks), which is (0, 1) without a launcher."""
+    """Return (this process's rank, number of ranks); (0, 1) without a launcher."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         # The store would hold the dead ranks' addresses (pytorch issue 135712).
         raise UserError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarted ranks hang")
@@ -68,7 +68,7 @@ class Start:
     """The ranks of a run from their first line to their first step. Use it as a context around the start.
 
     An error of one rank inside the context ends every rank with that error's exit code. Each rank gives signs of life,
-    whatever its main thread does. Rank 0 watches all others, which watch rank 0, and a rank that is silent for the
+    whatever its main thread does. Rank 0 watches all others, they watch rank 0, and a rank that is silent for the
     timeout ends all. Every TELL_EVERY seconds rank 0 names the ranks that are behind. With one rank nothing happens.
     """
 
@@ -142,7 +142,7 @@ class Start:
         self._closed.set()
 
     def at(self, part: str) -> None:
-        """Record what this rank does next, which its next sign of life tells those who wait for it."""
+        """Record what this rank does next; its next sign of life reports that to the ranks that wait for it."""
         self._part = (self._part[0] + 1, part)
 
     # --------------------------------------------------------------------------------------------------- agreements
@@ -253,7 +253,7 @@ class Start:
                 self.patience = min(self.patience, json.loads(sign)[1])
 
     def _tell(self, error: BaseException) -> None:
-        """Hand the error to the other ranks; rank 0, which serves the store, stays until all have heard of one."""
+        """Hand the error to the other ranks. Rank 0 serves the store, so it stays until all have heard of an error."""
         if isinstance(error, KeyboardInterrupt):
             error = Stopped("stopped by Ctrl-C", exit_code=128 + signal.SIGINT)
         message = str(error) if isinstance(error, CommandError) else in_one_line(error)

@@ -22,13 +22,13 @@ from clips.common.hub import WEIGHT_FILES
 
 M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which training programs put the weights beside optimizer state."""
+"""Keys under which training programs put the weights if a file also has optimizer state."""
 MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
 """Files in which a model directory has its weights; the first that exists counts."""
 MOST_IN_TABLES = 2**26
-"""Numbers that a model may hold beside those in its files: positions, masks."""
+"""Numbers that a model may hold in addition to those in its files: positions, masks."""
 SHOWN = 5
 """Names listed in an error message before "and N more"."""
 
@@ -86,7 +86,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return name → type ("F32") and shape from the header of a safetensors file, without reading its tensors."""
+    """Return type ("F32") and shape of each tensor from the header of a safetensors file, without reading tensors."""
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
     try:
@@ -115,7 +115,7 @@ def unpickling_reason(error: pickle.UnpicklingError) -> str:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
-    """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
+    """Write named tensors as safetensors (in the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
     save_file(plain, path, metadata={"format": "pt", **metadata})
     usual_mode(path)

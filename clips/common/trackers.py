@@ -26,7 +26,7 @@ def loggers(text: str) -> list[str]:
 
 
 class Trackers:
-    """The loggers of one run, which all take the same scalars. `folder` holds TensorBoard's and wandb's own files."""
+    """The loggers of one run. All take the same scalars. `folder` holds TensorBoard's and wandb's own files."""
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any], step: int) -> None:
         self.board: Any = None

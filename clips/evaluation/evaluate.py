@@ -43,7 +43,7 @@ from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 
 TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
-"""Number of training images that are encoded for the linear probe, which is fitted on those with a label."""
+"""Number of training images that are encoded for the linear probe; it is fitted on those with a label."""
 POOL, NEAREST = 1000, 5
 """Number of test images whose texts are searched for the nearest ones, and number of texts shown for an image."""
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def labelled_rows(images: ImageSet) -> dict[int, str]:
-    """Return row → label for the images that have a label."""
+    """Return the labels of the images that have one, by row."""
     return {row: label for row, label in enumerate(images.labels) if label is not None}
 
 

@@ -32,7 +32,7 @@ class Figure:
 
 
 def expected_hits(better: Tensor, tied: Tensor, positives: Tensor, k: int) -> Tensor:
-    """Return the probability that one of the `positives`, which score the same as `tied` negatives, is in the first k.
+    """Return the probability that one of the `positives` is in the first k, if `tied` negatives have the same score.
 
     `better` negatives score above them. All arguments are [N], and so is the result, float64 in [0, 1].
     Hypergeometric: the k − better slots left are filled without replacement from positives + tied candidates.

@@ -31,7 +31,7 @@ PROTOCOLS = {
 }
 SENTENCES_PER_IMAGE = 5
 MOST_COMPARED = 100_000
-"""Number of training images up to which `count_trained_on` reads them, which takes about a minute."""
+"""Largest number of training images that `count_trained_on` reads; that takes about a minute."""
 
 
 @dataclass(frozen=True)

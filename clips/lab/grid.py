@@ -24,9 +24,9 @@ class Step:
     is_done: Callable[[], bool]
     """Returns True if the files that the command leaves exist. A step that is done is never run again."""
     folder: Path | None = None
-    """A folder for this step alone, emptied before each attempt, with its log. Without one it uses the cell's log."""
+    """A folder for only this step, emptied before each attempt, with its log. Without one it uses the cell's log."""
     may_fail: bool = False
-    """True if the cell goes on although the command failed. The study reports such steps at its end."""
+    """True if the cell continues although the command failed. The study reports such steps at its end."""
 
     @property
     def log(self) -> Path | None:
@@ -49,7 +49,7 @@ class Cell:
     about: str = ""
     """Recipe and settings in words, for the plan."""
     record: Mapping[str, Any] | None = None
-    """What cell.json holds beside the commands. If None, the directory has no cell.json and no cost.json."""
+    """What cell.json holds in addition to the commands. If None, the directory has no cell.json and no cost.json."""
     result: Callable[[], str] = lambda: ""
     """Returns a metric of the finished cell in words, for the table."""
 
@@ -70,9 +70,9 @@ class Cell:
 
 # ------------------------------------------------------------------------------------------- the plan
 def fix(path: Path, plan: Mapping[str, Any], begun: int) -> None:
-    """Write `plan` to `path`, with the number of cells that have begun already.
+    """Write `plan` to `path`, with the number of cells that have started already.
 
-    Once a cell has begun, the plan stays as it is.
+    Once a cell has started, the plan stays as it is.
     """
     if not begun or not path.is_file():
         write_json(path, {**plan, "cells_begun": begun})

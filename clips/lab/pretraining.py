@@ -22,7 +22,7 @@ PRETRAINING = "pretraining"
 def pretraining_cell(
     directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
 ) -> Cell:
-    """Return the run `directory` of scripts/pretrain_clips.py with `flags`, which must name it, as a cell.
+    """Return the run `directory` of scripts/pretrain_clips.py as a cell; its `flags` must name the directory.
 
     The cell's check raises UserError if `directory` holds a run with other settings.
     """

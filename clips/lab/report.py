@@ -14,7 +14,7 @@ from clips.lab.stats import Verdict, show_difference
 
 SIGNS: dict[Verdict, str] = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss", "undecided": "? undecided"}
 COLOURS = {"win": "good", "loss": "bad", "tie": "open", "undecided": "open"}
-"""Verdict → CSS class."""
+"""CSS class of each verdict."""
 
 
 def write_report(result: Mapping[str, Any], output: Path, name: str, page: Callable[[], Page]) -> Path:
@@ -43,7 +43,7 @@ def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> F
 
 
 def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
-    """Return the CSS classes of a table with verdicts: words may wrap, numbers may not. `words`: verdict → class."""
+    """Return the CSS classes of a table with verdicts: words may wrap, numbers may not. `words`: class by verdict."""
 
     def css_class(column: int, text: str) -> str:
         kind = "" if "±" in text or "[" in text else "wrap"

@@ -1,6 +1,6 @@
 """Run the cells of a study: locks, jobs, resume of finished cells, and a line for each change.
 
-A finished step is never run again, and an interrupted cell goes on from its files. A cell is locked while a process
+A finished step is never run again, and an interrupted cell resumes from its files. A cell is locked while a process
 works on it, also by a child process that outlives a killed study.
 """
 
@@ -35,7 +35,7 @@ WAITS, LOCK, DONE = "waits", "waits for its lock", "done"
 def locked(directory: Path, commands: Commands) -> Iterator[int]:
     """Hold `directory` for this process and for children that get the yielded descriptor; wait for another holder.
 
-    A child that outlives a killed parent keeps the lock, so a second run never trains beside it.
+    A child that outlives a killed parent keeps the lock, so a second run never trains at the same time.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = None
@@ -79,7 +79,7 @@ class Commands:
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return `function` of each item, `jobs` at a time. After an error no item begins, and running ones end first.
+        """Return `function` of each item, `jobs` at a time. After an error no item starts, and running ones finish.
 
         A stop signal is passed on to the running commands, which save first. Raises Stopped then.
         """
@@ -116,7 +116,7 @@ class Runner:
         self.commands = Commands(jobs)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run the missing steps of `cells`, which the runner has, `jobs` at a time, with a line for each change.
+        """Run the missing steps of `cells` (all known to the runner), `jobs` at a time, with a line for each change.
 
         Raises UserError if a directory holds other settings, CommandError with the log's end if a command fails.
         """

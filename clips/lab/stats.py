@@ -54,7 +54,7 @@ def verdict(
 ) -> Verdict:
     """Return the verdict on a − b, by the only rule: from its interval and the metric of each independent seed.
 
-    Tie: the interval covers zero. Win or loss: it does not, and the difference also holds against unlike spreads
+    Tie: the interval covers zero. Win or loss: it does not, and the difference also holds for unequal variances
     (`half_of_unlike`). Otherwise seeds differ in when they learn, and nothing is decided. Adding seeds after seeing
     results biases the verdict. `kept` is True if the planned number of seeds was used.
     """
@@ -69,9 +69,9 @@ def verdict(
 
 
 def half_of_unlike(a: Any, b: Any, ours: int, other: int) -> np.ndarray:
-    """Return half of Student's interval if all seeds vary as those of the less steady variant, or 0 if both vary alike.
+    """Return half of Student's interval if all seeds had the larger of the two variances, or 0 if these are equal.
 
-    `a`, `b`: variances over seeds of two variants, which may be arrays; `ours`, `other`: their numbers of seeds.
+    `a`, `b`: variances over seeds of two variants (may be arrays); `ours`, `other`: their numbers of seeds.
     """
     larger = np.maximum(a, b)
     half = stdtrit(ours + other - 2, (1 + LEVEL) / 2) * np.sqrt(larger * (1 / ours + 1 / other))
@@ -86,7 +86,7 @@ def turned(decision: Verdict) -> Verdict:
 
 # ------------------------------------------------------------------------------------------- only seeds differ
 def welch(ours: Sequence[float], other: Sequence[float]) -> Estimate:
-    """Return the difference of the means of two groups of runs, with Welch's interval.
+    """Return the difference in mean between two groups of runs, with Welch's interval.
 
     Runs are not paired by seed. A seed gives both groups the same order of the data and initial weights, but little of
     that remains in common after training, and pairing halves the degrees of freedom. What does remain in common makes
@@ -102,13 +102,13 @@ def welch(ours: Sequence[float], other: Sequence[float]) -> Estimate:
 
 
 def difference(ours: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Return `welch` of the metric `name` of two groups of runs, as JSON: `mean` and `ci95`."""
+    """Return `welch` for the metric `name` in two groups of runs, as JSON: `mean` and `ci95`."""
     estimate = welch([row[name] for row in ours], [row[name] for row in other])
     return {"mean": estimate.mean, "ci95": estimate.ci95}
 
 
 def over_runs(values: np.ndarray) -> Estimate:
-    """Return the mean of independent values [S] with Student's t interval, which a single value does not have."""
+    """Return the mean of independent values [S] with Student's t interval; a single value has no interval."""
     if len(values) < 2:
         return Estimate(float(values.mean()), None, None)
     interval = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
@@ -164,7 +164,7 @@ def independent_runs(shared: np.ndarray) -> np.ndarray:
 
 
 def over_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Average the runs of each group, [R, …] → [S, …]; `groups` holds every number from 0."""
+    """Average the runs [R, …] of each group, and return [S, …]; `groups` holds every number from 0."""
     return np.stack([scores[groups == group].mean(0) for group in range(groups.max() + 1)])
 
 
@@ -203,9 +203,10 @@ def half_of_interval(runs: Any, images: Any, luck: Any, seeds: int, clusters: in
     """Return half of the interval of a mean with the variance `runs` + `images`; all three variances may be arrays.
 
     `runs` is estimated from `seeds`, `images` from `clusters`. The quantile lies between Student's t of both, at a
-    position given by the share of `runs` to the power `BEND`, or by `TWO_SEEDS` for two seeds, which say little about
-    their spread. In simulations with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is zero and
-    all effects are normal. If only one of two models learns in a jump, more miss it, which `verdict` allows for.
+    position given by the share of `runs` to the power `BEND`, or by `TWO_SEEDS` for two seeds, because two say little
+    about their spread. In simulations with 2 to 5 seeds, 3.5 to 6.5 % of the intervals miss zero if the true mean is
+    zero and all effects are normal. If only one of two models learns in a jump, more miss it, and `verdict` allows
+    for that.
 
     The half is at least one standard error of single answers, from their variance `luck` (`least_variance`), because
     seeds that agree by chance would otherwise leave an interval without width.

@@ -74,8 +74,8 @@ class Captioner(nn.Module):
     ) -> Tensor:
         """Return hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
 
-        `predicts_BT` marks the positions that are needed, which come first in each caption; None means all of them.
-        `predicted` is their number, and `count` that of all tokens, prefix included, that are visible or needed.
+        `predicts_BT` marks the needed positions; they come first in each caption. None means all of them.
+        `predicted` is their number. `count` is the number of tokens, prefix included, that are visible or needed.
         Without these numbers the host waits for the GPU.
         """
         prefix = self.prefix(patches_BND, states_BMD)

@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Numbers of tokens to compute in a batch, which depend on its texts; counted while the batch is on the host."""
+    """Numbers of tokens to compute in a batch. They depend on its texts, and are counted while it is on the host."""
 
     texts: list[int]
     """Number of tokens of each text."""

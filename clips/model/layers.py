@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return self.proj(torch.cat([b.pack(self._attend(b.unpack(part), b.visible, None)) for b, part in parts]))
 
     def _attend(self, qkv: Tensor, visible: Tensor | None, cache: KVCache | None, queries: int | None = None) -> Tensor:
-        """[B, L, 3 D] → [B, L, D], or [B, Q, D] of the last Q = `queries` positions"""
+        """Map [B, L, 3 D] to [B, L, D], or to [B, Q, D] for the last Q = `queries` positions."""
         B, L, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), which OpenAI's CLIP uses instead of the GELU."""
+    """x · sigmoid(1.702 x), OpenAI CLIP's replacement for the GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x · sigmoid(1.702 x), OpenAI's approximation of GELU."""

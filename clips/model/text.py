@@ -36,12 +36,12 @@ def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
 
 
 class TextStates(NamedTuple):
-    """The outputs of the tower for one text of each sample of a batch."""
+    """The tower's outputs for one text per sample."""
 
     pooled: Tensor
     """[B, D], the summary slot after the final norm."""
     states: Tensor
-    """[B, M, D] before the norm, which the captioner reads: all slots except CLS (M = L − 1, or L without a CLS). If
+    """States [B, M, D] before the norm, for the captioner: all slots except CLS (M = L − 1, or L without a CLS). If
     padding is masked, its states are zero."""
     visible: Tensor | None
     """[B, M], the states that the captioner may attend to; None if it attends to padding, as the tower itself does."""

@@ -31,7 +31,7 @@ def _masked(strategy: str) -> tuple[str, ...]:
 
 
 PHOTOGRAPHS = {"demo": "small_captioner", "clip_baseline": "small_clip"}
-"""Recipe of a variant → the recipe that takes its place with `--recipe small`."""
+"""The recipe that takes the place of each variant's recipe with `--recipe small`."""
 LONGER, SENTENCE_LONGER = 1.4, 1.2
 """About how many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
 (`small_captioner`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""

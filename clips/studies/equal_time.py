@@ -55,7 +55,7 @@ def compare(
 
 
 def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:
-    """Return the runs of the search: recipe and multiple of the learning rates → run."""
+    """Return the runs of the search by recipe and multiple of the learning rates."""
     return {
         (recipe, rate): with_rates(PretrainingRun(recipe, f"search-{recipe}-x{rate:g}", samples // 2, 0), rate)
         for recipe in PAIR
@@ -64,7 +64,7 @@ def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:
 
 
 def equal_time_study(best: Mapping[str, float], seeds: int, samples: int, longer: int) -> Study:
-    """Return the study. `best`: recipe → multiple of its learning rates; `longer`: samples of equal time."""
+    """Return the study. `best` has each recipe's multiple of its learning rates; `longer`: samples of equal time."""
     variants = {name: Variant(LABELS[name], recipe) for name, recipe in RECIPES.items()}
     counts = {"clips": samples, "clip": samples, "clip-equal-time": longer}
     runs = {
@@ -75,7 +75,7 @@ def equal_time_study(best: Mapping[str, float], seeds: int, samples: int, longer
 
 
 def validation_score(run: Path) -> float:
-    """Return the mean of the last validation metrics, which chooses the rates."""
+    """Return the mean of the last validation metrics; the learning rates are chosen by it."""
     last = read_metrics(run, "eval")[-1]
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 

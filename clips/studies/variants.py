@@ -41,7 +41,7 @@ FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1"
 SECONDS = "train_seconds"
 """The only one of a run's metrics that is not measured on the test split."""
 Rows = Mapping[str, Sequence[Mapping[str, float]]]
-"""Variant → the metrics of its runs."""
+"""The metrics of each variant's runs."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Variant:
 def seeded_runs(
     variants: Mapping[str, Variant], seeds: Sequence[int], samples: int, settings: Sequence[str] = ()
 ) -> dict[str, list[PretrainingRun]]:
-    """Return variant → its runs with `seeds`, all of the same number of samples apart from `times`."""
+    """Return the runs of each variant with `seeds`, all of the same number of samples apart from `times`."""
     return {name: [v.run(name, seed, samples, settings) for seed in seeds] for name, v in variants.items()}
 
 
@@ -91,7 +91,7 @@ class Study:
     title: str
     variants: Mapping[str, Variant]
     runs: Mapping[str, Sequence[PretrainingRun]]
-    """Name of a variant → its runs, one for each seed."""
+    """The runs of each variant by its name, one for each seed."""
     questions: Mapping[str, Question]
     decides: str = DECIDING
     """The metric that decides, one of MEANS or FIGURES."""

@@ -1,4 +1,4 @@
-"""The page of a study of variants, made from the content of its JSON file alone."""
+"""The page of a study of variants, made only from the content of its JSON file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from clips.studies.variants import SECONDS
 
 FIGURES = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
-"""Metrics shown beside the deciding metric, after its value on the artists of the training."""
+"""Metrics shown next to the deciding metric, after its value on the artists of the training."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
 BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "undecided": "undecided"}
@@ -27,7 +27,7 @@ def called(figure: str) -> str:
 
 
 def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:
-    """Make the whole page. `limits` says what the study does not show."""
+    """Make the page. `limits` says what the study does not show."""
     questions, variants = result["questions"], result["variants"]
     tiles = [
         Tile(f"({key}) {q['title']}", [(_in_words(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])

@@ -1,6 +1,6 @@
 """Convert a model from one format into another.
 
-The model is written beside its target and loaded there by the library of the format. It is moved to its target once
+The model is written next to its target and loaded there by the library of the format. It is moved to its target once
 random images and real captions have equal features.
 """
 
@@ -126,7 +126,7 @@ def _official_lacks(loaded: LoadedModel) -> str | None:
 
 
 def _write_tower(source: str, directory: Path) -> dict[str, float]:
-    """Write the image tower alone, which may be all that there is."""
+    """Write only the image tower; the source may have no other."""
     initial = read_initial(source, "FROM")
     embed_dim = initial.architecture.get("model.embed_dim", 0)
     vision = VisionConfig(**initial.architecture["model.vision"])

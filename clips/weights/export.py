@@ -1,6 +1,6 @@
 """A trained model in the formats that others load: native, open_clip and transformers.
 
-`export/native`     config.json (the whole RunConfig), model.safetensors, tokenizer/: everything, the captioner too.
+`export/native`     config.json (the full RunConfig), model.safetensors, tokenizer/: everything, the captioner too.
 `export/open_clip`  `open_clip.create_model_and_transforms("local-dir:…")`, stock open_clip ≥ 3.3: both towers.
 `export/hf`         `transformers.CLIPModel` with processor and tokenizer: both towers, if they are CLIP's.
 `export/hf_vit`     the image tower as the transformers class that computes it, its image processor and projection.
@@ -45,7 +45,7 @@ FORMATS = ("native", "open_clip", "hf", "hf_vit")
 
 
 class ExportError(Exception):
-    """An export does not give the trained model's features, which is a defect of this project, not of the user."""
+    """An export does not give the trained model's features: a defect of this project, not the user's mistake."""
 
 
 def export_all(
@@ -149,7 +149,7 @@ def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tenso
 
 
 def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
-    """Write config.json, model.safetensors and tokenizer/, which `load_native` reads."""
+    """Write config.json, model.safetensors and tokenizer/ for `load_native`."""
     directory.mkdir(parents=True, exist_ok=True)
     run.save(directory / "config.json")
     write_weights(model.state_dict(), directory / "model.safetensors")

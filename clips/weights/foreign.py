@@ -29,7 +29,7 @@ from clips.weights.layouts import Layout
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, for pixel values from 0 to 1."""
 EMBEDDING = "embedding.safetensors"
-"""The projection beside an image tower that this project exported."""
+"""File of the projection that this project exports with an image tower."""
 CLIP_VOCABULARY = 49_408
 HALF = (0.5, 0.5, 0.5)
 NORMALISED: dict[str, Normalisation] = {
@@ -62,13 +62,13 @@ class InitialWeights:
     """None if the file has no projections into a space that two towers share."""
     tensors: dict[str, Tensor]
     left_over: dict[str, list[str]] = field(default_factory=dict)
-    """Description → names of the tensors in the file that are not used."""
+    """Names of the tensors in the file that are not used, by description."""
     notes: list[str] = field(default_factory=list)
     """Changes that were made to the weights, to be printed."""
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
-        """Path in the run's configuration → value there, for the parts that the file holds."""
+        """Values of the run's configuration by path, for the parts that the file holds."""
         towers = {"model.vision": self.vision, "model.text": self.text, "model.captioner": self.captioner}
         found: dict[str, Any] = {path: asdict(part) for path, part in towers.items() if part is not None}
         if self.tokenizer_kind:
@@ -104,7 +104,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def read_transformers(directory: Path) -> InitialWeights:
-    """Read the image tower of a ViT, DINOv2, CLIP or SigLIP; of a whole CLIP, both towers and the temperature.
+    """Read the image tower of a ViT, DINOv2, CLIP or SigLIP; of a full CLIP, both towers and the temperature.
 
     An image tower that this project exported brings its projection. Raises UserError if no tower here computes it.
     """
@@ -305,7 +305,7 @@ def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, normali
     """Change a patch convolution for images of this `normalisation` into one for ImageNet's mean and deviation.
 
     w·(x - m₁)/s₁ is, in terms of y = (x - m₂)/s₂, (w s₂/s₁)·y + w·(m₂ - m₁)/s₁. The constant goes into the bias. If
-    there is no bias, it goes into the patches' positions, which gives the same sum. Return False if nothing differs.
+    there is no bias, it goes into the patches' positions, with the same sum. Return False if nothing differs.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalisation)
     our_mean, our_std = (torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -333,7 +333,7 @@ def positions_with_bias(positions: Tensor, bias: Tensor | None, prefix_tokens: i
 
 
 def _vision_config(stock: Any, kind: str) -> VisionConfig:
-    """transformers' configuration of an image tower → ours; raises NotPlain."""
+    """Translate transformers' configuration of an image tower into ours. Raises NotPlain."""
     is_clip = kind.startswith("clip")
     is_siglip = kind.startswith("siglip")
     require(not getattr(stock, "use_swiglu_ffn", False), "its MLPs are gated (SwiGLU)")
@@ -351,7 +351,7 @@ def _vision_config(stock: Any, kind: str) -> VisionConfig:
 
 
 def _same_fields(stock: Any) -> dict[str, Any]:
-    """The fields of both towers in a configuration of transformers → ours; raises NotPlain."""
+    """Translate both towers' fields of a transformers configuration into ours. Raises NotPlain."""
     require(stock.hidden_act in layouts.ACTIVATIONS, f"its activation is {stock.hidden_act}")
     hidden = getattr(stock, "intermediate_size", None) or int(stock.hidden_size * stock.mlp_ratio)
     return {

@@ -1,7 +1,7 @@
 """Both towers as transformers' CLIPModel, with its processor and tokenizer: `export/hf`.
 
 CLIPModel reads an image off its CLS token and a text at its eos, under a causal mask. `--tower clip_model` trains such
-towers. SiglipModel pools an image by attention after the last LayerNorm, which no tower here does.
+towers. SiglipModel pools an image by attention after the last LayerNorm; no tower here does.
 """
 
 from pathlib import Path

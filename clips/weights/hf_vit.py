@@ -37,7 +37,7 @@ def stock_fields(tower: VisionConfig | TextConfig) -> dict[str, Any]:
 def transformers_vit(plain: PlainViT) -> tuple[Any, Any, dict[str, Tensor]]:
     """Return the class of transformers that computes `plain`, its configuration and its tensors.
 
-    Tensors are named as in the files on the hub, which every release of transformers reads.
+    Tensors are named as in the files on the hub, because every release of transformers reads these.
     """
     import transformers
 

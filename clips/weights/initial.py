@@ -95,21 +95,21 @@ def _at(run: RunConfig, path: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """The origin of each part of a run's model, which is printed, and saved as init_from.json for resuming."""
+    """The origin of each part of a run's model. It is printed, and saved as init_from.json for resuming."""
 
     source: str
     kind: str
     sha256: str
     architecture: dict[str, Any]
     given: dict[str, int]
-    """Part → number of its parameters that came from the file."""
+    """Number of parameters of each part that came from the file."""
     new: dict[str, int]
-    """Part → number of its parameters that the recipe initialises."""
+    """Number of parameters of each part that the recipe initialises."""
     left_over: dict[str, list[str]]
     notes: list[str]
 
     def table(self, run: RunConfig) -> Table:
-        """Return a table for the terminal, which also shows what differs from the recipe of `run`."""
+        """Return a table for the terminal that also shows what differs from the recipe of `run`."""
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
         rows = [(p, f"{self.given.get(p, 0):,}", f"{self.new.get(p, 0):,}") for p in self.given | self.new]
         rows += [("on the way", note, "") for note in self.notes]
@@ -131,7 +131,7 @@ PARTS = {
     "captioner": ("captioner.",),
     "temperature": ("logit_scale",),
 }
-"""Part of a model → prefixes of its tensors' names; if two parts match a name, the later one counts."""
+"""Prefixes of tensor names by part of the model; if two parts match a name, the later one counts."""
 
 
 def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:

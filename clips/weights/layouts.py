@@ -15,7 +15,7 @@ PAIR = {
     "text.proj.weight": ("text_projection.weight",),
     "logit_scale": ("logit_scale",),
 }
-"""Tensors of a whole CLIP outside its towers, under transformers' names."""
+"""Tensors of a full CLIP outside its towers, under transformers' names."""
 OPEN_CLIP_PAIR = {
     "visual.proj.weight": ("visual.proj",),
     "text.proj.weight": ("text.text_projection",),
@@ -30,7 +30,7 @@ POSITION_IDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The names that a format has for a tower: name here → name there."""
+    """The names that a format has for a tower, by the name here."""
 
     prefix: str = ""
     """Prefix of every name in files that hold more than this tower."""
@@ -42,9 +42,9 @@ class Layout:
     block: Mapping[str, str]
     """Modules with weight and bias inside a block."""
     scales: Mapping[str, str] = field(default_factory=dict)
-    """Module inside a block → the LayerScale behind it, which is folded into the module here."""
+    """The LayerScale after each module of a block; here it is folded into the module."""
     left_over: Mapping[str, str] = field(default_factory=dict)
-    """Prefixes of names that no tower here has → what they are."""
+    """What the prefixes of names mean that no tower here has."""
     unbiased: tuple[str, ...] = ()
     """Modules of a block that have no bias there."""
 
@@ -143,14 +143,14 @@ VISION_LAYOUTS = {
     "siglip_vision_model": SIGLIP_VISION,
     "siglip": SIGLIP_VISION,
 }
-"""transformers' `model_type` → the layout of its image tower."""
+"""Layout of the image tower for each `model_type` of transformers."""
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
-"""transformers' `hidden_act` → the name here."""
+"""The name here for each `hidden_act` of transformers."""
 
 # ---------------------------------------------------------------------------------------------- timm and open_clip
 TIMM = Layout(

@@ -29,7 +29,7 @@ from clips.weights.open_clip import read_open_clip
 
 NATIVE_WEIGHTS = "model.safetensors"
 READERS = {"open_clip": read_open_clip, "transformers": read_transformers, "timm": read_timm}
-"""Kind of a directory (`kind_of`) → its reader."""
+"""Reader for each kind of directory (`kind_of`)."""
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -63,7 +63,7 @@ class LoadedModel:
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
-    Official checkpoints of CLIPS and OpenVision have open_clip's format. A whole CLIP of transformers is read too. Of a
+    Official checkpoints of CLIPS and OpenVision have open_clip's format. A full CLIP of transformers is read too. Of a
     run, the export is loaded, or the newest checkpoint if that is newer or there is no export yet; checkpoints/step-N
     names one checkpoint.
     """
@@ -113,7 +113,7 @@ def _load_checkpoint(saved: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
 
 
 def _load_foreign(directory: Path, kind: str) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
-    """Load a whole CLIP of another library. Raises UserError if it has no text tower."""
+    """Load a full CLIP of another library. Raises UserError if it has no text tower."""
     foreign = READERS[kind](directory)
     if foreign.text is None or foreign.tokenizer is None or foreign.embed_dim is None:
         train = f"python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}"

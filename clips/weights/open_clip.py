@@ -1,7 +1,7 @@
 """Read and write both towers in open_clip's format: any CLIP of plain transformers that open_clip has a class for.
 
 open_clip's patch convolution has no bias. Ours, if there is one (`vision.patch_bias`), is added to the positions of the
-patch tokens, which gives the same sum. For padding see clips/model/text.py and `open_clip_config`.
+patch tokens, with the same sum. For padding see clips/model/text.py and `open_clip_config`.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     """Read a checkpoint in open_clip's format: an export, an official checkpoint, any plain model of open_clip.
 
     Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. Tokenizer files may be
-    missing if the configuration names BERT's, or none, which means CLIP's. Raises UserError as `read_transformers`.
+    missing if the configuration names BERT's, or none (then it is CLIP's). Raises UserError as `read_transformers`.
     """
     config = read_open_clip_config(directory)
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
@@ -241,7 +241,7 @@ def read_open_clip_config(directory: Path) -> ModelConfig:
 
 
 def _model_config(stock: dict[str, Any]) -> ModelConfig:
-    """open_clip's `model_cfg` → ModelConfig; raises NotPlain."""
+    """Translate open_clip's `model_cfg` into a ModelConfig. Raises NotPlain."""
     from open_clip import CustomTextCLIP
 
     vision, text = dict(stock["vision_cfg"]), dict(stock["text_cfg"])
