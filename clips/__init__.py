@@ -5,7 +5,7 @@
     model = CLIPS.from_pretrained("runs/demo")
 
 Each name is imported at its first use, so `import clips` costs nothing. A test checks that `mllm` takes only these
-names, `clips.common` and `clips.lab` from this package.
+names, `clips.common`, `clips.engine` and `clips.lab` from this package.
 """
 
 import ast

@@ -333,7 +333,7 @@ class DataConfig:
     demo_dir: str = "data/demo"
     workers: int = bounded(2, at_least=0)
     cache_gb: float = bounded(50, at_least=0)
-    """Remote data: GB of this machine's disk for copies of shards and images; 0 makes no copies."""
+    """Remote data: GB of this machine's disk for copies of tar shards; 0 makes no copies."""
     max_broken_share: float = bounded(0.01, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ def own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(place: Path) -> ChatModel:
-    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu", dtype="float32")
 
 
 def turn_text(turn: Turn) -> str:

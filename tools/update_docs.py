@@ -147,13 +147,15 @@ def parser() -> Parser:
     p = Parser((__doc__ or "").partition("\n")[0])
     what = "of compare_encoders.py --pack, which is verified, or this result of compare_pretraining.py"
     p.add_argument("--take", metavar="FILE", help=f"first write docs/results/NAME.json from this archive {what}")
-    p.add_argument("--name", default="compare", help="name of the file in docs/results to write")
+    p.add_argument("--name", help="name of the file in docs/results that --take writes, such as shop")
     p.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if a page would change")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
+    if (flags.take is None) != (flags.name is None):
+        raise UserError("--take FILE and --name NAME belong together: give both or neither")
     if flags.take is not None:
         print(f"written to {take(Path(flags.take), flags.name)}")
     changed = ", ".join(str(page.relative_to(ROOT)) for page in update_pages(check=flags.check))

@@ -26,11 +26,14 @@ STAMP = "manifest.json"
 
 def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T | None:
     """Return `verified(path)` of the first path that raises no ValueError, and warn about those before it."""
-    for path in candidates:
+    waiting = list(candidates)
+    while waiting:
+        path = waiting.pop(0)
         try:
             return verified(path)
         except ValueError as fault:
-            print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
+            what_next = "; trying the one before it" if waiting else ""
+            print(f"warning: checkpoint {path} is not usable ({fault}){what_next}", file=sys.stderr)
     return None
 
 

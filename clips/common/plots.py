@@ -47,7 +47,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
     drawn = 0
     for name, colour in zip(panel.names, SERIES, strict=False):
         points = [(line["samples"], line[name]) for line in panel.lines if isinstance(line.get(name), (int, float))]
-        points = points[:: max(1, len(points) // MAX_POINTS)]
+        if len(points) > MAX_POINTS:  # evenly, with the first and the last one
+            points = [points[i * (len(points) - 1) // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
         if points:
             marker = "o" if len(points) < 12 else None
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.7, marker=marker, markersize=4)

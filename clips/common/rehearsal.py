@@ -98,7 +98,8 @@ class Rehearsed:
         if stage == 2:
             return self.peak + (state + self.gradients) // ranks + buffers * (2 if zero.get("overlap_comm") else 1)
         live = min(self.weights, element * LIVE)  # what it leaves gathered
-        return self.peak - self.weights + (state + self.gradients + self.weights) // ranks + buffers + live
+        weights = 0 if zero.get("offload_param", {}).get("device") == "cpu" else self.weights
+        return self.peak - self.weights + (state + self.gradients + weights) // ranks + buffers + live
 
 
 def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

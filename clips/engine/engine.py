@@ -9,8 +9,8 @@ Choices made here, and why
 - A checkpoint is gathered by parameter name (clips/engine/zero_state.py) instead of DeepSpeed's own per-rank pickles:
   it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
 
-DeepSpeed is imported by four files only: this one, zero_state.py, clips/training/muon.py, and clips/common/runtime.py,
-which switches off what would be compiled.
+DeepSpeed is imported by four files: this one, zero_state.py, clips/training/muon.py, and clips/common/runtime.py, which
+switches off what would be compiled. mllm/training/zero.py gathers parameters with it.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def print_next(run: RunConfig, run_dir: Path) -> None:
     """Print what the run has written, and the command that trains a LLaVA-style model on it and on its captions."""
     report = f"{REPORT}, " if has_report(run_dir) else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
-    say(f"{run_dir} holds the finished run: {report}evaluation.json, metrics.jsonl, export/ ({formats})")
+    evaluation = "evaluation.json, " if (run_dir / "evaluation.json").is_file() else ""  # a run may hold nothing out
+    say(f"{run_dir} holds the finished run: {report}{evaluation}metrics.jsonl, export/ ({formats})")
     words = ["--vision", f"clips:{run_dir}"]
     if run.data.train != "demo":
         first = run.data.mix[0] if run.data.mix else run.data

@@ -134,5 +134,10 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
         "their context (for the memory all of it); training never waits for data"
     )
     if too_large:
-        mend = f"--set train.accumulation={2 * accumulation} train.contrastive=global, --engine zero1, or more --gpus"
-        raise UserError(f"phase {', '.join(too_large)} does not fit {USABLE:.0%} of a GPU's memory: try {mend}")
+        contrastive = "" if run.train.contrastive == "global" else " train.contrastive=global"
+        stage = zero["stage"]
+        next_stage = f"--engine {engine.replace(str(stage), str(stage + 1))}, " if stage < 3 else ""
+        raise UserError(
+            f"phase {', '.join(too_large)} does not fit {USABLE:.0%} of a GPU's memory: try --set "
+            f"train.accumulation={2 * accumulation}{contrastive}, {next_stage}or more --gpus"
+        )

@@ -64,8 +64,8 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
     Official checkpoints of CLIPS and OpenVision have open_clip's format. A full CLIP of transformers is read too. Of a
-    run, the export is loaded, or the newest checkpoint if that is newer or there is no export yet; checkpoints/step-N
-    names one checkpoint.
+    run, the export is loaded, or the chosen checkpoint (`train.choose`) if the export is not of that one;
+    checkpoints/step-N names one checkpoint.
     """
     if path is None:
         path = _newest_run(Path(runs))

@@ -94,5 +94,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-4bit", action="store_true", help="load the language model in 4 bits (bitsandbytes)")
     bits.add_argument("--load-8bit", action="store_true", help="load the language model in 8 bits (bitsandbytes)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="arithmetic of the model")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto is bfloat16 if the device supports it",
+    )
     add("--device", default="auto", help="auto, cpu or cuda")

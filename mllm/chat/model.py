@@ -17,7 +17,7 @@ from clips.common.errors import UserError
 from clips.common.runtime import choose_device
 from mllm.chat.transcript import Picture, size_of
 from mllm.data.conversation import ConversationEncoder
-from mllm.model.load import data_of, find_model, load_llava, model_name, newest_model
+from mllm.model.load import answer_dtype, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
@@ -123,19 +123,18 @@ class ChatModel:
     ) -> ChatModel:
         """Load a model by directory or hub id, by default the newest in runs/. Raises UserError if that fails.
 
-        `bits` 4 or 8 quantises the language model. `dtype` "auto" is bf16 on a GPU and fp32 on a CPU.
+        `bits` 4 or 8 quantises the language model. `dtype` is as in `answer_dtype`.
 
         >>> model = ChatModel.load("runs/llava-clips/model")
         """
         directory = find_model(name) if name else str(newest_model())
         place = choose_device(device)
-        kind = None if dtype == "auto" else getattr(torch, dtype)
+        kind = answer_dtype(dtype, place)
         model: Any  # transformers declares `to` so that mypy misses its self
         if bits == 16:
             model, processor = load_llava(directory, place, kind)
         else:
             # Layers are quantised one by one on their way to the device, which need not hold the full language model.
-            kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
             model, processor = load_llava(directory, torch.device("cpu"), kind)
             quantize(model.model.language_model, bits, kind, place)
         return ChatModel(model.to(place), processor, directory, conv_mode)

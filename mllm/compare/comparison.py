@@ -262,7 +262,7 @@ class Comparison:
     def evaluation_settings(self) -> dict[str, Any]:
         """Return the settings on which it depends which questions a cell answers, and how."""
         from clips.common.runtime import choose_device
-        from mllm.evaluation.evaluate import answer_dtype
+        from mllm.model.load import answer_dtype
 
         dtype = answer_dtype("auto", choose_device(self.device))
         questions, limit = self.questions, self.question_limit

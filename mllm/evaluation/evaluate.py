@@ -27,7 +27,7 @@ from clips.common.live import in_words, say, say_next
 from clips.common.page import table_of
 from clips.common.report import metric_rows
 from clips.common.rundir import METRICS
-from clips.common.runtime import choose_device, environment, has_bf16
+from clips.common.runtime import choose_device, environment
 from mllm.data.captions import TEST, TEST_IMAGES
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
@@ -38,7 +38,7 @@ from mllm.data.video import is_video
 from mllm.evaluation.batches import answer_settings, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import figures_of, one_caption, write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
-from mllm.model.load import CACHE, data_of, find_model, load_llava, model_name, newest_model
+from mllm.model.load import CACHE, answer_dtype, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 
@@ -133,13 +133,6 @@ def _naming(question: Question) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- the command
-def answer_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`. `auto` is bfloat16 if the device computes in bfloat16, and float32 if not."""
-    if name == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
-    return getattr(torch, name)
-
-
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     """Answer the demo's held-out questions and descriptions, or the user's own, and write answers and metrics.
 

@@ -133,7 +133,7 @@ def convert_llava(
             model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
             tower = vision.model
         else:
-            model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
+            model, processor = load_llava(str(directory), torch.device("cpu"), "stored")
             if newline_of(model) is not None:
                 raise UserError(f"{source} sees images in tiles (anyres); only models of one square are converted")
             original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)

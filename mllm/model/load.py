@@ -18,6 +18,7 @@ from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.opening import NO_CODE, check_size, load_weights, loading
 from clips.common.rundir import take_newest
+from clips.common.runtime import has_bf16
 from mllm.model.original import refuse_original
 from mllm.model.tiles import Llava, LlavaProcessors
 
@@ -34,12 +35,22 @@ CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 """The name of the argument for the key-value cache, which transformers renamed."""
 
 
+def answer_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype called `name`; "auto" is bfloat16 if the device computes in bfloat16, and float32 if not.
+
+    Chat, server and evaluation all use it, so that one chats with the model that was evaluated.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return getattr(torch, name)
+
+
 def load_llava(
-    name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
+    name: str, device: torch.device, dtype: torch.dtype | Literal["stored"] | None = None
 ) -> tuple[Llava, LlavaProcessors]:
     """Load a stock LLaVA model by directory or hub id, in eval mode. Raises UserError if it cannot be loaded.
 
-    `dtype` "auto" means the precision of the files, and None means bf16 on a GPU and fp32 on a CPU.
+    `dtype` "stored" means the precision of the files, and None means `answer_dtype` "auto".
 
     >>> model, processor = load_llava("runs/llava-clips/model", torch.device("cpu"))
     """
@@ -50,7 +61,7 @@ def load_llava(
     if cls is None:
         raise UserError(f"model: {directory} has model_type {kind}, not {', '.join(CLASSES)}: train_llava.sh --vision")
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = answer_dtype("auto", device)
     # In bf16 on CPUs, fused attention is slow for sequences as short as a question, see mllm/training/prepare.py.
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
@@ -58,7 +69,9 @@ def load_llava(
         check_size("model", directory, lambda: cls(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         attention = "eager" if slow else None
-        model, _ = load_weights(cls, "model", directory, dtype=dtype, attn_implementation=attention)
+        model, _ = load_weights(
+            cls, "model", directory, dtype="auto" if dtype == "stored" else dtype, attn_implementation=attention
+        )
     return model.to(device).eval(), processor
 
 

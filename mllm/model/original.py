@@ -168,10 +168,7 @@ def _projector(tensors: Mapping[str, Tensor]) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- reading
 def is_original_llava(directory: Path) -> bool:
     """Return True if `directory` is a checkpoint of the original LLaVA: its config.json has `mm_vision_tower`."""
-    try:
-        return "mm_vision_tower" in read_json(Path(directory) / "config.json")
-    except ValueError:
-        return False
+    return "mm_vision_tower" in read_json(Path(directory) / "config.json")
 
 
 def refuse_original(directory: Path, what: str) -> None:

@@ -41,7 +41,7 @@ from mllm.data.captions import CaptionStore
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.freeze import assert_freeze, count_parameters
-from mllm.training.prepare import Prepared, collator_of, fit_to_captions, prepare, record_config
+from mllm.training.prepare import START_IMAGES, Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.stages import PARTS
 from mllm.training.task import Stage, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
@@ -115,7 +115,7 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
     if before is not None:
         _say(start, f"goes on from {before.path}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
-        _say(start, "projector's start: up to 8,192 samples are read, then fitted: up to minutes on a CPU")
+        _say(start, f"projector's start: up to {START_IMAGES:,} samples are read, then fitted: up to minutes on a CPU")
         r2 = fit_to_captions(prepared, collator)
         _say(start, f"projector started from the captions (R² {r2:.2f})")
     has_masters = arguments.bf16 and prepared.zero > 0

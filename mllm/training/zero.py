@@ -1,4 +1,4 @@
-"""DeepSpeed in a LLaVA stage: the engine's settings, their check before a step, and full parameters after it."""
+"""DeepSpeed in a LLaVA stage: the engine's settings, and full parameters after training."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

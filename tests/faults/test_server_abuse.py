@@ -54,7 +54,7 @@ def server(place: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def chat(place: Path) -> ChatModel:
-    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu", dtype="float32")
 
 
 def port_of(server: Running) -> int:

@@ -60,7 +60,7 @@ def prompt_of(processor, image: Image.Image) -> dict[str, torch.Tensor]:
 
 def assert_same_as_llava(converted: Path, tensors: dict, config: dict, tower: dict, picture: Path) -> None:
     """Through the stock route a question has LLaVA's logits, and one bos."""
-    model, processor = load_llava(str(converted), CPU)  # fp32
+    model, processor = load_llava(str(converted), CPU, torch.float32)
     inputs = prompt_of(processor, Image.open(picture).convert("RGB"))
     ids = inputs["input_ids"][0].tolist()
     image = model.config.image_token_index
@@ -298,7 +298,7 @@ def test_a_model_of_this_project_as_an_original(tmp_path, own):
     assert all(isinstance(merge, str) for merge in tokenizer["model"]["merges"])  # tokenizers 0.15 knows no pairs
 
     convert_llava(str(directory), tmp_path / "again", "transformers")  # ours → LLaVA → ours
-    first, second = (load_llava(str(place), CPU) for place in (own, tmp_path / "again"))
+    first, second = (load_llava(str(place), CPU, torch.float32) for place in (own, tmp_path / "again"))
     image = Image.effect_noise((40, 56), 80).convert("RGB")
     inputs, others = (prompt_of(processor, image) for _, processor in (first, second))
     assert torch.equal(inputs["input_ids"], others["input_ids"])

@@ -88,6 +88,8 @@ def test_zero_splits_state_gradients_and_weights() -> None:
     assert max(of_stage[1:]) < of_stage[0]
     offloaded = dropped.on_rank(small | {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 8)
     assert of_stage[2] - offloaded == pytest.approx((kept.state + 4 * kept.parameters) / 8)
+    three = small | {"stage": 3, "offload_param": {"device": "cpu"}}  # as zero3_offload.json
+    assert of_stage[3] - dropped.on_rank(three, 8) == pytest.approx(kept.weights / 8, abs=1)
     whole = run.override(["train.accumulation=2", "train.contrastive=global"])
     assert rehearse(whole, whole.phases[0], 8).peak < kept.peak  # GradCache holds one micro-batch's activations
 

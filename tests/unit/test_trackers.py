@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clips.common import live
+from clips.common import live, plots
 from clips.common.errors import UserError
 from clips.common.live import LiveLine
 from clips.common.trackers import loggers
@@ -59,6 +59,16 @@ def test_both_halves_tell_all_loggers_the_same(tmp_path: Path, calls: list[tuple
         assert [(told[0], told[1]["train/loss"]) for what, told in own if what == "log"] == [(3, 1.5)] * 2
 
 
+def test_a_resumed_run_goes_on_in_the_same_run_of_every_logger(tmp_path: Path, calls: list[tuple[str, Any]]) -> None:
+    """It was a second run of wandb and of trackio."""
+    for step in (0, 3, 0):  # the last one begins anew
+        RunLog(tmp_path, 9, {}, start_step=step, active=True, report_to=("wandb", "trackio")).close()
+    wandb, trackio = ([words for what, words in calls if what == f"{name} init"] for name in ("wandb", "trackio"))
+    assert wandb[0]["id"] == wandb[1]["id"] != wandb[2]["id"]
+    assert [words["resume"] for words in wandb] == ["allow"] * 3
+    assert [words.get("resume") for words in trackio] == [None, "allow", None]
+
+
 def test_an_unknown_logger_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loggers("none") == []
     with pytest.raises(UserError, match="mlflow"):
@@ -98,3 +108,14 @@ def test_a_slow_step_shows_progress(tmp_path, capsys, monkeypatch):
     assert first == "instruct: 8 of 16 samples (50 %)"
     assert last.startswith("instruct: 16 of 16 samples (100 %), 0 s left, loss 2.5")
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["stage"] == "instruct"
+
+
+@pytest.mark.parametrize("count", [1, plots.MAX_POINTS, 2 * plots.MAX_POINTS - 1])
+def test_a_curve_has_its_last_point_and_no_more_than_the_maximum(count: int) -> None:
+    """One of 2,999 values was drawn whole, and one of 3,001 lost its last value."""
+    lines = [{"samples": i, "loss": float(i)} for i in range(count)]
+    (axes,) = plots.curves_plot([plots.Panel("loss", lines, ["loss"])]).axes
+    drawn = list(axes.lines[0].get_xdata())
+    assert len(drawn) == min(count, plots.MAX_POINTS)
+    assert (drawn[0], drawn[-1]) == (0, count - 1)
+    assert drawn == sorted(set(drawn))

@@ -64,6 +64,10 @@ def test_a_damaged_one_is_refused_and_the_previous_used(tmp_path, file, damage, 
     assert str(bad) in capsys.readouterr().err
     with pytest.raises(UserError, match="step-00000002"):
         checkpoint.load(bad)
+    (checkpoint.checkpoints(tmp_path)[-1] / file).unlink()
+    with pytest.raises(NoCheckpointError):
+        checkpoint.latest(tmp_path)
+    assert capsys.readouterr().err.count("; trying the one before it") == 1, "before the last there is none"
     write(tmp_path, 2)  # trained again, the same step replaces the bad one
     assert checkpoint.latest(tmp_path).state.step == 2
 

@@ -292,6 +292,19 @@ def test_the_plan_says_how_long_and_how_many_epochs(run, tmp_path, capsys, own_c
     assert "about" not in plan(run.samples)
 
 
+@pytest.mark.usefixtures("one_pixel")
+def test_a_run_that_holds_nothing_out_names_only_what_is_there(run, tokenizer, tmp_path, capsys):
+    """It named an evaluation.json that was never written."""
+    run = replace(run, data=replace(run.data, train=run.data.test, test=None, val=None, further_tests=()))
+    run_dir = tmp_path / "own"
+    run_dir.mkdir()
+    run.save(run_dir / "config.json")
+    finish_run(run, random_model(run), tokenizer, run_dir)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "holds the finished run" in line]
+    assert "evaluation.json" not in line
+    assert not (run_dir / "evaluation.json").exists()
+
+
 def test_commands_evaluate_and_export(run, tokenizer, tmp_path, capsys):
     model = random_model(run)
     native = tmp_path / "native"

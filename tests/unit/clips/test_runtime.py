@@ -165,6 +165,10 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     with pytest.raises(UserError, match="does not fit"):
         print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero1")
     assert "8,192" in capsys.readouterr().out
+    run = run.override(["train.contrastive=global"])
+    advice = r"try --set train\.accumulation=2, or more --gpus$"  # nothing that is set, and no smaller stage
+    with pytest.raises(UserError, match=advice):
+        print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero3")
 
 
 @pytest.mark.parametrize("gpus", [1, 64])

@@ -27,6 +27,7 @@ from mllm.chat.session import AnswerStreamer, ChatSession
 from mllm.chat.terminal import Talk, chat_from_flags, dropped_files, load_image
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.encoders.registry import load_vision
+from mllm.model import load
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.tiles import Layout
@@ -245,6 +246,14 @@ def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
     list(session.ask(question, (), Sampling(max_new_tokens=100)))
     assert 500 < session.last.prompt_tokens < 512
     assert session.last.prompt_tokens + session.last.new_tokens <= 512
+
+
+def test_one_chats_in_the_precision_of_the_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that computes in bf16 the chat was fp32, and the evaluation bf16."""
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(load, "has_bf16", lambda _, has=has_bf16: has)
+        assert load.answer_dtype("auto", torch.device("cpu")) == dtype  # the evaluation's
+        assert ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu").model.dtype == dtype
 
 
 def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list) -> None:

@@ -44,7 +44,7 @@ from mllm.compare.report import design_in_words, page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 from mllm.data.questions import Question
 from mllm.evaluation.scores import score, scorer_version
-from tools.update_docs import take, update_pages
+from tools.update_docs import main, take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
@@ -325,6 +325,13 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     with pytest.raises(CommandError, match="is not what its report says"):
         take(packed, "compare", root)
     assert json.loads(target.read_text()) == content
+
+
+def test_a_file_of_results_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default was a file that no page reads."""
+    monkeypatch.setattr("sys.argv", ["update_docs.py", "--take", "out.tar.xz"])
+    with pytest.raises(UserError, match="--name NAME"):
+        main()
 
 
 STORED = read_json(ROOT / "tests" / "data" / "lab" / "real" / "encoders.json")["encoders"]

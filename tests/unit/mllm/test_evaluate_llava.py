@@ -62,7 +62,7 @@ def _loads_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(place: Path) -> Loaded:
-    return load_llava(str(place / "runs" / "llava" / "model"), torch.device("cpu"))
+    return load_llava(str(place / "runs" / "llava" / "model"), torch.device("cpu"), torch.float32)
 
 
 def questions() -> list[Question]:

@@ -19,7 +19,7 @@ from mllm.chat.session import ChatSession
 
 @pytest.fixture(scope="module")
 def chat(made_once: Callable[..., Path]) -> ChatModel:
-    return ChatModel.load(str(models(made_once) / "runs" / "llava" / "model"), device="cpu")
+    return ChatModel.load(str(models(made_once) / "runs" / "llava" / "model"), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

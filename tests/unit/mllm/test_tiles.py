@@ -76,7 +76,7 @@ def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(place: Path) -> ChatModel:
-    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu", dtype="float32")
 
 
 def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
