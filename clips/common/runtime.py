@@ -98,6 +98,17 @@ def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
     return torch.autocast(autocast_type(device), torch.bfloat16, enabled=enabled)
 
 
+TOWER_KEYS, LANGUAGE_MODEL_KEYS = 384, 512
+"""Longest sequences for which plain matrix products beat torch's fused attention on a CPU in bf16. The fused kernel
+took 1.2 to 6.5 times as long for the towers of CLIPS (docs/speed.md). A step of SmolLM2-135M on 32 samples of 40 tokens
+took 3.1 s of one core with it and 2.1 s without. In fp32 the fused kernel is faster."""
+
+
+def attends_plainly(device: torch.device, dtype: torch.dtype, keys: int, most: int) -> bool:
+    """Return True if attention to `keys` keys is computed with plain products; `most` is one of the constants above."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and keys <= most
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory in GB so far: of the GPU, or of this process if there is no GPU."""
     if device.type == "cuda":

@@ -18,24 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clips.common.runtime import autocast_type
+from clips.common.runtime import TOWER_KEYS, attends_plainly, autocast_type
 from clips.config import Activation
 
 LAYER_NORM_EPS = 1e-6
 """Epsilon of the LayerNorms of CLIPS, and of every captioner."""
-CPU_PLAIN_KEYS = 384
-"""Longest sequence for which a CPU uses plain matrix products instead of the fused attention kernel."""
 
 
 def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None) -> Tensor:
     """Compute softmax attention [B, H, L, K]; the kernel is chosen here and nowhere else.
 
-    `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key. On a CPU, in bf16 and up to
-    `CPU_PLAIN_KEYS` keys, plain matrix products are used, because there the fused kernel takes 1.2 to 6.5 times as
-    long, while in fp32 it is faster (docs/speed.md).
+    `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key.
     """
-    plain = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and k_BHSK.shape[2] <= CPU_PLAIN_KEYS
-    if not plain:
+    if not attends_plainly(q_BHLK.device, q_BHLK.dtype, k_BHSK.shape[2], TOWER_KEYS):
         return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=visible)
     scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHSK.transpose(-2, -1)
     if visible is not None:

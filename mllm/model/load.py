@@ -18,12 +18,14 @@ from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.opening import NO_CODE, check_size, load_weights, loading
 from clips.common.rundir import take_newest
-from clips.common.runtime import has_bf16
+from clips.common.runtime import LANGUAGE_MODEL_KEYS, attends_plainly, has_bf16
 from mllm.model.original import refuse_original
 from mllm.model.tiles import Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
 """A file beside a model's stock files that says what it was trained on. It is not needed for loading."""
+QUESTION_TOKENS = 128
+"""Length of a usual question with its image, on which the attention kernel of answers depends."""
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
@@ -56,22 +58,21 @@ def load_llava(
     """
     directory = resolve(find_model(name), "model")
     refuse_original(directory, "model")
-    kind = read_json(Path(directory) / "config.json").get("model_type")
-    cls: Any = CLASSES.get(kind or "")
+    model_type = read_json(Path(directory) / "config.json").get("model_type")
+    cls: Any = CLASSES.get(model_type or "")
     if cls is None:
-        raise UserError(f"model: {directory} has model_type {kind}, not {', '.join(CLASSES)}: train_llava.sh --vision")
+        raise UserError(
+            f"model: {directory} has model_type {model_type}, not {', '.join(CLASSES)}: train_llava.sh --vision"
+        )
     if dtype is None:
         dtype = answer_dtype("auto", device)
-    # In bf16 on CPUs, fused attention is slow for sequences as short as a question, see mllm/training/prepare.py.
-    slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
         check_size("model", directory, lambda: cls(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
-        attention = "eager" if slow else None
-        model, _ = load_weights(
-            cls, "model", directory, dtype="auto" if dtype == "stored" else dtype, attn_implementation=attention
-        )
+        kind: Any = "auto" if dtype == "stored" else dtype  # as transformers calls it
+        plain = dtype != "stored" and attends_plainly(device, dtype, QUESTION_TOKENS, LANGUAGE_MODEL_KEYS)
+        model, _ = load_weights(cls, "model", directory, dtype=kind, attn_implementation="eager" if plain else None)
     return model.to(device).eval(), processor
 
 

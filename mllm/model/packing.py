@@ -21,15 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from clips.common.runtime import LANGUAGE_MODEL_KEYS, attends_plainly
 from mllm.data.conversation import IGNORE
 
 PACKED = "packed"
 """The name under which `packed_attention` is registered in transformers."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Language models for which tests/numerics/test_packing.py shows equal results. The others train on padded batches."""
-SHORT = 512
-"""On CPUs in bf16, torch's fused attention is slower than plain products for up to this many keys: a step of
-SmolLM2-135M on 32 samples of 40 tokens took 3.1 s of one core with it and 2.1 s without."""
 
 
 def can_pack(config: PreTrainedConfig) -> bool:
@@ -187,7 +185,7 @@ def _attend(
         mask = mask.triu(length - rest - window + 1)
     if not on_cpu:  # no fused GPU kernel takes a mask and grouped heads, and plain products would hold all scores
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    if on_cpu and value.dtype == torch.bfloat16 and length <= SHORT:
+    if attends_plainly(value.device, value.dtype, length, LANGUAGE_MODEL_KEYS):
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))
         return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value

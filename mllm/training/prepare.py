@@ -22,6 +22,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
+from clips.common.runtime import LANGUAGE_MODEL_KEYS, attends_plainly
 from clips.common.start import Start
 from mllm.data.captions import TEST, CaptionStore, open_store, write_test
 from mllm.data.conversation import IGNORE, ConversationEncoder
@@ -34,7 +35,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.model.packing import SHORT, can_pack
+from mllm.model.packing import can_pack
 from mllm.model.projector import load_projector
 from mllm.model.projector_start import sharpen, start_from_captions
 from mllm.model.quantize import quantize
@@ -125,7 +126,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     started = load_start(llava, arguments, len(dataset))
     model = trainable(llava, arguments, freeze, device, dtype=llm.model.dtype if zero else torch.float32)
     longest = min(max_length, int(1.4 * max(abs(n) for n in dataset.modality_lengths)))  # tokens, 1.4 for a word
-    if device.type == "cpu" and arguments.bf16 and longest <= SHORT:  # if it trains padded
+    if arguments.bf16 and attends_plainly(device, torch.bfloat16, longest, LANGUAGE_MODEL_KEYS):  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
 
     skipped = f", {len(dataset.skipped):,} skipped (skipped.jsonl)" if dataset.skipped else ""

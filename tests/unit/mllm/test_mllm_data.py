@@ -299,12 +299,19 @@ def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, m
     for place, file, artists in (("", "answers", "seen"), (f"{UNSEEN}/", UNSEEN_ANSWERS, UNSEEN)):
         write_json(folders[0] / "evaluation.json", {"figures": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
         write(folders[1] / f"{file}.jsonl", [line | {"correct": False}])
-        write_json(folders[1] / "figures.json", {"figures": {f"{place}identity": {"value": 0, "chance": 3.1}}})
+        answered = {
+            "identity": {"value": 0, "chance": 3.1},
+            "colour": {"value": 9, "chance": 8},
+            "cider_d": {"value": 1},
+        }
+        write_json(folders[1] / "figures.json", {"figures": {place + name: row for name, row in answered.items()}})
         print_summary()
-        text = capsys.readouterr().out
+        text = capsys.readouterr().err
         assert f"pictures by {artists} artists" in text
         assert "What? – A cat (wrong: A dog)" in text
         assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
+        assert re.search(r"zero-shot top 1 +│ +50.0 │ +3.0 │ +62 to 77", text)
+        assert re.search(r"answers: colour +│ +9.0 │ +8.0 │ +│", text), "a metric without a normal range"
         assert ("test of unseen artists is missing" in text) == (artists == "seen")
 
 
