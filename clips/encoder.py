@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import islice, repeat
@@ -30,6 +29,7 @@ from torch import Tensor
 from clips.common.errors import UserError, reason
 from clips.common.escape import printable
 from clips.common.files import read_bytes
+from clips.common.live import say
 from clips.common.paths import cache_root, is_remote
 from clips.common.runtime import choose_device
 from clips.common.tensors import hash_weights
@@ -298,8 +298,7 @@ def search_from_flags(flags: argparse.Namespace) -> None:
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
-    found = f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}"
-    print(printable(found), file=sys.stderr)
+    say(f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}")
     matches = index.search(flags.query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))

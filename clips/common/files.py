@@ -8,7 +8,6 @@ import operator
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,19 +21,6 @@ T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
 STAMP = "manifest.json"
 """File in a folder that `ensure_built` built, in lower case: the settings it was built with."""
-
-
-def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T | None:
-    """Return `verified(path)` of the first path that raises no ValueError, and warn about those before it."""
-    waiting = list(candidates)
-    while waiting:
-        path = waiting.pop(0)
-        try:
-            return verified(path)
-        except ValueError as fault:
-            what_next = "; trying the one before it" if waiting else ""
-            print(f"warning: checkpoint {path} is not usable ({fault}){what_next}", file=sys.stderr)
-    return None
 
 
 def seal(directory: Path) -> None:

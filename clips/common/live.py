@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clips.common.errors import UserError, outlive_readers
-from clips.common.escape import clip, for_rich, printable
+from clips.common.escape import clip, one_line
 from clips.common.files import read_json, write_json
 from clips.common.paths import cache_root
 
@@ -55,11 +55,6 @@ class LiveLine:
             self._last = monotonic()
             print(text, file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
-        """Print a line that stays, above the progress line."""
-        outlive_readers()
-        tqdm.write(text, file=sys.stderr)
-
     def close(self) -> None:
         """End the line."""
         outlive_readers()
@@ -81,22 +76,25 @@ def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> 
 
 
 def say(what: Any) -> None:
-    """Print a line of text, or a table, on stderr; text is neither parsed as markup nor wrapped."""
+    """Print one line of text, or a table, on stderr, above the progress line.
+
+    Whatever a command has to say goes through here, except for its results (`print` and `print_table`, on stdout), the
+    error that ends it (clips/common/errors.py), and the warnings of modules that users import (loggers).
+    """
+    outlive_readers()
+    if isinstance(what, str):
+        tqdm.write(one_line(what), file=sys.stderr)
+        return
     from rich.console import Console  # it takes longer to import than a --help may
 
-    outlive_readers()
-    console = Console(emoji=False, stderr=True, width=None if sys.stderr.isatty() else 160)
-    if isinstance(what, str):
-        console.print(for_rich(what), highlight=False, soft_wrap=True)
-    else:
-        console.print(what)
+    with tqdm.external_write_mode(file=sys.stderr):
+        Console(emoji=False, stderr=True, width=None if sys.stderr.isatty() else 160).print(what)
 
 
 def say_next(command: str) -> None:
     """Print the one next command on stderr, unless the script that runs this command continues by itself."""
     if not os.environ.get("CLIPS_MLLM_GOES_ON"):
-        outlive_readers()
-        print(f"Next: {printable(command)}", file=sys.stderr, flush=True)
+        say(f"Next: {command}")
 
 
 def remember_speed(training: str, samples_per_s: float) -> None:

@@ -18,15 +18,14 @@ import json
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
-from clips.common.escape import printable
 from clips.common.files import MANIFEST, differing, from_json, lock, read_json, read_regular, write_atomically
+from clips.common.live import say
 from clips.common.signals import launchers
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ def take_newest(what: str, candidates: Iterable[tuple[float, Path]]) -> Path:
 def _say_taken(what: str, path: Path) -> None:
     """Print the path once in a process, on the first of several ranks."""
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        print(printable(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
+        say(f"the newest {what}: {path}")
 
 
 def is_debug(run_dir: Path) -> bool:

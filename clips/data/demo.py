@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import random
-import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.common.files import built_as, ensure_built
+from clips.common.live import say
 from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, attribution, drawings, fetch_sets, packages
 
@@ -590,7 +590,7 @@ def ensure_demo(
     hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
     settings = by_many
     if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):
-        print(f"warning: {MISSING} ({reason})", file=sys.stderr)
+        say(f"warning: {MISSING} ({reason})")
         settings, hands = by_one, {split: [OPENMOJI] for split in by_one["sizes"]}
     return ensure_built(directory, settings, partial(_write_all, settings=settings, hands=hands), what="demo data")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
-from clips.common.escape import printable
-from clips.common.files import check_seal, first_usable, from_json, fsync, read_bytes, replacing, seal, write_atomically
+from clips.common.files import check_seal, from_json, fsync, read_bytes, replacing, seal, write_atomically
+from clips.common.live import say
 from clips.common.rundir import METRICS, checkpoints, chosen_checkpoint
 from clips.common.tensors import read_weights
 
@@ -138,7 +137,7 @@ class Writer:
         failure = self.wait()
         self._thread.shutdown()
         if failure is not None:  # another error is what ends the run
-            print(printable(f"warning: {failure}"), file=sys.stderr, flush=True)
+            say(f"warning: {failure}")
 
 
 def is_one(path: Path) -> bool:
@@ -180,8 +179,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
     checkpoints but none is usable: a run never starts again from zero in silence.
     """
     candidates = checkpoints(run_dir)
-    if usable := first_usable(candidates, _verified):
-        return usable
+    for older, path in enumerate(candidates, 1):
+        try:
+            return _verified(path)
+        except ValueError as fault:
+            what_next = "; trying the one before it" if older < len(candidates) else ""
+            say(f"warning: checkpoint {path} is not usable ({fault}){what_next}")
     if candidates or (run_dir / "LATEST").exists():
         raise NoCheckpointError(
             f"no usable checkpoint in {run_dir / 'checkpoints'}, although some were written. "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import CommandError
-from clips.common.live import LiveLine, progress_line
+from clips.common.live import LiveLine, progress_line, say
 from clips.common.plots import pretty
 from clips.common.rundir import METRICS, keep_lines
 from clips.common.trackers import TENSORBOARD, Trackers
@@ -130,9 +130,9 @@ class RunLog:
             )
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress line."""
+        """Print a line on rank 0."""
         if self.active:
-            self.line.say(text)
+            say(text)
 
     def close(self) -> None:
         """Close the files, the loggers and the progress line."""

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import BrokenDataError, UserError
-from clips.common.escape import printable
 from clips.common.files import write_json
-from clips.common.live import remember_speed
+from clips.common.live import remember_speed, say
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
@@ -175,7 +173,7 @@ def _record(
 ) -> None:
     """Write the records of a run before its first step."""
     if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
-        print(printable(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
+        say(f"newer checkpoints than {previous.path.name} are put aside: {aside}")
     if beginning is not None:
         beginning.save(options.run_dir)
     run.save(options.run_dir / "config.json")

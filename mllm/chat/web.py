@@ -7,7 +7,6 @@ and stays in memory. Uploads stay in a temporary directory that is removed at th
 import html
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from clips.common.errors import UserError, in_one_line
-from clips.common.escape import LONGEST, for_markdown, printable
+from clips.common.escape import LONGEST, for_markdown
+from clips.common.live import say
 from mllm.chat.limits import Limits, check_values
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
@@ -55,7 +55,7 @@ def told(error: Exception) -> str:
     """Return the message for the visitor. An error that is not a UserError is written to the log."""
     if isinstance(error, UserError):
         return str(error)
-    print(printable(f"an event of the page failed: {in_one_line(error)}"), file=sys.stderr, flush=True)
+    say(f"an event of the page failed: {in_one_line(error)}")
     return "the page could not do this; its log says why"
 
 

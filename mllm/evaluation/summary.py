@@ -31,11 +31,12 @@ def print_summary(what: str = "demo") -> None:
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
 
     first = {record["kind"]: record for record in reversed(read_json_records(answers))}
-    say(f"\nQuestions about {pictures}, the first of their kinds:")
+    say(f"Questions about {pictures}, the first of their kinds:")
     for kind in list(reversed(first))[:SHOWN]:
         record = first[kind]
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
-        say(f"  {folder / record['image']}\n    {record['prompt']} – {record['text']} ({right})")
+        say(f"  {folder / record['image']}")
+        say(f"    {record['prompt']} – {record['text']} ({right})")
 
     normal = read_json(NORMAL).get(what, {"of": "", "ranges": {}})
     retrieved = {name: row for name, row in measured[artists].items() if name.endswith(("_r1", "_top1"))}
@@ -46,7 +47,7 @@ def print_summary(what: str = "demo") -> None:
                 continue
             usual = " to ".join(map(str, normal["ranges"].get(name, ())))
             rows.append((prefix + pretty(name), f"{row['value']:.1f}", f"{row['chance']:.1f}", usual))
-    say(table_of(f"\n{pictures}", ("figure", "%", "chance %", "normal %"), rows))
+    say(table_of(pictures, ("figure", "%", "chance %", "normal %"), rows))
     say("For answers, chance is the score of the most frequent answer of each kind.")
     if normal["of"]:
         say(f"Normal is the range of {normal['of']}, widened by the spread between seeds.")

@@ -7,7 +7,6 @@ The package holds it quantised to 4 bits (Q4_1), which is a slightly different m
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from clips.common.errors import UserError
 from clips.common.escape import clip
 from clips.common.files import read_json, sha256, write_once
 from clips.common.hub import packaged_file, resolve
+from clips.common.live import say
 from clips.common.opening import NO_CODE, check_size, load_weights, loading, naming
 from clips.common.paths import cache_root
 from clips.common.tensors import listed, read_shapes, read_weights
@@ -257,7 +257,7 @@ def find_llm(name: str) -> tuple[Path, str]:
 
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Write the model in GGUF file `path` as safetensors (fp32, dequantised)."""
-    print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
+    say(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}")
     if not torch.cuda.is_available():  # saving imports deepspeed, which would print that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with loading("language model", path):

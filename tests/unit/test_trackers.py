@@ -90,7 +90,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     line = LiveLine()
     line.show("a long first line that is cut")
     line.show("short")
-    line.say("stays")
+    live.say("stays")
     line.show("again")
     line.close()
     assert "a long first line …" in printed.getvalue()
