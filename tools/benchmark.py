@@ -35,7 +35,7 @@ from clips.common.live import LINE_SECONDS
 from clips.common.page import print_table
 from clips.common.paths import SCRIPTS
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
-from clips.config import RunConfig
+from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
 from clips.data.loader import make_loader, to_device
 from clips.data.sources import Source
@@ -75,7 +75,7 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     torch.manual_seed(0)
     engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
-    stock = stock_step(run, tokenizer, device)
+    stock = stock_step(run.model, tokenizer, run.task.texts, device)
     parts = {
         "ours": lambda: [optimizer_step(engine, [batch]) for batch in batches],
         "open_clip": lambda: [stock(batch) for batch in batches],
@@ -141,19 +141,24 @@ def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 
-def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Callable[[Batch], object]:
-    """Return a function that takes one step as open_clip's trainer does, including the clamp of the temperature."""
+def stock_step(
+    config: ModelConfig, tokenizer: CaptionTokenizer, texts: Sequence[str], device: torch.device
+) -> Callable[[Batch], object]:
+    """Return a function that takes one step as open_clip's trainer does, including the clamp of the temperature.
+
+    `texts` are the names of the texts in a batch, as in `TaskConfig.texts`.
+    """
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer)["model_cfg"]
-    del config["custom_text"]
-    model = open_clip.CustomTextCLIP(**config).to(device).train()
+    stock = open_clip_config(config, tokenizer)["model_cfg"]
+    del stock["custom_text"]
+    model = open_clip.CustomTextCLIP(**stock).to(device).train()
     contrastive = open_clip.loss.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def text_loss(image: Tensor, ids: Tensor) -> Tensor:
         ids = ids[:, :-1]  # open_clip appends the CLS token itself
-        ids = F.pad(ids, (0, config["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
+        ids = F.pad(ids, (0, stock["text_cfg"]["context_length"] - ids.shape[1]), value=tokenizer.pad_id)
         return contrastive(image, model.encode_text(ids, normalize=True), model.logit_scale.exp())
 
     def step(batch: Batch) -> Tensor:
@@ -161,7 +166,7 @@ def stock_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
         optimizer.zero_grad()
         with autocast(device, enabled=has_bf16(device)):
             image = model.encode_image(batch["images"], normalize=True)
-            loss = torch.stack([text_loss(image, batch[name]) for name in run.task.texts]).mean()
+            loss = torch.stack([text_loss(image, batch[name]) for name in texts]).mean()
         loss.backward()
         optimizer.step()
         with torch.no_grad():

@@ -201,7 +201,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "comparison": flags,
-        "decides": deciding(comparison, of_deciding_column(questions)),
+        "decides": deciding(comparison.decides, of_deciding_column(questions)),
         "is_demo": comparison.is_demo,
         "budget": {
             "share": comparison.budget_share,

@@ -398,13 +398,13 @@ def kinds_of(questions: Iterable[Question]) -> dict[str, int]:
     return dict(Counter(question.kind for question in questions if question.answer is not None))
 
 
-def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | None:
-    """Return the metric that decides, or None without questions. Raises UserError if the questions do not give it."""
+def deciding(decides: str | None, questions: Iterable[Question]) -> str | None:
+    """Return `decides`, or the first metric of the questions. Raises UserError if they do not give `decides`."""
     questions = list(questions)
     kinds = list(kinds_of(questions))
     suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]
     figures = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
     figures += ["cider_d"] * any(question.references for question in questions)
-    if comparison.decides is not None and comparison.decides not in figures:
-        raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no metric'}")
-    return comparison.decides or next(iter(figures), None)
+    if decides is not None and decides not in figures:
+        raise UserError(f"--decides {decides}: these questions give {', '.join(figures) or 'no metric'}")
+    return decides or next(iter(figures), None)

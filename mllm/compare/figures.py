@@ -14,7 +14,7 @@ import os
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -125,8 +125,9 @@ def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[s
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of report.json that is computed from the files of the comparison."""
     cells = comparison.cells
-    answers = read_answers(comparison) if plan["questions"] else {}
-    scores = item_scores(comparison, answers) if answers else {}
+    questions = stored_questions(comparison.output)
+    answers = read_answers(cells, questions) if plan["questions"] else {}
+    scores = item_scores(answers, questions) if answers else {}
     fixed = what_was_fixed(comparison.output / PLAN, plan)
     metrics, differences = compare_scores(comparison, scores, kept=fixed["kept"])
     benchmarks, benchmark_differences = compare_benchmarks(comparison)
@@ -135,16 +136,16 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
         "plan": plan,
         "fixed": fixed,
         "scorer": scorer_version(),
-        "settings": _settings(comparison, plan) | {"columns": columns_of(stored_questions(comparison.output))},
+        "settings": _settings(comparison, plan) | {"columns": columns_of(questions)},
         "encoders": {
             name: {"metrics": metrics[name], "benchmarks": benchmarks.get(name, {})} | _encoder(comparison, name)
             for name in comparison.names
         },
         "differences": differences,
-        **({"loose_answers": loose_answers(comparison, answers)} if answers else {}),
+        **({"loose_answers": loose_answers(answers)} if answers else {}),
         **({"benchmark_differences": benchmark_differences} if comparison.benchmarks else {}),
-        "cells": [_cell_record(comparison, cell) for cell in cells],
-        "examples": pick_examples(comparison, answers) if answers else [],
+        "cells": [_cell_record(cell, comparison.output, comparison.benchmarks) for cell in cells],
+        "examples": pick_examples(answers) if answers else [],
         "files": {name: sha256(comparison.output / name) for name in stored_files(comparison)},
     }
 
@@ -213,14 +214,14 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _cell_record(comparison: Comparison, cell: EncoderCell) -> dict[str, Any]:
+def _cell_record(cell: EncoderCell, output: Path, benchmarks: Sequence[str]) -> dict[str, Any]:
     return {
         **{name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed", "run")},
         "vision": cell.read(RECORD)["vision"],
-        "directory": cell.directory.relative_to(comparison.output).as_posix(),
+        "directory": cell.directory.relative_to(output).as_posix(),
         "config": cell.read("config.json"),
         "figures": read_json(cell.figures),
-        "benchmarks": benchmark_results(cell.directory, comparison.benchmarks),
+        "benchmarks": benchmark_results(cell.directory, benchmarks),
         "cost": cell.read(COST),
     }
 
@@ -251,46 +252,47 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------- right answers
-def read_answers(comparison: Comparison) -> Lines:
-    """Read each cell's answers to all question files. Raises UserError if a cell answered other questions."""
+def read_answers(cells: Sequence[EncoderCell], questions: Iterable[str]) -> Lines:
+    """Read each cell's answers to the files `questions`. Raises UserError if a cell answered other questions."""
     answers: Lines = {}
-    cells = comparison.cells
+    names = list(questions)
     for cell in cells:
         answers[cell] = []
-        for name in stored_questions(comparison.output):
+        for name in names:
             lines = (cell.evaluation / f"{name}.jsonl").read_bytes().splitlines()
             answers[cell] += [json.loads(line) | {"file": name} for line in lines]
-        questions = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
-        if questions[0] != questions[1]:
+        asked = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
+        if asked[0] != asked[1]:
             raise UserError(f"run {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
     return answers
 
 
-def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
+def item_scores(answers: Lines, questions: Mapping[str, Path]) -> dict[str, ItemScores]:
     """Return `accuracy`, and `cider_d` for questions with references, and `log_likelihood` and `share` if measured.
 
     All but `cider_d` are also given as METRIC/KIND for each kind of question. Metrics of other columns than the
     deciding one end with @COLUMN. `needs_picture` is the accuracy of all encoders that are not blind, on those
-    questions of the deciding column that blind models do not answer.
+    questions of the deciding column that blind models do not answer. `questions` are the files that were asked.
     """
     first = next(iter(answers.values()))
     deciding, *others = columns_of(line["file"] for line in first)
-    metrics = _scores_of_column(comparison, answers, deciding)
+    metrics = _scores_of_column(answers, questions, deciding)
     for column in others:
-        by_column = _scores_of_column(comparison, answers, column)
+        by_column = _scores_of_column(answers, questions, column)
         metrics |= {f"{name}@{column}": metric for name, metric in by_column.items()}
 
     overall = metrics.get("accuracy")
     if overall is not None:
-        left = ~solved_blind(comparison, overall)
+        blind = {cell.encoder for cell in answers if cell.kind == "blind"}
+        left = ~solved_blind(overall, blind)
         if left.any() and not left.all():
             metric = metrics[NEEDS_PICTURE] = overall.only(left)
-            for name in _blind(comparison):
+            for name in blind:
                 del metric.by_encoder[name]
     return metrics
 
 
-def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> dict[str, ItemScores]:
+def _scores_of_column(answers: Lines, questions: Mapping[str, Path], column: str) -> dict[str, ItemScores]:
     first = next(iter(answers.values()))
     items = [i for i, line in enumerate(first) if COLUMNS.get(line["file"], line["file"]) == column]
     scored = [i for i in items if "correct" in first[i]]
@@ -307,7 +309,7 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
 
     references = {
         (file, question.id): question.references
-        for file, path in stored_questions(comparison.output).items()
+        for file, path in questions.items()
         for question in read_questions(path)
     }
     described = [i for i in items if references.get((first[i]["file"], first[i]["question_id"]))]
@@ -431,32 +433,28 @@ def power_in_words(comparison: Comparison) -> str:
 
 
 # ------------------------------------------------------------------------------------------- questions and answers
-def _blind(comparison: Comparison) -> set[str]:
-    return {cell.encoder for cell in comparison.cells if cell.kind == "blind"}
-
-
-def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
-    """Return bool [I]: True for questions that blind models answer right in more than half of their runs."""
-    runs = [overall.by_encoder[name] for name in sorted(_blind(comparison))]
+def solved_blind(overall: ItemScores, blind: Collection[str]) -> np.ndarray:
+    """Return bool [I]: True for questions that the encoders `blind` answer right in more than half of their runs."""
+    runs = [overall.by_encoder[name] for name in sorted(blind)]
     return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
 
 
-def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:
+def loose_answers(answers: Lines) -> dict[str, Any]:
     """Count the answers of each encoder's runs that match the expected ones only loosely (scores.exactness)."""
     loose: dict[str, Any] = {}
-    for encoder in comparison.names:
+    for encoder in dict.fromkeys(cell.encoder for cell in answers):
         lines = [line for cell, by_cell in answers.items() if cell.encoder == encoder for line in by_cell]
         counts = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
         loose[encoder] = {"answers": counts.total()} | {way: {"count": counts[way]} for way in LOOSE_WAYS}
     return loose
 
 
-def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]]:
+def pick_examples(answers: Lines) -> list[dict[str, Any]]:
     """Draw questions, with seed 0, that a model on one of the first two encoders got right and on the other wrong.
 
     There are up to `EXAMPLES` in each direction, so they show how the models differ, not how often.
     """
-    a, b = comparison.names[:2]
+    a, b, *_ = dict.fromkeys(cell.encoder for cell in answers)
     first, second = (next(c for c in answers if c.encoder == encoder) for encoder in (a, b))
     examples = []
     left = {True: EXAMPLES, False: EXAMPLES}

@@ -150,7 +150,7 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) 
         questions, _ = open_questions(comparison.questions, comparison.image_folder, comparison.question_limit)
         if not any(question.answer is not None or question.references for question in questions):
             raise UserError(f"{comparison.questions} has no answers or references, so there is nothing to compare")
-        deciding(comparison, questions)
+        deciding(comparison.decides, questions)
 
 
 def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[EncoderCell]) -> None:

@@ -92,8 +92,9 @@ def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
         return result
 
     questions = {name: comparison.asked(path) for name, path in files.items()}
+    plan = sha256(comparison.output / PLAN)
     for cell in cells:
-        result.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, questions)]
+        result.differs += [f"cell {cell.name}: {text}" for text in _cell(cell, plan, questions)]
         result.answers += sum(map(len, questions.values()))
     try:
         result.differs += _report(report, json.loads(json.dumps(computed(comparison, report["plan"]))))
@@ -108,11 +109,14 @@ def _other(kind: str, present: Collection[str], expected: Collection[str]) -> It
     yield from (f"{kind} {name} does not belong to this comparison" for name in present if name not in expected)
 
 
-def _cell(comparison: Comparison, cell: EncoderCell, questions: Mapping[str, list[Question]]) -> Iterator[str]:
-    """Yield a line for each thing that is wrong with the record, the answers or the metrics of a cell."""
+def _cell(cell: EncoderCell, plan: str, questions: Mapping[str, list[Question]]) -> Iterator[str]:
+    """Yield a line for each thing that is wrong with the record, the answers or the metrics of a cell.
+
+    `plan` is the SHA-256 of the plan.
+    """
     record = cell.read(RECORD)
     expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
-    expected["plan"] = sha256(comparison.output / PLAN)
+    expected["plan"] = plan
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
     figures: dict[str, Any] = {}
     before: dict[str, Any] = {"scorer": scorer_version()}  # as earlier versions wrote it

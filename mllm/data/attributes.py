@@ -144,7 +144,8 @@ def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: 
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → image
     for split, files in splits.items():
-        every = [row for file in files for row in (_of_tar(file) if file.endswith(".tar") else _of_table(file, flags))]
+        of_table = partial(_of_table, image=flags.image, image_root=flags.image_root)
+        every = [row for file in files for row in (_of_tar(file) if file.endswith(".tar") else of_table(file))]
         _check_columns(split, every, flags)
         missing = [row.image for row in every if row.is_missing()]
         lines.append(": ".join([f"{split}: skipped {len(missing):,} missing images", *missing[:1]]))
@@ -179,7 +180,7 @@ def _check_columns(split: str, rows: list[Row], flags: argparse.Namespace) -> No
 
 def _placed(name: str, rows: list[Row], work: Path, flags: argparse.Namespace, lines: list[str]) -> list[Row]:
     """Return a split's rows, packed with --pack. Raises UserError without rows, or without one place for all images."""
-    placed = _pack(rows, work / f"{name}.tar", flags) if flags.pack else rows
+    placed = _pack(rows, work / f"{name}.tar", flags.caption, flags.long) if flags.pack else rows
     folders = {f"{flags.output}/{name}.tar" if flags.pack else str(row.store.location) for row in placed}
     broken = f"; skipped {len(rows) - len(placed):,} broken ones" if flags.pack else ""
     lines.append(f"{name}: {len(placed):,} images in {''.join(folders)}{broken}")
@@ -202,13 +203,14 @@ def _of_tar(file: str) -> Iterator[Row]:
             yield Row(pictures.get(stem, stem), cells if isinstance(cells, dict) else {}, store)
 
 
-def _of_table(file: str, flags: argparse.Namespace) -> Iterator[Row]:
+def _of_table(file: str, image: str | None, image_root: str | None) -> Iterator[Row]:
+    """Yield the rows of a table with their images, which are in the column `image`."""
     table = Table(file)
     columns = {name.lower(): name for name in table.columns}
-    column: str = flags.image or next((columns[name] for name in NAMES["image"] if name in columns), "")
+    column: str = image or next((columns[name] for name in NAMES["image"] if name in columns), "")
     if column not in table.columns:
         raise UserError(f"{file}: give the column of the images, --image COLUMN; found: {', '.join(table.columns)}")
-    store = ImageStore(flags.image_root or table.root)
+    store = ImageStore(image_root or table.root)
     for number in range(len(table)):
         cells: dict[str, Any] = {}
         with suppress(ValueError, RecursionError):
@@ -225,10 +227,13 @@ def _read_cell(table: Table, number: int, column: str) -> bytes:
     return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
 
 
-def _pack(rows: list[Row], target: Path, flags: argparse.Namespace) -> list[Row]:
-    """Write the rows whose images can be decoded, with attributes and captions, to a tar, and return these rows."""
+def _pack(rows: list[Row], target: Path, caption: str | None, long: str | None) -> list[Row]:
+    """Write the rows whose images can be decoded, with attributes and captions, to a tar, and return these rows.
+
+    `caption` is the column of the captions, and `long` the text with columns in braces of the long ones.
+    """
     packed: list[Row] = []
-    taken = {*NAMES["web"], *NAMES["long"]} if flags.caption else set()  # pretraining would prefer these to `web`
+    taken = {*NAMES["web"], *NAMES["long"]} if caption else set()  # pretraining would prefer these to `web`
     with tarfile.open(target, "w") as archive:
         for row in rows:
             number, data = len(packed), row.read()
@@ -237,9 +242,9 @@ def _pack(rows: list[Row], target: Path, flags: argparse.Namespace) -> list[Row]
             except BrokenSample:
                 continue
             image = f"{number:08}.png" if data.startswith(b"\x89PNG") else f"{number:08}.jpg"
-            texts = {"web": value_of(row.cells.get(flags.caption), MAX_CAPTION)} if flags.caption else {}
-            if flags.long:
-                texts["long"] = describe(flags.long, row.cells)
+            texts = {"web": value_of(row.cells.get(caption), MAX_CAPTION)} if caption else {}
+            if long:
+                texts["long"] = describe(long, row.cells)
             attributes = {name: cell for name, cell in row.cells.items() if name.lower() not in taken}
             member = json.dumps(attributes | texts, default=str).encode()
             for name, content in ((image, data), (f"{number:08}.json", member)):

@@ -127,7 +127,7 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
     if before is not None:
         put_back(before, trained)
     engine = Engine(
-        model, make_optimizer(model, arguments), device, prepared.deepspeed,
+        model, make_optimizer(model, arguments.rates, arguments.weight_decay), device, prepared.deepspeed,
         micro_batch=arguments.per_device_train_batch_size, accumulation=arguments.gradient_accumulation_steps,
         clip_grad=arguments.max_grad_norm, bf16_weights=has_masters, checkpointed=trained,
     )  # fmt: skip

@@ -243,9 +243,9 @@ def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:
         ) from None
 
 
-def make_optimizer(model: TrainingModel, arguments: TrainArguments) -> torch.optim.Optimizer:
-    """Return AdamW on the trained weights, a group for each part and kind."""
-    groups = parameter_groups(model, arguments.rates, arguments.weight_decay)
+def make_optimizer(model: TrainingModel, rates: dict[str, float], weight_decay: float) -> torch.optim.Optimizer:
+    """Return AdamW on the trained weights, a group for each part and kind. `rates` are the parts' peaks."""
+    groups = parameter_groups(model, rates, weight_decay)
     # torch's own defaults, spelled out: another version's defaults would change a run. Fused reads and writes the
     # weights once, not ten times.
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)

@@ -18,7 +18,7 @@ from clips.common.errors import UserError
 from clips.common.page import as_html
 from clips.recipes import recipe
 from mllm.compare.commands import check_cell, lab_cell, pretrain_config, stage_samples, train_arguments
-from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags
+from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags, stored_questions
 from mllm.compare.figures import (
     benchmark_folder,
     benchmark_results,
@@ -255,7 +255,7 @@ def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
     path = finished.cells[2].evaluation / "question.jsonl"
     path.write_text(path.read_text().replace("where?", "Where, please?"))
     with pytest.raises(UserError, match=f"{finished.cells[2].name} answered other questions"):
-        read_answers(finished)
+        read_answers(finished.cells, stored_questions(finished.output))
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
