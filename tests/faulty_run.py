@@ -42,7 +42,7 @@ SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
 real_loader, real_to_device, real_decoded = pretraining.make_loader, task.to_device, Preprocess.decoded
-real_saves = pretraining.Pretraining.saves
+real_saves = pretraining.CLIPSTrainer.saves
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -
 
 
 def hanging(real: Callable[..., None], engine: Engine, loss: torch.Tensor, **options: Any) -> None:
-    first = next(engine.task.parameters())  # the last one to get a gradient
+    first = next(engine.module.parameters())  # the last one to get a gradient
     first.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGSTOP))
     real(engine, loss, **options)
 
@@ -117,7 +117,7 @@ def main() -> None:
             task.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
             if flags.fault.startswith("spike"):
-                pretraining.Pretraining.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
+                pretraining.CLIPSTrainer.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
             task.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 

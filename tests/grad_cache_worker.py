@@ -17,6 +17,7 @@ from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
 from clips.engine.engine import Engine
 from clips.engine.loop import accumulate
+from clips.training.grad_cache import cache_gradients
 from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.task import Task
 
@@ -95,7 +96,8 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
-    losses = accumulate(engine, [engine.task.counted(batch) for batch in batches])
+    step = [engine.module.counted(batch) for batch in batches]
+    losses = accumulate(engine, step, cache_gradients(engine, step))
     agreed = engine.agree(torch.stack([parts["loss"] for parts in losses]).mean(), stop=0)
     engine.step(skip=not agreed.finite)
     limit_logit_scale(engine)

@@ -20,19 +20,19 @@ from clips.engine import checkpoint
 from mllm.training import run as running
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.run import run_stage
-from mllm.training.task import Stage
+from mllm.training.task import LlavaTrainer
 
 
 def stop_in_step(step: int) -> None:
     """Send this process SIGTERM when a stage is in optimizer step `step` (1-based)."""
-    original = Stage.begin_step
+    original = LlavaTrainer.begin_step
 
-    def begin_step(self: Stage) -> None:
+    def begin_step(self: LlavaTrainer) -> tuple[int, dict[str, float]]:
         if self.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self)
+        return original(self)
 
-    Stage.begin_step = begin_step
+    LlavaTrainer.begin_step = begin_step
 
 
 def keep_at(step: int) -> None:

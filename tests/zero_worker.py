@@ -19,7 +19,7 @@ from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 from clips.common.runtime import init_distributed, shutdown
 from clips.engine.engine import Engine, Reduced
 from clips.engine.loop import accumulate
-from clips.training.grad_cache import CachedGradients
+from clips.training.grad_cache import CachedGradients, cache_gradients
 from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.task import Task
 
@@ -189,7 +189,7 @@ def step(engine: Engine, seed: int, *, skip: bool = False) -> Reduced:
     share = 8 // (engine.world_size * ACCUMULATION)
     begins = [(micro * engine.world_size + dist.get_rank()) * share for micro in range(ACCUMULATION)]
     batches = [{key: value[begin : begin + share] for key, value in tiny_batch(seed).items()} for begin in begins]
-    parts = accumulate(engine, batches)
+    parts = accumulate(engine, batches, cache_gradients(engine, batches))
     agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
     engine.step(skip=skip)
     return agreed
@@ -238,7 +238,7 @@ def held(zero: dict) -> dict[str, int]:
     inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
     flats = [p for group in inner.param_groups for p in group["params"]]
     state = [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v) and v.ndim]
-    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.task.parameters()]
+    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.module.parameters()]
     copies = flats if engine.stage in (1, 2) else []  # elsewhere they are the weights themselves
     return {"weights": size(weights), "optimizer": size([*state, *copies]), "gradients": gradients}
 

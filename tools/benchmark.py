@@ -92,9 +92,9 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     host = next(loader)
     torch.manual_seed(0)
     engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
-    engine.task.model.visual.set_image_size(run.phases[0].image_size)
+    engine.module.model.visual.set_image_size(run.phases[0].image_size)
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
-    task, model, batch = engine.task, engine.task.model, to_device(host, device)
+    task, model, batch = engine.module, engine.module.model, to_device(host, device)
     kept = Kept(batch.get("patches"), batch.get("image_tokens"))
     texts = [batch[name] for name in run.task.texts]
 

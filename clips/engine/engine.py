@@ -1,10 +1,10 @@
-"""The wrapper around DeepSpeed's engine: a task, its optimizer, and what the loop asks of them.
+"""The wrapper around DeepSpeed's engine: a model with its loss, its optimizer, and what the loop asks of them.
 
 Choices made here, and why
-- Where weights are fp32, bf16 is autocast inside the task's forward pass, so the weights and the optimizer state are
+- Where weights are fp32, bf16 is autocast inside the module's forward pass, so the weights and the optimizer state are
   exact in every ZeRO stage. With `bf16_weights` they are bf16, and ZeRO keeps fp32 masters: a language model of 7B does
   not fit otherwise.
-- Optimizers are torch's, with parameter groups of the task's own. DeepSpeed's own Adam would have to be compiled on
+- Optimizers are torch's, with parameter groups of the run's own. DeepSpeed's own Adam would have to be compiled on
   first use, and decays everything it is given.
 - A checkpoint is gathered by parameter name (clips/engine/zero_state.py) instead of DeepSpeed's own per-rank pickles:
   it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,35 +64,16 @@ def _is_auto(value: Any) -> bool:
 
 
 class Objective(nn.Module):
-    """A model with its objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss.
+    """A model with its loss as one module, because DeepSpeed wraps a forward pass that ends in the loss.
 
-    `forward(batch, told)` turns a micro-batch on the device into (loss, detached loss terms with the "loss" to log).
-    The engine averages losses over the micro-batches of a step and over the ranks.
+    `forward(batch, shared)` turns a micro-batch on the device into (loss, detached loss terms with the "loss" to log).
+    `shared` is what `Trainer.prepare` (clips/engine/loop.py) returns for this micro-batch. The engine averages losses
+    over the micro-batches of a step and over the ranks.
     """
-
-    def alone(self) -> nn.Module:
-        """Return the module in whose forward pass a rank waits for no other rank, below ZeRO-3."""
-        return self
-
-    def counted(self, batch: Batch) -> Batch:
-        """Return a micro-batch, still on the host, with the counts for which the host would wait for the device."""
-        return batch
-
-    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
-        """Return for each micro-batch of a step what its loss must know of the others. Collective."""
-        return [None] * len(batches)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return a micro-batch of the loader with its tensors on `device`."""
         return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
-
-    def flops(self, batch: Batch) -> int:
-        """Return the FLOPs of the forward and backward pass over a micro-batch, which is on the host."""
-        raise NotImplementedError
-
-    def tokens(self, batch: Batch) -> int:
-        """Return the number of tokens of a micro-batch without padding, or 0 if they are not counted."""
-        return 0
 
 
 class Reduced(NamedTuple):
@@ -117,7 +98,7 @@ class Engine:
 
     def __init__(
         self,
-        task: Objective,
+        module: Objective,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         ds_config: Mapping[str, Any],
@@ -128,7 +109,7 @@ class Engine:
         bf16_weights: bool = False,
         checkpointed: Mapping[str, nn.Parameter],
     ) -> None:
-        """Wrap `task`.
+        """Wrap `module`.
 
         Args:
             optimizer: Its groups have a "name", and may have a "scale" of their learning rate.
@@ -156,9 +137,9 @@ class Engine:
             "steps_per_print": 10**9,  # clips/engine/log.py prints
             "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
         }
-        task.to(device)
+        module.to(device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task, optimizer=optimizer, config=config, dist_init_required=False
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.state = ZeroState(self.engine, checkpointed, muon, device)
         """The sharded state, which is gathered for a checkpoint and restored from one."""
@@ -169,12 +150,12 @@ class Engine:
         }
         """What env.json records about the engine."""
 
-    def __call__(self, batch: Batch, told: Any = None, **options: Any) -> Any:
-        """Return the output of the task's forward pass for a micro-batch of the loader."""
-        return self.engine(self.task.to_device(batch, self.device), told, **options)
+    def __call__(self, batch: Batch, shared: Any = None, **options: Any) -> Any:
+        """Return the output of the module's forward pass for a micro-batch of the loader."""
+        return self.engine(self.module.to_device(batch, self.device), shared, **options)
 
     @property
-    def task(self) -> Any:
+    def module(self) -> Any:
         """The `Objective` that is trained, with the model in it."""
         return self.engine.module
 

@@ -75,8 +75,8 @@ class RunLog:
             self.trackers.log(scalars, values["step"])
         samples = values["samples"]
         if kind != "train":
-            figures = [f"{pretty(name)} {values[name]:.1f} %" for name in VALIDATED if name in values]
-            self.say(f"validation after {samples:,} samples: {', '.join(figures) or 'see metrics.jsonl'}")
+            metrics = [f"{pretty(name)} {values[name]:.1f} %" for name in VALIDATED if name in values]
+            self.say(f"validation after {samples:,} samples: {', '.join(metrics) or 'see metrics.jsonl'}")
             return
         self.newest = values
 
@@ -111,22 +111,22 @@ class RunLog:
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def spike(self, figures: dict[str, Any], keys: list[list[str]]) -> None:
+    def spike(self, values: dict[str, Any], keys: list[list[str]]) -> None:
         """Append a step to spikes.jsonl (rank 0 only); `keys` are the sample keys of each rank.
 
         Prints a warning if the loss jumped or the step was skipped; a spike of only the gradient norm is just recorded.
         """
         if self.active:
-            with self._writing(figures["step"]):
-                self._append(SPIKES, [figures | {"keys": keys}])
-            if figures["action"] == "continue" and not figures["loss_jumps"]:
+            with self._writing(values["step"]):
+                self._append(SPIKES, [values | {"keys": keys}])
+            if values["action"] == "continue" and not values["loss_jumps"]:
                 return  # a gradient that the loss does not feel belongs to a healthy run
             norm = ""
-            if figures["grad_norm"] is not None:
-                norm = f", gradient norm {figures['grad_norm']:.4g} (usually {figures['usual_grad_norm']:.4g})"
+            if values["grad_norm"] is not None:
+                norm = f", gradient norm {values['grad_norm']:.4g} (usually {values['usual_grad_norm']:.4g})"
             self.say(
-                f"warning: spike at step {figures['step']}: loss {figures['loss']:.4g} (usually "
-                f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples are in spikes.jsonl"
+                f"warning: spike at step {values['step']}: loss {values['loss']:.4g} (usually "
+                f"{values['usual_loss']:.4g}){norm}; {values['action']}. Its samples are in spikes.jsonl"
             )
 
     def say(self, text: str) -> None:

@@ -1,12 +1,12 @@
-"""The training loop of both halves: batches, passes, agreement, step, log, checkpoint."""
+"""The training loop of both packages: batches, passes, agreement, step, log, checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
 from clips.common.errors import CommandError, NotFiniteError
@@ -19,8 +19,8 @@ from clips.engine.meter import Meter, summary
 from clips.engine.watchdog import OwnTime
 
 
-class Training:
-    """What a training gives to the loop besides its engine, whose task has the model and the loss."""
+class Trainer:
+    """What a package gives to the loop: engine, data, and its answers to eight questions in each step."""
 
     engine: Engine
     state: TrainState
@@ -29,21 +29,28 @@ class Training:
     """Samples of the whole training."""
     log_every: int
     """Steps between two lines of the log."""
+    local_module: nn.Module
+    """Module in whose forward pass a rank waits for no other rank, below ZeRO-3; its time is the rank's own."""
 
     def batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches, with the "keys" of their samples, from the current state to the end."""
         raise NotImplementedError
 
-    def batch_size(self) -> int:
-        """Return the number of samples of the next step over all ranks."""
+    def begin_step(self) -> tuple[int, dict[str, float]]:
+        """Prepare the engine for the next step. Collective.
+
+        Return the number of samples of the step over all ranks, and the learning rate of each parameter group. The log
+        shows the first rate.
+        """
         raise NotImplementedError
 
-    def rates(self) -> dict[str, float]:
-        """Return the learning rate of each parameter group in the next step; the log shows the first one."""
+    def prepare(self, batches: Sequence[Batch]) -> Sequence[Any]:
+        """Return for each micro-batch of the step what its loss needs to know of all of them. Collective."""
         raise NotImplementedError
 
-    def begin_step(self) -> None:
-        """Prepare the engine for the next step. Collective."""
+    def cost(self, batch: Batch) -> tuple[int, int]:
+        """Return the FLOPs of the forward and backward pass over a micro-batch, and its number of tokens or 0."""
+        raise NotImplementedError
 
     def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
         """Return True if the update of the step is skipped, which all ranks decide alike. Collective if it is.
@@ -54,64 +61,58 @@ class Training:
         return False
 
     def end_step(self) -> None:
-        """Correct the weights after an update."""
-
-    def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Raise BrokenDataError if too many samples were replaced; `skipped` are those since the last log line."""
+        """Correct the weights after the update, and record what the trainer itself counts."""
 
     def saves(self) -> bool:
         """Return True if the step that just ended is followed by a checkpoint; the last step always is."""
         raise NotImplementedError
 
-    def validates(self) -> bool:
-        """Return True if the step that just ended is followed by a validation."""
-        return False
+    def check_skipped(self, samples: Sequence[tuple[str, str]]) -> None:
+        """Raise BrokenDataError if too many samples were replaced; `samples` are those since the last log line."""
 
-    def validate(self, log: RunLog) -> None:
-        """Measure on the validation data. Collective."""
+    def validate_if_due(self, log: RunLog) -> None:
+        """Measure on the validation data if that follows the step that just ended. Collective."""
 
 
-def train(training: Training, log: RunLog, writer: Writer, profiler: profile | None = None) -> dict[str, float]:
+def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | None = None) -> dict[str, float]:
     """Take every step from the current state to the end; return the mean speeds. Collective.
 
     Raises Stopped after a signal and a checkpoint, and NotFiniteError with the samples whose loss is not finite.
     """
-    engine, state = training.engine, training.state
+    engine, state = trainer.engine, trainer.state
     stop = StopSignal()
     # In ZeRO-3 ranks wait for each other's weights inside the model.
-    own_time = OwnTime(engine.task.alone(), engine.device) if engine.stage < 3 else None
+    own_time = OwnTime(trainer.local_module, engine.device) if engine.stage < 3 else None
     meter = Meter(engine.device, state, own_time, peak_flops(engine.device, log.say))
-    batches = meter.timed(training.batches())
+    batches = meter.timed(trainer.batches())
 
-    while state.samples < training.samples:
-        training.begin_step()
-        rates = training.rates()
+    while state.samples < trainer.samples:
+        size, rates = trainer.begin_step()
         engine.set_rates(rates)
-        step = [engine.task.counted(batch) for batch in islice(batches, engine.accumulation)]
-        found = accumulate(engine, step)
-        losses = [terms["loss"] for terms in found]
+        step = list(islice(batches, engine.accumulation))
+        terms = accumulate(engine, step, trainer.prepare(step))
+        losses = [micro["loss"] for micro in terms]
         keys = [batch["keys"] for batch in step]
-        for batch, terms in zip(step, found, strict=True):
-            meter.add(terms, batch.get("skipped", []), engine.task.flops(batch), engine.task.tokens(batch))
+        for batch, micro in zip(step, terms, strict=True):
+            meter.add(micro, batch.get("skipped", []), *trainer.cost(batch))
 
         reduced = engine.agree(torch.stack(losses).mean(), stop.requested, writer.has_failed())
         if reduced.unsaved:
             await_checkpoint(writer)  # raises
         if not reduced.finite:
             _end_not_finite(state, losses, keys)
-        engine.step(skip=training.skips(reduced, keys, log))
-        training.end_step()
+        engine.step(skip=trainer.skips(reduced, keys, log))
+        trainer.end_step()
         if profiler is not None:
             profiler.step()
-        state.samples += training.batch_size()
+        state.samples += size
         state.step += 1
-        state.phase_step += 1
 
-        is_last = state.samples >= training.samples
-        saves = training.saves() or is_last or reduced.stopping > 0
+        is_last = state.samples >= trainer.samples
+        saves = trainer.saves() or is_last or reduced.stopping > 0
         # A checkpoint needs a line too, because the means start again after it.
-        if state.step % training.log_every == 0 or saves:
-            training.check_skipped(meter.log(log, state, next(iter(rates.values())), reduced.grad_norm))
+        if state.step % trainer.log_every == 0 or saves:
+            trainer.check_skipped(meter.log(log, state, next(iter(rates.values())), reduced.grad_norm))
         log.progress(state.samples)
         with meter.aside():
             if saves:
@@ -119,26 +120,27 @@ def train(training: Training, log: RunLog, writer: Writer, profiler: profile | N
             if reduced.stopping:  # a validation that is due follows when the run goes on
                 await_checkpoint(writer)
                 raise stopped_by(reduced.stopping)
-            if training.validates():
-                training.validate(log)
+            trainer.validate_if_due(log)
     batches.close()
     await_checkpoint(writer)
     stop.restore()
-    figures = meter.speeds(state)
+    speeds = meter.speeds(state)
     if state.samples > meter.first:
-        log.say(summary(state.samples - meter.first, figures))
-    return figures
+        log.say(summary(state.samples - meter.first, speeds))
+    return speeds
 
 
-def accumulate(engine: Engine, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Run the forward and backward passes of a step's micro-batches; return the detached loss terms of each one."""
-    found = []
-    told = engine.task.told(engine, batches)
-    for number, (batch, of_others) in enumerate(zip(batches, told, strict=True), start=1):
-        loss, terms = engine(batch, of_others)
+def accumulate(engine: Engine, batches: Sequence[Batch], shared: Sequence[Any]) -> list[dict[str, Tensor]]:
+    """Run the forward and backward passes of a step's micro-batches; return the detached loss terms of each one.
+
+    `shared` is what `Trainer.prepare` returns for these micro-batches.
+    """
+    terms = []
+    for number, (batch, of_step) in enumerate(zip(batches, shared, strict=True), start=1):
+        loss, micro = engine(batch, of_step)
         engine.backward(loss, last=number == len(batches))
-        found.append(terms)
-    return found
+        terms.append(micro)
+    return terms
 
 
 def _end_not_finite(state: TrainState, losses: list[Tensor], keys: list[list[str]]) -> NoReturn:

@@ -70,7 +70,7 @@ class Meter:
     def add(
         self, terms: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0, tokens: int = 0
     ) -> None:
-        """Add a micro-batch: its loss terms, the broken samples that were replaced, its FLOPs (`Objective.flops`)."""
+        """Add a micro-batch: its loss terms, the broken samples that were replaced, and its `Trainer.cost`."""
         self.flops_total += flops
         self.tokens_total += tokens
         for key, value in terms.items():
@@ -149,7 +149,7 @@ class Meter:
         dist.all_reduce(totals)
         tflops, tokens = totals[0].item() / dist.get_world_size() / seconds / 1e12, totals[1].item()
         speed = (state.samples - self.first) / seconds
-        figures = {
+        speeds = {
             "train_seconds": seconds,
             "samples_per_s": speed,
             "samples_per_s_per_gpu": speed / dist.get_world_size(),
@@ -159,16 +159,16 @@ class Meter:
             "data_wait_share": self.waiting_total / seconds,
             **({"mfu": tflops * 1e12 / self.peak} if self.peak else {}),
         }
-        return {name: float(f"{value:.4g}") for name, value in figures.items()}
+        return {name: float(f"{value:.4g}") for name, value in speeds.items()}
 
 
-def summary(samples: int, figures: dict[str, float]) -> str:
+def summary(samples: int, speeds: dict[str, float]) -> str:
     """Return a line that says what a training on `samples` samples took, from its `Meter.speeds`."""
-    words = [f"{figures['samples_per_s']:,.1f} samples/s"]
-    if figures["tokens_per_s"]:
-        words.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
-    if "mfu" in figures:
-        words.append(f"{figures['mfu']:.0%} of the GPU's peak")
-    words.append(f"{figures['peak_memory_gb']:.1f} GB")
-    words.append(f"{figures['data_wait_share']:.1%} of the time spent waiting for data")
-    return f"trained on {samples:,} samples in {in_words(figures['train_seconds'])}: {', '.join(words)}"
+    words = [f"{speeds['samples_per_s']:,.1f} samples/s"]
+    if speeds["tokens_per_s"]:
+        words.append(f"{speeds['tokens_per_s']:,.0f} tokens/s")
+    if "mfu" in speeds:
+        words.append(f"{speeds['mfu']:.0%} of the GPU's peak")
+    words.append(f"{speeds['peak_memory_gb']:.1f} GB")
+    words.append(f"{speeds['data_wait_share']:.1%} of the time spent waiting for data")
+    return f"trained on {samples:,} samples in {in_words(speeds['train_seconds'])}: {', '.join(words)}"

@@ -51,19 +51,24 @@ class CachedGradients(NamedTuple):
     """The state in which the first pass drew its random numbers."""
 
 
-def told(engine: Engine, batches: Sequence[Batch]) -> list[CachedGradients]:
-    """Run a step's micro-batches without a graph; return what the second pass of each one needs. Collective."""
+def cache_gradients(engine: Engine, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
+    """Run a step's micro-batches without a graph; return what the second pass of each one needs. Collective.
+
+    Return None for each one, and run nothing, if each micro-batch is a contrastive batch of its own.
+    """
+    if engine.module.contrasted == 1:
+        return [None] * len(batches)
     states, outputs = [], []
     for batch in batches:
         states.append(RandomState(engine.device))
         with torch.no_grad():
             outputs.append(engine(batch, features_only=True))
     tokens = sum(batch["counts"].predicted for batch in batches)
-    cached = cached_gradients(outputs, tokens)
+    cached = gradients_of(outputs, tokens)
     return [gradients._replace(random=state) for gradients, state in zip(cached, states, strict=True)]
 
 
-def cached_gradients(outputs: Sequence[Outputs], tokens: int) -> list[CachedGradients]:
+def gradients_of(outputs: Sequence[Outputs], tokens: int) -> list[CachedGradients]:
     """Return what the second pass of each micro-batch needs of the whole batch. Collective.
 
     `outputs` are those of this rank's micro-batches, without graph; `tokens` counts the tokens of all their captions.

@@ -21,6 +21,7 @@ from clips.config import ModelConfig, OptimConfig, RunConfig
 from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.loop import accumulate
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
+from clips.training.grad_cache import cache_gradients
 from clips.training.task import Task
 
 
@@ -117,7 +118,7 @@ def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> 
     weights = engine.state.gather_weights(everywhere=everywhere)
     if not weights:
         return None
-    model = CLIPSModel(run.model, engine.task.model.pad_id)
+    model = CLIPSModel(run.model, engine.module.model.pad_id)
     model.load_state_dict(weights)
     return model.to(engine.device).eval()
 
@@ -127,8 +128,9 @@ def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
 
     `batches` are this rank's micro-batches, run.train.accumulation of them.
     """
-    found = accumulate(engine, [engine.task.counted(batch) for batch in batches])
-    reduced = engine.agree(torch.stack([terms["loss"] for terms in found]).mean(), stop=0)
+    step = [engine.module.counted(batch) for batch in batches]
+    terms = accumulate(engine, step, cache_gradients(engine, step))
+    reduced = engine.agree(torch.stack([micro["loss"] for micro in terms]).mean(), stop=0)
     engine.step()
     limit_logit_scale(engine)
     return reduced

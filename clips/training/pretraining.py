@@ -1,4 +1,4 @@
-"""Pretraining: prepare a run, train it in the loop of both halves, and finish it."""
+"""Pretraining: prepare a run, train it in the loop of both packages, and finish it."""
 
 import contextlib
 import math
@@ -30,11 +30,13 @@ from clips.engine import checkpoint, watchdog
 from clips.engine.checkpoint import TrainState, Writer
 from clips.engine.engine import Batch, Engine, Reduced, read_ds_config
 from clips.engine.log import RunLog
-from clips.engine.loop import Training, keys_of_all_ranks, train
+from clips.engine.loop import Trainer, keys_of_all_ranks, train
 from clips.evaluation.evaluate import evaluate
 from clips.evaluation.metrics import choosing_figure
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
+from clips.training.flops import flops_of
+from clips.training.grad_cache import CachedGradients, cache_gradients
 from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
 from clips.training.prepare import (
     Options,
@@ -144,16 +146,16 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
         options.run_dir, run.samples, run.to_dict(), start_step=state.step, active=start.rank == 0,
         report_to=options.report_to,
     )  # fmt: skip
-    training = Pretraining(run, engine, source, tokenizer, state, options.run_dir)
+    trainer = CLIPSTrainer(run, engine, source, tokenizer, state, options.run_dir)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),
         Writer(options.run_dir, run.train.keep_checkpoints) as writer,
         naming_lost_ranks(lambda: state.step + 1),
     ):
-        if training.owes_validation():
-            training.validate(log)
-        speed = train(training, log, writer, profiler)["samples_per_s"]
+        if trainer.owes_validation():
+            trainer.validate(log)
+        speed = train(trainer, log, writer, profiler)["samples_per_s"]
         if start.rank == 0 and speed:
             remember_speed(speed_name(run, model, start.ranks, device), speed)
         trained = plain_model(engine, run)
@@ -180,8 +182,8 @@ def _record(
     write_json(options.run_dir / "env.json", environment(engine.device, engine.world_size) | engine.facts)
 
 
-class Pretraining(Training):
-    """What a pretraining run gives to the loop: phases, spikes, validations."""
+class CLIPSTrainer(Trainer):
+    """Gives the loop a pretraining run: its phases, the verdict on spikes, the validations."""
 
     def __init__(
         self, run: RunConfig, engine: Engine, source: Source, tokenizer: CaptionTokenizer, state: TrainState,
@@ -190,6 +192,8 @@ class Pretraining(Training):
         self.run, self.engine, self.source, self.tokenizer, self.state = run, engine, source, tokenizer, state
         self.run_dir = run_dir
         self.samples, self.log_every = run.samples, run.train.log_every
+        self.objective: Task = engine.module
+        self.local_module = self.objective.model
 
     @property
     def phase(self) -> PhaseConfig:
@@ -198,22 +202,19 @@ class Pretraining(Training):
 
     def batches(self) -> Iterator[Batch]:
         """Return the loader of this rank's micro-batches, from the current phase and step on."""
-        return make_loader(
+        loader = make_loader(
             self.source, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
             phase=self.state.phase, step=self.state.phase_step,
         )  # fmt: skip
+        return map(self.objective.counted, loader)
 
-    def batch_size(self) -> int:
-        """Return the batch size of the current phase."""
-        return self.phase.batch_size
-
-    def begin_step(self) -> None:
+    def begin_step(self) -> tuple[int, dict[str, float]]:
         """Move on to the next phase after the last step of one, and set the tower's image size."""
         state = self.state
         if state.phase_step >= self.phase.steps:
             state.phase += 1
             state.phase_step = 0
-        visual = self.engine.task.model.visual
+        visual = self.objective.model.visual
         if visual.image_size != self.phase.image_size:
             visual.set_image_size(self.phase.image_size)
         if state.phase_step == 0:
@@ -221,11 +222,16 @@ class Pretraining(Training):
             state.recent_norms = []
             if self.phase.fresh_optimizer:
                 self.engine.state.reset_optimizer()
+        factor = lr_factor(self.phase, state.phase_step)
+        return self.phase.batch_size, rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
 
-    def rates(self) -> dict[str, float]:
-        """Return the learning rates of the next step by the schedule of the phase."""
-        factor = lr_factor(self.phase, self.state.phase_step)
-        return rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
+    def prepare(self, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
+        """Return the gradients of the contrastive loss, if that runs over the whole batch."""
+        return cache_gradients(self.engine, batches)
+
+    def cost(self, batch: Batch) -> tuple[int, int]:
+        """Return the FLOPs of a micro-batch; its tokens are not counted."""
+        return flops_of(self.objective, batch), 0
 
     def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
         """Record a spike, and skip its update if the run says so.
@@ -246,13 +252,14 @@ class Pretraining(Training):
     def end_step(self) -> None:
         """Clamp the logit scale."""
         limit_logit_scale(self.engine)
+        self.state.phase_step += 1
 
-    def check_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+    def check_skipped(self, samples: Sequence[tuple[str, str]]) -> None:
         """Raise BrokenDataError if more samples were broken than data.max_broken_share."""
         state, most = self.state, self.run.data.max_broken_share
         if state.skipped <= max(10, most * state.samples):
             return
-        reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
+        reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(samples))[-5:])
         raise BrokenDataError(
             f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
             f"data.max_broken_share = {most:.1%}; all are listed in skipped.jsonl, the last ones are\n"
@@ -278,9 +285,13 @@ class Pretraining(Training):
         if step == 0 or not self.validates():
             return False
         owes = dist.get_rank() == 0 and all(line.get("step") != step for line in read_metrics(self.run_dir, "eval"))
-        told = [owes]
-        dist.broadcast_object_list(told)
-        return told[0]
+        of_rank_0 = [owes]
+        dist.broadcast_object_list(of_rank_0)
+        return of_rank_0[0]
+
+    def validate_if_due(self, log: RunLog) -> None:
+        if self.validates():
+            self.validate(log)
 
     def validate(self, log: RunLog) -> None:
         """Measure retrieval and zero-shot classification on (a part of) the validation split. Collective.
@@ -293,11 +304,11 @@ class Pretraining(Training):
         measured = evaluate(
             model, self.tokenizer, self.run, split="val", full=False, image_size=self.phase.image_size, sharded=True
         )
-        figures = {name: figure.value for name, figure in measured.items()}
-        choosing = choosing_figure(figures) if self.run.train.choose == "best" else None
+        metrics = {name: figure.value for name, figure in measured.items()}
+        choosing = choosing_figure(metrics) if self.run.train.choose == "best" else None
         if choosing is not None:
-            figures["choosing"] = round(choosing, 3)
+            metrics["choosing"] = round(choosing, 3)
         log.record("eval", {
             "step": self.state.step, "samples": self.state.samples, "split": "val",
-            "validation_seconds": round(time.perf_counter() - begin, 3), **figures,
+            "validation_seconds": round(time.perf_counter() - begin, 3), **metrics,
         })  # fmt: skip

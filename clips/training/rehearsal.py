@@ -20,7 +20,8 @@ from clips.data.loader import micro_batch_size, to_device
 from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel
-from clips.training.grad_cache import CachedGradients
+from clips.training.flops import flops_of
+from clips.training.grad_cache import CachedGradients, cache_gradients
 from clips.training.optim import parameter_groups
 from clips.training.prepare import full_batch
 from clips.training.task import Task
@@ -30,7 +31,7 @@ from clips.training.task import Task
 class _Engine:
     """The passes of clips/engine/engine.py."""
 
-    task: Task
+    module: Task
     run: RunConfig
     device: torch.device = META
 
@@ -39,7 +40,7 @@ class _Engine:
         return self.run.train.accumulation
 
     def __call__(self, batch: Batch, cached: CachedGradients | None = None, **options: Any) -> Any:
-        return self.task(self.task.to_device(batch, self.device), cached, **options)
+        return self.module(self.module.to_device(batch, self.device), cached, **options)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -67,7 +68,8 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
         rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
-        accumulate(engine, [batch] * (run.train.accumulation if run.train.whole_step else 1))
+        step = [batch] * (run.train.accumulation if run.train.whole_step else 1)
+        accumulate(engine, step, cache_gradients(engine, step))
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy
             torch.empty(min(trained, BUCKET), device=META)
 
@@ -99,7 +101,7 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
     words = run.model.text.context_length // (2 if run.model.text.trim else 1)
     batch = full_batch(run, phase.image_size, micro, META, words=words, share=run.task.caption_share)
     with rehearsed_ranks(ranks):
-        return built(run, phase).flops(batch, repeated=True) // micro
+        return flops_of(built(run, phase), batch, repeated=True) // micro
 
 
 def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:

@@ -8,21 +8,17 @@ The contrastive loss ℓ sees the micro-batch of all ranks. With `train.accumula
 size), and their losses and gradients are averaged; with "global" ℓ runs over the whole batch: grad_cache.py.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clips.common.flops import forward_flops, training_flops
 from clips.common.runtime import autocast
 from clips.config import RunConfig
 from clips.data.loader import to_device
-from clips.engine.engine import Batch, Engine, Objective
+from clips.engine.engine import Batch, Objective
 from clips.model.clips import CLIPSModel, Kept, Outputs
-from clips.model.layers import Blocks
 from clips.model.text import word_slots
-from clips.training import grad_cache
 from clips.training.grad_cache import CachedGradients
 from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
@@ -55,16 +51,8 @@ class Task(Objective):
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with autocast(batch["images"].device, enabled=self.bf16):
             if features_only:
-                return self.model(batch["images"], _texts(batch), None, self._kept(batch), batch.get("counts"))
+                return self.model(batch["images"], texts_of(batch), None, self.kept(batch), batch.get("counts"))
             return self._loss(batch, cached)
-
-    def alone(self) -> CLIPSModel:
-        """Return the model whose own time is measured, without collectives."""
-        return self.model
-
-    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
-        """Return what the loss of each micro-batch needs of the whole batch, if the contrastive loss runs over it."""
-        return [None] * len(batches) if self.contrasted == 1 else grad_cache.told(engine, batches)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return the micro-batch on `device`, its images normalised there."""
@@ -82,56 +70,10 @@ class Task(Objective):
         if "counts" in batch:
             return batch
         return batch | {
-            "counts": self.model.counts(batch["images"], _texts(batch), batch.get("caption"), self._kept(batch))
+            "counts": self.model.counts(batch["images"], texts_of(batch), batch.get("caption"), self.kept(batch))
         }
 
-    def flops(self, batch: dict[str, Any], *, repeated: bool = False) -> int:
-        """Return the FLOPs of the forward and backward pass over `batch`, which is on the host unless `counted`.
-
-        Args:
-            repeated: Include what a step computes twice to save memory, which does not count for the MFU.
-        """
-        vision, text, captioner = self.model.visual, self.model.text, self.model.captioner
-        counts, kept, texts = self.counted(batch)["counts"], self._kept(batch), _texts(batch)
-        B, pixels = len(batch["images"]), vision.config.tokens(batch["images"].shape[-1])
-        patches = pixels if kept.patches is None else kept.patches.shape[1]
-        slots = patches + vision.config.prefix_tokens
-        sees, reads = self.freeze != "vision", self.freeze != "text"
-
-        total = B * pixels * training_flops(vision.patch_embed, False)
-        total += B * training_flops(vision.proj, sees) + len(texts) * B * training_flops(text.proj, reads)
-        # Each text: this rank's images against all texts, and its texts against all images.
-        total += len(texts) * 3 * 4 * B * B * world_size() * self.contrasted * self.model.config.embed_dim
-        for tower, trains, tokens, pairs in (
-            (vision, sees, B * slots, B * slots**2),
-            (text, reads, sum(counts.texts), sum(B * ids.shape[1] ** 2 for ids in texts)),
-        ):
-            forward = tokens * forward_flops(tower.blocks) + len(tower.blocks) * pairs * 4 * tower.config.width
-            total += 3 * forward if trains else forward
-            if repeated:
-                total += _checkpointed(tower.blocks, forward, tokens) if trains else 0
-                total += forward if self.contrasted > 1 else 0
-        if captioner is None or "caption" not in batch:
-            return total
-
-        images = patches if kept.image_tokens is None else kept.image_tokens.shape[1]
-        web, positions = texts[0].shape[1] - (text.config.pool == "cls"), batch["caption"].shape[1] - 1
-        slots, last = images + web + positions, captioner.blocks[-1].get_submodule
-        total += counts.captioned * images * training_flops(captioner.image_proj, sees)
-        total += counts.captioned * web * training_flops(captioner.text_proj, reads)
-        pairs = counts.captioned * slots * ((len(captioner.blocks) - 1) * slots + positions)
-        # The last block computes queries, projection and MLP only for the positions that predict.
-        skipped = counts.captioner - counts.predicted
-        forward = counts.captioner * forward_flops(captioner.blocks) + pairs * 4 * captioner.config.width
-        forward -= skipped * (forward_flops(last("attn.proj")) + forward_flops(last("mlp")))
-        head = counts.predicted * forward_flops(captioner.head)
-        total += 3 * (forward + head)
-        if repeated:
-            total += _checkpointed(captioner.blocks, forward, counts.captioner, skipped)
-            total += head if B * positions > self.config.caption_chunk else 0
-        return total
-
-    def _kept(self, batch: dict[str, Any]) -> Kept:
+    def kept(self, batch: dict[str, Any]) -> Kept:
         """Return the tokens that the loader drew for each sample. Raises KeyError if the configuration drops some and
         the loader drew none, because an accidental training on all of them would go unnoticed."""
         vision, captioner = self.model.config.vision, self.model.config.captioner
@@ -144,7 +86,7 @@ class Task(Objective):
     def _loss(self, batch: dict[str, Any], cached: CachedGradients | None) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.caption_targets(batch)
         caption, counts = batch["caption"] if targets is not None else None, batch.get("counts")
-        out = self.model(batch["images"], _texts(batch), caption, self._kept(batch), counts)
+        out = self.model(batch["images"], texts_of(batch), caption, self.kept(batch), counts)
         loss, full_value = self._contrastive(batch, out, cached)
         terms = {"contrastive_loss": full_value, "logit_scale": out.logit_scale.detach()}
         captioner = self.model.captioner
@@ -172,15 +114,6 @@ class Task(Objective):
             return torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), cached.value
 
 
-def _checkpointed(blocks: Blocks, forward: int, tokens: int, skipped: int = 0) -> int:
-    """Return the FLOPs of activation checkpointing: all of a block but its last product, which no gradient needs.
-
-    Args:
-        skipped: Number of the tokens that the last block skips.
-    """
-    products = [forward_flops(block.get_submodule("mlp.fc2")) for block in blocks]
-    return forward - tokens * sum(products) + skipped * products[-1] if blocks.activation_checkpointing else 0
-
-
-def _texts(batch: dict[str, Any]) -> list[Tensor]:
+def texts_of(batch: dict[str, Any]) -> list[Tensor]:
+    """Return the token ids of the texts that the objective reads, the web caption first."""
     return [batch[name] for name in ("web", "sub") if name in batch]

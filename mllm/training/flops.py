@@ -60,6 +60,11 @@ def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
     return total
 
 
+def flops_of(batch: Mapping[str, Any], costs: Mapping[str, int], *, packed: bool) -> int:
+    """Return the FLOPs of the forward and backward pass over a batch, by `costs_of` its model; see `units_of`."""
+    return sum(count * costs[unit] for unit, count in units_of(batch, packed=packed).items())
+
+
 def units_of(batch: Mapping[str, Any], *, packed: bool) -> dict[str, int]:
     """Return the units of work in a batch of `Collator` (mllm/training/task.py).
 

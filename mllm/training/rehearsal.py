@@ -25,7 +25,7 @@ from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import PICTURES_AT_ONCE
-from mllm.training.flops import costs_of, units_of
+from mllm.training.flops import costs_of, flops_of, units_of
 from mllm.training.freeze import count_parameters, llava_of
 from mllm.training.prepare import start_bytes, trainable
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
@@ -120,8 +120,7 @@ def staged(
     freeze = freeze_table(STAGES[arguments.stage], lora=arguments.lora_enable, unfreeze_mm_vision_tower=tower)
     with torch.device(model.device):
         full = trainable(model, arguments, freeze, model.device, dtype=model.dtype)
-    vision: Any = model.config.vision_config
-    return TrainingModel(full, features=features, image_size=vision.image_size, packed=not padded).train()
+    return TrainingModel(full, features=features, packed=not padded).train()
 
 
 def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
@@ -210,7 +209,8 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
 
         forward, units = costs_of(planned.build(), 0), units_of(batch, packed=training.packed)  # nothing of it trains
         twice = sum(forward[unit] * units[unit] for unit in ("positions", "pairs"))  # gradient checkpointing
-        flops = (training.flops(batch) + twice) / micro
+        costs = costs_of(training.llava, planned.vision["image_size"])
+        flops = (flops_of(batch, costs, packed=training.packed) + twice) / micro
         days_of_stage = machine.days(SAMPLES[number] * flops)
         days += days_of_stage
         total = sum(count for count, _ in count_parameters(training.model).values())

@@ -40,10 +40,11 @@ from clips.engine.loop import train as train_loop
 from mllm.data.captions import CaptionStore
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.finish import print_next, write_curves, write_results
+from mllm.training.flops import costs_of
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.prepare import START_IMAGES, Prepared, collator_of, fit_to_captions, prepare, record_config
 from mllm.training.stages import PARTS
-from mllm.training.task import Stage, TrainingModel, make_optimizer, samples_after, steps_of
+from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
 
 FEW, MANY_EPOCHS = 20, 20
@@ -120,10 +121,10 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
         _say(start, f"projector started from the captions (R² {r2:.2f})")
     has_masters = arguments.bf16 and prepared.zero > 0
     model = TrainingModel(
-        prepared.model, features=arguments.caches_features, image_size=prepared.vision.image_size,
-        bf16=arguments.bf16 and not has_masters,
-    ).train()  # fmt: skip
+        prepared.model, features=arguments.caches_features, bf16=arguments.bf16 and not has_masters
+    ).train()
     trained = model.trained()
+    costs = costs_of(model.llava, 0 if model.features else prepared.vision.image_size)
     if before is not None:
         put_back(before, trained)
     engine = Engine(
@@ -135,11 +136,11 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
         if has_masters:
             engine.state.restore_masters(before.weights())
         engine.state.restore_optimizer(before.optimizer(), state.step)
-    stage = Stage(arguments, engine, prepared.dataset, collator, state)
+    trainer = LlavaTrainer(arguments, engine, prepared.dataset, collator, state, costs)
     if start.rank == 0:
         write_json(prepared.run_dir / "env.json", environment(device, start.ranks) | engine.facts)
     log = RunLog(
-        prepared.run_dir, stage.samples, arguments.what_trains(), start_step=state.step, active=start.rank == 0,
+        prepared.run_dir, trainer.samples, arguments.what_trains(), start_step=state.step, active=start.rank == 0,
         report_to=loggers(arguments.report_to), run_name=arguments.run_name, stage=arguments.description.name,
     )  # fmt: skip
     start.finish()
@@ -151,13 +152,13 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
         profiled(stage_dir / "profile", arguments.profile, device) as profiler,
         Writer(stage_dir, arguments.save_total_limit) as writer,
     ):
-        figures = train_loop(stage, log, writer, profiler)
+        speeds = train_loop(trainer, log, writer, profiler)
     return {
         "stage": arguments.description.name,
         "steps": state.step,
         "samples": state.samples,
         "prepare_seconds": round(prepare_seconds, 1),
-        **figures,
+        **speeds,
         "truncated_samples": prepared.dataset.truncated,
         "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,7 +19,7 @@ from clips.common.runtime import autocast
 from clips.engine.checkpoint import TrainState
 from clips.engine.engine import Batch, Engine, Objective
 from clips.engine.loader import load_batches
-from clips.engine.loop import Training
+from clips.engine.loop import Trainer
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.sampler import EpochSampler
@@ -27,7 +27,7 @@ from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
 from mllm.model.tiles import Llava, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
-from mllm.training.flops import costs_of, units_of
+from mllm.training.flops import flops_of
 from mllm.training.freeze import llava_of, parameter_groups
 from mllm.training.stages import PARTS
 
@@ -38,14 +38,11 @@ class TrainingModel(Objective):
     With tiles the newline is a parameter of this module too, because ZeRO-3 gathers parameters while their module runs.
     """
 
-    def __init__(
-        self, model: nn.Module, *, features: bool, image_size: int = 0, packed: bool = True, bf16: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, *, features: bool, packed: bool = True, bf16: bool = False) -> None:
         """Wrap `model`.
 
         Args:
             features: Batches hold `image_features`, not `pixel_values`.
-            image_size: Side of a square that the encoder sees in pixels, for the FLOPs.
             packed: Pack batches (mllm/model/packing.py) if the language model allows it.
             bf16: Compute in bf16 with weights of any precision (autocast).
         """
@@ -54,7 +51,6 @@ class TrainingModel(Objective):
         self.features, self.bf16 = features, bf16
         self.image_newline = newline_of(self.llava)
         self.packed = packed and can_pack(self.llava.config.get_text_config())
-        self.costs = costs_of(self.llava, 0 if features else image_size)
         if self.packed:
             self.llava.model.language_model.set_attn_implementation(PACKED)
 
@@ -63,17 +59,17 @@ class TrainingModel(Objective):
         """The LLaVA model, without adapters around it."""
         return llava_of(self.model)
 
-    def forward(self, batch: Batch, labels: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, label_count: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch in the layout of `Collator`, and the same loss without its graph.
 
         Args:
-            labels: Number by which the sum over labels is divided; None: the number of labels in this batch.
+            label_count: Number by which the sum over labels is divided; None: the number of labels in this batch.
         """
         with autocast(batch["input_ids"].device, enabled=self.bf16):
-            loss = self._loss(batch, labels)
+            loss = self._loss(batch, label_count)
         return loss, {"loss": loss.detach()}
 
-    def _loss(self, batch: Batch, labels: Tensor | float | None) -> Tensor:
+    def _loss(self, batch: Batch, label_count: Tensor | float | None) -> Tensor:
         llava, ids, mask = self.llava, batch["input_ids"], batch["attention_mask"]
         counts, features, pixels = (batch.get(name) for name in ("counts", "image_features", "pixel_values"))
         if counts is None:  # without them the host waits for the GPU
@@ -83,19 +79,8 @@ class TrainingModel(Objective):
             pixels = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=ids.device)
         embeds = embed_inputs(llava, ids, features, pixels, counts.image_tokens, batch.get("image_sizes", ()))
         packing = Packing.of(mask, counts) if self.packed else None
-        return causal_lm_loss(llava, embeds, mask, batch["labels"], labels, learned=counts.learned, packing=packing)
-
-    def told(self, engine: Engine, batches: Sequence[Batch]) -> Sequence[Any]:
-        """Return the step's mean number of labels of a micro-batch, by which the sum over labels is divided.
-
-        So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.
-        """
-        local = sum(batch["counts"].learned for batch in batches)
-        if engine.world_size == 1:
-            return [max(1, local) / len(batches)] * len(batches)
-        labels = torch.full((), float(local), device=engine.device)  # filled there: nothing waits for the device
-        dist.all_reduce(labels)
-        return [labels.clamp(min=1) / (len(batches) * engine.world_size)] * len(batches)
+        labels = batch["labels"]
+        return causal_lm_loss(llava, embeds, mask, labels, label_count, learned=counts.learned, packing=packing)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`, the pixels in the encoder's precision."""
@@ -103,14 +88,6 @@ class TrainingModel(Objective):
         if "pixel_values" in moved:
             moved["pixel_values"] = moved["pixel_values"].to(self.llava.model.vision_tower.dtype)
         return moved
-
-    def flops(self, batch: Batch) -> int:
-        """Return the FLOPs of the forward and backward pass over a batch of `Collator`."""
-        return sum(count * self.costs[unit] for unit, count in units_of(batch, packed=self.packed).items())
-
-    def tokens(self, batch: Batch) -> int:
-        """Return the number of tokens of a batch, padding not counted."""
-        return batch["counts"].real
 
     def train(self, mode: bool = True) -> TrainingModel:
         """Set the mode of all modules, but keep the encoder in eval mode unless it trains."""
@@ -164,18 +141,21 @@ def read_batch(dataset: LlavaDataset, collator: Collator, indices: Sequence[int]
     return collator([dataset[index] for index in indices])
 
 
-class Stage(Training):
-    """What a stage gives to the loop besides its engine."""
+class LlavaTrainer(Trainer):
+    """Gives the loop a LLaVA stage: its batches, its rates, the number of labels of each step."""
 
     def __init__(
-        self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState
-    ) -> None:
+        self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState,
+        costs: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        """`costs` are those of `costs_of` (mllm/training/flops.py) before the engine was made."""
         self.arguments, self.engine, self.dataset, self.collator = arguments, engine, dataset, collator
         self.state = state
         self.steps = steps_of(arguments, len(dataset))
         self.samples = samples_after(self.steps, len(dataset), arguments.batch_size)
         state.samples = samples_after(state.step, len(dataset), arguments.batch_size)  # an old one counted full steps
-        self.log_every = arguments.logging_steps
+        self.log_every, self.costs = arguments.logging_steps, costs
+        self.local_module = engine.module
         self.factor = schedule(arguments, self.steps)
 
     def batches(self) -> Iterator[Batch]:
@@ -192,23 +172,32 @@ class Stage(Training):
         read = partial(read_batch, self.dataset, self.collator)
         return load_batches(read, left, self.arguments.dataloader_num_workers, "--dataloader_num_workers")
 
-    def batch_size(self) -> int:
-        """Return the number of samples of the next step; the last step of an epoch may have fewer."""
-        done = samples_after(self.state.step + 1, len(self.dataset), self.arguments.batch_size)
-        return done - self.state.samples
+    def begin_step(self) -> tuple[int, dict[str, float]]:
+        """Seed the dropout of the adapters, so that a resumed stage draws what it would have drawn."""
+        arguments, step = self.arguments, self.state.step
+        torch.manual_seed(hash((arguments.seed, step, dist.get_rank())))
+        size = samples_after(step + 1, len(self.dataset), arguments.batch_size) - self.state.samples
+        # The language model's rate comes first, because the log shows the first one.
+        return size, {part: self.factor(step) * arguments.rates[part] for part in reversed(PARTS)}
+
+    def prepare(self, batches: Sequence[Batch]) -> Sequence[Tensor | float]:
+        """Return the step's mean number of labels of a micro-batch, by which the sum over labels is divided.
+
+        So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.
+        """
+        engine, local = self.engine, sum(batch["counts"].learned for batch in batches)
+        if engine.world_size == 1:
+            return [max(1, local) / len(batches)] * len(batches)
+        labels = torch.full((), float(local), device=engine.device)  # filled there: nothing waits for the device
+        dist.all_reduce(labels)
+        return [labels.clamp(min=1) / (len(batches) * engine.world_size)] * len(batches)
+
+    def cost(self, batch: Batch) -> tuple[int, int]:
+        return flops_of(batch, self.costs, packed=self.engine.module.packed), batch["counts"].real
 
     def saves(self) -> bool:
         """Return True after every --save_steps steps."""
         return self.state.step % self.arguments.save_steps == 0
-
-    def begin_step(self) -> None:
-        """Seed the dropout of the adapters, so that a resumed stage draws what it would have drawn."""
-        torch.manual_seed(hash((self.arguments.seed, self.state.step, dist.get_rank())))
-
-    def rates(self) -> dict[str, float]:
-        """Return the learning rate of each part in the next step."""
-        factor, peaks = self.factor(self.state.step), self.arguments.rates
-        return {part: peaks[part] * factor for part in reversed(PARTS)}  # the language model's first: it is logged
 
 
 def steps_of(arguments: TrainArguments, samples: int) -> int:

@@ -21,7 +21,7 @@ from mllm.model.quantize import dequantize, quantize
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
-from mllm.training.task import Stage, TrainingModel
+from mllm.training.task import LlavaTrainer, TrainingModel
 
 place = tiny_llava.place  # a fixture
 
@@ -44,7 +44,7 @@ def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(kind, 
     flags = [*STAGES[kind], "--max_steps", "9"]
     run(place, monkeypatch, *flags, "--output_dir", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "begin_step", Stage.begin_step)  # undone at the end of the block
+        patch.setattr(LlavaTrainer, "begin_step", LlavaTrainer.begin_step)  # undone at the end of the block
         stop_in_step(7)  # in the second epoch of stage 1, in the first one of stage 2
         with pytest.raises(Stopped) as stopped:
             run(place, monkeypatch, *flags, "--output_dir", broken)
@@ -105,7 +105,7 @@ def test_the_short_last_step_of_an_epoch_counts_the_samples_that_it_has(place, m
     """20 samples in steps of 8, two epochs: in the plan, the log and done.json, also after a resume."""
     flags = [*ALIGN, "--batch_size", "8", "--output_dir", "runs/short", "--save_steps", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "begin_step", Stage.begin_step)  # undone at the end of the block
+        patch.setattr(LlavaTrainer, "begin_step", LlavaTrainer.begin_step)  # undone at the end of the block
         stop_in_step(4)
         output = command(place, monkeypatch, "train_llava", *flags, code=143)
     assert "= 40 samples, 2.0 epochs" in output

@@ -91,7 +91,7 @@ def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: st
     run = tiny_run(kind=kind)
     engine = make_engine(Task(random_model(run), run), run, GPU, {"zero_optimization": {"stage": 0}})
     engine.set_rates(rates_of(1e-2, 2e-2))
-    on_device = {**engine.task.counted(tiny_batch(0)), **moved(0, GPU)}
+    on_device = {**engine.module.counted(tiny_batch(0)), **moved(0, GPU)}
     agree = engine.agree
 
     def agree_and_wait(*arguments: object, **options: object) -> object:

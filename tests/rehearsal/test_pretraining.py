@@ -17,6 +17,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import predict, text_features
 from clips.evaluation.testsets import Item
 from clips.recipes import recipe, with_tower
+from clips.training.flops import flops_of
 from clips.training.losses import info_nce
 from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.prepare import full_batch
@@ -73,7 +74,7 @@ def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tupl
     assert step.weights == pytest.approx(4 * sum(p.numel() for p in task.parameters()), rel=0.01)
     with rehearsed_ranks(gpus):
         batch = full_batch(run, phase.image_size, micro_batch_size(phase, count, gpus), META)
-        flops = task.flops(batch, repeated=True) * (count if run.train.whole_step else 1)
+        flops = flops_of(task, batch, repeated=True) * (count if run.train.whole_step else 1)
     assert flops == pytest.approx(counted.flops, rel=2e-3)
 
 
