@@ -154,7 +154,7 @@ class LlavaTrainer(Trainer):
         self.steps = steps_of(arguments, len(dataset))
         self.samples = samples_after(self.steps, len(dataset), arguments.batch_size)
         state.samples = samples_after(state.step, len(dataset), arguments.batch_size)  # an old one counted full steps
-        self.log_every, self.costs = arguments.logging_steps, costs
+        self.log_every, self.peaks, self.costs = arguments.logging_steps, arguments.rates, costs
         self.local_module = engine.module
         self.factor = schedule(arguments, self.steps)
 
@@ -178,7 +178,7 @@ class LlavaTrainer(Trainer):
         torch.manual_seed(hash((arguments.seed, step, dist.get_rank())))
         size = samples_after(step + 1, len(self.dataset), arguments.batch_size) - self.state.samples
         # The language model's rate comes first, because the log shows the first one.
-        return size, {part: self.factor(step) * arguments.rates[part] for part in reversed(PARTS)}
+        return size, {part: self.factor(step) * self.peaks[part] for part in reversed(PARTS)}
 
     def prepare(self, batches: Sequence[Batch]) -> Sequence[Tensor | float]:
         """Return the step's mean number of labels of a micro-batch, by which the sum over labels is divided.

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from clips.data.splits import held_out_images
 from mllm.data.sampler import EpochSampler
-from mllm.training.task import Collator, Stage
+from mllm.training.task import Collator, LlavaTrainer
 
 place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16
@@ -129,7 +129,7 @@ def test_a_stopped_stage_goes_on_with_the_same_data_only(place: Path, monkeypatc
         return command(place, monkeypatch, "train_llava", *words, code=code)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "begin_step", Stage.begin_step)  # undone at the end of the block
+        patch.setattr(LlavaTrainer, "begin_step", LlavaTrainer.begin_step)  # undone at the end of the block
         stop_in_step(4)
         ended(143, records)
     another = conversation("12.png", [("What is it?", "a dog")])
