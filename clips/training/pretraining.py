@@ -133,12 +133,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     start.at("the engine")
     engine = make_engine(Task(model, run), run, device, ds_config)
     if previous is not None:
-        try:
-            engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
-        except KeyError as error:
-            raise UserError(
-                f"{previous.path} holds no {error}: optim.kind cannot change in a run, and a frozen tower stays frozen"
-            ) from None
+        _restore_optimizer(engine, previous, optimizer_steps(run, state))
     if start.rank == 0:
         _record(run, options, previous, beginning, engine)
     start.finish()
@@ -164,6 +159,15 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
         # The cores of this machine's other ranks are free now.
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
         finish_run(run, trained, tokenizer, options.run_dir)
+
+
+def _restore_optimizer(engine: Engine, previous: checkpoint.Checkpoint, steps: int) -> None:
+    try:
+        engine.state.restore_optimizer(previous.optimizer(), steps)
+    except KeyError as error:
+        raise UserError(
+            f"{previous.path} holds no {error}: optim.kind cannot change in a run, and a frozen tower stays frozen"
+        ) from None
 
 
 def _record(
@@ -250,7 +254,7 @@ class CLIPSTrainer(Trainer):
         return False
 
     def end_step(self) -> None:
-        """Clamp the logit scale."""
+        """Clamp the logit scale, and count the step of the phase."""
         limit_logit_scale(self.engine)
         self.state.phase_step += 1
 
@@ -290,6 +294,7 @@ class CLIPSTrainer(Trainer):
         return of_rank_0[0]
 
     def validate_if_due(self, log: RunLog) -> None:
+        """Validate if `validates` says so."""
         if self.validates():
             self.validate(log)
 

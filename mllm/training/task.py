@@ -193,6 +193,7 @@ class LlavaTrainer(Trainer):
         return [labels.clamp(min=1) / (len(batches) * engine.world_size)] * len(batches)
 
     def cost(self, batch: Batch) -> tuple[int, int]:
+        """Return the FLOPs of a micro-batch, and its number of tokens without padding."""
         return flops_of(batch, self.costs, packed=self.engine.module.packed), batch["counts"].real
 
     def saves(self) -> bool:
