@@ -41,6 +41,24 @@ Mend it, set PHOTOS=DIR, or run the demo on drawings: bash scripts/quickstart.sh
     gender="Who is this product for?" usage="What is this product for?"
 }
 
+# run COMMAND…: run a step in a process group of its own, pass signals on to it, wait for it, and return its exit code.
+run() {
+  local code name step
+  set -m
+  "$@" &
+  step=$!
+  set +m
+  # shellcheck disable=SC2064
+  for name in HUP INT TERM; do trap "kill -s $name -- -$step" "$name"; done
+  while :; do
+    code=0
+    wait "$step" || code=$? # a signal ends it early
+    kill -0 "$step" 2>/dev/null || break
+  done
+  trap - HUP INT TERM
+  return "$code"
+}
+
 echo "== 1. install"
 install demo chat
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # more threads than physical cores make the small matrices here slower
@@ -56,7 +74,7 @@ pretrain=(scripts/pretrain_clips.py --set "train.seed=$SEED")
 llava=(--vision clips --seed "$SEED")
 chat=(python scripts/chat.py --web)
 if [ "$what" = demo ]; then
-  python scripts/build_demo_data.py
+  run python scripts/build_demo_data.py
 else
   photos
   # Less than half of the samples of `small`, and a third more steps of stage 2 than `--small`: half an hour in all.
@@ -72,16 +90,16 @@ echo "== 3. pretrain, evaluate, export and report"
 if [ "$OMP_NUM_THREADS" -gt 1 ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
   # Two ranks with half of the cores each, because the demo's matrices are too small for threads (docs/speed.md).
   OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) \
-    python -m clips.common.launch --standalone --nproc-per-node 2 "${pretrain[@]}"
+    run python -m clips.common.launch --standalone --nproc-per-node 2 "${pretrain[@]}"
 else # one core, or GPUs, of which the demo's small model needs only one
-  python "${pretrain[@]}"
+  run python "${pretrain[@]}"
 fi
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
-NUM_GPUS=1 PYTHON="$venv/bin/python" bash scripts/train_llava.sh "${llava[@]}"
+NUM_GPUS=1 PYTHON="$venv/bin/python" run bash scripts/train_llava.sh "${llava[@]}"
 
 if [ "$what" = photos ]; then
-  python scripts/evaluate_llava.py --model runs/llava-photos/model --questions data/photos/question.jsonl \
+  run python scripts/evaluate_llava.py --model runs/llava-photos/model --questions data/photos/question.jsonl \
     --image-folder data/photos/test.tar
 fi
 python -c "from mllm.evaluation.summary import print_summary; print_summary('$what')"

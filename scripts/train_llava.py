@@ -61,11 +61,13 @@ def ranks_of(device: str) -> int:
 
 
 def run(command: list[str], env: Mapping[str, str]) -> None:
-    """Run `command`, and exit with its code if it fails. Ctrl-C is left to the command, which then saves and ends."""
-    signal.signal(signal.SIGINT, lambda *_: None)
-    code = subprocess.run(command, env=env).returncode
-    if code != 0:
-        sys.exit(code if code > 0 else 128 - code)
+    """Run `command`, and exit with its code if it fails. After a signal it is waited for, because it saves first."""
+    from clips.common.launch import pass_signals_on, shell_code
+
+    came = pass_signals_on(but=signal.SIGINT)  # Ctrl-C reaches the whole process group
+    code = shell_code(subprocess.Popen(command, env=env).wait())
+    if code or came:
+        sys.exit(code or 128 + came[0])
 
 
 if __name__ == "__main__":

@@ -341,7 +341,8 @@ def show(words: list[str], field: int) -> None:
 def main() -> None:
     if sys.argv[1] == AS_PYTHON:
         process = Popen([sys.executable, *sys.argv[2:]])
-        signal.signal(signal.SIGUSR1, lambda number, _: process.send_signal(number))
+        for passed_on in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(passed_on, lambda number, _: process.send_signal(number))
         code = process.wait()
         sys.exit(code if code >= 0 else 128 - code)
     listener = socket.socket(fileno=int(sys.argv[1]))

@@ -170,6 +170,10 @@ def run_command(main: Callable[[], None]) -> int:
         message = str(error) if isinstance(error, CommandError) else _of_system(error)
         print(f"\nerror: {printable(without_secrets(message), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, CommandError) else CommandError.exit_code
+    except KeyboardInterrupt:  # before the first step, or for the second time
+        _kill_workers()
+        print("\nerror: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except BaseException:
         _kill_workers()
         raise

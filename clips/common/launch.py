@@ -65,31 +65,45 @@ def main() -> int:
         threads = (os.cpu_count() or 1) // int(arguments.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
-    passed_on = 0
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal passed_on
-        passed_on = number
-        ranks = psutil.Process().children()
-        for rank in ranks:
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                rank.send_signal(number)
-        if not ranks:
-            sys.exit(128 + number)
-
     # torchrun's own handlers would kill the ranks after a while, and forget what they ended with.
     arguments.signals_to_handle = "SIGQUIT"
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # ignored under nohup
-            signal.signal(number, pass_on)
+    came = pass_signals_on()
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 and not passed_on:
+        if failure.exitcode < 0 and not came:
             print(f"\nerror: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr, flush=True)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        return shell_code(failure.exitcode)
     return 0
+
+
+def pass_signals_on(but: int = 0) -> list[int]:
+    """From now on pass stop signals on to the processes that this one has started, or end if there are none.
+
+    Returns the list of the signals that came. `but` is one that these processes get anyway.
+    """
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        children = psutil.Process().children()
+        for child in children:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if number != but:
+                    child.send_signal(number)
+        if not children:
+            sys.exit(128 + number)
+
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, pass_on)
+    return came
+
+
+def shell_code(code: int) -> int:
+    """Return the exit code of a process as a shell has it: 128 + N for signal N."""
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

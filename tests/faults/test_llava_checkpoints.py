@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_llava
 import torch
+import warm
 from conftest import ROOT, run_group
 from launched import flip_bit, lines, of_run, started, wait_for, wait_until_gone
 from llava_worker import keep_at
@@ -125,6 +126,28 @@ def test_what_is_sealed_and_does_not_fit_the_run(place, whole, tmp_path, monkeyp
     (tmp_path / "run/align/checkpoint-4").mkdir()
     output = command(place, monkeypatch, "train_llava", *FLAGS, "--output_dir", tmp_path / "run", code=2)
     assert "was written by an older version" in output
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGHUP)])
+def test_row_03_a_signal_to_train_llava_sh_reaches_the_stage(ranks, number, place, tmp_path):
+    """The stage went on as an orphan, the next one never came, and the same command was refused."""
+    out, log = place / "runs" / f"stopped-{ranks}-{number}", tmp_path / "log"
+    words = anywhere(place, [*ALIGN[2:], "--vision", f"clips:{place}/runs/clips-demo", "--output_dir", str(out)])
+    words += ["--instruct.data_path", str(place / "instruct.json"), "--align.data_path", str(place / "align.json")]
+    command = ["bash", str(ROOT / "scripts/train_llava.sh"), *words]
+    env = {"PYTHON": str(warm.program(tmp_path)), "NUM_GPUS": str(ranks), warm.ADDRESS: warm.start()}
+    with started([*command, "--align.num_train_epochs", "2000"], log, env) as train:
+        wait_for(lambda: len(lines(out)) >= 3, train, log, 300)
+        train.send_signal(number)  # to this process alone
+        assert train.wait(60) == 128 + number, log.read_text()
+        wait_until_gone(out)
+    assert "a checkpoint was saved" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not (out / "instruct").exists()
+    with started([*command, "--align.num_train_epochs", "2000"], log, env) as train:
+        wait_for(lambda: "goes on from" in log.read_text(), train, log, 300)
+        os.killpg(train.pid, signal.SIGTERM)
+        train.wait(60)
 
 
 def test_workers_end_with_a_killed_process(place: Path, tmp_path: Path) -> None:

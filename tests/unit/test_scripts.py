@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 from conftest import ROOT, run_group
+from launched import started, wait_for
 
 from clips.common.files import write_json
 from clips.common.flags import Parser, add_options, at_least, from_flags, given, option, share
@@ -107,6 +108,27 @@ def test_the_quickstart_runs_under_a_path_with_a_space(tmp_path: Path) -> None:
     assert "-m clips.common.launch --standalone --nproc-per-node 2 scripts/pretrain_clips" in calls
     subprocess.run([place / "bin" / "deepspeed", "a b"], check=True)
     assert (tmp_path / "calls").read_text().endswith("-m deepspeed.launcher.runner a b\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_the_quickstart_passes_signals_on_and_waits(number: int, code: int, tmp_path: Path) -> None:
+    """The step went on as an orphan, and the same command was refused."""
+    step = f"""echo "$@" >>"{tmp_path}/calls"
+if [[ "$*" == *device_count* ]]; then echo 0; fi
+if [[ "$*" == *pretrain* ]]; then
+  for name in TERM HUP INT; do trap "sleep 0.3; echo saved $name >>{tmp_path}/calls; exit {code}" $name; done
+  while :; do touch {tmp_path}/ready; sleep 0.05; done
+fi"""
+    for name in ("python", "pip"):
+        program(tmp_path / "bin" / name, step)
+    command = ["bash", str(ROOT / "scripts/quickstart.sh")]
+    env = {"VENV": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    with started(command, tmp_path / "log", env) as quickstart:
+        wait_for((tmp_path / "ready").exists, quickstart, tmp_path / "log")
+        quickstart.send_signal(number)
+        assert quickstart.wait(20) == code
+    calls = (tmp_path / "calls").read_text()
+    assert calls.endswith(f"saved {signal.Signals(number).name[3:]}\n"), calls
 
 
 TORCH = """
