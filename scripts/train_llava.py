@@ -14,11 +14,13 @@ SCRIPTS = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--launch"]:
-        return launch(sys.argv[2:])
-    from mllm.training.arguments import parse_train_arguments
+    first, *words = sys.argv[1:] or [""]
+    if first == "--launch":
+        return launch(words)
+    from mllm.training.arguments import StageArguments, parse_train_arguments
 
-    arguments = parse_train_arguments(sys.argv[1:])
+    is_complete = first == "--arguments"  # of `launch`, or of a comparison
+    arguments = StageArguments.from_json(words[0]) if is_complete else parse_train_arguments(sys.argv[1:])
     from mllm.training.run import run_stage
 
     return run_stage(arguments)
@@ -27,23 +29,20 @@ def main() -> None:
 def launch(words: list[str]) -> None:
     """Run each stage in separate processes, then the evaluation if there are questions for this model."""
     from clips.common.launch import launcher
-    from mllm.training.arguments import default_output_dir, flags_of_stage, parser
-    from mllm.training.stages import STAGES
+    from mllm.training.arguments import parse_stages
 
-    flags = {number: parser().parse_args(flags_of_stage(words, stage.name)) for number, stage in STAGES.items()}
-    last = flags[2]
-    numbers = [last.stage] if last.stage else list(STAGES)
+    stages = parse_stages(words)
+    last = stages[-1]
     python = os.environ.get("PYTHON") or sys.executable
     command = [python, *launcher(ranks_of(last.device)), str(SCRIPTS / "train_llava.py")]
-    is_model = numbers != [1] and not last.dry_run
+    is_model = last.stage == 2 and not last.dry_run
     # The demo's questions say nothing about a model that was trained on other data.
-    evaluates = is_model and not any(stage.data_path or stage.karpathy for stage in flags.values())
-    for number in numbers:
-        # A stage prints a next step only if none follows here. Each stage ignores the flags of the other.
-        env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or number != numbers[-1] else {}
-        more = ["--stage", str(number), *["--both_stages"] * (len(numbers) > 1)]
-        run([*command, *words, *more], os.environ | env)
-    place = Path(last.output_dir or default_output_dir(last.vision_tower))
+    evaluates = is_model and not any(arguments.data_path for arguments in stages)
+    for arguments in stages:
+        # A stage prints a next step only if none follows here.
+        env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or arguments is not last else {}
+        run([*command, "--arguments", arguments.to_json()], os.environ | env)
+    place = Path(last.output_dir)
     # The run of a model that was trained on captions holds images for its evaluation.
     if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):
         script = str(SCRIPTS / "evaluate_llava.py")

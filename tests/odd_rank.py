@@ -26,7 +26,7 @@ from clips.training import cli, prepare, pretraining
 from mllm.data.dataset import LlavaDataset
 from mllm.training import features, run
 from mllm.training import prepare as preparing
-from mllm.training.arguments import TrainArguments, parse_train_arguments
+from mllm.training.arguments import StageArguments, parse_train_arguments
 
 start.TELL_EVERY = 2.0
 MINUTES = 0.1
@@ -146,7 +146,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "fails at the tokenizer": lambda: setattr(prepare.CaptionTokenizer, "load", failing),
     "fails at the model": lambda: setattr(CLIPSModel, "freeze", failing),
     "fails at the engine": lambda: setattr(Engine, "__init__", failing),
-    "fails at the flags": lambda: setattr(TrainArguments, "resolve", failing),
+    "fails at the flags": lambda: setattr(StageArguments, "resolve", failing),
     "fails at the parts": lambda: setattr(preparing, "load_vision", failing),
     "fails at the features": lambda: setattr(features.FeatureCache, "fill", failing),
     "fails at the projector's start": lambda: setattr(run, "fit_to_captions", failing),

@@ -79,15 +79,15 @@ class _Formatter(argparse.HelpFormatter):
 
 def option(
     default: Any, text: str, *aliases: str, underscores: bool = False, bounds: Mapping[str, float] | None = None,
-    **argument: Any,
+    group: str = "", **argument: Any,
 ) -> Any:  # fmt: skip
     """Return a dataclass field that `add_options` turns into a flag.
 
     `text` is the flag's help, and `aliases` are further names. `underscores` keeps the field's name as the flag's name
-    and lets a bool take a value, as LLaVA's scripts do. `bounds` are as in `bounded`. `argument` goes to
-    `add_argument`, for example `metavar`.
+    and lets a bool take a value, as LLaVA's scripts do. `bounds` are as in `bounded`. `group` is the heading in
+    `--help` of this flag and those that follow. `argument` goes to `add_argument`, for example `metavar`.
     """
-    metadata = {"help": text, "aliases": aliases, "underscores": underscores, "argument": argument}
+    metadata = {"help": text, "aliases": aliases, "underscores": underscores, "argument": argument, "group": group}
     return dataclasses.field(default=default, metadata=metadata | {"bounds": bounds or {}})
 
 
@@ -130,10 +130,12 @@ def add_options(parser: argparse._ActionsContainer, kind: type, prefix: str = ""
     The field's type gives the flag's type. Literal gives choices, and a tuple takes several words. A bool is a switch:
     `--no-FIELD` if its default is True.
     """
-    hints = get_type_hints(kind)
+    hints, group = get_type_hints(kind), parser
     for f in dataclasses.fields(kind):
         if "help" not in f.metadata:
             continue
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         name, text = prefix + f.name, f.metadata["help"]
         if not f.metadata["underscores"]:
             name = name.replace("_", "-")
@@ -142,7 +144,7 @@ def add_options(parser: argparse._ActionsContainer, kind: type, prefix: str = ""
             name = f"no-{name}"
         names = (f"--{name}", *f.metadata["aliases"])
         argument |= f.metadata["argument"]
-        parser.add_argument(*names, dest=prefix + f.name, default=f.default, help=text, **argument)
+        group.add_argument(*names, dest=prefix + f.name, default=f.default, help=text, **argument)
 
 
 def _argument(hint: Any, default: Any, *, valued: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from mllm.compare.figures import benchmark_folder, benchmark_results
 from mllm.data.captions import count_records
 from mllm.data.questions import read_questions
 from mllm.evaluation.scores import scorer_version
-from mllm.training.arguments import TrainArguments, parse_train_arguments
+from mllm.training.arguments import StageArguments, TrainArguments, parse_stages
 from mllm.training.prepare import START_IMAGES, data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
 from mllm.training.task import samples_after, steps_of
@@ -45,26 +46,22 @@ MODEL = "llava_hf"
 
 
 # ------------------------------------------------------------------------------------------- both stages of a cell
-def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[str]:
-    """Return the flags of train_llava.py for one stage of a cell."""
-    flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
-    flags += ["--output_dir", str(cell.directory), "--device", comparison.device]
-    flags += [*comparison.train_flags, *dict(comparison.variants).get(cell.variant, ())]
-    flags += ["--both_stages"]  # both stages get the same flags, and each ignores those of the other
+def stage_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> StageArguments:
+    """Return what one stage of a cell is trained with. Raises UserError for flags that train_llava.sh would refuse."""
+    flags = ["--vision", cell.vision, "--seed", str(cell.seed), "--output_dir", str(cell.directory)]
+    flags += ["--device", comparison.device, *comparison.train_flags]
+    full = parse_stages([*flags, *dict(comparison.variants).get(cell.variant, ())])[stage - 1]
     share = comparison.budget_share
-    if share < 1:
-        full = parse_train_arguments(flags).resolve(comparison.gpus)
-        name = STAGES[stage].name
-        if full.max_steps > 0:
-            flags += [f"--{name}.max_steps", str(max(1, round(share * full.max_steps)))]
-        else:
-            flags += [f"--{name}.num_train_epochs", f"{share * full.num_train_epochs:g}"]
-    return flags
+    if share == 1:
+        return full
+    if full.max_steps > 0:
+        return replace(full, max_steps=max(1, round(share * full.max_steps)))
+    return replace(full, num_train_epochs=float(f"{share * full.num_train_epochs:g}"))
 
 
 def train_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> TrainArguments:
-    """Return the arguments as the run itself will parse them. Raises UserError for flags that it would refuse."""
-    return parse_train_arguments(train_flags(comparison, cell, stage)).resolve(comparison.gpus)
+    """Return the arguments of each rank of a cell's stage."""
+    return stage_arguments(comparison, cell, stage).resolve(comparison.gpus)
 
 
 def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
@@ -94,7 +91,7 @@ def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
     train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():
-        command = [*train, *train_flags(comparison, cell, number)]
+        command = [*train, "--arguments", stage_arguments(comparison, cell, number).to_json()]
         done = cell.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file))
     if comparison.asks_questions:

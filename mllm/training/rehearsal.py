@@ -23,7 +23,7 @@ from mllm.encoders.encoder import select_features
 from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import TrainArguments, TrainFlags
 from mllm.training.features import PICTURES_AT_ONCE
 from mllm.training.flops import costs_of, flops_of, units_of
 from mllm.training.freeze import count_parameters, llava_of
@@ -191,10 +191,10 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             zero = fitted(engine, width)["zero_optimization"]
         share = DEFAULTS[stage.name]["batch_size"] // machine.gpus
         for micro in (size for size in (16, 8, 4, 2, 1) if share % size == 0 or size == 1):
-            arguments = TrainArguments(
+            arguments = TrainFlags(
                 stage=number, data_path="data.json", per_device_train_batch_size=micro, bf16=True,
                 gradient_checkpointing=True, feature_cache=False, lora_enable=lora and number == 2,
-            ).resolve(machine.gpus)  # fmt: skip
+            ).complete().resolve(machine.gpus)  # fmt: skip
             training = staged(planned.build(), arguments).to(torch.bfloat16)
             batch = batch_of(training, micro, stage=number)
             step = rehearse(training, batch, stage=zero["stage"])

@@ -38,12 +38,12 @@ from clips.engine.engine import Engine
 from clips.engine.log import RunLog
 from clips.engine.loop import train as train_loop
 from mllm.data.captions import CaptionStore
-from mllm.training.arguments import STAGE_FLAGS, TrainArguments
+from mllm.training.arguments import StageArguments, TrainArguments, TrainFlags
 from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.flops import costs_of
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.prepare import START_IMAGES, Prepared, collator_of, fit_to_captions, prepare, record_config
-from mllm.training.stages import PARTS
+from mllm.training.stages import PARTS, STAGE_FLAGS
 from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
 
@@ -51,7 +51,7 @@ FEW, MANY_EPOCHS = 20, 20
 """Optimizer steps below which the plan says that a stage learns next to nothing, and epochs above which it warns."""
 
 
-def run_stage(flags: TrainArguments) -> None:
+def run_stage(flags: StageArguments) -> None:
     """Train one stage, from its newest checkpoint if there is one; a finished stage is left as it is.
 
     Raises the errors of clips/common/errors.py. Every rank raises the same error, unless the error is one rank's own.
@@ -208,7 +208,7 @@ def writing(failed: str) -> Iterator[None]:
 def command_line(arguments: TrainArguments, world_size: int) -> str:
     """Return the command of this stage, with every flag that differs from the parser's default."""
     words = ["python", *launcher(world_size), "scripts/train_llava.py", "--stage", str(arguments.stage)]
-    for field in dataclasses.fields(TrainArguments):
+    for field in dataclasses.fields(TrainFlags):
         value = getattr(arguments, field.name)
         others = STAGE_FLAGS[3 - arguments.stage]
         if value is None or value == field.default or field.name in ("stage", "dry_run", *others):

@@ -117,6 +117,39 @@ STAGES = {
     1: Stage(number=1, name="align", zero=2),
     2: Stage(number=2, name="instruct", zero=3),
 }
+STAGE_FLAGS = {
+    1: ("mm_projector_init",),
+    2: ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "freeze_mm_mlp_adapter", "mm_vision_tower_lr"),
+}
+"""Stage → the flags that only this stage has."""
+
+
+def default_in_words(name: str, unset: str) -> str:
+    """Return the defaults of the flag `name` in every stage that has it; `unset` stands for None."""
+
+    def shown(demo: bool) -> str:
+        of_stage = {}
+        for stage in STAGES.values():
+            if name not in STAGE_FLAGS[3 - stage.number]:
+                for words, lora in ((stage.name, False), (f"{stage.name} with LoRA", True)):
+                    of_stage[words] = stage.defaults(lora=lora, demo=demo, full=not lora).get(name, unset)
+                if of_stage[words] == of_stage[stage.name]:
+                    del of_stage[words]
+        texts = [_in_words(value) for value in of_stage.values()]
+        if len(set(texts)) == 1:
+            return texts[0]
+        return ", ".join(f"{text} for {words}" for text, words in zip(texts, of_stage, strict=True))
+
+    own, demo = shown(False), shown(True)
+    return own if own == demo else f"{own}; the demo and --small: {demo}"
+
+
+def _in_words(value: Any) -> str:
+    """Return a default as one would type it."""
+    if isinstance(value, float) and 0 < value < 0.01:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def freeze_table(

@@ -189,7 +189,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     comparison = Comparison(
         encoders=("clips", "blind"), seeds=1, output=tmp_path, device="cpu",
-        train_flags=("--data_path", str(tmp_path / "mine.json")),
+        train_flags=tuple(f"--{stage}.data_path={tmp_path}/mine.json" for stage in ("align", "instruct")),
         benchmarks=("questions",), include_path=tmp_path / "tasks",
     )  # fmt: skip
     (tmp_path / PLAN).write_text("{}")  # the cell notes which plan it was run under

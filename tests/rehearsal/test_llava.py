@@ -17,7 +17,7 @@ from mllm.evaluation.batches import pixel_inputs
 from mllm.model.load import CACHE
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import TrainFlags
 from mllm.training.flops import costs_of, flops_of
 from mllm.training.freeze import llava_of
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, batch_of, rehearse, rehearse_features, staged
@@ -39,8 +39,8 @@ def made(
     model = Planned(name, TOWER, **sees).build()
     if bits < 16:
         quantize(model.model.language_model, bits, torch.bfloat16, META)
-    arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
-    arguments = replace(arguments.resolve(1), gradient_checkpointing=checkpointing)
+    arguments = TrainFlags(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
+    arguments = replace(arguments.complete().resolve(1), gradient_checkpointing=checkpointing)
     return staged(model, arguments, **how).to(torch.bfloat16)
 
 

@@ -4,7 +4,6 @@ import functools
 import importlib
 import re
 import shlex
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from conftest import ROOT, load_script
 
 from clips.training.cli import config_from_flags
 from mllm.encoders.registry import parse_vision_name
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.arguments import parse_stages
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"source", "mkdir", "tar", "head", "sha256sum", "vllm", "ruff", "coverage", "pre-commit", "pip", "tensorboard"}
@@ -43,9 +42,8 @@ def commands() -> set[str]:
 
 def check_stages(words: list[str]) -> None:
     """The flags of train_llava.sh, read for each stage that it would run."""
-    one = "--stage" in words
-    for more in [[]] if one else [["--stage", "1", "--both_stages"], ["--stage", "2", "--both_stages"]]:
-        parse_vision_name(parse_train_arguments([*words, *more]).vision_tower)
+    for arguments in parse_stages(words):
+        parse_vision_name(arguments.vision_tower)
 
 
 def check_python_script(path: Path, words: list[str]) -> None:
@@ -62,8 +60,8 @@ def check_python_script(path: Path, words: list[str]) -> None:
     if path.name == "compare_encoders.py":
         for name in flags.encoders or ():
             parse_vision_name(name)
-        for stage, further in product(("1", "2"), [(), *dict(flags.variants).values()]):
-            parse_train_arguments([*flags.train_flags, *further, "--stage", stage, "--both_stages"])
+        for further in [(), *dict(flags.variants).values()]:
+            parse_stages([*flags.train_flags, *further])
 
 
 def check(command: str) -> None:

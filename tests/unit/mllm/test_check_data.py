@@ -27,7 +27,7 @@ from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
 from mllm.data.questions import open_questions
 from mllm.encoders.registry import load_vision
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.arguments import parse_stages, parse_train_arguments
 from mllm.training.check_data import check_data, check_from_flags
 from mllm.training.prepare import data_of, open_data
 
@@ -256,7 +256,7 @@ def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[
 
     part = ("align", "instruct")[stage - 1]
     words = [f"--{part}.data_path", str(tmp_path / file), f"--{part}.image_folder", str(tmp_path / folder)]
-    data_path, image_folder = data_of(parse_train_arguments(["--stage", str(stage), "--both_stages", *words]))
+    data_path, image_folder = data_of(parse_stages(words)[stage - 1])
     encoder = ConversationEncoder(make_tokenizer("gpt2"), "plain" if stage == 1 else "chatml", 4, 2048)
     store = ImageStore(str(image_folder))
     samples = list(LlavaDataset(data_path, encoder, store))

@@ -27,7 +27,7 @@ from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.data.sampler import EpochSampler
 from mllm.evaluation.summary import print_summary
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import TrainFlags
 from mllm.training.prepare import data_of
 from mllm.training.task import Collator
 
@@ -341,5 +341,5 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     lines = [{"file_name": f"sub/{i}.png", "captions": [f"a {i}", f"b {i}"]} for i in range(3)]
     jsonl = write(tmp_path / "my.jsonl", lines)
     assert LlavaDataset(jsonl, encoder, open_store(jsonl, folder)).records[2].turns[1]["value"] == "a 2"
-    remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
+    remote = TrainFlags(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -21,7 +21,14 @@ from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.training.arguments import ACCEPTED, TrainArguments, flags_of_stage, parse_train_arguments
+from mllm.training.arguments import (
+    ACCEPTED,
+    StageArguments,
+    flags_of_stage,
+    parse_stages,
+    parse_train_arguments,
+    parser,
+)
 from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, part_of
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.run import command_line, print_plan
@@ -47,7 +54,7 @@ def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
     return copy.deepcopy(_built(places, projector))
 
 
-def arguments(*words: str) -> TrainArguments:
+def arguments(*words: str) -> StageArguments:
     """Of stage 1, if none is named."""
     return parse_train_arguments([*words, *(() if "--stage" in words else ("--stage", "1"))])
 
@@ -175,11 +182,8 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     epochs = arguments("--num_train_epochs", "2").resolve(1)
     assert (epochs.num_train_epochs, epochs.max_steps) == (2, -1), "not the demo's steps"
     assert arguments("--num_train_epochs", "2", "--max_steps", "3").resolve(1).max_steps == 3
-    assert arguments(*BOTH, "--lora_enable").resolve(1).llm_layers is None, "both stages have one language model"
+    assert parse_stages(["--lora_enable"])[0].llm_layers is None, "both stages have one language model"
     assert arguments("--model_name_or_path", "mine").resolve(1).llm_layers is None
-
-
-BOTH = ["--both_stages"]
 
 
 @pytest.mark.parametrize(
@@ -189,10 +193,10 @@ BOTH = ["--both_stages"]
 def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words: list[str]) -> None:
     with pytest.raises(UserError, match=f"{words[0]}.* stage"):
         arguments("--stage", str(stage), *words)
-    arguments("--stage", str(stage), *words, *BOTH)
+    parse_stages(words)
     own = words[0].replace("--", f"--{STAGES[stage].name}.")  # meant for this stage alone
     with pytest.raises(UserError, match="stage"):
-        arguments("--stage", str(stage), own, *words[1:], *BOTH)
+        parse_stages([own, *words[1:]])
     arguments("--stage", str(3 - stage), *words)
 
 
@@ -231,17 +235,18 @@ def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Pa
     lines = {"talk.jsonl": {"image": "0.png", "conversations": []}, "pairs.jsonl": {"image": "0.png", "caption": ["a"]}}
     for name, line in lines.items():
         (tmp_path / name).write_text(f"\n{json.dumps(line)}\n")
-    words = [*BOTH, "--data_path", str(tmp_path / "pairs.jsonl"), "--fields", "web=caption", "long=others"]
-    for stage in ("1", "2"):
-        resolved = arguments("--stage", stage, *words, "--held_out", "0.1").resolve(1)
+    words = ["--data_path", str(tmp_path / "pairs.jsonl"), "--fields", "web=caption", "long=others"]
+    for complete in parse_stages([*words, "--held_out", "0.1"]):
+        assert StageArguments.from_json(complete.to_json()) == complete
+        resolved = complete.resolve(1)
         assert (resolved.fields, resolved.held_out) == (("web=caption", "long=others"), 0.1)
         assert arguments(*command_line(resolved, 1).split()[2:]).resolve(1) == resolved
-        for path in (tmp_path / "talk.jsonl", tmp_path / "missing.jsonl", "x.json"):
-            with pytest.raises(UserError, match="both stages on one"):
-                arguments("--stage", stage, *BOTH, "--data_path", str(path))
+    for path in (tmp_path / "talk.jsonl", tmp_path / "missing.jsonl", "x.json"):
+        with pytest.raises(UserError, match="both stages on one"):
+            parse_stages(["--data_path", str(path)])
     talk = arguments("--data_path", str(tmp_path / "talk.jsonl")).resolve(1)
     assert talk.held_out is None, "conversations train whole"
-    coco = arguments("--karpathy", "coco.json", *BOTH).resolve(1)
+    coco = parse_stages(["--karpathy", "coco.json"])[0]
     assert (coco.data_path, coco.test_data) == ("coco.json#train+restval", "coco.json#test")
     with pytest.raises(UserError, match="leave out --data_path"):
         arguments("--karpathy", "coco.json", "--data_path", "x.csv")
@@ -251,14 +256,50 @@ def test_flags_of_one_stage_and_the_version_of_both() -> None:
     words = ["--seed", "3", "--align.learning_rate", "1e-2", "--instruct.lora_r", "4", "--version", "v1"]
     assert flags_of_stage(words, "align") == ["--seed", "3", "--version", "v1", "--learning_rate", "1e-2"]
     assert flags_of_stage(words, "instruct") == ["--seed", "3", "--version", "v1", "--lora_r", "4"]
-    one, two = arguments("--stage=1", "--stage", "1", *BOTH, *words), arguments("--stage", "2", *BOTH, *words)
-    assert (one.learning_rate, one.lora_r, one.resolve(1).version) == (1e-2, None, "plain")
-    assert (two.learning_rate, two.lora_r, two.resolve(1).version) == (None, 4, "v1")
+    one, two = parse_stages(words)
+    assert (one.stage, one.learning_rate, one.lora_r, one.version) == (1, 1e-2, 128, "plain")
+    assert (two.stage, two.learning_rate, two.lora_r, two.version) == (2, 5e-4, 4, "v1")
+    assert parse_train_arguments(["--stage=1", "--stage=2"]).stage == 2
     with pytest.raises(UserError, match="plain"):
         arguments("--align.version", "v1")
     for given in ([], ["--stage", "3"], ["--stage"]):
         with pytest.raises(UserError, match="give --stage 1"):
             parse_train_arguments(given)
+
+
+def test_types_say_what_is_decided_when(tmp_path: Path) -> None:
+    """A field that is an int or a str is never None from there on."""
+    (tmp_path / "pairs.jsonl").write_text('{"image": "0.png", "caption": "a"}')
+    own = ["--data_path", str(tmp_path / "pairs.jsonl")]
+    for words in ([], ["--lora_enable"], ["--model_name_or_path", "mine"], own, [*own, "--small", "--bits", "4"]):
+        for complete in parse_stages(words):
+            for decided in (complete, complete.resolve(1)):
+                for name, hint in get_type_hints(type(decided)).items():
+                    kinds = {type(choice) for choice in get_args(hint)} if get_origin(hint) is Literal else {hint}
+                    value = getattr(decided, name)
+                    assert type(None) in get_args(hint) or type(value) in kinds, (name, value)
+
+
+def test_help_prints_the_defaults_that_count(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """Six flags said "the stage's", and three defaults were wrong for the command beside them."""
+    monkeypatch.setenv("COLUMNS", "600")
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "the stage's" not in text
+    lines = {
+        line.split()[0]: line for line in text.replace("\n                        ", " ").splitlines() if "--" in line
+    }
+    own = parse_stages(["--align.data_path", "x.json", "--instruct.data_path", "x.json"])
+    for name in ("learning_rate", "batch_size", "max_steps", "mm_vision_select_layer", "image_aspect_ratio", "version"):
+        printed = lines[f"--{name}"].partition("(default: ")[2].rstrip(")")
+        usual, _, demo = printed.partition("; the demo and --small: ")
+        for text, stages in ((usual, own), (demo or usual, parse_stages([]))):
+            for stage in stages:
+                value = getattr(stage.resolve(1), name)
+                words = [part for part in text.split(", ") if part.endswith(f" for {stage.description.name}")] or [text]
+                shown = words[0].partition(" for ")[0]
+                assert (float(shown) if isinstance(value, (int, float)) else shown) == value, name
 
 
 @pytest.mark.parametrize(
