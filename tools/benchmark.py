@@ -32,7 +32,7 @@ from clips.common.errors import CommandError, run_command
 from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.live import LINE_SECONDS
-from clips.common.page import print_table
+from clips.common.page import print_table, table_of
 from clips.common.paths import SCRIPTS
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.config import ModelConfig, RunConfig
@@ -301,7 +301,7 @@ def main() -> None:
 
     cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    print_table(f"{flags.what}, {flags.size}: {where}", columns, cells)
+    print_table(table_of(f"{flags.what}, {flags.size}: {where}", columns, cells))
 
 
 if __name__ == "__main__":

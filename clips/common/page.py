@@ -229,9 +229,9 @@ def table_of(
     return table
 
 
-def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print `table_of` on stdout."""
-    console.Console(emoji=False, width=None if sys.stdout.isatty() else 160).print(table_of(title, head, rows))
+def print_table(table: rich_table.Table) -> None:
+    """Print a table on stdout."""
+    console.Console(emoji=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

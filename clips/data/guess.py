@@ -84,7 +84,7 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
     if fields.long == OTHERS:
         long = "one drawn in each step of pretraining, two of the others joined as the long caption"
     parts = f"images from {fields.image!r}, captions from {fields.web!r}, {long}"
-    say_once(f"{where}: {parts} (guessed; --fields overrules)")
+    warn_once(f"{where}: {parts} (guessed; --fields overrules)")
     return fields
 
 
@@ -93,7 +93,7 @@ def guess_delimiter(header: str, url: str) -> str:
     usual = "\t" if url.endswith(".tsv") else ","
     delimiter = max(usual, *"\t;|,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if delimiter != usual:
-        say_once(f"{url}: columns are separated by {delimiter!r}")
+        warn_once(f"{url}: columns are separated by {delimiter!r}")
     return delimiter
 
 
@@ -113,7 +113,7 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
         if any(os.path.exists(os.path.join(folder, path)) for path in paths):
             if folder != root:
                 place = "the current folder" if folder == "." else folder
-                say_once(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
+                warn_once(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
             return folder
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
     raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
@@ -186,13 +186,13 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
 
 
 @lru_cache
-def say_once(message: str) -> None:
-    """Print `message`, once in a process: a run opens its data several times."""
+def warn_once(message: str) -> None:
+    """Log `message` as a warning, once in a process, because a run opens its data several times."""
     log.warning("%s", without_secrets(message))
 
 
 def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> None:
-    say_once(f"{folder}: {', '.join(train[:2])} taken, {os.path.join(folder, others[0])} left for tests")
+    warn_once(f"{folder}: {', '.join(train[:2])} taken, {os.path.join(folder, others[0])} left for tests")
 
 
 class PictureFolder:
@@ -210,7 +210,7 @@ class PictureFolder:
         self._names, without = self.pairs(folder)
         self.left_out = len(without)
         if without:
-            say_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
+            warn_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
         several = []
         for name in self._names[:PROBED_TEXTS]:
             with suppress(ValueError):  # reported when the row itself is read
@@ -218,7 +218,7 @@ class PictureFolder:
                 several.append(len(lines) > 1 and all(map(str.strip, lines)))
         if 2 * sum(several) > len(several):
             self.columns, self.lists = ("image", "captions", "whole"), ("captions",)
-            say_once(f"{folder}: each line of a text is a caption (guessed; --fields web=whole takes the text as one)")
+            warn_once(f"{folder}: each line of a text is a caption (guessed; --fields web=whole takes the text as one)")
 
     def __len__(self) -> int:
         return len(self._names)

@@ -59,7 +59,7 @@ def make_loader(
     MAX_ATTEMPTS - 1 substitutes are broken, and CommandError if a worker died.
     """
     micro = [micro_batch_size(one, run.train.accumulation, world_size) for one in run.phases]
-    places = _places(run, micro, rank, world_size, phase, step)
+    places = _places(run.phases, run.train.accumulation, micro, rank, world_size, phase, step)
     return load_batches(BatchReader(source, tokenizer, run), places, run.data.workers, "data.workers")
 
 
@@ -82,14 +82,16 @@ Place = tuple[int, range]
 """A micro-batch's phase and its positions."""
 
 
-def _places(run: RunConfig, micro: list[int], rank: int, world_size: int, phase: int, step: int) -> Iterator[Place]:
+def _places(
+    phases: Sequence[PhaseConfig], accumulation: int, micro: list[int], rank: int, ranks: int, phase: int, step: int
+) -> Iterator[Place]:
     """Yield the place of each micro-batch of one rank, from a step to the end of the run."""
     first = 0
-    for index, config in enumerate(run.phases):
+    for index, config in enumerate(phases):
         done = step if index == phase else 0 if index > phase else config.steps
         for number in range(done, config.steps):
-            for part in range(run.train.accumulation):
-                begin = first + number * config.batch_size + (part * world_size + rank) * micro[index]
+            for part in range(accumulation):
+                begin = first + number * config.batch_size + (part * ranks + rank) * micro[index]
                 yield index, range(begin, begin + micro[index])
         first += config.seen
 

@@ -26,7 +26,7 @@ from clips.common.escape import clip
 from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import KarpathyFile, PictureFolder, expand, guess_fields, guess_root, is_karpathy, say_once
+from clips.data.guess import KarpathyFile, PictureFolder, expand, guess_fields, guess_root, is_karpathy, warn_once
 from clips.data.images import MAX_BYTES
 from clips.data.members import Members, OpenShard
 from clips.data.order import MixedOrder, Order, SampleOrder
@@ -454,7 +454,7 @@ class TableSource(Source):
                 if isinstance(value, str) and value:
                     paths.append(self._with_slashes(file, value))
                     if paths[-1] != value:
-                        say_once(f"{self.tables[file].name}: Windows' backslashes in image paths are read as slashes")
+                        warn_once(f"{self.tables[file].name}: Windows' backslashes in image paths are read as slashes")
         return paths
 
     def read(self, index: int) -> RawSample:

@@ -27,7 +27,7 @@ from pyarrow import parquet
 from clips.common.errors import UserError
 from clips.common.files import MOST_JSON, from_json
 from clips.common.paths import without_secrets
-from clips.data.guess import NAMES, guess_delimiter, say_once, usual
+from clips.data.guess import NAMES, guess_delimiter, usual, warn_once
 from clips.data.sample import cell_of, flat, image_in
 from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
@@ -72,7 +72,7 @@ class Table:
         columns, lists = self._json_columns() if self.is_json else (list(kinds), lists)
         self._numbered = _numbered(columns)
         for name, parts in self._numbered.items():
-            say_once(f"{self.name}: {parts[0]!r} to {parts[-1]!r} are read as one list, {name!r}")
+            warn_once(f"{self.name}: {parts[0]!r} to {parts[-1]!r} are read as one list, {name!r}")
         self.columns = [*columns, *self._numbered]
         self.lists = {*lists, *self._numbered}
         _, last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
@@ -85,9 +85,9 @@ class Table:
                 f"{self.name}: {left_out.count:,} of {left_out.count + len(self):,} rows skipped, the first is row "
                 f"{left_out.first} (more or fewer cells than the header, or an open quote)"
             )
-            say_once(self.problem)
+            warn_once(self.problem)
         if (schema.metadata or {}).get(b"encoding") == b"cp1252":
-            say_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")
+            warn_once(f"{self.name} is not UTF-8: it is read as cp1252 (Windows). If that is wrong, save it as UTF-8")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -133,7 +133,7 @@ class Table:
             return range(len(self)), range(len(self) + 1)
         order = np.argsort(images, kind="stable").astype(np.int32)
         ends = np.append(np.flatnonzero(np.diff(images[order], prepend=-1)), len(order))
-        say_once(f"{self.name}: {len(self):,} rows of {len(ends) - 1:,} images: the captions of each are gathered")
+        warn_once(f"{self.name}: {len(self):,} rows of {len(ends) - 1:,} images: the captions of each are gathered")
         return order, ends
 
     def _number_images(self, column: str, target: Path) -> None:

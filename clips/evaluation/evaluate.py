@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
 from clips.common.live import say
-from clips.common.page import Card, thumbnail
+from clips.common.page import Card, print_table, thumbnail
 from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
 from clips.data.images import decode_image
@@ -101,16 +100,14 @@ def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
 
 @torch.no_grad()
 def nearest_texts(
-    model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str, image_size: int
+    model: CLIPSModel, tokenizer: CaptionTokenizer, items: TestSet, *, image_size: int, batch_size: int, workers: int
 ) -> list[Card]:
-    """Return images of a split, drawn at random, each with the texts of the split that are nearest to it."""
-    items, _ = open_test_set(run.data, split)
-    options: dict[str, Any] = {"image_size": image_size, "workers": run.data.workers, "limit": POOL}
-    images = encode_images(model, items, batch_size=run.eval.batch_size, **options)
+    """Return images of a test set, drawn at random, each with the texts of the set that are nearest to it."""
+    images = encode_images(model, items, batch_size=batch_size, image_size=image_size, workers=workers, limit=POOL)
     rows_by_protocol = [(name, retrieval_rows(images, name)) for name in PROTOCOLS]
     protocol, rows = next(((name, rows) for name, rows in rows_by_protocol if rows), ("", []))
     texts = [images.captions[row][protocol][0] for row in rows]
-    features = encode_texts(model, tokenizer, texts, batch_size=run.eval.batch_size) if texts else None
+    features = encode_texts(model, tokenizer, texts, batch_size=batch_size) if texts else None
     cards = []
     for i in random.Random(0).sample(range(len(rows)), min(IMAGES, len(rows))):
         assert features is not None
@@ -154,7 +151,7 @@ def evaluate(
         image_size=image_size, batch_size=run.eval.batch_size, workers=run.data.workers,
     )  # fmt: skip
     if out is not None:
-        missing = missing_of(run, split)
+        missing = missing_of(run.data, split)
         write_figures(
             out, figures, model, skipped,
             test_set=split, checkpoint=checkpoint, image_size=image_size, missing=missing,
@@ -234,10 +231,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
+    fields = parse_fields(flags.fields, run.data.fields)
     figures, skipped, count = _measure_sets(
         model, loaded.tokenizer, sets, first,
-        probe_train=(lambda: _open(flags.probe_train, flags, run)) if flags.probe_train else None, limit=flags.limit,
-        image_size=size, batch_size=batch_size, workers=run.data.workers,
+        probe_train=(lambda: _open(flags.probe_train, fields, flags.image_root)) if flags.probe_train else None,
+        limit=flags.limit, image_size=size, batch_size=batch_size, workers=run.data.workers,
     )  # fmt: skip
     if not figures:
         raise UserError("nothing to measure: the test set has neither captions nor labels; name its --fields")
@@ -247,7 +245,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         )
     out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    missing = missing_of(run, first)
+    missing = missing_of(run.data, first)
     if trained := sum(count_trained_on(run.data, items) for items, _ in sets.values()):
         total = sum(len(items) for items, _ in sets.values())
         missing = f"{name}: the model was trained on {trained:,} of these {total:,} images."
@@ -256,7 +254,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         test_set=name, checkpoint=loaded.checkpoint, image_size=size, missing=missing, limit=flags.limit,
         trained_on=trained,
     )  # fmt: skip
-    Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
+    print_table(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 
@@ -270,7 +268,7 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
         return name, {name: (items, None)}
     if flags.data is not None:
         name = f"{Path(flags.data).stem.strip('*{}') or 'data'}-{_key(Path(flags.data))}"
-        return name, {name: (_open(flags.data, flags, run), None)}
+        return name, {name: (_open(flags.data, parse_fields(flags.fields, run.data.fields), flags.image_root), None)}
     tests = held_out_sets(run.data)
     known = dict.fromkeys(("val", "test", *tests))
     split = flags.split or ("test" if tests or not split_spec(run.data, "val") else "val")
@@ -289,9 +287,8 @@ def _key(data: Path) -> str:
     return sha256(data)[:8] if data.is_file() else hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:8]
 
 
-def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
+def _open(spec: str, fields: Fields, image_root: str | None) -> TestSet:
     """Open a folder with one folder of images per class, or data in any form that training takes."""
     if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
         return FolderSet(Path(spec))
-    fields = parse_fields(flags.fields, run.data.fields)
-    return SourceSet(open_source(spec, fields, image_root=flags.image_root, need_long=False))
+    return SourceSet(open_source(spec, fields, image_root=image_root, need_long=False))

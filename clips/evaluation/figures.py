@@ -11,7 +11,7 @@ from clips.common.files import write_json
 from clips.common.page import table_of
 from clips.common.report import metric_rows
 from clips.common.tensors import hash_weights
-from clips.config import RunConfig
+from clips.config import DataConfig
 from clips.data.demo import MISSING, is_by_one
 from clips.data.splits import is_demo
 from clips.evaluation.metrics import Figure
@@ -24,9 +24,9 @@ MATTER = (
 """Metrics in order of importance; the terminal shows the first six that were measured."""
 
 
-def missing_of(run: RunConfig, split: str) -> str | None:
+def missing_of(data: DataConfig, split: str) -> str | None:
     """Return in words what the evaluation of a split lacks if the demo had to be drawn by one artist, else None."""
-    return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
+    return MISSING if split == "test" and is_demo(data, "test") and is_by_one(data.demo_dir) else None
 
 
 def write_figures(

@@ -16,7 +16,7 @@ from clips.common.paths import inside, is_remote
 from clips.common.tensors import listed
 from clips.config import DataConfig
 from clips.data.demo import demo_split
-from clips.data.guess import say_once
+from clips.data.guess import warn_once
 from clips.data.images import ENDINGS, MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
@@ -215,7 +215,7 @@ def classes_of(labels: Iterable[str]) -> Classes | None:
     """Return the labels themselves as classes, in general templates, or None if they are numbers instead of names."""
     names = tuple(sorted(set(labels)))
     if all(map(str.isdecimal, names)):
-        say_once("zero-shot is skipped: the labels are numbers; evaluate_clips.py --classes FILE names them in order")
+        warn_once("zero-shot is skipped: the labels are numbers; evaluate_clips.py --classes FILE names them in order")
         return None
     return Classes(names, default_templates())
 

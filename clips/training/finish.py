@@ -11,12 +11,13 @@ from clips.common.paths import unused
 from clips.common.report import write_report
 from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
 from clips.common.tensors import assign_weights
-from clips.config import RunConfig
+from clips.config import DataConfig, RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine import checkpoint
 from clips.evaluation.evaluate import evaluate, nearest_texts
 from clips.evaluation.figures import figures_table, missing_of
+from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel
 from clips.weights.card import DRAWINGS
 from clips.weights.export import FORMATS, export_all, sample_inputs
@@ -43,7 +44,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     if split is not None:
         out = run_dir / "evaluation.json"
         figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=out, checkpoint=weights)
-        say(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
+        say(figures_table(figures, f"{split} split", first=split, missing=missing_of(run.data, split)))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,
@@ -55,25 +56,27 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         say(f"export/open_clip: not written: {reason}")
     shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        cards = nearest_texts(model, tokenizer, run, shown, size) if shown else ()
+        items = open_test_set(run.data, shown)[0] if shown else ()
+        sizes = {"image_size": size, "batch_size": run.eval.batch_size, "workers": run.data.workers}
+        cards = nearest_texts(model, tokenizer, items, **sizes) if items else ()
         facts = f"{run.recipe} · {run.samples:,} samples"
         facts += f" · {DRAWINGS}" if run.data.train == "demo" else ""
         write_report(run_dir, read_evaluations(run_dir).values(), cards, facts=facts)
-    print_next(run, run_dir)
+    print_next(run.data, run_dir)
 
 
-def print_next(run: RunConfig, run_dir: Path) -> None:
+def print_next(data: DataConfig, run_dir: Path) -> None:
     """Print what the run has written, and the command that trains a LLaVA-style model on it and on its captions."""
     report = f"{REPORT}, " if has_report(run_dir) else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
     evaluation = "evaluation.json, " if (run_dir / "evaluation.json").is_file() else ""  # a run may hold nothing out
     say(f"{run_dir} holds the finished run: {report}{evaluation}metrics.jsonl, export/ ({formats})")
     words = ["--vision", f"clips:{run_dir}"]
-    if run.data.train != "demo":
-        first = run.data.mix[0] if run.data.mix else run.data
+    if data.train != "demo":
+        first = data.mix[0] if data.mix else data
         words += ["--output_dir", str(unused(run_dir.with_name(f"llava-{run_dir.name}")))]
-        words += ["--data_path", run.data.mix[0].data if run.data.mix else run.data.train]
+        words += ["--data_path", data.mix[0].data if data.mix else data.train]
         words += ["--image_folder", first.image_root] if first.image_root else []
-        words += ["--test_data", run.data.test] if run.data.test else []
+        words += ["--test_data", data.test] if data.test else []
         words += [] if torch.cuda.is_available() else ["--small"]
     say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")

@@ -103,7 +103,7 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     is_trained = previous is not None and previous.state.samples == run.samples
     if start.of_rank_0(is_trained and is_finished(options.run_dir) and has_report(options.run_dir)):
         if start.rank == 0:
-            print_next(run, options.run_dir)
+            print_next(run.data, options.run_dir)
         start.close()
         shutdown()
         return

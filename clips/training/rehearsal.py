@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.page import print_table
+from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
@@ -127,7 +127,7 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str) -> None:
             f"{24 * days_of_phase * machine.gpus:,.0f}",
         ])  # fmt: skip
     head = ("phase", "micro-batches", "memory per rank, GB", "GFLOP per sample", "steps", "days", "GPU hours")
-    print_table(f"{run.recipe} on {machine} with ds_configs/{engine}.json", head, rows)
+    print_table(table_of(f"{run.recipe} on {machine} with ds_configs/{engine}.json", head, rows))
     checkpoint = step.weights + step.state
     print(
         f"{step.parameters / 1e6:,.0f} M parameters train; {days:.1f} days, {24 * days * machine.gpus:,.0f} GPU hours; "

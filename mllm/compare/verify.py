@@ -22,7 +22,7 @@ from typing import Any
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import printable
 from clips.common.files import read_json, sha256
-from clips.common.page import print_table
+from clips.common.page import print_table, table_of
 from clips.common.rundir import UNSEEN
 from clips.lab import archive
 from clips.lab.archive import ENDING, differences
@@ -179,7 +179,7 @@ def verify_from_flags(place: str) -> None:
     path = Path(place)
     with opened(path) as output:
         result = verified(output, path)
-    print_table("mean ± standard deviation over seeds", *headline(result.report))
+    print_table(table_of("mean ± standard deviation over seeds", *headline(result.report)))
     cells = len(result.report["cells"])
     print(f"verified: {cells} cells, {result.answers:,} answers scored again, every metric as in {REPORT}")
     print(printable(result.kept))

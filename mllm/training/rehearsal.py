@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, ViTConfig
 
 from clips.common.errors import UserError
-from clips.common.page import print_table
+from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
@@ -220,7 +220,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             f"{steps_of(arguments, SAMPLES[number]):,}", f"{days_of_stage:.2f}",
         ])  # fmt: skip
     head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory per rank, GB", "TFLOP per sample")
-    print_table(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows)
+    print_table(table_of(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows))
     layout = dataclasses.replace(planned.layout, frames=0)
     video = f", {planned.layout.most:,} per video" if planned.frames else ""
     print(

@@ -20,7 +20,7 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data import sidecar as sidecar_module
 from clips.data import table
-from clips.data.guess import expand, say_once
+from clips.data.guess import expand, warn_once
 from clips.data.sample import BrokenSample
 from clips.data.sources import MOST_ROWS, Source, open_source
 from clips.data.splits import check_readable
@@ -257,7 +257,7 @@ def csv_of(path: Path, rows: list[str]) -> Path:
 def test_rows_that_are_left_out_are_counted_by_every_command(tmp_path, caplog, rows, left, said):
     path = csv_of(tmp_path / "t.csv", rows)
     for _ in range(2):  # the second time the copy is there
-        say_once.cache_clear()
+        warn_once.cache_clear()
         caplog.clear()
         source = open_tar(path, TABLE_FIELDS)
         assert len(source) == left

@@ -224,7 +224,8 @@ def test_the_figures_are_those_of_a_loop_over_single_pictures(inputs, run, token
 
 
 def test_the_nearest_texts_of_an_image_come_in_order_and_its_own_is_right(run, tokenizer):
-    cards = nearest_texts(random_model(run), tokenizer, run, "test", 32)
+    items, _ = open_test_set(run.data, "test")
+    cards = nearest_texts(random_model(run), tokenizer, items, image_size=32, batch_size=8, workers=0)
     assert len(cards) == 12
     for card in cards:
         cosines = [float(shown.removeprefix("cosine ")) for shown, *_ in card.texts]

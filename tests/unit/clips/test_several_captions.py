@@ -15,7 +15,7 @@ from launched import write_shard, write_table
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, Fields
 from clips.data.check import check_pairs
-from clips.data.guess import say_once
+from clips.data.guess import warn_once
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
@@ -123,7 +123,7 @@ def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
     path = write_rows(tmp_path, name, rows)
     for _ in range(2):  # the second time the index is there
         caplog.clear()
-        say_once.cache_clear()
+        warn_once.cache_clear()
         source = opened(path)
         assert f"{name}: {len(rows)} rows of {IMAGES} images: the captions of each are gathered" in caplog.text
         assert "two of the others joined" in caplog.text
