@@ -2,6 +2,7 @@
 over single pictures. What a run and the commands measure, export and report."""
 
 import json
+import shlex
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -265,6 +266,10 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(run, tokenizer,
     errors = capsys.readouterr().err
     (line,) = [line for line in errors.splitlines() if line.startswith("warning")]
     assert f"the report of {run_dir} is not written" in line
+    following = shlex.split(errors.splitlines()[-1])
+    assert following[:5] == ["Next:", "bash", "scripts/train_llava.sh", "--vision", f"clips:{run_dir}"]
+    assert following[5:7] == ["--output_dir", str(tmp_path / "llava-my-[bold]run")]
+    assert following[7:] == ["--data_path", run.data.train, "--test_data", run.data.test, "--small"]
     assert "Traceback" not in errors
     assert is_finished(run_dir)
     assert not has_report(run_dir)

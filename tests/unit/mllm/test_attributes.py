@@ -24,7 +24,7 @@ from mllm.data.attributes import SHORT, balanced_pairs, build_from_flags, descri
 from mllm.data.images import ImageStore
 from mllm.data.questions import read_questions
 from mllm.model.load import FACTS, data_of
-from mllm.training.finish import trained_on
+from mllm.training.finish import print_next, trained_on
 
 FEW = ("--min-count", "2", "--per-kind", "40")
 
@@ -71,6 +71,11 @@ def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures
     assert f"--output_dir runs/llava-out-2 --small --image_folder {shop} --align.data_path {out / 'align.json'}" in line
     assert line.endswith(f"--instruct.data_path {out / 'instruct.json'}")
     assert json.loads((out / "manifest.json").read_text())["images"] == dict.fromkeys(("train", "test"), str(shop))
+    trains = {"instruct": {"trains": {"data_path": str(out / "instruct.json")}}}
+    (tmp_path / "runs/llava-out/config.json").write_text(json.dumps(trains))
+    print_next(2, Path("runs/llava-out"))
+    measured = f"--model runs/llava-out/model --questions {out / 'question.jsonl'} --image-folder {shop}"
+    assert f"Next: python scripts/evaluate_llava.py {measured}\n" in capsys.readouterr().err
     records = json.loads((out / "instruct.json").read_text())
     questions = read_questions(out / "question.jsonl")
     assert not list(out.glob("*.tar"))
