@@ -155,6 +155,8 @@ def run_command(main: Callable[[], None]) -> int:
                 stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_ForTerminal())
+    # torch, which is not imported yet, would print 20 lines of C++ frames above the message about a lost rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     try:
         try:

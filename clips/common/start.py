@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -205,10 +206,12 @@ class Start:
         while True:
             wait = timedelta(seconds=min(TELL_EVERY, self.patience))
             try:
+                if not serves:
+                    _wait_for_server(host, port, wait.total_seconds())
                 return dist.TCPStore(
                     host, port, self.ranks, serves, timeout=wait, wait_for_workers=False, multi_tenant=True
                 )
-            except dist.DistError as error:
+            except (dist.DistError, OSError) as error:
                 if serves and "EADDRINUSE" in str(error):
                     raise UserError(f"port {port} is taken: give deepspeed --master_port {port + 1}") from None
                 text = f"rank {self.rank} does not reach rank 0 at {host}:{port}: {first_line(error)}"
@@ -321,6 +324,21 @@ class Start:
                 return
         print(f"\nerror: {printable(str(error))}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
+
+
+def _wait_for_server(host: str, port: int, seconds: float) -> None:
+    """Wait until something listens at the address. Raises the last OSError after `seconds`.
+
+    torch's own client prints 20 lines of C++ frames if nothing does.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, port), seconds).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
 
 
 def _lines(values: Mapping[int, Any]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -60,8 +61,12 @@ def told(error: Exception) -> str:
 
 
 async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Answer 400 to an event that has too many bytes or JSON values, or that gradio cannot read."""
+    """Answer 400 to an event of another site's page, with too many bytes or JSON values, or that gradio cannot read."""
     try:
+        # A browser sends forms, also with files, to any site without asking, and names the page that it did so for.
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers["host"]:
+            raise UserError("this page answers to no other site")
         if request.method == "POST" and not request.url.path.endswith("/upload"):  # gradio limits uploads
             if int(request.headers.get("content-length", LIMITS.body_bytes + 1)) > LIMITS.body_bytes:
                 raise UserError(f"an event has a length of at most {LIMITS.body_bytes:,} bytes")

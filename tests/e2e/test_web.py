@@ -128,3 +128,15 @@ def test_malformed_events_cost_little_and_leave_no_traceback(address: str, place
 def test_another_name_of_this_machine_is_not_answered(address: str) -> None:
     """A browser may be led here by a name of another site's (DNS rebinding)."""
     assert httpx2.get(address, headers={"Host": "rebound.example"}, trust_env=False).status_code == 400
+
+
+def test_another_site_cannot_make_a_browser_upload_here(address: str, place: Path) -> None:
+    """A page of any site may post a form with files without asking first."""
+    uploads = place / "uploads"
+    before = {*uploads.rglob("*")}
+    sent = {"files": {"files": ("a.png", (place / "scene.png").read_bytes())}, "trust_env": False}
+    for origin in ("https://evil.example", "http://localhost.evil.example", "null", address.replace("http://", "")):
+        response = httpx2.post(f"{address}/gradio_api/upload", headers={"Origin": origin}, **sent)
+        assert (response.status_code, "no other site" in response.text) == (400, True), origin
+    assert {*uploads.rglob("*")} == before
+    assert httpx2.post(f"{address}/gradio_api/upload", headers={"Origin": address}, **sent).status_code == 200

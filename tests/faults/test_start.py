@@ -191,6 +191,15 @@ def facts_of(fact: str, odd: int) -> tuple[str, str]:
     return (fact, "nothing") if odd == 0 else ("nothing", fact)
 
 
+def test_a_rank_alone_ends_with_its_sentence_and_no_frames_of_c_plus_plus(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "scripts/pretrain_clips.py", "--debug", "--device", "cpu", "--name", "r"]
+    env = ENV | FIRST | {"RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": str(unused_port())}
+    words = ["--output", str(tmp_path), "--timeout-minutes", "0.05"]
+    done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert "error: rank 0 of 2 has not begun" in done.stderr
+    assert "frame #" not in done.stderr
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("part", PARTS)
 def test_row_32_a_rank_that_is_lost_in_the_start_ends_the_other_with_its_name(part, how, lost):
