@@ -35,7 +35,7 @@ EDGE = 2
 MAX_TARBALL, MAX_ICONS, MAX_BODY = 8 * 2**20, 32 * 2**20, 2**20
 """Limits in bytes of a package, its JSON, and one drawing's SVG, above the sizes of the pinned versions."""
 TIMEOUT_S = 300
-"""Limit for npm, which gives up much earlier without a network."""
+"""Limit for npm; without a network it gives up much earlier."""
 ICONS = "package/icons.json"
 
 
@@ -175,7 +175,7 @@ def _tarball(name: str) -> bytes | None:
 
 
 def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
-    """Return concept → its drawing in the set `name`: RGBA, SIDE pixels, cropped and centred on a square.
+    """Return the drawings of the set `name` by concept: RGBA, SIDE pixels, cropped and centred on a square.
 
     `concepts` maps concepts to names of emojis; concepts that the set lacks are skipped. Drawings are rasterised once
     and kept in the cache. Raises UserError if a package is missing.

@@ -34,7 +34,7 @@ from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, attribution, drawings, fetch_sets, packages
 
 VERSION = 7
-"""Raise it if scenes, texts or files change: older folders are then built anew."""
+"""Raise it if scenes, texts or files change: older folders are then rebuilt."""
 BY_ONE = f"{VERSION}, by one artist"
 """The version of a folder without the other artists, whose drawings could not be fetched."""
 SIZES = {"train": 24_000, "val": 1_280, "test": 1_280, UNSEEN: 1_280}
@@ -45,7 +45,7 @@ QUALITY = 90
 SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "emojione", "emojione-v1", "fxemoji", "fluent-emoji-flat", "streamline")
 HANDS = {"train": TRAINING, "val": ("noto-v1",), "test": TRAINING, UNSEEN: ("twemoji",)}
-"""Split → its artists. Tuning uses `val`; `unseen` decides."""
+"""Artists of each split. Tuning uses `val`; `unseen` decides."""
 MISSING = "drawings could not be fetched: OpenMoji alone draws these scenes, the test of unseen artists is missing"
 _PLAIN = (
     "balloon bear bicycle bus cactus camera candle church crown fox frog guitar helicopter house key lemon mushroom "
@@ -58,7 +58,7 @@ _RENAMED = (
 """Spoken name: the emoji's name, where they differ."""
 _EMOJIS = {name: name for name in _PLAIN.split()} | dict(pair.split(": ") for pair in _RENAMED.split(", "))
 CONCEPTS: dict[str, str] = dict(sorted(_EMOJIS.items()))
-"""Spoken name → the emoji's name: 32 things that artists draw much alike (tools/choose_names.py of commit 264d324 chose
+"""Emoji names by spoken name: 32 things that artists draw much alike (tools/choose_names.py of commit 264d324 chose
 64, of which these are half). All are countable and begin with a consonant, so "a" is always right. At least five
 artists of training draw each, and so do the artists of validation and of `unseen`."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -97,7 +97,7 @@ MAX_OVERLAP = 0.25
 """Largest share of a thing's square that another thing may cover."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 COUNTS = {1: 10, 2: 6, 3: 4}
-"""Number of things → relative frequency in training. Most scenes show one thing, because names are learnt from
+"""Relative frequency in training by number of things. Most scenes show one thing, because names are learnt from
 those first: a caption of several things does not say which is which."""
 PROMPTS = (
     "a picture of a {}.",
@@ -334,7 +334,7 @@ def capital(text: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> Description:
-    """Return the two captions of a scene. Every sentence names a thing, so each sentence alone describes the image.
+    """Return the two captions of a scene. Every sentence names a thing, so each sentence describes the image by itself.
 
     The long caption begins with all things in reading order, always in the same wording, as captioning models do. So
     the captioner predicts the content of the image, not the wording.
@@ -453,7 +453,7 @@ def render(scene: Scene, hands: Sequence[str]) -> bytes:
 
 
 def _painted(ground: Ground, image_size: int) -> Image.Image:
-    """Paint the ground alone, RGB, at half its size, because patterns are soft."""
+    """Paint only the ground, RGB, at half its size, because patterns are soft."""
     side = math.ceil(image_size / 2)
     x, y = _grid(side)
     turned = 2 * math.pi * ground.cycles
@@ -563,7 +563,7 @@ def is_of_demo(data: str) -> bool:
 
 
 def _holds_demo(folder: Path) -> bool:
-    """Return True if the stamp of `folder` is that of `ensure_demo`, which the LLaVA half repeats as its `scenes`."""
+    """Return True if `folder` has a stamp of `ensure_demo`; a LLaVA demo repeats that stamp as its `scenes`."""
     built = built_as(folder) or {}
     return (built.get("scenes") or built).keys() == {"version", "seed", "image_size", "sizes"}
 
@@ -578,7 +578,7 @@ def ensure_demo(
 ) -> Path:
     """Build the demo data in `directory` as `ensure_built` does, unless the same is present, and return `directory`.
 
-    If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
+    If the drawings of several artists cannot be fetched, only OpenMoji draws the demo, without the split `unseen`, and
     a warning says so. Such a folder is then kept; `again` tries to fetch once more.
     """
     directory = Path(directory)
@@ -602,7 +602,7 @@ def ensure_any_demo(directory: str | Path) -> None:
 
 
 def is_by_one(directory: str | Path) -> bool:
-    """Return True if the demo data in `directory` is drawn by one artist alone, and has no split `unseen`."""
+    """Return True if the demo data in `directory` is drawn by only one artist, and has no split `unseen`."""
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE
 
 

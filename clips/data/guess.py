@@ -36,7 +36,7 @@ NAMES = {
     ),
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
-"""Part of a sample → usual names of its column, JSON key or member; the first one that is present counts."""
+"""Usual names of each part's column, JSON key or member; the first one that is present counts."""
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
 """Endings of tables that are found in a folder."""
 NAMED = (*TABLES, ".json", ".token", ".token.txt")
@@ -45,7 +45,7 @@ HELD_OUT = ("test", "val", "dev")
 PROBED_TEXTS = 32
 """Number of texts that decide if each line is a caption."""
 LONGEST_TEXT = 1 << 18
-"""Bytes that are read of a text file beside an image."""
+"""Bytes that are read of the text file of an image."""
 
 
 def usual(name: str) -> str:
@@ -98,9 +98,9 @@ def guess_delimiter(header: str, url: str) -> str:
 
 
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
-    """Return the folder of a table's image paths: `root`, which is the table's folder or the user's choice.
+    """Return the folder of a table's image paths: `root`, that is, the table's folder or the user's choice.
 
-    If none of the first images is there, take the folder in it, or beside it, that the table's name ends with (COCO:
+    If none of the first images is there, take the folder in it, or next to it, that the table's name ends with (COCO:
     annotations/captions_train2017.json and train2017). If the user chose no root, also try the current folder.
     """
     if not paths:
@@ -196,7 +196,7 @@ def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> N
 
 
 class PictureFolder:
-    """A folder, with subfolders, of images beside texts of the same name (a.jpg, a.txt), as a table.
+    """A folder, with subfolders, of images and texts of the same name (a.jpg, a.txt), as a table.
 
     The text is `txt`. If most of the first texts have several lines, without an empty one, then each line is a caption:
     `captions` are the lines, and `whole` is the text.

@@ -1,7 +1,7 @@
 """Decoding and preprocessing of images; the only file of the project that opens an image file.
 
-Images come from strangers, so the limits below bound memory and time before a decoder spends them. Every error of a
-decoder becomes a `BrokenSample`, which training skips and counts.
+Images are untrusted input, so the limits below bound memory and time before a decoder spends them. Every error of a
+decoder becomes a `BrokenSample`; training skips and counts it.
 
 Shapes: H, W of an image, or of what it is resized to · B batch.
 """
@@ -39,7 +39,7 @@ KEPT = 2
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides of the crop keep at least this many times the pixels
 of the final sides: squashing averages the lost detail away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is excluded."""
+"""Raster formats that Pillow decodes by itself. EPS is excluded, because it runs Ghostscript."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 """Endings, in lower case, by which a file of a folder counts as an image of FORMATS."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,7 +61,7 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 def decode_image(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> Image.Image:
-    """Decode an image to RGB as `to_rgb`; reduce it by a whole factor to at most `reduce_to` pixels.
+    """Decode an image to RGB as `to_rgb`; reduce it by an integer factor to at most `reduce_to` pixels.
 
     Raises BrokenSample(key, reason) unless `data` is a complete image within the limits.
     """
@@ -75,7 +75,7 @@ def decode_image(
 def decoded_size(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> tuple[int, int]:
-    """Return (height, width) of what `decode_image` returns, from the header alone. Raises as it does."""
+    """Return (height, width) of what `decode_image` returns, from the header only. Raises as it does."""
     with _decoding(key):
         opened = _open(data, max_pixels)
         if opened.format == "TIFF" or (opened.format == "PNG" and b"eXIf" in data):
@@ -154,7 +154,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _factor(size: tuple[int, int], reduce_to: int | None) -> int:
-    """Return the whole number that divides the sides of an image to leave at most `reduce_to` pixels."""
+    """Return the integer by which an image's sides are divided to leave at most `reduce_to` pixels."""
     width, height = size
     if reduce_to is None or width * height <= reduce_to:
         return 1

@@ -1,7 +1,7 @@
 """From positions of the run to batches: worker processes read, decode, augment, draw sub-captions and tokenise.
 
 A batch is a pure function of (seed, position): any number of ranks and workers gives the same samples, augmentation and
-sub-captions, and a resumed run goes on exactly.
+sub-captions, and a resumed run continues exactly.
 
 A batch is a dict of
 - images: uint8 [B, 3, H, W]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
@@ -97,7 +97,7 @@ def _places(
 
 
 class ReadAhead:
-    """Fetches whole copies of the remote shards of the order's group, and of the next group, while training reads.
+    """Fetches copies of the remote shards in the order's current and next group while training reads.
 
     Call `at` with each batch's positions before its samples are read. For local data it does nothing. Other remote
     data, as in an evaluation, is read by ranges.
@@ -121,7 +121,7 @@ class ReadAhead:
             self._parts = {i: _Shards(part, orders[i], copies, share) for i, part in remote}
 
     def at(self, positions: Sequence[int]) -> None:
-        """Copy the shards that the next samples need, which stand at `positions` of the order."""
+        """Copy the shards that the samples at `positions` of the order need next."""
         if not self._parts:
             return
         first: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Files behind fsspec URLs, read by ranges, with retries; their states, and whole copies in a folder of limited size.
+"""Files behind fsspec URLs, read by ranges, with retries; their states, and full copies in a folder of limited size.
 
 An HTTP server's answer is bounded by what was asked for, in bytes and in time, and is never unpacked. A final error of
 the store (no such file, no permission) is an OSError at once. A passing error is retried, and is a CommandError that
@@ -37,7 +37,7 @@ DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PASSING = (408, 425, 429)
 """HTTP statuses below 500 that are retried: too slow, too early, too many."""
 BLOCK = 1 << 24
-"""Bytes of one request, which a broken connection loses."""
+"""Bytes of one request: what a broken connection loses."""
 PART = ".part"
 OF_DISK = 0.8
 """Largest share of the disk's free space that copies may take."""
@@ -213,10 +213,10 @@ def check_state(url: str, state: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------- copies
 class Copies:
-    """Whole copies of remote files in `folder`, together at most `limit` bytes, shared by the processes of a machine.
+    """Full copies of remote files in `folder`, together at most `limit` bytes, shared by the processes of a machine.
 
-    A copy is renamed into place when it is complete. A lock lets one process fetch it while others wait or go on. The
-    least recently used copy is removed first. What a killed process leaves is removed by the next one.
+    A copy is renamed into place when it is complete. A lock lets one process fetch it while others wait or continue.
+    The least recently used copy is removed first. What a killed process leaves is removed by the next one.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:

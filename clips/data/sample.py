@@ -90,7 +90,7 @@ class RawSample:
 
     @property
     def long(self) -> str | None:
-        """The long caption beside the first web caption."""
+        """The long caption, which accompanies the first web caption."""
         return self.texts.pair()[1]
 
 
@@ -107,7 +107,7 @@ class BrokenSample(Exception):
 
 
 def flat(cells: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the names and values of cells. The key b of an object in cell a is `a.b`, but an image stays whole."""
+    """Yield the names and values of cells. The key b of an object in cell a is `a.b`, but an image is one cell."""
     for name, value in cells.items():
         if isinstance(value, dict) and not {"bytes", "path"} & value.keys():
             yield from flat(value, f"{prefix}{name}.")
@@ -125,7 +125,7 @@ def cell_of(cells: Mapping[str, Any], name: str) -> Any:
 
 
 def image_in(cell: Any) -> Any:
-    """Return the bytes or the path in an image's cell, which is {"bytes": …, "path": …} in the datasets library."""
+    """Return the bytes or the path in an image's cell; in the datasets library it is {"bytes": …, "path": …}."""
     if isinstance(cell, dict):
         data = cell.get("bytes")
         return data if data and isinstance(data, bytes) else cell.get("path")

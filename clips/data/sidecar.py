@@ -19,7 +19,7 @@ SAMPLE_BYTES = 1 << 18
 LONGEST_NAME = 120
 """Bytes of a file's name that its derived files repeat; file systems take 255."""
 SCAN_BYTES = 1 << 22
-"""Bytes of one request if the whole file is read."""
+"""Bytes of one request if the full file is read."""
 
 _STAMPED = re.compile(r"(\..+)\.[0-9a-f]{12}(\.idx\.\w+)", re.DOTALL)
 _listing = threading.Lock()
@@ -36,7 +36,7 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
 def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     """Return the path of `url`'s derived file; `build(temporary path)` makes it if none fits `url`'s size and time.
 
-    The file is beside a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask
+    The file is next to a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask
     at once. Raises UserError if neither place can be written.
     """
     name = Path(url).name

@@ -337,6 +337,7 @@ class TarSource(Source):
         return next(filter(None, (members.read(e) for e, _ in self._fields["image"])), b"")
 
     def key_of(self, index: int, key: str) -> Any:
+        """Return the member `key`, or the value of the JSON key `key`, of a sample. Raises BrokenSample."""
         (name,) = _alternatives(key if key in self.names else f"json:{key}")
         return self._members(index).text(*name)
 
@@ -500,6 +501,7 @@ class TableSource(Source):
         return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
 
     def key_of(self, index: int, key: str) -> Any:
+        """Return the cell in column `key` of the first row of the image. Raises BrokenSample."""
         return cell_of(self._rows(index, self._fields["image"], most=1)[2][0], key)
 
     def _rows(

@@ -1,6 +1,6 @@
 """Tables (CSV, TSV, JSON, Parquet) as rows with random access.
 
-On first use a table is copied to an Arrow file, which is memory-mapped: any row costs microseconds, and workers share
+On first use a table is copied to a memory-mapped Arrow file, so any row costs microseconds, and workers share
 the pages. Parquet and CSV have no cheap access to single rows. The copy also keeps which rows could not be read.
 """
 
@@ -184,7 +184,7 @@ class Table:
 
 
 def _numbered(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Return a caption's name → the columns of that name and a number (caption_0 … caption_4, "Caption 1" …)."""
+    """Return for each caption's name the columns of that name and a number (caption_0 … caption_4, "Caption 1" …)."""
     parts: dict[str, list[str]] = {}
     for column in columns:
         name = re.sub(r"[\s_-]*\d+$", "", column)
@@ -310,7 +310,7 @@ def _csv(file: Any, url: str, encoding: str, left_out: LeftOut) -> Iterator[pa.R
 
 
 class _Lines:
-    """The lines of a text, of bounded length, which may be put back."""
+    """The lines of a text, of bounded length; a line may be put back."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name

@@ -31,8 +31,8 @@ MAX_DIGITS = 18
 """Maximum number of digits of a size in bytes."""
 MAX_PROBLEMS = 50
 INDEX = ".idx.safetensors"
-"""The ending of an index. Not numpy's format: it parses headers with `ast`, which fails now and then if two threads do
-so at once (SystemError in Python 3.11 and 3.12)."""
+"""The ending of an index. Not numpy's format: it parses headers with `ast`, and that fails now and then if two threads
+do so at once (SystemError in Python 3.11 and 3.12)."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """First bytes of gzip, bzip2, xz and zstd files."""
 
@@ -43,7 +43,7 @@ class ShardSummary:
 
     index: Path
     layouts: dict[tuple[str, ...], int]
-    """Extensions → samples that have exactly these."""
+    """Number of samples by their exact set of extensions."""
     problems: list[str]
     """What could not be used."""
 
@@ -59,7 +59,7 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """Return the summary of a shard's index, which is built and stored on first use."""
+    """Return the summary of a shard's index; the index is built and stored on first use."""
     path = sidecar(url, INDEX, lambda target: _write_index(url, target))
     try:
         with safe_open(path, "numpy") as stored:
@@ -72,7 +72,7 @@ def shard_summary(url: str) -> ShardSummary:
 def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
     """Return the summary of each shard. Missing indexes are made in threads, with a progress bar.
 
-    Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
+    Finished indexes stay, so a stopped command continues where it was. Raises UserError as `shard_summary`.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(shard_summary, urls)
@@ -97,7 +97,7 @@ def from_array(stored: np.ndarray) -> Any:
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return name → (offset of the data, size) of every regular member of a tar, and what cannot be used."""
+    """Return (offset of the data, size) of every regular member of a tar by name, and what cannot be used."""
     problems: list[str] = []
     members: dict[str, tuple[int, int]] = {}
     with open_binary(url) as file:
@@ -153,7 +153,7 @@ def _bounded(problems: list[str]) -> list[str]:
 def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset of the data, size) of each regular member; append unusable members to `problems`.
 
-    Python's tarfile ends silently at a damaged header; this scan goes on at the next valid header.
+    Python's tarfile ends silently at a damaged header; this scan continues at the next valid header.
     """
     end = file.seek(0, 2)
     file.seek(0)

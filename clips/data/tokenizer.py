@@ -143,7 +143,7 @@ class CaptionTokenizer:
         return rows
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers and open_clip load."""
+        """Write `tokenizer.json` and `tokenizer_config.json` for transformers and open_clip."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,8 +1,8 @@
-"""A run's checkpoints: written whole or not at all, hashed, and never silently started over.
+"""A run's checkpoints: written atomically, hashed, and never silently started over.
 
 `checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json` with the
 SHA-256 of each. A crash at any moment leaves the older checkpoints and a directory that is ignored. A checkpoint holds
-no code, and tensors are whole and by name, so a run may resume on another number of ranks or in another ZeRO stage.
+no code, and tensors are unsharded and by name, so a run may resume on another number of ranks or in another ZeRO stage.
 Training waits for the copy to host memory only: a `Writer` does the rest in a thread.
 """
 
@@ -97,7 +97,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
 class Writer:
     """Writes checkpoints in the background of the training, at most one at a time, on rank 0.
 
-    Use it as a context, which on exit waits for a write that has begun.
+    Use it as a context; its exit waits for a write in progress.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -200,7 +200,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def load(path: Path, what: str = "--resume") -> Checkpoint:
-    """Load the checkpoint in `path`. Raises UserError, which begins with `what`, unless it matches its hashes."""
+    """Load the checkpoint in `path`. Raises UserError ("`what` …") unless it matches its hashes."""
     try:
         return _verified(path)
     except ValueError as fault:

@@ -40,7 +40,7 @@ OF_THE_TRAINING = (
 
 
 def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
-    """Return DeepSpeed's settings in the file that `flag` names; none without a file, which is ZeRO 0.
+    """Return DeepSpeed's settings in the file that `flag` names, or none without a file (ZeRO 0).
 
     Raises UserError for an unreadable file, and for a setting of OF_THE_TRAINING that is not left "auto".
     """
@@ -89,7 +89,7 @@ class Reduced(NamedTuple):
     """Mean over ranks."""
     grad_norm: float | None
     """Norm of the gradient of the parameters that AdamW steps, before clipping; None if none can be seen.
-    Muon's are not included: the size of its update does not depend on the gradient, which ZeRO 1 and 2 do not keep.
+    Muon's are not included: the size of its update does not depend on the gradient, and ZeRO 1 and 2 do not keep it.
     """
 
 
@@ -114,10 +114,10 @@ class Engine:
         Args:
             optimizer: Its groups have a "name", and may have a "scale" of their learning rate.
             ds_config: DeepSpeed's settings other than those that are set here.
-            micro_batch: Number of samples of a micro-batch of one rank.
+            micro_batch: Samples per micro-batch and rank.
             clip_grad: The norm to which gradients are clipped; 0: no clipping.
-            bf16_weights: Compute with bf16 weights; needs a ZeRO stage above 0, which keeps fp32 masters.
-            checkpointed: Name in a checkpoint → parameter.
+            bf16_weights: Compute with bf16 weights; needs a ZeRO stage above 0, because that keeps fp32 masters.
+            checkpointed: Parameters by their name in a checkpoint.
         """
         deepspeed = import_deepspeed()
         self.world_size, self.accumulation, self.device = dist.get_world_size(), accumulation, device
@@ -142,7 +142,7 @@ class Engine:
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.state = ZeroState(self.engine, checkpointed, muon, device)
-        """The sharded state, which is gathered for a checkpoint and restored from one."""
+        """The sharded state; it is gathered for a checkpoint and restored from one."""
         self.stage = self.state.stage
         self.facts = {
             "zero_stage": self.stage,

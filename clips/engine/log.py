@@ -33,7 +33,7 @@ class RunLog:
         run_name: str | None = None,
         stage: str = "",
     ) -> None:
-        """Open the log of a training on `samples` samples, which goes on after step `start_step`.
+        """Open the log of a training on `samples` samples that continues after step `start_step`.
 
         Args:
             config: Settings of the run that the loggers record.
@@ -60,7 +60,7 @@ class RunLog:
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, send the same scalars to the loggers, and update the progress line.
 
-        Raises CommandError if they cannot be written, so that no run goes on silently with gaps in its log.
+        Raises CommandError if they cannot be written, so that no run continues silently with gaps in its log.
         """
         if not self.active:
             return

@@ -24,9 +24,9 @@ class Trainer:
 
     engine: Engine
     state: TrainState
-    """The progress, which the loop updates."""
+    """The progress; the loop updates it."""
     samples: int
-    """Samples of the whole training."""
+    """Samples of the full training."""
     log_every: int
     """Steps between two lines of the log."""
     local_module: nn.Module
@@ -53,10 +53,10 @@ class Trainer:
         raise NotImplementedError
 
     def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
-        """Return True if the update of the step is skipped, which all ranks decide alike. Collective if it is.
+        """Return True if the update of the step is skipped; all ranks decide alike. Collective if it is.
 
         Args:
-            keys: Keys of the samples of each of this rank's micro-batches.
+            keys: Sample keys of this rank, one list per micro-batch.
         """
         return False
 

@@ -1,4 +1,4 @@
-"""Watch a long run for spikes, besides values that are not finite, and measure each rank's own time.
+"""Watch a long run for spikes and for values that are not finite, and measure each rank's own time.
 
 A spike is a loss or a gradient norm many times larger than those of the last steps. Both are positive and vary in
 proportion to their size, so logarithms are compared: with their median over the last steps, in units of a deviation
@@ -47,7 +47,7 @@ def limit(recent: Sequence[float]) -> float:
 
 
 def find_spike(state: TrainState, reduced: Reduced) -> dict[str, Any] | None:
-    """Return loss and gradient norm of a spike beside the usual ones, or None if the step is no spike."""
+    """Return loss and gradient norm of a spike and the usual ones, or None if the step is no spike."""
     loss_limit, norm_limit = limit(state.recent_losses), limit(state.recent_norms)
     norm = reduced.grad_norm
     if reduced.loss <= loss_limit and (norm is None or norm <= norm_limit):
@@ -82,10 +82,10 @@ def record_skip(state: TrainState, since: int) -> None:
 
 
 class OwnTime:
-    """Seconds that this rank's device spends in the model's forward pass, in which it waits for no other rank.
+    """Seconds that this rank's device spends in the model's forward pass, where it waits for no other rank.
 
     The rest of a step is full of collectives, in which fast ranks wait for slow ones, so that all look alike. On a GPU
-    it is the device's time, which is read only by `seconds`, because reading it waits for the device.
+    it is the device's time. Only `seconds` reads it, because reading waits for the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -37,7 +37,7 @@ class ZeroState:
     def __init__(self, engine: Any, names: Mapping[str, nn.Parameter], muon: set[int], device: torch.device) -> None:
         self.optimizer, self.names, self.muon, self.device = engine.optimizer, names, muon, device
         self.trained = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
-        """Parameters with an optimizer state, which those of a frozen tower do not have."""
+        """Parameters with an optimizer state; those of a frozen tower have none."""
         self.stage: int = engine.zero_optimization_stage()
         self.world_size = dist.get_world_size()
         if self.stage == 0 and self.world_size == 1:
@@ -78,7 +78,7 @@ class ZeroState:
     def skipping(self) -> Iterator[None]:
         """Make DeepSpeed's step clear the gradients and leave weights and optimizer state as they are.
 
-        Inside the context DeepSpeed is told of an overflow as in fp16, which is its only way to skip a step.
+        Inside the context an overflow is reported to DeepSpeed as in fp16, its only way to skip a step.
         """
         optimizer = self.optimizer
 
@@ -106,7 +106,7 @@ class ZeroState:
     def copies(self, name: str) -> Iterator[Tensor]:
         """Yield what this rank holds of a parameter, to be changed in place: the computing value and its fp32 master.
 
-        DeepSpeed's setters change only the master, and the forward pass would go on with the old value.
+        DeepSpeed's setters change only the master, and the forward pass would keep using the old value.
         """
         parameter: Any = self.names[name]  # with the attributes that DeepSpeed adds
         yield parameter.data  # empty in stage 3, outside the forward pass
@@ -165,7 +165,7 @@ class ZeroState:
     def restore_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Set the fp32 masters of bf16 weights; every rank passes all of them.
 
-        The bf16 weights are loaded before the engine is built, which makes its masters from them.
+        Masters made when the engine was built are only as precise as the bf16 weights that were loaded before.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -180,7 +180,7 @@ class ZeroState:
         """Replace the optimizer state by zeros, as if after `steps` optimizer steps.
 
         The state is created here, before a step, and not during it as DeepSpeed and torch would do.
-        ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
+        ZeRO-3 otherwise spends a dummy step on it that shifts Adam's bias correction, and ZeRO-1/2 link only
         the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
         """
         optimizer = self.optimizer
@@ -257,7 +257,7 @@ class ZeroState:
         """Return this rank's copy of the momentum of `parameter`, or None, and whether this rank owns it.
 
         The matrices of a rank's partition lie one after the other in one buffer. The first of them may begin on the
-        previous rank (`first_offset` > 0), which then owns it.
+        previous rank (`first_offset` > 0); that rank then owns it.
         """
         optimizer = self.optimizer
         for i, group in enumerate(optimizer.params_in_partition):

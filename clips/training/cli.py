@@ -123,7 +123,7 @@ def _run_dir(flags: argparse.Namespace) -> Path:
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return what the run in the flags' directory took over from its initial weights: path → value."""
+    """Return the settings that the run in the flags' directory took over from its initial weights, by path."""
     record = rundir.began_with(_run_dir(flags))
     return record["architecture"] if record and record["source"] == flags.init_from else {}
 
@@ -131,7 +131,7 @@ def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
 def config_from_flags(flags: argparse.Namespace, architecture: Mapping[str, Any] | None = None) -> RunConfig:
     """Return the recipe, or its smoke test config, changed by the weights of --init-from, the flags, and --set.
 
-    `architecture` is that of the weights, path in the configuration → value; by default as the run has recorded it.
+    `architecture` has the settings of the weights by path; by default as the run has recorded them.
     """
     run = with_tower(recipe(recipe_name(flags)), flags.tower)
     if flags.debug:

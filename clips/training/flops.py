@@ -55,7 +55,7 @@ def flops_of(task: Task, batch: Batch, *, repeated: bool = False) -> int:
 
 
 def _checkpointed(blocks: Blocks, forward: int, tokens: int, skipped: int = 0) -> int:
-    """Return the FLOPs of activation checkpointing: all of a block but its last product, which no gradient needs.
+    """Return the FLOPs of activation checkpointing: all of a block but its last product, because no gradient needs it.
 
     Args:
         skipped: Number of the tokens that the last block skips.

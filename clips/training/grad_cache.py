@@ -1,12 +1,12 @@
-"""The contrastive loss over the whole batch of a step that is taken in micro-batches: GradCache.
+"""The contrastive loss over the full batch of a step that is taken in micro-batches: GradCache.
 
 Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup*, 2021, arXiv
-2101.06983. The contrastive loss depends on the towers only through their features, which are small. So each micro-batch
-first passes the towers without a graph. Then the loss over all features of the step is computed, and its gradient with
-respect to them. Then each micro-batch passes again, with a graph, and Σ ⟨feature, gradient⟩ has the same gradient as
-the loss of the whole batch. Only one micro-batch's activations are held at a time. The price is one more forward pass
-of the towers (the captioner, whose loss is a sum over samples, runs only in the second pass), and that all batches of
-the step wait on the host, with their images as bytes.
+2101.06983. The contrastive loss depends on the towers only through their features, and these are small. So each
+micro-batch first passes the towers without a graph. Then the loss over all features of the step is computed, and its
+gradient with respect to them. Then each micro-batch passes again, with a graph, and Σ ⟨feature, gradient⟩ has the same
+gradient as the loss of the whole batch. Only one micro-batch's activations are held at a time. The price is one more
+forward pass of the towers (the captioner, whose loss is a sum over samples, runs only in the second pass), and that all
+batches of the step wait on the host, with their images as bytes.
 
 Shapes: A micro-batches · B samples of each · W ranks · E embedding width.
 """
@@ -38,7 +38,7 @@ class RandomState:
 
 
 class CachedGradients(NamedTuple):
-    """What the loss of a micro-batch needs of the whole batch. Means are over micro-batches and ranks."""
+    """What the loss of a micro-batch needs of the full batch. Means are over micro-batches and ranks."""
 
     gradients: list[Tensor]
     """Of the contrastive loss, with respect to image features, each text's features [B, E] and the temperature [1]. The
@@ -69,7 +69,7 @@ def cache_gradients(engine: Engine, batches: Sequence[Batch]) -> Sequence[Cached
 
 
 def gradients_of(outputs: Sequence[Outputs], tokens: int) -> list[CachedGradients]:
-    """Return what the second pass of each micro-batch needs of the whole batch. Collective.
+    """Return the cached gradients that the second pass of each micro-batch needs. Collective.
 
     `outputs` are those of this rank's micro-batches, without graph; `tokens` counts the tokens of all their captions.
     Gradients are scaled so that their mean over micro-batches and ranks, which the engine takes, is the gradient of

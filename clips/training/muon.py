@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz
 from torch import Tensor
 
 AT_ONCE = 2**24
-"""Largest number of elements of the matrices that are orthogonalised together, which bounds the memory."""
+"""Largest number of elements of the matrices that are orthogonalised together; it bounds the memory."""
 
 
 class BatchedMuon(MuonWithAuxAdam):

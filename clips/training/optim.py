@@ -29,8 +29,8 @@ def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
     """Return the parameter groups "muon" (the blocks' matrices), "decay" (other matrices) and "no_decay" (the rest).
 
     Every trainable parameter is in exactly one group; empty groups are omitted. A name has a group for each `scale`,
-    its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon`, which
-    DeepSpeed's ZeRO optimizers read.
+    its parameters' share of the learning rate (`optim.layer_decay`). Each parameter is tagged with `use_muon` for
+    DeepSpeed's ZeRO optimizers.
     """
     members: dict[str, dict[float, list[nn.Parameter]]] = {"muon": {}, "decay": {}, "no_decay": {}}
     parameter: Any  # nn.Parameter knows of no `use_muon`
@@ -102,9 +102,9 @@ def rates_of(lr: float, muon_lr: float) -> dict[str, float]:
 
 @torch.no_grad()
 def limit_logit_scale(engine: Engine) -> None:
-    """Clamp the temperature to its limit after a step.
+    """Clamp the logit scale to its limit after a step.
 
-    The forward pass clamps it too, which stops the gradient, so a value above the limit could never come back.
+    The forward pass clamps it too and so stops the gradient: a value above the limit could never come back.
     """
     for held in engine.state.copies("logit_scale"):
         held.clamp_(max=math.log(MAX_LOGIT_SCALE))

@@ -49,7 +49,7 @@ class Options:
 
 
 def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
-    """Create or check the run directory, and return the checkpoint to go on from, the same on every rank.
+    """Create or check the run directory, and return the checkpoint to resume from, the same on every rank.
 
     config.json is written only once the data is known to be right too; from then on the directory belongs to this run.
     """
@@ -78,9 +78,9 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
 
 
 def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
-    """Read the weights that a run begins with, or return None if they are random; not called for a run that goes on.
+    """Read the initial weights of a run, or return None if they are random; not called for a run that resumes.
 
-    Raises UserError if this run began with other weights before it ended without a checkpoint.
+    Raises UserError if this run started from other weights before it ended without a checkpoint.
     """
     if run.train.init_from is None:
         return None
@@ -98,7 +98,7 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
 def prepare_data(
     run: RunConfig, options: Options, initial: InitialWeights | None, start: Start, *, has_begun: bool
 ) -> tuple[Source, CaptionTokenizer]:
-    """Open the data, once on each machine, and the tokenizer, which rank 0 makes if it is missing. Collective.
+    """Open the data, once on each machine, and the tokenizer; rank 0 makes it if it is missing. Collective.
 
     A text tower among the `initial` weights brings its own tokenizer. Other ranks wait as long as that takes.
     """
@@ -140,7 +140,7 @@ def prepare_data(
 
 
 def check_same_data(run_dir: Path, source: Source) -> None:
-    """Raise UserError if the run in `run_dir` has trained on other data. Older runs have no record and go on."""
+    """Raise UserError if the run in `run_dir` has trained on other data. Older runs have no record and pass."""
     before, now = read_json(run_dir / rundir.DATA), source.facts()
     if before and before != now:
         raise UserError(
@@ -153,7 +153,7 @@ def check_same_data(run_dir: Path, source: Source) -> None:
 def facts_of_run(
     run: RunConfig, options: Options, previous: checkpoint.Checkpoint | None, ds_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what must be the same on every rank: what it was told, and what it found in the run directory."""
+    """Return what must be the same on every rank: its flags, and what it found in the run directory."""
     return {
         "the configuration": run.to_dict(),
         "--ds-config": dict(ds_config),
@@ -200,7 +200,7 @@ def full_batch(
     Its images are on `device` ("meta" too), and all else is on the host.
 
     Args:
-        words: Slots of each text; None: the whole context.
+        words: Slots of each text; None: the full context.
         share: Share of the samples that have a caption, each of full length.
     """
     vision, captioner = run.model.vision, run.model.captioner

@@ -85,7 +85,7 @@ def optimizer_steps(run: RunConfig, state: TrainState) -> int:
 def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export.
 
-    The ranks have met in `start`, which ends before the first step.
+    The ranks have met in `start`; it ends before the first step.
     """
     device = meet_on(start, options.device)
     start.at("the process group")
@@ -201,7 +201,7 @@ class CLIPSTrainer(Trainer):
 
     @property
     def phase(self) -> PhaseConfig:
-        """The phase of the last step, or of the next one once that has begun."""
+        """The phase of the last step, or of the next one once that has started."""
         return self.run.phases[self.state.phase]
 
     def batches(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The objective, which turns a batch into a loss. The model does not know it.
+"""The objective: it turns a batch into a loss. The model does not know it.
 
 "clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = 1, β = caption_weight.
 "clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
@@ -66,7 +66,7 @@ class Task(Objective):
         return caption.masked_fill(~word_slots(caption, self.model.pad_id), IGNORE)[:, 1:]
 
     def counted(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return `batch`, which is on the host, with the counts for which the model would wait for the device."""
+        """Return `batch` (on the host) with the counts for which the model would otherwise wait for the device."""
         if "counts" in batch:
             return batch
         return batch | {

@@ -183,6 +183,7 @@ def relations_of(scene: DemoScene) -> list[tuple[str, str, Thing]]:
 
 
 def relation_question(relation: tuple[str, str, Thing], rng: random.Random) -> QuestionAnswer:
+    """Ask for the thing on that side of the other thing in `relation`."""
     thing, side, (other, _) = relation
     return rng.choice(RELATION).format(side=side, other=other), f"A {thing}"
 
@@ -194,10 +195,12 @@ def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> QuestionAn
 
 
 def absent_from(scene: DemoScene, names: Iterable[str] = CONCEPTS) -> list[str]:
+    """Return the `names` of things that are not in the scene."""
     return [name for name in names if name not in dict(scene.things)]
 
 
 def is_there(thing: str, place: str, yes: bool, rng: random.Random) -> QuestionAnswer:
+    """Ask whether a thing is there, with `yes` as the right answer."""
     return rng.choice(IS_THERE).format(thing=thing, at=at_place(place)), "Yes" if yes else "No"
 
 
