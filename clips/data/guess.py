@@ -5,6 +5,8 @@ Every guess is printed, with the flag that overrules it.
 
 import csv
 import glob
+import hashlib
+import json
 import logging
 import os
 import re
@@ -230,6 +232,15 @@ class PictureFolder:
         texts = {"captions": text.splitlines(), "whole": text} if self.lists else {"txt": text}
         return {"image": name} | texts
 
+    def contents(self) -> bytes:
+        """Return a hash of the images' names and sizes, and of the texts."""
+        digest = hashlib.sha256()
+        for name in self._names:
+            with suppress(OSError, ValueError):  # reported when the row itself is read
+                size = os.path.getsize(os.path.join(self.root, name))
+                digest.update(json.dumps([name, size, self._text(name)]).encode())
+        return digest.digest()
+
     def _text(self, name: str) -> str:
         path = os.path.join(self.root, os.path.splitext(name)[0] + ".txt")
         try:
@@ -299,6 +310,9 @@ class KarpathyFile:
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
         """Return row `i` as `Table.row`."""
         return self._rows[i]
+
+    def contents(self) -> bytes:
+        return json.dumps(self._rows).encode()
 
 
 def is_karpathy(spec: str) -> bool:

@@ -25,11 +25,12 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.paths import is_remote
 from clips.config import CaptionerConfig, PhaseConfig, RunConfig
 from clips.data.images import Preprocess, normalise, stacked
+from clips.data.joined import MixedSource, PartSource
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import Copies, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
-from clips.data.sources import MixedSource, PartSource, Source, TarSource
+from clips.data.sources import Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine.engine import Batch
 from clips.engine.loader import load_batches

@@ -29,11 +29,11 @@ from clips.config import OTHERS, Fields
 from clips.data.guess import KarpathyFile, PictureFolder, expand, guess_fields, guess_root, is_karpathy, warn_once
 from clips.data.images import MAX_BYTES
 from clips.data.members import Members, OpenShard
-from clips.data.order import MixedOrder, Order, SampleOrder
+from clips.data.order import Order, SampleOrder
 from clips.data.remote import check_state
 from clips.data.sample import BrokenSample, RawSample, Texts, cell_of, flat, image_in
 from clips.data.sidecar import SAMPLE_BYTES, made_for, open_binary
-from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, open_shards, shard_summary
+from clips.data.tar import INDEX, ShardIndex, ShardSummary, load_index, names_and_sizes, open_shards, shard_summary
 
 log = logging.getLogger("clips.data")
 OPEN_SHARDS = 64
@@ -69,7 +69,7 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     return TarSource(files, fields, need_long)
 
 
-def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
+def place_of(starts: Sequence[int], index: int) -> tuple[int, int]:
     """Return (part, place in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end."""
     if not 0 <= index < starts[-1]:
         raise IndexError(index)
@@ -94,6 +94,9 @@ class Source:
     """Damage found when the set was opened, shard by shard."""
     names: Sequence[str] = ()
     """The names of all fields that were found."""
+    _parts: Sequence[Any] = ()
+    """The tables or sources that it is made of."""
+    _facts: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -103,7 +106,7 @@ class Source:
         self._starts = [0, *itertools.accumulate(sizes)]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        return _place(self._starts, index)
+        return place_of(self._starts, index)
 
     def _guess(
         self, where: str, fields: Fields, need_long: bool, names: Sequence[str], lists: Collection[str]
@@ -166,12 +169,23 @@ class Source:
             hashes += hashlib.sha256(b"held out" + identity).digest()[:8]
         return np.frombuffer(hashes, "<u8")
 
-    def facts(self) -> dict[str, Any]:
-        """Return numbers of samples and files, and a hash over each file's name, bytes and samples, not its folder."""
+    def listing(self) -> str:
+        """Return a hash over each file's name, bytes and samples, not its folder."""
         names = [os.path.basename(without_secrets(file)) for file in self.files]
         sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in self.files]
         text = json.dumps([names, sizes, list(map(int, self.shard_sizes))])
-        return {"samples": len(self), "files": len(names), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def contents(self) -> bytes:
+        """Return a hash of what the samples are made of; see `Table.contents` and the like."""
+        return hashlib.sha256(b"".join(part.contents() for part in self._parts)).digest()
+
+    def facts(self) -> dict[str, Any]:
+        """Return numbers of samples and files, and hashes of `listing` and `contents`, which are read once."""
+        if self._facts is None:
+            numbers = {"samples": len(self), "files": len(self.files)}
+            self._facts = numbers | {"sha256": self.listing(), "contents": self.contents().hex()}
+        return self._facts
 
     def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
         """Yield the captions of the samples (default: all) in order, for training a tokenizer; skip broken samples."""
@@ -181,67 +195,6 @@ class Source:
             except BrokenSample:
                 continue
             yield from texts.web + texts.long
-
-
-class MixedSource(Source):
-    """Several sources one after the other; training sees each as often as its share says."""
-
-    def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
-        """Join the sources. Raises ValueError for shares that `MixedOrder` refuses."""
-        self.sources = list(sources)
-        self.shares = list(shares)
-        self.files = [file for source in sources for file in source.files]
-        self.problems = [problem for source in sources for problem in source.problems]
-        self.unreadable = sum(source.unreadable for source in sources)
-        self.rows = sum(source.rows for source in sources)
-        self._set_sizes([size for source in sources for size in source.shard_sizes])
-        self._firsts = [0, *itertools.accumulate(map(len, sources))]
-        self.order(0)
-
-    def order(self, seed: int) -> Order:
-        """Return the order that draws from the sources by their shares."""
-        return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)
-
-    def _part(self, index: int) -> tuple[Source, int]:
-        part, index = _place(self._firsts, index)
-        return self.sources[part], index
-
-    def read(self, index: int) -> RawSample:
-        """Read a sample of the source that `index` falls into. Raises as `Source.read`."""
-        source, index = self._part(index)
-        return source.read(index)
-
-    def texts(self, index: int) -> Texts:
-        """Return the captions from the source that `index` falls into."""
-        source, index = self._part(index)
-        return source.texts(index)
-
-
-class PartSource(Source):
-    """The samples `indices` (ascending) of a source."""
-
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source = source
-        self.files = source.files
-        self.left_out = source.left_out
-        self.unreadable = source.unreadable
-        self.rows = source.rows
-        self.problems = source.problems
-        self._indices = indices
-        ends = np.cumsum(source.shard_sizes)
-        self._set_sizes(np.diff(np.searchsorted(indices, ends), prepend=0).tolist())
-
-    def read(self, index: int) -> RawSample:
-        """Read sample `index` of the part. Raises as `Source.read`."""
-        return self.source.read(int(self._indices[index]))
-
-    def texts(self, index: int) -> Texts:
-        """Return the captions of sample `index` of the part."""
-        return self.source.texts(int(self._indices[index]))
-
-    def missing(self, index: int) -> str | None:
-        """Return why the image of sample `index` of the part is missing, or None."""
-        return self.source.missing(int(self._indices[index]))
 
 
 class TarSource(Source):
@@ -341,6 +294,13 @@ class TarSource(Source):
         (name,) = _alternatives(key if key in self.names else f"json:{key}")
         return self._members(index).text(*name)
 
+    def contents(self) -> bytes:
+        """Return a hash of the names and sizes of all members, from the indexes: reading them would take too long."""
+        digest = hashlib.sha256()
+        for shard in range(len(self.shards)):
+            digest.update(names_and_sizes(self._index_path(shard)))
+        return digest.digest()
+
     def _captions(self, members: Members) -> Texts:
         web, long = (
             next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None) for part in PARTS[1:]
@@ -367,9 +327,12 @@ class TarSource(Source):
         return self._open[shard]
 
     def _index(self, shard: int) -> ShardIndex:
+        return load_index(self._index_path(shard))
+
+    def _index_path(self, shard: int) -> Path:
         path = Path(self._indexes[shard])
         # An index that was removed since the set was opened is made again.
-        return load_index(path if path.is_file() else shard_summary(self.shards[shard]).index)
+        return path if path.is_file() else shard_summary(self.shards[shard]).index
 
     def _file(self, shard: int) -> BinaryIO:
         url = self.shards[shard]
@@ -409,6 +372,7 @@ class TableSource(Source):
                 self.tables.append(KarpathyFile(file))
             else:
                 self.tables.append(Table(file))
+        self._parts = self.tables
         columns, lists = self.tables[0].columns, self.tables[0].lists
         images = guess_fields("", fields, columns).image.split(";")
         self._by_image = [

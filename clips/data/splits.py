@@ -11,14 +11,15 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
-from clips.data.sources import MixedSource, PartSource, Source, open_source
+from clips.data.joined import MixedSource, PartSource
+from clips.data.sources import Source, open_source
 
 OWN = ("train", "val", "test")
 """The splits of every run; `held_out_sets` lists further ones."""
 FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
 """Fewest images of which a share is held out, and the most images that are held out."""
 HASHES: dict[tuple[Any, ...], np.ndarray] = {}
-"""`Source.image_hashes` by the data's spec, fields, root, key and facts: a process reads the images of a set once."""
+"""`Source.image_hashes` by the data's spec, fields, root, key and listing: a process reads the images of a set once."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -84,7 +85,7 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
 
 
 def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:
-    key = (data.train, data.fields, data.image_root, data.key, source.facts()["sha256"])
+    key = (data.train, data.fields, data.image_root, data.key, source.listing())
     if key not in HASHES:
         HASHES[key] = source.image_hashes(data.key)
     return HASHES[key]

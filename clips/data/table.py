@@ -25,11 +25,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from clips.common.errors import UserError
-from clips.common.files import MOST_JSON, from_json
-from clips.common.paths import without_secrets
+from clips.common.files import MOST_JSON, from_json, sha256
+from clips.common.paths import is_remote, without_secrets
 from clips.data.guess import NAMES, guess_delimiter, usual, warn_once
 from clips.data.sample import cell_of, flat, image_in
-from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
+from clips.data.sidecar import SCAN_BYTES, made_for, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
 CSV = (".csv", ".tsv", "captions.txt")
@@ -124,6 +124,12 @@ class Table:
                     raise ValueError(f"column {name}: {error}") from None
         return row | self._lists(row)
 
+    def contents(self) -> bytes:
+        """Return the SHA-256 of a local file, which is kept beside it, or the state of a remote one (size, ETag)."""
+        if is_remote(self.url):
+            return made_for(self._path, ".idx.arrow").encode()
+        return sidecar(self.url, ".idx.sha256", lambda target: _write_hash(self.url, target)).read_bytes()
+
     def by_image(self, columns: Sequence[str]) -> tuple[Any, Any]:
         """Return the rows sorted by image (the first of `columns` that exists), and the bounds of each image's rows."""
         column = next((name for name in columns if name in self.columns), "")
@@ -201,6 +207,10 @@ def _nested(field: pa.Field, prefix: str = "") -> Iterator[tuple[str, pa.DataTyp
             yield from _nested(part, f"{name}.")
     else:
         yield name, kind
+
+
+def _write_hash(url: str, target: Path) -> None:
+    target.write_text(sha256(Path(url)), encoding="utf-8")
 
 
 def _write_arrow(url: str, target: Path) -> None:

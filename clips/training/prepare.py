@@ -110,6 +110,7 @@ def prepare_data(
         for split in ("val", *held_out_sets(run.data)):
             if split_spec(run.data, split):
                 open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+        train.facts()  # reads what they are made of, once
         return train, HASHES
 
     source, hashes = once_per_machine(opened)
@@ -142,11 +143,12 @@ def prepare_data(
 def check_same_data(run_dir: Path, source: Source) -> None:
     """Raise UserError if the run in `run_dir` has trained on other data. Older runs have no record and pass."""
     before, now = read_json(run_dir / rundir.DATA), source.facts()
-    if before and before != now:
+    if any(now[name] != value for name, value in before.items()):  # older records have no `contents`
+        was, is_now = (f"{facts['samples']:,} samples in {facts['files']:,} files" for facts in (before, now))
+        changed = f"{was}, now {is_now}" if was != is_now else f"as many, {was}, with other names, sizes or contents"
         raise UserError(
-            f"{run_dir} has trained on other data ({before['samples']:,} samples in {before['files']:,} files, now "
-            f"{now['samples']:,} in {now['files']:,}): give another --name to begin anew, or another --name with "
-            f"--init-from {run_dir} to go on from its weights"
+            f"{run_dir} has trained on other data ({changed}): give another --name to begin anew, or another --name "
+            f"with --init-from {run_dir} to go on from its weights"
         )
 
 
@@ -172,7 +174,7 @@ def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialW
     facts = source.facts()
     return {
         "the weights to begin with": initial.sha256 if initial else "none",
-        "the training data": f"{len(source):,} samples in {facts['files']:,} shards ({facts['sha256'][:8]})",
+        "the training data": f"{len(source):,} samples in {facts['files']:,} shards ({facts['contents'][:8]})",
         "the tokenizer": f"{tokenizer.vocab_size} tokens",
     }
 

@@ -15,16 +15,19 @@ from conftest import random_model, script_parser, tiny_run
 from launched import pictures, recap, write_shard, write_table
 from PIL import Image
 
+from clips.common import rundir
 from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.files import write_json
 from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
-from clips.data.sources import open_source
+from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_images, open_split, split_spec
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.recipes import recipe
 from clips.training.cli import config_from_flags, parser
+from clips.training.prepare import check_same_data
 from clips.weights.export import write_native
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -180,6 +183,44 @@ def test_a_folder_that_moves_keeps_its_facts_and_sides(tmp_path: Path) -> None:
     with table.open("a") as file:
         file.write("pictures/0.png,one more\n")
     assert open_split(data[0], "train", need_long=False).facts() != facts[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "tar", "karpathy"])
+def test_changed_data_of_equal_size_is_other_data(kind: str, tmp_path: Path) -> None:
+    """Lines in another order, exchanged captions, one image for another: as many samples in as many bytes."""
+    texts = {"a.png": "one cat", "b.png": "two dog"}
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(picture(0))
+
+    def written(texts: dict[str, str]) -> Source:
+        spec = tmp_path
+        if kind == "csv":
+            spec = write_table(tmp_path / "t.csv", [{"image": name, "text": text} for name, text in texts.items()])
+        elif kind == "tar":
+            samples = [(picture(0), {"txt": text.encode() + b"!" * (name == "c.png")}) for name, text in texts.items()]
+            spec = write_shard(tmp_path / "t.tar", samples)
+        elif kind == "karpathy":
+            images = [{"filename": name, "split": "train", "sentences": [{"raw": texts[name]}]} for name in texts]
+            (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+            spec = f"{tmp_path}/k.json#train"
+        else:
+            for name in ("a.png", "b.png", "c.png"):
+                (tmp_path / name).with_suffix(".txt").unlink(missing_ok=True)
+            for name, text in texts.items():
+                (tmp_path / name).with_suffix(".txt").write_text(text)
+        return open_source(str(spec), Fields(), need_long=False)
+
+    exchanged = dict(zip(texts, reversed(texts.values()), strict=True))
+    changes = [dict(reversed(texts.items())), exchanged, {"a.png": "one cat", "c.png": "two dog"}]
+    began = written(texts)
+    write_json(tmp_path / rundir.DATA, began.facts())
+    check_same_data(tmp_path, written(texts))
+    for change in {"csv": changes, "karpathy": changes, "folder": changes[1:], "tar": changes[2:]}[kind]:
+        with pytest.raises(UserError, match="as many, 2 samples in 1 files, with other"):
+            check_same_data(tmp_path, written(change))
+    older = {name: value for name, value in began.facts().items() if name != "contents"}
+    write_json(tmp_path / rundir.DATA, older)
+    check_same_data(tmp_path, written(texts))
 
 
 def run_on(train: object, **data: object) -> RunConfig:

@@ -20,11 +20,12 @@ from clips.common.paths import without_secrets
 from clips.common.runtime import unused_port
 from clips.config import Fields, RunConfig
 from clips.data import order, remote
+from clips.data.joined import PartSource
 from clips.data.loader import ReadAhead, make_loader
 from clips.data.order import SampleOrder
 from clips.data.remote import Copies, stamp
 from clips.data.sample import BrokenSample
-from clips.data.sources import PartSource, open_source
+from clips.data.sources import open_source
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import tiny_run
 
