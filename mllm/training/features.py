@@ -26,7 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clips import BrokenSample
+from clips.common.errors import first_line
 from clips.common.files import from_json, placing, read_bytes, write_atomically
+from clips.common.live import say
 from mllm.data.images import ImageStore, broken_picture, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
@@ -60,15 +62,27 @@ class FeatureCache:
         return self.__dict__ | {"encoder": None, "_arrays": {}}
 
     def refresh(self) -> None:
-        """Read the keys that other processes have written since."""
+        """Read the keys that other processes have written since. A damaged pair is removed, and `fill` encodes anew."""
         for path in sorted(self.directory.glob("*.json")):
-            if path.stem not in self._files:
-                self._files.add(path.stem)
-                first = 0
-                for key, group in itertools.groupby(from_json(read_bytes(path))):
-                    count = len(list(group))
-                    self._rows[key] = (path.stem, first, count)
-                    first += count
+            if path.stem in self._files:
+                continue
+            self._files.add(path.stem)
+            features = path.with_suffix(".npy")
+            try:
+                keys = from_json(read_bytes(path))
+                rows, *shape = np.load(features, mmap_mode="r").shape
+                if (rows, tuple(shape)) != (len(keys), self.shape):
+                    raise ValueError(f"{rows:,} × {shape} features for {len(keys):,} keys")
+            except (FileNotFoundError, ValueError, TypeError, EOFError) as error:
+                say(f"{features} or its .json is damaged ({first_line(error)}): its images are encoded anew")
+                features.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                continue
+            first = 0
+            for key, group in itertools.groupby(keys):
+                count = len(list(group))
+                self._rows[key] = (path.stem, first, count)
+                first += count
 
     def get(self, names: Sequence[str]) -> Tensor:
         """Return features [B, N, W], fp32, of the squares of cached images. Raises KeyError for other images."""

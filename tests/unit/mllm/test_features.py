@@ -101,6 +101,24 @@ def test_interrupted_write_leaves_nothing_that_counts_and_values_beyond_float16_
     assert torch.equal(cache.get(names[:1]), torch.from_numpy(huge))
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("left", [0, 40, 200])
+def test_a_cut_file_is_encoded_anew(parts, store, tmp_path, capsys, suffix, left):
+    """It ended every later training with a traceback that does not name it."""
+    encoder, (store, names) = parts[0], store
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+    cache.fill(names[:6])
+    (cut,) = cache.directory.glob(f"*{suffix}")
+    cut.write_bytes(cut.read_bytes()[:left])
+    cache.fill(names[6:])
+    again = FeatureCache(encoder, store, tmp_path / "cache")
+    assert f"{cut.with_suffix('.npy')} or its .json is damaged" in capsys.readouterr().err.replace("\n", "")
+    assert again.fill(names) == 6
+    assert_close(again.get(names), fresh(encoder, store, names))
+    FeatureCache(encoder, store, tmp_path / "cache")
+    assert not capsys.readouterr().err
+
+
 def test_broken_picture(parts, store, tmp_path):
     encoder, (store, _names) = parts[0], store
     cache = FeatureCache(encoder, store, tmp_path / "cache")
