@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sentences import split_sentences
     from clips.data.sources import MAX_CAPTION, Source, open_source
-    from clips.data.splits import held_out_images, held_out_sets, open_split, split_spec
+    from clips.data.splits import count_shared, held_out_images, held_out_sets, open_split, split_spec
     from clips.data.table import Table
     from clips.data.tar import read_members
     from clips.encoder import CLIPS

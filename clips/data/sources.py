@@ -77,6 +77,14 @@ def place_of(starts: Sequence[int], index: int) -> tuple[int, int]:
     return part, index - starts[part]
 
 
+def _image_hash(identity: bytes) -> bytes:
+    return hashlib.sha256(b"held out" + identity).digest()[:8]
+
+
+BROKEN = np.frombuffer(_image_hash(b""), "<u8")
+"""The one hash of `Source.image_hashes` that all broken samples have."""
+
+
 class Source:
     """Random access to samples by index; neighbours in a shard are cheap to read."""
 
@@ -166,7 +174,7 @@ class Source:
                 cell = self.key_of(index, key) if key else None
                 is_empty = cell is None or cell == ""
                 identity = self.image_id(index) if is_empty else f" key {cell}".encode("utf-8", "surrogatepass")
-            hashes += hashlib.sha256(b"held out" + identity).digest()[:8]
+            hashes += _image_hash(identity)
         return np.frombuffer(hashes, "<u8")
 
     def listing(self) -> str:
@@ -407,6 +415,8 @@ class TableSource(Source):
                 self.roots[number] = guess_root(table.name, self.roots[number], paths, is_given=image_root is not None)
             # A folder lists only images that exist.
             self._named.append(paths is not None and not isinstance(table, PictureFolder))
+        self.base = os.path.realpath(self.roots[0])
+        """The folder below which paths tell images apart: two tables may name an image from two, and one may move."""
 
     def _first_paths(self, file: int) -> list[str] | None:
         """Return the paths of a table's first images, or None if it holds the images themselves."""
@@ -461,8 +471,7 @@ class TableSource(Source):
         place = self._place(file, key, self._value(rows[0], "image"))
         if isinstance(place, bytes):
             return place
-        # Below the first table's folder: two tables may name an image from two folders, and a folder may move.
-        return os.fsencode(os.path.relpath(place, os.path.realpath(self.roots[0])))
+        return os.fsencode(os.path.relpath(place, self.base))
 
     def key_of(self, index: int, key: str) -> Any:
         """Return the cell in column `key` of the first row of the image. Raises BrokenSample."""

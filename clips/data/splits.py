@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from clips.common.errors import BrokenDataError, UserError
+from clips.common.paths import is_remote
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.joined import MixedSource, PartSource
-from clips.data.sources import Source, open_source
+from clips.data.sources import BROKEN, Source, TableSource, open_source
 
 OWN = ("train", "val", "test")
 """The splits of every run; `held_out_sets` lists further ones."""
@@ -82,6 +83,19 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
     rows = np.isin(hashes, chosen).sum()
     line = f"{len(chosen):,} of {len(images):,} {what} held out, {rows:,} rows (--val-data gives others)"
     return chosen, line, below[len(chosen) :]
+
+
+def count_shared(train: Source, test: Source) -> tuple[int, int]:
+    """Return how many images of `test` are in `train`, by `Source.image_id`, and the number of all.
+
+    The names of remote shards tell nothing, because those of a training and a test may be equal.
+    """
+    if any(map(is_remote, (*train.files, *test.files))):
+        return 0, len(test)
+    if isinstance(train, TableSource) and isinstance(test, TableSource):
+        test.base = train.base
+    trained, tested = (np.unique(source.image_hashes()) for source in (train, test))
+    return int(np.isin(np.setdiff1d(tested, BROKEN), trained).sum()), len(tested)
 
 
 def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:

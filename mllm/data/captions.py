@@ -15,6 +15,7 @@ from clips import (
     DataConfig,
     Fields,
     Source,
+    count_shared,
     decode_image,
     expand,
     held_out_images,
@@ -62,6 +63,13 @@ class CaptionStore(ImageStore):
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
+        if test and self.test is not None:
+            shared, total = count_shared(self._source, self.test)
+            if shared:
+                raise UserError(
+                    f"--test_data {test}: {shared:,} of its {total:,} images are in {location} too: take them "
+                    "out of one of the two, or hold out a share (--held_out)"
+                )
         self.facts: dict[str, Any] = {"source": self._source.facts()}
         """For data.json: also the hashes of the images held out, and of those that another set could hold out."""
         if held_out and not test:

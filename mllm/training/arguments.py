@@ -51,8 +51,8 @@ class TrainFlags:
     fields: tuple[str, ...] | None = flag(None, "captions: as in pretraining (default: the encoder's, or guessed)")
     karpathy: str | None = flag(None, "captions of COCO or Flickr with the splits of A. Karpathy's JSON file")
     test_data: str | None = flag(None, "captions for the final CIDEr-D evaluation (default: a share held out)")
-    held_out: float | None = flag(
-        0.05, "captions: share of the images to hold out of training, at most 1,000", at_least=0, below=1
+    held_out: float | None = staged(
+        "held_out", "captions: share of the images to hold out of training, at most 1,000", at_least=0, below=1
     )
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or skip them and list them in skipped.jsonl"
@@ -418,6 +418,7 @@ def _parse(argv: list[str], stage: Stage, *, both: bool) -> TrainFlags:
             "both stages on one --data_path of conversations would be wrong (captions, then conversations): name the "
             "stage with --stage 1 or 2, or give --align.data_path and --instruct.data_path"
         )
+    _check_test_flags(flags, [] if not both else flags_of_stage(argv, STAGES[other].name), prefixed)
     for name in STAGE_FLAGS[other]:
         if getattr(flags, name) not in (None, False) and (not both or name in prefixed):
             raise UserError(
@@ -432,6 +433,22 @@ def _parse(argv: list[str], stage: Stage, *, both: bool) -> TrainFlags:
             )
         flags.version = None
     return from_flags(TrainFlags, flags, stage=stage.number)
+
+
+def _check_test_flags(flags: argparse.Namespace, others: list[str], prefixed: set[str]) -> None:
+    """Refuse --test_data and --held_out together, and without captions. `others` is the other stage's command line.
+
+    A flag without a prefix that only the other stage's captions need is unset.
+    """
+    if flags.test_data and flags.held_out:
+        raise UserError("--test_data and --held_out are two ways to hold out a test: give one of them")
+    for name in ("test_data", "held_out"):
+        if getattr(flags, name) is not None and not (flags.data_path and holds_captions(flags.data_path)):
+            other = None if name in prefixed else parser().parse_args(others).data_path
+            if other is None or not holds_captions(other):
+                data = flags.data_path or "the demo's data"
+                raise UserError(f"--{name} is for captions, and {data} holds 'conversations': leave the flag out")
+            setattr(flags, name, None)
 
 
 def flags_of_stage(argv: list[str], stage: str) -> list[str]:

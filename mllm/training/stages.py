@@ -25,6 +25,7 @@ DEMO_LAYERS = "6,2"
 fully learn more than all layers with adapters (docs/results.md)."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
+        "held_out": 0.05,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "model_max_length": 2048,

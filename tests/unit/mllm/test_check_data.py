@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import script_parser
+from launched import write_shard
 from PIL import Image
 from tiny_mllm import write_run
 from tiny_tokenizers import make_tokenizer
@@ -177,12 +178,37 @@ def test_a_share_is_held_out_by_image_and_asked_for_with_all_its_captions(rows_p
 
 def test_rows_of_one_image_are_one_question_and_long_captions_are_what_is_learned(tmp_path: Path) -> None:
     rows = [{"image": f"{i % 4}.png", "text": f"web {i}", "long": f"long {i}"} for i in range(8)]
-    store = CaptionStore(table(tmp_path / "a", rows), test=str(tmp_path / "a" / "my.jsonl"))
+    table(tmp_path / "a", rows)
+    store = CaptionStore(table(tmp_path / "b", rows), test=str(tmp_path / "a" / "my.jsonl"))
     assert store.test is not None
     write_test(tmp_path, store.test)
     lines = read_json_records(tmp_path / TEST)
     assert [line["references"] for line in lines] == [[f"long {i}", f"long {i + 4}"] for i in range(4)]
     assert isinstance(ImageStore(tmp_path / TEST_IMAGES).load(lines[0]["image"]), Image.Image)
+
+
+def test_a_test_that_holds_training_images_is_counted_and_refused(tmp_path: Path) -> None:
+    """The plan called it held out. Images of a table are one by their path, those of shards by their bytes."""
+    rows = [{"image": f"{i}.png", "caption": f"a {i}"} for i in range(8)]
+    train, folder = table(tmp_path / "a", rows), tmp_path / "a"
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[6:]))
+    with pytest.raises(UserError, match=r"test.jsonl: 2 of its 2 images are in \S+my.jsonl too: take them out"):
+        CaptionStore(train, test=str(folder / "test.jsonl"))
+    other = table(tmp_path / "b", rows)  # equal names in another folder
+    assert CaptionStore(train, test=str(other)).test is not None
+    entries = [
+        {"filename": f"{i % 6}.png", "split": "test" if i > 5 else "train", "sentences": [{"raw": "a"}]}
+        for i in range(9)
+    ]
+    (folder / "k.json").write_text(json.dumps({"images": entries}))
+    with pytest.raises(UserError, match="3 of its 3 images"):
+        CaptionStore(f"{folder}/k.json#train+restval", test=f"{folder}/k.json#test")
+    samples = [((folder / f"{i}.png").read_bytes(), {"txt": b"a"}) for i in range(8)]
+    broken = [(b"", {"txt": b"a"})]
+    train, test = write_shard(tmp_path / "train.tar", samples[:5] + broken), tmp_path / "test.tar"
+    write_shard(test, samples[4:] + broken)
+    with pytest.raises(UserError, match="1 of its 5 images"):
+        CaptionStore(train, test=str(test))
 
 
 @pytest.mark.parametrize("kind", ["clips", "random"])

@@ -252,6 +252,26 @@ def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Pa
         arguments("--karpathy", "coco.json", "--data_path", "x.csv")
 
 
+def test_flags_of_a_test_need_captions(tmp_path: Path) -> None:
+    """Beside conversations and the demo they were ignored."""
+    lines = {"talk.jsonl": {"conversations": []}, "pairs.jsonl": {"image": "0.png", "caption": "a"}}
+    for name, line in lines.items():
+        (tmp_path / name).write_text(json.dumps(line))
+    talk, pairs = (str(tmp_path / name) for name in lines)
+    for words in (["--data_path", talk], []):
+        for flag in (["--held_out", "0.1"], ["--test_data", pairs]):
+            with pytest.raises(UserError, match=f"{flag[0]} is for captions"):
+                arguments("--stage", "2", *words, *flag)
+    both = ["--align.data_path", pairs, "--instruct.data_path", talk]
+    assert [stage.held_out for stage in parse_stages([*both, "--held_out", "0.1"])] == [0.1, None]
+    for name in ("--instruct.held_out", "--instruct.test_data"):
+        with pytest.raises(UserError, match="is for captions"):
+            parse_stages([*both, name, "0.1"])
+    with pytest.raises(UserError, match="give one of them"):
+        arguments("--data_path", pairs, "--test_data", "x.csv", "--held_out", "0.1")
+    assert arguments("--data_path", pairs, "--test_data", "x.csv", "--held_out", "0").held_out is None
+
+
 def test_flags_of_one_stage_and_the_version_of_both() -> None:
     words = ["--seed", "3", "--align.learning_rate", "1e-2", "--instruct.lora_r", "4", "--version", "v1"]
     assert flags_of_stage(words, "align") == ["--seed", "3", "--version", "v1", "--learning_rate", "1e-2"]
