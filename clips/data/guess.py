@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from braceexpand import braceexpand
@@ -118,7 +118,10 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
                 warn_once(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
             return folder
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
-    raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): give --image-root")
+    advice = "give --image-root"
+    if os.path.isabs(paths[0]) or PureWindowsPath(paths[0]).is_absolute():
+        advice = "these are whole paths of another machine; write them from a folder on, which --image-root then names"
+    raise UserError(f"{where}: none of the first {len(paths)} images is there ({place}): {advice}")
 
 
 def expand(spec: str) -> list[str]:

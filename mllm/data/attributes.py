@@ -28,7 +28,21 @@ from typing import Any
 
 import torch
 
-from clips import ENDINGS, MAX_CAPTION, NAMES, BrokenSample, Table, decode_image, expand, read_members
+from clips import (
+    ENDINGS,
+    MAX_CAPTION,
+    NAMES,
+    BrokenSample,
+    Fields,
+    Table,
+    cell_of,
+    decode_image,
+    expand,
+    flat,
+    guess_fields,
+    guess_root,
+    read_members,
+)
 from clips.common.errors import UserError
 from clips.common.escape import printable
 from clips.common.files import STAMP, ensure_built, from_json, read_json
@@ -43,6 +57,12 @@ SUMMARY = "summary.txt"
 SHORT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's prompt for short answers. It follows the first question of a conversation, and each test question."""
 WHAT_VALUE, IS_VALUE = "What is the {words}?", "Is the {words} {value}?"
+TRUTH = {"true": "Yes", "yes": "Yes", "false": "No", "no": "No"}
+"""Values of a column that holds only these → the answer. With a name such as "has pockets", 1 and 0 count, too."""
+IS_TRUE = {"is": "Is it", "was": "Was it", "has": "Does it have", "can": "Can it", "contains": "Does it contain"}
+"""First word of such a column's name → how its question begins."""
+PROBED_ROWS = 32
+"""Rows whose images tell which folder a table's paths are relative to."""
 YES_NO_SHARE = 0.25
 """Share of the training questions that are yes/no questions."""
 
@@ -74,6 +94,8 @@ class Column:
     question: str
     answers: dict[str, dict[int, str]]
     """Split → index of a row → its answer."""
+    asks_value: bool = True
+    """False if the question itself is answered by yes or no."""
 
 
 def build_from_flags(flags: argparse.Namespace) -> None:
@@ -88,7 +110,7 @@ def build_from_flags(flags: argparse.Namespace) -> None:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
     # A higher version rebuilds older folders.
-    settings = json.loads(json.dumps(vars(flags) | {"version": 3, "states": states}))
+    settings = json.loads(json.dumps(vars(flags) | {"version": 4, "states": states}))
     ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
     output = Path(flags.output)
     print(printable((output / SUMMARY).read_text(encoding="utf-8"), None))
@@ -206,24 +228,31 @@ def _of_tar(file: str) -> Iterator[Row]:
 def _of_table(file: str, image: str | None, image_root: str | None) -> Iterator[Row]:
     """Yield the rows of a table with their images, which are in the column `image`."""
     table = Table(file)
-    columns = {name.lower(): name for name in table.columns}
-    column: str = image or next((columns[name] for name in NAMES["image"] if name in columns), "")
+    column: str = image or guess_fields("", Fields(), table.columns).image
     if column not in table.columns:
         raise UserError(f"{file}: give the column of the images, --image COLUMN; found: {', '.join(table.columns)}")
-    store = ImageStore(image_root or table.root)
+    first = [_cells(table, number).get(column) for number in range(min(PROBED_ROWS, len(table)))]
+    paths = [cell.replace("\\", "/") for cell in first if isinstance(cell, str) and cell]
+    store = ImageStore(guess_root(file, image_root or table.root, paths, is_given=image_root is not None))
     for number in range(len(table)):
-        cells: dict[str, Any] = {}
-        with suppress(ValueError, RecursionError):
-            cells = table.row(number, ())
+        cells = _cells(table, number)
         cell = cells.pop(column, None)
         if not isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
             cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
         in_table = partial(_read_cell, table, number, column) if isinstance(cell.get("bytes"), bytes) else None
-        yield Row(str(cell.get("path") or cells.get("id", number)), cells, store, in_table)
+        name = str(cell.get("path") or cells.get("id", number))
+        is_of_windows = "\\" in name and not in_table and store.problem(name) is not None
+        yield Row(name.replace("\\", "/") if is_of_windows else name, cells, store, in_table)
+
+
+def _cells(table: Table, number: int) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        return dict(flat(table.row(number, ())))
+    return {}
 
 
 def _read_cell(table: Table, number: int, column: str) -> bytes:
-    cell = table.row(number, ())[column]
+    cell = cell_of(table.row(number, ()), column)
     return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
 
 
@@ -300,10 +329,21 @@ def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines:
         if words in kinds:
             raise UserError(f"column {name} would share its kind with {kinds[words]}: rename it, or set --columns")
         kinds[words] = f"column {name}"
-        columns.append(Column(words, ask.get(name, WHAT_VALUE.format(words=words)), answers))
+        columns.append(_column(words, ask.get(name), answers, frequent))
     if not columns:
         raise UserError(f"no column to ask about, lower --min-count: {'; '.join(lines)}")
     return columns
+
+
+def _column(words: str, question: str | None, answers: dict[str, dict[int, str]], values: set[str]) -> Column:
+    """Return the column; if all its values are true and false, its answers are Yes and No."""
+    verb, _, rest = words.partition(" ")
+    truth = TRUTH | ({"1": "Yes", "0": "No"} if verb in IS_TRUE else {})
+    if not {value.lower() for value in values} <= truth.keys():
+        return Column(words, question or WHAT_VALUE.format(words=words), answers)
+    is_true = f"{IS_TRUE[verb]} {rest}?" if verb in IS_TRUE and rest else f"Is it {words}?"
+    answers = {split: {row: truth[value.lower()] for row, value in rows.items()} for split, rows in answers.items()}
+    return Column(words, question or is_true, answers, asks_value=False)
 
 
 def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple[int, int]]:
@@ -377,7 +417,8 @@ def conversations(rows: list[Row], columns: list[Column], seed: int) -> list[dic
         rng = random.Random(f"{seed}/train/{column.words}")
         answers = column.answers["train"]
         by_row = {number: (column.question, answer) for number, answer in answers.items()}
-        drawn = {number: answer for number, answer in answers.items() if rng.random() < YES_NO_SHARE}
+        share = YES_NO_SHARE if column.asks_value else 0.0
+        drawn = {number: answer for number, answer in answers.items() if rng.random() < share}
         for first, second in balanced_pairs(drawn, rng):
             question = IS_VALUE.format(words=column.words, value=answers[first])
             by_row[first] = (question, "Yes")
@@ -409,7 +450,7 @@ def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_ki
         answers = column.answers["test"]
         drawn = rng.sample(sorted(answers), min(per_kind, len(answers)))
         questions += [(column.words.replace(" ", "_"), row, column.question, answers[row]) for row in drawn]
-        pairs = balanced_pairs(answers, rng)
+        pairs = balanced_pairs(answers, rng) if column.asks_value else []
         yes_no.append([(pair, IS_VALUE.format(words=column.words, value=answers[pair[0]])) for pair in pairs])
     in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*yes_no)))
     for (first, second), question in itertools.islice(in_turn, per_kind // 2):

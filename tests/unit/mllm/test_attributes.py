@@ -297,6 +297,29 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
         build(tmp_path / "none", "--data", write_csv(tmp_path / "b.csv", products(4)))
 
 
+def test_a_column_of_yes_and_no_is_asked_as_a_sentence(tmp_path: Path) -> None:
+    """ "Is the is legendary True?", with the answer Yes or No, is no English."""
+    rows = [
+        {"image": f"images\\{i}.png", "is_legendary": i % 3 == 0, "waterproof": ["yes", "No"][i % 2], "hasWings": i % 2}
+        | {"legs": i % 2, "colour": ["red", "blue"][i % 2]}
+        for i in range(60)
+    ]
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        (tmp_path / f"images/{i}.png").write_bytes(picture("PNG", i))
+    out = build(tmp_path / "out", "--data", write_csv(tmp_path / "t.csv", rows), "--held-out", "0.3")
+    asked = {(question.removeprefix("<image>\n").partition("\n")[0], answer) for question, answer in turns(out)}
+    for question in ("Is it legendary?", "Is it waterproof?", "Does it have wings?"):
+        assert {answer for text, answer in asked if text == question} == {"Yes", "No"}
+    assert ("What is the legs?", "1") in asked
+    assert not any("true" in (text + answer).lower() or "is the is" in text.lower() for text, answer in asked)
+    questions = read_questions(out / "question.jsonl")
+    assert {q.answer for q in questions if q.kind == "is_legendary"} == {"Yes", "No"}
+    rows = [row | {"image": f"C:\\pics\\{i}.png"} for i, row in enumerate(rows)]
+    with pytest.raises(UserError, match="whole paths of another machine"):
+        build(tmp_path / "none", "--data", write_csv(tmp_path / "w.csv", rows))
+
+
 def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
     """Pictures inside of two tables → one tar a split, which pretraining reads and LLaVA's files name."""
     hub = write_hub(tmp_path / "fashion", products(150))
