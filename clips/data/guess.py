@@ -19,12 +19,12 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, first_line
 from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import ENDINGS
-from clips.data.remote import store_of
+from clips.data.remote import patiently, store_of
 
 log = logging.getLogger("clips.data")
 NAMES = {
@@ -43,6 +43,8 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet", "captions.txt")
 """Endings of tables that are found in a folder."""
 NAMED = (*TABLES, ".json", ".token", ".token.txt")
 """Endings of all tables. Those that a folder may have for another purpose are read only if they are named."""
+OF_HUB = "hf:"
+"""Begins the id of a data set of the hub, as in hf:jxie/flickr8k."""
 HELD_OUT = ("test", "val", "dev")
 PROBED_TEXTS = 32
 """Number of texts that decide if each line is a caption."""
@@ -149,6 +151,8 @@ def expand(spec: str) -> list[str]:
 def _match(pattern: str) -> list[str]:
     if is_karpathy(pattern):
         return [pattern]
+    if pattern.startswith(OF_HUB) and not is_remote(pattern):
+        return _of_hub(pattern.removeprefix(OF_HUB))
     if is_remote(pattern):
         if not glob.has_magic(pattern):
             return [pattern]
@@ -161,6 +165,27 @@ def _match(pattern: str) -> list[str]:
     if not files:
         raise UserError(f"no data at {pattern!r}: no file, no folder of .tar, {', '.join(TABLES)} or a.jpg, a.txt")
     return files
+
+
+def _of_hub(name: str) -> list[str]:
+    """Return the URLs of the shards or tables of a data set of the hub, without those of held-out splits."""
+    root = f"hf://datasets/{name}"
+
+    def ask() -> list[str]:
+        filesystem, path = store_of(root)
+        return sorted(file.removeprefix(f"{path}/") for file in filesystem.find(path))
+
+    try:
+        names = patiently(root, ask)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{OF_HUB}{name} is no data set of the hub that can be read: {first_line(error)}") from None
+    for suffix in (".tar", *TABLES):
+        files = [file for file in names if file.endswith(suffix)]
+        train = [file for file in files if not any(part.startswith(HELD_OUT) for part in file.split("/"))]
+        if train:
+            warn_once(f"{OF_HUB}{name}: {len(train):,} of {len(files):,} {suffix} files taken, the first is {train[0]}")
+            return [f"{root}/{file}" for file in train]
+    raise UserError(f"{OF_HUB}{name} has no {', '.join(('.tar', *TABLES))} files for training; found: {names[:10]}")
 
 
 def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ OF_DISK = 0.8
 """Largest share of the disk's free space that copies may take."""
 VERSION = 5
 """Part of every stamp: raise it when the written format of a derived file changes."""
-TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag")
+TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag", "blob_id")
 """Names that stores give the time or the tag of a file."""
 
 

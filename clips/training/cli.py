@@ -35,7 +35,7 @@ def parser() -> Parser:
     data.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.json/.jsonl/.parquet table, a folder "
-        "of the datasets library, or a folder of images with texts beside them "
+        "of the datasets library, hf:OWNER/NAME of the hub, or a folder of images with texts beside them "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
     )
     data.add_argument("--mix", nargs="+", action="extend", metavar="NAME=SHARE:DATA", help="several sets, by shares")

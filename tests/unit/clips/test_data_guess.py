@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from bad_corpus import encode
 from bad_corpus import square as picture
@@ -308,6 +309,23 @@ def test_cc3m_as_tar_shards(tmp_path: Path) -> None:
         assert len(opened(run, "val")) == 1
         with pytest.raises(UserError, match="no long captions"):
             opened(run_of("--recipe", "s16", "--data", data))
+
+
+def test_a_data_set_of_the_hub_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is played by a file system in memory with the paths of huggingface_hub's."""
+    memory = fsspec.filesystem("memory")
+    for module in ("guess", "remote"):
+        monkeypatch.setattr(f"clips.data.{module}.store_of", lambda url: (memory, f"/{url.partition('://')[2]}"))
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "t.parquet", 3, FLICKR8K | {"split": split})
+        data = (tmp_path / "t.parquet").read_bytes()
+        memory.pipe(f"/datasets/me/flickr/data/{split}-00000-of-00001.parquet", data)
+    source = opened(run_of("--data", "hf:me/flickr"))
+    assert texts(source) == [ALL] * 3
+    assert source.read(0).extra["split"] == "train"
+    with pytest.raises(UserError, match="hf:me/none"):
+        opened(run_of("--data", "hf:me/none"))
 
 
 def img2dataset_json(**columns: str) -> dict[str, Any]:
