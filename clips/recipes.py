@@ -63,7 +63,7 @@ def demo() -> RunConfig:
         recipe="demo",
         model=PRESETS["demo"],
         captions=CaptionsConfig(tokenizer="wordpiece"),
-        # A third keeps the retrieval and loses some names, and a step takes 0.8 times as long (docs/speed.md).
+        # A third keeps the retrieval and loses some names, and a step takes 0.8 times as long.
         task=TaskConfig(caption_share=0.33),
         data=DataConfig(workers=1),
         # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does.
@@ -98,8 +98,7 @@ def clip_baseline() -> RunConfig:
 def small() -> RunConfig:
     """CLIPS without its captioner on some thousands to a few hundred thousand photographs: an hour on a laptop.
 
-    At equal time it retrieves better than with the captioner (docs/claims.md). docs/photographs.md of commit 09df7532
-    has the curves by which its sizes and rates were chosen.
+    At equal time it retrieves better than with the captioner (docs/claims.md).
 
     python scripts/pretrain_clips.py --name mine --data 'shards/*.tar'
     """
@@ -167,8 +166,6 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     """Return the paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
     deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
-
-    L/14 adds `--ds-config ds_configs/zero1.json`, H/14 `--ds-config ds_configs/zero2.json`.
 
     Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
     of each phase are the reference code's. Unlike in the reference, text padding is masked: a text gives the same

@@ -58,7 +58,7 @@ install_torch() {
   elif command -v nvidia-smi >/dev/null; then
     cuda="$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p')" || true
     [ "${cuda:-0}" -ge 13 ] ||
-      fail "nvidia-smi shows no CUDA 13: install driver 580 or newer, or set TORCH_INDEX=URL (docs/gpu.md)"
+      fail "nvidia-smi shows no CUDA 13: install driver 580 or newer, or set TORCH_INDEX=URL (docs/hardware.md)"
   fi
 }
 
@@ -66,7 +66,7 @@ install_torch() {
 check_gpu() {
   command -v nvidia-smi >/dev/null || return 0
   "$venv/bin/python" -c 'import torch; print(f"torch {torch.__version__} sees", torch.cuda.get_device_name(0))' ||
-    fail "torch cannot use the GPU: see docs/gpu.md"
+    fail "torch cannot use the GPU: see docs/hardware.md"
 }
 
 # pip writes Python's path into the first line of `deepspeed`, which cannot be executed if the path has a space.

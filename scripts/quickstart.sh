@@ -88,7 +88,7 @@ fi
 
 echo "== 3. pretrain, evaluate, export and report"
 if [ "$OMP_NUM_THREADS" -gt 1 ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 0 ]; then
-  # Two ranks with half of the cores each, because the demo's matrices are too small for threads (docs/speed.md).
+  # Two ranks with half of the cores each, because the demo's matrices are too small for threads (docs/hardware.md).
   OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) \
     run python -m clips.common.launch --standalone --nproc-per-node 2 "${pretrain[@]}"
 else # one core, or GPUs, of which the demo's small model needs only one

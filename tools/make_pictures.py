@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Draw a figure for the docs: `answers` of models on the held-out artist's images, or `results` of a comparison.
+"""Draw a figure for the docs: `answers` of models on the held-out artist's images, `results` of a comparison, `curve`.
+
+`curve` shows loss and validation retrieval of a pretraining run.
 
 `answers` shows, for each kind of question, the first image that every model (one per seed) answers right, and one image
 that the first model answers wrong. So the images are not a random choice. The command prints their names.
@@ -18,7 +20,8 @@ from clips.common.errors import UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
-from clips.common.plots import INK, SERIES, plain_axes
+from clips.common.plots import INK, SERIES, curves_plot, plain_axes
+from clips.common.report import curves
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 
@@ -97,9 +100,10 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("answers", "results"), help="the figure to draw")
+    p.add_argument("what", choices=("answers", "results", "curve"), help="the figure to draw")
     p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json for `results`")
     p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`")
+    p.add_argument("--run", type=Path, default=Path("runs/demo"), help="run for `curve`")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
@@ -115,6 +119,8 @@ def main() -> None:
         for answer in shown:
             print(f"{answer['image']}  {answer['prompt']}  {answer['text']}")
         plot = answers_plot(shown, DEMO_DIR / IMAGES)
+    elif flags.what == "curve":
+        plot = curves_plot(curves(flags.run)[:2])  # the loss, and the metrics of validation
     else:
         plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
     save_plot(plot, out)

@@ -15,7 +15,8 @@ A block of a page is a comment with a template, followed by the text of the temp
 `compare` is docs/results/compare.json, a report.json of scripts/compare_encoders.py or a result of
 scripts/compare_pretraining.py without its long parts. `{WHO: METRIC}` is a mean with its standard deviation over seeds.
 `{WHO − WHOM: METRIC}` is a difference with its interval, bold for a win or a loss, and `{WHO − WHOM: verdict}` the
-verdict of a study of pretraining. `{… @NAME}` reads another file. A row with an arrow stands for several rows, one for
+verdict of a study of pretraining. There `NAME_rank` is the geometric-mean rank that `NAME_nearness` stands for, and a
+ratio of ranks as a difference. `{… @NAME}` reads another file. A row with an arrow stands for several rows, one for
 each `A = B` after the arrow, in which A replaces NAME and B replaces IT.
 """
 
@@ -23,7 +24,9 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import partial
+from math import exp
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from clips.common.errors import CommandError, UserError, run_command
@@ -129,13 +132,19 @@ def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) ->
 
 def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
     """Return the text of a metric of a variant, or of a contrast of two variants, in a study of pretraining."""
+    is_rank = name.endswith("_rank")
+    name = name.removesuffix("_rank") + "_nearness" if is_rank else name
     if not other:
-        return show_mean([run["figures"][name] for run in content["variants"][first]["runs"]])
+        values = [run["figures"][name] for run in content["variants"][first]["runs"]]
+        return f"{exp(-fmean(values) / 100):.0f}" if is_rank else show_mean(values).replace("-", "−")
     contrasts = [contrast for question in content["questions"].values() for contrast in question.get("contrasts", ())]
     contrast = next(entry for entry in contrasts if (entry["a"], entry["b"]) == (first, other))
     if name == "verdict":
         return VERDICTS[contrast[name]]
     row = contrast.get("figures", {contrast["metric"]: contrast})[name]
+    if is_rank:
+        ratio, high, low = (exp(-value / 100) for value in (row["mean"], *row["ci95"]))
+        return f"× {ratio:.2f} [{low:.2f}, {high:.2f}]"
     return _decided(contrast["verdict"] if name == contrast["metric"] else "", show_difference(row))
 
 

@@ -100,7 +100,7 @@ def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
 
 TOWER_KEYS, LANGUAGE_MODEL_KEYS = 384, 512
 """Longest sequences for which plain matrix products beat torch's fused attention on a CPU in bf16. The fused kernel
-took 1.2 to 6.5 times as long for the towers of CLIPS (docs/speed.md). A step of SmolLM2-135M on 32 samples of 40 tokens
+took 1.2 to 6.5 times as long for the towers of CLIPS. A step of SmolLM2-135M on 32 samples of 40 tokens
 took 3.1 s of one core with it and 2.1 s without. In fp32 the fused kernel is faster."""
 
 
@@ -199,7 +199,7 @@ def _gloo_threads() -> list[str]:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for later allocations unless the user set the allocator. Return True if it does.
 
-    By default glibc gives freed tensors back to the kernel, and each step faults their pages in again (docs/speed.md).
+    By default glibc gives freed tensors back to the kernel, and each step faults their pages in again.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False

@@ -34,7 +34,7 @@ PHOTOGRAPHS = {"demo": "small_captioner", "clip_baseline": "small_clip"}
 """The recipe that takes the place of each variant's recipe with `--recipe small`."""
 LONGER, SENTENCE_LONGER = 1.4, 1.2
 """About how many samples CLIP (recipe `small_clip`), and CLIPS without its captioner, see in the time in which CLIPS
-(`small_captioner`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/speed.md)."""
+(`small_captioner`) sees one, on one thread of an AMD EPYC with AVX-512 bf16 (docs/hardware.md)."""
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", WEB),
     "web_longer": Variant(f"web caption only, {LONGER} × the samples", "clip_baseline", WEB, times=LONGER),

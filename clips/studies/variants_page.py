@@ -37,7 +37,7 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
     decides = (
         f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
-        f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/comparison.md). "
+        f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/statistics.md). "
         f"Results were written of {' and of '.join(result['looks'])}. Intervals are Welch's over seeds. "
         "They hold for other seeds, not for other test images, and are not corrected for the number of comparisons "
         f"({count})."

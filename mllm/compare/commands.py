@@ -227,5 +227,5 @@ def _projector(arguments: TrainArguments) -> str:
     if arguments.pretrain_mm_mlp_adapter is not None:
         start = f"from {arguments.pretrain_mm_mlp_adapter}"
     elif arguments.stage == 1 and arguments.mm_projector_init == "captions":
-        start = f"fitted in closed form to the captions of {min(dataset_size(arguments), START_IMAGES):,} samples"
+        start = f"fitted to the captions of {min(dataset_size(arguments), START_IMAGES):,} samples"
     return f"{arguments.mm_projector_type}, {start}"

@@ -25,7 +25,7 @@ FLOORS = {
 }
 STATISTICS = (
     "Brackets are 95 % intervals over questions and training runs, not corrected for multiple comparisons. "
-    f"“Undecided”: {UNDECIDED} (docs/comparison.md)."
+    f"“Undecided”: {UNDECIDED} (docs/statistics.md)."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the projector's input tokens. "

@@ -211,7 +211,7 @@ def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
         if arguments.mm_projector_init != "captions":
             return f"random, seed {arguments.seed}"
         memory = start_bytes(llava.config.get_text_config().hidden_size, samples) / 1e9
-        fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
+        fitted = f"fitted to the captions of {min(samples, START_IMAGES):,} samples"
         return f"{fitted}, which takes {memory:.2g} GB of the machine's memory, seed {arguments.seed}"
     if adapter is None and not aligned.is_file():
         if arguments.dry_run:

@@ -22,7 +22,7 @@ FREEZE: dict[str, dict[str, Training]] = {
 
 DEMO_LAYERS = "6,2"
 """The layers that the reader was taught on (mllm/model/reader). In the few minutes of the demo, a few layers that train
-fully learn more than all layers with adapters (docs/results.md)."""
+fully learn more than all layers with adapters."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
         "held_out": 0.05,

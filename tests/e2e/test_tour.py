@@ -38,10 +38,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_s_lines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    images = place / "data" / "llava_demo" / "images"
+    for name in ("cat.jpg", "dog.jpg", "images/1.jpg"):
+        (place / name).parent.mkdir(exist_ok=True)
+        shutil.copy(images / "unseen-000000.jpg", place / name)
     names: dict = {}
-    exec(lines, names)
-    assert names["features"].shape == (2, names["model"].embed_dim)
-    assert names["cosines"].shape == (2, 2)
+    exec(re.sub(r'"UCSC-VLAA/[^"]+"', '"runs/demo"', lines), names)
+    assert names["model"].path == Path("runs/demo")
+
+
+def test_the_lines_of_the_python_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks in order, as one program."""
+    monkeypatch.chdir(place)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 10
+    names: dict = {}
+    exec("\n".join(blocks), names)
+    assert names["features"].shape == (3, names["model"].embed_dim)
+    assert len(names["index"]) == 5
+    assert names["similar"][0].path.endswith("unseen-000000.jpg")
+    assert len(names["session"].turns) == 2
 
 
 def kinds(notebook: nbformat.NotebookNode) -> dict[str, set[str]]:

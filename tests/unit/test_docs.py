@@ -113,11 +113,34 @@ def test_links_and_paths_in_a_page_lead_on(page: Path) -> None:
         assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_all_rows_of_the_faults_are_tests_and_listed() -> None:
-    rows = re.findall(r"^\| (\d+) \|.*\|(.*)\|$", (ROOT / "docs" / "faults.md").read_text(), flags=re.MULTILINE)
-    listed = {int(number): set(re.findall(r"`(test_row_\w+)`", tests)) for number, tests in rows}
-    tests: dict[int, set[str]] = {}
+def test_each_fault_of_the_page_has_tests() -> None:
+    listed = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "faults.md").read_text(), flags=re.MULTILINE)
+    tests: set[int] = set()
     for file in (ROOT / "tests" / "faults").glob("test_*.py"):
-        for name, number in re.findall(r"^def (test_row_(\d+)_\w+)\(", file.read_text(), re.MULTILINE):
-            tests.setdefault(int(number), set()).add(name)
-    assert listed == tests
+        tests |= {int(number) for number in re.findall(r"^def test_row_(\d+)_\w+\(", file.read_text(), re.MULTILINE)}
+    assert [int(number) for number in listed] == sorted(tests)
+
+
+def words(text: str) -> int:
+    """How many words a reader sees: what has a letter or a digit."""
+    return sum(any(map(str.isalnum, word)) for word in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())
+
+
+def test_pages_are_short_and_their_paragraphs_too() -> None:
+    assert words((ROOT / "README.md").read_text(encoding="utf-8")) <= 1_000
+    assert sum(words(page.read_text(encoding="utf-8")) for page in (ROOT / "docs").glob("*.md")) <= 20_000
+    for page in PAGES:
+        for paragraph in re.split(r"\n\s*\n|\n(?= *(?:[-*|]|\d+\.) )", prose(page)):
+            assert words(paragraph) <= 120, f"{page.name}: a paragraph is too long: {paragraph[:80]}"
+
+
+def test_python_of_pages_has_no_errors_of_syntax() -> None:
+    for page in PAGES:
+        for language, body in CODE.findall(page.read_text(encoding="utf-8")):
+            if language == "python":
+                compile(body, str(page), "exec")
+
+
+def test_each_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["index.md"]

@@ -368,7 +368,7 @@ def test_designs_in_words_and_what_they_see(
     comparison = Comparison(seeds=seeds, llava_runs=runs)
     assert design_in_words(seeds, comparison.runs) == design
     assert [100 * detectable_difference(comparison, n) for n in (LIMIT, 800, 6400)] == pytest.approx(points, abs=0.1)
-    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert f"| {design} | {' | '.join(map(str, points))} |" in page
 
 
