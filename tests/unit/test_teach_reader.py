@@ -215,7 +215,7 @@ def test_cells_show_a_thing_at_its_place(llm_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_question_alone_has_an_answer(llm_path: Path, kind: str) -> None:
     imagination = Imagination(cut_model(llm_path), held_out=False, words=WORDS)
-    samples = [imagination.sample(kind, random.Random(number)) for number in range(100)]
+    samples = [imagination.question(kind, random.Random(number)) for number in range(100)]
     answers = Counter(pairs[-1][1] for pairs, _ in samples)
     assert all(cells.shape == (GRID**2, 64) and torch.isfinite(cells).all() for _, cells in samples)
     assert len(answers) > 1
