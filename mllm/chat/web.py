@@ -124,7 +124,7 @@ def add_chat(model: ChatModel, questions: Sequence[Question]) -> None:
     kinds = ["image", "video"] if model.takes_videos else ["image"]
     box = gr.MultimodalTextbox(
         file_types=kinds, file_count="multiple", sources=["upload"], show_label=False,
-        placeholder=f"Ask about a {' or a '.join(kinds)}",
+        placeholder=f"Ask about an {' or a '.join(kinds)}",
     )  # fmt: skip
     files = [str(DEMO_DIR / IMAGES / question.images[0]) for question in questions]
     examples = [{"text": question.text, "files": [file]} for question, file in zip(questions, files, strict=True)]

@@ -48,7 +48,7 @@ class ImageStore:
         try:
             path = inside(self._root, name)
         except ValueError:
-            reason = f"image {name!r} leads out of {self.location}; give the real folder with --image_folder"
+            reason = f"image {name!r} is outside {self.location}; give the folder above it with --image_folder"
             raise BrokenSample(name, reason) from None
         if not os.path.isfile(path):
             raise missing

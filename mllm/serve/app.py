@@ -282,7 +282,7 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
     api_key = os.environ.get("CLIPS_API_KEY", "")
     app = create_app(chat, limits, api_key=api_key, allowed_hosts=[flags.host, *flags.allowed_hosts])
     access = "with the key of CLIPS_API_KEY" if api_key else "without a key (CLIPS_API_KEY sets one)"
-    print(f"{chat.name} ({chat.directory}): {chat.layout} tokens for each picture, {access}", flush=True)
+    print(f"{chat.name} ({chat.directory}): {chat.layout} tokens for each image, {access}", flush=True)
     # Without limit_concurrency: it counts connections, not requests, and refuses all of a burst with a bare 503.
     uvicorn.run(
         app, host=flags.host, port=flags.port, ws="none", lifespan="off", server_header=False,

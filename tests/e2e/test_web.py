@@ -93,14 +93,14 @@ def page(address: str) -> Iterator[Page]:
 
 
 def test_a_question_with_a_picture_is_answered(page: Page, place: Path) -> None:
-    box = page.get_by_placeholder("Ask about a picture")
+    box = page.get_by_placeholder("Ask about an image")
     for name in ("text.png", "scene.png"):
         page.locator("input[type=file]").first.set_input_files(place / name)
         page.locator(".thumbnail-item").wait_for()
         box.fill("What is in it?")
         box.press("Enter")
         if name == "text.png":
-            page.get_by_text("the picture cannot be read").wait_for()
+            page.get_by_text("the image cannot be read").wait_for()
             page.reload()
     page.get_by_text("Settings").wait_for()
     answer = page.locator(".bot.message")

@@ -114,7 +114,7 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
     reasons = {
         "climbing": "'../00099.png' points outside", "absolute": "'/etc/00099.png' points outside",
         "symbolic": "is a link", "hard": "is a link", 
-        "dots": "leads out of", "root": "leads out of", "link": "leads out of",
+        "dots": "is outside", "root": "is outside", "link": "is outside",
     }  # fmt: skip
     for name, done in run_all(commands).items():
         assert_said(done, 2, reasons[name])

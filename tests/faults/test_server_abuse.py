@@ -201,5 +201,5 @@ def test_row_28_a_defect_shows_the_client_no_trace(chat, monkeypatch, capfd):
 
 def test_a_signal_ends_it_also_while_it_answers(server: Running) -> None:
     """The last test of this server."""
-    assert "llava (runs/llava/model): 16 tokens for each picture" in server.output()
+    assert "llava (runs/llava/model): 16 tokens for each image" in server.output()
     assert_ends(server, signal.SIGTERM, -signal.SIGTERM)
