@@ -78,7 +78,7 @@ def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert kinds(notebook) == kinds(nbformat.read(TOUR, as_version=4))
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     printed = {name: "".join(out.get("text", "") for out in parts) for name, parts in outputs.items()}
-    assert "5 pictures" in printed["encoder"]
+    assert "5 images" in printed["encoder"]
     assert printed["zero-shot"].count("%") == 5
     assert printed["retrieval"].count("unseen-00000") == 4
     assert outputs["caption"][-1].data["text/plain"].startswith("'")
