@@ -116,7 +116,8 @@ def mean_of(found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 def build(case: Case) -> Engine:
     run = a_run(case, BATCH // (MICRO * dist.get_world_size()))
-    return make_engine(Task(random_model(run), run), run, CPU, {"zero_optimization": {"stage": case.stage}})
+    task = Task(random_model(run), run.task, run.train)
+    return make_engine(task, run, CPU, {"zero_optimization": {"stage": case.stage}})
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def replayed(stage: int) -> dict[str, bool]:
     model, features = random_model(run), []
     model.visual.blocks[0].mlp.act = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Dropout(0.5))
     model.register_forward_hook(lambda module, inputs, out: features.append(out.image_features.detach()))
-    engine = make_engine(Task(model, run), run, CPU, {"zero_optimization": {"stage": stage}})
+    engine = make_engine(Task(model, run.task, run.train), run, CPU, {"zero_optimization": {"stage": stage}})
     batches = list(micro_batches(case, engine, 0))
     take_step(engine, batches)
     first, second = features[: len(batches)], features[len(batches) :]

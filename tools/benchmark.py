@@ -73,7 +73,7 @@ def compare_steps(run: RunConfig, device: torch.device, repeats: int) -> list[li
     source, tokenizer = open_data(run)
     batches = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
     torch.manual_seed(0)
-    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
+    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run.task, run.train), run, device, {})
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
     stock = stock_step(run.model, tokenizer, run.task.texts, device)
     parts = {
@@ -91,7 +91,7 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     loader = make_loader(source, tokenizer, replace(run, data=replace(run.data, workers=0)), rank=0, world_size=1)
     host = next(loader)
     torch.manual_seed(0)
-    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run), run, device, {})
+    engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run.task, run.train), run, device, {})
     engine.module.model.visual.set_image_size(run.phases[0].image_size)
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
     task, model, batch = engine.module, engine.module.model, to_device(host, device)

@@ -94,21 +94,13 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
     run = config_from_flags(flags, architecture)
 
     # These import all of torch and deepspeed: not before the flags are known to be right.
-    from clips.training.prepare import Options
     from clips.training.pretraining import pretrain
 
-    options = Options(
-        run_dir=_run_dir(flags),
-        device=flags.device,
-        ds_config=flags.ds_config,
-        resume=flags.resume,
-        allow_config_change=flags.allow_config_change,
-        dry_run=flags.dry_run,
-        report_to=loggers(flags.report_to),
+    pretrain(
+        run, _run_dir(flags), start, device=flags.device, ds_config=flags.ds_config, resume=flags.resume,
+        allow_config_change=flags.allow_config_change, dry_run=flags.dry_run, report_to=loggers(flags.report_to),
         profile_steps=flags.profile,
-        timeout_minutes=flags.timeout_minutes,
-    )
-    pretrain(run, options, start)
+    )  # fmt: skip
 
 
 def recipe_name(flags: argparse.Namespace) -> str:

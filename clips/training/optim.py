@@ -110,7 +110,7 @@ def limit_logit_scale(engine: Engine) -> None:
         held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> CLIPSModel | None:
+def plain_model(engine: Engine, config: ModelConfig, *, everywhere: bool = False) -> CLIPSModel | None:
     """Return a copy of the model outside DeepSpeed, on rank 0 or `everywhere`, for evaluation and export; else None.
 
     Collective.
@@ -118,7 +118,7 @@ def plain_model(engine: Engine, run: RunConfig, *, everywhere: bool = False) -> 
     weights = engine.state.gather_weights(everywhere=everywhere)
     if not weights:
         return None
-    model = CLIPSModel(run.model, engine.module.model.pad_id)
+    model = CLIPSModel(config, engine.module.model.pad_id)
     model.load_state_dict(weights)
     return model.to(engine.device).eval()
 

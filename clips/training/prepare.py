@@ -1,8 +1,7 @@
 """What a run prepares before its first step: its directory, data and tokenizer, and the plan that it prints."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from clips.common.page import table_of
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
-from clips.config import PhaseConfig, RunConfig, difference
+from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, difference
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -30,54 +29,40 @@ MANY_EPOCHS = 50
 """Number of epochs above which the plan warns; the recipes are meant for 0.1 to 20."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to run, as opposed to what to train: nothing here changes the result."""
-
-    run_dir: Path
-    device: str = "auto"
-    ds_config: str | None = None
-    resume: str = "auto"
-    """`auto`, `never`, or a checkpoint directory."""
-    allow_config_change: bool = False
-    dry_run: bool = False
-    report_to: Sequence[str] = ()
-    profile_steps: int = 0
-    """Steps whose operators are recorded into `run_dir`/profile; 0: none."""
-    timeout_minutes: float = 30
-    """Time limit of a collective, after which the ranks that wait end the run."""
-
-
-def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
+def open_run_dir(
+    run: RunConfig, run_dir: Path, resume: str, *, allow_config_change: bool, dry_run: bool
+) -> checkpoint.Checkpoint | None:
     """Create or check the run directory, and return the checkpoint to resume from, the same on every rank.
+
+    `resume` is `auto`, `never`, or a checkpoint directory.
 
     config.json is written only once the data is known to be right too; from then on the directory belongs to this run.
     """
-    config_file = options.run_dir / "config.json"
-    if options.resume == "never" and config_file.exists():
-        raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
-    if config_file.exists() and not options.allow_config_change:
+    config_file = run_dir / "config.json"
+    if resume == "never" and config_file.exists():
+        raise UserError(f"{run_dir} holds a run already; give another --name, or leave --resume never out")
+    if config_file.exists() and not allow_config_change:
         changes = difference(RunConfig.load(config_file), run)
         mend = "Give the new run another --name, or go on with the changes by --allow-config-change"
-        rundir.refuse(changes, f"{options.run_dir} holds a run with another configuration", mend)
-    if not options.dry_run:
+        rundir.refuse(changes, f"{run_dir} holds a run with another configuration", mend)
+    if not dry_run:
         try:
-            (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.run_dir).close()
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_dir).close()
         except OSError as error:
-            raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output") from None
+            raise UserError(f"cannot write to {run_dir}: {error}; choose another --output") from None
         if dist.get_rank() == 0:
-            rundir.hold(options.run_dir)
-            checkpoint.remove_leftovers(options.run_dir)
-    if options.resume in ("auto", "never"):
-        return checkpoint.latest(options.run_dir)
-    loaded = checkpoint.load(Path(options.resume))
-    if checkpoint.run_of(loaded.path) != options.run_dir.resolve():
-        raise UserError(f"--resume {options.resume} is of another run; for a branch copy that run under another --name")
+            rundir.hold(run_dir)
+            checkpoint.remove_leftovers(run_dir)
+    if resume in ("auto", "never"):
+        return checkpoint.latest(run_dir)
+    loaded = checkpoint.load(Path(resume))
+    if checkpoint.run_of(loaded.path) != run_dir.resolve():
+        raise UserError(f"--resume {resume} is of another run; for a branch copy that run under another --name")
     return loaded
 
 
-def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
+def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
     """Read the initial weights of a run, or return None if they are random; not called for a run that resumes.
 
     Raises UserError if this run started from other weights before it ended without a checkpoint.
@@ -86,17 +71,17 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
         return None
     initial = read_initial(run.train.init_from)
     check_agrees(run, initial)
-    before = rundir.began_with(options.run_dir)
+    before = rundir.began_with(run_dir)
     if before is not None and before["sha256"] != initial.sha256:
         raise UserError(
-            f"--init-from {initial.source} holds other weights now than those with which {options.run_dir} began, and "
+            f"--init-from {initial.source} holds other weights now than those with which {run_dir} began, and "
             "there is no checkpoint of it to go on from: give another --name"
         )
     return initial
 
 
 def prepare_data(
-    run: RunConfig, options: Options, initial: InitialWeights | None, start: Start, *, has_begun: bool
+    run: RunConfig, run_dir: Path, initial: InitialWeights | None, start: Start, *, has_begun: bool, dry_run: bool
 ) -> tuple[Source, CaptionTokenizer]:
     """Open the data, once on each machine, and the tokenizer; rank 0 makes it if it is missing. Collective.
 
@@ -116,9 +101,9 @@ def prepare_data(
     source, hashes = once_per_machine(opened)
     HASHES.update(hashes)
     if has_begun:
-        check_same_data(options.run_dir, source)
+        check_same_data(run_dir, source)
     start.all_have(True)  # machines are not equally fast, and a collective has a time limit
-    directory = options.run_dir / "tokenizer"
+    directory = run_dir / "tokenizer"
 
     def make() -> CaptionTokenizer:
         if initial is not None and initial.tokenizer is not None:
@@ -126,11 +111,11 @@ def prepare_data(
         return build_tokenizer(run.captions.tokenizer, source.captions(), vocab_size=run.model.text.vocab_size)
 
     # Without config.json a tokenizer is of a run that never began.
-    if dist.get_rank() == 0 and not has_begun and not options.dry_run:
+    if dist.get_rank() == 0 and not has_begun and not dry_run:
         make().save(directory)
-        write_json(options.run_dir / rundir.DATA, source.facts())
+        write_json(run_dir / rundir.DATA, source.facts())
     start.all_have(True)
-    is_present = has_begun or not options.dry_run
+    is_present = has_begun or not dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_present else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
@@ -152,16 +137,10 @@ def check_same_data(run_dir: Path, source: Source) -> None:
         )
 
 
-def facts_of_run(
-    run: RunConfig, options: Options, previous: checkpoint.Checkpoint | None, ds_config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what must be the same on every rank: its flags, and what it found in the run directory."""
+def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict[str, Any]:
+    """Return what every rank must have found alike in the run directory."""
     return {
         "the configuration": run.to_dict(),
-        "--ds-config": dict(ds_config),
-        "--name": str(options.run_dir),
-        "--resume": options.resume,
-        "--dry-run": options.dry_run,
         "the checkpoint to go on from": previous.path.name if previous else "none",
     }
 
@@ -195,8 +174,9 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 
 
 def full_batch(
-    run: RunConfig, image_size: int, samples: int, device: torch.device, *, words: int | None = None, share: float = 1
-) -> Batch:
+    model: ModelConfig, task: TaskConfig, image_size: int, samples: int, device: torch.device, *,
+    words: int | None = None, share: float = 1,
+) -> Batch:  # fmt: skip
     """Return a micro-batch in the layout of clips/data/loader.py, without padding.
 
     Its images are on `device` ("meta" too), and all else is on the host.
@@ -205,14 +185,14 @@ def full_batch(
         words: Slots of each text; None: the full context.
         share: Share of the samples that have a caption, each of full length.
     """
-    vision, captioner = run.model.vision, run.model.captioner
-    words = words or run.model.text.context_length
-    batch: Batch = {name: torch.full((samples, words), 5) for name in run.task.texts}
+    vision, captioner = model.vision, model.captioner
+    words = words or model.text.context_length
+    batch: Batch = {name: torch.full((samples, words), 5) for name in task.texts}
     batch["images"] = torch.empty(samples, 3, image_size, image_size, dtype=torch.uint8, device=device)
     seen = vision.kept_tokens(image_size)
     if vision.patch_dropout:
         batch["patches"] = torch.arange(seen).expand(samples, -1)
-    if captioner is not None and run.task.captions:
+    if captioner is not None and task.captions:
         batch["caption"] = torch.full((samples, captioner.length), 5)
         batch["caption"][round(share * samples) :] = 0
         if captioner.image_token_keep < 1:

@@ -39,7 +39,6 @@ from clips.training.flops import flops_of
 from clips.training.grad_cache import CachedGradients, cache_gradients
 from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
 from clips.training.prepare import (
-    Options,
     facts_of_data,
     facts_of_run,
     open_run_dir,
@@ -72,45 +71,50 @@ def crosses(every: int, before: int, now: int) -> bool:
     return every > 0 and now // every > before // every
 
 
-def optimizer_steps(run: RunConfig, state: TrainState) -> int:
+def optimizer_steps(phases: Sequence[PhaseConfig], state: TrainState) -> int:
     """Return the steps taken since the optimizer began: with the run, or with the last phase that has a fresh one."""
     since = state.step
     for index in range(state.phase, 0, -1):
-        if run.phases[index].fresh_optimizer:
-            since = state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+        if phases[index].fresh_optimizer:
+            since = state.phase_step + sum(phase.steps for phase in phases[index : state.phase])
             break
     return since - sum(state.step - since <= step < state.step for step in state.left_out)
 
 
-def pretrain(run: RunConfig, options: Options, start: Start) -> None:
-    """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export.
+def pretrain(
+    run: RunConfig, run_dir: Path, start: Start, *, device: str = "auto", ds_config: str | None = None,
+    resume: str = "auto", allow_config_change: bool = False, dry_run: bool = False, report_to: Sequence[str] = (),
+    profile_steps: int = 0,
+) -> None:  # fmt: skip
+    """Train `run` in `run_dir`, from its newest checkpoint if there is one, through evaluation and export.
 
-    The ranks have met in `start`; it ends before the first step.
+    The ranks have met in `start`; it ends before the first step. The other arguments are flags of the command and
+    do not change the result.
     """
-    device = meet_on(start, options.device)
+    place = meet_on(start, device)
     start.at("the process group")
-    init_distributed(device, options.timeout_minutes)
+    init_distributed(place, start.patience / 60)
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so now
 
     start.at("the run directory")
-    previous = open_run_dir(run, options)
-    has_begun = start.of_rank_0((options.run_dir / "config.json").exists())
-    run = with_precision(run, options.run_dir, device)
+    previous = open_run_dir(run, run_dir, resume, allow_config_change=allow_config_change, dry_run=dry_run)
+    has_begun = start.of_rank_0((run_dir / "config.json").exists())
+    run = with_precision(run, run_dir, place)
     run = replace(run, train=replace(run.train, precision=start.of_rank_0(run.train.precision)))
-    ds_config = read_ds_config(options.ds_config, "--ds-config")
-    start.agree(facts_of_run(run, options, previous, ds_config))
+    settings = read_ds_config(ds_config, "--ds-config")
+    flags = {"--name": str(run_dir), "--ds-config": settings, "--resume": resume, "--dry-run": dry_run}
+    start.agree(flags | facts_of_run(run, previous))
     is_trained = previous is not None and previous.state.samples == run.samples
-    if start.of_rank_0(is_trained and is_finished(options.run_dir) and has_report(options.run_dir)):
+    if start.of_rank_0(is_trained and is_finished(run_dir) and has_report(run_dir)):
         if start.rank == 0:
-            print_next(run.data, options.run_dir)
-        start.close()
-        shutdown()
+            print_next(run.data, run_dir)
+        _leave(start)
         return
 
     start.at("the data and the tokenizer")
-    initial = read_given_weights(run, options) if previous is None else None
-    source, tokenizer = prepare_data(run, options, initial, start, has_begun=has_begun)
+    initial = read_given_weights(run, run_dir) if previous is None else None
+    source, tokenizer = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
     start.agree(facts_of_data(source, tokenizer, initial))
 
     start.at("the model")
@@ -119,10 +123,9 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
     if start.rank == 0:
-        print_plan(run, model, len(source), options.run_dir, device, start.ranks, previous, beginning)
-    if options.dry_run:
-        start.close()
-        shutdown()
+        print_plan(run, model, len(source), run_dir, place, start.ranks, previous, beginning)
+    if dry_run:
+        _leave(start)
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
@@ -131,34 +134,38 @@ def pretrain(run: RunConfig, options: Options, start: Start) -> None:
         state.began_with = beginning.sha256
 
     start.at("the engine")
-    engine = make_engine(Task(model, run), run, device, ds_config)
+    engine = make_engine(Task(model, run.task, run.train), run, place, settings)
     if previous is not None:
-        _restore_optimizer(engine, previous, optimizer_steps(run, state))
+        _restore_optimizer(engine, previous, optimizer_steps(run.phases, state))
     if start.rank == 0:
-        _record(run, options, previous, beginning, engine)
+        _record(run, run_dir, previous, beginning, engine)
     start.finish()
     log = RunLog(
-        options.run_dir, run.samples, run.to_dict(), start_step=state.step, active=start.rank == 0,
-        report_to=options.report_to,
-    )  # fmt: skip
-    trainer = CLIPSTrainer(run, engine, source, tokenizer, state, options.run_dir)
+        run_dir, run.samples, run.to_dict(), start_step=state.step, active=start.rank == 0, report_to=report_to
+    )
+    trainer = CLIPSTrainer(run, engine, source, tokenizer, state, run_dir)
     with (
-        profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
+        profiled(run_dir / "profile", profile_steps, place) as profiler,
         contextlib.closing(log),
-        Writer(options.run_dir, run.train.keep_checkpoints) as writer,
+        Writer(run_dir, run.train.keep_checkpoints) as writer,
         naming_lost_ranks(lambda: state.step + 1),
     ):
         if trainer.owes_validation():
             trainer.validate(log)
         speed = train(trainer, log, writer, profiler)["samples_per_s"]
         if start.rank == 0 and speed:
-            remember_speed(speed_name(run, model, start.ranks, device), speed)
-        trained = plain_model(engine, run)
+            remember_speed(speed_name(run, model, start.ranks, place), speed)
+        trained = plain_model(engine, run.model)
     shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
     if trained is not None:
         # The cores of this machine's other ranks are free now.
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
-        finish_run(run, trained, tokenizer, options.run_dir)
+        finish_run(run, trained, tokenizer, run_dir)
+
+
+def _leave(start: Start) -> None:
+    start.close()
+    shutdown()
 
 
 def _restore_optimizer(engine: Engine, previous: checkpoint.Checkpoint, steps: int) -> None:
@@ -172,18 +179,18 @@ def _restore_optimizer(engine: Engine, previous: checkpoint.Checkpoint, steps: i
 
 def _record(
     run: RunConfig,
-    options: Options,
+    run_dir: Path,
     previous: checkpoint.Checkpoint | None,
     beginning: Beginning | None,
     engine: Engine,
 ) -> None:
     """Write the records of a run before its first step."""
-    if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
+    if previous is not None and (aside := checkpoint.rewind(run_dir, previous)) is not None:
         say(f"newer checkpoints than {previous.path.name} are put aside: {aside}")
     if beginning is not None:
-        beginning.save(options.run_dir)
-    run.save(options.run_dir / "config.json")
-    write_json(options.run_dir / "env.json", environment(engine.device, engine.world_size) | engine.facts)
+        beginning.save(run_dir)
+    run.save(run_dir / "config.json")
+    write_json(run_dir / "env.json", environment(engine.device, engine.world_size) | engine.facts)
 
 
 class CLIPSTrainer(Trainer):
@@ -304,7 +311,7 @@ class CLIPSTrainer(Trainer):
         Every rank encodes its share of images and texts; rank 0 has the metrics.
         """
         begin = time.perf_counter()
-        model = plain_model(self.engine, self.run, everywhere=True)
+        model = plain_model(self.engine, self.run.model, everywhere=True)
         assert model is not None
         measured = evaluate(
             model, self.tokenizer, self.run, split="val", full=False, image_size=self.phase.image_size, sharded=True

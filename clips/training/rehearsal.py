@@ -57,7 +57,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
     by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
-    batch = task.counted(full_batch(run, phase.image_size, micro, META))
+    batch = task.counted(full_batch(run.model, run.task, phase.image_size, micro, META))
     engine: Any = _Engine(task, run)
 
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
@@ -89,7 +89,7 @@ def built(run: RunConfig, phase: PhaseConfig) -> Task:
         model.visual.set_image_size(phase.image_size)
     model.freeze(run.train.freeze)
     model.set_activation_checkpointing(run.train.activation_checkpointing)
-    return Task(model, run)
+    return Task(model, run.task, run.train)
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
@@ -99,7 +99,7 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig, ranks: int) -> int:
     """
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     words = run.model.text.context_length // (2 if run.model.text.trim else 1)
-    batch = full_batch(run, phase.image_size, micro, META, words=words, share=run.task.caption_share)
+    batch = full_batch(run.model, run.task, phase.image_size, micro, META, words=words, share=run.task.caption_share)
     with rehearsed_ranks(ranks):
         return flops_of(built(run, phase), batch, repeated=True) // micro
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clips.common.runtime import autocast
-from clips.config import RunConfig
+from clips.config import TaskConfig, TrainConfig
 from clips.data.loader import to_device
 from clips.engine.engine import Batch, Objective
 from clips.model.clips import CLIPSModel, Kept, Outputs
@@ -26,15 +26,15 @@ from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather
 class Task(Objective):
     """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss."""
 
-    def __init__(self, model: CLIPSModel, run: RunConfig) -> None:
+    def __init__(self, model: CLIPSModel, config: TaskConfig, train: TrainConfig) -> None:
         super().__init__()
         self.model = model
-        self.config, self.freeze = run.task, run.train.freeze
-        self.contrasted = run.train.accumulation if run.train.contrastive == "global" else 1
+        self.config, self.freeze = config, train.freeze
+        self.contrasted = train.accumulation if train.contrastive == "global" else 1
         """Micro-batches that the contrastive loss runs over."""
-        if run.train.precision == "auto":
+        if train.precision == "auto":
             raise ValueError("train.precision is not decided yet: see clips.training.prepare.with_precision")
-        self.bf16 = run.train.precision == "bf16"
+        self.bf16 = train.precision == "bf16"
 
     def forward(
         self, batch: dict[str, Any], cached: CachedGradients | None = None, *, features_only: bool = False

@@ -40,7 +40,7 @@ def by_hand(case: Case, size: int) -> dict[str, Any]:
     torch._dynamo.config.disable = True  # as the engine does: Muon's kernels are decorated with torch.compile
     without_bf16()
     run = a_run(case, accumulation=1)
-    task, logged = Task(random_model(run), run), []
+    task, logged = Task(random_model(run), run.task, run.train), []
     optimizer = build_optimizer(parameter_groups(task, run.optim), run.optim)
     for group in optimizer.param_groups:
         group["lr"] = 2e-2 if group["name"] == "muon" else 1e-2

@@ -122,7 +122,7 @@ def test_a_state_of_two_ranks_and_zero3_goes_on_on_one_rank_in_any_stage(results
 def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does() -> None:
     """One step from the same weights and gradients; torch's own Muon with its "original" scaling is the reference."""
     run = tiny_run(kind="muon")
-    task = Task(random_model(run), run)
+    task = Task(random_model(run), run.task, run.train)
     groups = parameter_groups(task, run.optim)
     names = {id(p): name for name, p in task.named_parameters()}
     muon = {names[id(p)] for group in groups if group["name"] == "muon" for p in group["params"]}

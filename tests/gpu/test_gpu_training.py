@@ -42,7 +42,7 @@ def moved(seed: int, device: torch.device) -> dict[str, torch.Tensor]:
 
 def losses(run: RunConfig, zero: dict, device: torch.device) -> list[float]:
     init_distributed(device)
-    engine = make_engine(Task(random_model(run), run), run, device, {"zero_optimization": dict(zero)})
+    engine = make_engine(Task(random_model(run), run.task, run.train), run, device, {"zero_optimization": dict(zero)})
     engine.set_rates(rates_of(1e-2, 2e-2))
     values = []
     for step in range(4):
@@ -60,7 +60,7 @@ def test_fp32_gives_the_loss_and_gradients_of_a_cpu() -> None:
     run = tiny_run()
     results = []
     for device in (torch.device("cpu"), GPU):
-        task = Task(random_model(run).to(device), run)
+        task = Task(random_model(run).to(device), run.task, run.train)
         loss, _ = task(moved(0, device))
         loss.backward()
         results.append((loss.item(), {name: p.grad.cpu() for name, p in task.named_parameters() if p.grad is not None}))
@@ -71,7 +71,7 @@ def test_fp32_gives_the_loss_and_gradients_of_a_cpu() -> None:
 
 
 def test_bf16_is_near() -> None:
-    losses = [Task(random_model(run).to(GPU), run)(moved(0, GPU))[0].item() for run in
+    losses = [Task(random_model(run).to(GPU), run.task, run.train)(moved(0, GPU))[0].item() for run in
              (tiny_run(), tiny_run(precision="bf16"))]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -89,7 +89,7 @@ def test_every_stage_trains_the_same(kind: str) -> None:
 def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: str) -> None:
     init_distributed(GPU)
     run = tiny_run(kind=kind)
-    engine = make_engine(Task(random_model(run), run), run, GPU, {"zero_optimization": {"stage": 0}})
+    engine = make_engine(Task(random_model(run), run.task, run.train), run, GPU, {"zero_optimization": {"stage": 0}})
     engine.set_rates(rates_of(1e-2, 2e-2))
     on_device = {**engine.module.counted(tiny_batch(0)), **moved(0, GPU)}
     agree = engine.agree
@@ -155,8 +155,8 @@ def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
     before = torch.cuda.memory_allocated(GPU)
     model = CLIPSModel(run.model, pad_id=0)
     model.visual.set_image_size(112)
-    engine = make_engine(Task(model, run), run, GPU, {"zero_optimization": {"stage": 0}})
+    engine = make_engine(Task(model, run.task, run.train), run, GPU, {"zero_optimization": {"stage": 0}})
     for _ in range(2):  # the second step has the optimizer's state of the first
-        optimizer_step(engine, [full_batch(run, 112, 64, torch.device("cpu"))])
+        optimizer_step(engine, [full_batch(run.model, run.task, 112, 64, torch.device("cpu"))])
     measured = torch.cuda.max_memory_allocated(GPU) - before
     assert rehearse(run, phase, 1).on_rank({"stage": 0}, 1) == pytest.approx(measured, rel=0.15)

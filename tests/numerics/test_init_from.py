@@ -86,7 +86,7 @@ def test_a_run_begins_with_the_features_of_an_official_checkpoint(tokenizer: str
 
     ids = initial.tokenizer.for_tower(TEXTS[:3], run.model.text)
     caption = initial.tokenizer.caption_ids(initial.tokenizer.encode(TEXTS[:3]), 16)
-    _, parts = Task(model, run)({"images": pixels(), "web": ids, "sub": ids, "caption": caption})
+    _, parts = Task(model, run.task, run.train)({"images": pixels(), "web": ids, "sub": ids, "caption": caption})
     logits = w["logit_scale"].exp() * reference_image(w, pixels()) @ reference_text(w, TEXTS[:3]).T
     pairs = torch.arange(3)
     expected = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
@@ -130,7 +130,7 @@ def test_layer_decay_moves_each_layer_of_an_official_checkpoint_by_its_share_of_
     flags = ("phases.*.image_size=32", "optim.kind=adamw", "optim.weight_decay=0.0", "optim.layer_decay=0.5")
     run, model, _ = begun(initial, "--set", *flags)
     assert run.model.vision.layers == run.model.text.layers == 3
-    task = Task(model, run)
+    task = Task(model, run.task, run.train)
     optimizer = build_optimizer(parameter_groups(task, run.optim), run.optim)
     Engine.set_rates(SimpleNamespace(optimizer=optimizer), rates_of(1e-3, 0.0))  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

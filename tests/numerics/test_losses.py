@@ -85,7 +85,7 @@ def test_a_batch_without_caption_tokens_gives_zero_not_nan() -> None:
 
 def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
     run = tiny_run()
-    task, batch = Task(random_model(run), run), tiny_batch(0)
+    task, batch = Task(random_model(run), run.task, run.train), tiny_batch(0)
     loss, parts = task(batch)
     model = task.model
     image = model.encode_image(batch["images"])
@@ -105,7 +105,7 @@ def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
 def test_only_the_captioned_samples_are_predicted(captioned: list[int]) -> None:
     """As if the others were in no captioner's batch; of no sample at all, which a rank's share may hold."""
     run = tiny_run()
-    task, batch = Task(random_model(run), run), tiny_batch(0)
+    task, batch = Task(random_model(run), run.task, run.train), tiny_batch(0)
     rows = torch.tensor(captioned, dtype=torch.long)
     expected = 0.0
     if captioned:
@@ -147,7 +147,7 @@ def slow_dropped_states(model: CLIPSModel, batch: dict[str, torch.Tensor], row: 
 
 def test_dropped_tokens_against_a_tower_and_a_captioner_that_never_had_them() -> None:
     run = dropping(tiny_run())
-    task, batch = Task(random_model(run), run), tiny_batch(0) | drawn_tokens(0)
+    task, batch = Task(random_model(run), run.task, run.train), tiny_batch(0) | drawn_tokens(0)
     model = task.model
     loss, parts = task(batch)
     slow = [slow_dropped_states(model, batch, row) for row in range(8)]
@@ -167,7 +167,7 @@ def test_dropped_tokens_against_a_tower_and_a_captioner_that_never_had_them() ->
 
 def test_tokens_that_were_not_drawn_are_missed() -> None:
     run = dropping(tiny_run())
-    task = Task(random_model(run), run)
+    task = Task(random_model(run), run.task, run.train)
     for name in ("patches", "image_tokens"):
         batch = tiny_batch(0) | drawn_tokens(0)
         del batch[name]
@@ -178,7 +178,7 @@ def test_tokens_that_were_not_drawn_are_missed() -> None:
 @pytest.mark.parametrize(("run", "expected"), GOLDEN)
 def test_golden_loss(run: RunConfig, expected: tuple[float, float]) -> None:
     """The first loss of a seeded model on a seeded batch; a change of it is a change of the method."""
-    loss, parts = Task(random_model(run), run)(tiny_batch(0))
+    loss, parts = Task(random_model(run), run.task, run.train)(tiny_batch(0))
     assert loss.item() == pytest.approx(expected[0], abs=2e-4)
     assert parts["contrastive_loss"].item() == pytest.approx(expected[1], abs=2e-4)
 
@@ -191,7 +191,7 @@ def _two_ranks(rank: int, port: int, results: dict) -> None:
 
 def _loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     run = tiny_run()
-    task = Task(random_model(run), run)
+    task = Task(random_model(run), run.task, run.train)
     loss, _ = task(batch)
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in task.named_parameters() if p.grad is not None}

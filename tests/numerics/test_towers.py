@@ -201,7 +201,7 @@ def test_a_word_with_the_id_of_padding_is_no_padding():
     ids = torch.tensor([[1, 0, 5, 0, 2, 0, 0], [1, 2, 0, 0, 0, 0, 0]])
     assert word_slots(ids, 0).tolist() == [[True] * 5 + [False] * 2, [True] * 2 + [False] * 5]
     run = reshaped(pool="eos", causal=True)
-    task = Task(random_model(run), run)
+    task = Task(random_model(run), run.task, run.train)
     batch = tiny_batch(0, size=2) | {"web": ids, "sub": ids}
     plain, other = (task(batch | {"caption": caption})[1] for caption in (ids, ids.where(ids != 5, 0)))
     assert plain["caption_loss"] != other["caption_loss"]

@@ -73,7 +73,7 @@ def test_a_step_takes_the_memory_of_before_and_torch_counts_its_flops(case: tupl
     task, count = built(run, phase), run.train.accumulation
     assert step.weights == pytest.approx(4 * sum(p.numel() for p in task.parameters()), rel=0.01)
     with rehearsed_ranks(gpus):
-        batch = full_batch(run, phase.image_size, micro_batch_size(phase, count, gpus), META)
+        batch = full_batch(run.model, run.task, phase.image_size, micro_batch_size(phase, count, gpus), META)
         flops = flops_of(task, batch, repeated=True) * (count if run.train.whole_step else 1)
     assert flops == pytest.approx(counted.flops, rel=2e-3)
 

@@ -101,7 +101,7 @@ def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(
         assert with_precision(auto, tmp_path, cpu) == begun
     assert with_precision(bf16, tmp_path, cpu) == bf16
     with pytest.raises(ValueError, match="not decided"):
-        Task(random_model(auto), auto)
+        Task(random_model(auto), auto.task, auto.train)
 
 
 def pretrain(*flags: str):

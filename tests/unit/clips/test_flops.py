@@ -22,7 +22,7 @@ from clips.training.task import Task
 
 def test_the_log_shows_what_torch_counts(tmp_path: Path) -> None:
     run = tiny_run().override(["task.caption_chunk=1000"])  # nothing is computed twice
-    task, state = Task(CLIPSModel(run.model, pad_id=0), run), TrainState(seed=0)
+    task, state = Task(CLIPSModel(run.model, pad_id=0), run.task, run.train), TrainState(seed=0)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         meter = Meter(torch.device("cpu"), state)
@@ -56,7 +56,7 @@ def test_the_real_task_on_a_padded_batch(drops: bool, pool: str, freeze: Freeze,
     model = replace(run.model, text=replace(run.model.text, pool=pool))
     run = replace(run, model=model, train=replace(run.train, freeze=freeze))
     batch = tiny_batch(3) | (drawn_tokens(3) if drops else {})
-    task = Task(CLIPSModel(run.model, pad_id=0), run)
+    task = Task(CLIPSModel(run.model, pad_id=0), run.task, run.train)
     task.model.freeze(freeze)
     once = flops_of(task, batch)
     task.model.set_activation_checkpointing(checkpointing)

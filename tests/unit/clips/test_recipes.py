@@ -100,17 +100,17 @@ def test_steps_of_the_optimizer_count_from_where_it_began_anew() -> None:
     ends = {(0, 4): 4, (1, 10): 20, (2, 0): 0, (2, 3): 3, (3, 1): 11, (3, 10): 20}
     for (index, step), expected in ends.items():
         state = TrainState(seed=0, step=10 * index + step, phase=index, phase_step=step)
-        assert optimizer_steps(run, state) == expected
-    assert optimizer_steps(replace(run, phases=(p,) * 4), TrainState(seed=0, step=31, phase=3, phase_step=1)) == 31
+        assert optimizer_steps(run.phases, state) == expected
+    assert optimizer_steps((p,) * 4, TrainState(seed=0, step=31, phase=3, phase_step=1)) == 31
 
 
 def test_steps_that_were_left_out_are_no_steps_of_the_optimizer() -> None:
     p = phase(100, 0, "cosine")  # 10 steps
     run = replace(tiny_run(), phases=(p, replace(p, fresh_optimizer=True)))
     left_out = [3, 9, 10, 14, 15]
-    assert optimizer_steps(run, TrainState(seed=0, step=4, phase=0, phase_step=4, left_out=left_out)) == 3
-    assert optimizer_steps(run, TrainState(seed=0, step=10, phase=0, phase_step=10, left_out=left_out)) == 8
-    assert optimizer_steps(run, TrainState(seed=0, step=15, phase=1, phase_step=5, left_out=left_out)) == 3
+    assert optimizer_steps(run.phases, TrainState(seed=0, step=4, phase=0, phase_step=4, left_out=left_out)) == 3
+    assert optimizer_steps(run.phases, TrainState(seed=0, step=10, phase=0, phase_step=10, left_out=left_out)) == 8
+    assert optimizer_steps(run.phases, TrainState(seed=0, step=15, phase=1, phase_step=5, left_out=left_out)) == 3
 
 
 def test_a_step_crosses_each_multiple_once() -> None:

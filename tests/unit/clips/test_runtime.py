@@ -180,7 +180,7 @@ def test_the_flops_that_a_plan_shows_are_counted_ones(gpus: int, capsys: pytest.
     (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {phase.name}"))
     task = built(run, phase)
     words, share = run.model.text.context_length // 2, run.task.caption_share
-    batch = task.counted(full_batch(run, phase.image_size, 256, META, words=words, share=share))
+    batch = task.counted(full_batch(run.model, run.task, phase.image_size, 256, META, words=words, share=share))
     with rehearsed_ranks(gpus), FlopCounter() as counted:
         task(to_device(batch, META))[0].backward()
     assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / 256 / 1e9, abs=0.05)
