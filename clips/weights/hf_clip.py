@@ -103,7 +103,7 @@ def _exchange(file: Path, towards: dict[int, int]) -> None:
 
 @torch.no_grad()
 def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features of images [B, 3, S, S] and texts, L2-normalised, and the log temperature by stock transformers.
+    """Return features of images [B, 3, S, S] and texts, L2-normalised, and ln(1 / temperature) by stock transformers.
 
     Texts are cleaned as in training, because transformers does not unescape HTML.
     """
