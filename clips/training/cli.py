@@ -67,7 +67,7 @@ def parser() -> Parser:
     p.add_argument("--resume", default="auto", help="auto: go on where the run stopped; never; or a checkpoint")
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
-    p.add_argument("--debug", action="store_true", help="smoke test of the recipe: three tiny steps on the demo, or on --data")
+    p.add_argument("--debug", action="store_true", help="three tiny steps of the recipe, on the demo or --data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps to profile into profile/")
     p.add_argument("--report-to", default=TENSORBOARD, help=REPORT_TO)
