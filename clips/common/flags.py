@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse `args` (default: sys.argv), where a flag may have `_` for `-` and the other way round."""
+        if "--version" not in self._option_string_actions:  # which is the format of conversations in train_llava.sh
+            self.add_argument("--version", action=_Version, help="print the version and exit")
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._as_known(word) for word in words], namespace)
 
@@ -59,6 +61,22 @@ class Parser(argparse.ArgumentParser):
             if nearest and word not in known:
                 message += f"\n{word}: did you mean {nearest[0]}?"
         super().error(message)
+
+
+class _Version(argparse.Action):
+    """Prints the version of this package, which is read only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"clips-mllm {version('clips-mllm')}")
+        except PackageNotFoundError:
+            print("clips-mllm, not installed: a checkout without pip install -e .")
+        parser.exit()
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -67,6 +67,11 @@ class Stats:
     """Number of generated tokens, including an end token."""
     finish_reason: Literal["stop", "length", "cancelled"]
 
+    @property
+    def cut_off(self) -> str:
+        """A remark about an answer that did not end by itself, or ""."""
+        return "" if self.finish_reason == "stop" else f"cut off after {self.new_tokens:,} tokens"
+
 
 class ChatModel:
     """A model with its processor and conversation format, which any number of sessions can share.

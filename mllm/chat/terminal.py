@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import printable
+from clips.common.live import say
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling, model_options
 from mllm.chat.session import ChatSession
@@ -109,6 +110,7 @@ class Talk:
             with closing(answer):
                 for piece in answer:  # a model may write escape sequences
                     print(printable(piece, None), end="", flush=True)
+            print(_cut_off(self.session), end="")
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
@@ -133,6 +135,8 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     session = ChatSession(ChatModel.load(flags.model, **model_options(flags)), system=flags.system)
     if flags.prompt is not None:
         _answer_once(session.ask(flags.prompt, images, sampling))
+        if remark := _cut_off(session):
+            say(f"The answer is not whole:{remark}")
         return
     model = session.model
     room = "" if model.context_length is None else f", a context of {model.context_length:,}"
@@ -143,6 +147,12 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 - lets `input` edit lines and recall earlier ones
     talk.run(lambda: input("> " if sys.stdin.isatty() else ""))
+
+
+def _cut_off(session: ChatSession) -> str:
+    """Return a remark about the last answer if a limit cut it off, else ""."""
+    remark = session.last.cut_off if session.last else ""
+    return f" ({remark}: --max-new-tokens sets the limit)" if remark else ""
 
 
 def _answer_once(answer: Generator[str, None, None]) -> None:

@@ -110,7 +110,9 @@ def answers(
         if now - shown_at > SHOWN_EVERY_S:
             shown_at = now
             yield html.escape(answer, quote=False)
-    yield html.escape(answer, quote=False)
+    assert session.last is not None  # the answer has ended
+    remark = f"\n\n({session.last.cut_off})" if session.last.cut_off else ""
+    yield html.escape(answer + remark, quote=False)
 
 
 def demo_questions() -> list[Question]:

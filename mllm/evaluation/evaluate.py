@@ -86,6 +86,7 @@ def generate_answers(
     answer_ids = {text: encoder.answer(text) for text in dict.fromkeys(chain.from_iterable(candidates))}
     answers = [""] * len(questions)
     measured: list[dict[str, float]] = [{} for _ in questions]
+    cut = 0
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each image of a batch is decoded and read once. Without a store no question has one (`open_questions`).
@@ -102,13 +103,16 @@ def generate_answers(
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             responses = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
-            for i, (text, _) in zip(chosen, responses, strict=True):
+            for i, (text, has_ended) in zip(chosen, responses, strict=True):
                 answers[i] = text
+                cut += not has_ended
             if candidates:
                 rivals = [[answer_ids[text] for text in candidates[i]] for i in chosen]
                 for i, likelihood in zip(chosen, likelihoods(model, cache, inputs, rivals, batch_size), strict=True):
                     measured[i] = likelihood
             bar.update(len(chosen))
+    if cut:
+        say(f"{cut:,} of {len(answers):,} answers are cut off after --max-new-tokens {max_new_tokens}")
     return answers, measured
 
 

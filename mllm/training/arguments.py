@@ -23,7 +23,8 @@ from mllm import DEFAULT_LLM
 from mllm.training.stages import DEMO_LAYERS, STAGE_FLAGS, STAGES, Stage, default_in_words
 
 HELP = (
-    "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG."
+    "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG. "
+    "--report-to is --report_to, and so is every other flag."
 )
 
 

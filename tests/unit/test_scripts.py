@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import ROOT, run_group
+from conftest import ROOT, run_group, script_parser
 from launched import started, wait_for
 
 from clips.common.files import write_json
@@ -20,6 +20,8 @@ from clips.common.flags import Parser, add_options, at_least, from_flags, given,
 from clips.common.launch import launcher
 from clips.recipes import debug_twin, recipe
 from clips.weights.load import _newest_run, newest_export
+from mllm.training.arguments import flags_of_stage
+from mllm.training.arguments import parser as train_parser
 
 PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
@@ -240,6 +242,31 @@ def test_the_fields_of_a_dataclass_are_flags() -> None:
     assert read("--batch_size=2", "--no_cache", "--lora-enable") == Sizes(2, cache=False, lora_enable=True)
     assert read("--lora_enable", "False").lora_enable is False
     assert given(parser(), ["--batch-size", "8", "--at-most", "3"]) == {"batch_size", "limit"}
+
+
+def test_every_command_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--version"], ["claims", "--version"]):
+        with pytest.raises(SystemExit) as stop:
+            script_parser("compare_pretraining").parse_args(words)
+        assert stop.value.code == 0
+        assert re.fullmatch(r"clips-mllm \d+\.\d+.*\n", capsys.readouterr().out)
+    assert train_parser().parse_args(["--version", "v1"]).version == "v1", "LLaVA's flag of this name"
+
+
+def test_the_packages_say_that_they_have_types() -> None:
+    assert all((ROOT / package / "py.typed").is_file() for package in ("clips", "mllm"))
+    assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_flag_of_train_llava_has_both_spellings() -> None:
+    p = train_parser()
+    for action in p._actions[1:]:
+        for name in action.option_strings:
+            value = [] if action.nargs in (0, "?") else [str(next(iter(action.choices or ()), 1))]
+            for spelling in (name[2:].replace("_", "-"), name[2:].replace("-", "_")):
+                for form in ([f"--{spelling}", *value], [f"--align.{spelling}", *value]):
+                    flags = p.parse_args(flags_of_stage(form, "align"))
+                    assert getattr(flags, action.dest) not in (None, False), form
 
 
 @pytest.mark.parametrize(

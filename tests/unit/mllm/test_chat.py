@@ -338,6 +338,11 @@ def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffd31md\n\te\n"
 
 
+def test_an_answer_that_a_limit_cut_off_says_so(talk: Talk, capsys) -> None:
+    talk.show(talk.session.ask("What is it?", (), SHORT))
+    assert capsys.readouterr().out.endswith(" (cut off after 8 tokens: --max-new-tokens sets the limit)\n")
+
+
 def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
     picture = str(place / "images" / "0.png")
     parser = script_parser("chat")
@@ -346,6 +351,7 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     printed = capsys.readouterr()
     expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
     assert printed.out == expected + "\n"
+    assert "cut off after 8 tokens: --max-new-tokens sets the limit" in printed.err
     with pytest.raises(UserError, match="tokens"):
         chat_from_flags(parser.parse_args([*common, "--prompt", "w " * 5000]))
     assert capsys.readouterr().out == ""

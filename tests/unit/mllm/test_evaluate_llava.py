@@ -186,7 +186,7 @@ def parsed(*flags: str) -> argparse.Namespace:
 
 @pytest.mark.usefixtures("_loads_once")
 def test_command_writes_llava_s_answers_and_figures(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A partial evaluation never writes where the whole one is, and never onto the model's card."""
     lines = [
@@ -202,6 +202,7 @@ def test_command_writes_llava_s_answers_and_figures(
     common = ["--model", str(model), "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
     own = ["--questions", str(tmp_path / "mine.jsonl"), "--image-folder", str(place / "images")]
     figures = evaluate_from_flags(parsed(*common))
+    assert "3 of 3 answers are cut off after --max-new-tokens 4" in capsys.readouterr().err
     out = place / "runs" / "llava" / "evaluation"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in answers] == [11, 12, 13]

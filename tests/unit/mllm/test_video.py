@@ -333,4 +333,7 @@ def test_chat_and_the_page(model: ChatModel, place: Path, expected: str, tmp_pat
     (tmp_path / "no.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="mp4"):
         load_image(str(tmp_path / "no.mp4"))
-    assert html.unescape([*answers(model, {"text": TEXT, "files": [str(clip)]}, [], {}, 0.0, 8)][-1]) == expected
+    assert (
+        html.unescape([*answers(model, {"text": TEXT, "files": [str(clip)]}, [], {}, 0.0, 8)][-1])
+        == f"{expected}\n\n(cut off after 8 tokens)"
+    )
