@@ -66,7 +66,7 @@ def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] =
     model.freeze(variant if variant in ("vision", "text") else "none")
     if weights is not None:
         model.load_state_dict(weights)
-    return make_engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
+    return make_engine(task(model, run.task, run.train), run, CPU, {"zero_optimization": dict(zero)})
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:

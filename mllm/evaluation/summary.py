@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
+from clips.common.escape import one_line
 from clips.common.files import read_json, read_json_records
-from clips.common.live import say
-from clips.common.page import table_of
+from clips.common.page import print_table, table_of
 from clips.common.paths import REPOSITORY
 from clips.common.plots import pretty
 from clips.common.rundir import REPORT, UNSEEN, by_test_set
@@ -31,12 +31,12 @@ def print_summary(what: str = "demo") -> None:
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
 
     first = {record["kind"]: record for record in reversed(read_json_records(answers))}
-    say(f"Questions about {pictures}, the first of their kinds:")
+    print(one_line(f"Questions about {pictures}, the first of their kinds:"))
     for kind in list(reversed(first))[:SHOWN]:
         record = first[kind]
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
-        say(f"  {folder / record['image']}")
-        say(f"    {record['prompt']} – {record['text']} ({right})")
+        print(one_line(f"  {folder / record['image']}"))
+        print(one_line(f"    {record['prompt']} – {record['text']} ({right})"))
 
     normal = read_json(NORMAL).get(what, {"of": "", "ranges": {}})
     retrieved = {name: row for name, row in measured[artists].items() if name.endswith(("_r1", "_top1"))}
@@ -47,10 +47,10 @@ def print_summary(what: str = "demo") -> None:
                 continue
             usual = " to ".join(map(str, normal["ranges"].get(name, ())))
             rows.append((prefix + pretty(name), f"{row['value']:.1f}", f"{row['chance']:.1f}", usual))
-    say(table_of(pictures, ("figure", "%", "chance %", "normal %"), rows))
-    say("For answers, chance is the score of the most frequent answer of each kind.")
+    print_table(table_of(pictures, ("figure", "%", "chance %", "normal %"), rows))
+    print("For answers, chance is the score of the most frequent answer of each kind.")
     if normal["of"]:
-        say(f"Normal is the range of {normal['of']}, widened by the spread between seeds.")
+        print(one_line(f"Normal is the range of {normal['of']}, widened by the spread between seeds."))
     if is_demo and artists != UNSEEN:
-        say("The test of unseen artists is missing, because npm got no drawings (docs/data.md).")
-    say(f"The page with pictures: {encoder / REPORT}")
+        print("The test of unseen artists is missing, because npm got no drawings (docs/data.md).")
+    print(one_line(f"The page with pictures: {encoder / REPORT}"))

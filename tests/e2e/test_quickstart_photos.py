@@ -53,7 +53,7 @@ def test_photographs_become_a_model_that_chats(tmp_path: Path) -> None:
     done = quickstart(root, PYTHON.format(python=warm.program(root)), photos)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].endswith("python scripts/chat.py --web --model runs/llava-photos/model")
-    summary = done.stdout[done.stdout.index("Three questions about photographs of the test") :]
+    summary = done.stdout[done.stdout.index("Questions about photographs of the test") :]
     asked = r"  data/photos/test.tar/\d+.jpg\n    (What .*|Is .*)\? .*\((?:right|wrong: .*)\)\n"
     assert re.findall(asked, summary)[:2] == ["What kind of product is this", "What colour is this product"]
     assert len(re.findall(asked, summary)) == 3

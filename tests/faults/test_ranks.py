@@ -128,7 +128,7 @@ def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path
 
 def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
-    broken = [(b"no picture", recap("stock photo", "A plain picture."))] * 64
+    broken = [(bytes(len(picture)), recap(web, long)) for picture, web, long in pictures(64)]  # of equal sizes
     write_shard(tmp_path / "broken/0.tar", broken[:40])
     write_shard(tmp_path / "broken/1.tar", broken[40:])
     text = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)

@@ -306,7 +306,7 @@ def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, m
         }
         write_json(folders[1] / "figures.json", {"figures": {place + name: row for name, row in answered.items()}})
         print_summary()
-        text = capsys.readouterr().err
+        text = capsys.readouterr().out
         assert f"pictures by {artists} artists" in text
         assert "What? – A cat (wrong: A dog)" in text
         assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
