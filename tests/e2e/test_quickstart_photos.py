@@ -54,12 +54,12 @@ def test_photographs_become_a_model_that_chats(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].endswith("python scripts/chat.py --web --model runs/llava-photos/model")
     summary = done.stdout[done.stdout.index("Questions about photographs of the test") :]
-    asked = r"  data/photos/test.tar/\d+.jpg\n    (What .*|Is .*)\? .*\((?:right|wrong: .*)\)\n"
+    asked = r"  data/photos/test.tar/\d+.jpg\n    (W\w+ .*)\? .*\((?:right|wrong: .*)\)\n"
     assert re.findall(asked, summary)[:2] == ["What kind of product is this", "What colour is this product"]
     assert len(re.findall(asked, summary)) == 3
     row = r"(\w.*?) +│ +[\d.]+ │ +([\d.]+) │ +(\d+ to \d+)"
     assert len(re.findall(row, summary)) == 8
-    assert re.findall(row, summary)[-1] == ("answers: yes no", "50.0", "77 to 92")
+    assert ("answers: yes no", "50.0", "77 to 92") in re.findall(row, summary)
     figures = json.loads(next(root.glob("runs/llava-photos/evaluation/*/figures.json")).read_text())
     assert figures["figures"]["overall"]["items"] == 4 * 5
     evaluation = json.loads((root / "runs" / "photos" / "evaluation.json").read_text())
