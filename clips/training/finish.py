@@ -77,6 +77,6 @@ def print_next(data: DataConfig, run_dir: Path) -> None:
         words += ["--output_dir", str(unused(run_dir.with_name(f"llava-{run_dir.name}")))]
         words += ["--data_path", data.mix[0].data if data.mix else data.train]
         words += ["--image_folder", first.image_root] if first.image_root else []
-        words += ["--test_data", data.test] if data.test else []
+        words += ["--test_data", data.test] if data.test else ["--key", data.key] if data.key else []
         words += [] if torch.cuda.is_available() else ["--small"]
     say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")

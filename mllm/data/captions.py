@@ -48,15 +48,18 @@ class CaptionStore(ImageStore):
         fields: the names of a sample's fields, or None to guess them.
         held_out: share of the images that are held out as `test`.
         test: captions to use as `test` instead.
+        key: the field whose equal values are held out together, or None for equal images.
     """
 
     def __init__(
         self, location: Path | str, image_root: Path | str | None = None, fields: Fields | None = None,
-        held_out: float = 0.0, test: str | None = None,
+        held_out: float = 0.0, test: str | None = None, key: str | None = None,
     ) -> None:  # fmt: skip
         self.location = Path(location)
         root = None if image_root is None else str(image_root)
-        data = DataConfig(train=str(location), test=test, held_out=held_out, fields=fields or Fields(), image_root=root)
+        data = DataConfig(
+            train=str(location), test=test, held_out=held_out, key=key, fields=fields or Fields(), image_root=root
+        )
         part = "test" if test else "val"
         try:
             self._source = open_split(data, "train", need_long=False)

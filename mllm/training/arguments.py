@@ -55,6 +55,7 @@ class TrainFlags:
     held_out: float | None = staged(
         "held_out", "captions: share of the images to hold out of training, at most 1,000", at_least=0, below=1
     )
+    key: str | None = flag(None, "captions: hold out rows with equal values in this column together")
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or skip them and list them in skipped.jsonl"
     )
@@ -437,13 +438,13 @@ def _parse(argv: list[str], stage: Stage, *, both: bool) -> TrainFlags:
 
 
 def _check_test_flags(flags: argparse.Namespace, others: list[str], prefixed: set[str]) -> None:
-    """Refuse --test_data and --held_out together, and without captions. `others` is the other stage's command line.
+    """Refuse --test_data and --held_out together, and either or --key without captions.
 
-    A flag without a prefix that only the other stage's captions need is unset.
+    `others` is the other stage's command line. A flag without a prefix that only its captions need is unset.
     """
     if flags.test_data and flags.held_out:
         raise UserError("--test_data and --held_out are two ways to hold out a test: give one of them")
-    for name in ("test_data", "held_out"):
+    for name in ("test_data", "held_out", "key"):
         if getattr(flags, name) is not None and not (flags.data_path and holds_captions(flags.data_path)):
             other = None if name in prefixed else parser().parse_args(others).data_path
             if other is None or not holds_captions(other):

@@ -194,7 +194,8 @@ def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) ->
 
     def opened(fields: Fields) -> ImageStore | None:
         fields, share = parse_fields(list(arguments.fields or ()), fields), arguments.held_out or 0.0
-        return open_store(*data_of(arguments), fields=fields, held_out=share, test=arguments.test_data)
+        test, key = arguments.test_data, arguments.key
+        return open_store(*data_of(arguments), fields=fields, held_out=share, test=test, key=key)
 
     source = vision.source.removeprefix("the architecture of ") if vision else ""  # random and blind
     for config in (folder / "config.json" for folder in Path(source).parents if (folder / "export").is_dir()):

@@ -29,6 +29,7 @@ from clips.recipes import recipe
 from clips.training.cli import config_from_flags, parser
 from clips.training.prepare import check_same_data
 from clips.weights.export import write_native
+from mllm.data.captions import CaptionStore
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 Row = tuple[int, str]
@@ -153,6 +154,8 @@ def test_rows_with_equal_keys_are_on_one_side(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"--key 'id' is not among .*article.id"):
             sides(replace(data, key="id"))
     assert held_out[0] == held_out[1]
+    store = CaptionStore(table, held_out=0.1, key="article.id")
+    assert len(store.facts["held_out"]) == len(held_out[1]), "LLaVA's captions are held out alike"
     flags = ["--data", str(table), "--key", "article.id"]
     assert config_from_flags(parser().parse_args(flags), {}).data.key == "article.id"
     with pytest.raises(UserError, match="held_out"):
