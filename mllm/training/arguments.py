@@ -20,7 +20,7 @@ from clips.common.flags import Parser, add_options, check_fields, from_flags, op
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import loggers
 from mllm import DEFAULT_LLM
-from mllm.training.stages import DEMO_LAYERS, STAGE_FLAGS, STAGES, Stage, default_in_words
+from mllm.training.stages import DEMO_LAYERS, PARTS, STAGE_FLAGS, STAGES, Stage, default_in_words
 
 HELP = (
     "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG. "
@@ -101,6 +101,9 @@ class TrainFlags:
     tune_mm_mlp_adapter: bool = flag(False, "train the projector only")
     freeze_mm_mlp_adapter: bool = flag(False, "keep the projector as it is")
     freeze_backbone: bool = flag(False, "keep the language model as it is")
+    freeze_word_embeddings: bool | None = staged(
+        "freeze_word_embeddings", "stage 2: keep word embeddings and output layer as they are"
+    )
     unfreeze_mm_vision_tower: bool = flag(False, "train the encoder too")
 
     lora_enable: bool | None = flag(
@@ -296,8 +299,9 @@ class StageArguments(TrainFlags):
     @property
     def rates(self) -> dict[str, float]:
         """The peak learning rate of each part."""
-        overrides = {"vision_tower": self.mm_vision_tower_lr, "projector": self.mm_projector_lr, "language_model": None}
-        return {part: self.learning_rate if rate is None else rate for part, rate in overrides.items()}
+        overrides = {"vision_tower": self.mm_vision_tower_lr, "projector": self.mm_projector_lr}
+        rates = {part: overrides.get(part) for part in PARTS}
+        return {part: self.learning_rate if rate is None else rate for part, rate in rates.items()}
 
     @property
     def caches_features(self) -> bool:

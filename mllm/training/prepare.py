@@ -105,6 +105,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         arguments.description, lora=arguments.lora_enable, bits=arguments.bits,
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
+        freeze_word_embeddings=bool(arguments.freeze_word_embeddings),
     )  # fmt: skip
     format_name(arguments.version)  # refuses an unknown one before anything is read
     data_path, _ = data_of(arguments)

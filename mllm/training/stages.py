@@ -10,12 +10,18 @@ from typing import Any, Literal
 from clips.common.errors import UserError
 
 Training = Literal["frozen", "full", "lora"]
-PARTS = ("vision_tower", "projector", "language_model")
-"""Every parameter is in exactly one part; output layer and word embeddings belong to the language model."""
+PARTS = ("vision_tower", "projector", "word_embeddings", "language_model")
+"""Every parameter is in exactly one part. The output layer belongs to the word embeddings, with which many language
+models share it, and everything else of the language model to the last part."""
 FREEZE: dict[str, dict[str, Training]] = {
-    "align": {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"},
-    "instruct": {"vision_tower": "frozen", "projector": "full", "language_model": "full"},
-    "instruct, lora": {"vision_tower": "frozen", "projector": "full", "language_model": "lora"},
+    "align": {"vision_tower": "frozen", "projector": "full", "word_embeddings": "frozen", "language_model": "frozen"},
+    "instruct": {"vision_tower": "frozen", "projector": "full", "word_embeddings": "full", "language_model": "full"},
+    "instruct, lora": {
+        "vision_tower": "frozen",
+        "projector": "full",
+        "word_embeddings": "frozen",
+        "language_model": "lora",
+    },
 }
 """Stage → part → how it trains. Flags change single entries: see `freeze_table`."""
 
@@ -52,6 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "image_aspect_ratio": "pad",
         "group_by_modality_length": True,
+        "freeze_word_embeddings": False,
     },
     "instruct, lora": {"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
     "align, demo": {
@@ -82,6 +89,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lora_enable": False,
         "learning_rate": 5e-4,
         "mm_projector_lr": 3e-4,
+        "freeze_word_embeddings": True,
         "max_steps": 480,
     },
 }
@@ -120,7 +128,15 @@ STAGES = {
 }
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
-    2: ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "freeze_mm_mlp_adapter", "mm_vision_tower_lr"),
+    2: (
+        "lora_enable",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "freeze_mm_mlp_adapter",
+        "freeze_word_embeddings",
+        "mm_vision_tower_lr",
+    ),
 }
 """Stage → the flags that only this stage has."""
 
@@ -162,6 +178,7 @@ def freeze_table(
     tune_mm_mlp_adapter: bool = False,
     freeze_mm_mlp_adapter: bool = False,
     freeze_backbone: bool = False,
+    freeze_word_embeddings: bool = False,
 ) -> dict[str, Training]:
     """Return how each part trains, from the table and LLaVA's flags.
 
@@ -176,7 +193,9 @@ def freeze_table(
             )
         freeze["vision_tower"] = "full"
     if tune_mm_mlp_adapter or freeze_backbone:
-        freeze["language_model"] = "frozen"
+        freeze["language_model"] = freeze["word_embeddings"] = "frozen"
+    if freeze_word_embeddings:
+        freeze["word_embeddings"] = "frozen"
     if freeze_mm_mlp_adapter:
         freeze["projector"] = "frozen"
     if bits < 16 and freeze["language_model"] == "full":

@@ -21,6 +21,7 @@ from mllm.model.quantize import dequantize, quantize
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
+from mllm.training.stages import STAGES, freeze_table
 from mllm.training.task import LlavaTrainer, TrainingModel
 
 place = tiny_llava.place  # a fixture
@@ -30,7 +31,7 @@ CAPTIONS = ["--mm_projector_init", "captions"]
 LORA = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.2"]
 
 
-STAGES = {
+RUNS = {
     "align_from_captions": [*ALIGN, *CAPTIONS],
     "lora_4bit": [*INSTRUCT, *LORA, *START, "--bits", "4"],
     "encoder_too": [*INSTRUCT, *START, "--unfreeze_mm_vision_tower", "--gradient_accumulation_steps", "2"],
@@ -38,10 +39,10 @@ STAGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", RUNS)
 def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(kind, place, monkeypatch):
     whole, broken = f"runs/{kind}-whole", f"runs/{kind}-broken"
-    flags = [*STAGES[kind], "--max_steps", "9"]
+    flags = [*RUNS[kind], "--max_steps", "9"]
     run(place, monkeypatch, *flags, "--output_dir", whole)
     with monkeypatch.context() as patch:
         patch.setattr(LlavaTrainer, "begin_step", LlavaTrainer.begin_step)  # undone at the end of the block
@@ -164,7 +165,8 @@ TWO_RANKS = {  # name → flags, and the DeepSpeed file; without it the stage's 
     "align": ([*ALIGN, *CAPTIONS, "--max_steps", "4"], None),
     "lora": (ZERO_LORA, None),
     "tiles": ([*INSTRUCT, *START, "--max_steps", "2", "--image_aspect_ratio", "anyres"], None),
-    "zero2": ([*ALIGN, "--max_steps", "3"], "zero2"),
+    "words_frozen": ([*INSTRUCT, *START, "--max_steps", "2", "--freeze_word_embeddings"], None),
+    "zero2": ([*INSTRUCT, *START, "--max_steps", "3", "--freeze_word_embeddings"], "zero2"),
     "zero3_offload": ([*INSTRUCT, *START, "--max_steps", "3"], "zero3_offload"),
 }
 
@@ -188,7 +190,7 @@ def two_ranks(place: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 1 under ZeRO-2, LoRA and tiles under ZeRO-3, and LLaVA's own DeepSpeed files; one rank has no DeepSpeed."""
+    """Under ZeRO-2, ZeRO-3 and LLaVA's own DeepSpeed files, against one rank without DeepSpeed."""
     flags, engine = TWO_RANKS[name]
     run(two_ranks, monkeypatch, *flags, "--output_dir", f"runs/{name}-one")
     one, two = (losses(two_ranks / f"runs/{name}-{ranks}") for ranks in ("one", "two"))
@@ -243,7 +245,7 @@ def adapted(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> 
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    apply_freeze(model, {"vision_tower": "frozen", "projector": "full", "language_model": "lora"})
+    apply_freeze(model, freeze_table(STAGES[2], lora=True))
     return model
 
 

@@ -29,7 +29,7 @@ from mllm.training.arguments import (
     parse_train_arguments,
     parser,
 )
-from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, part_of
+from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, parts_of
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.run import command_line, print_plan
 from mllm.training.stages import PARTS, STAGES, freeze_table
@@ -63,11 +63,14 @@ def arguments(*words: str) -> StageArguments:
 EXPECTED = [
     (1, {}, {"projector"}),
     (1, {"lora": True}, {"projector"}),
-    (2, {}, {"projector", "language_model"}),
+    (2, {}, {"projector", "words", "language_model"}),
     (2, {"lora": True}, {"projector", "lora"}),
-    (2, {"unfreeze_mm_vision_tower": True}, {"projector", "language_model", "vision_tower"}),
+    (2, {"unfreeze_mm_vision_tower": True}, {"projector", "words", "language_model", "vision_tower"}),
     (2, {"tune_mm_mlp_adapter": True}, {"projector"}),
-    (2, {"freeze_mm_mlp_adapter": True}, {"language_model"}),
+    (2, {"freeze_backbone": True}, {"projector"}),
+    (2, {"freeze_mm_mlp_adapter": True}, {"words", "language_model"}),
+    (2, {"freeze_word_embeddings": True}, {"projector", "language_model"}),
+    (2, {"freeze_word_embeddings": True, "lora": True}, {"projector", "lora"}),
 ]
 
 
@@ -91,6 +94,8 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
             trains = "vision_tower" in expected
         elif "multi_modal_projector" in name:
             trains = "projector" in expected and not (projector == "linear" and "linear_2" in name)
+        elif "embed_tokens" in name or "lm_head" in name:
+            trains = "words" in expected
         else:
             trains = "language_model" in expected or (is_lora and "lora" in expected)
         assert parameter.requires_grad == trains, name
@@ -121,7 +126,7 @@ def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay
     model = build(places)
     counts = count_parameters(model)  # tied weights count once
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
-    assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
+    assert set(parts_of(model).values()) == set(PARTS)
     assert counts["projector"][0] == 32 * 48 + 48 + 48 * 48 + 48
     apply_freeze(model, freeze_table(STAGES[2]))
     rates = arguments("--learning_rate", "1e-4", "--mm_projector_lr", "3e-3").rates

@@ -29,6 +29,7 @@ from mllm.model.convert import convert_llava
 from mllm.model.tiles import Layout, placeholder_ids
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
+from mllm.training.stages import STAGES, freeze_table
 from mllm.training.task import Collator, TrainingModel
 
 
@@ -174,7 +175,7 @@ def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values")
 
 def gradients(model: Any, batch: dict[str, Any], **options: bool) -> tuple[float, dict[str, Tensor]]:
     training = TrainingModel(copy.deepcopy(model), **options)
-    apply_freeze(training.model, {"vision_tower": "frozen", "projector": "full", "language_model": "full"})
+    apply_freeze(training.model, freeze_table(STAGES[2]))
     loss = training(batch)[0]
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in training.trained().items() if p.grad is not None}
