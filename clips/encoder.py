@@ -5,7 +5,7 @@
     model = CLIPS.from_pretrained("runs/demo")  # a run, an export, or nothing: the newest run here
     model.similarity(["cat.jpg", "dog.jpg"], ["a photo of a cat", "a photo of a dog"])
     model.classify("cat.jpg", ["cat", "dog"])
-    model.index("pictures/").search("two dogs", k=10)
+    model.index("images/").search("two dogs", k=10)
 
 Shapes: B images · T texts · C labels · S side of an image in pixels · E width of a feature.
 """
@@ -38,7 +38,7 @@ from clips.data.images import ENDINGS, MAX_BYTES, decode_image, eval_transform, 
 from clips.data.remote import read_range, remote_facts
 from clips.data.sample import BrokenSample
 from clips.evaluation.encode import encode_images, encode_texts, prompt_features
-from clips.evaluation.testsets import Classes, PictureSet, check_templates, default_templates
+from clips.evaluation.testsets import Classes, ImageTestSet, check_templates, default_templates
 from clips.model.clips import MAX_LOGIT_SCALE
 from clips.search import Index, load_index, write_page
 from clips.weights.load import LoadedModel, load_model
@@ -46,9 +46,9 @@ from clips.weights.load import LoadedModel, load_model
 log = logging.getLogger("clips.encoder")
 BATCH = 64
 """Images or texts of one forward pass."""
-Picture = Image.Image | str | Path | np.ndarray | Tensor
+ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image of any mode, a path, a URL, an array uint8 [H, W, 3], or pixels [3, S, S] of `CLIPS.preprocess`."""
-Images = Picture | Iterable[Picture]
+Images = ImageLike | Iterable[ImageLike]
 """One image or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 SENTENCE_WORDS = 4
 """A text of at least this many words is encoded as it is; a shorter one is a name and goes into the prompts."""
@@ -107,7 +107,7 @@ class CLIPS:
         """The learned inverse temperature: the factor of cosines before a softmax."""
         return float(self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE))
 
-    def preprocess(self, image: Picture) -> Tensor:
+    def preprocess(self, image: ImageLike) -> Tensor:
         """Return normalised pixels, float32 [3, S, S] on the CPU; a tensor of this form is returned as it is.
 
         Raises UserError for an unreadable file, and TypeError or ValueError for something that is not an image.
@@ -136,7 +136,7 @@ class CLIPS:
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """Yield pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
         if isinstance(images, (str, Path)) and Path(images).is_dir():
-            folder = PictureSet(Path(images))
+            folder = ImageTestSet(Path(images))
             images = [folder.root / name for name in folder.files]
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
@@ -184,7 +184,7 @@ class CLIPS:
         rows = (self.logit_scale * cosines).softmax(dim=-1).tolist()
         return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in rows]
 
-    def encode_query(self, query: str | Picture) -> Tensor:
+    def encode_query(self, query: str | ImageLike) -> Tensor:
         """Return the feature [E] of an image or a text.
 
         A string is an image if it is a URL or ends like an image's file name (`a/25.gif`), because no encoder was
@@ -205,7 +205,7 @@ class CLIPS:
         `pattern` selects files. Unreadable images are skipped and counted, and the first three are logged. `workers` is
         the number of processes that read images. Raises UserError if no image can be read.
         """
-        items = PictureSet(Path(folder), pattern)
+        items = ImageTestSet(Path(folder), pattern)
         encoded = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="images")
         for why in encoded.skipped[:3]:
             log.warning("%s", printable(why))
@@ -296,9 +296,9 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 def search_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/search.py: index the folder or open its index, then print the nearest images."""
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
-    index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
+    index, file = model.kept_index(flags.image_folder, file=flags.index, workers=flags.jobs)
     skipped = f"; {index.skipped:,} could not be read" if index.skipped else ""
-    say(f"{len(index):,} images of {flags.pictures}{skipped}, encoder {model.path}; index {file}")
+    say(f"{len(index):,} images of {flags.image_folder}{skipped}, encoder {model.path}; index {file}")
     matches = index.search(flags.query, flags.k)
     for match in matches:
         print(printable(f"{match.score:.3f}  {match.path}"))

@@ -46,9 +46,9 @@ from mllm.evaluation.batches import new_texts
 from mllm.model.load import data_of, find_model
 
 PROMPT = (
-    "Describe the picture in detail: all that can be seen in it, how many there are, where each one is, what it looks "
+    "Describe the image in detail: all that can be seen in it, how many there are, where each one is, what it looks "
     "like, what it does, and the background. The caption below is a hint from the web, and it may be wrong. Where the "
-    "two disagree, trust the picture. Write whole sentences, the description alone.\nCaption: {web}"
+    "two disagree, trust the image. Write whole sentences, the description alone.\nCaption: {web}"
 )
 SURE = 100  # the share of skipped pairs is checked after every so many pairs
 KEY_VARIABLE = "CLIPS_API_KEY"
@@ -95,7 +95,7 @@ def whole_sentences(text: str) -> str:
     return text[: text.rfind(last[0])].rstrip() if last else ""
 
 
-def open_picture(pair: Pair) -> Any:
+def open_image(pair: Pair) -> Any:
     """Return the decoded image of a pair. If it is broken, return None and set the pair's reason."""
     if pair.reason:
         return None
@@ -156,11 +156,11 @@ class Endpoint:
                 self.loop.run_until_complete(asyncio.wait(tasks, timeout=GRACE))
 
     async def _ask(self, pair: Pair, client: openai.AsyncOpenAI, slots: asyncio.Semaphore) -> Pair:
-        picture = await asyncio.to_thread(open_picture, pair)
-        if picture is None:
+        image = await asyncio.to_thread(open_image, pair)
+        if image is None:
             return pair
         file = io.BytesIO()
-        await asyncio.to_thread(picture.save, file, "JPEG", quality=95)
+        await asyncio.to_thread(image.save, file, "JPEG", quality=95)
         url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         image = {"type": "image_url", "image_url": {"url": url}}
         messages: Any = turn(self.prompt, pair, image)
@@ -207,7 +207,7 @@ class LocalModel:
         self.model = model.to(self.device).eval()
         self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
         if self.tokenizer is None or not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise UserError(f"captioner: {directory} has no processor for pictures with a chat template")
+            raise UserError(f"captioner: {directory} has no processor for images with a chat template")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         self.identity = model_digest(directory, whole=True)
@@ -217,16 +217,16 @@ class LocalModel:
         pairs = iter(pairs)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
             while batch := list(itertools.islice(pairs, self.flags.batch_size)):
-                pictures = list(readers.map(open_picture, batch))
-                readable = [i for i, picture in enumerate(pictures) if picture is not None]
+                images = list(readers.map(open_image, batch))
+                readable = [i for i, image in enumerate(images) if image is not None]
                 if readable:
-                    self._write([batch[i] for i in readable], [pictures[i] for i in readable])
+                    self._write([batch[i] for i in readable], [images[i] for i in readable])
                 yield from batch
 
     @torch.inference_mode()
-    def _write(self, pairs: list[Pair], pictures: list[Any]) -> None:
-        images = [{"type": "image", "image": picture} for picture in pictures]
-        turns = [turn(self.prompt, pair, image) for pair, image in zip(pairs, images, strict=True)]
+    def _write(self, pairs: list[Pair], images: list[Any]) -> None:
+        parts = [{"type": "image", "image": image} for image in images]
+        turns = [turn(self.prompt, pair, image) for pair, image in zip(pairs, parts, strict=True)]
         inputs = self.processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
         ).to(self.device, self.model.dtype)
@@ -286,11 +286,11 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
     A caption that several images share describes none of them, whether it comes from a server or from a poor model.
     """
     leave_out_messages(pairs[-SURE:])
-    pictures: defaultdict[str, set[bytes]] = defaultdict(set)
+    images: defaultdict[str, set[bytes]] = defaultdict(set)
     for pair in pairs:
-        pictures[pair.long].add(pair.image)
+        images[pair.long].add(pair.image)
     for pair in pairs:
-        if not pair.reason and len(pictures[pair.long]) > 1:
+        if not pair.reason and len(images[pair.long]) > 1:
             pair.reason, pair.detail = "repeated", pair.long
     good = [pair for pair in pairs if not pair.reason]
     left_out = Counter(pair.reason for pair in pairs if pair.reason)

@@ -8,7 +8,9 @@ from clips.common.flags import Parser, at_least
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("query", help="what to look for: a text, or the path or URL of an image")
-    p.add_argument("--pictures", default="data/llava_demo/images", help="folder of images, including its subfolders")
+    p.add_argument(
+        "--image-folder", default="data/llava_demo/images", help="folder of images, including its subfolders"
+    )
     p.add_argument("--index", metavar="FILE", help="file of the index, made if missing (default: in the cache)")
     p.add_argument("--model", metavar="DIR_OR_HUB_ID", help="run or export (default: the newest run under runs/)")
     p.add_argument("--k", type=at_least(1), default=10, help="how many images to show")

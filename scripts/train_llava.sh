@@ -3,7 +3,7 @@
 #
 #   bash scripts/train_llava.sh --vision clips                  # the newest CLIPS export; also clip, random, blind, hf:…
 #   bash scripts/train_llava.sh --vision clips:runs/mine --data_path my.csv   # captions: a model that describes
-#   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder pictures
+#   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder images
 #   bash scripts/train_llava.sh --vision clips --dry-run        # print the two commands and the plan, train nothing
 #   bash scripts/train_llava.sh --help                          # every flag with its default
 #

@@ -1,4 +1,4 @@
-"""Bad pictures and records, one for each class of damage, with what is to become of it: used, or why not.
+"""Bad images and records, one for each class of damage, with what is to become of it: used, or why not.
 
 `python tests/bad_corpus.py FOLDER ROUTE` sends them through one of ROUTES, and prints what came out as JSON, with the
 most memory that it took. A new consumer of data becomes one more entry in ROUTES.
@@ -28,7 +28,7 @@ Kinds = dict[str, tuple[Any, str]]
 """Name → content and outcome."""
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- images
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -57,7 +57,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def with_scans(jpeg: bytes, more: int) -> bytes:
-    """The progressive picture with its last scan repeated."""
+    """The progressive image with its last scan repeated."""
     last = jpeg.rindex(b"\xff\xda")
     return jpeg[:-2] + jpeg[last:-2] * more + jpeg[-2:]
 
@@ -68,7 +68,7 @@ def tiff(*tags: tuple[int, int, int, int], strip: bytes = b"") -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + directory + strip
 
 
-def pictures() -> Kinds:
+def make_images() -> Kinds:
     rgb = Image.fromarray(noise(48, 64, 3))
     jpeg = encode(rgb, "JPEG")
     wide = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
@@ -139,12 +139,12 @@ RECORDS: Kinds = {
     "without conversations": ({"id": "x", "image": "good.png"}, "list 'conversations'"),
     "no answer": ({"conversations": _turns("a")}, "no answer"),
     "a turn that is none": ({"conversations": [3]}, "turn|object"),
-    "more pictures than places": ({"image": "good.png", "conversations": _turns("a", "b")}, "<image>"),
-    "a picture that is a number": (_asking(3), "path"),
-    "a picture that climbs": (_asking("../x.png"), "is outside"),
-    "a picture by a link": (_asking("link.png"), "is outside"),
-    "a picture that is a pipe": (_asking("pipe"), "not in"),
-    "a picture that is not there": (_asking("gone"), "not in"),
+    "more images than places": ({"image": "good.png", "conversations": _turns("a", "b")}, "<image>"),
+    "an image that is a number": (_asking(3), "path"),
+    "an image that climbs": (_asking("../x.png"), "is outside"),
+    "an image by a link": (_asking("link.png"), "is outside"),
+    "an image that is a pipe": (_asking("pipe"), "not in"),
+    "an image that is not there": (_asking("gone"), "not in"),
     "a very long question": ({"conversations": _turns("a " * LONG, "b")}, "hold no answer"),
     "an answer that is null": ({"conversations": _turns("a", None)}, "must look like"),
     "an answer with half a character": ({"conversations": _turns("a", "\ud800")}, "half a character"),
@@ -152,7 +152,7 @@ RECORDS: Kinds = {
 
 
 # ----------------------------------------------------------------------------------------------------- the sets
-def good_picture(i: int) -> bytes:
+def good_image(i: int) -> bytes:
     return encode(Image.fromarray(noise(24, 24, 3, seed=i + 1000)))
 
 
@@ -163,15 +163,15 @@ def _good(bad: int) -> int:
 
 def write_shards(folder: Path) -> tuple[str, dict[str, str]]:
     """Shards with one sample of each kind; what to open, and the outcome of each key."""
-    plain = {"img": good_picture(0), "json": b'{"org_caption": "a web caption"}', "txt": b"Long one. Long two."}
+    plain = {"img": good_image(0), "json": b'{"org_caption": "a web caption"}', "txt": b"Long one. Long two."}
     from launched import write_tar  # which imports from here
 
-    samples = [(f"picture {name}", plain | {"img": data}, outcome) for name, (data, outcome) in pictures().items()]
+    samples = [(f"image {name}", plain | {"img": data}, outcome) for name, (data, outcome) in make_images().items()]
     for name, (text, outcome) in CAPTIONS.items():
         samples.append((f"web {name}", plain | {"json": json.dumps({"org_caption": text}).encode()}, outcome))
     for part, kinds in (("json", JSONS), ("txt", TEXTS)):
         samples += [(f"{part} {name}", plain | {part: data}, outcome) for name, (data, outcome) in kinds.items()]
-    samples += [(f"good {i}", plain | {"img": good_picture(i)}, USED) for i in range(_good(len(samples)))]
+    samples += [(f"good {i}", plain | {"img": good_image(i)}, USED) for i in range(_good(len(samples)))]
     for part in range(2):
         parts = ((f"{key}.{name}", data) for key, members, _ in samples[part::2] for name, data in members.items())
         write_tar(folder / f"{part}.tar", parts)
@@ -179,19 +179,19 @@ def write_shards(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def write_table(folder: Path) -> tuple[str, dict[str, str]]:
-    """A table of JSON lines beside its pictures; what to open, and the outcome of each row."""
+    """A table of JSON lines beside its images; what to open, and the outcome of each row."""
     (folder / "folder").mkdir(parents=True)
     os.mkfifo(folder / "pipe")
-    names = map("good{}.png".format, itertools.count())  # rows of one picture would be one sample
+    names = map("good{}.png".format, itertools.count())  # rows of one image would be one sample
 
     def plain() -> dict[str, Any]:
-        (folder / (name := next(names))).write_bytes(good_picture(0))
+        (folder / (name := next(names))).write_bytes(good_image(0))
         return {"image": name, "org_caption": "a web caption", "long": "Long one. Long two."}
 
     rows = [(plain() | {"org_caption": text}, outcome) for text, outcome in CAPTIONS.values()]
     rows += [(plain() | {"long": text}, outcome) for text, outcome in CAPTIONS.values()]
     rows += [(plain() | {"image": path}, outcome) for path, outcome in PATHS.values()]
-    for i, (data, outcome) in enumerate(pictures().values()):
+    for i, (data, outcome) in enumerate(make_images().values()):
         (folder / f"{i}.bin").write_bytes(data)
         rows.append((plain() | {"image": f"{i}.bin"}, outcome))
     lines = [(json.dumps(row).encode(), outcome) for row, outcome in rows]
@@ -205,12 +205,12 @@ def write_llava(folder: Path) -> tuple[str, dict[str, str]]:
     """data.json beside images/; the outcome of each record by its number."""
     images = folder / "images"
     images.mkdir(parents=True)
-    (images / "good.png").write_bytes(good_picture(0))
-    (folder / "outside.png").write_bytes(good_picture(0))
+    (images / "good.png").write_bytes(good_image(0))
+    (folder / "outside.png").write_bytes(good_image(0))
     (images / "link.png").symlink_to(folder / "outside.png")
     os.mkfifo(images / "pipe")
     records = list(RECORDS.values())
-    for i, (data, outcome) in enumerate(pictures().values()):
+    for i, (data, outcome) in enumerate(make_images().values()):
         (images / f"{i}.bin").write_bytes(data)
         records.append((_asking(f"{i}.bin"), outcome))
     (folder / "data.json").write_text(json.dumps([record for record, _ in records]))
@@ -241,7 +241,7 @@ def through_the_loader(spec: str, wanted: dict[str, str]) -> Reasons:
     run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=tokenizer.vocab_size)))
     run = replace(run, phases=(replace(run.phases[0], samples=len(source), batch_size=8),))
 
-    def named(key: str) -> str:  # a table's row also names its picture: t.jsonl#3 (a.png)
+    def named(key: str) -> str:  # a table's row also names its image: t.jsonl#3 (a.png)
         return (key.partition(" (")[0] if is_table else key).rpartition("#")[2]
 
     reasons: Reasons = {}
@@ -256,7 +256,7 @@ def through_the_loader(spec: str, wanted: dict[str, str]) -> Reasons:
 
 
 def through_llava_data(spec: str, wanted: dict[str, str]) -> Reasons:
-    """As training reads it: the records when it begins, each picture when its batch comes."""
+    """As training reads it: the records when it begins, each image when its batch comes."""
     from tiny_tokenizers import make_tokenizer
 
     from clips import BrokenSample

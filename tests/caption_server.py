@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from launched import pictures, write_shard
+from launched import make_images, write_shard
 
 
 def write_pairs(path: Path, count: int, broken: Collection[int] = ()) -> str:
     samples = []
-    for i, (picture, web, _) in enumerate(pictures(count)):
+    for i, (image, web, _) in enumerate(make_images(count)):
         texts = {"txt": web.encode(), "json": json.dumps({"caption": web}).encode()}
-        samples.append((b"no picture" if i in broken else picture, texts))
+        samples.append((b"no image" if i in broken else image, texts))
     return str(write_shard(path, samples))
 
 
@@ -22,7 +22,7 @@ def echo(text: str) -> str:
     """A caption that depends on the web caption, the last line of the prompt, from its first letters on."""
     caption = text.splitlines()[-1]
     letters = "".join(chr(ord("a") + int(digit)) for digit in caption if digit.isdigit())
-    return f"{letters}: a picture of {caption}."
+    return f"{letters}: an image of {caption}."
 
 
 @contextlib.contextmanager

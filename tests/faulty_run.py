@@ -1,10 +1,10 @@
 """scripts/pretrain_clips.py with a fault in what the data gives: python faulty_run.py FAULT RANK FLAGS …
 
 RANK: whose data has it, or "all". Everything else is the real run. FAULT, from step SOON or AT on (0-based):
-    nan, inf     one value of one picture in that step
+    nan, inf     one value of one image in that step
     slow         every batch comes late
     raise        decoding raises what no code expects, in a worker of the loader
-    spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
+    spike        the images of that step are shuffled and its captions are noise, as from a shard with wrong captions;
     spikes       of that step and all after it; nothing is saved before step SAVED, which leaves time for the tests
     data=FOLDER  its training data are those in FOLDER, from the first step on
     full         no file grows beyond 1 MiB, as on a full disk

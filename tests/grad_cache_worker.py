@@ -79,7 +79,7 @@ def a_run(case: Case, accumulation: int) -> RunConfig:
 
 
 def samples(case: Case, step: int, begin: int, end: int) -> dict[str, Any]:
-    """Of a step's batch, as the loader gives them: pictures as bytes."""
+    """Of a step's batch, as the loader gives them: images as bytes."""
     batch = tiny_batch(step, size=BATCH) | drawn_tokens(step, size=BATCH)
     batch["images"] = (batch["images"] * 50 + 128).clamp(0, 255).byte()
     wanted = {"images", "web"} | ({"sub"} if case.objective == "clips" else set())

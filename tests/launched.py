@@ -110,20 +110,18 @@ def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
-    """(picture, web caption, long caption), each different."""
+def make_images(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
+    """(image, web caption, long caption), each different."""
     samples = []
     for i in range(count):
-        picture = Image.new("RGB", (40, 36), ((i * 37) % 256, (i * 91) % 256, (i * 53) % 256))
-        picture.paste((255, 255, 255), (i % 30, i % 20, i % 30 + 8, i % 20 + 8))
-        samples.append(
-            (encode(picture, kind), f"stock photo {i}", f"A plain picture. It has number {i}. A box is white.")
-        )
+        image = Image.new("RGB", (40, 36), ((i * 37) % 256, (i * 91) % 256, (i * 53) % 256))
+        image.paste((255, 255, 255), (i % 30, i % 20, i % 30 + 8, i % 20 + 8))
+        samples.append((encode(image, kind), f"stock photo {i}", f"A plain image. It has number {i}. A box is white."))
     return samples
 
 
 def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], extension: str = "png") -> Path:
-    rows = enumerate({extension: picture, **rest} for picture, rest in samples)
+    rows = enumerate({extension: image, **rest} for image, rest in samples)
     return write_tar(path, ((f"{i:05d}.{name}", data) for i, row in rows for name, data in row.items()))
 
 
@@ -159,7 +157,7 @@ def recap(web: str, long: str) -> dict[str, bytes]:
 
 def small_data(folder: Path) -> tuple[str, ...]:
     """Write 64 training samples in two shards, and 16 for validation and test. Returns the flags that name them."""
-    samples = [(picture, recap(web, long)) for picture, web, long in pictures(80)]
+    samples = [(image, recap(web, long)) for image, web, long in make_images(80)]
     write_shard(folder / "train/0.tar", samples[:40])
     write_shard(folder / "train/1.tar", samples[40:64])
     write_shard(folder / "test.tar", samples[64:])

@@ -143,7 +143,7 @@ LONG = "Tell me a long story"
 
 
 def write_models(root: Path, context: int = 4096) -> None:
-    """`runs/llava/model` with 16 tokens a picture, and the encoder `runs/clips-demo`."""
+    """`runs/llava/model` with 16 tokens an image, and the encoder `runs/clips-demo`."""
     write_export(root / "runs" / "clips-demo")
     write_llava(root, context=context)
 
@@ -161,12 +161,12 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(url: str) -> dict:
+def make_image(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def user(*parts: str | dict) -> dict:
-    """A user's message of texts and pictures."""
+    """A user's message of texts and images."""
     return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
@@ -174,8 +174,8 @@ RED, BLUE = data_url(png("red")), data_url(png("blue"))
 CHAT = {"model": "llava", "messages": [user("Hello")], "max_tokens": 4}
 
 
-def with_picture(url: str, count: int = 1) -> dict:
-    return CHAT | {"messages": [user("What is it?", *[picture(url)] * count)]}
+def with_image(url: str, count: int = 1) -> dict:
+    return CHAT | {"messages": [user("What is it?", *[make_image(url)] * count)]}
 
 
 def turns(*roles: str) -> dict:
@@ -183,18 +183,18 @@ def turns(*roles: str) -> dict:
 
 
 BAD = {
-    "no picture": (with_picture(data_url(b"dear picture")), "cannot identify"),
-    "a bomb": (with_picture(data_url(bad_corpus.png(50_000, 50_000))), "pixels"),
-    "broken base64": (with_picture("data:image/png;base64,!!!"), "base64"),
-    "a file": (with_picture("file:///etc/hostname"), "no address"),
-    "many pictures": (with_picture(RED, 21), "pictures"),
+    "no image": (with_image(data_url(b"dear image")), "cannot identify"),
+    "a bomb": (with_image(data_url(bad_corpus.png(50_000, 50_000))), "pixels"),
+    "broken base64": (with_image("data:image/png;base64,!!!"), "base64"),
+    "a file": (with_image("file:///etc/hostname"), "no address"),
+    "many images": (with_image(RED, 21), "images"),
     "1 MB of text": (CHAT | {"messages": [user("a " * 500_000)]}, "characters"),
     "longer than the context": (CHAT | {"messages": [user("a " * 49_000)]}, "32,768"),
     "huge tokens": (CHAT | {"max_tokens": 10**6}, "max_tokens"),
     "NaN": (CHAT | {"temperature": float("nan")}, "temperature"),
     "empty stop": (CHAT | {"stop": [""]}, "stop"),
-    "picture of the assistant": (
-        CHAT | {"messages": [user("a"), user(picture(RED)) | {"role": "assistant"}, user("b")]},
+    "image of the assistant": (
+        CHAT | {"messages": [user("a"), user(make_image(RED)) | {"role": "assistant"}, user("b")]},
         "turn",
     ),
     "unknown role": (turns("tool"), "role"),

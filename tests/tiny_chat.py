@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_mllm import pictures, write_llava, write_run
+from tiny_mllm import make_images, write_llava, write_run
 
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.transcript import Turn
@@ -18,13 +18,13 @@ SHORT = Sampling(max_new_tokens=8)
 
 
 def write_place(root: Path, **options: object) -> None:
-    """`runs/llava/model` on the encoder `runs/clips-demo`, and six pictures in `images`.
+    """`runs/llava/model` on the encoder `runs/clips-demo`, and six images in `images`.
 
     `options` are those of the encoder.
     """
     write_run(root / "runs" / "clips-demo")
     write_llava(root, context=512, **options)
-    pictures(root / "images", 6)
+    make_images(root / "images", 6)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def model(place: Path) -> ChatModel:
 
 
 def turn_text(turn: Turn) -> str:
-    """The text of a turn, without its pictures."""
+    """The text of a turn, without its images."""
     return "".join(part["text"] for part in turn["value"] if part["type"] == "text").strip()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.files import sha256, write_json
 from mllm.compare.commands import fix_plan, train_arguments
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "clips-run", seed=1)
     write_run(root / "clip-run", "clip", seed=2)
     write_llm(root / "llm")
-    names = pictures(root / "images", 12)
+    names = make_images(root / "images", 12)
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
     more = [{"from": "human", "value": "And now?"}, turns[1]]
     captions = [{"id": name, "image": name, "conversations": turns} for name in names]
@@ -112,7 +112,7 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
     sets, figures = {}, {}
     for name, path in stored_questions(comparison.output).items():
         questions = comparison.asked(path)
-        texts = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
+        texts = [q.answer or "an image" if rng.random() < skill else "<b>no" for q in questions]
         answers = cell.evaluation / f"{name}.jsonl"
         lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, texts, strict=True)]
         for line in lines if "likelihood" in comparison.evaluation_settings() else ():

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, run_group
 from lab_runs import run_main
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -46,7 +46,7 @@ TRAIN = ROOT / "scripts" / "train_llava.py"
 
 
 def write_place(root: Path) -> Path:
-    """`root` with an encoder, a language model, data of 20 pictures and 12 text-only samples, and a projector."""
+    """`root` with an encoder, a language model, data of 20 images and 12 text-only samples, and a projector."""
     return shutil.copytree(_made_place(), root, dirs_exist_ok=True)
 
 
@@ -75,13 +75,13 @@ def _made_place() -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", initializer_range=0.1, hidden_size=64, intermediate_size=128)
-    names = pictures(root / "images", 20)
+    names = make_images(root / "images", 20)
     align = [conversation(name, [("What?", "A red cat " * (1 + i % 3))]) for i, name in enumerate(names)]
     instruct = [
-        conversation(name, [("What is in the picture?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
+        conversation(name, [("What is in the image?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
         for i, name in enumerate(names)
     ]
-    instruct += [conversation(None, [("Say it", "the picture " * (1 + i % 2))]) for i in range(12)]
+    instruct += [conversation(None, [("Say it", "the image " * (1 + i % 2))]) for i in range(12)]
     (root / "align.json").write_text(json.dumps(align))
     (root / "instruct.json").write_text(json.dumps(instruct))
     save_projector(build(root).model.multi_modal_projector, root / "start.bin")

@@ -1,4 +1,4 @@
-"""Tiny real parts for tests of mllm/: a CLIPS run with its exports, a language model directory, pictures."""
+"""Tiny real parts for tests of mllm/: a CLIPS run with its exports, a language model directory, images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose padding token is its end token, like SmolLM2's."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(["What is in the picture? A red cat and two dogs."] * 3, 400, specials),
+        tokenizer_object=byte_level(["What is in the image? A red cat and two dogs."] * 3, 400, specials),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",
@@ -124,12 +124,12 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     vision = load_vision("clips", runs=root / "runs", **options)
     llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)), videos=bool(vision.frames))
     model, processor = build_model(vision, llm, seed=3)
-    # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
+    # A random model must not answer the same whatever it sees: enlarge what comes from the image.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
     save_model(model, processor, root / "runs" / "llava" / "model", card={})
 
 
-def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:
+def make_images(directory: Path, count: int, *, seed: int = 0) -> list[str]:
     """`count` PNGs of several sizes in `directory`; returns their names."""
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def write_export(run: Path) -> CLIPSModel:
     return model
 
 
-def picture(width: int = 60, height: int = 40, *, seed: int = 0) -> Image.Image:
+def make_image(width: int = 60, height: int = 40, *, seed: int = 0) -> Image.Image:
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 

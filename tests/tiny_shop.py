@@ -42,24 +42,24 @@ def products(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def picture(kind: str = "JPEG", number: int = 0) -> bytes:
+def make_image(kind: str = "JPEG", number: int = 0) -> bytes:
     """Other bytes for each number."""
     return encode(Image.new("RGB", (24, 32), (200, number // 16 % 16 * 16, number % 16 * 16)), kind)
 
 
 def write_tar(path: Path, rows: list[dict[str, Any]], number: str = "id") -> Path:
-    """KEY.jpg and KEY.json; a picture for each `number`."""
-    pictures = [(f"{row['id']}.jpg", picture(number=row[number])) for row in rows]
+    """KEY.jpg and KEY.json; an image for each `number`."""
+    images = [(f"{row['id']}.jpg", make_image(number=row[number])) for row in rows]
     texts = [(f"{row['id']}.json", json.dumps(row).encode()) for row in rows]
-    return launched.write_tar(path, chain(*zip(pictures, texts, strict=True)))
+    return launched.write_tar(path, chain(*zip(images, texts, strict=True)))
 
 
 def write_hub(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """The set as `hf download` leaves it: two files with pictures inside."""
+    """The set as `hf download` leaves it: two files with images inside."""
     (folder / "data").mkdir(parents=True)
     (folder / ".gitattributes").write_text("*.parquet filter=lfs\n")
     for part, digest in enumerate(("6cff4c59f91661c3", "bb459e5ac5f01e71")):
-        of_part = [row | {"image": {"bytes": picture(number=row["id"]), "path": None}} for row in rows[part::2]]
+        of_part = [row | {"image": {"bytes": make_image(number=row["id"]), "path": None}} for row in rows[part::2]]
         table = pa.Table.from_pylist(of_part, schema=HUB)
         parquet.write_table(table, folder / "data" / f"train-0000{part}-of-00002-{digest}.parquet")
     return folder

@@ -109,7 +109,7 @@ class Card:
     """An example: small PNG images, a title, and named texts."""
 
     title: str
-    pictures: Sequence[bytes] = ()
+    images: Sequence[bytes] = ()
     texts: Sequence[tuple[str, str, bool | None]] = ()
     """Name, text, and whether the text is right (None: not judged)."""
 

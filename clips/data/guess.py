@@ -212,7 +212,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
             if inner == "train" and others:
                 _say_held_out(folder, [inner], others)
             return files
-    return [folder] if PictureFolder.pairs(folder)[0] else []
+    return [folder] if ImageFolder.pairs(folder)[0] else []
 
 
 @lru_cache
@@ -225,7 +225,7 @@ def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> N
     warn_once(f"{folder}: {', '.join(train[:2])} taken, {os.path.join(folder, others[0])} left for tests")
 
 
-class PictureFolder:
+class ImageFolder:
     """A folder, with subfolders, of images and texts of the same name (a.jpg, a.txt), as a table.
 
     The text is `txt`. If most of the first texts have several lines, without an empty one, then each line is a caption:

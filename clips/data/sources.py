@@ -26,7 +26,7 @@ from clips.common.escape import clip
 from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
-from clips.data.guess import KarpathyFile, PictureFolder, expand, guess_fields, guess_root, is_karpathy, warn_once
+from clips.data.guess import ImageFolder, KarpathyFile, expand, guess_fields, guess_root, is_karpathy, warn_once
 from clips.data.images import MAX_BYTES
 from clips.data.members import Members, OpenShard
 from clips.data.order import Order, SampleOrder
@@ -372,10 +372,10 @@ class TableSource(Source):
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         from clips.data.table import Table  # it imports pyarrow, which tar shards do not need
 
-        self.tables: list[Table | PictureFolder | KarpathyFile] = []
+        self.tables: list[Table | ImageFolder | KarpathyFile] = []
         for file in files:
             if os.path.isdir(file):
-                self.tables.append(PictureFolder(file))
+                self.tables.append(ImageFolder(file))
             elif is_karpathy(file):
                 self.tables.append(KarpathyFile(file))
             else:
@@ -414,7 +414,7 @@ class TableSource(Source):
             if paths is not None:
                 self.roots[number] = guess_root(table.name, self.roots[number], paths, is_given=image_root is not None)
             # A folder lists only images that exist.
-            self._named.append(paths is not None and not isinstance(table, PictureFolder))
+            self._named.append(paths is not None and not isinstance(table, ImageFolder))
         self.base = os.path.realpath(self.roots[0])
         """The folder below which paths tell images apart: two tables may name an image from two, and one may move."""
 

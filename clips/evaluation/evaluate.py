@@ -116,8 +116,8 @@ def nearest_texts(
             (f"cosine {cosine:.2f}", texts[j], True if texts[j] == texts[i] else None)
             for cosine, j in zip(cosines.tolist(), nearest.tolist(), strict=True)
         ]
-        picture = thumbnail(decode_image(items.read(images.indices[rows[i]]).image), SIDE)
-        cards.append(Card(texts[i], [picture], found))
+        image = thumbnail(decode_image(items.read(images.indices[rows[i]]).image), SIDE)
+        cards.append(Card(texts[i], [image], found))
     return cards
 
 

@@ -82,7 +82,7 @@ def _strings(value: Any) -> list[str]:
     return [text for text in value if isinstance(text, str) and text] if isinstance(value, list) else []
 
 
-class PictureSet:
+class ImageTestSet:
     """The images of a folder and of the folders in it, in the order of their names."""
 
     pattern, expected = "**/*", "files in it or in its folders"
@@ -103,7 +103,7 @@ class PictureSet:
         return Item(image=_read_inside(self.root, name), key=name)
 
 
-class FolderSet(PictureSet):
+class FolderSet(ImageTestSet):
     """One folder of images per class; the folder's name is the class."""
 
     pattern, expected = "*/*", "one folder per class, with images in it"

@@ -29,7 +29,7 @@ source = "."
 model = CLIPS.from_pretrained(source)
 """
 CODE = {
-    "native": _NATIVE + 'print(model.similarity(["picture.png"], ["a cat", "two dogs"]))',
+    "native": _NATIVE + 'print(model.similarity(["image.png"], ["a cat", "two dogs"]))',
     "open_clip": """\
 import open_clip
 import torch
@@ -39,7 +39,7 @@ source = "local-dir:."
 model, _, preprocess = open_clip.create_model_and_transforms(source)
 tokenizer = open_clip.get_tokenizer(source)
 with torch.no_grad():
-    image = model.eval().encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)
+    image = model.eval().encode_image(preprocess(Image.open("image.png"))[None], normalize=True)
     text = model.encode_text(tokenizer(["a cat", "two dogs"]), normalize=True)
 print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))""",
     "hf": """\
@@ -47,7 +47,7 @@ from transformers import pipeline
 
 source = "."
 classify = pipeline("zero-shot-image-classification", source)
-print(classify("picture.png", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}."))""",
+print(classify("image.png", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}."))""",
     "hf_vit": """\
 from transformers import AutoModel
 

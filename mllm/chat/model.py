@@ -15,7 +15,7 @@ import torch
 from clips import CONCEPTS
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
-from mllm.chat.transcript import Picture, size_of
+from mllm.chat.transcript import Visual, size_of
 from mllm.data.conversation import ConversationEncoder
 from mllm.model.load import answer_dtype, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
@@ -107,18 +107,18 @@ class ChatModel:
             return f" It knows drawings of {len(CONCEPTS)} things and nothing else. {asked}."
         return f" It was trained on {', '.join(data)}, so ask questions like those." if data else ""
 
-    def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """Return the number of tokens of each picture. Raises UserError for a broken header."""
-        return [self.layout.tokens(size_of(picture)) for picture in pictures]
+    def image_tokens(self, images: Sequence[Visual]) -> list[int]:
+        """Return the number of tokens of each image. Raises UserError for a broken header."""
+        return [self.layout.tokens(size_of(image)) for image in images]
 
-    def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
-        """Raise UserError if the encoder would read more than `most` squares, on which the cost of pictures depends."""
+    def check_squares(self, images: Sequence[Visual], most: int) -> None:
+        """Raise UserError if the encoder would read more than `most` squares, on which the cost of images depends."""
         if not self.layout.pinpoints:
             return
-        squares = sum(self.layout.squares(size_of(picture)) for picture in pictures)
+        squares = sum(self.layout.squares(size_of(image)) for image in images)
         if squares > most:
             raise UserError(
-                f"these {len(pictures)} images are split into {squares} crops, more than the limit of {most}: "
+                f"these {len(images)} images are split into {squares} crops, more than the limit of {most}: "
                 "send fewer or smaller images"
             )
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
-from mllm.chat.transcript import Picture, Turn, decoded
+from mllm.chat.transcript import Turn, Visual, decoded
 from mllm.data.conversation import Images
 from mllm.evaluation.batches import answer_settings, pixel_inputs, seeded, seen
 from mllm.model.load import CACHE
@@ -76,7 +76,7 @@ class Prompt:
     """A conversation up to the next answer, which fits into the context."""
 
     turns: list[Turn]
-    images: list[Picture]
+    images: list[Visual]
     ids: list[int]
 
 
@@ -101,7 +101,7 @@ class ChatSession:
             raise UserError(f"format {model.encoder.format.name} has no place for a system text")
         self.model = model
         self.turns: list[Turn] = []
-        self.images: list[Picture] = []
+        self.images: list[Visual] = []
         self.system = system or None
         self.last: Stats | None = None
         self._cache: DynamicCache | None = None
@@ -109,7 +109,7 @@ class ChatSession:
         self._read = Prompt([], [], [])
 
     @classmethod
-    def from_turns(cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture]) -> ChatSession:
+    def from_turns(cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Visual]) -> ChatSession:
         """Return a session with existing turns. If the last one is the human's, `answer` continues it."""
         session = cls(model)
         session.turns, session.images = list(turns), list(images)
@@ -123,7 +123,7 @@ class ChatSession:
     def ask(
         self,
         text: str,
-        images: Sequence[Picture] = (),
+        images: Sequence[Visual] = (),
         sampling: Sampling = GREEDY,
         cancel: threading.Event | None = None,
     ) -> Generator[str, None, None]:
@@ -147,7 +147,7 @@ class ChatSession:
         self.images = self.images[: sum(part["type"] == "image" for part in parts)]
 
     def _answer(
-        self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None
+        self, turns: list[Turn], images: list[Visual], sampling: Sampling, cancel: threading.Event | None
     ) -> Generator[str, None, None]:
         """Check the prompt at once, then return the stream."""
         tokens = self.model.image_tokens(images)
@@ -199,12 +199,12 @@ class ChatSession:
         read = torch.tensor([prompt.ids], device=model.device)
         inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if known < len(prompt.images):
-            pictures = []
+            images = []
             for image in prompt.images[known:]:  # one by one, because only the preprocessed image is kept
                 if streamer.cancel.is_set():
                     return 0
-                pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
-            inputs |= pixel_inputs(pictures, model)
+                images.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
+            inputs |= pixel_inputs(images, model)
 
         context = self.model.context_length
         room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(prompt.ids))

@@ -14,7 +14,7 @@ from clips.common.live import say
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling, model_options
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import LazyPicture, Video, open_picture, size_of
+from mllm.chat.transcript import LazyImage, Video, open_visual, size_of
 from mllm.data.video import ENDINGS as VIDEO_ENDINGS
 from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
 from mllm.data.video import is_video
@@ -22,16 +22,16 @@ from mllm.data.video import is_video
 OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
 """Limits for images that the user opens by path."""
 COMMANDS = """\
-  /image PATH       add a picture or a video to the next question (or drop its file here)
+  /image PATH       add an image or a video to the next question (or drop its file here)
   /reset            start a new conversation
   /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def load_image(path: str) -> LazyPicture | Video:
+def load_image(path: str) -> LazyImage | Video:
     """Read an image or, by its file name, a video. Raises UserError with the reason if that fails."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            return open_picture(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
+            return open_visual(file.read((MAX_VIDEO_BYTES if is_video(path) else MAX_BYTES) + 1), path, OWN_IMAGES)
     except (UserError, OSError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 
@@ -55,7 +55,7 @@ class Talk:
     def __init__(self, session: ChatSession, sampling: Sampling) -> None:
         self.session = session
         self.sampling = sampling
-        self.waiting: list[LazyPicture | Video] = []
+        self.waiting: list[LazyImage | Video] = []
         """Images and videos for the next question."""
 
     def run(self, read: Callable[[], str]) -> None:

@@ -15,7 +15,7 @@ Turn = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class LazyPicture:
+class LazyImage:
     """An image that is decoded only when the model reads it. Both functions raise UserError if the image is broken."""
 
     decode: Callable[[], Image]
@@ -36,11 +36,11 @@ class Video:
     """Takes the number of frames and returns the frames. Raises UserError if the video is broken."""
 
 
-Picture = Image | LazyPicture | Video
-"""What a turn can show. A video counts as a picture too."""
+Visual = Image | LazyImage | Video
+"""What a turn can show. A video counts as an image too."""
 
 
-def open_picture(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
+def open_visual(data: bytes, name: str, limits: Limits) -> LazyImage | Video:
     """Return the image in `data` or, by its file name, the video. Raises UserError if it cannot be decoded.
 
     It is decoded again when the model reads it, because keeping decoded images would take far more memory.
@@ -49,18 +49,18 @@ def open_picture(data: bytes, name: str, limits: Limits) -> LazyPicture | Video:
         read_video(data, 1)
         return Video(partial(read_video, data))
     read_image(data, limits)
-    return LazyPicture(partial(read_image, data, limits), partial(image_size, data, limits))
+    return LazyImage(partial(read_image, data, limits), partial(image_size, data, limits))
 
 
-def decoded(picture: Picture, frames: int) -> Image | list[Image]:
+def decoded(image: Visual, frames: int) -> Image | list[Image]:
     """Decode an image, or `frames` frames of a video. Raises UserError if that fails."""
-    if isinstance(picture, Video):
-        return picture.decode(frames)
-    return picture if isinstance(picture, Image) else picture.decode()
+    if isinstance(image, Video):
+        return image.decode(frames)
+    return image if isinstance(image, Image) else image.decode()
 
 
-def size_of(picture: Picture) -> Size:
+def size_of(image: Visual) -> Size:
     """Return (height, width), or VIDEO for a video. Raises UserError if the header of an image is broken."""
-    if isinstance(picture, Video):
+    if isinstance(image, Video):
         return VIDEO
-    return (picture.height, picture.width) if isinstance(picture, Image) else picture.size
+    return (image.height, image.width) if isinstance(image, Image) else image.size

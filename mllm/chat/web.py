@@ -29,7 +29,7 @@ from clips.common.live import say
 from mllm.chat.limits import Limits, check_values
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import open_picture
+from mllm.chat.transcript import open_visual
 from mllm.data.demo import DEMO_DIR, IMAGES, QUESTIONS
 from mllm.data.questions import Question, read_questions
 from mllm.model.load import data_of
@@ -96,13 +96,13 @@ def answers(
         raise UserError(f"the question is too long: it may have {LIMITS.prompt_chars:,} characters")
     if len(files) > LIMITS.images:
         raise UserError(f"too many images: a question may have {LIMITS.images}")
-    pictures = [open_picture(Path(path).read_bytes(), path, LIMITS) for path in files]
-    model.check_squares([*session.images, *pictures], LIMITS.squares)
+    images = [open_visual(Path(path).read_bytes(), path, LIMITS) for path in files]
+    model.check_squares([*session.images, *images], LIMITS.squares)
     sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
     cancel = threading.Event()
     start = shown_at = time.monotonic()
     answer = ""
-    for piece in session.ask(text, pictures, sampling, cancel):
+    for piece in session.ask(text, images, sampling, cancel):
         answer += piece
         now = time.monotonic()
         if now - start > LIMITS.seconds:

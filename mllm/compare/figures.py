@@ -61,7 +61,7 @@ ASKED = ("question_id", "prompt", "image", "kind", "expected")
 EXAMPLES = 6
 """Most examples for each of the two ways in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
-NEEDS_PICTURE = "needs_picture"
+NEEDS_IMAGE = "needs_image"
 NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
 ENCODERS = "encoders.json"
@@ -78,7 +78,7 @@ PROBE = "probe_tokens_top1"
 RUN_VARIANCE = 1.03e-3
 ENCODER_VARIANCE = 1.03e-3
 ANSWER_VARIANCE = 5.4e-4
-PICTURE_VARIANCE = 0.1e-4
+IMAGE_VARIANCE = 0.1e-4
 """Variances of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
 pretraining runs, and, both for `OF_QUESTIONS` questions, between single answers and between images. Only the last two
 shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three over all pairs
@@ -271,7 +271,7 @@ def item_scores(answers: Lines, questions: Mapping[str, Path]) -> dict[str, Item
     """Return `accuracy`, and `cider_d` for questions with references, and `log_likelihood` and `share` if measured.
 
     All but `cider_d` are also given as METRIC/KIND for each kind of question. Metrics of other columns than the
-    deciding one end with @COLUMN. `needs_picture` is the accuracy of all encoders that are not blind, on those
+    deciding one end with @COLUMN. `needs_image` is the accuracy of all encoders that are not blind, on those
     questions of the deciding column that blind models do not answer. `questions` are the files that were asked.
     """
     first = next(iter(answers.values()))
@@ -286,7 +286,7 @@ def item_scores(answers: Lines, questions: Mapping[str, Path]) -> dict[str, Item
         blind = {cell.encoder for cell in answers if cell.kind == "blind"}
         left = ~solved_blind(overall, blind)
         if left.any() and not left.all():
-            metric = metrics[NEEDS_PICTURE] = overall.only(left)
+            metric = metrics[NEEDS_IMAGE] = overall.only(left)
             for name in blind:
                 del metric.by_encoder[name]
     return metrics
@@ -417,8 +417,8 @@ def detectable_difference(comparison: Comparison, questions: int) -> float:
     seeds, runs = len(sizes), len(sizes) ** 2 / float((1 / sizes).sum())  # effective number, as groups differ in size
     luck = ANSWER_VARIANCE * OF_QUESTIONS / questions / runs
     pretraining = ENCODER_VARIANCE / seeds if groups.max() > 0 else 0.0
-    pictures = PICTURE_VARIANCE * OF_QUESTIONS / questions
-    return detectable(pretraining + RUN_VARIANCE / runs + luck, pictures, luck, seeds, questions)
+    images = IMAGE_VARIANCE * OF_QUESTIONS / questions
+    return detectable(pretraining + RUN_VARIANCE / runs + luck, images, luck, seeds, questions)
 
 
 def power_in_words(comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
 from clips.lab.stats import FEWEST_SEEDS, UNDECIDED, show_difference, show_interval, turned
-from mllm.compare.figures import NEEDS_PICTURE, NOT_IN_PERCENT, PROBE
+from mllm.compare.figures import NEEDS_IMAGE, NOT_IN_PERCENT, PROBE
 from mllm.data.questions import LIKELIHOODS
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
@@ -35,7 +35,7 @@ EXAMPLES_NOTE = "From seed 0, drawn at random in both directions: they show how 
 BENCHMARKS_NOTE = "As lmms-eval reports them. Single answers are not known here, so intervals are over seeds only."
 Report = Mapping[str, Any]
 Row = dict[str, Any]
-METRICS = {"accuracy": "all questions", NEEDS_PICTURE: "not answered blind", "cider_d": "CIDEr-D"}
+METRICS = {"accuracy": "all questions", NEEDS_IMAGE: "not answered blind", "cider_d": "CIDEr-D"}
 
 
 def page(report: Report, image_folder: Path | None) -> Page:
@@ -170,8 +170,8 @@ def _examples(report: Report, image_folder: Path | None) -> list[Card]:
         ]
         texts.append(("truth", example["truth"], None))
         name = example["image"]
-        pictures = [thumbnail(store.load(name), THUMBNAIL)] if store and name else []
-        cards.append(Card(example["question"], pictures, texts))
+        images = [thumbnail(store.load(name), THUMBNAIL)] if store and name else []
+        cards.append(Card(example["question"], images, texts))
     return cards
 
 

@@ -216,13 +216,13 @@ def _placed(name: str, rows: list[Row], work: Path, flags: argparse.Namespace, l
 def _of_tar(file: str) -> Iterator[Row]:
     store = ImageStore(file)
     names, _ = read_members(file)
-    pictures = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(ENDINGS)}
+    images = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(ENDINGS)}
     for stem, ending in map(os.path.splitext, names):
         if ending == ".json":
             cells = None
             with suppress(ValueError):
                 cells = from_json(store.read(stem + ending))
-            yield Row(pictures.get(stem, stem), cells if isinstance(cells, dict) else {}, store)
+            yield Row(images.get(stem, stem), cells if isinstance(cells, dict) else {}, store)
 
 
 def _of_table(file: str, image: str | None, image_root: str | None) -> Iterator[Row]:

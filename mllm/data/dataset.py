@@ -23,7 +23,7 @@ from clips.common.errors import UserError
 from clips.common.escape import one_line
 from mllm.data.captions import raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.images import ImageStore, broken_picture
+from mllm.data.images import ImageStore, broken_image
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
 NAMED = 10
@@ -109,7 +109,7 @@ class ImageTokens:
         try:
             sizes = [store.size(name) for name in names]
         except BrokenSample as broken:
-            raise broken_picture(store, broken) from None
+            raise broken_image(store, broken) from None
         return sizes, [self.of_size(size) for size in sizes]
 
 

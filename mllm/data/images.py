@@ -91,7 +91,7 @@ class ImageStore:
         return decode_video(data, frames, name) if is_video(name) else decode_image(data, name)
 
 
-def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
+def broken_image(store: ImageStore, broken: BrokenSample) -> UserError:
     """Return the error for an image that cannot be read, with what to do about it."""
     return UserError(
         f"image {broken.key} in {store.location}: {broken.reason}; repair it or remove its sample. "
@@ -111,6 +111,6 @@ def pixel_loader(
         try:
             return torch.cat([preprocess(store.shown(name, frames)) for name in names])
         except BrokenSample as broken:
-            raise broken_picture(store, broken) from None
+            raise broken_image(store, broken) from None
 
     return load

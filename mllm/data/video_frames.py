@@ -90,13 +90,13 @@ def numbered(container: Any, stream: Any, numbers: list[int]) -> Iterator[Any]:
 
 def upright(frames: Iterable[Any], kept_pixels: int) -> list[np.ndarray]:
     """Return the frames as upright images in the size of the first one. Raises ValueError for a missing frame."""
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     size, last = (0, 0), None
     for frame in frames:
         if frame is None:
             raise ValueError("none of its frames can be decoded")
         if frame is last:
-            pictures.append(pictures[-1])
+            images.append(images[-1])
             continue
         if last is None:
             factor = math.ceil(math.sqrt(frame.width * frame.height / kept_pixels)) or 1
@@ -104,8 +104,8 @@ def upright(frames: Iterable[Any], kept_pixels: int) -> list[np.ndarray]:
         last = frame
         fitted = {"width": size[0], "height": size[1], "interpolation": "AREA"}
         array = frame.to_ndarray(format="rgb24", **fitted if (frame.width, frame.height) != size else {})
-        pictures.append(np.rot90(array, round(frame.rotation / 90)))
-    return pictures
+        images.append(np.rot90(array, round(frame.rotation / 90)))
+    return images
 
 
 def main() -> None:
@@ -115,17 +115,17 @@ def main() -> None:
     for kind, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # not every system has both limits
             resource.setrlimit(kind, (most, most + 1))
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     try:
-        pictures = frames_of(sys.stdin.buffer.read(), **request)
-        header: dict[str, Any] = {"size": pictures[0].shape[1::-1]}
+        images = frames_of(sys.stdin.buffer.read(), **request)
+        header: dict[str, Any] = {"size": images[0].shape[1::-1]}
     except MemoryError:  # also av's own class
         header = {"error": "it takes too much memory to decode"}
     except av.error.FFmpegError as error:  # before ValueError, because some of these are ValueErrors too
         header = {"error": f"it is no whole mp4, mov, mkv, webm or avi file ({error.strerror})"}
     except ValueError as error:
         header = {"error": str(error)}
-    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + b"".join(p.tobytes() for p in pictures))
+    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + b"".join(p.tobytes() for p in images))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], si
 
 
 def generate_inputs(
-    model: Llava, rows: Sequence[list[int]], shown: Sequence[tuple[int, ...]], pictures: Sequence[Seen], pad_id: int
+    model: Llava, rows: Sequence[list[int]], shown: Sequence[tuple[int, ...]], images: Sequence[Seen], pad_id: int
 ) -> dict[str, Any]:
     """Return the arguments of `generate` for the prompts `rows`, with padding between the shared and the other tokens.
 
-    `pictures` holds the distinct images of the batch. Row i shows those with the indices `shown[i]`, in this order.
+    `images` holds the distinct images of the batch. Row i shows those with the indices `shown[i]`, in this order.
     """
     device, openings = model.device, list(dict.fromkeys(shown))
     shared = _shared_length(rows, placeholder_ids(model.config)) if len(openings) < len(rows) else 0
@@ -56,13 +56,13 @@ def generate_inputs(
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
         ids = torch.tensor([rows[0][:shared]], device=device).expand(len(openings), -1)
         model.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **_pixels(pictures, openings, model), **{CACHE: cache}
+            input_ids=ids, attention_mask=torch.ones_like(ids), **_pixels(images, openings, model), **{CACHE: cache}
         )
         cache.batch_select_indices(torch.tensor([openings.index(numbers) for numbers in shown], device=device))
         inputs[CACHE] = cache
     else:
         shared = 0
-        inputs |= _pixels(pictures, shown, model)
+        inputs |= _pixels(images, shown, model)
     begin = torch.tensor([row[:shared] for row in rows], dtype=torch.long)
     ids, mask = (
         torch.cat([first, pad_rows([row[shared:] for row in filled], value, left=True)], 1).to(device)
@@ -116,11 +116,11 @@ def seen(processor: LlavaProcessors, image: Image.Image | list[Image.Image]) -> 
     return image_pixels(processor.image_processor, image), size
 
 
-def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
+def pixel_inputs(visuals: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
     """Return the model's arguments for images and videos in the order of their placeholders, or {} without any."""
     inputs = {}
-    images = [(pixels, size) for pixels, size in pictures if size != VIDEO]
-    videos = [pixels for pixels, size in pictures if size == VIDEO]
+    images = [(pixels, size) for pixels, size in visuals if size != VIDEO]
+    videos = [pixels for pixels, size in visuals if size == VIDEO]
     if images:
         inputs["pixel_values"] = torch.cat([pixels for pixels, _ in images]).to(model.device, model.dtype)
         if newline_of(model) is not None:
@@ -130,9 +130,9 @@ def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
     return inputs
 
 
-def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
+def _pixels(images: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
     """Return the model's arguments for the images that the rows show, one row after the other."""
-    return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
+    return pixel_inputs([images[number] for numbers in shown for number in numbers], model)
 
 
 def answer_settings(

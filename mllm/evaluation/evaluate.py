@@ -91,14 +91,14 @@ def generate_answers(
         for chosen in make_batches(questions, prompts, batch_size):
             # Each image of a batch is decoded and read once. Without a store no question has one (`open_questions`).
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
-            pictures = []
+            images = []
             for name, question in asking.items():
                 assert store is not None
                 with _naming(question):
-                    pictures.append(seen(processor, store.shown(name, layout.frames)))
+                    images.append(seen(processor, store.shown(name, layout.frames)))
             numbers = {name: number for number, name in enumerate(asking)}
             shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
-            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
+            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, images, tokenizer.pad_token_id)
             cache = inputs.setdefault(CACHE, DynamicCache(config=model.config.get_text_config()))
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)

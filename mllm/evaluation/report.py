@@ -110,8 +110,8 @@ def _cards(answers: Sequence[dict[str, Any]], store: ImageStore) -> list[Card]:
     for images, line in {images_of(line): line for line in drawn}.items():
         if not images or len(cards) == report.IMAGES:
             continue
-        picture = thumbnail(store.load(images[0]), report.SIDE)
+        image = thumbnail(store.load(images[0]), report.SIDE)
         texts = [("answer", line["text"], line.get("correct"))]
         texts += [("truth", line["expected"], None)] if line.get("correct") is False else []
-        cards.append(Card(line["prompt"], [picture], texts))
+        cards.append(Card(line["prompt"], [image], texts))
     return cards

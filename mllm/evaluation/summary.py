@@ -27,11 +27,11 @@ def print_summary(what: str = "demo") -> None:
     file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
     answers = max((model / "evaluation").glob(file), key=os.path.getmtime)
     answered = by_test_set(read_json(answers.with_name("figures.json"))["figures"], "seen")[artists]
-    pictures = f"pictures by {artists} artists" if is_demo else "photographs of the test set"
+    images = f"images by {artists} artists" if is_demo else "photographs of the test set"
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
 
     first = {record["kind"]: record for record in reversed(read_json_records(answers))}
-    print(one_line(f"Questions about {pictures}, the first of their kinds:"))
+    print(one_line(f"Questions about {images}, the first of their kinds:"))
     for kind in list(reversed(first))[:SHOWN]:
         record = first[kind]
         right = "right" if record["correct"] else f"wrong: {record['expected']}"
@@ -47,10 +47,10 @@ def print_summary(what: str = "demo") -> None:
                 continue
             usual = " to ".join(map(str, normal["ranges"].get(name, ())))
             rows.append((prefix + pretty(name), f"{row['value']:.1f}", f"{row['chance']:.1f}", usual))
-    print_table(table_of(pictures, ("figure", "%", "chance %", "normal %"), rows))
+    print_table(table_of(images, ("figure", "%", "chance %", "normal %"), rows))
     print("For answers, chance is the score of the most frequent answer of each kind.")
     if normal["of"]:
         print(one_line(f"Normal is the range of {normal['of']}, widened by the spread between seeds."))
     if is_demo and artists != UNSEEN:
         print("The test of unseen artists is missing, because npm got no drawings (docs/data.md).")
-    print(one_line(f"The page with pictures: {encoder / REPORT}"))
+    print(one_line(f"The page with images: {encoder / REPORT}"))

@@ -58,7 +58,7 @@ WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
 """Kind of language model → the word beside "llava" by which LLaVA's loader recognises it in the directory's name."""
 CONV_MODES = {"plain": "plain", "v1": "vicuna_v1", "llava_v1": "llava_v1", "chatml_direct": "chatml_direct"}
 """Conversation format → LLaVA's --conv-mode with the same texts."""
-QUESTION = "<image>\nWhat is in the picture, and what is to the left of it?"
+QUESTION = "<image>\nWhat is in the image, and what is to the left of it?"
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 3e-2
 """Largest difference of logits that counts as equal, relative to their spread: in fp32, and in bf16 and fp16."""
 

@@ -42,7 +42,7 @@ from transformers import pipeline
 
 source = "."
 chat = pipeline("image-text-to-text", model=source)
-content = [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
+content = [{"type": "image", "url": "image.png"}, {"type": "text", "text": "What is in the image?"}]
 answer = chat(text=[{"role": "user", "content": content}], max_new_tokens=64, return_full_text=False)
 print(answer[0]["generated_text"])"""
 VIDEOS = """\

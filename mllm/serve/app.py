@@ -32,7 +32,7 @@ from clips.common.flags import from_flags
 from mllm.chat.limits import Limits, check_values, image_size, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
-from mllm.chat.transcript import LazyPicture, Turn
+from mllm.chat.transcript import LazyImage, Turn
 
 READ_AT_ONCE = 32
 """Number of bodies that are read at once, because each takes memory before its request is in the queue."""
@@ -60,8 +60,8 @@ class Message(BaseModel):
 
     def turn(self) -> Turn:
         """Return the message as a turn of LLaVA's format, images before the text."""
-        pictures = [{"type": "image"} for _ in self.urls]
-        value = [*pictures, {"type": "text", "text": self.text}]
+        images = [{"type": "image"} for _ in self.urls]
+        value = [*images, {"type": "text", "text": self.text}]
         return {"from": {"user": "human", "assistant": "gpt"}.get(self.role, "system"), "value": value}
 
 
@@ -93,7 +93,7 @@ def read_question(body: bytes, limits: Limits) -> Question:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise UserError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
     for name, amount, most in (
-        ("pictures", sum(len(message.urls) for message in question.messages), limits.images),
+        ("images", sum(len(message.urls) for message in question.messages), limits.images),
         ("characters", sum(len(message.text) for message in question.messages), limits.prompt_chars),
         ("max_tokens", question.max_tokens or 1, limits.new_tokens),
     ):
@@ -102,16 +102,16 @@ def read_question(body: bytes, limits: Limits) -> Question:
     return question
 
 
-def read_picture(url: str, limits: Limits) -> LazyPicture:
+def fetch_image(url: str, limits: Limits) -> LazyImage:
     """Return the image in a data URL, which is decoded when the model reads it. Raises UserError for other URLs."""
     head, _, encoded = url.partition(";base64,")
     if head[:5].lower() != "data:" or not encoded:
-        raise UserError("pictures: send data:image/png;base64,…; this server opens no address and no file")
+        raise UserError("images: send data:image/png;base64,…; this server opens no address and no file")
     try:
         data = base64.b64decode(encoded, validate=True)
     except ValueError:
-        raise UserError("pictures: the base64 of one is broken") from None
-    return LazyPicture(partial(read_image, data, limits), partial(image_size, data, limits))
+        raise UserError("images: the base64 of one is broken") from None
+    return LazyImage(partial(read_image, data, limits), partial(image_size, data, limits))
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -132,9 +132,9 @@ def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threadin
     tokens = question.max_tokens or limits.new_tokens
     settings = question.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
     sampling = Sampling(max_new_tokens=tokens, stop=tuple(question.stop), **settings)
-    pictures = [read_picture(url, limits) for message in question.messages for url in message.urls]
-    chat.check_squares(pictures, limits.squares)
-    session = ChatSession.from_turns(chat, [message.turn() for message in question.messages], pictures)
+    images = [fetch_image(url, limits) for message in question.messages for url in message.urls]
+    chat.check_squares(images, limits.squares)
+    session = ChatSession.from_turns(chat, [message.turn() for message in question.messages], images)
     yield from session.answer(sampling, cancel)
     assert session.last is not None  # the answer has ended
     yield session.last

@@ -29,11 +29,11 @@ from clips import BrokenSample
 from clips.common.errors import first_line
 from clips.common.files import from_json, placing, read_bytes, write_atomically
 from clips.common.live import say
-from mllm.data.images import ImageStore, broken_picture, pixel_loader
+from mllm.data.images import ImageStore, broken_image, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
-PICTURES_AT_ONCE = 64
+IMAGES_AT_ONCE = 64
 """Number of squares that the encoder sees in one pass of the feature cache."""
 FILE_BYTES = 256 * 2**20
 """Size of one cache file."""
@@ -100,7 +100,7 @@ class FeatureCache:
         self,
         names: Sequence[str],
         *,
-        batch_size: int = PICTURES_AT_ONCE,
+        batch_size: int = IMAGES_AT_ONCE,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
@@ -150,7 +150,7 @@ class FeatureCache:
             try:
                 digest = hashlib.blake2b(self.store.read(name), digest_size=16)
             except BrokenSample as broken:
-                raise broken_picture(self.store, broken) from None
+                raise broken_image(self.store, broken) from None
             self._keys[name] = digest.hexdigest()
         return self._keys[name]
 

@@ -29,7 +29,7 @@ def costs_of(model: Llava, image_size: int) -> dict[str, int]:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     square = Layout.of(model.config).square * training_flops(projector, sees)
     return {
-        "pictures": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
+        "images": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
         "positions": training_flops(_blocks(language_model), into),
         "pairs": (3 if learns else 1) * 4 * text.num_hidden_layers * text.num_attention_heads * head,
         "predicted": training_flops(model.lm_head, learns),
@@ -74,7 +74,7 @@ def units_of(batch: Mapping[str, Any], *, packed: bool) -> dict[str, int]:
     samples, length = batch["input_ids"].shape
     counts = batch["counts"]
     return {
-        "pictures": sum(len(batch[name]) for name in ("image_features", "pixel_values") if name in batch),
+        "images": sum(len(batch[name]) for name in ("image_features", "pixel_values") if name in batch),
         "positions": counts.row if packed else samples * length,
         "pairs": pairs_of(samples, length, counts.shared if packed else 0),
         "predicted": counts.learned,

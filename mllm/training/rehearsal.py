@@ -24,7 +24,7 @@ from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import TrainArguments, TrainFlags
-from mllm.training.features import PICTURES_AT_ONCE
+from mllm.training.features import IMAGES_AT_ONCE
 from mllm.training.flops import costs_of, flops_of, units_of
 from mllm.training.freeze import count_parameters, llava_of
 from mllm.training.prepare import start_bytes, trainable
@@ -123,7 +123,7 @@ def staged(
     return TrainingModel(full, features=features, packed=not padded).train()
 
 
-def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures: bool = True) -> dict[str, Any]:
+def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: bool = True) -> dict[str, Any]:
     """Return a batch of random values on the model's device, which was counted on the host as in training.
 
     All samples begin with the same token.
@@ -135,7 +135,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
     ids = torch.randint(3, 90, (samples, length))
     ids[:, 0] = 7
     ids[:, 1] = 8 + torch.arange(samples)
-    if pictures:
+    if images:
         ids[:, 10 : 10 + tokens] = config.image_token_id
     labels = ids.masked_fill(torch.arange(length) < length - ANSWERS[stage], -100)
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
@@ -143,9 +143,9 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, pictures:
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
     half: dict[str, Any] = {"dtype": training.llava.dtype, "device": device}
-    if pictures and training.features:
+    if images and training.features:
         batch["image_features"] = torch.randn(squares, layout.square, vision.hidden_size, **half)
-    elif pictures:
+    elif images:
         batch["pixel_values"] = torch.randn(squares, 3, vision.image_size, vision.image_size, **half)
     if layout.pinpoints:
         batch["image_sizes"] = [max(layout.sizes, key=layout.tokens)] * samples
@@ -172,7 +172,7 @@ def rehearse_features(model: Llava) -> int:
     tower, size = model.model.vision_tower, vision.image_size
     with Rehearsal() as rehearsal, torch.no_grad():
         rehearsal.hold([*tower.parameters(), *tower.buffers()])
-        pixels = torch.empty(PICTURES_AT_ONCE, 3, size, size, dtype=model.dtype, device=META)
+        pixels = torch.empty(IMAGES_AT_ONCE, 3, size, size, dtype=model.dtype, device=META)
         select_features(tower, pixels, -2, "default")
     return rehearsal.peak
 
@@ -226,7 +226,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
     print(
         f"{layout.most:,} tokens per image{video}; {days:.2f} days, {24 * days * machine.gpus:,.0f} GPU hours\n"
         f"before the first step, beside the weights: {rehearse_features(planned.build()) / 1e9:.2g} GB for the feature "
-        f"cache's encoder and {PICTURES_AT_ONCE} squares at once (twice that in fp32, as on a CPU); with "
+        f"cache's encoder and {IMAGES_AT_ONCE} squares at once (twice that in fp32, as on a CPU); with "
         f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
         f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; the encoder runs in "
         f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "

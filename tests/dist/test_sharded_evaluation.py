@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import random_model, run_python, tiny_run
-from launched import pictures, recap, small_data, write_shard
+from launched import make_images, recap, small_data, write_shard
 
 from clips.common import ranks
 from clips.common.ranks import once_per_machine
@@ -46,12 +46,12 @@ def captioned(index: int) -> dict[str, bytes]:
     """A label for every third; the others serve retrieval."""
     fields = {"org_caption": f"stock photo {index}", "captions": [f"a box {index}", f"number {index} is a box"]}
     label = {} if index % 3 else {"label": f"kind {index % 2}"}
-    return {"txt": f"A plain picture. It has number {index}.".encode(), "json": json.dumps(fields | label).encode()}
+    return {"txt": f"A plain image. It has number {index}.".encode(), "json": json.dumps(fields | label).encode()}
 
 
 def with_data(folder: Path) -> RunConfig:
-    """Batches of four: fifteen of them, the second with one broken picture, the third with nothing else."""
-    samples = [(picture, captioned(i)) for i, (picture, _, _) in enumerate(pictures(58))]
+    """Batches of four: fifteen of them, the second with one broken image, the third with nothing else."""
+    samples = [(image, captioned(i)) for i, (image, _, _) in enumerate(make_images(58))]
     for i in (5, 8, 9, 10, 11):
         samples[i] = (samples[i][0][:40], samples[i][1])
     held_out = write_shard(folder / "val.tar", samples)
@@ -86,7 +86,7 @@ TIMEOUT = 1.0
 
 def write_small_shards(folder: Path, count: int) -> None:
     """`count` tars of img2dataset's layout, of one and of two samples in turns."""
-    samples = [(picture, recap(web, long)) for picture, web, long in pictures(2)]
+    samples = [(image, recap(web, long)) for image, web, long in make_images(2)]
     for i in range(count):
         write_shard(folder / f"{i:06d}.tar", samples[: 1 + i % 2])
 

@@ -15,7 +15,7 @@ from bad_corpus import encode
 from conftest import random_model, script_parser, tiny_run
 from launched import write_tar
 from PIL import Image
-from tiny_mllm import pictures, write_export, write_llava_on
+from tiny_mllm import make_images, write_export, write_llava_on
 
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
@@ -55,7 +55,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(seed: int) -> bytes:
-    """A PNG of broad areas, so that pictures differ by more than noise."""
+    """A PNG of broad areas, so that images differ by more than noise."""
     areas = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return encode(Image.fromarray(areas).resize((50, 40), Image.Resampling.NEAREST))
 
@@ -67,7 +67,7 @@ SETS = {
 
 
 def write_retrieval_set(folder: Path, captions: list[list[str]]) -> None:
-    """Pictures with their captions as a webdataset in clip_benchmark's layout and as karpathy.json."""
+    """Images with their captions as a webdataset in clip_benchmark's layout and as karpathy.json."""
     (folder / "test").mkdir(parents=True)
     (folder / "dataset_type.txt").write_text("retrieval")
     (folder / "test" / "nshards.txt").write_text("1")
@@ -149,7 +149,7 @@ dataset_kwargs:
     test: {file}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function pictures.of
+doc_to_visual: !function images.of
 doc_to_text: "{{{{text}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs:
@@ -180,10 +180,10 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "text": f"What is {i}?",
             "answer": "x",
         }
-        for i, name in enumerate(pictures(tmp_path / "images", 6))
+        for i, name in enumerate(make_images(tmp_path / "images", 6))
     ]
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "pictures.py").write_text(PICTURES)
+    (tmp_path / "tasks" / "images.py").write_text(PICTURES)
     task = TASK.format(name="questions", file=tmp_path / "questions.jsonl")
     (tmp_path / "tasks" / "questions.yaml").write_text(task)
 

@@ -15,7 +15,7 @@ from lab_runs import run_main
 from launched import wait_for
 from small_demo import LLAVA_SIZES, shrink
 from tiny_llava import conversation
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.rundir import UNSEEN
 from clips.data.artists import ARTISTS, fetch_sets
@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", initializer_range=0.1)
     records, questions = [], []
-    for i, name in enumerate(pictures(root / "images", 8)):
+    for i, name in enumerate(make_images(root / "images", 8)):
         answer = ("A red cat", "two dogs")[i % 2]
         records.append(conversation(name, [("What is it?", answer)]))
         questions.append({"question_id": i, "image": name, "text": "What is it?", "kind": "what", "answer": answer})
@@ -122,7 +122,7 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
 def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samples(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way with the recipes' tiny twins: pretraining, cells, linear probes on few pictures, report."""
+    """The whole way with the recipes' tiny twins: pretraining, cells, linear probes on few images, report."""
     monkeypatch.setattr("mllm.compare.probe.PROBE_SAMPLES", 200)
     shrink(monkeypatch, several=True)
     ensure_demo(place / "data" / "demo")
@@ -145,7 +145,7 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
         seen.append([config["data"], config["train"]["seed"], config["phases"][0]["batch_size"]])
     assert seen[0] == seen[1]
     report = json.loads((output / "report.json").read_text())
-    # What is described are the seen artists' pictures; where no npm could fetch the unseen one's there are no others.
+    # What is described are the seen artists' images; where no npm could fetch the unseen one's there are no others.
     described = "cider_d@seen" if UNSEEN in report["settings"]["columns"] else "cider_d"
     for encoder in report["encoders"].values():
         (pretraining,) = encoder["pretraining"]

@@ -17,7 +17,7 @@ from launched import (
     deepspeed,
     latest,
     lines,
-    pictures,
+    make_images,
     python,
     run,
     run_all,
@@ -111,8 +111,8 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
 
 def with_captions(path: Path, count: int) -> Path:
     samples = [
-        (picture, {"json": json.dumps({"captions": [web, f"{i}: {web}", long]}).encode()})
-        for i, (picture, web, long) in enumerate(pictures(count, "JPEG"))
+        (image, {"json": json.dumps({"captions": [web, f"{i}: {web}", long]}).encode()})
+        for i, (image, web, long) in enumerate(make_images(count, "JPEG"))
     ]
     return write_shard(path, samples, "jpg")
 

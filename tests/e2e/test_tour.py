@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, random_model, tiny_run
 from nbclient import NotebookClient
-from tiny_mllm import pictures, write_llava_on
+from tiny_mllm import make_images, write_llava_on
 
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
@@ -20,7 +20,7 @@ TOUR = ROOT / "docs" / "tour.ipynb"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository after the quickstart: runs/demo with its exports, a language model on it, the demo's pictures."""
+    """A repository after the quickstart: runs/demo with its exports, a language model on it, the demo's images."""
     root = tmp_path_factory.mktemp("after_quickstart")
     run = tiny_run()
     tokenizer = build_tokenizer("wordpiece", ["a red cat and two dogs"] * 3, vocab_size=run.model.text.vocab_size)
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_all(random_model(run), run, tokenizer, root / "runs" / "demo" / "export", images, ["a cat"])
     write_llava_on(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=1024)
     folder = root / "data" / "llava_demo" / "images"
-    for i, name in enumerate(pictures(folder, 5)):
+    for i, name in enumerate(make_images(folder, 5)):
         (folder / name).rename(folder / f"unseen-{i:06}.jpg")
     return root
 
@@ -61,7 +61,7 @@ def test_the_lines_of_the_python_page(place: Path, monkeypatch: pytest.MonkeyPat
 
 
 def kinds(notebook: nbformat.NotebookNode) -> dict[str, set[str]]:
-    """Cell → the kinds of its outputs; a picture may be a JPEG too."""
+    """Cell → the kinds of its outputs; an image may be a JPEG too."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     kinds_of = {cell.id: {kind for out in cell.outputs for kind in out.get("data", {"text": ""})} for cell in code}
     return {cell: of_cell - {"image/jpeg"} for cell, of_cell in kinds_of.items()}

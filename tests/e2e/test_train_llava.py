@@ -11,7 +11,7 @@ import torch
 import warm
 from conftest import ROOT, run_group
 from tiny_llava import conversation
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 
 from mllm.training.stages import FREEZE
 
@@ -23,10 +23,10 @@ sys.modules["clips"] = sys.modules["mllm"] = None  # cannot be imported, install
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
-directory, picture, output = sys.argv[1:]
+directory, image, output = sys.argv[1:]
 model, info = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
 assert not any(info.values()), info
-messages = [{"role": "user", "content": [{"type": "image", "url": picture}, {"type": "text", "text": "What is it?"}]}]
+messages = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "What is it?"}]}]
 chat = pipeline("image-text-to-text", model=directory)
 answer = chat(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
 inputs = AutoProcessor.from_pretrained(directory).apply_chat_template(
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", initializer_range=0.1)
-    names = pictures(root / "images", 8)
+    names = make_images(root / "images", 8)
     for data, answer in (("align", "A red cat"), ("instruct", "two dogs")):
         records = [conversation(name, [("What is it?", answer)]) for name in names]
         (root / f"{data}.json").write_text(json.dumps(records))
@@ -120,7 +120,7 @@ def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Pat
 def test_one_file_of_captions_trains_both_halves_and_the_descriptions_are_measured(place: Path) -> None:
     """Odd columns are named once, for the encoder; an image that was held out is nowhere in training."""
     folder = place / "my"
-    names = pictures(folder, 120, seed=1)
+    names = make_images(folder, 120, seed=1)
     rows = [
         {"Bild": name, "Saetze": ["two dogs" if i % 3 else "a red cat sits", f"dogs {i}"]}
         for i, name in enumerate(names)

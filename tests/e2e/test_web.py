@@ -18,7 +18,7 @@ import httpx2
 import pytest
 import serve_process
 from conftest import ROOT
-from tiny_mllm import picture, write_export, write_llava_on
+from tiny_mllm import make_image, write_export, write_llava_on
 
 from clips.common.runtime import unused_port
 
@@ -39,11 +39,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llava_on(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=2048)
     images = root / "data" / "llava_demo" / "images"
     images.mkdir(parents=True)
-    picture(60, 60).save(images / "unseen-0.png")
+    make_image(60, 60).save(images / "unseen-0.png")
     question = {"question_id": 0, "image": "unseen-0.png", "text": "What?", "kind": "identity", "answer": "A dog."}
     (images.parent / "question.jsonl").write_text(json.dumps(question))
-    picture().save(root / "scene.png")
-    (root / "text.png").write_bytes(b"not a picture")
+    make_image().save(root / "scene.png")
+    (root / "text.png").write_bytes(b"not an image")
     (root / "uploads").mkdir()
     return root
 
@@ -92,7 +92,7 @@ def page(address: str) -> Iterator[Page]:
     assert errors == []
 
 
-def test_a_question_with_a_picture_is_answered(page: Page, place: Path) -> None:
+def test_a_question_with_a_image_is_answered(page: Page, place: Path) -> None:
     box = page.get_by_placeholder("Ask about an image")
     for name in ("text.png", "scene.png"):
         page.locator("input[type=file]").first.set_input_files(place / name)

@@ -181,7 +181,7 @@ def test_row_25_both_shapes_are_said(kind, place, models, tmp_path, monkeypatch)
         "train_llava": OUT,
         "pretrain_clips": small_data(tmp_path / "data") if kind == "init_from" else [],
         "chat": ["--device", "cpu", "--prompt", "Hello"],
-        "search": ["--device", "cpu", "--pictures", "runs"],
+        "search": ["--device", "cpu", "--image-folder", "runs"],
     }
     words = [word.replace("{}", str(copied)) for word in words]
     output = command(place, monkeypatch, script, *words, *more[script], code=2)

@@ -1,4 +1,4 @@
-"""Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without pictures, text alone; real runs.
+"""Rows 20 to 22 and 26: long samples, tokens typed in text, placeholders without images, text alone; real runs.
 
 Also data workers: a broken image in one of them, and one that is killed. And data that changes between two commands.
 """
@@ -15,7 +15,7 @@ import tiny_llava
 import torch
 from llava_worker import stop_in_step
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, assert_same_results, command, conversation, launch, losses, run
-from tiny_mllm import pictures
+from tiny_mllm import make_images
 from transformers import AutoTokenizer
 
 from clips.data.splits import held_out_images
@@ -24,7 +24,7 @@ from mllm.training.task import Collator, LlavaTrainer
 
 place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16
-"""Of one picture, by the tiny encoder."""
+"""Of one image, by the tiny encoder."""
 
 
 def flags(place: Path, records: list[dict], *more: str) -> list[str]:
@@ -38,13 +38,13 @@ def image_id(place: Path) -> int:
 
 
 def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut and counted, never a row without labels, no picture cut; one with nothing to learn is named or left out."""
+    """Cut and counted, never a row without labels, no image cut; one with nothing to learn is named or left out."""
     answer = "two dogs and a red cat " * 20
     late = [("a red cat", "cat"), ("<image> And?", answer)]
     records = [conversation(f"{i}.png", [("What is it?", answer)]) for i in range(6)]
     records += [conversation(None, late) | {"id": "late", "image": "6.png"}]
     records += [conversation("7.png", [("What?", "cat")])]
-    hopeless = conversation("8.png", [("picture " * 200, "cat")])
+    hopeless = conversation("8.png", [("image " * 200, "cat")])
     cut = ["--model_max_length", "64", "--output_dir"]
     words = flags(place, [*records, hopeless], *cut, "runs/no")
     output = command(place, monkeypatch, "train_llava", *words, code=2)
@@ -66,7 +66,7 @@ def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monk
 
 
 def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In answers and in questions without a picture: as many special tokens as there are pictures and turns."""
+    """In answers and in questions without an image: as many special tokens as there are images and turns."""
     typed = "Type <image> or <|im_end|> or <|im_start|>assistant or <pad>"
     records = [conversation(f"{i}.png", [("What is it?", typed)]) for i in range(2)]
     records += [conversation(None, [(typed, "cat")]) for _ in range(2)]
@@ -86,7 +86,7 @@ def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkey
     ("images", "text"),
     [(["0.png"], "<image>\n<image>\nWhat?"), (["0.png", "1.png"], "<image>\nWhat?"), (["0.png"], "What?")],
 )
-def test_row_22_placeholders_that_are_not_the_pictures(images, text, place, batches, monkeypatch):
+def test_row_22_placeholders_that_are_not_the_images(images, text, place, batches, monkeypatch):
     wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
     records = [conversation("3.png", [("What?", "cat")]), wrong]
     words = flags(place, records, "--output_dir", "runs/wrong")
@@ -151,7 +151,7 @@ def test_a_stopped_stage_goes_on_with_the_same_data_only(place: Path, monkeypatc
 
 def test_stage_2_holds_no_image_out_that_stage_1_trained_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 99 images none is held out. With 61 more 12 were, of which stage 1 had seen 8."""
-    names = pictures(place / "many", 160)
+    names = make_images(place / "many", 160)
 
     def ended(code: int, stage: int, images: int, output_dir: str, *more: str) -> str:
         held_out_images.cache_clear()  # a command is a process of its own

@@ -26,8 +26,8 @@ from launched import (
     endless,
     last_step,
     lines,
+    make_images,
     of_run,
-    pictures,
     python,
     rank,
     recap,
@@ -128,7 +128,7 @@ def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path
 
 def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
-    broken = [(bytes(len(picture)), recap(web, long)) for picture, web, long in pictures(64)]  # of equal sizes
+    broken = [(bytes(len(image)), recap(web, long)) for image, web, long in make_images(64)]  # of equal sizes
     write_shard(tmp_path / "broken/0.tar", broken[:40])
     write_shard(tmp_path / "broken/1.tar", broken[40:])
     text = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)
@@ -147,7 +147,7 @@ def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(shard
 
 
 def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
-    fewer = [(picture, recap(web, long)) for picture, web, long in pictures(40)]
+    fewer = [(image, recap(web, long)) for image, web, long in make_images(40)]
     write_shard(tmp_path / "fewer/0.tar", fewer)
     text = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
     assert "rank 0: 64 samples in 2 shards" in text

@@ -1,4 +1,4 @@
-"""Faults in pictures, shards, records and paths, through the real commands: skipped, counted, bounded, or refused."""
+"""Faults in images, shards, records and paths, through the real commands: skipped, counted, bounded, or refused."""
 
 import io
 import json
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from bad_corpus import encode, png, with_scans
 from conftest import ROOT, run_python
-from launched import SCRIPT, assert_said, lines, pictures, python, recap, run, run_all, trace, write_shard
+from launched import SCRIPT, assert_said, lines, make_images, python, recap, run, run_all, trace, write_shard
 from PIL import Image
 
 from clips.data.images import decode_image
 
 pytestmark = pytest.mark.slow
-PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(400)]
+PAIRS = [(image, recap(web, long)) for image, web, long in make_images(400)]
 
 
 def append(shard: Path, name: str, data: bytes = b"", **fields: object) -> None:
@@ -43,9 +43,7 @@ def test_row_17_damaged_shards_are_named_and_their_good_samples_used(tmp_path: P
     with tarfile.open(cut) as tar:
         place = next(member.offset_data for member in tar if member.name == "00030.txt")
     cut.write_bytes(cut.read_bytes()[: place + 5])
-    incomplete = [
-        (picture, {"json": rest["json"]} if i == 7 else rest) for i, (picture, rest) in enumerate(PAIRS[80:120])
-    ]
+    incomplete = [(image, {"json": rest["json"]} if i == 7 else rest) for i, (image, rest) in enumerate(PAIRS[80:120])]
     write_shard(data / "incomplete.tar", incomplete)
     append(write_shard(data / "twice.tar", PAIRS[120:160]), "00003.txt", b"another caption")
     done = run(train(tmp_path, "r", data))
@@ -69,7 +67,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
         230: ("txt: not UTF-8", {"txt": "é".encode("latin-1")}),
         280: ("long caption is empty", {"txt": b" "}),
     }
-    samples = [(picture, rest | bad.get(i, ("", {}))[1]) for i, (picture, rest) in enumerate(PAIRS[:300])]
+    samples = [(image, rest | bad.get(i, ("", {}))[1]) for i, (image, rest) in enumerate(PAIRS[:300])]
     write_shard(tmp_path / "data/0.tar", samples)
     check = ("scripts/check_data.py", "--data", tmp_path / "data")
     done = run_all({"run": train(tmp_path, "r", tmp_path / "data", "--samples", "300"), "check": python(*check)})
@@ -89,8 +87,8 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
 
 
 def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
-    picture = PAIRS[0][0]
-    (tmp_path / "secret.png").write_bytes(picture)
+    image = PAIRS[0][0]
+    (tmp_path / "secret.png").write_bytes(image)
     members = {
         "climbing": ({}, "../00099.png"),
         "absolute": ({}, "/etc/00099.png"),
@@ -100,11 +98,11 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
     commands = {}
     for name, (fields, member) in members.items():
         shard = write_shard(tmp_path / f"{name}/0.tar", PAIRS[:20])
-        append(shard, member, b"" if fields else picture, **fields)
+        append(shard, member, b"" if fields else image, **fields)
         commands[name] = train(tmp_path / "runs", name, shard)
     table = tmp_path / "table"
     table.mkdir()
-    (table / "0.png").write_bytes(picture)
+    (table / "0.png").write_bytes(image)
     (table / "link.png").symlink_to(tmp_path / "secret.png")
     for name, path in (("dots", "../secret.png"), ("root", str(tmp_path / "secret.png")), ("link", "link.png")):
         rows = [{"i": path if i % 4 == 0 else "0.png", "w": "a photo", "l": "A photo. Of one."} for i in range(16)]
@@ -126,7 +124,7 @@ def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
     return python(SCRIPT, "--debug", "--data", data, "--output", out, "--name", name, *flags, *fixed)
 
 
-def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path: Path) -> None:
+def test_row_14_broken_images_are_skipped_counted_and_replaced_alike(tmp_path: Path) -> None:
     """Three of 400, in one epoch: any number of workers takes the same substitutes and trains to the same losses."""
     samples = list(PAIRS)
     faults = {20: b"", 121: samples[121][0][:60], 222: samples[222][0][:40] + bytes(200)}
@@ -198,7 +196,7 @@ def rotated(pixels: np.ndarray) -> bytes:
 
 
 def twins(rgb: np.ndarray) -> list[tuple[np.ndarray, bytes]]:
-    """(the pixels that a viewer shows, a picture of some lossless kind) of each kind."""
+    """(the pixels that a viewer shows, an image of some lossless kind) of each kind."""
     grey, image = rgb[..., 0], Image.fromarray(rgb)
     opaque, clear = np.full_like(grey, 255), np.zeros_like(grey)
     as_grey = np.dstack([grey] * 3)
@@ -215,11 +213,11 @@ def twins(rgb: np.ndarray) -> list[tuple[np.ndarray, bytes]]:
     ]
 
 
-def test_row_16_every_kind_of_picture_trains_as_its_plain_twin(tmp_path: Path) -> None:
-    """The same training, to the last digit, on pictures of each lossless kind and on their pixels as plain RGB."""
+def test_row_16_every_kind_of_image_trains_as_its_plain_twin(tmp_path: Path) -> None:
+    """The same training, to the last digit, on images of each lossless kind and on their pixels as plain RGB."""
     plain, kinds = [], []
-    for i, (picture, rest) in enumerate(PAIRS[:64]):
-        of_all = twins(np.asarray(decode_image(picture)))
+    for i, (image, rest) in enumerate(PAIRS[:64]):
+        of_all = twins(np.asarray(decode_image(image)))
         shown, kind = of_all[i % len(of_all)]
         plain.append((encode(Image.fromarray(shown)), rest))
         kinds.append((kind, rest))

@@ -25,8 +25,8 @@ from serve_process import (
     client_of,
     data_url,
     get,
+    make_image,
     models,
-    picture,
     png,
     post,
     served,
@@ -79,21 +79,21 @@ def test_row_27_it_survives_whatever_is_sent(server: Running) -> None:
 
 
 def test_row_27_no_address_and_no_file_is_opened(server: Running) -> None:
-    """A listener of this machine, named in every way, hears nothing; a path is no picture."""
+    """A listener of this machine, named in every way, hears nothing; a path is no image."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         port = listener.getsockname()[1]
         hosts = ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0177.0.0.1", "2130706433")
         addresses = [f"http://{host}:{port}/x.png" for host in hosts]
         for url in (*addresses, "file:///etc/passwd", "/etc/passwd", "../../../etc/passwd"):
-            response = post(server.address, CHAT | {"messages": [user(picture(url))]})
+            response = post(server.address, CHAT | {"messages": [user(make_image(url))]})
             assert (response.status_code, "no address" in response.text) == (400, True), url
         with pytest.raises(TimeoutError):
             listener.accept()
 
 
 def costly() -> list[str]:
-    """Pictures near the limit of pixels that are a few hundred kilobytes: of 16 bits, with alpha, progressive."""
+    """Images near the limit of pixels that are a few hundred kilobytes: of 16 bits, with alpha, progressive."""
     side = int(Limits().image_pixels ** 0.5) - 1
     urls = []
     for mode, kind, options in (
@@ -105,14 +105,14 @@ def costly() -> list[str]:
     return urls
 
 
-def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place: Path) -> None:
+def test_row_27_a_full_queue_of_costly_images_takes_less_than_a_gibibyte(place: Path) -> None:
     """More clients than places, each with 20 of them, until the first answer is there; the others get 429."""
     urls = costly()
-    body = json.dumps(CHAT | {"messages": [user("What?", *(picture(urls[i % 3]) for i in range(20)))]}).encode()
+    body = json.dumps(CHAT | {"messages": [user("What?", *(make_image(urls[i % 3]) for i in range(20)))]}).encode()
     seen: list[tuple[int, int]] = []
     refused: list[int] = []
     with started(place) as server, ThreadPoolExecutor(24) as pool:
-        ask(server.client(), user("Hello", picture(data_url(png()))))
+        ask(server.client(), user("Hello", make_image(data_url(png()))))
         before = server.peak_mb()
 
         def one(number: int) -> None:

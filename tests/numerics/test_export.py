@@ -50,12 +50,12 @@ import numpy as np, open_clip, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
-texts, names, pictures, LABELS, CLIP_TOKENIZERS = json.load(open("inputs.json"))
+texts, names, images, LABELS, CLIP_TOKENIZERS = json.load(open("inputs.json"))
 for name in names:
     with torch.no_grad():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{name}/open_clip")
         tokens = open_clip.get_tokenizer(f"local-dir:{name}/open_clip")(texts)
-        images = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in pictures])
+        images = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in images])
         model.eval()
         image_features = model.encode_image(images, normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
@@ -63,7 +63,7 @@ for name in names:
         assert not any(info.values()), info
         hidden = vit.eval()(images, output_hidden_states=True).hidden_states[-1]
         processor = AutoImageProcessor.from_pretrained(f"{name}/hf_vit")
-        processed = processor([Image.open(p) for p in pictures], return_tensors="pt").pixel_values
+        processed = processor([Image.open(p) for p in images], return_tensors="pt").pixel_values
         np.savez(f"{name}.npz", images=images, image_features=image_features, text_features=text_features,
                  logit_scale=model.logit_scale.exp(), hidden=hidden, processed=processed, kind=type(vit).__name__)
 
@@ -96,7 +96,7 @@ def build(kind, pad_mask=False, pre_norm=False, text_like_clip=False, **vision):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def make_images():
     rng = np.random.default_rng(0)
     out = []
     for width, height in [(48, 48), (90, 60), (31, 77)]:
@@ -105,24 +105,24 @@ def pictures():
     return out
 
 
-def pixels(pictures, size=48):
-    return torch.stack([eval_transform(size)(decode_image(data)) for data in pictures])
+def pixels(images, size=48):
+    return torch.stack([eval_transform(size)(decode_image(data)) for data in images])
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, pictures):
+def opened(tmp_path_factory, images):
     """(folder, {variant: ours}, what the process printed): one process of the stock libraries opened all exports."""
     folder = tmp_path_factory.mktemp("stock")
     ours = {variant: build(*variant) for variant in VARIANTS}
     for variant, (model, run, tokenizer) in ours.items():
-        export_all(model, run, tokenizer, folder / name_of(variant), pixels(pictures), TEXTS)
+        export_all(model, run, tokenizer, folder / name_of(variant), pixels(images), TEXTS)
     for kind in CLIP_TOKENIZERS:
         model, run, tokenizer = build(kind, pad_mask=kind == "bert", pre_norm=True, text_like_clip=True, pool="cls")
-        distances = export_all(model, run, tokenizer, folder / kind, pixels(pictures), TEXTS)
+        distances = export_all(model, run, tokenizer, folder / kind, pixels(images), TEXTS)
         assert distances["hf"] < 1e-4
-    for i, data in enumerate(pictures):
+    for i, data in enumerate(images):
         (folder / f"{i}.png").write_bytes(data)
-    files = [f"{i}.png" for i in range(len(pictures))]
+    files = [f"{i}.png" for i in range(len(images))]
     inputs = [TEXTS, [name_of(variant) for variant in VARIANTS], files, LABELS, CLIP_TOKENIZERS]
     (folder / "inputs.json").write_text(json.dumps(inputs))
     done = subprocess.run(
@@ -140,10 +140,10 @@ def name_of(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-pad_mask={v[1]}-pre_norm={v[2]}")
 @torch.no_grad()
-def test_stock_libraries_give_the_same_features(opened, pictures, variant):
+def test_stock_libraries_give_the_same_features(opened, photos, variant):
     folder, ours, _ = opened
     (model, run, tokenizer), theirs = ours[variant], np.load(folder / f"{name_of(variant)}.npz")
-    images = pixels(pictures)
+    images = pixels(photos)
     assert np.abs(theirs["images"] - images.numpy()).max() < 1e-5  # open_clip preprocesses alike
     assert np.abs(theirs["processed"] - images.numpy()).max() < 0.04  # transformers resizes in torch: two grey levels
 
@@ -162,7 +162,7 @@ def test_stock_libraries_give_the_same_features(opened, pictures, variant):
 
 
 @pytest.mark.slow
-def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, pictures):
+def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, images):
     """With each tokenizer; the id of eos is 2 in two of them, which CLIPModel reads in another way."""
     folder, _, printed = opened
     wanted = []
@@ -170,11 +170,11 @@ def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, pictures):
         again = CLIPS.from_pretrained(folder / kind / "hf", device="cpu")
         ours = CLIPS.from_pretrained(folder / kind / "native", device="cpu")
         odds, others = (
-            (one.logit_scale * one.similarity(list(pixels(pictures)), LABELS)).softmax(dim=-1) for one in (ours, again)
+            (one.logit_scale * one.similarity(list(pixels(images)), LABELS)).softmax(dim=-1) for one in (ours, again)
         )
         assert torch.allclose(others, odds, atol=1e-3)
         wanted += odds.tolist()
-    # transformers resizes in torch: pictures differ by up to two grey levels
+    # transformers resizes in torch: images differ by up to two grey levels
     scores = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
     assert np.abs(np.array(scores) - np.array(wanted)).max() < 0.03
 
@@ -186,28 +186,28 @@ def test_an_export_without_clip_model_names_the_switch():
     assert clip_model_lacks(with_tower(plain, "clip_model").model) is None
 
 
-def test_another_resolution_recomputes_positions(tmp_path, pictures):
+def test_another_resolution_recomputes_positions(tmp_path, images):
     model, run, tokenizer = build("wordpiece")
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS, image_size=80)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(images, 80), TEXTS, image_size=80)
     loaded, loaded_run, _ = load_native(tmp_path / "export/native")
     assert loaded_run.model.vision.image_size == 80
     with torch.no_grad():
-        assert not torch.allclose(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures)))
+        assert not torch.allclose(loaded.encode_image(pixels(images, 80)), model.encode_image(pixels(images)))
         model.visual.set_image_size(80)
-        assert torch.equal(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures, 80)))
+        assert torch.equal(loaded.encode_image(pixels(images, 80)), model.encode_image(pixels(images, 80)))
     with pytest.raises(ValueError, match="48 px"):
-        export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS)
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(images, 80), TEXTS)
 
 
-def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, pictures, monkeypatch):
+def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, images, monkeypatch):
     model, run, tokenizer = build("wordpiece")
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
     before = (tmp_path / "export/native/model.safetensors").read_bytes()
     monkeypatch.setattr("clips.weights.open_clip.positions_with_bias", lambda positions, bias, prefix: positions)
     with torch.no_grad():
         model.logit_scale += 1
     with pytest.raises(ExportError, match="open_clip"):
-        export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
     assert (tmp_path / "export/native/model.safetensors").read_bytes() == before
 
 
@@ -219,16 +219,16 @@ def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, pictures
         (False, {"pos_embed": "sincos_reference", "patch_bias": False, "pre_norm": True}),
     ],
 )
-def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
+def test_open_clip_files_are_read_back(tmp_path, images, pad_mask, vision):
     model, run, tokenizer = build("bert", pad_mask=pad_mask, **vision)
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
     folder = tmp_path / "export/open_clip"
     loaded = load_model(folder)
     read, read_tokenizer = loaded.model, loaded.tokenizer
     assert read.config == replace(run.model, captioner=None)
     ids = read_tokenizer(TEXTS, 20, trim=False)
     with torch.no_grad():
-        assert torch.allclose(read.encode_image(pixels(pictures)), model.encode_image(pixels(pictures)), atol=1e-5)
+        assert torch.allclose(read.encode_image(pixels(images)), model.encode_image(pixels(images)), atol=1e-5)
         assert torch.allclose(read.encode_text(ids), model.encode_text(ids), atol=1e-6)
 
     weights = read_weights(folder / "open_clip_model.safetensors")

@@ -82,8 +82,8 @@ def ours(initial: InitialWeights) -> CLIPSModel:
     return model
 
 
-def pictures(mean: Any, std: Any) -> Tensor:
-    """The same three random pictures, normalised [3, 3, S, S]."""
+def make_images(mean: Any, std: Any) -> Tensor:
+    """The same three random images, normalised [3, 3, S, S]."""
     raw = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
@@ -124,8 +124,8 @@ def test_transformers_towers_give_the_same_features_in_every_layer(name: str, sa
     model = ours(initial)
     tower = getattr(stock, "vision_model", getattr(stock, "base_model", stock))
     with torch.no_grad():
-        theirs = tower(pictures(mean, std), output_hidden_states=True).hidden_states[1:]
-    images = pictures(IMAGENET_MEAN, IMAGENET_STD)
+        theirs = tower(make_images(mean, std), output_hidden_states=True).hidden_states[1:]
+    images = make_images(IMAGENET_MEAN, IMAGENET_STD)
     assert_same(states_after(model.visual.blocks, lambda: model.visual(images)), list(theirs))
 
 
@@ -136,8 +136,8 @@ def test_a_whole_clip_gives_the_same_image_and_text_features(tmp_path: Path) -> 
     model = ours(initial)
     ids = initial.tokenizer.for_tower(["a red dog", "", "two cats " * 30], model.config.text)
     with torch.no_grad():
-        theirs = stock(input_ids=ids, pixel_values=pictures(*NORMALISED["clip"]))
-        images, texts = model.encode_image(pictures(IMAGENET_MEAN, IMAGENET_STD)), model.encode_text(ids)
+        theirs = stock(input_ids=ids, pixel_values=make_images(*NORMALISED["clip"]))
+        images, texts = model.encode_image(make_images(IMAGENET_MEAN, IMAGENET_STD)), model.encode_text(ids)
     torch.testing.assert_close(images, theirs.image_embeds, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(texts, theirs.text_embeds, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(model.logit_scale[0], stock.logit_scale)
@@ -153,8 +153,8 @@ def test_timm_towers_give_the_same_features_in_every_layer(name: str, tmp_path: 
     assert any("LayerScale" in note for note in initial.notes) == hasattr(stock.blocks[0].ls1, "gamma")
     model = ours(initial)
     mean, std = stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"]
-    theirs = states_after(stock.blocks, lambda: stock(pictures(mean, std)))
-    images = pictures(IMAGENET_MEAN, IMAGENET_STD)
+    theirs = states_after(stock.blocks, lambda: stock(make_images(mean, std)))
+    images = make_images(IMAGENET_MEAN, IMAGENET_STD)
     assert_same(states_after(model.visual.blocks, lambda: model.visual(images)), theirs)
 
 

@@ -50,7 +50,7 @@ def towers(size=SIZE, *, tells_eps=True):
 
 
 def stock(w, size=SIZE):
-    """open_clip's class with the weights `w`, on pictures of `size` pixels."""
+    """open_clip's class with the weights `w`, on images of `size` pixels."""
     model = CLIP(EMBED, *towers(size)).eval()
     model.load_state_dict(w | {"visual.positional_embedding": reference_positions(size // PATCH)})
     return model

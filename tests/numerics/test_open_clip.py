@@ -64,7 +64,7 @@ def write_stock(directory, model_cfg, **preprocess):
     write_weights(model.state_dict(), directory / "open_clip_model.safetensors")
 
 
-def pictures():
+def make_images():
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(3)]
 
@@ -74,7 +74,7 @@ def stock_features(directory):
     """Image and text features by stock open_clip alone: its preprocessing, its tokenizer."""
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{directory}")
     model.eval()
-    images = torch.stack([preprocess(picture) for picture in pictures()])
+    images = torch.stack([preprocess(image) for image in make_images()])
     ids = open_clip.get_tokenizer(f"local-dir:{directory}")(TEXTS)
     return model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
 
@@ -85,12 +85,12 @@ def test_a_model_of_open_clip_comes_in_and_goes_out(tmp_path, name):
     expected = stock_features(tmp_path / "theirs")
     loaded = load_model(tmp_path / "theirs")
     images = CLIPS(loaded, torch.device("cpu")).preprocess
-    sample = torch.stack([images(picture) for picture in pictures()])
+    sample = torch.stack([images(image) for image in make_images()])
     differences = export_all(loaded.model, loaded.run, loaded.tokenizer, tmp_path / "ours", sample, TEXTS)
     assert max(differences.values()) < 1e-5
     for directory in (tmp_path / "theirs", tmp_path / "ours" / "native", tmp_path / "ours" / "open_clip"):
         opened = CLIPS.from_pretrained(directory, device="cpu")
-        torch.testing.assert_close(opened.encode_image(pictures()), expected[0], **FEATURES)
+        torch.testing.assert_close(opened.encode_image(make_images()), expected[0], **FEATURES)
         torch.testing.assert_close(opened.encode_text(TEXTS), expected[1], **FEATURES)
     for ours, theirs in zip(stock_features(tmp_path / "ours" / "open_clip"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **FEATURES)

@@ -13,7 +13,7 @@ import torch
 from conftest import load_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_mllm import pictures, write_llm, write_run, write_siglip
+from tiny_mllm import make_images, write_llm, write_run, write_siglip
 from tiny_original import (
     llava_logits,
     read_all,
@@ -58,10 +58,10 @@ def prompt_of(processor, image: Image.Image) -> dict[str, torch.Tensor]:
     return processor(images=image, text=text, return_tensors="pt")
 
 
-def assert_same_as_llava(converted: Path, tensors: dict, config: dict, tower: dict, picture: Path) -> None:
+def assert_same_as_llava(converted: Path, tensors: dict, config: dict, tower: dict, photo: Path) -> None:
     """Through the stock route a question has LLaVA's logits, and one bos."""
     model, processor = load_llava(str(converted), CPU, torch.float32)
-    inputs = prompt_of(processor, Image.open(picture).convert("RGB"))
+    inputs = prompt_of(processor, Image.open(photo).convert("RGB"))
     ids = inputs["input_ids"][0].tolist()
     image = model.config.image_token_index
     if saved_format(processor.tokenizer).name == "v1":
@@ -92,9 +92,9 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     difference, mode = convert_llava(str(original), converted, "transformers")
     assert (difference < 1e-2, mode) == (True, "auto" if variant == "qwen" else "v1")
     config, tensors = config_of(original), read_all(original)
-    (picture,) = pictures(tmp_path / "images", 1)
-    picture = tmp_path / "images" / picture
-    assert_same_as_llava(converted, tensors, config, load_file(tmp_path / "tower" / "model.safetensors"), picture)
+    (image,) = make_images(tmp_path / "images", 1)
+    image = tmp_path / "images" / image
+    assert_same_as_llava(converted, tensors, config, load_file(tmp_path / "tower" / "model.safetensors"), image)
 
     processor = AutoProcessor.from_pretrained(converted)
     stock = config_of(converted)
@@ -104,7 +104,7 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     assert bool(getattr(processor.image_processor, "do_pad", False)) == (config["image_aspect_ratio"] == "pad")
     assert saved_format(processor.tokenizer).name == mode
     if mode == "v1":
-        tokens = processor.tokenizer.convert_ids_to_tokens(prompt_of(processor, Image.open(picture))["input_ids"][0])
+        tokens = processor.tokenizer.convert_ids_to_tokens(prompt_of(processor, Image.open(image))["input_ids"][0])
         after = len(tokens) - tokens[::-1].index("<image>")
         assert tokens[1:2] + tokens[after : after + 2] == ["▁A", "▁", "<0x0A>"]  # LLaVA's, legacy or not
     for path in converted.rglob("*.json"):
@@ -165,10 +165,10 @@ def test_a_tower_that_was_trained_comes_from_the_checkpoint(tmp_path):
         convert_llava(str(original), tmp_path / "converted", "transformers")
     edit_config(original, unfreeze_mm_vision_tower=True)
     convert_llava(str(original), tmp_path / "converted", "transformers")
-    (picture,) = pictures(tmp_path / "images", 1)
+    (image,) = make_images(tmp_path / "images", 1)
     trained = {n.removeprefix("model.vision_tower.vision_tower."): t for n, t in tensors.items() if "vision_tower" in n}
-    picture = tmp_path / "images" / picture
-    assert_same_as_llava(tmp_path / "converted", tensors, config_of(original), trained, picture)
+    image = tmp_path / "images" / image
+    assert_same_as_llava(tmp_path / "converted", tensors, config_of(original), trained, image)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def parts(tmp_path):
 
 def test_parts_on_a_base(tmp_path, parts):
     checkpoints, tower = parts
-    (picture,) = pictures(tmp_path / "images", 1)
+    (image,) = make_images(tmp_path / "images", 1)
     for directory, tensors in checkpoints.items():
         assert is_original_llava(directory)
         with pytest.raises(UserError, match=rf"--base .*{tmp_path}/base\)"):
@@ -192,7 +192,7 @@ def test_parts_on_a_base(tmp_path, parts):
         converted = tmp_path / f"{directory.name}-hf"
         convert_llava(str(directory), converted, "transformers", base=str(tmp_path / "base"))
         config = config_of(directory) | {"architectures": ["LlavaLlamaForCausalLM"]}
-        assert_same_as_llava(converted, tensors, config, tower, tmp_path / "images" / picture)
+        assert_same_as_llava(converted, tensors, config, tower, tmp_path / "images" / image)
         back = tmp_path / directory.name.replace("lora", "merged").replace("pretrain", "whole")
         convert_llava(str(converted), back, "llava")
         written = read_all(back)

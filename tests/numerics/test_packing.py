@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -26,12 +26,12 @@ from mllm.training.stages import STAGES, freeze_table
 from mllm.training.task import Collator, TrainingModel
 
 TALKS: list[list[tuple[str, ...]]] = [
-    [("<image>\nWhat is in the picture?", "A red cat."), ("And behind it?", "Two dogs, a cat and a picture of dogs.")],
-    [("What is red? What is it that is in the picture of the cat?", "A cat.")],
+    [("<image>\nWhat is in the image?", "A red cat."), ("And behind it?", "Two dogs, a cat and an image of dogs.")],
+    [("What is red? What is it that is in the image of the cat?", "A cat.")],
     [("Is <image> like <image>?", "No, it is red.")],
     [("<image>\nWhat?", "Two.")],
 ]
-"""Several turns, text only, several pictures, one short one."""
+"""Several turns, text only, several images, one short one."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
     tokenizer.save_pretrained(root / "llama_3")
-    pictures(root / "pictures", 4)
+    make_images(root / "images", 4)
     for kind in MODEL_TYPES[1:]:
         options = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2} if kind != "mistral" else {}
         config = AutoConfig.from_pretrained(root / "llama").to_dict()
@@ -57,12 +57,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(place: Path, *, llm: str = "llama", version: str = "auto") -> tuple[Any, dict[str, Tensor]]:
-    """A LLaVA model and a batch of `TALKS` (in stage 1's format the captions of pictures)."""
+    """A LLaVA model and a batch of `TALKS` (in stage 1's format the captions of images)."""
     vision, language = load_vision("clips", runs=place / "runs"), load_llm(str(place / llm), version=version)
     model, processor = build_model(vision, language, seed=3)
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.5)
     encoder = ConversationEncoder(language.tokenizer, version, vision.num_tokens, 256)
-    store, samples = ImageStore(place / "pictures"), []
+    store, samples = ImageStore(place / "images"), []
     talks = [[("<image>", answer)] for talk in TALKS for _, answer in talk] if version == "plain" else TALKS
     for number, talk in enumerate(talks):
         turns = [
@@ -143,7 +143,7 @@ def test_recomputed_activations_change_nothing(place: Path) -> None:
     check_equal(model.train(), batch)
 
 
-def test_shared_is_what_no_sample_learns_and_no_picture_is_in() -> None:
+def test_shared_is_what_no_sample_learns_and_no_image_is_in() -> None:
     ids = torch.tensor([[5, 6, 7, 8, 1], [5, 6, 7, 9, 1], [5, 6, 7, 0, 0]])
     mask = torch.ones_like(ids)
     labels = torch.full_like(ids, -100)

@@ -11,7 +11,7 @@ from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_mllm import pictures, write_llm, write_run, write_siglip
+from tiny_mllm import make_images, write_llm, write_run, write_siglip
 from transformers import GraniteConfig, GraniteForCausalLM, LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
@@ -87,7 +87,7 @@ def saved(tmp_path_factory):
     """The folder of all variants, and what was saved; one process has opened each with the stock libraries."""
     place = tmp_path_factory.mktemp("saved")
     built = {variant: build(place, variant) for variant in VARIANTS}
-    pictures(place / "images", 1)
+    make_images(place / "images", 1)
     command = [sys.executable, "-I", "-c", STOCK, *VARIANTS]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def test_results_of_real_trainings_are_what_their_runs_give(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["made-up", "real"])
 def test_encoders(name: str) -> None:
-    """Seeds and pictures are crossed; every figure, interval and verdict is computed again from the raw answers.
+    """Seeds and images are crossed; every figure, interval and verdict is computed again from the raw answers.
 
     The intervals, and the verdicts that follow from them, are not those of 9c3575c: the interval was bounded on
     purpose, since it had no width where seeds agree by chance (clips/lab/stats.py, `half_of_interval`).
@@ -130,7 +130,7 @@ def test_encoders(name: str) -> None:
     for loose in old["loose_answers"].values():  # its examples are no figures, and left
         del loose["normalised"]["examples"], loose["prefix"]["examples"]
     # `scorer` is a hash of the scorer's source, which also changes with its sentences.
-    # `blind_questions` left, too: `needs_picture` is measured on the other questions.
+    # `blind_questions` left, too: `needs_image` is measured on the other questions.
     for part in old.keys() - {"command", "time", "environment", "calibration", "scorer", "blind_questions"}:
         assert again[part] == old[part], part
     assert as_html(page(old, None))

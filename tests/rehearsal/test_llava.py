@@ -130,13 +130,13 @@ def test_no_kind_of_batch_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     """But one: for models that train padded, transformers looks for padding itself."""
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: kind == "padded")
     training = made("smollm2-135m", 2, **({} if kind == "text" else {kind: True}))
-    rehearse(training, batch_of(training, 4, pictures=kind != "text"))
+    rehearse(training, batch_of(training, 4, images=kind != "text"))
     trained = {name for name, p in training.named_parameters() if p.grad is not None}
     assert any("vision_tower" in name for name in trained) == (kind == "tower")
 
 
 @pytest.mark.parametrize("tiles", [None, "2x2"])
-def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
+def test_adapters_merge_and_the_merged_model_answers_about_a_image(
     tiles: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As chat and evaluation ask it: the stock forward pass with the arguments of `pixel_inputs`, up to the logits of
@@ -167,7 +167,7 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
     assert first.logits.shape == second.logits.shape == (1, 1, text.vocab_size)
     assert cache.get_seq_length() == ids.shape[1] + 1
     length = ids.shape[1]
-    counts = {"pictures": layout.most_squares, "positions": length, "pairs": length**2, "predicted": 1}
+    counts = {"images": layout.most_squares, "positions": length, "pairs": length**2, "predicted": 1}
     costs = costs_of(llava.requires_grad_(False), side)
     adapters = sum(2 * p.numel() * length for name, p in llava.named_parameters() if ".lora_" in name)
     flops = sum(costs[unit] * count for unit, count in counts.items()) - adapters

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import script_parser
 from huggingface_hub.utils import filter_repo_objects
-from tiny_mllm import picture, write_export
+from tiny_mllm import make_image, write_export
 
 from clips import CLIPS
 from clips.common import hub as hub_module
@@ -85,12 +85,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CLIPS:
 def test_encoders_open_by_hub_id(hub: CLIPS, tmp_path: Path) -> None:
     for layout in ("native", "open_clip"):
         opened = CLIPS.from_pretrained(f"owner/{layout}", device="cpu")
-        torch.testing.assert_close(opened.encode_image(picture()), hub.encode_image(picture()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(opened.encode_image(make_image()), hub.encode_image(make_image()), atol=1e-5, rtol=0)
         torch.testing.assert_close(opened.encode_text(TEXTS), hub.encode_text(TEXTS), atol=1e-5, rtol=0)
         loaded = load_model(f"owner/{layout}", "elsewhere")
         assert loaded.path.name == COMMIT
         assert loaded.home == Path("elsewhere") / f"owner--{layout}", "nothing is written into the hub's cache"
-    pixels = hub.preprocess(picture())[None]
+    pixels = hub.preprocess(make_image())[None]
     expected = load_vision(f"clips:{tmp_path / 'run'}").features(pixels)
     for name in ("clips:owner/hf_vit", "open_clip:hf-hub:owner/open_clip"):
         torch.testing.assert_close(load_vision(name).features(pixels), expected, atol=1e-4, rtol=0)
@@ -101,7 +101,7 @@ def test_commands_take_a_hub_id(hub: CLIPS, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(["cat", "dog"]):
         (tmp_path / "classes" / name).mkdir(parents=True)
-        picture(seed=number).save(tmp_path / "classes" / name / "0.png")
+        make_image(seed=number).save(tmp_path / "classes" / name / "0.png")
     (tmp_path / "pairs.csv").write_text("jpg,json:org_caption\nclasses/cat/0.png,a cat\nclasses/dog/0.png,a dog\n")
     for flags in (["classes"], ["classes", "--limit", "1"]):  # each has a file of its own
         command = ["--model", "owner/open_clip", "--data", *flags]
@@ -112,4 +112,4 @@ def test_commands_take_a_hub_id(hub: CLIPS, tmp_path: Path, monkeypatch: pytest.
     assert all("zero_shot_top1" in evaluation["figures"] for evaluation in evaluations)
     export_from_flags(script_parser("export_clips").parse_args(["--model", "owner/native", "--data", "pairs.csv"]))
     again = CLIPS.from_pretrained("runs/owner--native", device="cpu")
-    torch.testing.assert_close(again.encode_image(picture()), hub.encode_image(picture()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.encode_image(make_image()), hub.encode_image(make_image()), atol=1e-5, rtol=0)

@@ -27,7 +27,7 @@ from mllm.training.stages import DEMO_LAYERS
 from tools import teach_reader
 from tools.teach_reader import GRID, KINDS, PLACES_OF_CELLS, Imagination, Reader, Sample
 
-WORDS = ("picture", "cat", "dogs", "red")
+WORDS = ("image", "cat", "dogs", "red")
 
 
 @pytest.fixture(scope="module")

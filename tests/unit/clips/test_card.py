@@ -57,8 +57,8 @@ def test_the_code_of_a_card_runs_beside_it(tower, tmp_path, monkeypatch, capsys)
         assert str(place) not in card
         assert "text 32" in card
         monkeypatch.chdir(place / kind)
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-        picture.save("picture.png")
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image.save("image.png")
         (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
         names: dict[str, object] = {}
         exec(block, names)
@@ -105,7 +105,7 @@ def test_the_code_of_a_llava_card_runs_beside_it(place, monkeypatch, capsys):
     assert (data.base_model, data.license) == (None, None)  # a directory is no base that others have
     (block,) = re.findall(r"^```python\n(.*?)^```", written, flags=re.DOTALL | re.MULTILINE)
     shutil.copytree(directory, place / "elsewhere")
-    shutil.copy(place / "images" / "0.png", place / "elsewhere" / "picture.png")
+    shutil.copy(place / "images" / "0.png", place / "elsewhere" / "image.png")
     monkeypatch.chdir(place / "elsewhere")
     names: dict[str, object] = {}
     exec(block, names)

@@ -1,7 +1,7 @@
 """A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed.
 
 Public sets are in the layouts in which they are published, opened by the commands of docs/photographs.md. Names of
-files, columns and members are the publishers'; the pictures are drawn here.
+files, columns and members are the publishers'; the images are drawn here.
 """
 
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 from bad_corpus import encode
-from bad_corpus import square as picture
+from bad_corpus import square as make_image
 from launched import write_shard, write_table
 from PIL import Image
 
@@ -28,10 +28,10 @@ from clips.training.cli import config_from_flags, parser
 from mllm.data.captions import is_captions
 
 
-def pictures(folder: Path, count: int = 3) -> None:
+def make_images(folder: Path, count: int = 3) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"{i}.png").write_bytes(make_image(i))
 
 
 def guessed(spec: Path | str, *, need_long: bool = False, **options: str) -> Source:
@@ -39,7 +39,7 @@ def guessed(spec: Path | str, *, need_long: bool = False, **options: str) -> Sou
 
 
 def webs(source: Source) -> list[str]:
-    assert [source.read(i).image for i in range(len(source))] == [picture(i) for i in range(len(source))]
+    assert [source.read(i).image for i in range(len(source))] == [make_image(i) for i in range(len(source))]
     return [source.read(i).web for i in range(len(source))]
 
 
@@ -59,7 +59,7 @@ def test_usual_columns() -> None:
 
 
 def test_headings_of_a_spreadsheet(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    make_images(tmp_path)
     rows = [(f"{i}.png", *FIVE) for i in range(3)]
     table = write_csv(tmp_path / "t.csv", [("Image File", *(f"Caption {k}" for k in range(1, 6))), *rows])
     assert [guessed(table, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
@@ -76,18 +76,18 @@ def test_the_default_layout_is_never_guessed_anew() -> None:
 
 def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Semicolons, cp1252, backslashes, umlauts in a folder, numbered captions."""
-    pictures(tmp_path / "größe/fotos")
-    (tmp_path / "größe\\fotos\\2.png").write_bytes(picture(9))  # a name that is possible here
+    make_images(tmp_path / "größe/fotos")
+    (tmp_path / "größe\\fotos\\2.png").write_bytes(make_image(9))  # a name that is possible here
     rows = [(f"größe\\fotos\\{i}.png", *(f"Schöne Größe {i} {k}" for k in range(5))) for i in range(3)]
     head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
     source = guessed(write_csv(tmp_path / "t.csv", [head, *rows], "cp1252", ";"), need_long=True)
-    assert [source.read(i).image for i in range(3)] == [picture(0), picture(1), picture(9)]
+    assert [source.read(i).image for i in range(3)] == [make_image(0), make_image(1), make_image(9)]
     assert [source.texts(i).web for i in range(3)] == [row[1:] for row in rows]
     assert [source.missing(i) for i in range(3)] == [None] * 3
     assert caplog.text.count("backslashes") == 1
     assert caplog.text.count("read as cp1252") == 1
     (tmp_path / "out.csv").write_text("image,text\n..\\x.png,w\n" + "a.png,w\n")
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(make_image())
     with pytest.raises(UserError, match="--image-root"):
         guessed(tmp_path / "out.csv").read(0)
 
@@ -95,7 +95,7 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """`--train-data` of open_clip: separated by tabs, paths from the current folder."""
     monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "pics")
+    make_images(tmp_path / "pics")
     rows = [(f"pics/{i}.png", f"w {i}") for i in range(3)]
     write_csv(tmp_path / "lists/train.csv", [("filepath", "title"), *rows], delimiter="\t")
     assert webs(guessed("lists/train.csv")) == ["w 0", "w 1", "w 2"]
@@ -103,7 +103,7 @@ def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
-    pictures(tmp_path / "pics")
+    make_images(tmp_path / "pics")
     rows = [(f"{i}.png", f"w {i}") for i in range(3)]
     table = write_csv(tmp_path / "t.csv", [("image", "text"), *rows])
     with pytest.raises(UserError, match="--image-root") as refused:
@@ -115,28 +115,28 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for suffix in (".csv", ".jsonl"):
         folder = tmp_path / f"imagefolder{suffix}" / "train"
-        pictures(folder)
+        make_images(folder)
         write_table(folder / f"metadata{suffix}", [{"file_name": f"{i}.png", "text": f"w {i}"} for i in range(3)])
         (folder.parent / "test").mkdir()
         source = guessed(folder.parent)
         assert webs(source) == ["w 0", "w 1", "w 2"]
-        assert source.read(1).key.endswith("#1 (1.png)"), "a row's number alone names no picture"
+        assert source.read(1).key.endswith("#1 (1.png)"), "a row's number alone names no image"
         assert f"train taken, {folder.parent}/test left for tests" in caplog.text
 
 
-def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pictures(tmp_path / "urlaub/2024", 4)
+def test_a_folder_of_images_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_images(tmp_path / "urlaub/2024", 4)
     for i, data in enumerate([b"plain", "Größe".encode(), "Größe".encode("cp1252")]):
         (tmp_path / f"urlaub/2024/{i}.txt").write_bytes(data)
     assert webs(guessed(tmp_path / "urlaub")) == ["plain", "Größe", "Größe"]
     assert "1 images without a text are skipped, the first is 2024/3.png" in caplog.text
-    pictures(tmp_path / "none")
+    make_images(tmp_path / "none")
     with pytest.raises(UserError, match=r"a\.jpg, a\.txt"):
         guessed(tmp_path / "none")
 
 
 def test_each_line_of_a_text_is_a_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pictures(tmp_path)
+    make_images(tmp_path)
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("\r\n".join([*FIVE, ""]))
     assert [guessed(tmp_path, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
@@ -158,12 +158,12 @@ def jpeg(value: int) -> bytes:
 
 
 def write_jpegs(path: Path, count: int, texts: dict[str, bytes]) -> None:
-    """A tar with `count` pictures, each with the members `texts`."""
+    """A tar with `count` images, each with the members `texts`."""
     write_shard(path, [(jpeg(i), texts) for i in range(count)], "jpg")
 
 
 def write_parquet(path: Path, count: int, row: dict[str, Any]) -> None:
-    """`count` rows with pictures as the `datasets` library writes them, unless the row has a `url`."""
+    """`count` rows with images as the `datasets` library writes them, unless the row has a `url`."""
     write_table(
         path, [row if "url" in row else {"image": {"bytes": jpeg(i), "path": None}} | row for i in range(count)]
     )
@@ -178,14 +178,14 @@ def opened(run: RunConfig, split: str = "train") -> Source:
 
 
 def texts(source: Source) -> list[Texts]:
-    """The captions of a source, whose pictures are those that were written."""
+    """The captions of a source, whose images are those that were written."""
     assert [source.read(i).image for i in range(len(source))] == [jpeg(i) for i in range(len(source))]
     return [source.read(i).texts for i in range(len(source))]
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr8k", "flickr30k"])
 def test_karpathys_files(name: str, tmp_path: Path) -> None:
-    """caption_datasets.zip: COCO's pictures lie in two folders, and restval is training data."""
+    """caption_datasets.zip: COCO's images lie in two folders, and restval is training data."""
     images: list[dict[str, Any]] = []
     third = "restval" if name == "coco" else "train"
     for split, numbers in (("train", (0, 1)), (third, (2,)), ("val", (0, 1)), ("test", (0,))):
@@ -197,12 +197,12 @@ def test_karpathys_files(name: str, tmp_path: Path) -> None:
             folder = "train2014" if split == "train" else "val2014"
             coco = {"filepath": folder, "cocoid": number, "filename": f"COCO_{folder}_{number:012}.jpg"}
             images.append(coco if name == "coco" else {"filename": f"{1000092795 + number}.jpg"})
-            path = tmp_path / "pictures" / images[-1].get("filepath", "") / images[-1]["filename"]
+            path = tmp_path / "images" / images[-1].get("filepath", "") / images[-1]["filename"]
             images[-1] |= {"sentids": [*ids], "imgid": number, "sentences": sentences, "split": split}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(i))
     (tmp_path / "dataset.json").write_text(json.dumps({"images": images, "dataset": name}))
-    run = run_of("--karpathy", tmp_path / "dataset.json", "--image-root", tmp_path / "pictures")
+    run = run_of("--karpathy", tmp_path / "dataset.json", "--image-root", tmp_path / "images")
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         assert texts(opened(run, split)) == [ALL] * count
 
@@ -210,7 +210,7 @@ def test_karpathys_files(name: str, tmp_path: Path) -> None:
 def write_coco(folder: Path, images: int = 3, captions: int = 5) -> Path:
     """COCO's own captions, in its folders. Of the last image there are none."""
     (folder / "annotations").mkdir(parents=True)
-    pictures(folder / "val2017", images)
+    make_images(folder / "val2017", images)
     entries = [{"license": 1, "file_name": f"{i}.png", "coco_url": "http://x", "id": 100 + i} for i in range(images)]
     texts = [{"image_id": 100 + i, "id": i, "caption": FIVE[k]} for k in range(captions) for i in range(images - 1)]
     path = folder / "annotations/captions_val2017.json"
@@ -222,7 +222,7 @@ def test_cocos_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     coco = write_coco(tmp_path / "coco")
     for root in ({}, {"image_root": str(tmp_path / "coco")}):
         source = guessed(coco, need_long=True, **root)
-        assert [source.read(i).image for i in range(2)] == [picture(0), picture(1)]
+        assert [source.read(i).image for i in range(2)] == [make_image(0), make_image(1)]
         assert [source.texts(i) for i in range(2)] == [ALL, ALL]
         with pytest.raises(BrokenSample, match="web caption is empty"):
             source.read(2)
@@ -236,7 +236,7 @@ def test_cocos_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_a_list_of_objects_and_flickrs_tokens(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    make_images(tmp_path)
     rows = [{"image": f"{i}.png", "text": f"w {i}"} for i in range(3)]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     assert webs(guessed(tmp_path / "list.json")) == ["w 0", "w 1", "w 2"]
@@ -254,18 +254,18 @@ def test_a_list_of_objects_and_flickrs_tokens(tmp_path: Path) -> None:
 
 def test_nested_keys_and_struct_fields(tmp_path: Path) -> None:
     """An object is named by its keys, but an image of the datasets library stays whole."""
-    pictures(tmp_path)
+    make_images(tmp_path)
     rows: list[dict[str, Any]] = [
         {"file": {"name": f"{i}.png", "size": 1}, "note": {"captions": FIVE, "by": "me"}} for i in range(3)
     ]
     named = Fields(image="file.name", web="note.captions")
     for name in ("t.jsonl", "t.parquet"):
         source = open_source(str(write_table(tmp_path / name, rows)), named, need_long=True)
-        assert [source.read(i).image for i in range(3)] == [picture(i) for i in range(3)]
+        assert [source.read(i).image for i in range(3)] == [make_image(i) for i in range(3)]
         assert source.texts(1) == ALL
         with pytest.raises(UserError, match=r"found: file.name, file.size, note.captions, note.by"):
             open_source(str(tmp_path / name), Fields(image="file", web="note.captions"), need_long=False)
-    inside = [{"photo": {"data": {"bytes": picture(i), "path": None}}, "text": f"w {i}"} for i in (0, 1, 2, 2)]
+    inside = [{"photo": {"data": {"bytes": make_image(i), "path": None}}, "text": f"w {i}"} for i in (0, 1, 2, 2)]
     write_table(tmp_path / "i.parquet", inside)
     source = open_source(str(tmp_path / "i.parquet"), Fields(image="photo.data"), need_long=False)
     assert webs(source) == ["w 0", "w 1", "w 2"]

@@ -1,4 +1,4 @@
-"""Every kind of picture is decoded to the picture that was encoded; hostile bytes break one sample, not the run."""
+"""Every kind of image is decoded to the image that was encoded; hostile bytes break one sample, not the run."""
 
 import math
 import random
@@ -26,7 +26,7 @@ from clips.data.images import (
 
 
 def reference(width: int = 6, height: int = 4) -> np.ndarray:
-    """An RGB picture without symmetry, so that a rotation or a swapped channel shows."""
+    """An RGB image without symmetry, so that a rotation or a swapped channel shows."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 40, y * 60, (x + 2 * y) * 10 + 5], -1).astype(np.uint8)
 
@@ -71,9 +71,9 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
 
 
 def test_eval_transform_squashes_and_normalises() -> None:
-    picture = np.random.default_rng(1).integers(0, 255, (40, 90, 3), np.uint8)
-    out = eval_transform(32)(Image.fromarray(picture))
-    squashed = np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR)) / 255.0
+    image = np.random.default_rng(1).integers(0, 255, (40, 90, 3), np.uint8)
+    out = eval_transform(32)(Image.fromarray(image))
+    squashed = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) / 255.0
     expected = (squashed - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert out.shape == (3, 32, 32)
     assert out.dtype == torch.float32
@@ -120,7 +120,7 @@ def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes) -> 
     ("size", "kept", "orientation"), [*(((601, 403), {1, 2}, turn) for turn in range(1, 9)), ((1600, 1200), {4, 8}, 6)]
 )
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch, size, kept, orientation):
-    """The same crop as from the whole picture, wherever it lies and however the picture is turned."""
+    """The same crop as from the whole image, wherever it lies and however the image is turned."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(photo(*size), "JPEG", quality=95, exif=exif)
@@ -144,7 +144,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch, size, kept
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (300, 800), (50, 900)])
 def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) -> None:
-    """Area and aspect within their bounds wherever a picture has room for both; beyond, the whole picture."""
+    """Area and aspect within their bounds wherever an image has room for both; beyond, the whole image."""
     rng = random.Random(0)
     boxes = [inception_crop(width, height, 0.4, rng) for _ in range(2000)]
     aspects = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
@@ -161,11 +161,11 @@ def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) ->
 
 
 def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
-    picture = Image.new("RGB", (8, 8), (200, 60, 60))
+    image = Image.new("RGB", (8, 8), (200, 60, 60))
 
     def seen(augment: AugmentConfig) -> np.ndarray:
         preprocess, rng = Preprocess(8, augment), random.Random(0)
-        return np.array([preprocess.pixels(picture, rng)[0, 0] for _ in range(2000)])
+        return np.array([preprocess.pixels(image, rng)[0, 0] for _ in range(2000)])
 
     jittered = seen(AugmentConfig(jitter=0.32, hue=0.08, jitter_probability=0.8))
     assert np.mean((jittered != (200, 60, 60)).any(axis=1)) == pytest.approx(0.8, abs=0.03)
@@ -182,10 +182,10 @@ def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
         ("PNG", (1000, 800), (334, 267)),
     ],
 )
-def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
+def test_a_image_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
     x = np.linspace(0, 255, size[0]).astype(np.uint8)
-    picture = Image.fromarray(np.broadcast_to(x, size[::-1]).copy()).convert("RGB")
-    image = decode_image(encode(picture, kind, quality=95) if kind == "JPEG" else encode(picture), reduce_to=120_000)
+    photo = Image.fromarray(np.broadcast_to(x, size[::-1]).copy()).convert("RGB")
+    image = decode_image(encode(photo, kind, quality=95) if kind == "JPEG" else encode(photo), reduce_to=120_000)
     assert image.size == kept
-    expected = np.asarray(picture.resize(kept, Image.Resampling.BOX)).astype(int)
+    expected = np.asarray(photo.resize(kept, Image.Resampling.BOX)).astype(int)
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_corpus import good_picture as picture
+from bad_corpus import good_image as make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import recap, write_shard
@@ -32,7 +32,7 @@ LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(
 
 
 def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
-    images = [picture(i)[:60] if i in broken else picture(i) for i in range(COUNT)]
+    images = [make_image(i)[:60] if i in broken else make_image(i) for i in range(COUNT)]
     write_shard(path, [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(images)])
     return open_source(str(path), Fields(), need_long=True)
 
@@ -87,7 +87,7 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
     for batch in batches(source, tokenizer, run):
         normal = to_device(batch, torch.device("cpu"))
         for row, i in enumerate(numbers(batch)):
-            assert torch.equal(normal["images"][row], transform(Image.open(io.BytesIO(picture(i)))))
+            assert torch.equal(normal["images"][row], transform(Image.open(io.BytesIO(make_image(i)))))
             assert tokenizer.decode(batch["web"][row]) == as_decoded(WEB[i])
             assert tokenizer.decode(batch["sub"][row]) in map(as_decoded, split_sentences(LONG[i]))
             assert tokenizer.decode(batch["caption"][row]) == as_decoded(LONG[i])

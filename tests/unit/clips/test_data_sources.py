@@ -12,7 +12,7 @@ from unittest import mock
 import fsspec
 import pyarrow as pa
 import pytest
-from bad_corpus import square as picture
+from bad_corpus import square as make_image
 from launched import write_table, write_tar
 from pyarrow import parquet
 
@@ -31,7 +31,7 @@ FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
 
 def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
     members = {
-        "png": picture(i % 256),
+        "png": make_image(i % 256),
         "json": json.dumps({"org_caption": f"web {i}", "label": i}).encode(),
         "txt": f"Long {i}.".encode(),
     }
@@ -58,7 +58,7 @@ def test_samples_are_read_by_index(tmp_path: Path) -> None:
     assert source.shard_sizes == [3, 5]
     for i in (7, 0, 3, 2):
         sample = source.read(i)
-        assert (sample.web, sample.long, sample.image) == (f"web {i}", f"Long {i}.", picture(i))
+        assert (sample.web, sample.long, sample.image) == (f"web {i}", f"Long {i}.", make_image(i))
         assert sample.extra["label"] == i
         assert sample.key.endswith(f"{'ab'[i >= 3]}.tar#s{i:03d}")
     assert list(source.captions()) == [text for i in range(8) for text in (f"web {i}", f"Long {i}.")]
@@ -194,12 +194,12 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     path = write_table(tmp_path / f"t{suffix}", ROWS)
     (tmp_path / "pics").mkdir()
     for i in range(3):
-        (tmp_path / f"pics/{i}.png").write_bytes(picture(i))
+        (tmp_path / f"pics/{i}.png").write_bytes(make_image(i))
     for source in (open_tar(path, TABLE_FIELDS), pickle.loads(pickle.dumps(open_tar(path, TABLE_FIELDS)))):
         assert len(source) == 4
         for i in range(2):
             sample = source.read(i)
-            assert (sample.image, sample.web, sample.long) == (picture(i), ROWS[i]["alt"], ROWS[i]["long"])
+            assert (sample.image, sample.web, sample.long) == (make_image(i), ROWS[i]["alt"], ROWS[i]["long"])
             assert sample.extra == {"label": ROWS[i]["label"]}
             assert sample.key == f"{path}#{i} (pics/{i}.png)"
         with pytest.raises(BrokenSample, match="web caption is empty"):
@@ -220,7 +220,7 @@ def test_an_image_of_bytes_that_are_text_is_broken(tmp_path: Path) -> None:
 
 def test_rows_that_repeat_each_other_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of equal rows fit in a small Parquet file; a copy of theirs is bounded, and so is a sample of them."""
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(make_image(1))
     count = 100_000
     column = {name: pa.array([text]).take(pa.array([0] * count)) for name, text in (("image", "a.png"), ("alt", "w"))}
     parquet.write_table(pa.table(column), path := tmp_path / "t.parquet")
@@ -236,7 +236,7 @@ def test_rows_that_repeat_each_other_cost_little(tmp_path: Path, monkeypatch: py
 
 def csv_of(path: Path, rows: list[str]) -> Path:
     for name in "abc":
-        (path.parent / f"{name}.png").write_bytes(picture(ord(name)))
+        (path.parent / f"{name}.png").write_bytes(make_image(ord(name)))
     path.write_text("\n".join(["image,alt,long", *rows, ""]), encoding="utf-8")
     return path
 

@@ -154,7 +154,7 @@ def test_folder_per_class(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(square())
-    (tmp_path / "dog/notes.txt").write_text("not a picture")
+    (tmp_path / "dog/notes.txt").write_text("not an image")
     items = FolderSet(tmp_path)
     assert [items.read(i).label for i in range(len(items))] == ["cat", "dog"]
     with pytest.raises(UserError, match="one folder per class"):

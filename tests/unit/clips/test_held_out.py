@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bad_corpus import encode
 from conftest import random_model, script_parser, tiny_run
-from launched import pictures, recap, write_shard, write_table
+from launched import make_images, recap, write_shard, write_table
 from PIL import Image
 
 from clips.common import rundir
@@ -37,7 +37,7 @@ Row = tuple[int, str]
 IMAGES = 200
 
 
-def picture(i: int) -> bytes:
+def make_image(i: int) -> bytes:
     return encode(Image.new("RGB", (8, 8), (i % 256, i // 256, 7)))
 
 
@@ -52,19 +52,19 @@ def layout(captions: int, order: str, images: int = IMAGES) -> list[Row]:
 
 def csv_of_paths(folder: Path, rows: list[Row]) -> Path:
     """Every second row names its image in another way."""
-    (folder / "pictures").mkdir(exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
     for i in {i for i, _ in rows}:
-        (folder / f"pictures/{i}.png").write_bytes(picture(i))
-    named = [{"image": f"{'./' * (k % 2)}pictures/{i}.png", "text": text} for k, (i, text) in enumerate(rows)]
+        (folder / f"images/{i}.png").write_bytes(make_image(i))
+    named = [{"image": f"{'./' * (k % 2)}images/{i}.png", "text": text} for k, (i, text) in enumerate(rows)]
     return write_table(folder / "t.csv", named)
 
 
 def parquet_of_bytes(folder: Path, rows: list[Row]) -> Path:
-    return write_table(folder / "t.parquet", [{"image": picture(i), "text": text} for i, text in rows])
+    return write_table(folder / "t.parquet", [{"image": make_image(i), "text": text} for i, text in rows])
 
 
 def tar_of_members(folder: Path, rows: list[Row]) -> Path:
-    return write_shard(folder / "t.tar", [(picture(i), {"txt": text.encode()}) for i, text in rows])
+    return write_shard(folder / "t.tar", [(make_image(i), {"txt": text.encode()}) for i, text in rows])
 
 
 def sides(data: DataConfig) -> dict[str, set[bytes]]:
@@ -83,7 +83,7 @@ def test_no_image_is_on_both_sides(write, tmp_path: Path) -> None:
             data = DataConfig(train=str(write(folder, layout(captions, order))), held_out=0.1)
             images = sides(data)
             assert not images["train"] & images["val"]
-            assert images["train"] | images["val"] == {picture(i) for i in range(IMAGES)}
+            assert images["train"] | images["val"] == {make_image(i) for i in range(IMAGES)}
             assert 0.05 * IMAGES < len(images["val"]) < 0.15 * IMAGES
             assert held_out_images(data)[1].startswith(f"{len(images['val'])} of {IMAGES} images held out")
             held_out.append(images["val"])
@@ -102,7 +102,7 @@ def test_images_with_the_same_end_are_two(tmp_path: Path) -> None:
 def test_a_check_counts_copies_under_other_names(tmp_path: Path) -> None:
     table = csv_of_paths(tmp_path, layout(1, "in order", 20))
     for i in range(3):
-        shutil.copy(tmp_path / f"pictures/{10 + i}.png", tmp_path / f"pictures/{i}.png")
+        shutil.copy(tmp_path / f"images/{10 + i}.png", tmp_path / f"images/{i}.png")
     assert check_pairs(replace(run_on(table), task=recipe("small_clip").task)).repeated == {"image": 3}
 
 
@@ -113,22 +113,22 @@ def test_added_images_move_no_other_into_validation(tmp_path: Path, monkeypatch:
         (folder := tmp_path / str(images)).mkdir()
         data = DataConfig(train=str(csv_of_paths(folder, layout(2, "in order", images))), held_out=0.1)
         held_out.append(sides(data)["val"])
-        known = {picture(i) for i in range(images - 100)}
+        known = {make_image(i) for i in range(images - 100)}
         assert images == 200 or held_out[-1] & known <= held_out[-2]
     assert len(held_out[-1]) == 25
 
 
 def test_tables_in_two_folders_and_samples_without_a_long_caption(tmp_path: Path) -> None:
     csv_of_paths(tmp_path, layout(1, "in order"))
-    table = (tmp_path / "t.csv").read_text().replace("pictures/", "").replace("./", "")
-    (tmp_path / "pictures" / "t.csv").write_text(table)
-    images = sides(DataConfig(train=f"{tmp_path}/t.csv;{tmp_path}/pictures/t.csv", held_out=0.1))
+    table = (tmp_path / "t.csv").read_text().replace("images/", "").replace("./", "")
+    (tmp_path / "images" / "t.csv").write_text(table)
+    images = sides(DataConfig(train=f"{tmp_path}/t.csv;{tmp_path}/images/t.csv", held_out=0.1))
     assert len(images["train"]) + len(images["val"]) == IMAGES
 
     texts = [recap(f"w {i}", "Long one.") for i in range(IMAGES)]
     for text in texts[::3]:
         del text["txt"]
-    write_shard(tmp_path / "l.tar", [(picture(i), text) for i, text in enumerate(texts)])
+    write_shard(tmp_path / "l.tar", [(make_image(i), text) for i, text in enumerate(texts)])
     data = DataConfig(train=str(tmp_path / "l.tar"), held_out=0.1)
     train, val = open_split(data, "train", need_long=True), open_split(data, "val", need_long=False)
     keys = {split: {part.read(i).key for i in range(len(part))} for split, part in (("t", train), ("v", val))}
@@ -139,15 +139,15 @@ def test_tables_in_two_folders_and_samples_without_a_long_caption(tmp_path: Path
 def test_rows_with_equal_keys_are_on_one_side(tmp_path: Path) -> None:
     """Front and back of one thing were on both sides, and validation chose what had learned by heart."""
     csv_of_paths(tmp_path, layout(1, "in order"))
-    rows = [{"image": f"pictures/{i}.png", "text": f"t {i // 2}", "article": {"id": i // 2}} for i in range(IMAGES)]
+    rows = [{"image": f"images/{i}.png", "text": f"t {i // 2}", "article": {"id": i // 2}} for i in range(IMAGES)]
     samples = [
-        (picture(i), {"txt": b"t", "json": f'{{"article": {{"id": {i // 2}}}}}'.encode()}) for i in range(IMAGES)
+        (make_image(i), {"txt": b"t", "json": f'{{"article": {{"id": {i // 2}}}}}'.encode()}) for i in range(IMAGES)
     ]
     held_out = []
     for table in (write_table(tmp_path / "t.jsonl", rows), write_shard(tmp_path / "t.tar", samples)):
         data = DataConfig(train=str(table), held_out=0.1, key="article.id")
         images = sides(data)
-        things = [{i // 2 for i in range(IMAGES) if picture(i) in images[split]} for split in ("train", "val")]
+        things = [{i // 2 for i in range(IMAGES) if make_image(i) in images[split]} for split in ("train", "val")]
         assert not things[0] & things[1]
         assert held_out_images(data)[1].startswith(f"{len(things[1])} of 100 values of 'article.id' held out, ")
         held_out.append(things[1])
@@ -184,7 +184,7 @@ def test_a_folder_that_moves_keeps_its_facts_and_sides(tmp_path: Path) -> None:
     facts = [open_split(other, "train", need_long=False).facts() for other in data]
     assert facts[0] == facts[1]
     with table.open("a") as file:
-        file.write("pictures/0.png,one more\n")
+        file.write("images/0.png,one more\n")
     assert open_split(data[0], "train", need_long=False).facts() != facts[0]
 
 
@@ -193,14 +193,16 @@ def test_changed_data_of_equal_size_is_other_data(kind: str, tmp_path: Path) -> 
     """Lines in another order, exchanged captions, one image for another: as many samples in as many bytes."""
     texts = {"a.png": "one cat", "b.png": "two dog"}
     for name in ("a.png", "b.png", "c.png"):
-        (tmp_path / name).write_bytes(picture(0))
+        (tmp_path / name).write_bytes(make_image(0))
 
     def written(texts: dict[str, str]) -> Source:
         spec = tmp_path
         if kind == "csv":
             spec = write_table(tmp_path / "t.csv", [{"image": name, "text": text} for name, text in texts.items()])
         elif kind == "tar":
-            samples = [(picture(0), {"txt": text.encode() + b"!" * (name == "c.png")}) for name, text in texts.items()]
+            samples = [
+                (make_image(0), {"txt": text.encode() + b"!" * (name == "c.png")}) for name, text in texts.items()
+            ]
             spec = write_shard(tmp_path / "t.tar", samples)
         elif kind == "karpathy":
             images = [{"filename": name, "split": "train", "sentences": [{"raw": texts[name]}]} for name in texts]
@@ -232,15 +234,15 @@ def run_on(train: object, **data: object) -> RunConfig:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """300 samples: 10 cut off, 3 without a web caption, 20 of one web caption, a long one, 5 pictures twice."""
-    samples = pictures(300)
+    """300 samples: 10 cut off, 3 without a web caption, 20 of one web caption, a long one, 5 images twice."""
+    samples = make_images(300)
     rows = []
-    for i, (picture, web, long) in enumerate(samples):
+    for i, (image, web, long) in enumerate(samples):
         if i < 5:
-            picture = samples[100 + i][0]
-        picture = picture[:60] if 10 <= i < 20 else picture
+            image = samples[100 + i][0]
+        image = image[:60] if 10 <= i < 20 else image
         web = "" if 20 <= i < 23 else "stock photo" if 30 <= i < 50 else web
-        rows.append((picture, recap(web, "word " * 500 if i == 90 else long)))
+        rows.append((image, recap(web, "word " * 500 if i == 90 else long)))
     write_shard(tmp_path / "data/0.tar", rows[:150])
     write_shard(tmp_path / "data/1.tar", rows[150:])
     return tmp_path / "data"
@@ -265,7 +267,7 @@ def test_everything_is_counted(data: Path, jobs: int, capsys: pytest.CaptureFixt
 def test_a_wrong_field_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A failing guess printed 100 equal lines, and the advice to train on broken samples alone."""
     csv_of_paths(tmp_path, layout(1, "in order"))
-    wrong = write_table(tmp_path / "w.jsonl", [{"image": f"pictures/{i}.png", "text": i} for i in range(IMAGES)])
+    wrong = write_table(tmp_path / "w.jsonl", [{"image": f"images/{i}.png", "text": i} for i in range(IMAGES)])
     run = replace(recipe("small_clip"), data=DataConfig(train=str(wrong)))
     with pytest.raises(BrokenDataError, match=r"200 of 200 .* --fields") as refused:
         check_pairs(run)
@@ -282,7 +284,7 @@ def test_a_process_that_dies_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, jobs: int) -> None:
-    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.png").write_bytes(make_image(0))
     rows = [{"image": name, "web": "w", "long": "l"} for name in ("a.png", "../b.png")]
     table = write_table(tmp_path / "t.jsonl", rows)
     with pytest.raises(UserError, match=r"^[^\n]*t.jsonl#1: .*\.\./b.png"):
@@ -308,9 +310,9 @@ def test_evaluation_takes_the_held_out_images_and_counts_those_trained_on(tmp_pa
     assert "no test data" in capsys.readouterr().err
     copy = tmp_path / "elsewhere"  # by bytes, whatever the files are called
     copy.mkdir()
-    shutil.copy(tmp_path / "pictures/1.png", copy / "7.png")
-    (copy / "new.png").write_bytes(picture(IMAGES))
+    shutil.copy(tmp_path / "images/1.png", copy / "7.png")
+    (copy / "new.png").write_bytes(make_image(IMAGES))
     write_table(copy / "t.csv", [{"image": name, "text": f"a {name}"} for name in ("7.png", "new.png")])
-    assert evaluated("--data", str(copy / "t.csv"))["trained_on"] == (1 - (picture(1) in sides(run.data)["val"]))
+    assert evaluated("--data", str(copy / "t.csv"))["trained_on"] == (1 - (make_image(1) in sides(run.data)["val"]))
     assert evaluated("--data", str(table))["trained_on"] == IMAGES - held_out
     assert f"trained on {IMAGES - held_out} of these {IMAGES} images" in " ".join(capsys.readouterr().out.split())

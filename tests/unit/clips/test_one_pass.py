@@ -1,5 +1,5 @@
-"""The full evaluation reads, decodes and encodes each picture of a test set once; its figures are those of a plain loop
-over single pictures. What a run and the commands measure, export and report."""
+"""The full evaluation reads, decodes and encodes each image of a test set once; its figures are those of a plain loop
+over single images. What a run and the commands measure, export and report."""
 
 import json
 import shlex
@@ -28,7 +28,7 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.evaluation.encode import encode_images
 from clips.evaluation.evaluate import evaluate, evaluate_from_flags, nearest_texts
 from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_metrics
-from clips.evaluation.testsets import Item, PictureSet, SourceSet, classes_of, open_test_set
+from clips.evaluation.testsets import ImageTestSet, Item, SourceSet, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
 from clips.training.finish import finish_run
@@ -37,8 +37,8 @@ from clips.weights.export import export_from_flags, write_native
 
 SIZES = {"train": 30, "test": 25, "more": 10}
 BROKEN = 6
-"""The picture of each set that cannot be read."""
-TEXTS = ["a plain picture, number 1 2 3 4 5 6 7 8 9 0.", "a box of kind one is white.", "seen from above"]
+"""The image of each set that cannot be read."""
+TEXTS = ["a plain image, number 1 2 3 4 5 6 7 8 9 0.", "a box of kind one is white.", "seen from above"]
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +48,18 @@ def tokenizer() -> CaptionTokenizer:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Two test sets and training data of noise; each third picture has a label, each fourth no long caption."""
+    """Two test sets and training data of noise; each third image has a label, each fourth no long caption."""
     folder = tmp_path_factory.mktemp("sets")
     rng = np.random.default_rng(0)
     for name, size in SIZES.items():
         samples = []
         for i in range(size):
-            picture = encode(Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)))
-            fields = {"org_caption": f"picture {name} {i}", "captions": [f"a box {i}", f"number {i} seen from above"]}
+            image = encode(Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)))
+            fields = {"org_caption": f"image {name} {i}", "captions": [f"a box {i}", f"number {i} seen from above"]}
             label = {} if i % 3 else {"label": f"kind {i % 2}"}
-            long = {} if i % 4 == 1 else {"txt": f"A plain picture. It has number {i}.{' A box.' * (i % 5)}".encode()}
+            long = {} if i % 4 == 1 else {"txt": f"A plain image. It has number {i}.{' A box.' * (i % 5)}".encode()}
             end = 60 if i == BROKEN else None
-            samples.append((picture[:end], {"json": json.dumps(fields | label).encode(), **long}))
+            samples.append((image[:end], {"json": json.dumps(fields | label).encode(), **long}))
         write_shard(folder / f"{name}.tar", samples)
     paths = {name: str(folder / f"{name}.tar") for name in SIZES}
     tiny = tiny_run()
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return replace(tiny, data=data, eval=EvalConfig(batch_size=4))
 
 
-def test_each_picture_is_read_decoded_and_encoded_once_and_every_figure_has_chance_and_items(
+def test_each_image_is_read_decoded_and_encoded_once_and_every_figure_has_chance_and_items(
     run, tokenizer, tmp_path, monkeypatch
 ):
     read: Counter[str] = Counter()
@@ -96,14 +96,14 @@ def test_each_picture_is_read_decoded_and_encoded_once_and_every_figure_has_chan
     figures = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
     evaluation = json.loads((tmp_path / "found.json").read_text())
     assert evaluation["figures"] == {name: asdict(figure) for name, figure in figures.items()}
-    # Each third picture has a label and serves classification, the others retrieval.
+    # Each third image has a label and serves classification, the others retrieval.
     assert (figures["sentence_i2t_r1"].items, figures["zero_shot_top1"].items) == (16, 8)
     assert figures["sentence_i2t_r1"].chance == pytest.approx(100 / 16, abs=1e-3)
     assert figures["part_t2i_r1"].items == 47  # at most five sentences each
     wanted = {"sentence_i2t_r1", "zero_shot_top1", "caption_token_top1", "linear_probe_top1"}
     assert wanted | {f"more/{name}" for name in wanted} <= evaluation["figures"].keys()
     assert evaluation["skipped_images"] == 2
-    assert read == Counter(f"picture {name} {i}" for name, size in SIZES.items() for i in range(size))
+    assert read == Counter(f"image {name} {i}" for name, size in SIZES.items() for i in range(size))
     assert len(opened) == sum(SIZES.values())
     assert set(opened.values()) == {1}
     assert sum(encoded) == sum(SIZES.values()) - len(SIZES)
@@ -124,11 +124,11 @@ def test_tokens_of_images_are_gone_with_their_batch(run: RunConfig, tokenizer: C
 
 
 @torch.no_grad()
-def test_pictures_are_encoded_at_another_size(run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+def test_images_are_encoded_at_another_size(run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     for i, shape in enumerate([(40, 30), (90, 20), (15, 60)]):
-        picture = np.random.default_rng(i).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / f"{i}.png")
-    model, items = random_model(run), PictureSet(tmp_path)
+        image = np.random.default_rng(i).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    model, items = random_model(run), ImageTestSet(tmp_path)
     images = encode_images(model, items, image_size=48, batch_size=2)
     assert (images.indices, model.visual.image_size) == ([0, 1, 2], 32)
     model.visual.set_image_size(48)
@@ -147,7 +147,7 @@ def test_pictures_are_encoded_at_another_size(run: RunConfig, tokenizer: Caption
 
 
 class Slow:
-    """A set that is encoded and captioned picture by picture, by the whole model's forward pass."""
+    """A set that is encoded and captioned image by image, by the whole model's forward pass."""
 
     def __init__(self, model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> None:
         self.items: list[Item] = []
@@ -213,7 +213,7 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
 
 
 @pytest.mark.parametrize("inputs", ["tokens", "queries"])
-def test_the_figures_are_those_of_a_loop_over_single_pictures(inputs, run, tokenizer):
+def test_the_figures_are_those_of_a_loop_over_single_images(inputs, run, tokenizer):
     captioner = replace(run.model.captioner, inputs=inputs)
     run = replace(run, model=replace(run.model, captioner=captioner))
     model = random_model(run).eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launched import pictures, recap, write_shard, write_table
+from launched import make_images, recap, write_shard, write_table
 from range_server import RangeServer, serving
 
 from clips.common.errors import CommandError, UserError
@@ -43,7 +43,7 @@ def _soon_again(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards whose groups are two shards each, with small_groups."""
     folder = tmp_path_factory.mktemp("data")
-    samples = [(picture, recap(web, long)) for picture, web, long in pictures(SHARDS * SAMPLES)]
+    samples = [(image, recap(web, long)) for image, web, long in make_images(SHARDS * SAMPLES)]
     for i in range(SHARDS):
         write_shard(folder / f"{i}.tar", samples[i * SAMPLES : (i + 1) * SAMPLES])
     return folder
@@ -62,7 +62,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CaptionTokenizer:
-    return build_tokenizer("wordpiece", [long for *_, long in pictures(8)], vocab_size=64)
+    return build_tokenizer("wordpiece", [long for *_, long in make_images(8)], vocab_size=64)
 
 
 def a_run(workers: int = 0, cache_gb: float = 1) -> RunConfig:
@@ -280,11 +280,11 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(folder, server, 
     assert [path.name for path in cache.glob("*.part")] == [], "removed with what had to go"
 
 
-def test_a_table_behind_a_url_holds_its_pictures(server, tmp_path: Path) -> None:
+def test_a_table_behind_a_url_holds_its_images(server, tmp_path: Path) -> None:
     server.root = tmp_path
-    picture, web, long = pictures(1)[0]
-    write_table(tmp_path / "t.parquet", [{"image": picture, "web": web, "long": long}])
-    assert open_source(f"{server.url}/t.parquet", TABLE, need_long=True).read(0).image == picture
+    image, web, long = make_images(1)[0]
+    write_table(tmp_path / "t.parquet", [{"image": image, "web": web, "long": long}])
+    assert open_source(f"{server.url}/t.parquet", TABLE, need_long=True).read(0).image == image
     write_table(tmp_path / "t.jsonl", [{"image": "0.png", "web": web, "long": long}])
     with pytest.raises(UserError, match="img2dataset"):
         open_source(f"{server.url}/t.jsonl", TABLE, need_long=True)

@@ -31,9 +31,9 @@ FIVE = ("A dog runs", "Two dogs!", "a  DOG runs.", "A brown dog .", "Grass")
 
 def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     """A shard with a sample for each entry of `captions`."""
-    pictures = [square(40 * i % 256) for i in range(len(captions))]
+    images = [square(40 * i % 256) for i in range(len(captions))]
     texts = [{"json": json.dumps({key: value}).encode()} for value in captions]
-    return write_shard(folder / "a.tar", list(zip(pictures, texts, strict=True)))
+    return write_shard(folder / "a.tar", list(zip(images, texts, strict=True)))
 
 
 def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Source:
@@ -93,7 +93,7 @@ IMAGES, EACH = 12, 5
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
-    """A table in the form that its name has in the wild, and its pictures."""
+    """A table in the form that its name has in the wild, and its images."""
     path = folder / name
     for i in range(IMAGES):
         (folder / f"{i}.png").write_bytes(square(i))

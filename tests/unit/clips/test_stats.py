@@ -38,7 +38,7 @@ def side(estimate: Estimate) -> str:
 
 
 def answers(rng: np.random.Generator, difficulty: np.ndarray, seed_spread: float = 0.0, seeds: int = SEEDS):
-    """Right or wrong [S, I] of one model: pictures and questions of different difficulty, runs of different luck."""
+    """Right or wrong [S, I] of one model: images and questions of different difficulty, runs of different luck."""
     run = rng.normal(0, seed_spread, (seeds, 1))
     return (rng.random((seeds, len(difficulty))) < np.clip(difficulty + run, 0, 1)).astype(float)
 
@@ -49,8 +49,8 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
     rng, results = np.random.default_rng(7), []
     clusters = np.repeat(np.arange(PICTURES), QUESTIONS)
     for _ in range(1500):
-        picture = np.repeat(rng.normal(0, 1, PICTURES), QUESTIONS)
-        difficulty = 0.2 + 0.6 * stats.norm.cdf(picture + rng.normal(0, 1, len(picture)))
+        image = np.repeat(rng.normal(0, 1, PICTURES), QUESTIONS)
+        difficulty = 0.2 + 0.6 * stats.norm.cdf(image + rng.normal(0, 1, len(image)))
         a, b = (answers(rng, difficulty, seed_spread, seeds) for _ in range(2))
         results.append(side(interval(a - b, clusters)))
     assert (0.025 if seeds == 2 else 0.03) <= 1 - results.count("tie") / len(results) <= 0.07
@@ -153,13 +153,13 @@ def test_verdicts_of_drawn_answers_are_those_of_the_simulation() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("pictures", [40, 347])
-def test_intervals_err_in_5_percent_whatever_makes_the_variance(seeds, pictures, monkeypatch):
-    """100 mixtures of what seeds, pictures and single answers add; of the intervals alone, also with few seeds."""
+@pytest.mark.parametrize("images", [40, 347])
+def test_intervals_err_in_5_percent_whatever_makes_the_variance(seeds, images, monkeypatch):
+    """100 mixtures of what seeds, images and single answers add; of the intervals alone, also with few seeds."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
     mixtures = [(r, p, luck) for r in parts for p in parts for luck in (0.0, 1.0) if r + p + luck > 0]
-    drawn = [simulated(runs + luck, shared, luck, seeds, pictures, 20_000) for runs, shared, luck in mixtures]
+    drawn = [simulated(runs + luck, shared, luck, seeds, images, 20_000) for runs, shared, luck in mixtures]
     rates = [(abs(errors) > halves).mean() for errors, halves in drawn]
     assert min(rates) >= 0.035
     assert max(rates) <= 0.065
@@ -207,18 +207,18 @@ def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: floa
     assert 0.02 < false / len(halves) <= 0.065
 
 
-@pytest.mark.parametrize(("seeds", "pictures"), [(2, 40), (3, 80), (5, 400)])
-def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, pictures, monkeypatch):
+@pytest.mark.parametrize(("seeds", "images"), [(2, 40), (3, 80), (5, 400)])
+def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, images, monkeypatch):
     """Of the intervals alone; tests/unit/mllm/test_compare_archive.py simulates verdicts."""
     monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
     rng, runs, shared, luck = np.random.default_rng(6), 1e-4, 0.5e-4, 1e-4
-    seen = detectable(runs + luck, shared, luck, seeds, pictures)
+    seen = detectable(runs + luck, shared, luck, seeds, images)
     wins, tries = 0, 1500
     for _ in range(tries):
         scores = seen + (runs * seeds) ** 0.5 * rng.standard_normal((seeds, 1))
-        scores = scores + (shared * pictures) ** 0.5 * rng.standard_normal(pictures)
-        scores += (luck * seeds * pictures) ** 0.5 * rng.standard_normal((seeds, pictures))
-        wins += side(interval(scores, np.arange(pictures))) == "win"
+        scores = scores + (shared * images) ** 0.5 * rng.standard_normal(images)
+        scores += (luck * seeds * images) ** 0.5 * rng.standard_normal((seeds, images))
+        wins += side(interval(scores, np.arange(images))) == "win"
     assert wins / tries == pytest.approx(0.8, abs=0.04)
 
 
@@ -226,7 +226,7 @@ def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, pictures, monkeyp
     ("scores", "means"),
     [
         (np.random.default_rng(2).normal(0.3, 1.0, (1, 400)), None),  # one seed: the interval of a mean over items
-        (np.array([[0.1], [0.2], [0.6]]) + np.zeros((3, 50)), [0.1, 0.2, 0.6]),  # equal pictures: of the seeds
+        (np.array([[0.1], [0.2], [0.6]]) + np.zeros((3, 50)), [0.1, 0.2, 0.6]),  # equal images: of the seeds
     ],
 )
 def test_of_one_source_alone_it_is_student_s_interval(scores: np.ndarray, means: list[float] | None) -> None:
@@ -237,7 +237,7 @@ def test_of_one_source_alone_it_is_student_s_interval(scores: np.ndarray, means:
     assert (-back.high, -back.low) == pytest.approx(expected)
 
 
-def test_repeating_questions_about_the_same_pictures_buys_nothing() -> None:
+def test_repeating_questions_about_the_same_images_buys_nothing() -> None:
     """Ten copies of every question: items in name only. Without clusters the interval would shrink by √10."""
     scores = np.random.default_rng(3).normal(0, 1, (3, 100))
     once = interval(scores, np.arange(100))

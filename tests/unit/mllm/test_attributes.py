@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from conftest import script_parser
 from pyarrow import parquet
-from tiny_shop import picture, products, write_hub, write_tar
+from tiny_shop import make_image, products, write_hub, write_tar
 
 from clips import Fields, is_of_demo, open_source
 from clips.common.errors import UserError
@@ -56,7 +56,7 @@ def shop(tmp_path: Path) -> Path:
     return write_tar(tmp_path / "shop.tar", products(200))
 
 
-def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures(
+def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_images(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_a_shard_becomes_conversations_and_a_test_without_a_copy_of_its_pictures
     )
 
 
-def test_yes_and_no_say_nothing_without_the_picture(shop: Path, tmp_path: Path) -> None:
+def test_yes_and_no_say_nothing_without_the_image(shop: Path, tmp_path: Path) -> None:
     """Each value is asked about as often with yes as with no, also of a column that mostly has one value."""
     out = build(tmp_path / "out", "--data", shop, "--held-out", "0.4")
     for pairs in (turns(out), [(q.text, q.answer) for q in read_questions(out / "question.jsonl")]):
@@ -130,9 +130,9 @@ def test_held_out_rows_are_chosen_by_their_keys(tmp_path: Path) -> None:
         trained = {record["image"] for record in json.loads((out / "instruct.json").read_text())}
         return {f"{row['id']}.jpg" for row in rows} - trained
 
-    by_picture = tested("a", rows)
-    assert 0.15 < len(by_picture) / 120 < 0.45
-    assert tested("b", rows[::-1], "--seed", "5") == by_picture
+    by_image = tested("a", rows)
+    assert 0.15 < len(by_image) / 120 < 0.45
+    assert tested("b", rows[::-1], "--seed", "5") == by_image
     twice = build(tmp_path / "twice", "--data", tmp_path / "a.tar", "--columns", "usage", "usage")
     assert len({question.id for question in read_questions(twice / "question.jsonl")}) <= 2 * 40
     assert all(len(record["conversations"]) == 2 for record in json.loads((twice / "instruct.json").read_text()))
@@ -141,22 +141,22 @@ def test_held_out_rows_are_chosen_by_their_keys(tmp_path: Path) -> None:
     assert set(models.values()) == {4}
 
 
-def test_one_picture_is_in_one_split(tmp_path: Path) -> None:
-    """A copy under another name in a tar, and a row for each of a picture's captions in a table of pictures."""
+def test_one_image_is_in_one_split(tmp_path: Path) -> None:
+    """A copy under another name in a tar, and a row for each of an image's captions in a table of images."""
     rows = products(90)
     for row in rows:
         row["copy_of"] = row["id"] - row["id"] % 3
     write_tar(tmp_path / "a.tar", rows, number="copy_of")
-    in_table = [row | {"image": picture(number=row["copy_of"])} for row in rows]
+    in_table = [row | {"image": make_image(number=row["copy_of"])} for row in rows]
     parquet.write_table(pa.Table.from_pylist(in_table), tmp_path / "b.parquet")
     for data in ("a.tar", "b.parquet"):
         out = build(tmp_path / data.split(".")[0], "--data", tmp_path / data, "--pack", "--held-out", "0.3")
-        copies = [Counter(pictures_of(out / f"{split}.tar")) for split in ("train", "test")]
+        copies = [Counter(images_of(out / f"{split}.tar")) for split in ("train", "test")]
         assert sum(sum(of_split.values()) for of_split in copies) == 90
         assert not copies[0].keys() & copies[1].keys()
 
 
-def pictures_of(tar: Path) -> list[bytes]:
+def images_of(tar: Path) -> list[bytes]:
     store = ImageStore(tar)
     return [store.read(f"{number:08}.jpg") for number in range(len(open_source(str(tar), Fields(), need_long=False)))]
 
@@ -205,7 +205,7 @@ def test_a_test_that_was_trained_on_is_counted_and_refused(tmp_path: Path) -> No
         build(tmp_path / "out", *words, "--key", "of")
     assert not (tmp_path / "out").exists()
     build(tmp_path / "by_name", *words, "--key", "image")
-    # The tars of --pack have the same names for other pictures.
+    # The tars of --pack have the same names for other images.
     packed = build(tmp_path / "packed", "--data", train, "--pack")
     build(tmp_path / "again", "--data", packed / "train.tar", "--test-data", packed / "test.tar", "--columns", "usage")
 
@@ -270,15 +270,15 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [value_of(value) for value in (2012.0, 0.5, 3, "نیم\u200cجا")] == ["2012", "0.5", "3", "نیم\u200cجا"]
 
 
-def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_names_its_images_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = products(80)
-    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my images").mkdir()
     for row in rows:
         row["path"] = f"{row['id']}.png"
         if row["id"] != 15003:
-            (tmp_path / "my pictures" / row["path"]).write_bytes(picture("PNG", row["id"]))
+            (tmp_path / "my images" / row["path"]).write_bytes(make_image("PNG", row["id"]))
     table = write_csv(tmp_path / "shop.csv", rows)
-    out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my pictures")
+    out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my images")
     text = capsys.readouterr().out
     assert "skipped 1 missing images: 15003.png" in text
     assert "column productDisplayName:" in text
@@ -287,12 +287,12 @@ def test_a_table_names_its_pictures_where_they_are(tmp_path: Path, capsys: pytes
     odd = [row | {"image": {"bytes": value}} for row, value in zip(rows, ("text", 10**12), strict=False)]
     lines = [json.dumps(row) + "\n" for row in (*odd, *(row | {"image": row["path"]} for row in rows[4:]))]
     (tmp_path / "shop.jsonl").write_text("".join(lines))
-    build(tmp_path / "odd", "--data", tmp_path / "shop.jsonl", "--image-root", tmp_path / "my pictures")
+    build(tmp_path / "odd", "--data", tmp_path / "shop.jsonl", "--image-root", tmp_path / "my images")
     assert "skipped 2 missing images" in capsys.readouterr().out, "what is no bytes is no image"
     with pytest.raises(UserError, match="image-root"):
         build(tmp_path / "none", "--data", table, "--image-root", tmp_path)
     with pytest.raises(UserError, match="shade"):
-        build(tmp_path / "none", "--data", table, "--image-root", tmp_path / "my pictures", "--columns", "shade")
+        build(tmp_path / "none", "--data", table, "--image-root", tmp_path / "my images", "--columns", "shade")
     with pytest.raises(UserError, match="--image COLUMN"):
         build(tmp_path / "none", "--data", write_csv(tmp_path / "b.csv", products(4)))
 
@@ -306,7 +306,7 @@ def test_a_column_of_yes_and_no_is_asked_as_a_sentence(tmp_path: Path) -> None:
     ]
     (tmp_path / "images").mkdir()
     for i in range(60):
-        (tmp_path / f"images/{i}.png").write_bytes(picture("PNG", i))
+        (tmp_path / f"images/{i}.png").write_bytes(make_image("PNG", i))
     out = build(tmp_path / "out", "--data", write_csv(tmp_path / "t.csv", rows), "--held-out", "0.3")
     asked = {(question.removeprefix("<image>\n").partition("\n")[0], answer) for question, answer in turns(out)}
     for question in ("Is it legendary?", "Is it waterproof?", "Does it have wings?"):
@@ -321,7 +321,7 @@ def test_a_column_of_yes_and_no_is_asked_as_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
-    """Pictures inside of two tables → one tar a split, which pretraining reads and LLaVA's files name."""
+    """Images inside of two tables → one tar a split, which pretraining reads and LLaVA's files name."""
     hub = write_hub(tmp_path / "fashion", products(150))
     with pytest.raises(UserError, match="--pack"):
         build(tmp_path / "no", "--data", hub)

@@ -1,6 +1,6 @@
 """The chat of a tiny real model: prompts are training's, cached answers those computed afresh, streams clean.
 
-And the terminal's commands, dropped files, bad pictures, and one answer for a script.
+And the terminal's commands, dropped files, bad images, and one answer for a script.
 """
 
 import copy
@@ -96,16 +96,16 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     request.addfinalizer(hook.remove)
     answers = []
 
-    def check(text: str, pictures_encoded: int) -> None:
+    def check(text: str, images_encoded: int) -> None:
         count = sum(encoded)
         encoded.clear()
-        assert count == pictures_encoded
+        assert count == images_encoded
         assert text == turn_text(session.turns[-1])
         assert text == fresh(session)
         encoded.clear()
         answers.append(text)
 
-    check(ask(session, "What is in the picture?", [images[0]], SHORT), 1)
+    check(ask(session, "What is in the image?", [images[0]], SHORT), 1)
     assert session.last.cached_tokens == 0
     check(ask(session, "And two dogs?", (), SHORT), 0)
     first_prompt = len(session.prompt_ids(session.turns[:1], 1))
@@ -117,7 +117,7 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     session.system = "Be rude."
     check(ask(session, "What?", (), SHORT), 3)  # the system text stands before everything
     session.keep(0)
-    check(ask(session, "What is in the picture?", [images[3]], SHORT), 1)
+    check(ask(session, "What is in the image?", [images[3]], SHORT), 1)
     assert len(set(answers)) > 3  # otherwise equality would say nothing
 
 
@@ -292,7 +292,7 @@ def questions(talk: Talk) -> list[str]:
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """A picture under a name that must be quoted or escaped."""
+    """An image under a name that must be quoted or escaped."""
     path = tmp_path / "my red 'cat' (1).png"
     Image.new("RGB", (8, 6), "red").save(path)
     return path
@@ -316,7 +316,7 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
         assert dropped_files(line) == [], line
 
 
-def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_path: Path, capsys) -> None:
+def test_bad_images_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_path: Path, capsys) -> None:
     files = {"text.png": b"hello", "empty.png": b"", "cut.png": png()[:45], "huge.png": bad_corpus.png(50_000, 50_000)}
     files["big.png"] = b"x" * (MAX_BYTES + 1)
     for name, data in files.items():
@@ -344,12 +344,12 @@ def test_an_answer_that_a_limit_cut_off_says_so(talk: Talk, capsys) -> None:
 
 
 def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
-    picture = str(place / "images" / "0.png")
+    image = str(place / "images" / "0.png")
     parser = script_parser("chat")
     common = ["--model", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
-    chat_from_flags(parser.parse_args([*common, "--prompt", "What is it?", "--image", picture]))
+    chat_from_flags(parser.parse_args([*common, "--prompt", "What is it?", "--image", image]))
     printed = capsys.readouterr()
-    expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
+    expected = "".join(ChatSession(model).ask("What is it?", [load_image(image)], SHORT))
     assert printed.out == expected + "\n"
     assert "cut off after 8 tokens: --max-new-tokens sets the limit" in printed.err
     with pytest.raises(UserError, match="tokens"):

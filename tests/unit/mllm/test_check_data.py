@@ -110,7 +110,7 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder, capsys):
-    """The same code; a picture that is there and cannot be decoded is found by the check alone."""
+    """The same code; an image that is there and cannot be decoded is found by the check alone."""
     bad = sample(10, None, "\ud83d what?", "x")
     questions = [
         sample(11, None, "Say it\n<image>", "x"),
@@ -253,13 +253,13 @@ def record(name: str | None, *values: str) -> dict[str, Any]:
     return sample(0, name, *values) | {"id": Path(name or "i6IyJda_0").stem}
 
 
-PRETRAIN = [  # liuhaotian/LLaVA-Pretrain: the picture stands before or behind the words
+PRETRAIN = [  # liuhaotian/LLaVA-Pretrain: the image stands before or behind the words
     record("00453/004539375.jpg", "Render a clear and concise summary of the photo.\n<image>", "a mattress"),
-    record("00211/002112457.jpg", "<image>\nWrite a terse but informative summary of the picture.", "a dog"),
+    record("00211/002112457.jpg", "<image>\nWrite a terse but informative summary of the image.", "a dog"),
 ]
 FOLDERS = ("gqa/images/2354786", "ocr_vqa/images/140031996X", "textvqa/train_images/011e7e629fb9ae7b")
 SHORT = "<image>\nWhat is it?\nAnswer the question using a single word or phrase."
-MIX = [  # liuhaotian/LLaVA-Instruct-150K, llava_v1_5_mix665k.json: five folders of pictures, and texts of ShareGPT
+MIX = [  # liuhaotian/LLaVA-Instruct-150K, llava_v1_5_mix665k.json: five folders of images, and texts of ShareGPT
     record("coco/train2017/000000033471.jpg", "<image>\nWhat is it?", "A bus.", "Is it driving?", "Yes."),
     *(record(f"{name}.jpg", SHORT, "Tree") for name in (*FOLDERS, "vg/VG_100K/4", "vg/VG_100K_2/51")),
     record(None, "How to tell if a customer segment is well segmented?", "1. Homogeneity") | {"model": ""},

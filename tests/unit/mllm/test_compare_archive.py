@@ -35,8 +35,8 @@ from mllm.compare.comparison import comparison_of as comparison_of_plan
 from mllm.compare.figures import (
     ANSWER_VARIANCE,
     ENCODER_VARIANCE,
+    IMAGE_VARIANCE,
     OF_QUESTIONS,
-    PICTURE_VARIANCE,
     RUN_VARIANCE,
     detectable_difference,
 )
@@ -232,7 +232,7 @@ finally:
 def test_an_archive_verifies_elsewhere_by_the_command(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Packed, unpacked and computed again in a process that sees no encoder, model or picture, and loads no torch."""
+    """Packed, unpacked and computed again in a process that sees no encoder, model or image, and loads no torch."""
     pack_from_flags(str(output))
     packed = tmp_path / "copy.tar.xz"
     assert sha256(packed) in capsys.readouterr().out.replace("\n", "")
@@ -339,7 +339,7 @@ BY_SEED = [
     [np.array(STORED[name]["metrics"][metric]["by_seed"]) for name in ("clips", "clip", "caption")]
     for metric in ("accuracy", "accuracy@seen")
 ]
-"""Right answers in each run of the pretrained encoders, for two sorts of pictures."""
+"""Right answers in each run of the pretrained encoders, for two sorts of images."""
 
 
 def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None:
@@ -383,7 +383,7 @@ def test_simulated_comparisons_of_the_default_design_find_it_in_80_of_100(questi
         ours, theirs = (
             rng.normal(0, (ENCODER_VARIANCE / 2) ** 0.5, comparison.seeds)[groups, None]
             + rng.normal(0, (RUN_VARIANCE / 2) ** 0.5, (runs, 1))
-            + rng.normal(0, (PICTURE_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, questions)
+            + rng.normal(0, (IMAGE_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, questions)
             + rng.normal(0, (ANSWER_VARIANCE / 2 * OF_QUESTIONS) ** 0.5, (runs, questions))
             for _ in range(2)
         )

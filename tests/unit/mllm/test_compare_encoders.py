@@ -63,7 +63,7 @@ def checked(comparison: Comparison) -> None:
 
 
 def shown(report: dict) -> str:
-    """The text of the page, without pictures."""
+    """The text of the page, without images."""
     return html.unescape(as_html(page(report, None)))
 
 

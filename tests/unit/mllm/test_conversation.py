@@ -177,7 +177,7 @@ def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
     encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
     make_processor(tokenizer, encoder.format.chat_template()).save_pretrained(tmp_path)
     processor = LlavaProcessor.from_pretrained(tmp_path)
-    picture = Image.new("RGB", (32, 32))
+    image = Image.new("RGB", (32, 32))
     question = "What's at the top left, \"red\" or {{ 'blue' }}?"
     contents = [
         f"<image>\n{question}",
@@ -191,7 +191,7 @@ def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
         chat = [{"role": ROLE[role], "content": value} for role, value in zip(TALK, values, strict=True)]
         for start, stop in ((0, 4), (1, 2)):
             text = processor.apply_chat_template(chat[start:stop], add_generation_prompt=True)
-            ids = processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0]
+            ids = processor(images=[image], text=text, add_special_tokens=False)["input_ids"][0]
             assert encoder.prompt(turns[start:stop], 1) == list(ids)
 
 

@@ -66,7 +66,7 @@ def loaded(place: Path) -> Loaded:
 
 
 def questions() -> list[Question]:
-    texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
+    texts = ["What is it?", "And how many dogs are in the image, if any?", "Cat?", "Where is the red cat?"]
     with_image = [Question(id=i, text=texts[i % 4], images=(f"{i}.png",)) for i in range(6)]
     without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", images=())]
     again = [Question(id=f"{i}", text=text, images=(f"{i % 3}.png",)) for i, text in enumerate(texts * 2)]
@@ -110,7 +110,7 @@ def slow_nats(model: LlavaForConditionalGeneration, processor: LlavaProcessor, m
 
 def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Loaded) -> None:
     model, processor = loaded
-    truths = {"name": ["A red cat", "dog", "two dogs in the picture"], "yes_no": ["Yes", "No"], "open": [None]}
+    truths = {"name": ["A red cat", "dog", "two dogs in the image"], "yes_no": ["Yes", "No"], "open": [None]}
     varied = []
     for i, (question, kind) in enumerate(zip(questions(), cycle(truths), strict=False)):
         varied.append(replace(question, kind=kind, answer=truths[kind][i // 3 % len(truths[kind])]))
@@ -149,19 +149,19 @@ def test_rivals_of_an_answer_are_drawn_by_a_hash() -> None:
     assert candidates_of(every[:1], every[::-1]) == [one]
 
 
-def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
+def test_a_image_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
     model, _ = loaded
     image, tokens = model.config.image_token_id, model.config.image_seq_length
     rows = [[5, 6, *[image] * tokens, 7, *question] for question in ([8], [9, 10, 11], [9, 12])]
-    pictures = [(torch.rand(1, 3, 32, 32), (32, 32)) for _ in range(2)]
-    inputs = generate_inputs(model, rows, [(0,), (1,), (0,)], pictures, 0)
+    images = [(torch.rand(1, 3, 32, 32), (32, 32)) for _ in range(2)]
+    inputs = generate_inputs(model, rows, [(0,), (1,), (0,)], images, 0)
     assert "pixel_values" not in inputs
     assert inputs[CACHE].get_seq_length() == 2 + tokens + 1
     assert inputs["attention_mask"][:, -3:].tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
     assert torch.equal(inputs[CACHE].layers[0].keys[0], inputs[CACHE].layers[0].keys[2])
-    assert "pixel_values" in generate_inputs(model, rows[:2], [(0,), (1,)], pictures, 0)  # nothing is shared
-    apart = [[5, *rows[0]], rows[1], rows[2]]  # their pictures stand in other places
-    assert generate_inputs(model, apart, [(0,), (1,), (0,)], pictures, 0)["pixel_values"].shape[0] == 3
+    assert "pixel_values" in generate_inputs(model, rows[:2], [(0,), (1,)], images, 0)  # nothing is shared
+    apart = [[5, *rows[0]], rows[1], rows[2]]  # their images stand in other places
+    assert generate_inputs(model, apart, [(0,), (1,), (0,)], images, 0)["pixel_values"].shape[0] == 3
 
 
 def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_yes_no_figures_are_pope_s() -> None:
 REFERENCES = [
     ["a red fox at the top left and two cars", "the fox is at the top left"],
     ["three green trees on a blue background"],
-    ["a cat at the center", "one cat in the center of the picture", "a cat"],
+    ["a cat at the center", "one cat in the center of the image", "a cat"],
     ["two dogs at the bottom right and a car at the top"],
 ]
 CANDIDATES = [

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.errors import UserError
 from mllm.data.images import ImageStore
@@ -31,7 +31,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path):
-    names = pictures(tmp_path / "images", 11)
+    names = make_images(tmp_path / "images", 11)
     return ImageStore(tmp_path / "images"), names
 
 
@@ -61,7 +61,7 @@ def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
     assert torch.equal(batch["image_features"], cache.get(order[:2]))
 
 
-def test_cache_is_shared_and_a_changed_picture_encoder_or_padding_is_encoded_again(parts, store, tmp_path):
+def test_cache_is_shared_and_a_changed_image_encoder_or_padding_is_encoded_again(parts, store, tmp_path):
     encoder, (store, names) = parts[0], store
     FeatureCache(encoder, store, tmp_path / "cache").fill(names[:6])
     shutil.copytree(store.location, tmp_path / "moved")
@@ -71,8 +71,8 @@ def test_cache_is_shared_and_a_changed_picture_encoder_or_padding_is_encoded_aga
     assert_close(moved.get(["other.png"]), fresh(encoder, store, [names[2]]))
     FeatureCache(encoder, store, tmp_path / "cache").fill(names)
     shutil.copy(store.location / names[1], store.location / names[0])
-    assert FeatureCache(encoder, store, tmp_path / "cache").fill(names) == 0  # the same picture twice
-    pictures(store.location, 1, seed=9)
+    assert FeatureCache(encoder, store, tmp_path / "cache").fill(names) == 0  # the same image twice
+    make_images(store.location, 1, seed=9)
     again = FeatureCache(encoder, store, tmp_path / "cache")
     assert again.fill(names) == 1
     assert_close(again.get(names[:1]), fresh(encoder, store, names[:1]))
@@ -119,7 +119,7 @@ def test_a_cut_file_is_encoded_anew(parts, store, tmp_path, capsys, suffix, left
     assert not capsys.readouterr().err
 
 
-def test_broken_picture(parts, store, tmp_path):
+def test_broken_image(parts, store, tmp_path):
     encoder, (store, _names) = parts[0], store
     cache = FeatureCache(encoder, store, tmp_path / "cache")
     (store.location / "bad.png").write_bytes(b"\x89PNG nonsense")
@@ -132,7 +132,7 @@ def batch_of(processor, names, folder):
     """Two samples with one and two images, right-padded, and labels on some positions."""
     from PIL import Image
 
-    texts = ["<image>What is it? A red cat.", "And <image> or <image>? Two dogs in the picture"]
+    texts = ["<image>What is it? A red cat.", "And <image> or <image>? Two dogs in the image"]
     images = [Image.open(folder / name).convert("RGB") for name in names[:3]]
     processor.tokenizer.padding_side = "right"
     batch = processor(images=[[images[0]], images[1:]], text=texts, padding=True, return_tensors="pt")
@@ -186,7 +186,7 @@ EMPTY = [{"image_features": torch.zeros(0, 16, 32)}, {"pixel_values": torch.zero
 @pytest.mark.parametrize("empty", EMPTY, ids=["features", "pixels", "neither"])
 def test_batch_without_images_runs_every_module_at_weight_zero(parts, empty):
     _, model, processor = parts
-    ids = processor.tokenizer(["Two dogs in a picture"], return_tensors="pt")["input_ids"]
+    ids = processor.tokenizer(["Two dogs in an image"], return_tensors="pt")["input_ids"]
     ran = []
     modules = [model.model.multi_modal_projector] + [model.model.vision_tower] * ("pixel_values" in empty)
     hooks = [module.register_forward_hook(lambda module, args, output: ran.append(module)) for module in modules]

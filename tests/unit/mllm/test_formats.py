@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from PIL import Image
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from serve_process import RED, picture, user
+from serve_process import RED, make_image, user
 from tiny_mllm import write_run
 from tiny_tokenizers import FORMATS, KINDS, LLAMA_3_REGEX, byte_level, make_tokenizer, write_sentencepiece
 from tokenizers import processors
@@ -85,7 +85,7 @@ def language_model(directory: Path, kind: str, version: str) -> LanguageModel:
 
 
 def trained_prompt(encoder: ConversationEncoder, *texts: str) -> list[int]:
-    """The ids in front of the last answer of a training sample with one picture."""
+    """The ids in front of the last answer of a training sample with one image."""
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate([*texts, "Yes."])]
     turns[0]["value"] = f"<image>\n{texts[0]}"
     sample = encoder.encode(turns, 1, "sample")
@@ -140,7 +140,7 @@ def test_every_reader_asks_as_training_did(kind, version, clips, tmp_path, monke
     image = Image.open(clips / "red.png").convert("RGB")
     list(ChatSession.from_turns(chat, turns, [image]).answer(ONE_TOKEN))
     assert calls.pop() == whole
-    messages = [user(FIRST, picture(RED))]
+    messages = [user(FIRST, make_image(RED))]
     messages += [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(talk)][1:]
     asyncio.run(ask_server(chat, {"model": chat.name, "messages": messages, "max_tokens": 1}))
     assert calls.pop() == whole
@@ -284,7 +284,7 @@ def test_v1_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
     tokenizer, slow = tokenizer_of(write_sentencepiece(tmp_path, legacy=legacy)), SlowLlama(tmp_path, legacy=legacy)
     encoder = ConversationEncoder(tokenizer, "v1", 1)
     spaced = [[(text, text) for text in SPACED], [(text, text) for text in reversed(SPACED)]]
-    for number, talk in enumerate([*talks(1, 80), *spaced, *([] if legacy else [[("", "A picture alone")]])]):
+    for number, talk in enumerate([*talks(1, 80), *spaced, *([] if legacy else [[("", "An image alone")]])]):
         image = number % 3 > 0  # of the last too
         encoded = encoder.encode(turns_of(talk, image), int(image), "sample")
         assert encoded.input_ids == tokenizer_image_token(v1_text(talk, image), slow, encoder.image_id), talk
@@ -295,7 +295,7 @@ def test_v1_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
 
 
 def test_white_space_at_the_edges_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
-    """As chat templates have it. LLaVA keeps it, except around a picture (docs/llava.md)."""
+    """As chat templates have it. LLaVA keeps it, except around an image (docs/llava.md)."""
     tokenizer = tokenizer_of(write_sentencepiece(tmp_path, legacy=False))
     encoder = ConversationEncoder(tokenizer, "v1", 1)
     talk, spaced = [("Where is it?", "At the top.")], [("  Where is it? \n", "\n At the top.  ")]

@@ -52,7 +52,7 @@ def _parts(places: Path, shape: str, layers: tuple[int, ...]) -> tuple[VisionEnc
 
 
 def batch(image_id: int, image_tokens: int) -> dict[str, Tensor]:
-    """Three samples with a picture each, of 30 positions with padding at the end of two."""
+    """Three samples with an image each, of 30 positions with padding at the end of two."""
     ids = torch.randint(3, 90, (3, 30))
     ids[:, :2] = 5  # begin alike
     ids[:, 2 : 2 + image_tokens] = image_id

@@ -1,4 +1,4 @@
-"""LLaVA data: records, pictures, order, collation; and the demo data made of it."""
+"""LLaVA data: records, images, order, collation; and the demo data made of it."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def test_unreadable_files_and_images_without_a_folder(tmp_path, encoder):
         LlavaDataset(write(tmp_path / "data.json", [record("a.png")]), encoder, None)
 
 
-def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
+def test_tar_gives_the_same_images_in_every_process(tmp_path, folder):
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, arcname=".")
     store, names = ImageStore(tmp_path / "images.tar"), [f"sub/{i}.png" for i in range(3)]
@@ -202,7 +202,7 @@ def at(place: str) -> str:
 
 
 def test_demo_answers_are_true(demo):
-    """Every question about a picture is answered again from the scene's own truth, by reading the question."""
+    """Every question about an image is answered again from the scene's own truth, by reading the question."""
     directory, root = demo
     truth = truths(root)
     files = [directory / name for name in (QUESTIONS, UNSEEN_QUESTIONS) if (directory / name).is_file()]
@@ -290,7 +290,7 @@ def test_demo_is_deterministic_and_kept(demo, tmp_path):
         ensure_llava_demo(tmp_path / "more", root / "scenes", align=100, instruct=50)
 
 
-def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, monkeypatch, capsys):
+def test_the_summary_of_the_demo_says_whose_images_are_asked_about(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folders = Path("runs/demo"), Path("runs/llava-clips/evaluation")
     for folder in folders:
@@ -307,7 +307,7 @@ def test_the_summary_of_the_demo_says_whose_pictures_are_asked_about(tmp_path, m
         write_json(folders[1] / "figures.json", {"figures": {place + name: row for name, row in answered.items()}})
         print_summary()
         text = capsys.readouterr().out
-        assert f"pictures by {artists} artists" in text
+        assert f"images by {artists} artists" in text
         assert "What? – A cat (wrong: A dog)" in text
         assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
         assert re.search(r"zero-shot top 1 +│ +50.0 │ +3.0 │ +62 to 77", text)
@@ -320,7 +320,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\n./sub/0.png;\n", encoding="cp1252")
-    store, pictures = open_store(table, folder), ImageStore(folder)
+    store, images = open_store(table, folder), ImageStore(folder)
     with pytest.raises(UserError, match=r"sample 3 \(id 3\)(.|\n)*sample 4"):
         LlavaDataset(table, encoder, store)
     dataset = LlavaDataset(table, encoder, store, "skip")
@@ -329,10 +329,10 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2"]
     for number in range(3):
         name = f"sub/{number}.png"
-        assert store.load(str(number)).tobytes() == pictures.load(name).tobytes()
-        assert store.size(str(number)) == pictures.size(name)
+        assert store.load(str(number)).tobytes() == images.load(name).tobytes()
+        assert store.size(str(number)) == images.size(name)
     with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
-        pixel_loader(store, lambda picture: picture)(["3"])
+        pixel_loader(store, lambda image: image)(["3"])
     with pytest.raises(UserError, match="--image_folder"):
         open_store(table, tmp_path / "elsewhere")
     monkeypatch.chdir(folder)
@@ -341,5 +341,5 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     lines = [{"file_name": f"sub/{i}.png", "captions": [f"a {i}", f"b {i}"]} for i in range(3)]
     jsonl = write(tmp_path / "my.jsonl", lines)
     assert LlavaDataset(jsonl, encoder, open_store(jsonl, folder)).records[2].turns[1]["value"] == "a 2"
-    remote = TrainFlags(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
-    assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
+    remote = TrainFlags(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/images")
+    assert data_of(remote) == ("https://host/0.tar", "s3://bucket/images"), "one slash of // was lost"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from caption_server import echo, serving, write_pairs
 from lab_runs import run_main
-from launched import pictures
+from launched import make_images
 from tiny_chat import place  # noqa: F401 - a fixture
 
 from clips import Fields, open_source
@@ -57,7 +57,7 @@ def test_pairs_become_parts_that_pretraining_reads(run: Run, tmp_path: Path, cap
         part.write_bytes(whole)
     source = open_source("out", Fields(), need_long=True)
     samples = [source.read(index) for index in range(len(source))]
-    made = [(picture, web, echo(f"Caption: {web}")) for picture, web, _ in pictures(12)]
+    made = [(image, web, echo(f"Caption: {web}")) for image, web, _ in make_images(12)]
     assert [(sample.image, sample.web, sample.long) for sample in samples] == made[:7] + made[8:]
 
 
@@ -154,14 +154,14 @@ def test_texts_on_their_way() -> None:
 
 
 def test_a_model_of_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """Captions do not depend on the batch, a broken picture costs itself, and a LLaVA model answers as in the chat."""
+    """Captions do not depend on the batch, a broken image costs itself, and a LLaVA model answers as in the chat."""
     monkeypatch.setattr(recaption, "whole_sentences", lambda text: text)
     monkeypatch.setattr(recaption, "choose_device", lambda _: torch.device("cpu"))
     directory = place / "runs/llava/model"
     flags = argparse.Namespace(batch_size=3, max_new_tokens=8)
     model = LocalModel(str(directory), "What is in it? {web}", flags)
-    made = [Pair(str(i), picture, web) for i, (picture, web, _) in enumerate(pictures(4))]
-    mixed = [made[0], Pair("broken", b"no picture"), Pair("<image>", made[1].image, "<image> a </s>"), *made[1:]]
+    made = [Pair(str(i), image, web) for i, (image, web, _) in enumerate(make_images(4))]
+    mixed = [made[0], Pair("broken", b"no image"), Pair("<image>", made[1].image, "<image> a </s>"), *made[1:]]
     texts = [pair.long for pair in model.caption(mixed)]
     assert [pair.reason for pair in mixed] == ["", "broken", "", "", "", ""]
     flags.batch_size = 1

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
-from serve_process import BLUE, CHAT, LONG, RED, ask, client_of, get, models, picture, post, served, user, wait_until
+from serve_process import BLUE, CHAT, LONG, RED, ask, client_of, get, make_image, models, post, served, user, wait_until
 
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
@@ -34,12 +34,12 @@ def client(address: str) -> OpenAI:
 
 
 def test_an_answer_is_the_chat_sessions(client: OpenAI, chat: ChatModel) -> None:
-    """Two pictures, a system text and an earlier turn give the answer of `ChatSession`."""
+    """Two images, a system text and an earlier turn give the answer of `ChatSession`."""
     messages = [
         {"role": "system", "content": "Be brief."},
-        user("What is it?", picture(RED)),
+        user("What is it?", make_image(RED)),
         {"role": "assistant", "content": "A red one."},
-        user(picture(BLUE), "And ", "this?"),
+        user(make_image(BLUE), "And ", "this?"),
     ]
     done = ask(client, *messages, max_tokens=12)
     session = ChatSession(chat, system="Be brief.")
@@ -53,12 +53,12 @@ def test_an_answer_is_the_chat_sessions(client: OpenAI, chat: ChatModel) -> None
     assert done.choices[0].finish_reason == "length"
     assert done.usage.prompt_tokens == session.last.prompt_tokens
     assert done.usage.total_tokens == done.usage.prompt_tokens + 12
-    swapped = ask(client, *messages[:3], user(picture(RED), "And this?"), max_tokens=12)
+    swapped = ask(client, *messages[:3], user(make_image(RED), "And this?"), max_tokens=12)
     assert swapped.choices[0].message.content != expected
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
-    message = user("What is it?", picture(RED))
+    message = user("What is it?", make_image(RED))
     whole = ask(client, message, max_tokens=40)
     chunks = list(ask(client, message, max_tokens=40, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
@@ -82,7 +82,7 @@ def test_other_paths_models_and_types(address: str) -> None:
 
 def test_twenty_at_once(client: OpenAI) -> None:
     """Each gets the answer it gets alone, streamed or not."""
-    questions = [user(f"Question {i}?", *([picture(RED)] if i % 3 == 0 else [])) for i in range(20)]
+    questions = [user(f"Question {i}?", *([make_image(RED)] if i % 3 == 0 else [])) for i in range(20)]
 
     def one(i: int) -> str:
         if i % 2:

@@ -1,7 +1,7 @@
-"""Two pictures in one question through every route: training, evaluation, chat, terminal, page, server, stock pipeline.
+"""Two images in one question through every route: training, evaluation, chat, terminal, page, server, stock pipeline.
 
 The routes must agree to the letter, and the training's loss must be the stock model's on the same ids. Both models
-walk them: the one that sees a picture in a square, and the one that sees it in tiles.
+walk them: the one that sees an image in a square, and the one that sees it in tiles.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 import tiny_chat
 import torch
 from PIL import Image
-from serve_process import CHAT, ask, client_of, data_url, picture, png, post, served, user, with_picture
+from serve_process import CHAT, ask, client_of, data_url, make_image, png, post, served, user, with_image
 from tiny_chat import SHORT, answers_of, turn_text
 from transformers import pipeline
 
@@ -31,8 +31,8 @@ from mllm.model.tiles import placeholder_ids
 from mllm.training.task import Collator, TrainingModel
 
 model = tiny_chat.model  # a fixture
-TEXT, NAMES = "What is in the two pictures?", ("0.png", "3.png")
-"""A question, and pictures of two shapes."""
+TEXT, NAMES = "What is in the two images?", ("0.png", "3.png")
+"""A question, and images of two shapes."""
 
 
 @pytest.fixture(scope="module", params=["square", "tiles"])
@@ -49,7 +49,7 @@ def files(place: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def stock(model: ChatModel) -> Callable[..., str]:
-    """The stock pipeline's answer to a text about pictures."""
+    """The stock pipeline's answer to a text about images."""
     pipe = pipeline("image-text-to-text", model=model.model, processor=model.processor)
 
     def said(text: str, *shown: Path) -> str:
@@ -63,13 +63,13 @@ def stock(model: ChatModel) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def expected(stock: Callable[..., str], files: list[Path]) -> str:
-    """The answer, which is another one if the pictures change places."""
+    """The answer, which is another one if the images change places."""
     assert stock(TEXT, *files) != stock(TEXT, *files[::-1])
     return stock(TEXT, *files)
 
 
 def test_evaluation(model, place, expected, stock, files, tmp_path):
-    """Pictures stand before the text, or at the places that the text names; both batched with other questions."""
+    """Images stand before the text, or at the places that the text names; both batched with other questions."""
     placed = {"image": list(NAMES), "text": f"<image>\n<image>\n{TEXT}"}
     between = {"image": list(NAMES), "text": f"<image> and <image>: {TEXT}"}
     lines = [{"image": list(NAMES), "text": TEXT}, placed, between, {"image": NAMES[0], "text": TEXT}, {"text": TEXT}]
@@ -105,14 +105,14 @@ def test_chat_and_terminal(model, files, expected, capsys):
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:
-    """More pictures than the context holds are refused unread."""
-    shown = [picture(data_url(path.read_bytes())) for path in files]
+    """More images than the context holds are refused unread."""
+    shown = [make_image(data_url(path.read_bytes())) for path in files]
     with served(model, Limits(images=200)) as address:
         client = client_of(address)
         assert ask(client, user(*shown, TEXT)).choices[0].message.content == expected
         for size in ((1, 20_000), (20_000, 1)):
-            assert post(address, with_picture(data_url(png(size=size)))).status_code == 200, size
-        assert post(address, with_picture(shown[0]["image_url"]["url"], 200)).status_code == 400
+            assert post(address, with_image(data_url(png(size=size)))).status_code == 200, size
+        assert post(address, with_image(shown[0]["image_url"]["url"], 200)).status_code == 400
         assert post(address, CHAT).status_code == 200
     with_tiles = bool(model.layout.pinpoints)
     with served(model, Limits(squares=5)) as address:
@@ -124,7 +124,7 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
 
 
 def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Path) -> None:
-    """LLaVA-Interleave's form: a list of pictures, `<image>` at the start or between words; the prompt is chat's."""
+    """LLaVA-Interleave's form: a list of images, `<image>` at the start or between words; the prompt is chat's."""
     messages = [
         {"from": "human", "value": f"<image>\n<image>\n{TEXT}"}, {"from": "gpt", "value": "A cat."},
         {"from": "human", "value": "<image> against <image>?"}, {"from": "gpt", "value": "Two dogs."},

@@ -1,4 +1,4 @@
-"""Pictures in tiles: layout and ids as LLaVA-NeXT's own code and transformers', and every part that must know tiles."""
+"""Images in tiles: layout and ids as LLaVA-NeXT's own code and transformers', and every part that must know tiles."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def facts(text: str) -> list[tuple[tuple[int, ...], int, int]]:
 
 # From the code of LLaVA-VL/LLaVA-NeXT at df17966, run on 2026-11-28: `get_anyres_image_grid_shape` of mm_utils.py, and
 # `unpad_image` with the lines of `prepare_inputs_labels_for_multimodal` around it (llava_arch.py), on numbered cells
-# with a newline of -1. Each entry: height x width of the picture, tokens, CRC-32 of the cells' numbers as int64.
+# with a newline of -1. Each entry: height x width of the image, tokens, CRC-32 of the cells' numbers as int64.
 OF_LLAVA_NEXT = facts(
     """
     336x336 1176 1444864220  335x337 1176 234357399  100x100 1176 1444864220  672x672 2928 788625709
@@ -139,8 +139,8 @@ def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
-    """For every orientation, and where the picture is decoded smaller."""
+def test_the_header_s_size_is_the_decoded_image_s(kind: str) -> None:
+    """For every orientation, and where the image is decoded smaller."""
     for orientation in (None, *range(1, 9)):
         file, exif = io.BytesIO(), Image.Exif()
         if orientation:
@@ -155,11 +155,11 @@ def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
 
 
 def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values") -> dict[str, Any]:
-    """Samples with one picture, two pictures and none."""
+    """Samples with one image, two images and none."""
     store = ImageStore(place / "images")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
     two = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Red."}]
-    none = [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "the picture"}]
+    none = [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "the image"}]
     records = [
         {"image": "0.png", "conversations": turns},
         {"image": ["4.png", "1.png"], "conversations": two},
@@ -182,7 +182,7 @@ def gradients(model: Any, batch: dict[str, Any], **options: bool) -> tuple[float
 
 
 def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Path, tmp_path: Path) -> None:
-    """Packing changes nothing, the cache only rounds to fp16, and a batch without pictures reaches the newline too."""
+    """Packing changes nothing, the cache only rounds to fp16, and a batch without images reaches the newline too."""
     store = ImageStore(place / "images")
     batch = batch_of(chat, place, pixel_loader(store, partial(image_pixels, chat.processor.image_processor)))
     assert batch["image_sizes"] == [store.size(name) for name in ("0.png", "4.png", "1.png")]

@@ -45,22 +45,22 @@ KEPT = 10**6
 """Pixels of a frame above which it is reduced."""
 
 
-def written(pictures: Sequence[np.ndarray], kind: str = "mp4", codec: str = "libx264") -> bytes:
-    """A video of `pictures`, uint8 [H, W, 3], at 10 frames a second."""
+def written(images: Sequence[np.ndarray], kind: str = "mp4", codec: str = "libx264") -> bytes:
+    """A video of `images`, uint8 [H, W, 3], at 10 frames a second."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=10)
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = 5
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
 
 
 def grey(count: int, side: int = 32) -> list[np.ndarray]:
-    """Pictures of one grey each, from dark to light."""
+    """Images of one grey each, from dark to light."""
     return [np.full((side, side, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
 
 
@@ -90,15 +90,15 @@ def test_frames_are_those_of_plain_decoding(kind: str, codec: str, tmp_path: Pat
         path = tmp_path / "clip.mp4"
         path.write_bytes(data)
         stock, _ = read_video_pyav(str(path), lambda metadata, **_: default_sample_indices_fn(metadata, 4))
-        assert np.array_equal(stock, np.stack([np.asarray(picture) for picture in decode_video(data, 4)]))
+        assert np.array_equal(stock, np.stack([np.asarray(image) for image in decode_video(data, 4)]))
 
 
 def test_large_frames_are_divided_and_turned_ones_upright(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = np.zeros((48, 80, 3), np.uint8)
-    picture[:, 40:] = 255
-    data = bytearray(written([picture]))
+    image = np.zeros((48, 80, 3), np.uint8)
+    image[:, 40:] = 255
+    data = bytearray(written([image]))
     monkeypatch.setattr(video, "KEPT_PIXELS", 1000)
-    assert {picture.size for picture in decode_video(bytes(data), 3)} == {(40, 24)}
+    assert {image.size for image in decode_video(bytes(data), 3)} == {(40, 24)}
     matrix = data.index(b"tkhd") + 44  # as a phone writes it that is held upright: to be turned clockwise
     for place, value in enumerate((0, 1, 0, -1, 0, 0)):
         data[matrix + 4 * place : matrix + 4 * place + 4] = (value << 16).to_bytes(4, "big", signed=True)
@@ -166,12 +166,12 @@ FRAMES, TEXT = 4, "What comes second?"
 
 
 def write_place(root: Path) -> None:
-    """A model that sees videos in four frames, six pictures and two clips."""
+    """A model that sees videos in four frames, six images and two clips."""
     tiny_chat.write_place(root, image_aspect_ratio="anyres", frames=FRAMES)
     random = np.random.default_rng(0)
     for name in ("a.mp4", "b.mp4"):
-        pictures = [np.full((28, 40, 3), random.integers(0, 256, 3), np.uint8) for _ in range(6)]
-        (root / "images" / name).write_bytes(written(pictures))
+        images = [np.full((28, 40, 3), random.integers(0, 256, 3), np.uint8) for _ in range(6)]
+        (root / "images" / name).write_bytes(written(images))
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +185,8 @@ def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
     assert layout == Layout(16, 32, layout.pinpoints, FRAMES) == Layout.of(model.model.config)
     cells = torch.randn(2 * FRAMES + layout.squares((30, 80)), 16, 48)
     assert torch.equal(pooled_cells(cells), inner.apply_pooling(cells))
-    newline, (first, picture, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
-    [tiles], _ = inner.pack_image_features([picture], torch.tensor([[30, 80]]), newline)
+    newline, (first, image, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
+    [tiles], _ = inner.pack_image_features([image], torch.tensor([[30, 80]]), newline)
     videos = [torch.cat([inner.apply_pooling(frames).flatten(0, 1), newline[None]]) for frames in (first, last)]
     rows = layout.arranged(cells, newline, [VIDEO, (30, 80), VIDEO])
     assert torch.equal(rows, torch.cat([videos[0], tiles, videos[1]]))
@@ -204,10 +204,10 @@ def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None
 
 
 def records() -> list[dict[str, Any]]:
-    """A video, a picture between videos, and neither; `<image>` and `<video>` mark a video alike."""
+    """A video, an image between videos, and neither; `<image>` and `<video>` mark a video alike."""
     turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
     mixed = [{"from": "human", "value": "<image> and <image> and <video>?"}, {"from": "gpt", "value": "Red."}]
-    none = [{"from": "human", "value": "Say <video>"}, {"from": "gpt", "value": "the picture"}]
+    none = [{"from": "human", "value": "Say <video>"}, {"from": "gpt", "value": "the image"}]
     return [
         {"video": "a.mp4", "conversations": turns},
         {"image": ["b.mp4", "1.png", "a.mp4"], "conversations": mixed},
@@ -230,8 +230,8 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
     counts = [int((batch["input_ids"] == token).sum()) for token in (ids.video_id, ids.image_id)]
     assert counts == [3 * 17, layout.tokens(store.size("1.png"))]
     squares = layout.squares(store.size("1.png"))
-    first, second, picture, third = pixels.split([FRAMES, FRAMES, squares, FRAMES])
-    shown = {"pixel_values": picture, "image_sizes": torch.tensor([store.size("1.png")])}
+    first, second, image, third = pixels.split([FRAMES, FRAMES, squares, FRAMES])
+    shown = {"pixel_values": image, "image_sizes": torch.tensor([store.size("1.png")])}
     stock = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")} | shown
     with torch.no_grad():
         expected = model.model(**stock, pixel_values_videos=torch.stack([first, second, third])).loss
@@ -303,18 +303,16 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callabl
         generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
 
 
-def test_several_pictures_are_tiles_as_in_a_flat_list_of_the_stock_processor(model, place, tmp_path):
+def test_several_images_are_tiles_as_in_a_flat_list_of_the_stock_processor(model, place, tmp_path):
     """Which is vLLM's, too. The pipeline's nested list makes one square of each: other tokens, other texts."""
     names = ["0.png", "1.png"]
     _, [answer] = answers_of(model, [{"image": names, "text": TEXT}], place / "images", tmp_path / "questions.jsonl")
-    pictures = [Image.open(place / "images" / name).convert("RGB") for name in names]
+    photos = [Image.open(place / "images" / name).convert("RGB") for name in names]
     content = [*({"type": "image"} for _ in names), {"type": "text", "text": TEXT}]
     text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    flat, nested = (
-        model.processor(text=[text], images=images, return_tensors="pt") for images in (pictures, [pictures])
-    )
+    flat, nested = (model.processor(text=[text], images=images, return_tensors="pt") for images in (photos, [photos]))
     count = [int((inputs["input_ids"] == model.encoder.image_id).sum()) for inputs in (flat, nested)]
-    assert count == [sum(model.image_tokens(pictures)), 2 * (model.layout.square + 1)]
+    assert count == [sum(model.image_tokens(photos)), 2 * (model.layout.square + 1)]
     output = model.model.generate(**flat, max_new_tokens=8, do_sample=False)
     response = model.processor.tokenizer.decode(output[0, flat["input_ids"].shape[1] :], skip_special_tokens=True)
     assert response.strip() == answer

@@ -260,8 +260,8 @@ def test_hf(tmp_path, images, kind, tokens, select):
         expected = original(images, output_hidden_states=True).hidden_states[-2]
     assert torch.allclose(encoder.features(images), expected[:, select == "default" :], atol=1e-5)
     assert_fits_stock(encoder, images)
-    picture = np.random.default_rng(0).integers(0, 256, (70, 45, 3), dtype=np.uint8)
-    pixels = [p(images=picture, return_tensors="pt")["pixel_values"] for p in (processor, encoder.image_processor)]
+    image = np.random.default_rng(0).integers(0, 256, (70, 45, 3), dtype=np.uint8)
+    pixels = [p(images=image, return_tensors="pt")["pixel_values"] for p in (processor, encoder.image_processor)]
     assert torch.allclose(*pixels, atol=1e-5)
     full = load_vision(f"hf:{tmp_path}", select_feature="full", select_layer=[-2, 1])
     assert full.width == 64
