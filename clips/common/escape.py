@@ -12,9 +12,9 @@ _BREAKS = re.compile("\r\n|[\r\x85\u2028\u2029]")
 _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _MARKDOWN = re.compile(
     r"""[\\`*|~$]                     # act anywhere
-    | (?<![^\W_])_ | _(?![^\W_])      # emphasis, unlike the one in vit_base
+    | (?<![^\W_])_ | _(?![^\W_])      # emphasis, but not the one in vit_base
     | <(?=[a-zA-Z/!?])                # tag, address
-    | \](?=[(\[:])                    # link, definition, unlike [+0.3, +2.1]
+    | \](?=[(\[:])                    # link, definition, but not [+0.3, +2.1]
     | &(?=\#?\w+;)                    # entity
     | (?:^|(?<=\s))\#                 # heading, or its end
     | ^> | ^[+-](?=[\s-]|$) | ^\[(?=[ xX]\])  # quote, list or line, box to tick

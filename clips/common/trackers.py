@@ -1,4 +1,4 @@
-"""The loggers of --report_to, the same in both halves: TensorBoard, Weights & Biases, trackio."""
+"""The loggers of --report_to, the same in both packages: TensorBoard, Weights & Biases, trackio."""
 
 import importlib.util
 import uuid

@@ -444,11 +444,11 @@ def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list
 
 def render(scene: Scene, hands: Sequence[str]) -> bytes:
     """Return the scene as the bytes of a JPEG file, each thing drawn by its artist."""
-    canvas = _painted(scene.ground, scene.image_size)
+    painting = _painted(scene.ground, scene.image_size)
     for thing, artist in zip(scene.things, hands, strict=True):
-        _paste(canvas, thing, _drawings(artist)[thing.concept])
+        _paste(painting, thing, _drawings(artist)[thing.concept])
     buffer = io.BytesIO()
-    canvas.save(buffer, "JPEG", quality=QUALITY)
+    painting.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
 
 
@@ -482,8 +482,8 @@ def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(x, (side, side)), np.broadcast_to(x[:, None], (side, side))
 
 
-def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
-    """Draw a thing onto the canvas in place; the rotated drawing may reach beyond its box."""
+def _paste(painting: Image.Image, thing: Thing, drawing: Image.Image) -> None:
+    """Draw a thing onto the painting in place; the rotated drawing may reach beyond its box."""
     left, top, right, bottom = thing.box
     look, side = thing.look, right - left
     if look.mirrored:
@@ -491,7 +491,7 @@ def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
     drawing = drawing.resize((side, side), Image.Resampling.BICUBIC)
     turn, lean, wide = math.radians(look.turn), math.tan(math.radians(look.slant)), math.sqrt(1 + look.stretch)
     cos, sin = math.cos(turn), math.sin(turn)
-    # From the canvas to the drawing, about the middle: undo the rotation, then the slant, then the stretch.
+    # From the painting to the drawing, about the middle: undo the rotation, then the slant, then the stretch.
     a, b, c, d = (cos - lean * sin) / wide, (-sin - lean * cos) / wide, sin * wide, cos * wide
     over = math.ceil(1.3 * side)
     middle, centre = over / 2, side / 2
@@ -502,7 +502,7 @@ def _paste(canvas: Image.Image, thing: Thing, drawing: Image.Image) -> None:
         Image.Resampling.BILINEAR,
     )
     coloured = placed.convert("RGB").convert("RGB", _colour_matrix(look))
-    canvas.paste(coloured, ((left + right - over) // 2, (top + bottom - over) // 2), placed.getchannel("A"))
+    painting.paste(coloured, ((left + right - over) // 2, (top + bottom - over) // 2), placed.getchannel("A"))
 
 
 def _colour_matrix(look: Look) -> tuple[float, ...]:
@@ -557,7 +557,7 @@ def demo_split(directory: str | Path, split: str) -> str:
 
 
 def is_of_demo(data: str) -> bool:
-    """Return True if `data` (as `DataConfig.train`) is the demo, or lies in folders of the demo or its LLaVA half."""
+    """Return True if `data` (as `DataConfig.train`) is the demo or lies in folders of the demo or of its LLaVA part."""
     parts = [(Path(part), *Path(part).parents[:2]) for part in data.split(";")]
     return data == "demo" or all(any(map(_holds_demo, folders)) for folders in parts)
 

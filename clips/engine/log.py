@@ -139,5 +139,5 @@ class RunLog:
         if self.active:
             self.line.close()
             for file in (self.metrics, self.trackers):
-                with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
+                with contextlib.suppress(OSError):  # of a full disk, which `record` has reported
                     file.close()

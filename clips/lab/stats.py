@@ -29,7 +29,7 @@ TWO_SEEDS = 0.01
 Verdict = Literal["win", "tie", "loss", "undecided"]
 FEWEST_SEEDS = 5
 """Seeds of each variant that a verdict needs. With fewer, too often all seeds are on one side of a jump in training."""
-UNLIKE = 2.0
+UNEQUAL = 2.0
 """If one variant's spread over seeds is more than this many times the other's, a verdict assumes it for both."""
 UNDECIDED = "fewer than five seeds, a plan that was not kept, or seeds that differ in when they learn"
 """Why a verdict is neither win, tie nor loss."""
@@ -55,27 +55,27 @@ def verdict(
     """Return the verdict on a − b, by the only rule: from its interval and the metric of each independent seed.
 
     Tie: the interval covers zero. Win or loss: it does not, and the difference also holds for unequal variances
-    (`half_of_unlike`). Otherwise seeds differ in when they learn, and nothing is decided. Adding seeds after seeing
+    (`half_of_unequal`). Otherwise seeds differ in when they learn, and nothing is decided. Adding seeds after seeing
     results biases the verdict. `kept` is True if the planned number of seeds was used.
     """
     if not kept or min(len(ours), len(other)) < FEWEST_SEEDS:
         return "undecided"
     if ci95 is None or not (ci95[0] > 0 or ci95[1] < 0):
         return "tie"
-    least = half_of_unlike(np.var(ours, ddof=1), np.var(other, ddof=1), len(ours), len(other))
+    least = half_of_unequal(np.var(ours, ddof=1), np.var(other, ddof=1), len(ours), len(other))
     if abs(np.mean(ours) - np.mean(other)) <= least:
         return "undecided"
     return "win" if ci95[0] > 0 else "loss"
 
 
-def half_of_unlike(a: Any, b: Any, ours: int, other: int) -> np.ndarray:
+def half_of_unequal(a: Any, b: Any, ours: int, other: int) -> np.ndarray:
     """Return half of Student's interval if all seeds had the larger of the two variances, or 0 if these are equal.
 
     `a`, `b`: variances over seeds of two variants (may be arrays); `ours`, `other`: their numbers of seeds.
     """
     larger = np.maximum(a, b)
     half = stdtrit(ours + other - 2, (1 + LEVEL) / 2) * np.sqrt(larger * (1 / ours + 1 / other))
-    return np.where(larger > UNLIKE**2 * np.minimum(a, b), half, 0.0)
+    return np.where(larger > UNEQUAL**2 * np.minimum(a, b), half, 0.0)
 
 
 def turned(decision: Verdict) -> Verdict:
@@ -255,4 +255,4 @@ def simulated(
     least = least_variance(drawn_luck, seeds)
     halves = half_of_interval(between.var(1, ddof=1) / seeds, shared, least, seeds, clusters)
     ours, other = of_seeds.var(2, ddof=1)
-    return errors, np.maximum(halves, half_of_unlike(ours, other, seeds, seeds))
+    return errors, np.maximum(halves, half_of_unequal(ours, other, seeds, seeds))

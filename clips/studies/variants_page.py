@@ -17,7 +17,7 @@ BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Metrics shown next to the deciding metric, after its value on the artists of the training."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
-BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart", "undecided": "undecided"}
+BETTER: Words = {"win": "better", "loss": "worse", "tie": "no significant difference", "undecided": "undecided"}
 
 
 def called(figure: str) -> str:

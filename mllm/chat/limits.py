@@ -29,7 +29,7 @@ class Limits:
     image_bytes: int = option(10 * 2**20, "bytes of one encoded image")
     image_pixels: int = option(32_000_000, "pixels of one image (at most clips.data.images.MAX_PIXELS)")
     images: int = option(20, "images in one request")
-    squares: int = option(100, "squares that the encoder reads for one request: tiles of images, frames of videos")
+    crops: int = option(100, "image crops that the encoder reads for one request: tiles of images, frames of videos")
     prompt_chars: int = option(100_000, "characters of all texts in one request")
     new_tokens: int = option(1024, "tokens of one answer")
     waiting: int = option(16, "requests that may wait while another one is answered; more are refused")

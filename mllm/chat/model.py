@@ -111,14 +111,14 @@ class ChatModel:
         """Return the number of tokens of each image. Raises UserError for a broken header."""
         return [self.layout.tokens(size_of(image)) for image in images]
 
-    def check_squares(self, images: Sequence[Visual], most: int) -> None:
-        """Raise UserError if the encoder would read more than `most` squares, on which the cost of images depends."""
+    def check_crops(self, images: Sequence[Visual], most: int) -> None:
+        """Raise UserError if the encoder would read more than `most` crops, on which the cost of images depends."""
         if not self.layout.pinpoints:
             return
-        squares = sum(self.layout.squares(size_of(image)) for image in images)
-        if squares > most:
+        crops = sum(self.layout.crops(size_of(image)) for image in images)
+        if crops > most:
             raise UserError(
-                f"these {len(images)} images are split into {squares} crops, more than the limit of {most}: "
+                f"these {len(images)} images are split into {crops} crops, more than the limit of {most}: "
                 "send fewer or smaller images"
             )
 

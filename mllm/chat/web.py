@@ -49,10 +49,10 @@ class Page(gr.Blocks):
         try:
             return await super().process_api(*arguments, **options)
         except Exception as error:
-            raise gr.Error(html.escape(told(error)), title="", print_exception=False) from None
+            raise gr.Error(html.escape(error_message(error)), title="", print_exception=False) from None
 
 
-def told(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """Return the message for the visitor. An error that is not a UserError is written to the log."""
     if isinstance(error, UserError):
         return str(error)
@@ -73,7 +73,7 @@ async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Respo
             check_values(await request.body(), LIMITS)
         return await call_next(request)
     except Exception as error:
-        return JSONResponse({"error": told(error)}, 400)
+        return JSONResponse({"error": error_message(error)}, 400)
 
 
 # ---------------------------------------------------------------------------------------------- the chat
@@ -97,7 +97,7 @@ def answers(
     if len(files) > LIMITS.images:
         raise UserError(f"too many images: a question may have {LIMITS.images}")
     images = [open_visual(Path(path).read_bytes(), path, LIMITS) for path in files]
-    model.check_squares([*session.images, *images], LIMITS.squares)
+    model.check_crops([*session.images, *images], LIMITS.crops)
     sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), LIMITS.new_tokens))
     cancel = threading.Event()
     start = shown_at = time.monotonic()

@@ -102,7 +102,7 @@ def sentence(row: Row) -> str:
     if row["verdict"] == "undecided":
         return f"{a} − {b} is undecided: {difference_text(row)}."
     if row["verdict"] == "tie":
-        return f"{a} and {b} tie: the difference of {points} cannot be told from zero."
+        return f"{a} and {b} tie: the difference of {points} is not significantly different from zero."
     if figure in LIKELIHOODS:
         return f"{a} is {points} {'above' if row['verdict'] == 'win' else 'below'} {b}: {metric_name(row['metric'])}."
     if figure == "cider_d":

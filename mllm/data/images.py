@@ -102,7 +102,7 @@ def broken_image(store: ImageStore, broken: BrokenSample) -> UserError:
 def pixel_loader(
     store: ImageStore, preprocess: Callable[[Any], torch.Tensor], frames: int = 0
 ) -> Callable[[list[str]], torch.Tensor]:
-    """Return a `load_images` that decodes images: names → the squares of all, [N, 3, S, S].
+    """Return a `load_images` that decodes images: names → the crops of all, [N, 3, S, S].
 
     `preprocess` takes an image, or a list of `frames` frames. `load_images` raises UserError for a broken image.
     """

@@ -1,6 +1,6 @@
 """A program that decodes frames of a video for mllm/data/video.py in a separate process.
 
-Videos may come from strangers. A demuxer trusts the numbers in a file when it builds its index, and native decoders may
+Videos may be untrusted. A demuxer trusts the numbers in a file when it builds its index, and native decoders may
 crash. Therefore this process limits its own memory and time, and a crash of it harms nothing else.
 
 Its argument is JSON with the limits and the number of frames, and standard input is the file. It prints one line of

@@ -89,7 +89,7 @@ class VisionEncoder:
 
     @property
     def pinpoints(self) -> list[list[int]]:
-        """(height, width) in pixels of each canvas for tiles. The list is empty if an image is one square."""
+        """(height, width) in pixels of each grid for tiles. The list is empty if an image is one square."""
         return list(getattr(self.image_processor, "image_grid_pinpoints", None) or [])
 
     @property
@@ -140,7 +140,7 @@ class VisionEncoder:
 
     @property
     def most_tiles(self) -> int:
-        """Number of tiles of the largest canvas, or 0 if an image is one square."""
+        """Number of tiles of the largest grid, or 0 if an image is one square."""
         return max((height * width // self.image_size**2 for height, width in self.pinpoints), default=0)
 
     @property

@@ -39,10 +39,10 @@ ARGUMENTS: dict[str, str | None] = {
     "timm": "NAME",
 }
 """Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs, or None if that is optional."""
-CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""LLaVA-NeXT's canvases for tiles, (width, height) in squares."""
-MOST_TILES, MOST_CANVASES = 36, 64
-"""Most tiles in one canvas (LLaVA-OneVision has 36), and most canvases."""
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""LLaVA-NeXT's grids for tiles, (width, height) in tiles."""
+MOST_TILES, MOST_GRIDS = 36, 64
+"""Most tiles in one grid (LLaVA-OneVision has 36), and most grids."""
 
 
 def parse_vision_name(name: str) -> tuple[str, str]:
@@ -64,10 +64,10 @@ def parse_vision_name(name: str) -> tuple[str, str]:
 
 
 def image_pixels(processor: Any, image: Any) -> Tensor:
-    """Return the squares [T, 3, S, S] of one image. A `partial` of this function can be pickled for data workers.
+    """Return the crops [T, 3, S, S] of one image. A `partial` of this function can be pickled for data workers.
 
     T is 1, or with tiles (mllm/model/tiles.py) their number plus one. If `image` is a list, it holds the frames of a
-    video, and each becomes one square, as in transformers' video processor.
+    video, and each becomes one crop, as in transformers' video processor.
     """
     if isinstance(image, list):
         square = [[processor.size["height"], processor.size["width"]]]
@@ -77,26 +77,26 @@ def image_pixels(processor: Any, image: Any) -> Tensor:
 
 
 def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
-    """Parse LLaVA-NeXT's `--image_grid_pinpoints` into transformers' form: (height, width) of each canvas in pixels.
+    """Parse LLaVA-NeXT's `--image_grid_pinpoints` into transformers' form: (height, width) of each grid in pixels.
 
-    `text` is a list of (width, height) in pixels, a range of squares such as "(1x1),...,(2x3)", or None for CANVASES.
-    `side` is the side of a square in pixels. Raises UserError if a canvas does not consist of 1 to MOST_TILES squares.
+    `text` is a list of (width, height) in pixels, a range of tiles such as "(1x1),...,(2x3)", or None for GRIDS.
+    `side` is the side of a tile in pixels. Raises UserError if a grid does not consist of 1 to MOST_TILES tiles.
     """
-    canvases: Sequence[tuple[int, int]] = CANVASES
+    grids: Sequence[tuple[int, int]] = GRIDS
     if text is not None:
-        unit = 1 if "x" in text else side  # a range counts squares, and a list pixels
+        unit = 1 if "x" in text else side  # a range counts tiles, and a list pixels
         numbers = [int(number) for number in re.findall(r"\d+", text)]
         is_whole = len(numbers) % 2 == 0 and not any(number % unit for number in numbers)
-        canvases = list(zip(numbers[::2], numbers[1::2], strict=True)) if is_whole else []
-        canvases = [(width // unit, height // unit) for width, height in canvases]
-        if "x" in text and canvases:
-            (width, height), (last_width, last_height) = canvases[0], canvases[-1]
+        grids = list(zip(numbers[::2], numbers[1::2], strict=True)) if is_whole else []
+        grids = [(width // unit, height // unit) for width, height in grids]
+        if "x" in text and grids:
+            (width, height), (last_width, last_height) = grids[0], grids[-1]
             widths, heights = range(width, last_width + 1), range(height, last_height + 1)
-            canvases = list(itertools.product(widths[:MOST_CANVASES], heights[:MOST_CANVASES]))
-    if not 0 < len(canvases) <= MOST_CANVASES or not all(0 < w * h <= MOST_TILES for w, h in canvases):
-        form = f"[(width, height), …] in multiples of {side} pixels, of at most {MOST_TILES} squares"
+            grids = list(itertools.product(widths[:MOST_GRIDS], heights[:MOST_GRIDS]))
+    if not 0 < len(grids) <= MOST_GRIDS or not all(0 < w * h <= MOST_TILES for w, h in grids):
+        form = f"[(width, height), …] in multiples of {side} pixels, of at most {MOST_TILES} tiles"
         raise UserError(f"--image_grid_pinpoints {text!r} must be {form}, or a range (1x1),...,(2x2)")
-    return [[side * height, side * width] for width, height in canvases]
+    return [[side * height, side * width] for width, height in grids]
 
 
 def load_vision(

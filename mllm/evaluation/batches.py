@@ -107,7 +107,7 @@ def likelihoods(
 
 
 Seen = tuple[Tensor, Size]
-"""The squares [T, 3, S, S] of an image or video, which the encoder reads, and its (height, width), or VIDEO."""
+"""The crops [T, 3, S, S] of an image or video, which the encoder reads, and its (height, width), or VIDEO."""
 
 
 def seen(processor: LlavaProcessors, image: Image.Image | list[Image.Image]) -> Seen:

@@ -77,7 +77,7 @@ def generate_answers(
         with _naming(question):
             for name in question.images:
                 is_sized = layout.pinpoints or is_video(name)
-                tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.square)
+                tokens.append(layout.tokens(store.size(name)) if is_sized and store else layout.tokens_per_crop)
         ids = encoder.prompt(_turns(question), tokens, f"question {question.id}")
         if context is not None and len(ids) >= context:
             raise UserError(f"question {question.id} has {len(ids)} tokens with its images, the context is {context}")

@@ -23,9 +23,9 @@ def embed_inputs(
 ) -> Tensor:
     """Return the word embeddings [B, L, D] of `input_ids` with projected image tokens at the `<image>` positions.
 
-    They equal those of the stock forward. `image_features` [n, N, W] are the encoder's tokens of all squares in order;
-    alternatively `pixel_values` [n, 3, S, S] are the squares. With tiles, `image_sizes` holds (height, width) of each
-    image, or VIDEO for a video, whose frames are its squares. `placeholders` is the number of placeholders in
+    They equal those of the stock forward. `image_features` [n, N, W] are the encoder's tokens of all crops in order;
+    alternatively `pixel_values` [n, 3, S, S] are the crops. With tiles, `image_sizes` holds (height, width) of each
+    image, or VIDEO for a video, whose frames are its crops. `placeholders` is the number of placeholders in
     `input_ids`; without it the host waits for the GPU. For a batch without images pass the same kind of tensor with
     n = 0. A zero image then goes through the same modules with weight zero, because under ZeRO-3 every rank must run
     every module, or the other ranks wait forever.

@@ -191,7 +191,7 @@ def save_model(
             (partial / name).write_bytes(content)
         config: Any = model.config
         layout = Layout.of(config)
-        tokens = f"up to {layout.most}" if layout.pinpoints else layout.square
+        tokens = f"up to {layout.most}" if layout.pinpoints else layout.tokens_per_crop
         name = model_name(str(directory))
         write_card(
             partial,

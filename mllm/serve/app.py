@@ -1,6 +1,6 @@
 """A server with OpenAI's API for one chat model: chat completions, models, health.
 
-It is meant for its owner's programs. For load and for strangers, serve the same directory with vLLM
+It is meant for its owner's programs. For load and for untrusted clients, serve the same directory with vLLM
 (docs/chat-and-serve.md). It opens no addresses and no files, so images come as data URLs. A request passes the checks
 of host and key, is read in full, validated and queued. In its turn its images are decoded and its answer is generated.
 """
@@ -133,7 +133,7 @@ def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threadin
     settings = question.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
     sampling = Sampling(max_new_tokens=tokens, stop=tuple(question.stop), **settings)
     images = [fetch_image(url, limits) for message in question.messages for url in message.urls]
-    chat.check_squares(images, limits.squares)
+    chat.check_crops(images, limits.crops)
     session = ChatSession.from_turns(chat, [message.turn() for message in question.messages], images)
     yield from session.answer(sampling, cancel)
     assert session.last is not None  # the answer has ended

@@ -80,7 +80,7 @@ class TrainFlags:
         "keep only the first N and the last M layers of the language model, such as 8,2; a shorter model stays whole "
         f"(default: all; the demo and --small: {DEMO_LAYERS}, but all with LoRA)",
     )
-    reader: str | None = flag(
+    llm_adapter: str | None = flag(
         None,
         "LoRA adapter merged into the language model before training: default (packaged, for the layers "
         f"{DEMO_LAYERS} of the default model), none, or a folder of PEFT (default: none; the demo and --small: default "
@@ -210,8 +210,8 @@ class TrainFlags:
             if values[name] is None:
                 values[name] = default
 
-        if self.reader is None and values["llm_layers"] != DEMO_LAYERS:
-            values["reader"] = "none"
+        if self.llm_adapter is None and values["llm_layers"] != DEMO_LAYERS:
+            values["llm_adapter"] = "none"
         if self.data_path is None or self.test_data or not holds_captions(self.data_path):
             values["held_out"] = None
         if values["output_dir"] is None:
@@ -225,7 +225,7 @@ class TrainFlags:
         if self.mm_patch_merge_type not in (None, "spatial_unpad" if tiles else "flat"):
             raise UserError("--mm_patch_merge_type: anyres is spatial_unpad, the other --image_aspect_ratio are flat")
         if self.image_grid_pinpoints is not None and not tiles:
-            raise UserError("--image_grid_pinpoints are the canvases of --image_aspect_ratio anyres: give that too")
+            raise UserError("--image_grid_pinpoints are the grids of --image_aspect_ratio anyres: give that too")
         values["mm_patch_merge_type"] = None  # it follows from the aspect
         return StageArguments(**values)
 
@@ -237,7 +237,7 @@ class StageArguments(TrainFlags):
     version: str
     model_max_length: int
     mm_vision_select_layer: int
-    reader: str
+    llm_adapter: str
     mm_projector_type: Literal["mlp2x_gelu", "linear"]
     lora_enable: bool
     lora_r: int

@@ -3,12 +3,12 @@
 A frozen vision tower gives an image the same tokens every time, so epochs, stages, seeds and runs share the features.
 
 Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 if a value would overflow) and
-`<random>.json` with its n keys, one for each square; the squares of an image follow each other. A pair of files counts
+`<random>.json` with its n keys, one for each square; the crops of an image follow each other. A pair of files counts
 once its .json is in place, and never changes. So several processes may write, and a killed process leaves nothing that
 counts.
 float16 keeps 11 bits: cached features differ by at most 2^-11 of their value from computed ones.
 
-Shapes: B squares (an image is one, or with tiles several) · N image tokens · W width of a token.
+Shapes: B crops (an image is one, or with tiles several) · N image tokens · W width of a token.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
 IMAGES_AT_ONCE = 64
-"""Number of squares that the encoder sees in one pass of the feature cache."""
+"""Number of crops that the encoder sees in one pass of the feature cache."""
 FILE_BYTES = 256 * 2**20
 """Size of one cache file."""
 
@@ -85,7 +85,7 @@ class FeatureCache:
                 first += count
 
     def get(self, names: Sequence[str]) -> Tensor:
-        """Return features [B, N, W], fp32, of the squares of cached images. Raises KeyError for other images."""
+        """Return features [B, N, W], fp32, of the crops of cached images. Raises KeyError for other images."""
         entries = [self._rows[self._key(name)] for name in names]
         features = np.empty((sum(count for *_, count in entries), *self.shape), dtype=np.float32)
         filled = 0
@@ -120,9 +120,9 @@ class FeatureCache:
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0
-        squares = max(1 + self.encoder.most_tiles, self.encoder.frames)  # at most; a batch must not grow with them
-        batch_size = max(1, batch_size // squares)
-        bytes_each = 2 * self.shape[0] * self.shape[1] * squares
+        crops = max(1 + self.encoder.most_tiles, self.encoder.frames)  # at most; a batch must not grow with them
+        batch_size = max(1, batch_size // crops)
+        bytes_each = 2 * self.shape[0] * self.shape[1] * crops
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)

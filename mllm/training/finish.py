@@ -75,11 +75,11 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         facts = record["facts"]
         tower = trains["vision_tower"].partition(":")[2]
         llm = trains["model_name_or_path"]
-        reader = trains.get("reader") or ""
+        adapter = trains.get("llm_adapter") or ""
         data = trains["data_path"] or ""
         towers = {} if is_hub_id(tower) else {tower: vision.weights_name, vision.source: vision.weights_name}
         rows["Vision encoder"] = _without(facts["vision encoder"], towers)
-        rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name, reader: Path(reader).name})
+        rows["Language model"] = _without(facts["language model"], {llm: Path(llm).name, adapter: Path(adapter).name})
         rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")

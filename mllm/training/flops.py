@@ -27,7 +27,7 @@ def costs_of(model: Llava, image_size: int) -> dict[str, int]:
     learns = into or _trains(language_model)
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    square = Layout.of(model.config).square * training_flops(projector, sees)
+    square = Layout.of(model.config).tokens_per_crop * training_flops(projector, sees)
     return {
         "images": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
         "positions": training_flops(_blocks(language_model), into),
@@ -68,7 +68,7 @@ def flops_of(batch: Mapping[str, Any], costs: Mapping[str, int], *, packed: bool
 def units_of(batch: Mapping[str, Any], *, packed: bool) -> dict[str, int]:
     """Return the units of work in a batch of `Collator` (mllm/training/task.py).
 
-    Units are squares of images, positions of sequences, pairs of query and key (causal or not), and tokens that are
+    Units are crops of images, positions of sequences, pairs of query and key (causal or not), and tokens that are
     learned. If the batch is `packed` (mllm/model/packing.py), padding costs nothing.
     """
     samples, length = batch["input_ids"].shape

@@ -116,7 +116,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     half = arguments.bf16 and device.type == "cuda" and (zero > 0 or freeze["language_model"] != "full")
     llm = load_llm(
         arguments.model_name_or_path, version=arguments.version, dtype=torch.bfloat16 if half else torch.float32,
-        layers=arguments.llm_layers, reader=arguments.reader, videos=bool(vision.frames),
+        layers=arguments.llm_layers, llm_adapter=arguments.llm_adapter, videos=bool(vision.frames),
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     layout = Layout.of(llava.config)
@@ -241,7 +241,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
     }
-    fields = ("model_name_or_path", "llm_layers", "reader", "mm_projector_type", "mm_vision_select_layer",
+    fields = ("model_name_or_path", "llm_layers", "llm_adapter", "mm_projector_type", "mm_vision_select_layer",
               "mm_vision_select_feature")  # fmt: skip
     parts = {name: getattr(arguments, name) for name in fields}
     parts["vision tower's weights"] = prepared.vision.weights_fingerprint
@@ -354,8 +354,8 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
     for begin in trange(0, len(chosen), START_BATCH, desc="projector's start", unit="batch", disable=None):
         samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
         captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
-        squares = [collator.load_images(sample["images"]) for sample in samples]
-        features = torch.stack([image[0] for image in squares])  # with tiles, of the whole image
+        crops = [collator.load_images(sample["images"]) for sample in samples]
+        features = torch.stack([image[0] for image in crops])  # with tiles, of the whole image
         if not arguments.caches_features:  # then `features` are pixels
             with torch.no_grad():
                 features = encoder.features(features.to(device)).cpu()
@@ -381,7 +381,7 @@ def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
 def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
     """Return the index of the nearest of `PLACES` for each image token [N], and the places' directions [P, D].
 
-    A direction is the mean embedding of the place's words without what all places share, as the reader was taught.
+    A direction is the mean embedding of the place's words without what all places share, as the adapter was taught.
     Return None unless `tokens` is a square grid. `words` [V, D] are the word embeddings.
     """
     side = math.isqrt(tokens)

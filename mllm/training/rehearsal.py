@@ -75,14 +75,14 @@ class Planned:
             raise UserError(f"--language-model {self.language_model!r} is not known; choose one of: {known}")
         if re.fullmatch(r"[1-6]x[1-6]", self.tiles or "1x1") is None:
             raise UserError(f"--tiles {self.tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
-        if self.frames and (self.tiles is None or math.prod(self.canvas) > MOST_TILES_WITH_VIDEO):
+        if self.frames and (self.tiles is None or math.prod(self.grid) > MOST_TILES_WITH_VIDEO):
             raise UserError(
                 f"--frames needs --tiles with at most {MOST_TILES_WITH_VIDEO} tiles, such as 3x3: transformers' "
                 "LlavaOnevision supports no more"
             )
 
     @property
-    def canvas(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
         columns, rows = (self.tiles or "1x1").split("x")
         return int(rows), int(columns)
@@ -91,7 +91,7 @@ class Planned:
     def layout(self) -> Layout:
         """Token layout of the planned model: patches of a square, tile grid, frames."""
         side = self.vision["image_size"]
-        rows, columns = self.canvas
+        rows, columns = self.grid
         pinpoints = ((rows * side, columns * side),) if self.tiles else ()
         return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
 
@@ -101,9 +101,9 @@ class Planned:
         parts: dict[str, Any] = {"vision_config": ViTConfig(**self.vision), "text_config": text}
         parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
         if self.tiles:
-            parts["image_grid_pinpoints"] = [list(canvas) for canvas in self.layout.pinpoints]
+            parts["image_grid_pinpoints"] = [list(grid) for grid in self.layout.pinpoints]
         # num_frames is a field of our own, which the class keeps.
-        parts |= {"num_frames": self.frames} if self.frames else {"image_seq_length": self.layout.square}
+        parts |= {"num_frames": self.frames} if self.frames else {"image_seq_length": self.layout.tokens_per_crop}
         config_class, model_class = stock_classes(tiles=bool(self.tiles), videos=bool(self.frames))
         with torch.device(META):
             model = model_class(config_class(**parts))
@@ -130,7 +130,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
     """
     config, layout, device = training.llava.config, Layout.of(training.llava.config), training.llava.device
     vision: Any = config.vision_config
-    tokens, squares = layout.most, samples * layout.most_squares
+    tokens, crops = layout.most, samples * layout.most_crops
     length = tokens + WORDS[stage]
     ids = torch.randint(3, 90, (samples, length))
     ids[:, 0] = 7
@@ -144,9 +144,9 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
 
     half: dict[str, Any] = {"dtype": training.llava.dtype, "device": device}
     if images and training.features:
-        batch["image_features"] = torch.randn(squares, layout.square, vision.hidden_size, **half)
+        batch["image_features"] = torch.randn(crops, layout.tokens_per_crop, vision.hidden_size, **half)
     elif images:
-        batch["pixel_values"] = torch.randn(squares, 3, vision.image_size, vision.image_size, **half)
+        batch["pixel_values"] = torch.randn(crops, 3, vision.image_size, vision.image_size, **half)
     if layout.pinpoints:
         batch["image_sizes"] = [max(layout.sizes, key=layout.tokens)] * samples
     return batch | {"counts": counts}
@@ -226,7 +226,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
     print(
         f"{layout.most:,} tokens per image{video}; {days:.2f} days, {24 * days * machine.gpus:,.0f} GPU hours\n"
         f"before the first step, beside the weights: {rehearse_features(planned.build()) / 1e9:.2g} GB for the feature "
-        f"cache's encoder and {IMAGES_AT_ONCE} squares at once (twice that in fp32, as on a CPU); with "
+        f"cache's encoder and {IMAGES_AT_ONCE} crops at once (twice that in fp32, as on a CPU); with "
         f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
         f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; the encoder runs in "
         f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "

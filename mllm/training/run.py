@@ -261,7 +261,7 @@ def print_plan(prepared: Prepared, ranks: int) -> None:
             "short sentences in the words of these captions. It mentions what many captions do, and invents the rest. "
             "For more take published encoders and models, --vision hf:… --model_name_or_path …, without --small"
         )
-    if stage.number == 1 and arguments.reader == "none" and "layers" in facts.get("language model", ""):
+    if stage.number == 1 and arguments.llm_adapter == "none" and "layers" in facts.get("language model", ""):
         facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
         f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"

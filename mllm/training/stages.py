@@ -27,15 +27,15 @@ FREEZE: dict[str, dict[str, Training]] = {
 
 
 DEMO_LAYERS = "6,2"
-"""The layers that the reader was taught on (mllm/model/reader). In the few minutes of the demo, a few layers that train
-fully learn more than all layers with adapters."""
+"""The layers that the adapter was taught on (mllm/model/adapter). In the few minutes of the demo, a few layers that
+train fully learn more than all layers with adapters."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "both": {
         "held_out": 0.05,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "model_max_length": 2048,
-        "reader": "none",
+        "llm_adapter": "none",
         "lora_r": 128,
         "lora_alpha": 256,
         "lora_dropout": 0.05,
@@ -82,10 +82,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_aspect_ratio": "square",
         "mm_vision_select_layer": -1,
     },
-    "align, demo, full": {"llm_layers": DEMO_LAYERS, "reader": "default"},
+    "align, demo, full": {"llm_layers": DEMO_LAYERS, "llm_adapter": "default"},
     "instruct, demo, full": {
         "llm_layers": DEMO_LAYERS,
-        "reader": "default",
+        "llm_adapter": "default",
         "lora_enable": False,
         "learning_rate": 5e-4,
         "mm_projector_lr": 3e-4,

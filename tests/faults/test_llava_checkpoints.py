@@ -1,4 +1,4 @@
-"""Rows 2, 4 and 5 of the LLaVA half, and a checkpoint whose seal is right and whose content is not."""
+"""Rows 2, 4 and 5 of the LLaVA package, and a checkpoint whose seal is right and whose content is not."""
 
 import os
 import random

@@ -152,7 +152,7 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_image(
     layout, text, side = Layout.of(llava.config), llava.config.get_text_config(), TOWER["image_size"]
     ids = torch.full((1, layout.most + 40), 7)
     ids[:, 10 : 10 + layout.most] = llava.config.image_token_id
-    squares = torch.empty(layout.most_squares, 3, side, side, device=META)
+    squares = torch.empty(layout.most_crops, 3, side, side, device=META)
     inputs = pixel_inputs([(squares, layout.sizes[0] if tiles else (side, side))], llava)
     ids, cache = ids.to(META), DynamicCache(config=text)
     with Rehearsal(), torch.no_grad():
@@ -167,7 +167,7 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_image(
     assert first.logits.shape == second.logits.shape == (1, 1, text.vocab_size)
     assert cache.get_seq_length() == ids.shape[1] + 1
     length = ids.shape[1]
-    counts = {"images": layout.most_squares, "positions": length, "pairs": length**2, "predicted": 1}
+    counts = {"images": layout.most_crops, "positions": length, "pairs": length**2, "predicted": 1}
     costs = costs_of(llava.requires_grad_(False), side)
     adapters = sum(2 * p.numel() * length for name, p in llava.named_parameters() if ".lora_" in name)
     flops = sum(costs[unit] * count for unit, count in counts.items()) - adapters

@@ -1,4 +1,4 @@
-"""What both halves take from a run directory: differences, the lock, lines cut short; paths and hashes."""
+"""What both packages take from a run directory: differences, the lock, lines cut short; paths and hashes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a training tells: the same loggers in both halves, the live line."""
+"""What a training tells: the same loggers in both packages, the live line."""
 
 import io
 import json

@@ -14,7 +14,7 @@ from clips.lab.stats import (
     detectable,
     difference,
     half_of_interval,
-    half_of_unlike,
+    half_of_unequal,
     independent_runs,
     interval,
     least_variance,
@@ -72,10 +72,10 @@ def jumping(share: float) -> Draw:
     return lambda rng, shape: height * ((rng.random(shape) < share) - share) + STEADY * rng.standard_normal(shape)
 
 
-ALIKE, UNLIKE = (normal(0.05), normal(0.05)), (normal(0.1), normal(0.02))
+ALIKE, UNEQUAL = (normal(0.05), normal(0.05)), (normal(0.1), normal(0.02))
 SHAPES: dict[str, Shape] = {
     "normal, equal variances": ALIKE,
-    "normal, spreads 1 : 5": UNLIKE,
+    "normal, spreads 1 : 5": UNEQUAL,
     "heavy tails (t of 3)": (lambda rng, shape: 0.05 * rng.standard_t(3, shape),) * 2,
     **{f"both jump, {share:.0%} have": (jumping(share),) * 2 for share in (0.2, 0.5, 0.8)},
     **{f"one jumps, {share:.0%} have": (jumping(share), normal(STEADY)) for share in (0.2, 0.5, 0.8)},
@@ -98,7 +98,7 @@ def decided(a: np.ndarray, b: np.ndarray, questions: int) -> tuple[np.ndarray, n
     variance = (a - b).var(1, ddof=1) / seeds
     crossed = between > half_of_interval(variance, 0.0, least_variance(luck, seeds), seeds, questions)
     by_welch = stats.ttest_ind(a, b, axis=1, equal_var=False).pvalue < 0.05
-    unlike = half_of_unlike(a.var(1, ddof=1), b.var(1, ddof=1), seeds, seeds)
+    unlike = half_of_unequal(a.var(1, ddof=1), b.var(1, ddof=1), seeds, seeds)
     clear = (between > unlike) | (seeds < FEWEST_SEEDS)
     return crossed & clear, by_welch & clear
 
@@ -132,7 +132,7 @@ def test_false_findings_and_power_of_the_verdict_are_those_of_the_docs() -> None
         for seeds in (5, 7, 12):
             unseen = 0.0 if share is None else share**seeds + (1 - share) ** seeds
             assert max(rates(shape, seeds)) <= max(7, 100 * unseen + 2)
-    for name, shape, deviation in (("equal variances", ALIKE, 0.05), ("spreads 1 : 5", UNLIKE, 0.0052**0.5)):
+    for name, shape, deviation in (("equal variances", ALIKE, 0.05), ("spreads 1 : 5", UNEQUAL, 0.0052**0.5)):
         for times in (1, 2, 3):
             assert_stated(page, f"{times}, {name}", shape, (5, 8), times * deviation)
 
@@ -156,7 +156,7 @@ def test_verdicts_of_drawn_answers_are_those_of_the_simulation() -> None:
 @pytest.mark.parametrize("images", [40, 347])
 def test_intervals_err_in_5_percent_whatever_makes_the_variance(seeds, images, monkeypatch):
     """100 mixtures of what seeds, images and single answers add; of the intervals alone, also with few seeds."""
-    monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
+    monkeypatch.setattr("clips.lab.stats.half_of_unequal", lambda *_: 0.0)
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
     mixtures = [(r, p, luck) for r in parts for p in parts for luck in (0.0, 1.0) if r + p + luck > 0]
     drawn = [simulated(runs + luck, shared, luck, seeds, images, 20_000) for runs, shared, luck in mixtures]
@@ -210,7 +210,7 @@ def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: floa
 @pytest.mark.parametrize(("seeds", "images"), [(2, 40), (3, 80), (5, 400)])
 def test_what_a_comparison_sees_is_seen_in_four_of_five(seeds, images, monkeypatch):
     """Of the intervals alone; tests/unit/mllm/test_compare_archive.py simulates verdicts."""
-    monkeypatch.setattr("clips.lab.stats.half_of_unlike", lambda *_: 0.0)
+    monkeypatch.setattr("clips.lab.stats.half_of_unequal", lambda *_: 0.0)
     rng, runs, shared, luck = np.random.default_rng(6), 1e-4, 0.5e-4, 1e-4
     seen = detectable(runs + luck, shared, luck, seeds, images)
     wins, tries = 0, 1500

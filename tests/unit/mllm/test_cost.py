@@ -28,7 +28,7 @@ def test_language_models_have_their_published_size(name: str) -> None:
 def test_tiles_and_videos_have_their_squares_and_tokens() -> None:
     layouts = [Planned("smollm2-135m", VISION, tiles, frames).layout for tiles, frames in ((None, 0), ("2x2", 32))]
     assert [layout.most for layout in layouts] == [256, 32 * 8**2 + 1]
-    assert [layout.most_squares for layout in layouts] == [1, 32]
+    assert [layout.most_crops for layout in layouts] == [1, 32]
     for wrong in ((None, 8), ("4x4", 8), ("7x1", 0)):
         with pytest.raises(UserError, match=r"--frames|--tiles"):
             Planned("smollm2-135m", VISION, *wrong)

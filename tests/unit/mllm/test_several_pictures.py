@@ -115,7 +115,7 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
         assert post(address, with_image(shown[0]["image_url"]["url"], 200)).status_code == 400
         assert post(address, CHAT).status_code == 200
     with_tiles = bool(model.layout.pinpoints)
-    with served(model, Limits(squares=5)) as address:
+    with served(model, Limits(crops=5)) as address:
         costly = post(address, CHAT | {"messages": [user(*shown, TEXT)]})
     assert costly.status_code == (400 if with_tiles else 200)
     assert not with_tiles or "2 images are split into 8 crops" in costly.text

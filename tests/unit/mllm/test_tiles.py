@@ -24,7 +24,7 @@ from clips.data.images import MAX_PIXELS, decode_image, decoded_size
 from mllm.chat.model import ChatModel
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
-from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
+from mllm.encoders.registry import GRIDS, grid_pinpoints, image_pixels, load_vision
 from mllm.model.convert import convert_llava
 from mllm.model.tiles import Layout, placeholder_ids
 from mllm.training.features import FeatureCache
@@ -59,14 +59,14 @@ OF_LLAVA_NEXT = facts(
     965x916 2832 4246849805
     """
 )
-"""Squares of 336 px and patches of 14, LLaVA-NeXT's own canvases."""
+"""Squares of 336 px and patches of 14, LLaVA-NeXT's own grids."""
 OF_NINE_CANVASES = facts(
     """
     24x40 44 2761064071  40x24 46 3756050649  36x40 88 1965500994  64x64 88 1965500994  95x97 172 3880882385
     300x20 28 1914854620  20x300 16 2537420579  96x32 76 3277896193  1000x999 172 3880882385  33x64 52 3857740425
     """
 )
-"""Squares of 32 px and patches of 8, canvases "(1x1),...,(3x3)"."""
+"""Squares of 32 px and patches of 8, grids "(1x1),...,(3x3)"."""
 SIZES = [(24, 40), (40, 24), (64, 64), (1, 2000), (2000, 1), (97, 31), (33, 200)]
 
 
@@ -81,8 +81,8 @@ def chat(place: Path) -> ChatModel:
 
 
 def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
-    canvases = tuple((height, width) for height, width in grid_pinpoints(text, side))
-    return Layout((side // patch) ** 2, side, canvases)
+    grids = tuple((height, width) for height, width in grid_pinpoints(text, side))
+    return Layout((side // patch) ** 2, side, grids)
 
 
 def test_tokens_and_order_are_llava_next_s() -> None:
@@ -91,9 +91,9 @@ def test_tokens_and_order_are_llava_next_s() -> None:
             assert layout.tokens(size) == tokens, size
             assert zlib.crc32(layout.order(size).tobytes()) == crc, size
             assert layout.tokens(size) <= layout.most
-            assert layout.squares(size) <= layout.most_squares
+            assert layout.crops(size) <= layout.most_crops
     assert len(OF_LLAVA_NEXT) + len(OF_NINE_CANVASES) >= 40
-    assert (layout_of(336, 14).most, layout_of(336, 14).most_squares) == (2928, 5)
+    assert (layout_of(336, 14).most, layout_of(336, 14).most_crops) == (2928, 5)
 
 
 def test_order_is_that_of_transformers(chat: ChatModel) -> None:
@@ -107,18 +107,18 @@ def test_order_is_that_of_transformers(chat: ChatModel) -> None:
     assert layout == Layout.of(model.config) == layout_of(32, 8)
     for size in sizes:
         assert processor._get_num_multimodal_tokens([size])["num_image_tokens"] == [layout.tokens(size)]
-    cells = torch.randn(sum(map(layout.squares, sizes)), layout.square, len(newline))
-    parts = list(cells.split([layout.squares(size) for size in sizes]))
+    cells = torch.randn(sum(map(layout.crops, sizes)), layout.tokens_per_crop, len(newline))
+    parts = list(cells.split([layout.crops(size) for size in sizes]))
     stock, counts = model.model.pack_image_features(parts, torch.tensor(sizes), "default", newline)
     assert counts.tolist() == [layout.tokens(size) for size in sizes]
     assert torch.equal(layout.arranged(cells, newline, sizes), torch.cat(stock))
-    with pytest.raises(ValueError, match="squares, but images"):
+    with pytest.raises(ValueError, match="crops, but images"):
         layout.arranged(cells[1:], newline, sizes)
 
 
 def test_canvases_are_read_as_llava_s_and_bounded() -> None:
-    """LLaVA names (width, height), transformers (height, width); the order decides between equal canvases."""
-    assert grid_pinpoints(None, 336) == [[336 * h, 336 * w] for w, h in CANVASES]
+    """LLaVA names (width, height), transformers (height, width); the order decides between equal grids."""
+    assert grid_pinpoints(None, 336) == [[336 * h, 336 * w] for w, h in GRIDS]
     assert grid_pinpoints("[(336, 672), [672, 336]]", 336) == [[672, 336], [336, 672]]
     assert grid_pinpoints("(1x2),...,(2x3)", 32) == [[64, 32], [96, 32], [64, 64], [96, 64]]
     for text in ("[(336, 340)]", "(1x1),...,(99999x99999)", "open('x')", "[" * 9999, str([(336, 336)] * 65)):
@@ -134,8 +134,8 @@ def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: P
     assert "32 px, whole and up to 4 tiles, 16 tokens × 32" in siglip.describe()
     layout = layout_of(32, 8)
     for height, width in SIZES:
-        squares = image_pixels(siglip.image_processor, Image.new("RGB", (width, height)))
-        assert squares.shape == (layout.squares((height, width)), 3, 32, 32)
+        crops = image_pixels(siglip.image_processor, Image.new("RGB", (width, height)))
+        assert crops.shape == (layout.crops((height, width)), 3, 32, 32)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -186,7 +186,7 @@ def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Pat
     store = ImageStore(place / "images")
     batch = batch_of(chat, place, pixel_loader(store, partial(image_pixels, chat.processor.image_processor)))
     assert batch["image_sizes"] == [store.size(name) for name in ("0.png", "4.png", "1.png")]
-    assert len(batch["pixel_values"]) == sum(map(chat.layout.squares, batch["image_sizes"]))
+    assert len(batch["pixel_values"]) == sum(map(chat.layout.crops, batch["image_sizes"]))
     loss, actual = gradients(chat.model, batch, features=False, packed=False)
     packed, others = gradients(chat.model, batch, features=False, packed=True)
     assert packed == pytest.approx(loss, rel=1e-5)

@@ -34,7 +34,7 @@ from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.evaluation.evaluate import generate_answers
-from mllm.model.tiles import Layout, placeholder_ids, pooled_cells
+from mllm.model.tiles import Layout, placeholder_ids, pool_tokens
 from mllm.training.features import FeatureCache
 from mllm.training.task import Collator, TrainingModel
 
@@ -183,8 +183,8 @@ def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
     assert isinstance(model.model, LlavaOnevisionForConditionalGeneration)
     layout, inner = model.layout, model.model.model
     assert layout == Layout(16, 32, layout.pinpoints, FRAMES) == Layout.of(model.model.config)
-    cells = torch.randn(2 * FRAMES + layout.squares((30, 80)), 16, 48)
-    assert torch.equal(pooled_cells(cells), inner.apply_pooling(cells))
+    cells = torch.randn(2 * FRAMES + layout.crops((30, 80)), 16, 48)
+    assert torch.equal(pool_tokens(cells), inner.apply_pooling(cells))
     newline, (first, image, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
     [tiles], _ = inner.pack_image_features([image], torch.tensor([[30, 80]]), newline)
     videos = [torch.cat([inner.apply_pooling(frames).flatten(0, 1), newline[None]]) for frames in (first, last)]
@@ -192,7 +192,7 @@ def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
     assert torch.equal(rows, torch.cat([videos[0], tiles, videos[1]]))
     stock = model.processor._get_num_multimodal_tokens(image_sizes=[(30, 80)], video_sizes=[(FRAMES, 28, 40)])
     assert [layout.tokens(VIDEO), layout.tokens((30, 80))] == [*stock["num_video_tokens"], *stock["num_image_tokens"]]
-    assert (layout.most_squares, layout.tokens(VIDEO), str(layout)) == (5, 17, "16 to 88, 17 for a video,")
+    assert (layout.most_crops, layout.tokens(VIDEO), str(layout)) == (5, 17, "16 to 88, 17 for a video,")
 
 
 def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None:
@@ -229,8 +229,8 @@ def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
     ids, pixels = model.encoder, batch["pixel_values"]
     counts = [int((batch["input_ids"] == token).sum()) for token in (ids.video_id, ids.image_id)]
     assert counts == [3 * 17, layout.tokens(store.size("1.png"))]
-    squares = layout.squares(store.size("1.png"))
-    first, second, image, third = pixels.split([FRAMES, FRAMES, squares, FRAMES])
+    crops = layout.crops(store.size("1.png"))
+    first, second, image, third = pixels.split([FRAMES, FRAMES, crops, FRAMES])
     shown = {"pixel_values": image, "image_sizes": torch.tensor([store.size("1.png")])}
     stock = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")} | shown
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_several_images_are_tiles_as_in_a_flat_list_of_the_stock_processor(model
     text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     flat, nested = (model.processor(text=[text], images=images, return_tensors="pt") for images in (photos, [photos]))
     count = [int((inputs["input_ids"] == model.encoder.image_id).sum()) for inputs in (flat, nested)]
-    assert count == [sum(model.image_tokens(photos)), 2 * (model.layout.square + 1)]
+    assert count == [sum(model.image_tokens(photos)), 2 * (model.layout.tokens_per_crop + 1)]
     output = model.model.generate(**flat, max_new_tokens=8, do_sample=False)
     response = model.processor.tokenizer.decode(output[0, flat["input_ids"].shape[1] :], skip_special_tokens=True)
     assert response.strip() == answer

@@ -77,7 +77,7 @@ SHOP = (
     "rose rust sea sets shirt shoe short silver skin smart sock sport sporting spring steel suit summer tablet tie "
     "tight tone track travel trunk vest vintage waist wallet wash watch water wear wedding winter women"
 )
-"""Words of shops. They and their plurals are excluded too, so that the reader can be measured on a shop."""
+"""Words of shops. They and their plurals are excluded too, so that the adapter can be measured on a shop."""
 
 Sample = tuple[list[demo.QuestionAnswer], Tensor]
 """A conversation, and the embeddings [GRID², D] that replace its image tokens."""
@@ -198,7 +198,7 @@ class Imagination:
         return "two words" if " " in name else "one token" if len(self.tokens(name)) == 1 else "several tokens"
 
 
-class Reader:
+class Learner:
     """The language model during training. The linear weights of its layers are trained, and all others are frozen."""
 
     def __init__(self, llm: LanguageModel) -> None:
@@ -250,11 +250,11 @@ class Reader:
         return right
 
 
-def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
+def teach(learner: Learner, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
     """Train up to `--samples`, and resume from the last checkpoint if there is one."""
     steps, done, path = flags.samples // BATCH, 0, flags.output / "checkpoint.pt"
-    known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
-    optimizer = torch.optim.AdamW(reader.weights.values(), weight_decay=0.0, fused=True)
+    known, unknown = (Imagination(learner.llm, held_out=held_out, words=words) for held_out in (False, True))
+    optimizer = torch.optim.AdamW(learner.weights.values(), weight_decay=0.0, fused=True)
     settings = {"layers": flags.layers, "samples": flags.samples, "seed": flags.seed}
     if path.is_file():
         saved = read_torch(path)
@@ -262,66 +262,66 @@ def teach(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) 
             raise UserError(f"{path} has the settings {saved['settings']}, not {settings}: choose another --output")
         done = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
-        for name, weight in reader.weights.items():
+        for name, weight in learner.weights.items():
             weight.data.copy_(saved["weights"][name])
     losses = []
     for step in range(done, steps):
         rngs = [random.Random(f"{flags.seed}/{step}/{number}") for number in range(BATCH)]
         shares = [before_after[step * BATCH >= MATCHED] for before_after in KINDS.values()]
         kinds = [rng.choices([*KINDS], shares)[0] for rng in rngs]
-        logits, tokens, _ = reader.predict([known.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
+        logits, tokens, _ = learner.predict([known.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
         loss = F.cross_entropy(logits, tokens)
         loss.backward()
-        nn.utils.clip_grad_norm_(reader.weights.values(), 1.0)
+        nn.utils.clip_grad_norm_(learner.weights.values(), 1.0)
         optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (FALLING * steps))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) * BATCH % EVERY == 0 or step + 1 == steps:
-            right = reader.right(unknown, flags.questions)
+            right = learner.right(unknown, flags.questions)
             print(f"{(step + 1) * BATCH:,} samples  loss {sum(losses) / len(losses):.3f}  {right}", flush=True)
             losses = []
             state = {"settings": settings, "step": step + 1, "optimizer": optimizer.state_dict()}
             with placing(path) as file:
                 torch.save(
-                    state | {"weights": {name: weight.detach() for name, weight in reader.weights.items()}}, file
+                    state | {"weights": {name: weight.detach() for name, weight in learner.weights.items()}}, file
                 )
 
 
 @torch.no_grad()
-def second_moments(reader: Reader, imagination: Imagination, batches: int = 25) -> dict[str, Tensor]:
+def second_moments(learner: Learner, imagination: Imagination, batches: int = 25) -> dict[str, Tensor]:
     """Return the mean outer product [in, in] of the inputs of each weight, float64, scaled to a mean diagonal of 1."""
-    sums: dict[str, Any] = dict.fromkeys(reader.weights, 0)
+    sums: dict[str, Any] = dict.fromkeys(learner.weights, 0)
 
     def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].float().flatten(0, -2)
         sums[name] = sums[name] + (rows.T @ rows).double()
 
-    hooks = [reader.model.get_submodule(n).register_forward_pre_hook(functools.partial(add, n)) for n in sums]
+    hooks = [learner.model.get_submodule(n).register_forward_pre_hook(functools.partial(add, n)) for n in sums]
     for batch in range(batches):
         rngs = [random.Random(f"moments/{batch}/{number}") for number in range(BATCH)]
         kinds = [rng.choices([*KINDS], [after for _, after in KINDS.values()])[0] for rng in rngs]
-        reader.predict([imagination.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
+        learner.predict([imagination.sample(*pair) for pair in zip(kinds, rngs, strict=True)])
     for hook in hooks:
         hook.remove()
     return {name: total / total.diagonal().mean() for name, total in sums.items()}
 
 
 @torch.no_grad()
-def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Write the adapter and facts about it to `--output`/adapter. The reader's weights become those with the adapter.
+def save(learner: Learner, flags: argparse.Namespace, words: Sequence[str] = ()) -> None:
+    """Write the adapter and facts about it to `--output`/adapter. The learner's weights become those with the adapter.
 
     The SVD is of the change times the root of the second moments of its inputs, because truncating it then changes the
     outputs least. The factors are float8, which costs less accuracy than halving the rank.
     """
-    known, unknown = (Imagination(reader.llm, held_out=held_out, words=words) for held_out in (False, True))
-    before = reader.right(unknown, flags.questions)
-    rank = min(flags.rank, (LARGEST - HEADER) // sum(sum(weight.shape) for weight in reader.weights.values()))
+    known, unknown = (Imagination(learner.llm, held_out=held_out, words=words) for held_out in (False, True))
+    before = learner.right(unknown, flags.questions)
+    rank = min(flags.rank, (LARGEST - HEADER) // sum(sum(weight.shape) for weight in learner.weights.values()))
     factors = {}
-    for name, moments in second_moments(reader, known).items():
+    for name, moments in second_moments(learner, known).items():
         values, vectors = torch.linalg.eigh(moments + 3e-3 * torch.eye(len(moments)))
         roots = values.clamp_min(3e-3).sqrt()
-        change = (reader.weights[name] - reader.start[name]).double()
+        change = (learner.weights[name] - learner.start[name]).double()
         u, s, v = torch.linalg.svd(change @ (vectors * roots) @ vectors.T, full_matrices=False)
         b, a = u * s.sqrt(), s.sqrt()[:, None] * v @ (vectors / roots) @ vectors.T
         balance = (a.norm() / b.norm()).sqrt()
@@ -330,10 +330,10 @@ def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -
     scale = 2.0 ** math.floor(math.log2(400 / max(factor.abs().max().item() for factor in factors.values())))
     for name, factor in factors.items():  # float8 has a range of 2^-9 to 448
         factors[name] = (factor * scale).to(torch.float8_e4m3fn)
-    for name, weight in reader.weights.items():
+    for name, weight in learner.weights.items():
         a, b = (factors[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
-        weight.copy_(reader.start[name] + b @ a / scale**2)
-    kinds = sorted({name.rpartition(".")[2] for name in reader.weights})
+        weight.copy_(learner.start[name] + b @ a / scale**2)
+    kinds = sorted({name.rpartition(".")[2] for name in learner.weights})
     config = LoraConfig(r=rank, target_modules=kinds, task_type="CAUSAL_LM", inference_mode=True)
     config.lora_alpha = rank / scale**2  # type: ignore[assignment]
     config.base_model_name_or_path = DEFAULT_LLM
@@ -342,15 +342,15 @@ def save(reader: Reader, flags: argparse.Namespace, words: Sequence[str] = ()) -
         file = folder / "adapter_model.safetensors"
         write_weights(factors, file)
         facts: dict[str, Any] = {"layers": flags.layers, "seed": flags.seed, "samples": flags.samples, "rank": rank}
-        facts |= {"language_model": reader.llm.source, "bytes": file.stat().st_size, "sha256": sha256(file)}
-        facts |= {"questions": flags.questions, "right": reader.right(unknown, flags.questions), "right_whole": before}
-        write_json(folder / "reader.json", facts)
+        facts |= {"language_model": learner.llm.source, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        facts |= {"questions": flags.questions, "right": learner.right(unknown, flags.questions), "right_whole": before}
+        write_json(folder / "taught.json", facts)
     print(f"{flags.output}/adapter: {facts}")
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--output", type=Path, default=Path("runs/reader"), help="folder for checkpoint and adapter")
+    p.add_argument("--output", type=Path, default=Path("runs/adapter"), help="folder for checkpoint and adapter")
     p.add_argument("--layers", default="6,2", help="numbers of first and last layers that are kept")
     p.add_argument("--samples", type=int, default=32_000, help="imagined conversations to train on")
     p.add_argument("--seed", type=int, default=0, help="seed of the conversations")
@@ -362,9 +362,9 @@ def parser() -> Parser:
 def main() -> None:
     flags = parser().parse_args()
     flags.output.mkdir(parents=True, exist_ok=True)
-    reader = Reader(load_llm(layers=flags.layers))
-    teach(reader, flags)
-    save(reader, flags)
+    learner = Learner(load_llm(layers=flags.layers))
+    teach(learner, flags)
+    save(learner, flags)
 
 
 if __name__ == "__main__":

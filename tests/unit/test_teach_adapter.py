@@ -1,4 +1,4 @@
-"""The reader: a language model is taught on imagined scenes, and its adapter becomes a part of a stock model."""
+"""The learner: a language model is taught on imagined scenes, and its adapter becomes a part of a stock model."""
 
 import itertools
 import random
@@ -22,10 +22,10 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.tensors import read_weights, write_weights
 from mllm.model import llm
-from mllm.model.llm import READER, LanguageModel, load_llm
+from mllm.model.llm import ADAPTER, LanguageModel, load_llm
 from mllm.training.stages import DEMO_LAYERS
-from tools import teach_reader
-from tools.teach_reader import GRID, KINDS, PLACES_OF_CELLS, Imagination, Reader, Sample
+from tools import teach_adapter
+from tools.teach_adapter import GRID, KINDS, PLACES_OF_CELLS, Imagination, Learner, Sample
 
 WORDS = ("image", "cat", "dogs", "red")
 
@@ -33,54 +33,54 @@ WORDS = ("image", "cat", "dogs", "red")
 @pytest.fixture(scope="module")
 def llm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
-    return write_llm(tmp_path_factory.mktemp("reader") / "llm", num_hidden_layers=3, **options)
+    return write_llm(tmp_path_factory.mktemp("learner") / "llm", num_hidden_layers=3, **options)
 
 
-def cut_model(path: Path, reader: Path | str = "none") -> LanguageModel:
-    return load_llm(str(path), layers="1,1", reader=str(reader))
+def cut_model(path: Path, adapter: Path | str = "none") -> LanguageModel:
+    return load_llm(str(path), layers="1,1", llm_adapter=str(adapter))
 
 
-def loss(reader: Reader, samples: Sequence[Sample]) -> Tensor:
-    logits, tokens, _ = reader.predict(samples)
+def loss(learner: Learner, samples: Sequence[Sample]) -> Tensor:
+    logits, tokens, _ = learner.predict(samples)
     return cross_entropy(logits, tokens)
 
 
 @pytest.mark.slow
 def test_a_taught_adapter_is_merged_into_a_model_that_stock_libraries_open(llm_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(teach_reader, "WARMUP", 2)
-    monkeypatch.setattr(teach_reader, "EVERY", 160)
+    monkeypatch.setattr(teach_adapter, "WARMUP", 2)
+    monkeypatch.setattr(teach_adapter, "EVERY", 160)
     flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=160, seed=0, rank=32, questions=2)
-    reader, rng = Reader(cut_model(llm_path)), random.Random(1)
-    imagination = Imagination(reader.llm, held_out=False, words=WORDS)
+    learner, rng = Learner(cut_model(llm_path)), random.Random(1)
+    imagination = Imagination(learner.llm, held_out=False, words=WORDS)
     samples = [imagination.sample("is_value", rng) for _ in range(8)]
-    before = loss(reader, samples)
-    teach_reader.teach(reader, flags, WORDS)
-    assert loss(reader, samples) < before - 1
-    taught = loss(reader, samples)
-    teach_reader.save(reader, flags, WORDS)
+    before = loss(learner, samples)
+    teach_adapter.teach(learner, flags, WORDS)
+    assert loss(learner, samples) < before - 1
+    taught = loss(learner, samples)
+    teach_adapter.save(learner, flags, WORDS)
     adapter = tmp_path / "adapter"
-    facts = read_json(adapter / "reader.json")
+    facts = read_json(adapter / "taught.json")
     assert facts["sha256"] == sha256(adapter / "adapter_model.safetensors")
     assert facts["rank"] == 32
 
     merged = cut_model(llm_path, adapter)
-    assert merged.source.endswith(f"(--reader {adapter})")
+    assert merged.source.endswith(f"(--llm_adapter {adapter})")
     merged.model.save_pretrained(tmp_path / "merged")
     ids = torch.tensor([[5, 6, 7, 8]])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     by_peft = PeftModel.from_pretrained(cut_model(llm_path).model, str(adapter))
     for model in (stock, by_peft):
         torch.testing.assert_close(model(ids).logits, merged.model(ids).logits)
-    for name, weight in reader.weights.items():
+    for name, weight in learner.weights.items():
         torch.testing.assert_close(merged.model.get_parameter(f"{name}.weight"), weight)
-    assert loss(reader, samples) < taught + 0.3 * (before - taught), "half of the rank keeps most"
+    assert loss(learner, samples) < taught + 0.3 * (before - taught), "half of the rank keeps most"
     with pytest.raises(UserError, match=r"not of these layers.*layers\.2"):
-        load_llm(str(llm_path), reader=str(adapter))
+        load_llm(str(llm_path), llm_adapter=str(adapter))
 
 
 @pytest.fixture
 def adapter(llm_path: Path, tmp_path: Path) -> Path:
-    """A random adapter of rank 2 for the two layers of `cut_model`, as PEFT and tools/teach_reader.py write one."""
+    """A random adapter of rank 2 for the two layers of `cut_model`, as PEFT and tools/teach_adapter.py write one."""
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     wrapped = get_peft_model(cut_model(llm_path).model, config)
     for name, weight in wrapped.named_parameters():
@@ -88,7 +88,7 @@ def adapter(llm_path: Path, tmp_path: Path) -> Path:
             torch.nn.init.normal_(weight)
     wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
     facts = {"layers": "1,1", "sha256": sha256(tmp_path / "adapter_model.safetensors")}
-    write_json(tmp_path / "reader.json", facts)
+    write_json(tmp_path / "taught.json", facts)
     return tmp_path
 
 
@@ -136,7 +136,7 @@ def test_factors_are_finite_floats(llm_path: Path, adapter: Path, kind: Any) -> 
     write_weights(factors, file)
     with pytest.raises(UserError, match=r"SHA-256|of type"):
         cut_model(llm_path, adapter)
-    (adapter / "reader.json").unlink()
+    (adapter / "taught.json").unlink()
     with pytest.raises(UserError, match=r"NaN or infinite|of type"):
         cut_model(llm_path, adapter)
 
@@ -144,17 +144,17 @@ def test_factors_are_finite_floats(llm_path: Path, adapter: Path, kind: Any) -> 
 def test_an_adapter_is_merged_only_into_the_layers_it_was_taught_to(llm_path: Path, adapter: Path) -> None:
     for layers in ("2,0", "0,2"):  # of the same shapes
         with pytest.raises(UserError, match="taught to --llm_layers 1,1: use these"):
-            load_llm(str(llm_path), layers=layers, reader=str(adapter))
+            load_llm(str(llm_path), layers=layers, llm_adapter=str(adapter))
 
 
 def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teach_reader, "EVERY", 32)
+    monkeypatch.setattr(teach_adapter, "EVERY", 32)
     flags = SimpleNamespace(output=tmp_path, layers="1,1", samples=64, seed=0, rank=8, questions=1)
-    whole = Reader(cut_model(llm_path))
-    teach_reader.teach(whole, flags, WORDS)
+    whole = Learner(cut_model(llm_path))
+    teach_adapter.teach(whole, flags, WORDS)
     (tmp_path / "checkpoint.pt").unlink()
 
-    class Interrupted(Reader):
+    class Interrupted(Learner):
         calls = itertools.count()
 
         def predict(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,23 +163,23 @@ def test_teaching_goes_on_from_its_checkpoint(llm_path: Path, tmp_path: Path, mo
             return super().predict(samples)
 
     with pytest.raises(InterruptedError):
-        teach_reader.teach(Interrupted(cut_model(llm_path)), flags, WORDS)
-    again = Reader(cut_model(llm_path))
-    teach_reader.teach(again, flags, WORDS)
+        teach_adapter.teach(Interrupted(cut_model(llm_path)), flags, WORDS)
+    again = Learner(cut_model(llm_path))
+    teach_adapter.teach(again, flags, WORDS)
     for name, weight in whole.weights.items():
         assert torch.equal(weight, again.weights[name]), name
     flags.seed = 1
     with pytest.raises(UserError, match="another --output"):
-        teach_reader.teach(again, flags, WORDS)
+        teach_adapter.teach(again, flags, WORDS)
 
 
 def test_the_packaged_reader_is_the_one_that_its_page_describes() -> None:
-    facts, file = read_json(READER / "reader.json"), READER / "adapter_model.safetensors"
+    facts, file = read_json(ADAPTER / "taught.json"), ADAPTER / "adapter_model.safetensors"
     assert file.stat().st_size <= 8_000_000
     assert facts["sha256"] == sha256(file)
-    assert facts["sha256"] in (READER / "README.md").read_text()
+    assert facts["sha256"] in (ADAPTER / "README.md").read_text()
     assert facts["layers"] == DEMO_LAYERS
-    read, plain = (load_llm(layers=DEMO_LAYERS, reader=reader) for reader in ("default", "none"))
+    read, plain = (load_llm(layers=DEMO_LAYERS, llm_adapter=adapter) for adapter in ("default", "none"))
     changed = [
         name
         for name, weight in plain.model.named_parameters()
