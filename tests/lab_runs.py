@@ -34,10 +34,10 @@ def write_run(directory: Path, run: PretrainingRun, evaluation: Mapping[str, Any
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
 
-def with_figures(directory: Path, run: PretrainingRun, figures: Mapping[str, float]) -> None:
-    """The same with `figures` in percent, after 48,000 samples at 400 samples a second."""
+def with_metrics(directory: Path, run: PretrainingRun, metrics: Mapping[str, float]) -> None:
+    """The same with `metrics` in percent, after 48,000 samples at 400 samples a second."""
     line = {"kind": "train", "samples": 48_000, "samples_per_s": 400.0}
-    write_run(directory, run, {"figures": {name: {"value": value} for name, value in figures.items()}}, [line])
+    write_run(directory, run, {"metrics": {name: {"value": value} for name, value in metrics.items()}}, [line])
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, name: str, *words: str | Path) -> int:

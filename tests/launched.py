@@ -179,7 +179,7 @@ def endless(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
 
 
 def trace(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Every logged figure that does not depend on the machine."""
+    """Every logged metric that does not depend on the machine."""
     return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines(run_dir) if line["kind"] == kind]
 
 
@@ -221,9 +221,9 @@ def assert_finished(run_dir: Path) -> None:
         assert any((run_dir / "export" / name).glob("*.safetensors")), name
     assert "<img" in (run_dir / "report/index.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())
-    values = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+    values = json.loads((run_dir / "evaluation.json").read_text())["metrics"]
     assert values
-    assert all(0 <= figure["value"] <= 100 for figure in values.values())
+    assert all(0 <= metric["value"] <= 100 for metric in values.values())
 
 
 def assert_said(done: Done, code: int, *words: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.files import sha256, write_json
+from mllm.compare.analysis import REPORT, collect, keep_encoders
 from mllm.compare.commands import fix_plan, train_arguments
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell, stored_questions
-from mllm.compare.figures import REPORT, collect, keep_encoders
-from mllm.evaluation.report import figures_of
+from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
@@ -109,7 +109,7 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
         (cell.directory / f"{name}.json").write_text(json.dumps(content))
     rng = np.random.default_rng([comparison.names.index(cell.encoder), cell.seed])
     cell.evaluation.mkdir()
-    sets, figures = {}, {}
+    sets, metrics = {}, {}
     for name, path in stored_questions(comparison.output).items():
         questions = comparison.asked(path)
         texts = [q.answer or "an image" if rng.random() < skill else "<b>no" for q in questions]
@@ -119,8 +119,8 @@ def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
             line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
-        figures |= figures_of(name, score(questions, texts), lines)
-    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets, "figures": figures})
+        metrics |= metrics_of(name, score(questions, texts), lines)
+    write_json(cell.metrics, {"scorer": scorer_version(), "sets": sets, "metrics": metrics})
 
 
 def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], command: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw a figure for the docs: `answers` of models on the held-out artist's images, `results` of a comparison, `curve`.
+"""Draw an image for the docs: `answers` of models on the held-out artist's images, `results` of a comparison, `curve`.
 
 `curve` shows loss and validation retrieval of a pretraining run.
 
@@ -48,10 +48,10 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
     plot = Plot(figsize=(8, 3.6), dpi=150, layout="constrained")
     axes = plain_axes(plot, grid="y")
     bar = 0.8 / len(encoders)
-    for i, (name, figures) in enumerate(encoders.items()):
+    for i, (name, measured) in enumerate(encoders.items()):
         centres = [number + bar * (i - (len(encoders) - 1) / 2) for number in range(len(metrics))]
-        means = [100 * figures[metric]["mean"] for metric in metrics]
-        spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
+        means = [100 * measured[metric]["mean"] for metric in metrics]
+        spreads = [100 * (measured[metric]["sd"] or 0.0) for metric in metrics]
         axes.bar(centres, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
         axes.errorbar(centres, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
@@ -100,7 +100,7 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("answers", "results", "curve"), help="the figure to draw")
+    p.add_argument("what", choices=("answers", "results", "curve"), help="what to draw")
     p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json for `results`")
     p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`")
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="run for `curve`")

@@ -69,7 +69,7 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
         content = {key: value for key, value in report.items() if key not in LONG}
         content["differences"] = [_short(row) for row in report["differences"]]
         content["encoders"] = {
-            name: encoder | {"metrics": {metric: _short(figure) for metric, figure in encoder["metrics"].items()}}
+            name: encoder | {"metrics": {metric: _short(entry) for metric, entry in encoder["metrics"].items()}}
             for name, encoder in report["encoders"].items()
         }
         if source.is_file():
@@ -78,8 +78,8 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     return target
 
 
-def _short(figure: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in figure.items() if key in SHORT}
+def _short(metric: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metric.items() if key in SHORT}
 
 
 def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
@@ -104,7 +104,7 @@ def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
 def _filled(block: re.Match[str], page: Path, root: Path) -> str:
     head, default, text, _, end = block.groups()
 
-    def figure(place: re.Match[str]) -> str:
+    def metric(place: re.Match[str]) -> str:
         who, name, other = place.groups()
         file = root / "docs" / "results" / f"{other or default}.json"
         content = read_json(file)
@@ -118,7 +118,7 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         pairs = (pair.partition(" = ") for pair in line[2].split("; "))
         return "".join(re.sub(r"\bIT\b", value, line[1].replace("NAME", name)) + "\n" for name, _, value in pairs)
 
-    return head + PLACE.sub(figure, ROWS.sub(each_row, text)) + end
+    return head + PLACE.sub(metric, ROWS.sub(each_row, text)) + end
 
 
 def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:
@@ -135,13 +135,13 @@ def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) 
     is_rank = name.endswith("_rank")
     name = name.removesuffix("_rank") + "_nearness" if is_rank else name
     if not other:
-        values = [run["figures"][name] for run in content["variants"][first]["runs"]]
+        values = [run["metrics"][name] for run in content["variants"][first]["runs"]]
         return f"{exp(-fmean(values) / 100):.0f}" if is_rank else show_mean(values).replace("-", "−")
     contrasts = [contrast for question in content["questions"].values() for contrast in question.get("contrasts", ())]
     contrast = next(entry for entry in contrasts if (entry["a"], entry["b"]) == (first, other))
     if name == "verdict":
         return VERDICTS[contrast[name]]
-    row = contrast.get("figures", {contrast["metric"]: contrast})[name]
+    row = contrast.get("metrics", {contrast["metric"]: contrast})[name]
     if is_rank:
         ratio, high, low = (exp(-value / 100) for value in (row["mean"], *row["ci95"]))
         return f"× {ratio:.2f} [{low:.2f}, {high:.2f}]"

@@ -41,7 +41,7 @@ def write_report(
     """Write report/index.html of a run atomically, and return its path.
 
     Args:
-        evaluations: contents of evaluation*.json or figures.json: `figures` (name → value, chance, items), `test_set`
+        evaluations: contents of evaluation*.json or results.json: `metrics` (name → value, chance, items), `test_set`
             (the set whose metrics have plain names) and perhaps `missing`.
         cards: images with what the model says about them.
         facts: a description of the run in words.
@@ -52,9 +52,9 @@ def write_report(
         facts += f" · weights of step {weights['step']:,}, SHA-256 {str(weights['sha256'])[:12]}"
     tables, notes = [], [UNITS]
     for evaluation in evaluations:
-        tables.append(Table(*metric_rows(evaluation["figures"], evaluation["test_set"])))
+        tables.append(Table(*metric_rows(evaluation["metrics"], evaluation["test_set"])))
         notes.append(evaluation.get("missing", ""))
-        if UNSEEN in by_test_set(evaluation["figures"], ""):
+        if UNSEEN in by_test_set(evaluation["metrics"], ""):
             notes.append(f"“{UNSEEN}” is the test by a held-out artist, and it decides.")
     config = json.dumps(read_json(run_dir / "config.json"), indent=2, ensure_ascii=False)
     sections = [
@@ -85,36 +85,36 @@ def curves(run_dir: Path) -> list[Panel]:
     ]
 
 
-def metric_rows(figures: Mapping[str, Mapping[str, Any]], first: str) -> tuple[list[str], list[list[str]]]:
+def metric_rows(measured: Mapping[str, Mapping[str, Any]], first: str) -> tuple[list[str], list[list[str]]]:
     """Return head and rows of a table: each metric on every test set, with chance and items of the first one.
 
     `first` is the name of the test set whose metrics have plain names.
     """
-    sets = by_test_set(figures, first)
+    sets = by_test_set(measured, first)
     rows = []
     for name in dict.fromkeys(name for metrics in sets.values() for name in metrics):
         by_set = [metrics.get(name) for metrics in sets.values()]
-        one = next(figure for figure in by_set if figure is not None)
+        one = next(metric for metric in by_set if metric is not None)
         values = [
-            "" if figure is None else _shown(figure) + " (at chance)" * at_chance(name, figure) for figure in by_set
+            "" if metric is None else _shown(metric) + " (at chance)" * at_chance(name, metric) for metric in by_set
         ]
         rows.append([pretty(name), *values, _shown(one, "chance"), f"{one['items']:,}"])
     return ["metric", *sets, "chance", "items"], rows
 
 
-def at_chance(name: str, figure: Mapping[str, Any]) -> bool:
+def at_chance(name: str, metric: Mapping[str, Any]) -> bool:
     """Return True if a metric in percent does not differ from chance: by its 95 % interval, else by its `items`."""
-    value, chance = figure.get("value"), figure.get("chance")
+    value, chance = metric.get("value"), metric.get("chance")
     if value is None or chance is None:
         return False
-    if "low" in figure:
-        return bool(figure["low"] <= chance <= figure["high"])
-    width = 1.96 * math.sqrt(max(0, chance * (100 - chance)) / max(1, figure["items"]))
+    if "low" in metric:
+        return bool(metric["low"] <= chance <= metric["high"])
+    width = 1.96 * math.sqrt(max(0, chance * (100 - chance)) / max(1, metric["items"]))
     return re.search(r"_(r|top)\d", name) is not None and abs(value - chance) <= width
 
 
-def _shown(figure: Mapping[str, Any], field: str = "value") -> str:
+def _shown(metric: Mapping[str, Any], field: str = "value") -> str:
     """Return a number in words, with its 95 % interval if there is one; empty if it is unknown."""
-    value = figure.get(field)
-    interval = f" [{figure['low']:.1f}, {figure['high']:.1f}]" if field == "value" and "low" in figure else ""
+    value = metric.get(field)
+    interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if field == "value" and "low" in metric else ""
     return "" if value is None else f"{value:.1f}{interval}" if value >= 10 else f"{value:.2f}{interval}"

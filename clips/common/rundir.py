@@ -142,22 +142,22 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     return {name: evaluation for name, evaluation in evaluations.items() if _is_of(evaluation, chosen)}
 
 
-def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
+def by_test_set(metrics: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
     """Group metrics by test set; names without a slash belong to the set `first`.
 
     >>> by_test_set({"r1": 4.3, "flickr/r1": 2.5}, "test")
     {'test': {'r1': 4.3}, 'flickr': {'r1': 2.5}}
     """
     sets: dict[str, dict[str, T]] = {}
-    for name, figure in figures.items():
+    for name, metric in metrics.items():
         test_set, _, plain = name.rpartition("/")
-        sets.setdefault(test_set or first, {})[plain] = figure
+        sets.setdefault(test_set or first, {})[plain] = metric
     return sets
 
 
-def deciding_name(figure: str, figures: Iterable[str]) -> str:
-    """Return a metric's name on the test set that decides, if it is among `figures`, else its plain name."""
-    return f"{UNSEEN}/{figure}" if f"{UNSEEN}/{figure}" in figures else figure
+def deciding_name(metric: str, metrics: Iterable[str]) -> str:
+    """Return a metric's name on the test set that decides, if it is among `metrics`, else its plain name."""
+    return f"{UNSEEN}/{metric}" if f"{UNSEEN}/{metric}" in metrics else metric
 
 
 def has_report(run_dir: Path) -> bool:

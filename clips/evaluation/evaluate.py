@@ -25,8 +25,8 @@ from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
-from clips.evaluation.figures import figures_table, missing_of, write_figures
-from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
+from clips.evaluation.metrics import Metric, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
+from clips.evaluation.results import metrics_table, missing_of, write_metrics
 from clips.evaluation.testsets import (
     PROTOCOLS,
     Classes,
@@ -55,14 +55,14 @@ def measure(
     *,
     batch_size: int,
     sharded: bool = False,
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Return all metrics that `images` allow: `PROTOCOL_i2t_r1` …, `zero_shot_top1` … and `caption_token_top1`.
 
     If only some images have a label, these are used for classification and the others for retrieval (the demo).
     Without `classes` the labels are the classes, in open_clip's general templates.
     If `sharded` (collective), the ranks share the texts and only rank 0 returns metrics.
     """
-    figures: dict[str, Figure] = {}
+    metrics: dict[str, Metric] = {}
     here = not sharded or dist.get_rank() == 0
     scale = float(model.logit_scale.detach().exp().clamp(max=MAX_LOGIT_SCALE))
     for protocol in PROTOCOLS:
@@ -73,16 +73,16 @@ def measure(
         owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
         measured = retrieval_metrics(images.features[rows], features, owners, texts, scale) if here else {}
-        figures |= {f"{protocol}_{name}": figure for name, figure in measured.items()}
+        metrics |= {f"{protocol}_{name}": metric for name, metric in measured.items()}
     labelled = labelled_rows(images)
     if labelled and (classes := classes or classes_of(labelled.values())):
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(list(labelled.values()))
         measured = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
-        figures |= {f"zero_shot_{name}": figure for name, figure in measured.items()}
+        metrics |= {f"zero_shot_{name}": metric for name, metric in measured.items()}
     if here and images.caption_tokens is not None:
-        figures["caption_token_top1"] = token_accuracy(*images.caption_tokens)
-    return figures
+        metrics["caption_token_top1"] = token_accuracy(*images.caption_tokens)
+    return metrics
 
 
 def labelled_rows(images: ImageSet) -> dict[int, str]:
@@ -132,7 +132,7 @@ def evaluate(
     out: Path | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     sharded: bool = False,
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Measure `model` on a split of its run's data (names as in `measure`); "test" means all its test sets.
 
     Metrics of the first test set have plain names, those of another set are called NAME/METRIC. During training at
@@ -144,7 +144,7 @@ def evaluate(
     `full`), the ranks share the work and only rank 0 returns metrics.
     """
     names = held_out_sets(run.data) if split == "test" else [split]
-    figures, skipped, _ = _measure_sets(
+    metrics, skipped, _ = _measure_sets(
         model, tokenizer, {name: open_test_set(run.data, name) for name in names}, split,
         probe_train=(lambda: open_test_set(run.data, "train")[0]) if full else None, probe_limit=PROBE_SAMPLES,
         captioned=full, sharded=sharded, limit=None if full else run.eval.max_images,
@@ -152,11 +152,11 @@ def evaluate(
     )  # fmt: skip
     if out is not None:
         missing = missing_of(run.data, split)
-        write_figures(
-            out, figures, model, skipped,
+        write_metrics(
+            out, metrics, model, skipped,
             test_set=split, checkpoint=checkpoint, image_size=image_size, missing=missing,
         )  # fmt: skip
-    return figures
+    return metrics
 
 
 def _measure_sets(
@@ -171,13 +171,13 @@ def _measure_sets(
     sharded: bool = False,
     limit: int | None,
     **options: Any,
-) -> tuple[dict[str, Figure], list[str], int]:
+) -> tuple[dict[str, Metric], list[str], int]:
     """Return the metrics of all sets, those of `first` under plain names, why images were skipped, and their number.
 
     Each image is read and encoded only once. If a set has labels, a linear probe is fitted on the labelled images of
     `probe_train`.
     """
-    figures: dict[str, Figure] = {}
+    metrics: dict[str, Metric] = {}
     skipped: list[str] = []
     count = 0
     probe = None
@@ -189,13 +189,13 @@ def _measure_sets(
             probe = probe or probe_images(encode_images(model, probe_train(), limit=probe_limit, **options))
             probed = probe(images)
             measured |= {"linear_probe_top1": probed} if probed else {}
-        figures |= measured if name == first else {f"{name}/{figure}": value for figure, value in measured.items()}
+        metrics |= measured if name == first else {f"{name}/{metric}": value for metric, value in measured.items()}
         skipped += images.skipped
         count += len(images.indices)
-    return figures, skipped, count
+    return metrics, skipped, count
 
 
-def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
+def probe_images(train: ImageSet) -> Callable[[ImageSet], Metric | None]:
     """Fit a linear probe to the labelled images of a set, and return a function that measures it on other sets.
 
     The function returns None if `train` has fewer than two classes, or if the other set has none of its labels.
@@ -205,7 +205,7 @@ def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
     classes = [number[label] for label in fit.values()]
     probe = linear_probe(train.pooled[list(fit)], classes) if len(number) > 1 else None
 
-    def measured(test: ImageSet) -> Figure | None:
+    def measured(test: ImageSet) -> Metric | None:
         check = {row: label for row, label in labelled_rows(test).items() if label in number}
         if probe is None or not check:
             return None
@@ -232,14 +232,14 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
     fields = parse_fields(flags.fields, run.data.fields)
-    figures, skipped, count = _measure_sets(
+    metrics, skipped, count = _measure_sets(
         model, loaded.tokenizer, sets, first,
         probe_train=(lambda: _open(flags.probe_train, fields, flags.image_root)) if flags.probe_train else None,
         limit=flags.limit, image_size=size, batch_size=batch_size, workers=run.data.workers,
     )  # fmt: skip
-    if not figures:
+    if not metrics:
         raise UserError("nothing to measure: the test set has neither captions nor labels; name its --fields")
-    if flags.probe_train is not None and not any(figure.endswith("linear_probe_top1") for figure in figures):
+    if flags.probe_train is not None and not any(metric.endswith("linear_probe_top1") for metric in metrics):
         raise UserError(
             f"--probe-train {flags.probe_train} has none of the labels of the test images: use the same class names"
         )
@@ -249,12 +249,12 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     if trained := sum(count_trained_on(run.data, items) for items, _ in sets.values()):
         total = sum(len(items) for items, _ in sets.values())
         missing = f"{name}: the model was trained on {trained:,} of these {total:,} images."
-    write_figures(
-        out, figures, model, skipped,
+    write_metrics(
+        out, metrics, model, skipped,
         test_set=name, checkpoint=loaded.checkpoint, image_size=size, missing=missing, limit=flags.limit,
         trained_on=trained,
     )  # fmt: skip
-    print_table(figures_table(figures, f"{loaded.home} on {name}", first, missing))
+    print_table(metrics_table(metrics, f"{loaded.home} on {name}", first, missing))
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 

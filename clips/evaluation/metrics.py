@@ -23,7 +23,7 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One metric, in percent; log ranks and losses are in nats, and lower is better."""
 
     value: float
@@ -78,9 +78,9 @@ def _hits(ranks: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
     return values, chances
 
 
-def _figures(names: Sequence[str], values: Tensor, chances: Tensor) -> dict[str, Figure]:
+def _metrics(names: Sequence[str], values: Tensor, chances: Tensor) -> dict[str, Metric]:
     return {
-        name: Figure(round(100 * value.mean().item(), 4), round(100 * chance.mean().item(), 4), values.shape[1])
+        name: Metric(round(100 * value.mean().item(), 4), round(100 * chance.mean().item(), 4), values.shape[1])
         for name, value, chance in zip(names, values, chances, strict=True)
     }
 
@@ -93,7 +93,7 @@ def retrieval_metrics(
     texts: Sequence[str],
     logit_scale: float | None = None,
     chunk: int = 512,
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Return recall at 1, 5 and 10 both ways, `i2t_r1` … `t2i_r10`, and the mean logarithm of the rank of the best
     right answer, `i2t_log_rank` and `t2i_log_rank`. Features [I, E] and [T, E] are L2-normalised.
 
@@ -113,19 +113,19 @@ def retrieval_metrics(
     owner = np.asarray(text_to_image)
     string_of = np.unique(np.asarray(texts, dtype=object), return_inverse=True)[1]
     image_features, text_features = image_features.float(), text_features.float()
-    figures = _recall(image_features, text_features, owner, string_of, chunk)
+    metrics = _recall(image_features, text_features, owner, string_of, chunk)
     if len(set(zip(owner, string_of, strict=True))) > len(set(string_of)):
         strict = _recall(image_features, text_features, owner, np.arange(T), chunk)
-        figures |= {f"{name}_strict": figure for name, figure in strict.items()}
+        metrics |= {f"{name}_strict": metric for name, metric in strict.items()}
     if logit_scale is not None:
         first = np.unique(owner, return_index=True)[1]
-        figures["contrastive_loss"] = _contrastive_loss(image_features, text_features[first], logit_scale, chunk)
-    return figures
+        metrics["contrastive_loss"] = _contrastive_loss(image_features, text_features[first], logit_scale, chunk)
+    return metrics
 
 
 def _recall(
     image_features: Tensor, text_features: Tensor, owner: np.ndarray, caption_of: np.ndarray, chunk: int
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Recall both ways, text t being of image `owner[t]` [T]; texts with one `caption_of` [T] are the same caption."""
     from scipy.sparse import csr_array
 
@@ -141,37 +141,37 @@ def _recall(
         rows = slice(start, start + chunk)
         positive = torch.from_numpy(owned_by[caption_of[rows]].toarray()).to(device)
         t2i.append(_ranks(text_features[rows] @ image_features.T, positive))
-    figures: dict[str, Figure] = {}
+    metrics: dict[str, Metric] = {}
     for way, parts in (("i2t", i2t), ("t2i", t2i)):
         ranks = torch.cat(parts, dim=2)
-        figures |= _figures([f"{way}_r{k}" for k in RECALL_AT], *_hits(ranks, RECALL_AT))
+        metrics |= _metrics([f"{way}_r{k}" for k in RECALL_AT], *_hits(ranks, RECALL_AT))
         value, chance = (round(expected_log_rank(*counts).mean().item(), 4) for counts in ranks)
-        figures[f"{way}_log_rank"] = Figure(value, chance, ranks.shape[2])
-    return figures
+        metrics[f"{way}_log_rank"] = Metric(value, chance, ranks.shape[2])
+    return metrics
 
 
-def _contrastive_loss(image: Tensor, text: Tensor, logit_scale: float, chunk: int) -> Figure:
+def _contrastive_loss(image: Tensor, text: Tensor, logit_scale: float, chunk: int) -> Metric:
     total = 0.0
     for truth in torch.arange(len(image), device=image.device).split(chunk):
         for queries, candidates in ((image, text), (text, image)):
             total += F.cross_entropy(logit_scale * queries[truth] @ candidates.T, truth, reduction="sum").item()
-    return Figure(round(total / (2 * len(image)), 4), round(math.log(len(image)), 4), len(image))
+    return Metric(round(total / (2 * len(image)), 4), round(math.log(len(image)), 4), len(image))
 
 
-def choosing_figure(figures: Mapping[str, float]) -> float | None:
+def choosing_metric(metrics: Mapping[str, float]) -> float | None:
     """Return the metric that chooses a checkpoint, larger is better: the sum of R@1, R@5 and R@10 both ways (rsum).
 
     It is measured on the image's own sentences if the set has them; without retrieval it is the zero-shot accuracy.
     """
     for protocol in ("sentence", "part", "web"):
-        recalls = [figures.get(f"{protocol}_{way}_r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
+        recalls = [metrics.get(f"{protocol}_{way}_r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
         present = [recall for recall in recalls if recall is not None]
         if present:
             return sum(present)
-    return figures.get("zero_shot_top1")
+    return metrics.get("zero_shot_top1")
 
 
-def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: Sequence[int]) -> dict[str, Figure]:
+def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: Sequence[int]) -> dict[str, Metric]:
     """Return the accuracy of the nearest class. `labels` are class indices; all features are L2-normalised.
 
     `top1`, `top5`: a class is the normalised mean of its prompts (the usual ensemble). `single_prompt_top1/5`: the
@@ -184,17 +184,17 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     ensemble = _hits(_ranks(image_features.float() @ classes.T, right), ks)
     single = [_hits(_ranks(image_features.float() @ prompt_features[:, p].float().T, right), ks) for p in range(P)]
     hits, chances = (torch.stack([of_prompt[i] for of_prompt in single]).mean(dim=0) for i in (0, 1))
-    alone = _figures(["single_prompt_top1", "single_prompt_top5"], hits, chances)
-    return _figures(["top1", "top5"], *ensemble) | alone
+    alone = _metrics(["single_prompt_top1", "single_prompt_top5"], hits, chances)
+    return _metrics(["top1", "top5"], *ensemble) | alone
 
 
-def token_accuracy(predicted: Tensor, truth: Tensor) -> Figure:
+def token_accuracy(predicted: Tensor, truth: Tensor) -> Metric:
     """Return the share of tokens [N] that are predicted right; chance is always predicting the most common token."""
     value, chance = (predicted == truth).double().mean().item(), truth.bincount().max().item() / len(truth)
-    return Figure(round(100 * value, 4), round(100 * chance, 4), len(truth))
+    return Metric(round(100 * value, 4), round(100 * chance, 4), len(truth))
 
 
-def linear_probe(train: Tensor, train_labels: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Figure]:
+def linear_probe(train: Tensor, train_labels: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Metric]:
     """Fit a logistic regression to frozen, standardised features [N, D]; return a function for its accuracy."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -204,9 +204,9 @@ def linear_probe(train: Tensor, train_labels: Sequence[int]) -> Callable[[Tensor
     probe.fit(train.float().cpu().numpy(), train_labels)
     commonest = np.bincount(train_labels).argmax()
 
-    def accuracy(test: Tensor, test_labels: Sequence[int]) -> Figure:
+    def accuracy(test: Tensor, test_labels: Sequence[int]) -> Metric:
         value = probe.score(test.float().cpu().numpy(), test_labels)
         chance = float(np.mean(np.asarray(test_labels) == commonest))
-        return Figure(round(100 * value, 4), round(100 * chance, 4), len(test_labels))
+        return Metric(round(100 * value, 4), round(100 * chance, 4), len(test_labels))
 
     return accuracy

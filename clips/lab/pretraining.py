@@ -88,19 +88,19 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int) -> dict[Pretr
     return {run: output / run.name for run in runs}
 
 
-def test_figures(run: Path) -> dict[str, dict[str, Any]]:
+def test_metrics(run: Path) -> dict[str, dict[str, Any]]:
     """Return the metrics of a run's own test."""
-    return read_json(run / "evaluation.json").get("figures", {})
+    return read_json(run / "evaluation.json").get("metrics", {})
 
 
-def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:
+def measured_metrics(run: Path, names: Sequence[str]) -> dict[str, float]:
     """Return the test metrics `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
 
     Metrics of further test sets are called SET/METRIC. The set that decides (`UNSEEN`) comes first.
     """
-    figures, steps = test_figures(run), read_metrics(run, "train")
+    metrics, steps = test_metrics(run), read_metrics(run, "train")
     # The fastest stretch counts, because whatever else the machine does only slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
-    further = [name for name in figures if "/" in name and name.rpartition("/")[2] in names]
+    further = [name for name in metrics if "/" in name and name.rpartition("/")[2] in names]
     further.sort(key=lambda name: not name.startswith(f"{UNSEEN}/"))
-    return {name: figures[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}
+    return {name: metrics[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}

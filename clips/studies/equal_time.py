@@ -15,7 +15,7 @@ from typing import Any
 from clips.common.live import say
 from clips.common.page import Page
 from clips.common.rundir import read_metrics
-from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
+from clips.lab.pretraining import PretrainingRun, measured_metrics, train, with_rates
 from clips.lab.run import Runner
 from clips.studies.variants import DECIDING, SECONDS, Question, Study, Variant
 from clips.studies.variants_page import page
@@ -48,7 +48,9 @@ def compare(
     say(f"kept learning-rate multipliers: {best}")
     equal = equal_time_study(best, seeds, samples, samples).runs
     directories = train([*equal["clips"], *equal["clip"]], output, jobs)
-    clips, clip = (min(read_figures(directories[r], ())[SECONDS] for r in equal[name]) for name in ("clips", "clip"))
+    clips, clip = (
+        min(measured_metrics(directories[r], ())[SECONDS] for r in equal[name]) for name in ("clips", "clip")
+    )
     longer = int(samples * clips / clip)
     study = replace(equal_time_study(best, seeds, samples, longer), decides=decides)
     return study.carry_out(output, jobs, equal_time_page, more={"multipliers": best, "equal_time_samples": longer})

@@ -26,7 +26,7 @@ from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
 from clips.lab.grid import Cell
-from clips.lab.pretraining import PretrainingRun, read_figures, test_figures
+from clips.lab.pretraining import PretrainingRun, measured_metrics, test_metrics
 from clips.lab.report import write_report
 from clips.lab.run import Runner
 from clips.lab.stats import Verdict, difference, show_difference, verdict
@@ -37,7 +37,7 @@ test set `unseen`, as on the demo, its metric decides (`clips.common.rundir.deci
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 MEANS |= {f"{protocol}_nearness": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS}
 """Means of both directions: R@1 of a protocol, and −100 times its mean log rank, so a point is 1 % of a rank."""
-FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
+METRICS = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 SECONDS = "train_seconds"
 """The only one of a run's metrics that is not measured on the test split."""
 Rows = Mapping[str, Sequence[Mapping[str, float]]]
@@ -94,7 +94,7 @@ class Study:
     """The runs of each variant by its name, one for each seed."""
     questions: Mapping[str, Question]
     decides: str = DECIDING
-    """The metric that decides, one of MEANS or FIGURES."""
+    """The metric that decides, one of MEANS or METRICS."""
 
     def everything(self) -> list[PretrainingRun]:
         """Return the runs of all variants."""
@@ -157,14 +157,14 @@ class Study:
         looks = {f"{seeds} seeds{f' from {first}' if first else ''} by {self.decides}"}
         looks.update(written.get("looks", ["an older result"] if written else []))
         variants = {name: self._record(name, output, names) for name in self.runs}
-        rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
+        rows = {name: [run["metrics"] for run in variant["runs"]] for name, variant in variants.items()}
         return {
             "study": self.name,
             "command": shlex.join(["python", *sys.argv]),
             "samples": runs[0].config().samples,
             "seeds": seeds,
             "looks": sorted(looks),
-            "deciding_figure": decides(list(next(iter(rows.values()))[0]), self.decides),
+            "deciding_metric": decides(list(next(iter(rows.values()))[0]), self.decides),
             "environment": environment(output / runs[0].name),
             "questions": {
                 key: judge(question, rows, self.decides, kept=len(looks) == 1)
@@ -173,14 +173,14 @@ class Study:
             "variants": variants,
         }
 
-    def _record(self, name: str, output: Path, figures: Sequence[str]) -> dict[str, Any]:
+    def _record(self, name: str, output: Path, metrics: Sequence[str]) -> dict[str, Any]:
         """Return a variant with its runs: configuration, command and metrics (percent)."""
         runs = [
             {
                 "name": run.name,
                 "seed": run.seed,
                 "command": shlex.join(["python", *run.command(output)]),
-                "figures": run_figures(output / run.name, figures),
+                "metrics": run_metrics(output / run.name, metrics),
                 "config": RunConfig.load(output / run.name / "config.json").to_dict(),
             }
             for run in self.runs[name]
@@ -207,33 +207,33 @@ def check_settings(runs: Sequence[PretrainingRun]) -> None:
 # ------------------------------------------------------------------------------------------- metrics and verdicts
 def measured(runs: Sequence[Path]) -> list[str]:
     """Return the metrics that the test set of every run gave. Raises UserError if there are none."""
-    measurements = [test_figures(run) for run in runs]
-    names = [name for name in FIGURES if all(name in figures for figures in measurements)]
+    measurements = [test_metrics(run) for run in runs]
+    names = [name for name in METRICS if all(name in metrics for metrics in measurements)]
     if not names:
         raise UserError("data.test gives no metric: samples need `captions` (a list) or a `label` in their JSON")
     return names
 
 
-def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
+def run_metrics(run: Path, names: Sequence[str] = METRICS) -> dict[str, float]:
     """Return a run's metrics, the means of both directions, and its training seconds."""
-    figures = read_figures(run, names)
+    metrics = measured_metrics(run, names)
     # Rounded, so that floating-point residue does not pass for a spread over seeds.
     means = {
         f"{test_set}/{name}" if test_set else name: round(
             mean(values[way] for way in both) * (-100 if name.endswith("_nearness") else 1), 6
         )
-        for test_set, values in by_test_set(figures, "").items()
+        for test_set, values in by_test_set(metrics, "").items()
         for name, both in MEANS.items()
         if set(both) <= set(values)
     }
-    return figures | means
+    return metrics | means
 
 
-def decides(figures: Sequence[str], requested: str = DECIDING) -> str:
+def decides(metrics: Sequence[str], requested: str = DECIDING) -> str:
     """Return the metric that decides, on held-out artists if any; without `DECIDING` the first that was measured."""
-    if requested not in (DECIDING, *figures):
-        raise UserError(f"--decides {requested}: the runs give {', '.join(figures)}")
-    return deciding_name(next(name for name in (requested, *MEANS, *FIGURES) if name in figures), figures)
+    if requested not in (DECIDING, *metrics):
+        raise UserError(f"--decides {requested}: the runs give {', '.join(metrics)}")
+    return deciding_name(next(name for name in (requested, *MEANS, *METRICS) if name in metrics), metrics)
 
 
 def judge(question: Question, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
@@ -244,15 +244,15 @@ def judge(question: Question, rows: Rows, requested: str = DECIDING, *, kept: bo
 
 def compared(a: str, b: str, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """Return a − b: the deciding metric's difference with interval and verdict, and the difference in every metric."""
-    figures = [name for name in rows[a][0] if name != SECONDS]
-    deciding = decides(figures, requested)
-    differences = {figure: difference(rows[a], rows[b], figure) for figure in figures}
+    metrics = [name for name in rows[a][0] if name != SECONDS]
+    deciding = decides(metrics, requested)
+    differences = {metric: difference(rows[a], rows[b], metric) for metric in metrics}
     by_seed = [[row[deciding] for row in rows[name]] for name in (a, b)]
     return {
         **{"a": a, "b": b, "metric": deciding, **differences[deciding]},
         "verdict": verdict(differences[deciding]["ci95"], *by_seed, kept=kept),
         "seeds": len(rows[a]),
-        "figures": differences,
+        "metrics": differences,
     }
 
 

@@ -12,7 +12,7 @@ from clips.lab.report import verdict_class as css_class
 from clips.lab.stats import UNDECIDED, Verdict, show_difference, show_mean
 from clips.studies.variants import SECONDS
 
-FIGURES = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
+METRICS = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Metrics shown next to the deciding metric, after its value on the artists of the training."""
 Words = Mapping[Verdict, str]
@@ -20,9 +20,9 @@ Words = Mapping[Verdict, str]
 BETTER: Words = {"win": "better", "loss": "worse", "tie": "no significant difference", "undecided": "undecided"}
 
 
-def called(figure: str) -> str:
+def called(metric: str) -> str:
     """Return a metric in words, with its test set if that is not the first."""
-    test_set, _, name = figure.rpartition("/")
+    test_set, _, name = metric.rpartition("/")
     return pretty(name) + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
@@ -35,7 +35,7 @@ def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: W
     ]
     count = sum(len(q["contrasts"]) for q in questions.values())
     decides = (
-        f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
+        f"Fixed before anything was trained: the difference in {called(result['deciding_metric'])}, in percentage "
         f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
         f"“{words['tie']}”: it covers 0, and nothing is shown. “Undecided”: {UNDECIDED} (docs/statistics.md). "
         f"Results were written of {' and of '.join(result['looks'])}. Intervals are Welch's over seeds. "
@@ -66,12 +66,12 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
     compared = {name: variants[name] for name in question["variants"]}
     pairs = {f"{compared[c['a']]['label']} − {compared[c['b']]['label']}": c for c in contrasts}
     metric = contrasts[0]["metric"]
-    figures = contrasts[0]["figures"]
-    decide = [deciding_name(name, figures) for name in ("sentence_r1", *BESIDE)]
+    metrics = contrasts[0]["metrics"]
+    decide = [deciding_name(name, metrics) for name in ("sentence_r1", *BESIDE)]
     candidates = dict.fromkeys([decide[0], "sentence_r1", *decide])
-    beside = [name for name in candidates if name in figures and name != metric]
+    beside = [name for name in candidates if name in metrics and name != metric]
     rows = [
-        (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["figures"][name]) for name in beside))
+        (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["metrics"][name]) for name in beside))
         for pair, c in pairs.items()
     ]
     head = ("comparison", called(metric), "verdict", *map(called, beside))
@@ -87,15 +87,15 @@ def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Wor
 
 def means(variants: Mapping[str, Any]) -> Table:
     """Return a table with a row for each metric that the variants have and a column for each variant."""
-    measured = next(iter(variants.values()))["runs"][0]["figures"]
-    named = [*FIGURES, *(f"{protocol}_{way}_r1" for protocol in ("sentence", "long") for way in ("i2t", "t2i"))]
+    measured = next(iter(variants.values()))["runs"][0]["metrics"]
+    named = [*METRICS, *(f"{protocol}_{way}_r1" for protocol in ("sentence", "long") for way in ("i2t", "t2i"))]
     # The set that decides is first, then the first set, whose metrics have plain names, then further sets.
     sets = sorted({name.rpartition("/")[0] for name in measured}, key=lambda name: (name != UNSEEN, name))
-    figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
-    figures[SECONDS] = "seconds of training, at the run's fastest rate"
+    metrics = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
+    metrics[SECONDS] = "seconds of training, at the run's fastest rate"
     rows = [
-        (words, *(show_mean([run["figures"][name] for run in variant["runs"]]) for variant in variants.values()))
-        for name, words in figures.items()
+        (words, *(show_mean([run["metrics"][name] for run in variant["runs"]]) for variant in variants.values()))
+        for name, words in metrics.items()
         if name in measured
     ]
     return Table(("", *(variant["label"] for variant in variants.values())), rows, css_class({}))

@@ -16,7 +16,7 @@ from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine import checkpoint
 from clips.evaluation.evaluate import evaluate, nearest_texts
-from clips.evaluation.figures import figures_table, missing_of
+from clips.evaluation.results import metrics_table, missing_of
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel
 from clips.weights.card import DRAWINGS
@@ -43,8 +43,8 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     split = next((name for name in held_out if split_spec(run.data, name)), None)
     if split is not None:
         out = run_dir / "evaluation.json"
-        figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=out, checkpoint=weights)
-        say(figures_table(figures, f"{split} split", first=split, missing=missing_of(run.data, split)))
+        metrics = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=out, checkpoint=weights)
+        say(metrics_table(metrics, f"{split} split", first=split, missing=missing_of(run.data, split)))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,

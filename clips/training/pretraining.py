@@ -32,7 +32,7 @@ from clips.engine.engine import Batch, Engine, Reduced, read_ds_config
 from clips.engine.log import RunLog
 from clips.engine.loop import Trainer, keys_of_all_ranks, train
 from clips.evaluation.evaluate import evaluate
-from clips.evaluation.metrics import choosing_figure
+from clips.evaluation.metrics import choosing_metric
 from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
 from clips.training.flops import flops_of
@@ -316,8 +316,8 @@ class CLIPSTrainer(Trainer):
         measured = evaluate(
             model, self.tokenizer, self.run, split="val", full=False, image_size=self.phase.image_size, sharded=True
         )
-        metrics = {name: figure.value for name, figure in measured.items()}
-        choosing = choosing_figure(metrics) if self.run.train.choose == "best" else None
+        metrics = {name: metric.value for name, metric in measured.items()}
+        choosing = choosing_metric(metrics) if self.run.train.choose == "best" else None
         if choosing is not None:
             metrics["choosing"] = round(choosing, 3)
         log.record("eval", {

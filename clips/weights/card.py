@@ -71,19 +71,19 @@ def write_cards(
 ) -> None:
     """Write a README.md for each format below `directory`.
 
-    `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
+    `name` is the model's name. `evaluations` are the contents of `clips.evaluation.results.write_metrics`; those of
     other weights, of another resolution, of only part of a set or of training images are not shown. `checkpoint` is
     that of the weights (`clips.common.rundir.weights_of`), None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size
     results = [
-        result(test_set, name, pretty(name), round(figure["value"], 1), chance=figure["chance"], items=figure["items"])
+        result(test_set, name, pretty(name), round(metric["value"], 1), chance=metric["chance"], items=metric["items"])
         for evaluation in evaluations
         if (evaluation["weights"], evaluation["image_size"], evaluation["limit"]) == (weights, size, None)
         if not evaluation.get("trained_on")
-        for test_set, figures in by_test_set(evaluation["figures"], evaluation["test_set"]).items()
-        for name, figure in figures.items()
+        for test_set, metrics in by_test_set(evaluation["metrics"], evaluation["test_set"]).items()
+        for name, metric in metrics.items()
         if name.endswith(("_r1", "_top1"))
     ]
     note = DRAWINGS if run.data.train == "demo" and run.recipe != "imported" else ""

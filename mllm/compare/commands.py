@@ -16,6 +16,7 @@ from clips.common.paths import SCRIPTS
 from clips.common.rundir import deciding_name, difference, refuse
 from clips.common.runtime import choose_device
 from clips.lab.grid import RECORD, Cell, Step, fix
+from mllm.compare.analysis import benchmark_folder, benchmark_results
 from mllm.compare.comparison import (
     COLUMNS,
     FORMAT,
@@ -32,7 +33,6 @@ from mllm.compare.comparison import (
     kinds_of,
     of_deciding_column,
 )  # fmt: skip
-from mllm.compare.figures import benchmark_folder, benchmark_results
 from mllm.data.captions import count_records
 from mllm.data.questions import read_questions
 from mllm.evaluation.scores import scorer_version
@@ -102,14 +102,14 @@ def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
         command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
         command += ["--limit", str(limit)] if limit else []
         command += ["--likelihood"] * ("likelihood" in comparison.evaluation_settings())
-        steps.append(Step("evaluation", tuple(command), cell.figures.is_file))
+        steps.append(Step("evaluation", tuple(command), cell.metrics.is_file))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
     record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
-        figures = read_json(cell.figures).get("figures", {})  # missing in cells of earlier versions
-        overall = figures.get(deciding_name("overall", figures))
+        metrics = read_json(cell.metrics).get("metrics", {})  # missing in cells of earlier versions
+        overall = metrics.get(deciding_name("overall", metrics))
         return f", {overall['value']:.1f}% right" if overall else ""
 
     check = partial(check_cell, comparison, cell)

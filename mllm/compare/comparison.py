@@ -140,9 +140,9 @@ class EncoderCell:
         return self.directory / "evaluation"
 
     @property
-    def figures(self) -> Path:
+    def metrics(self) -> Path:
         """File with the metrics of the answers."""
-        return self.evaluation / "figures.json"
+        return self.evaluation / "results.json"
 
     def read(self, name: str) -> dict[str, Any]:
         """Return a JSON file of the run, or {} if it is missing."""
@@ -403,8 +403,8 @@ def deciding(decides: str | None, questions: Iterable[Question]) -> str | None:
     questions = list(questions)
     kinds = list(kinds_of(questions))
     suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]
-    figures = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
-    figures += ["cider_d"] * any(question.references for question in questions)
-    if decides is not None and decides not in figures:
-        raise UserError(f"--decides {decides}: these questions give {', '.join(figures) or 'no metric'}")
-    return decides or next(iter(figures), None)
+    metrics = [f"{name}{suffix}" for name in ("accuracy", *LIKELIHOODS) for suffix in suffixes]
+    metrics += ["cider_d"] * any(question.references for question in questions)
+    if decides is not None and decides not in metrics:
+        raise UserError(f"--decides {decides}: these questions give {', '.join(metrics) or 'no metric'}")
+    return decides or next(iter(metrics), None)

@@ -20,9 +20,9 @@ from clips import (
 )
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
+from mllm.compare.analysis import PROBE
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, EncoderCell
-from mllm.compare.figures import PROBE
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
@@ -44,14 +44,14 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
         train = _labelled("train", PROBE_SAMPLES)
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
     for cell in tqdm(comparison.cells, desc="linear probes", unit="encoder", disable=None if on_demo else True):
-        figures: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         for name, evaluation in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
             if name == "evaluation":
-                figures |= evaluation["figures"]
+                metrics |= evaluation["metrics"]
             else:
                 other = {"test_set": evaluation["test_set"]}
-                figures |= {
-                    f"{evaluation['test_set']}: {figure}": f | other for figure, f in evaluation["figures"].items()
+                metrics |= {
+                    f"{evaluation['test_set']}: {metric}": f | other for metric, f in evaluation["metrics"].items()
                 }
         if on_demo:
             path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
@@ -60,11 +60,11 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
                 probed = probe_images(_image_set(encoder, train, device))
                 by_test = {name: probed(_image_set(encoder, samples, device)) for name, samples in tests.items()}
-                probes = {name: asdict(figure) for name, figure in by_test.items() if figure}
+                probes = {name: asdict(metric) for name, metric in by_test.items() if metric}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, probes)
-            figures |= {name: probes[name] for name in tests}
-        measured[cell] = figures
+            metrics |= {name: probes[name] for name in tests}
+        measured[cell] = metrics
     return measured
 
 

@@ -1,4 +1,4 @@
-"""The page of a comparison of encoders, from the content of report.json (mllm/compare/figures.py)."""
+"""The page of a comparison of encoders, from the content of report.json (mllm/compare/analysis.py)."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
 from clips.lab.stats import FEWEST_SEEDS, UNDECIDED, show_difference, show_interval, turned
-from mllm.compare.figures import NEEDS_IMAGE, NOT_IN_PERCENT, PROBE
+from mllm.compare.analysis import NEEDS_IMAGE, NOT_IN_PERCENT, PROBE
 from mllm.data.questions import LIKELIHOODS
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
@@ -96,16 +96,16 @@ def sentence(row: Row) -> str:
     """Return a difference in words. Its metric may be right answers, their likelihood, or CIDEr-D."""
     a, b = row["a"], row["b"]
     size = difference_text(row | {"mean": abs(row["mean"]), "ci95": None}).removeprefix("+")
-    figure = re.split("[/@]", row["metric"])[0]
-    unit = {"cider_d": "CIDEr-D", "log_likelihood": "nats per token"}.get(figure, "points")
+    metric = re.split("[/@]", row["metric"])[0]
+    unit = {"cider_d": "CIDEr-D", "log_likelihood": "nats per token"}.get(metric, "points")
     points = f"{size} {unit} {interval_text(row)}"
     if row["verdict"] == "undecided":
         return f"{a} − {b} is undecided: {difference_text(row)}."
     if row["verdict"] == "tie":
         return f"{a} and {b} tie: the difference of {points} is not significantly different from zero."
-    if figure in LIKELIHOODS:
+    if metric in LIKELIHOODS:
         return f"{a} is {points} {'above' if row['verdict'] == 'win' else 'below'} {b}: {metric_name(row['metric'])}."
-    if figure == "cider_d":
+    if metric == "cider_d":
         return f"{a} describes {points} {'better' if row['verdict'] == 'win' else 'worse'} than {b}."
     kind = "questions" if row["metric"] == "accuracy" else f"{metric_name(row['metric'])} questions"
     return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} {kind} right than {b}."
@@ -130,9 +130,9 @@ def _benchmarks(report: Report) -> list[Section]:
     encoders = report["encoders"]
     rows = []
     for name in next(iter(encoders.values()))["benchmarks"]:
-        figures = [encoder["benchmarks"][name] for encoder in encoders.values()]
-        spreads = ["" if figure["sd"] is None else f" ± {figure['sd']:.2g}" for figure in figures]
-        rows.append([name, *(f"{f['mean']:.4g}{spread}" for f, spread in zip(figures, spreads, strict=True))])
+        metrics = [encoder["benchmarks"][name] for encoder in encoders.values()]
+        spreads = ["" if metric["sd"] is None else f" ± {metric['sd']:.2g}" for metric in metrics]
+        rows.append([name, *(f"{f['mean']:.4g}{spread}" for f, spread in zip(metrics, spreads, strict=True))])
     if not rows:
         return []
     differences = [
@@ -152,8 +152,8 @@ def _encoders(report: Report) -> list[Section]:
         return []
     head = ["encoder"]
     for name in names:
-        test_set, _, figure = name.rpartition("/")
-        head.append(("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else ""))
+        test_set, _, entry = name.rpartition("/")
+        head.append(("linear probe" if entry == PROBE else pretty(entry)) + (f", {test_set}" if test_set else ""))
     rows = [[encoder, *(percent_text(metrics.get(name)) for name in names)] for encoder, metrics in encoders.items()]
     rows.append(["chance", *(f"{chances[name]:.1f}" for name in names)])
     return [Section("The encoders themselves", [Table(head, rows)], INTRINSIC_NOTE)]
@@ -233,8 +233,8 @@ def not_shown(report: Report) -> list[str]:
 # ------------------------------------------------------- in words: one spelling for report, verification and docs
 def metric_name(metric: str) -> str:
     """Return a metric in words, with its column if it has one."""
-    figure, at, column = metric.partition("@")
-    name = METRICS.get(figure) or figure.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
+    entry, at, column = metric.partition("@")
+    name = METRICS.get(entry) or entry.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
     return f"{name}, {column}" if at else name
 
 
@@ -253,21 +253,21 @@ def interval_text(row: dict[str, Any]) -> str:
     return show_interval(row["ci95"], *digits_and_scale(row["metric"]))
 
 
-def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
+def mean_and_sd(metric: str, entry: dict[str, Any] | None) -> str:
     """Return mean and standard deviation of a metric of answers as a text, or "–" if an encoder has none."""
     digits, scale = digits_and_scale(metric)
-    if figure is None:
+    if entry is None:
         return "–"
-    spread = f" ± {scale * figure['sd']:.{digits}f}" if figure["sd"] is not None else ""
-    return f"{scale * figure['mean']:.{digits}f}{spread}"
+    spread = f" ± {scale * entry['sd']:.{digits}f}" if entry["sd"] is not None else ""
+    return f"{scale * entry['mean']:.{digits}f}{spread}"
 
 
-def percent_text(figure: dict[str, Any] | None) -> str:
+def percent_text(metric: dict[str, Any] | None) -> str:
     """Return a metric of an encoder alone, which is in percent already, as a text, or "–" if it has none."""
-    if figure is None:
+    if metric is None:
         return "–"
     # There is no spread if one encoder serves all seeds.
-    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] else "")
+    return f"{metric['mean']:.1f}" + (f" ± {metric['sd']:.1f}" if metric["sd"] else "")
 
 
 def design_in_words(encoders: int, runs: int) -> str:
@@ -281,6 +281,6 @@ def design_in_words(encoders: int, runs: int) -> str:
 def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table of right answers, encoders × metrics."""
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
-    metrics = list(dict.fromkeys(name for figures in encoders.values() for name in figures))
-    rows = [[name, *(mean_and_sd(m, figures.get(m)) for m in metrics)] for name, figures in encoders.items()]
+    metrics = list(dict.fromkeys(name for measured in encoders.values() for name in measured))
+    rows = [[name, *(mean_and_sd(m, measured.get(m)) for m in metrics)] for name, measured in encoders.items()]
     return ["encoder", *map(metric_name, metrics)], rows

@@ -27,6 +27,7 @@ from clips.common.runtime import choose_device
 from clips.lab.pretraining import pretraining_cell
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
+from mllm.compare.analysis import collect, keep_encoders, power_in_words
 from mllm.compare.commands import fix_plan, lab_cell, pretrain_config, pretrain_flags, samples_of_cells, train_arguments
 from mllm.compare.comparison import (
     PLAN,
@@ -39,7 +40,6 @@ from mllm.compare.comparison import (
     is_pretrained_anew,
     samples_seen,
 )
-from mllm.compare.figures import collect, keep_encoders, power_in_words
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import design_in_words, page
 from mllm.data.questions import open_questions

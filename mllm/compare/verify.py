@@ -2,7 +2,7 @@
 
     report.json  compare.json  encoders.json  questions/NAME.jsonl
     cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
-                 evaluation/NAME.jsonl evaluation/figures.json benchmarks/TASK/MODEL/DATE_results.json
+                 evaluation/NAME.jsonl evaluation/results.json benchmarks/TASK/MODEL/DATE_results.json
 
 A directory or an archive of these files can be verified on any machine, without model, images, network or torch. Every
 answer is scored again, and the metrics of each cell and all means, intervals and differences are recomputed. These are
@@ -27,11 +27,11 @@ from clips.common.rundir import UNSEEN
 from clips.lab import archive
 from clips.lab.archive import ENDING, differences
 from clips.lab.grid import RECORD
+from mllm.compare.analysis import REPORT, computed, stored_files
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell, comparison_of, stored_questions
-from mllm.compare.figures import REPORT, computed, stored_files
 from mllm.compare.report import headline
 from mllm.data.questions import UNSEEN_ANSWERS, Question
-from mllm.evaluation.report import figures_of
+from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import is_right, score, scorer_version
 
 _NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
@@ -118,7 +118,7 @@ def _cell(cell: EncoderCell, plan: str, questions: Mapping[str, list[Question]])
     expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = plan
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     before: dict[str, Any] = {"scorer": scorer_version()}  # as earlier versions wrote it
     for name, asked in questions.items():
         path = cell.evaluation / f"{name}.jsonl"
@@ -134,13 +134,13 @@ def _cell(cell: EncoderCell, plan: str, questions: Mapping[str, list[Question]])
             place = f"answer to {name}, question {question.id}"
             yield from differences({key: line.get(key) for key in about}, about, place)
         scored = score(asked, [str(line["text"]) for line in lines])
-        figures |= figures_of(name, scored, lines)
+        metrics |= metrics_of(name, scored, lines)
         before |= {UNSEEN: scored} if name == UNSEEN_ANSWERS else scored
-    recorded = cell.read("evaluation/figures.json") if questions else before
-    if "figures" in recorded:
-        recorded |= recorded["figures"]
-        before = figures | {"scorer": scorer_version()}
-    yield from differences({name: recorded.get(name) for name in before}, before, "figures.json")
+    recorded = cell.read("evaluation/results.json") if questions else before
+    if "metrics" in recorded:
+        recorded |= recorded["metrics"]
+        before = metrics | {"scorer": scorer_version()}
+    yield from differences({name: recorded.get(name) for name in before}, before, "results.json")
 
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:

@@ -36,7 +36,7 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import answer_settings, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
-from mllm.evaluation.report import figures_of, one_caption, write_report
+from mllm.evaluation.report import metrics_of, one_caption, write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.load import CACHE, answer_dtype, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -170,7 +170,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     out = _output(flags, Path(directory), sources)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     answered: dict[str, dict[str, Any]] = {}
     for key, questions in sets.items():
         begin = time.perf_counter()
@@ -181,16 +181,16 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             temperature=flags.temperature, seed=flags.seed, candidates=candidates,
         )  # fmt: skip
         lines = [json.loads(answer_line(q, a, name)) | m for q, a, m in zip(questions, answers, measured, strict=True)]
-        figures |= figures_of(key, score(questions, answers), lines) | one_caption(questions)
+        metrics |= metrics_of(key, score(questions, answers), lines) | one_caption(questions)
         path = answers_file or out / f"{key}.jsonl"
         path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
         say(f"{len(answers):,} answers in {in_words(seconds)} → {path}")
     content: dict[str, Any] = {}
-    if figures:
+    if metrics:
         first = next(iter(sets))
-        say(table_of(name, *metric_rows(figures, first)))
+        say(table_of(name, *metric_rows(metrics, first)))
         # Records how the metrics were made, so that they can be checked.
         content = {
             "model": str(directory),
@@ -203,16 +203,16 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             "environment": environment(model.device, world_size=1),
             "test_set": first,
             "unit": "percent; log likelihoods: nats",
-            "figures": figures,
+            "metrics": metrics,
         }
-        write_json(out / "figures.json", content)
+        write_json(out / "results.json", content)
         run_dir, is_whole = Path(directory).parent, _part(vars(flags)) == ""
         is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
                 report = write_report(run_dir, store, out, out if is_own else run_dir)
                 say(f"report → {report}")
-        say(f"figures → {out / 'figures.json'}")
+        say(f"metrics → {out / 'results.json'}")
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
     return content
 
@@ -239,7 +239,7 @@ def _output(flags: argparse.Namespace, directory: Path, sources: Mapping[str, An
     else:
         out = Path(flags.output)
         out = out.with_suffix("") if out.suffix == ".jsonl" else out
-    present = {name: held.get("questions") for name, held in read_json(out / "figures.json").get("sets", {}).items()}
+    present = {name: held.get("questions") for name, held in read_json(out / "results.json").get("sets", {}).items()}
     if present not in ({}, sources) and (part or flags.output):
         held = ", ".join(f"{source['asked']} of {source['file']}" for source in present.values())
         raise UserError(f"{out} holds the answers to other questions ({held}): choose another --output, or remove it")

@@ -28,15 +28,15 @@ def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: 
 
     `store` holds the images of the questions.
     """
-    figures = read_json(evaluation / "figures.json")
-    path = evaluation / f"{UNSEEN_ANSWERS if UNSEEN_ANSWERS in figures['sets'] else figures['test_set']}.jsonl"
+    metrics = read_json(evaluation / "results.json")
+    path = evaluation / f"{UNSEEN_ANSWERS if UNSEEN_ANSWERS in metrics['sets'] else metrics['test_set']}.jsonl"
     facts = read_json(run_dir / "config.json").get("instruct", {}).get("facts", {})
     words = " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts)
     cards = _cards(read_json_records(path), store)
-    return report.write_report(run_dir, [figures], cards, facts=words, directory=directory)
+    return report.write_report(run_dir, [metrics], cards, facts=words, directory=directory)
 
 
-def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def metrics_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the metrics of a set of answers in the form of an encoder's evaluation.json.
 
     Shares are in percent. Chance is the score of the most frequent answer of each kind.
@@ -47,30 +47,30 @@ def figures_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
         lines: the answer lines, with or without likelihoods.
     """
     chance = right_by_one_answer([line for line in lines if line.get("expected") is not None])
-    figures: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for kind, row in scored.get("exact_match", {}).items():
         about = {"value": row["accuracy"], "chance": chance[kind] / row["n"], "low": row["low"], "high": row["high"]}
-        figures[kind] = {field: 100 * share for field, share in about.items()} | {"items": row["n"]}
+        metrics[kind] = {field: 100 * share for field, share in about.items()} | {"items": row["n"]}
         by_answer: dict[str, list[bool]] = {}
         for line in lines if name == TALKS else ():
             if line["kind"] == kind:
                 by_answer.setdefault(normalise(line["expected"]), []).append(line["correct"])
         if set(by_answer) == {"yes", "no"}:
             for answer, right in by_answer.items():
-                figures[f"{kind}_if_{answer}"] = {"value": 100 * fmean(right), "items": len(right)}
+                metrics[f"{kind}_if_{answer}"] = {"value": 100 * fmean(right), "items": len(right)}
     yes_no = dict(scored.get("yes_no", {}))
     items = yes_no.pop("n", 0)
-    figures |= {f"pope_{figure}": {"value": 100 * share, "items": items} for figure, share in yes_no.items()}
+    metrics |= {f"pope_{entry}": {"value": 100 * share, "items": items} for entry, share in yes_no.items()}
     likely = [line for line in lines if "share" in line]
     for kind in dict.fromkeys([*(line["kind"] for line in likely), "overall"]) if likely else ():
         by_kind = [line for line in likely if kind in (line["kind"], "overall")]
         for field in LIKELIHOODS:
             value = fmean(line[field] for line in by_kind) * (100 if field == "share" else 1)
-            figures[f"{field}_{kind}"] = {"value": value, "items": len(by_kind)}
+            metrics[f"{field}_{kind}"] = {"value": value, "items": len(by_kind)}
     if "cider" in scored:
-        figures["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
+        metrics["cider_d"] = {"value": scored["cider"]["cider_d"], "items": scored["cider"]["n"]}
     place = {UNSEEN_ANSWERS: f"{UNSEEN}/", TALKS: f"{TALKS}/"}.get(name, "")
-    return {place + name.replace("/", "|"): metric for name, metric in figures.items()}
+    return {place + name.replace("/", "|"): metric for name, metric in metrics.items()}
 
 
 def right_by_one_answer(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -22,7 +22,7 @@ def scorer_version() -> str:
     return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------- metrics
 def normalise(text: str) -> str:
     """Return `text` in lower case, with single spaces, without articles and without a full stop at its end."""
     kept = re.sub(r"\b(a|an|the)\b", " ", text.lower().strip().rstrip("."))
@@ -55,7 +55,7 @@ def says_yes(text: str) -> bool:
     return not {"no", "not"} & set(text.lower().split(".")[0].replace(",", "").split())
 
 
-def yes_no_figures(answers: Sequence[str], expected: Sequence[bool]) -> dict[str, float]:
+def yes_no_metrics(answers: Sequence[str], expected: Sequence[bool]) -> dict[str, float]:
     """Return POPE's metrics (Li et al. 2023), where "yes" is the positive class."""
     said = [says_yes(answer) for answer in answers]
     true_positive = sum(s and e for s, e in zip(said, expected, strict=True))
@@ -71,38 +71,38 @@ def yes_no_figures(answers: Sequence[str], expected: Sequence[bool]) -> dict[str
     }
 
 
-def exact_match_figures(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+def exact_match_metrics(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return the accuracy of each kind, and "overall" last, with 95 % Wilson intervals, where the answer is known."""
     scored = [(q.kind, is_right(a, q.answer)) for q, a in zip(questions, answers, strict=True) if q.answer is not None]
     groups = {kind: [right for k, right in scored if k == kind] for kind in dict.fromkeys(kind for kind, _ in scored)}
     groups["overall"] = [right for _, right in scored]
-    figures = {}
+    metrics = {}
     for kind, right in groups.items():
         if right:
             interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-            figures[kind] = {"accuracy": sum(right) / len(right), "low": interval.low, "high": interval.high}
-            figures[kind]["n"] = len(right)
-    return figures
+            metrics[kind] = {"accuracy": sum(right) / len(right), "low": interval.low, "high": interval.high}
+            metrics[kind]["n"] = len(right)
+    return metrics
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """Return all metrics that these questions allow, under the keys `exact_match`, `yes_no` and `cider`."""
-    figures: dict[str, Any] = {}
-    exact = exact_match_figures(questions, answers)
+    metrics: dict[str, Any] = {}
+    exact = exact_match_metrics(questions, answers)
     if exact:
-        figures["exact_match"] = exact
+        metrics["exact_match"] = exact
     binary = [
         (a, normalise(q.answer) == "yes")
         for q, a in zip(questions, answers, strict=True)
         if q.answer is not None and normalise(q.answer) in ("yes", "no")
     ]
     if binary:
-        figures["yes_no"] = yes_no_figures([a for a, _ in binary], [e for _, e in binary])
+        metrics["yes_no"] = yes_no_metrics([a for a, _ in binary], [e for _, e in binary])
     described = [(a, q.references) for q, a in zip(questions, answers, strict=True) if q.references]
     if described:
         mean, _ = cider([a for a, _ in described], [r for _, r in described])
-        figures["cider"] = {"cider_d": mean, "n": len(described)}
-    return figures
+        metrics["cider"] = {"cider_d": mean, "n": len(described)}
+    return metrics
 
 
 def answer_line(question: Question, answer: str, model_name: str) -> str:

@@ -22,11 +22,11 @@ def print_summary(what: str = "demo") -> None:
     """Print the end of the quickstart `demo` or `photos`. Both of its runs must have been evaluated."""
     is_demo = what == "demo"
     encoder, model = Path("runs", what), Path("runs", "llava-clips" if is_demo else "llava-photos")
-    measured = by_test_set(read_json(encoder / "evaluation.json").get("figures", {}), "seen")
+    measured = by_test_set(read_json(encoder / "evaluation.json").get("metrics", {}), "seen")
     artists = UNSEEN if UNSEEN in measured else "seen"
     file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
     answers = max((model / "evaluation").glob(file), key=os.path.getmtime)
-    answered = by_test_set(read_json(answers.with_name("figures.json"))["figures"], "seen")[artists]
+    answered = by_test_set(read_json(answers.with_name("results.json"))["metrics"], "seen")[artists]
     images = f"images by {artists} artists" if is_demo else "photographs of the test set"
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
 
@@ -41,13 +41,13 @@ def print_summary(what: str = "demo") -> None:
     normal = read_json(NORMAL).get(what, {"of": "", "ranges": {}})
     retrieved = {name: row for name, row in measured[artists].items() if name.endswith(("_r1", "_top1"))}
     rows = []
-    for prefix, figures in (("", retrieved), ("answers: ", answered)):
-        for name, row in figures.items():
+    for prefix, metrics in (("", retrieved), ("answers: ", answered)):
+        for name, row in metrics.items():
             if "chance" not in row:
                 continue
             usual = " to ".join(map(str, normal["ranges"].get(name, ())))
             rows.append((prefix + pretty(name), f"{row['value']:.1f}", f"{row['chance']:.1f}", usual))
-    print_table(table_of(images, ("figure", "%", "chance %", "normal %"), rows))
+    print_table(table_of(images, ("metric", "%", "chance %", "normal %"), rows))
     print("For answers, chance is the score of the most frequent answer of each kind.")
     if normal["of"]:
         print(one_line(f"Normal is the range of {normal['of']}, widened by the spread between seeds."))

@@ -35,8 +35,8 @@ from clips.evaluation.evaluate import evaluate
 from clips.weights.load import load_native
 model, run, tokenizer = load_native(Path(sys.argv[1]))
 dist.init_process_group("gloo")
-figures = evaluate(model, tokenizer, run, "val", sharded=True)
-Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps({n: asdict(f) for n, f in figures.items()}))
+metrics = evaluate(model, tokenizer, run, "val", sharded=True)
+Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps({n: asdict(f) for n, f in metrics.items()}))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -61,22 +61,22 @@ def with_data(folder: Path) -> RunConfig:
     return replace(run, data=data, eval=EvalConfig(batch_size=4, max_images=50))
 
 
-def test_the_figures_are_a_single_rank_s(tmp_path: Path) -> None:
+def test_the_metrics_are_a_single_rank_s(tmp_path: Path) -> None:
     ranks, run = 3, with_data(tmp_path)
     texts = open_split(run.data, "val", need_long=False).captions()
     tokenizer = build_tokenizer("wordpiece", texts, vocab_size=64)
     model = random_model(run, seed=2).eval()
-    alone = {name: asdict(figure) for name, figure in evaluate(model, tokenizer, run, "val").items()}
+    alone = {name: asdict(metric) for name, metric in evaluate(model, tokenizer, run, "val").items()}
     assert {"sentence_t2i_r1", "part_i2t_r5", "web_i2t_r1", "long_t2i_r10", "zero_shot_top1"} <= alone.keys()
-    assert len({figure["value"] for figure in alone.values()}) > 5, "figures that differ"
+    assert len({metric["value"] for metric in alone.values()}) > 5, "metrics that differ"
 
     write_native(model, run, tokenizer, tmp_path / "model")
     (tmp_path / "rank.py").write_text(RANK)
     run_python(tmp_path / "rank.py", tmp_path / "model", ranks=ranks)
     by_rank = [json.loads((tmp_path / f"model/rank{rank}.json").read_text()) for rank in range(ranks)]
     assert by_rank[0].keys() == alone.keys()
-    for name, figure in alone.items():
-        assert by_rank[0][name] == pytest.approx(figure, abs=1e-6), name
+    for name, metric in alone.items():
+        assert by_rank[0][name] == pytest.approx(metric, abs=1e-6), name
     assert not any(by_rank[1:]), "one rank has them"
 
 

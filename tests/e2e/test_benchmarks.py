@@ -1,4 +1,4 @@
-"""clip_benchmark and lmms-eval, as they come from the index, on what is written here: their figures are ours."""
+"""clip_benchmark and lmms-eval, as they come from the index, on what is written here: their metrics are ours."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.lab.run import Runner, failed_steps
 from clips.weights.open_clip import write_open_clip
+from mllm.compare.analysis import benchmark_folder, benchmark_results
 from mllm.compare.commands import lab_cell
 from mllm.compare.comparison import PLAN, Comparison, EncoderCell
-from mllm.compare.figures import benchmark_folder, benchmark_results
 from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
 
 BENCH = Path(f"{sys.prefix}-bench") / "bin" / "python"
@@ -113,9 +113,9 @@ def test_retrieval_and_classification_are_clip_benchmark_s(export: Path, tmp_pat
 
     ours, theirs = {}, {}
     for name in SETS:
-        figures = figures_of(export, tmp_path / name / "ours.json", "--karpathy", tmp_path / name / "karpathy.json")
-        sentence = {figure: value for figure, value in figures.items() if re.match(r"sentence_\w2\w_r\d", figure)}
-        ours[name] = {figure.removeprefix("sentence_"): value for figure, value in sentence.items()}
+        measured = metrics_of(export, tmp_path / name / "ours.json", "--karpathy", tmp_path / name / "karpathy.json")
+        sentence = {metric: value for metric, value in measured.items() if re.match(r"sentence_\w2\w_r\d", metric)}
+        ours[name] = {metric.removeprefix("sentence_"): value for metric, value in sentence.items()}
         metrics = json.loads((tmp_path / name / "theirs.json").read_text())["metrics"]
         ways = {"i2t": "text", "t2i": "image"}
         theirs[name] = {f"{w}_r{k}": 100 * metrics[f"{ways[w]}_retrieval_recall@{k}"] for w in ways for k in (1, 5, 10)}
@@ -128,17 +128,17 @@ def test_retrieval_and_classification_are_clip_benchmark_s(export: Path, tmp_pat
 
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps({"classes": sorted(THINGS), "templates": TEMPLATES}))
-    figures = figures_of(export, tmp_path / "ours.json", "--data", tmp_path / "data", "--classes", classes)
+    measured = metrics_of(export, tmp_path / "ours.json", "--data", tmp_path / "data", "--classes", classes)
     accuracy = json.loads((tmp_path / "theirs.json").read_text())
-    assert figures["zero_shot_top1"] == pytest.approx(100 * accuracy)
+    assert measured["zero_shot_top1"] == pytest.approx(100 * accuracy)
     assert 0 < accuracy < 1
 
 
-def figures_of(export: Path, out: Path, *flags: str | Path) -> dict[str, float]:
+def metrics_of(export: Path, out: Path, *flags: str | Path) -> dict[str, float]:
     """What scripts/evaluate_clips.py measures of the export, in percent."""
     words = ["--model", export, "--output", out, "--device", "cpu", *flags]
     evaluate_from_flags(script_parser("evaluate_clips").parse_args(list(map(str, words))))
-    return {name: figure["value"] for name, figure in json.loads(out.read_text(encoding="utf-8"))["figures"].items()}
+    return {name: metric["value"] for name, metric in json.loads(out.read_text(encoding="utf-8"))["metrics"].items()}
 
 
 TASK = """\

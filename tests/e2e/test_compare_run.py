@@ -20,7 +20,7 @@ from tiny_mllm import make_images, write_llm, write_run
 from clips.common.rundir import UNSEEN
 from clips.data.artists import ARTISTS, fetch_sets
 from clips.data.demo import ensure_demo
-from mllm.compare.figures import PROBE
+from mllm.compare.analysis import PROBE
 from mllm.data.demo import ensure_llava_demo
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
 
     def finished() -> dict[Path, float]:
         parts = [cell / part for cell in done for part in ("align/done.json", "instruct/done.json")]
-        parts += [cell / "evaluation" / "figures.json" for cell in done]
+        parts += [cell / "evaluation" / "results.json" for cell in done]
         return {path: path.stat().st_mtime for path in parts if path.is_file()}
 
     log = place / "printed.log"

@@ -154,7 +154,7 @@ def compare(here: Path, there: Path) -> list[str]:
         parts: dict[str, dict[str, Any]] = {kind: dict(enumerate(trace(run_dir, kind))) for kind in ("train", "eval")}
         manifests = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
         parts["checkpoints"] = {path.parent.name: read_json(path) for path in manifests}
-        parts["evaluations"] = {name: content["figures"] for name, content in read_evaluations(run_dir).items()}
+        parts["evaluations"] = {name: content["metrics"] for name, content in read_evaluations(run_dir).items()}
         # Tensors, not files: safetensors writes metadata in no fixed order.
         parts["exports"] = {
             str(path.relative_to(run_dir)): hash_weights(read_weights(path)).hexdigest()

@@ -65,7 +65,7 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
     run_dir = tmp_path / "runs/demo-debug"
     assert_finished(run_dir)
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= evaluation["figures"].keys()
+    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= evaluation["metrics"].keys()
     # Without npm one artist draws the demo, which every place says.
     assert (done.stdout.count(f"warning: {MISSING}"), evaluation["missing"]) == (1, MISSING)
     assert MISSING in (run_dir / "report" / "index.html").read_text()
@@ -134,7 +134,7 @@ def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_fla
     best = max(values, key=lambda step: (values[step], step))
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert evaluation["checkpoint"]["step"] == best
-    held_out = evaluation["figures"]["sentence_i2t_r1"]["items"]
+    held_out = evaluation["metrics"]["sentence_i2t_r1"]["items"]
     assert_said(done, 0, f"{120 - held_out} samples", f"{held_out} of 120 images held out, {held_out} rows")
     assert f"the best checkpoint on {held_out} validation images is step-{best:08d}" in " ".join(done.text.split())
     assert set(checkpoints(run_dir)) == {f"step-{best:08d}", "step-00000006"}

@@ -60,10 +60,10 @@ def test_photographs_become_a_model_that_chats(tmp_path: Path) -> None:
     row = r"(\w.*?) +│ +[\d.]+ │ +([\d.]+) │ +(\d+ to \d+)"
     assert len(re.findall(row, summary)) == 8
     assert ("answers: yes no", "50.0", "77 to 92") in re.findall(row, summary)
-    figures = json.loads(next(root.glob("runs/llava-photos/evaluation/*/figures.json")).read_text())
-    assert figures["figures"]["overall"]["items"] == 4 * 5
+    metrics = json.loads(next(root.glob("runs/llava-photos/evaluation/*/results.json")).read_text())
+    assert metrics["metrics"]["overall"]["items"] == 4 * 5
     evaluation = json.loads((root / "runs" / "photos" / "evaluation.json").read_text())
-    assert "web_i2t_r1" in evaluation["figures"]
+    assert "web_i2t_r1" in evaluation["metrics"]
 
 
 def test_a_folder_of_tars_keeps_its_own_test(tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     (out,) = (run / "evaluation").glob("question-*")
-    figures = json.loads((out / "figures.json").read_text())
-    assert figures["figures"]["what"]["value"] == 100
+    measured = json.loads((out / "results.json").read_text())
+    assert measured["metrics"]["what"]["value"] == 100
     assert json.loads((out / "question.jsonl").read_text())["text"] == "two dogs"
 
 
@@ -150,9 +150,9 @@ def test_one_file_of_captions_trains_both_halves_and_the_descriptions_are_measur
     assert 0 < len(questions) < 60
     assert all(len(question["references"]) == 2 for question in questions)
     assert f"{120 - len(questions):,} samples, format plain, {len(questions)} held out" in done.stderr
-    figures = json.loads((place / "runs/tells/evaluation/figures.json").read_text())
-    assert figures["figures"]["cider_d"]["items"] == len(questions)
-    assert figures["figures"]["cider_d_of_one_caption"]["caption"] == "two dogs"
+    metrics = json.loads((place / "runs/tells/evaluation/results.json").read_text())
+    assert metrics["metrics"]["cider_d"]["items"] == len(questions)
+    assert metrics["metrics"]["cider_d_of_one_caption"]["caption"] == "two dogs"
     assert "cider d of one caption" in done.stderr
     assert (done.stderr.count("Next: "), "Next: python scripts/chat.py" in done.stderr) == (1, True)
     assert ">cider d</td>" in (place / "runs/tells/report/index.html").read_text()

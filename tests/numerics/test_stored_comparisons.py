@@ -1,4 +1,4 @@
-"""Comparisons that commit 9c3575c made: today's engine gives every figure again, to the last digit.
+"""Comparisons that commit 9c3575c made: today's engine gives every metric again, to the last digit.
 
 Layouts may differ, numbers may not. The stored files are described in tests/data/lab/README.md.
 """
@@ -18,14 +18,14 @@ from clips.common.page import as_html
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.variants import judge
+from mllm.compare.analysis import computed
 from mllm.compare.comparison import comparison_of
-from mllm.compare.figures import computed
 from mllm.compare.report import page
 from mllm.compare.verify import opened
 
 
 def rows_of(variants: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    return {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
+    return {name: [run["metrics"] for run in variant["runs"]] for name, variant in variants.items()}
 
 
 def assert_contains(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def assert_contains(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
 
 
 def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Figures of every run and their differences from the first group, as the old layout had them."""
+    """Metrics of every run and their differences from the first group, as the old layout had them."""
     new, first = rows_of(result["variants"]), next(iter(names))
     (question,) = result["questions"].values()
     (differences,) = (value for key, value in old.items() if key.endswith("_minus"))
@@ -43,7 +43,7 @@ def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names:
             assert_contains(run, before)
     for contrast in question["contrasts"]:
         assert contrast["a"] == first
-        assert_contains(contrast["figures"], differences[names[contrast["b"]]])
+        assert_contains(contrast["metrics"], differences[names[contrast["b"]]])
     assert len(question["contrasts"]) == len(names) - 1
 
 
@@ -76,7 +76,7 @@ def test_claims(tmp_path: Path) -> None:
     options = {name: plan[name] for name in ("seeds", "samples")}
     result = reproduce(tmp_path, [*old["claims"]], jobs=1, **options)
     assert rows_of(result["variants"]) == rows_of(old["variants"])
-    assert result["deciding_figure"] == old["deciding_figure"]
+    assert result["deciding_metric"] == old["deciding_metric"]
     for key, claim in old["claims"].items():
         assert_same_contrasts(result["questions"][key]["contrasts"], claim["contrasts"])
 
@@ -89,7 +89,7 @@ def test_captions() -> None:
     )
     result = judge(question, rows_of(old["variants"]))
     assert_same_contrasts(result["contrasts"], old["contrasts"])
-    assert result["contrasts"][0]["metric"] == old["deciding_figure"]
+    assert result["contrasts"][0]["metric"] == old["deciding_metric"]
 
 
 @pytest.mark.parametrize("name", ["claims", "captions"])
@@ -112,7 +112,7 @@ def test_results_of_real_trainings_are_what_their_runs_give(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["made-up", "real"])
 def test_encoders(name: str) -> None:
-    """Seeds and images are crossed; every figure, interval and verdict is computed again from the raw answers.
+    """Seeds and images are crossed; every metric, interval and verdict is computed again from the raw answers.
 
     The intervals, and the verdicts that follow from them, are not those of 9c3575c: the interval was bounded on
     purpose, since it had no width where seeds agree by chance (clips/lab/stats.py, `half_of_interval`).
@@ -123,11 +123,11 @@ def test_encoders(name: str) -> None:
         again = json.loads(json.dumps(computed(comparison_of(old["plan"], output), old["plan"])))
     # McNemar's test, the A/A calibration and needed numbers left: the interval alone decides.
     gone = {"wins", "losses", "p_mcnemar", "p_holm", "variance", "items_needed", "needed"}
-    figures = [figure for encoder in old["encoders"].values() for figure in encoder["metrics"].values()]
-    for row in (*old["differences"], *figures):
+    metrics = [metric for encoder in old["encoders"].values() for metric in encoder["metrics"].values()]
+    for row in (*old["differences"], *metrics):
         for key in row.keys() & gone:
             del row[key]
-    for loose in old["loose_answers"].values():  # its examples are no figures, and left
+    for loose in old["loose_answers"].values():  # its examples are no metrics, and left
         del loose["normalised"]["examples"], loose["prefix"]["examples"]
     # `scorer` is a hash of the scorer's source, which also changes with its sentences.
     # `blind_questions` left, too: `needs_image` is measured on the other questions.

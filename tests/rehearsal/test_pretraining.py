@@ -58,7 +58,7 @@ CASES = {
     ("s16", "", 64, ("train.accumulation=2", "train.contrastive=global")): 3.791,
 }
 """Recipe, variant, GPUs, settings → GB of a rank without its optimizer. A formula from shapes gave 0.95 to 1.05 of each
-(commit 264d324): another figure today is a change of what a step holds."""
+(commit 264d324): another metric today is a change of what a step holds."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

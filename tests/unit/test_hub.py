@@ -109,7 +109,7 @@ def test_commands_take_a_hub_id(hub: CLIPS, tmp_path: Path, monkeypatch: pytest.
     files = Path("runs/owner--open_clip").glob("evaluation-classes-*.json")
     evaluations = [json.loads(path.read_text()) for path in files]
     assert {evaluation["limit"] for evaluation in evaluations} == {None, 1}
-    assert all("zero_shot_top1" in evaluation["figures"] for evaluation in evaluations)
+    assert all("zero_shot_top1" in evaluation["metrics"] for evaluation in evaluations)
     export_from_flags(script_parser("export_clips").parse_args(["--model", "owner/native", "--data", "pairs.csv"]))
     again = CLIPS.from_pretrained("runs/owner--native", device="cpu")
     torch.testing.assert_close(again.encode_image(make_image()), hub.encode_image(make_image()), atol=1e-5, rtol=0)

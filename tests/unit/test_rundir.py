@@ -98,7 +98,7 @@ def test_what_stays_below_is_its_real_path(root: Path) -> None:
 
 
 def test_a_digest_is_of_the_names_and_contents_of_weights(tmp_path: Path) -> None:
-    """Figures and manifests of older runs hold such digests."""
+    """Metrics and manifests of older runs hold such digests."""
     a = tmp_path / "a.safetensors"
     b = tmp_path / "b.safetensors"
     for path in (b, a):

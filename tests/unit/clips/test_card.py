@@ -1,4 +1,4 @@
-"""Model cards of exports and of LLaVA models: they parse, their code runs, their figures are of these weights."""
+"""Model cards of exports and of LLaVA models: they parse, their code runs, their metrics are of these weights."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from PIL import Image
 
 from clips.config import DataConfig, RunConfig
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.figures import write_figures
-from clips.evaluation.metrics import Figure
+from clips.evaluation.metrics import Metric
+from clips.evaluation.results import write_metrics
 from clips.model.clips import CLIPSModel
 from clips.weights.card import LIBRARIES
 from clips.weights.export import export_all
@@ -71,13 +71,13 @@ def test_the_code_of_a_card_runs_beside_it(tower, tmp_path, monkeypatch, capsys)
 
 
 def write_evaluation(run_dir: Path, model: CLIPSModel, *, limit: int | None = None) -> dict:
-    figures = {"sentence_i2t_r1": Figure(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Figure(7.8, 0.2, 500)}
-    figures["sentence_i2t_r5"] = Figure(45.6, 1.0, 500)
-    write_figures(run_dir / "evaluation.json", figures, model, [], test_set="test", limit=limit)
+    metrics = {"sentence_i2t_r1": Metric(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Metric(7.8, 0.2, 500)}
+    metrics["sentence_i2t_r5"] = Metric(45.6, 1.0, 500)
+    write_metrics(run_dir / "evaluation.json", metrics, model, [], test_set="test", limit=limit)
     return json.loads((run_dir / "evaluation.json").read_text())
 
 
-def test_a_card_holds_figures_of_these_weights_only(tmp_path: Path) -> None:
+def test_a_card_holds_metrics_of_these_weights_only(tmp_path: Path) -> None:
     run = tokenizer_run()
     model = random_model(run)
     whole = write_evaluation(tmp_path, model)

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from lab_runs import run_main, with_figures
+from lab_runs import run_main, with_metrics
 
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
@@ -18,7 +18,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
 from clips.recipes import recipe
 from clips.studies.claims import BLOCK_TOKENS, CLAIMS, VARIANTS, reproduce, variant_study
-from clips.studies.variants import FIGURES
+from clips.studies.variants import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_pixel")
 
@@ -86,7 +86,7 @@ def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
 def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     one = PretrainingRun("demo", "x", 6_400, 0)
     assert not one.cell(tmp_path).is_done()
-    with_figures(tmp_path / "x", one, {})
+    with_metrics(tmp_path / "x", one, {})
     assert one.cell(tmp_path).is_done()
     with pytest.raises(UserError, match=r"(?s)train.seed: 0 → 1.*--output"):
         replace(one, seed=1).cell(tmp_path).check()
@@ -114,14 +114,14 @@ def test_the_unseen_artist_decides_and_other_seeds_after_a_look_leave_nothing_de
         for seed in range(6):
             values = {"": seen + seed, "photos/": 5.0 + seed, "unseen/": unseen + seed}
             run = variant_run(name, seed, samples=6_400)
-            figures = {f"{test_set}{figure}": value for test_set, value in values.items() for figure in FIGURES}
-            with_figures(output / run.name, run, figures)
+            metrics = {f"{test_set}{metric}": value for test_set, value in values.items() for metric in METRICS}
+            with_metrics(output / run.name, run, metrics)
     result = reproduce(output, ["a"], samples=6_400)
     claim = result["questions"]["a"]
-    assert result["deciding_figure"] == "unseen/sentence_r1"
+    assert result["deciding_metric"] == "unseen/sentence_r1"
     assert [c["metric"] for c in claim["contrasts"]] == ["unseen/sentence_r1"] * 3
     assert {c["verdict"] for c in claim["contrasts"]} == {"loss"}
-    assert claim["contrasts"][0]["figures"]["sentence_r1"]["mean"] > 10  # stands beside it
+    assert claim["contrasts"][0]["metrics"]["sentence_r1"]["mean"] > 10  # stands beside it
     assert "32.0 ± 1.6" in (output / "claims.html").read_text()
     stored = json.loads((output / "claims.json").read_text())
     assert stored["variants"]["half"]["runs"][2]["config"]["train"]["seed"] == 2
@@ -141,13 +141,13 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
     for name, log_rank in (("sentence", 1.2), ("half", 1.5), ("full", 1.5)):
         for seed in range(5):
             run = variant_run(name, seed, samples=6_400)
-            figures = {figure: log_rank + seed / 100 if "log_rank" in figure else 50.0 - seed for figure in FIGURES}
-            with_figures(tmp_path / run.name, run, figures)
+            metrics = {metric: log_rank + seed / 100 if "log_rank" in metric else 50.0 - seed for metric in METRICS}
+            with_metrics(tmp_path / run.name, run, metrics)
     result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_nearness")
     contrast = result["questions"]["a"]["contrasts"][0]
-    assert (result["deciding_figure"], contrast["metric"]) == ("sentence_nearness",) * 2
+    assert (result["deciding_metric"], contrast["metric"]) == ("sentence_nearness",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
-    assert contrast["figures"]["sentence_r1"]["mean"] == 0
+    assert contrast["metrics"]["sentence_r1"]["mean"] == 0
     with pytest.raises(UserError, match="--decides sentence_speed"):
         reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_speed")
 
@@ -170,7 +170,7 @@ def test_finished_runs_are_never_run_again(tmp_path, data, monkeypatch, capsys):
     assert {run["name"] for run in runs} == {f"{n}-seed{s}" for n in ("web", "sentence", "captioner") for s in (0, 1)}
     for run in runs:
         assert (run["config"]["train"]["seed"], run["config"]["phases"][0]["samples"]) == (run["seed"], 64)
-        assert 0 <= run["figures"]["unseen/long_r1"] <= 100
+        assert 0 <= run["metrics"]["unseen/long_r1"] <= 100
     assert "Ablation: web caption only" in (output / "claims.html").read_text()
 
     capsys.readouterr()

@@ -13,7 +13,7 @@ from bad_corpus import square
 from clips.common.errors import NotFiniteError, UserError
 from clips.common.report import metric_rows
 from clips.evaluation.metrics import (
-    Figure,
+    Metric,
     expected_hits,
     expected_log_rank,
     retrieval_metrics,
@@ -81,14 +81,14 @@ def test_contrastive_loss_is_that_of_the_whole_matrix_with_each_image_s_first_te
     order = torch.randperm(90, generator=torch.Generator().manual_seed(1)).tolist()
     owners = [text_to_image[t] for t in order]
     strings = [str(t) for t in order]
-    figure = retrieval_metrics(images, texts[order], owners, strings, 20.0, chunk=7)["contrastive_loss"]
+    metric = retrieval_metrics(images, texts[order], owners, strings, 20.0, chunk=7)["contrastive_loss"]
     loss = 0.0
     logits = [[20 * float(image @ texts[order[owners.index(i)]]) for i in range(30)] for image in images]
     for own in range(30):
         for line in (logits[own], [row[own] for row in logits]):
             loss += math.log(sum(map(math.exp, line))) - line[own]
-    assert figure.value == pytest.approx(loss / 60, abs=1e-4)
-    assert (figure.chance, figure.items) == (pytest.approx(math.log(30), abs=1e-4), 30)
+    assert metric.value == pytest.approx(loss / 60, abs=1e-4)
+    assert (metric.chance, metric.items) == (pytest.approx(math.log(30), abs=1e-4), 30)
 
 
 def test_tokens_are_counted_against_always_naming_the_commonest():
@@ -104,8 +104,8 @@ def test_constant_features_score_chance(random_set):
     # the rounding of a kernel must not break the ties either
     shaken = constant.expand(30, -1) + 1e-8 * torch.randn(30, 16)
     metrics = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, strings)
-    for figure in metrics.values():
-        assert figure.value == pytest.approx(figure.chance, abs=1e-6)
+    for metric in metrics.values():
+        assert metric.value == pytest.approx(metric.chance, abs=1e-6)
     unique = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, [str(i) for i in range(90)])
     assert unique["i2t_r1"].value == pytest.approx(100 * 3 / 90, abs=1e-3)
     assert unique["t2i_r10"].value == pytest.approx(100 * 10 / 30, abs=1e-3)
@@ -138,13 +138,13 @@ def test_zero_shot_ensemble_and_single_prompts():
 
 
 def test_a_table_says_what_is_at_chance():
-    figures = {
-        "web_i2t_r1": Figure(12.0, 10.0, 100),
-        "web_t2i_r1": Figure(18.0, 10.0, 100),
-        "web_i2t_log_rank": Figure(2.0, 2.0, 100),
-        "unseen/web_i2t_r1": Figure(12.0, 10.0, 10_000),
+    metrics = {
+        "web_i2t_r1": Metric(12.0, 10.0, 100),
+        "web_t2i_r1": Metric(18.0, 10.0, 100),
+        "web_i2t_log_rank": Metric(2.0, 2.0, 100),
+        "unseen/web_i2t_r1": Metric(12.0, 10.0, 10_000),
     }
-    _, rows = metric_rows({name: asdict(figure) for name, figure in figures.items()}, "test")
+    _, rows = metric_rows({name: asdict(metric) for name, metric in metrics.items()}, "test")
     assert [row[1:3] for row in rows] == [["12.0 (at chance)", "12.0"], ["18.0", ""], ["2.00", ""]]
     asked = {"yes_no": {"value": 53.0, "chance": 50.0, "items": 100, "low": 43.0, "high": 62.0}}
     assert metric_rows(asked, "test")[1][0][1] == "53.0 [43.0, 62.0] (at chance)"

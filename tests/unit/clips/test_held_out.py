@@ -305,7 +305,7 @@ def test_evaluation_takes_the_held_out_images_and_counts_those_trained_on(tmp_pa
         return json.loads((tmp_path / "out.json").read_text())
 
     default = evaluated()
-    assert (default["test_set"], default["figures"]["web_i2t_r1"]["items"]) == ("val", held_out)
+    assert (default["test_set"], default["metrics"]["web_i2t_r1"]["items"]) == ("val", held_out)
     assert default["trained_on"] == 0
     assert "no test data" in capsys.readouterr().err
     copy = tmp_path / "elsewhere"  # by bytes, whatever the files are called

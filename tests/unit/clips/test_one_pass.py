@@ -1,4 +1,4 @@
-"""The full evaluation reads, decodes and encodes each image of a test set once; its figures are those of a plain loop
+"""The full evaluation reads, decodes and encodes each image of a test set once; its metrics are those of a plain loop
 over single images. What a run and the commands measure, export and report."""
 
 import json
@@ -93,15 +93,15 @@ def test_each_image_is_read_decoded_and_encoded_once_and_every_figure_has_chance
     monkeypatch.setattr(SourceSet, "read", counting_read)
     monkeypatch.setattr(Image, "open", counting_open)
     monkeypatch.setattr(VisionTower, "forward", counting_encode)
-    figures = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
+    metrics = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "found.json")
     evaluation = json.loads((tmp_path / "found.json").read_text())
-    assert evaluation["figures"] == {name: asdict(figure) for name, figure in figures.items()}
+    assert evaluation["metrics"] == {name: asdict(metric) for name, metric in metrics.items()}
     # Each third image has a label and serves classification, the others retrieval.
-    assert (figures["sentence_i2t_r1"].items, figures["zero_shot_top1"].items) == (16, 8)
-    assert figures["sentence_i2t_r1"].chance == pytest.approx(100 / 16, abs=1e-3)
-    assert figures["part_t2i_r1"].items == 47  # at most five sentences each
+    assert (metrics["sentence_i2t_r1"].items, metrics["zero_shot_top1"].items) == (16, 8)
+    assert metrics["sentence_i2t_r1"].chance == pytest.approx(100 / 16, abs=1e-3)
+    assert metrics["part_t2i_r1"].items == 47  # at most five sentences each
     wanted = {"sentence_i2t_r1", "zero_shot_top1", "caption_token_top1", "linear_probe_top1"}
-    assert wanted | {f"more/{name}" for name in wanted} <= evaluation["figures"].keys()
+    assert wanted | {f"more/{name}" for name in wanted} <= evaluation["metrics"].keys()
     assert evaluation["skipped_images"] == 2
     assert read == Counter(f"image {name} {i}" for name, size in SIZES.items() for i in range(size))
     assert len(opened) == sum(SIZES.values())
@@ -183,9 +183,9 @@ class Slow:
 
 
 @torch.no_grad()
-def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> dict[str, float]:
+def slow_metrics(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> dict[str, float]:
     test, train = (Slow(model, tokenizer, run, name) for name in (split, "train"))
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
 
     def encoded(texts: list[str]) -> torch.Tensor:
         return torch.cat([model.encode_text(tokenizer.for_tower([text], run.model.text)) for text in texts])
@@ -196,32 +196,32 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
         owners, texts = map(list, zip(*pairs, strict=True))
         scale = float(model.logit_scale.exp())
         of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts, scale)
-        figures |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
+        metrics |= {f"{protocol}_{name}": metric for name, metric in of_these.items()}
     classes = classes_of(test.labels())
     assert classes is not None
     prompts = torch.stack([encoded([form.format(name) for form in classes.templates]) for name in classes.names])
     truth = [classes.names.index(label) for label in test.labels()]
     of_these = zero_shot_metrics(test.features[test.with_label(True)], prompts, truth)
-    figures |= {f"zero_shot_{name}": figure for name, figure in of_these.items()}
+    metrics |= {f"zero_shot_{name}": metric for name, metric in of_these.items()}
     number = {name: i for i, name in enumerate(sorted(set(train.labels())))}
     probe = linear_probe(train.pooled[train.with_label(True)], [number[label] for label in train.labels()])
-    figures["linear_probe_top1"] = probe(test.pooled[test.with_label(True)], [number[label] for label in test.labels()])
+    metrics["linear_probe_top1"] = probe(test.pooled[test.with_label(True)], [number[label] for label in test.labels()])
     right = sum(p == t for p, t in zip(test.predicted, test.truth, strict=True))
-    return {name: figure.value for name, figure in figures.items()} | {
+    return {name: metric.value for name, metric in metrics.items()} | {
         "caption_token_top1": round(100 * right / len(test.truth), 4)
     }
 
 
 @pytest.mark.parametrize("inputs", ["tokens", "queries"])
-def test_the_figures_are_those_of_a_loop_over_single_images(inputs, run, tokenizer):
+def test_the_metrics_are_those_of_a_loop_over_single_images(inputs, run, tokenizer):
     captioner = replace(run.model.captioner, inputs=inputs)
     run = replace(run, model=replace(run.model, captioner=captioner))
     model = random_model(run).eval()
-    figures = {name: figure.value for name, figure in evaluate(model, tokenizer, run, "test", full=True).items()}
+    metrics = {name: metric.value for name, metric in evaluate(model, tokenizer, run, "test", full=True).items()}
     for split, prefix in (("test", ""), ("more", "more/")):
-        slow = slow_figures(model, tokenizer, run, split)
-        assert slow == {name.removeprefix(prefix): figures.pop(name) for name in [f"{prefix}{key}" for key in slow]}
-    assert not figures
+        slow = slow_metrics(model, tokenizer, run, split)
+        assert slow == {name.removeprefix(prefix): metrics.pop(name) for name in [f"{prefix}{key}" for key in slow]}
+    assert not metrics
 
 
 def test_the_nearest_texts_of_an_image_come_in_order_and_its_own_is_right(run, tokenizer):
@@ -273,7 +273,7 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(run, tokenizer,
     assert "Traceback" not in errors
     assert is_finished(run_dir)
     assert not has_report(run_dir)
-    assert json.loads((run_dir / "evaluation.json").read_text())["figures"]
+    assert json.loads((run_dir / "evaluation.json").read_text())["metrics"]
 
     (run_dir / "report").unlink()
     finish_run(run, model, tokenizer, run_dir)
@@ -326,23 +326,23 @@ def test_commands_evaluate_and_export(run, tokenizer, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     (tmp_path / "names.txt").write_text("cat\ndog\nbird")
 
-    def figures(model_path, *flags):
+    def metrics(model_path, *flags):
         out = tmp_path / "out.json"
         parsed = script_parser("evaluate_clips").parse_args(
             ["--model", str(model_path), "--output", str(out), *map(str, flags)]
         )
         evaluate_from_flags(parsed)
-        return json.loads(out.read_text())["figures"]
+        return json.loads(out.read_text())["metrics"]
 
-    of_stock = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
+    of_stock = metrics(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
     assert of_stock["zero_shot_top1"]["items"] == 12
     assert of_stock["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
     probed = of_stock["linear_probe_top1"]
     assert probed["value"] > 70  # tested on what it was fitted on
     assert (probed["items"], probed["chance"]) == (12, 50)
-    assert "zero_shot_top1" in figures(native)  # the run's own test split
+    assert "zero_shot_top1" in metrics(native)  # the run's own test split
     write_native(model, replace(run, data=DataConfig(train="")), tokenizer, tmp_path / "bare")
     with pytest.raises(UserError, match="--data"):
         export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
     with pytest.raises(UserError, match="names no test data: give --data,"):  # it named a flag of another command
-        figures(tmp_path / "bare")
+        metrics(tmp_path / "bare")

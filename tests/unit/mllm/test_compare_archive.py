@@ -29,10 +29,7 @@ from clips.common.page import as_html
 from clips.lab import archive
 from clips.lab.archive import unpack
 from clips.lab.stats import interval, over_groups, verdict
-from mllm.compare.commands import fix_plan, lab_cell, plan_of
-from mllm.compare.comparison import LIMIT, PLAN, Comparison
-from mllm.compare.comparison import comparison_of as comparison_of_plan
-from mllm.compare.figures import (
+from mllm.compare.analysis import (
     ANSWER_VARIANCE,
     ENCODER_VARIANCE,
     IMAGE_VARIANCE,
@@ -40,6 +37,9 @@ from mllm.compare.figures import (
     RUN_VARIANCE,
     detectable_difference,
 )
+from mllm.compare.commands import fix_plan, lab_cell, plan_of
+from mllm.compare.comparison import LIMIT, PLAN, Comparison
+from mllm.compare.comparison import comparison_of as comparison_of_plan
 from mllm.compare.report import design_in_words, page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
 from mllm.data.questions import Question
@@ -48,7 +48,7 @@ from tools.update_docs import main, take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
 CELL = "cells/random-seed1"
-ANSWERS, FIGURES = f"{CELL}/evaluation/question.jsonl", f"{CELL}/evaluation/figures.json"
+ANSWERS, METRICS = f"{CELL}/evaluation/question.jsonl", f"{CELL}/evaluation/results.json"
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "matplotlib", "PIL", "mllm.model", "mllm.training.run")
 
 
@@ -91,7 +91,7 @@ def test_an_untouched_comparison_verifies(output: Path, monkeypatch: pytest.Monk
     assert verification.answers == 4 * 36
     assert "kept" in verification.kept
     monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
-    assert sum("figures.json.scorer" in line for line in verify(output).differs) == 4, "another scorer here is named"
+    assert sum("results.json.scorer" in line for line in verify(output).differs) == 4, "another scorer here is named"
 
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
@@ -116,25 +116,25 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     lines = [json.loads(line) for line in changed.open()]
     lines[0]["share"] = 1.0
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert any("figures.json.share_identity.value" in line for line in verify(comparison.output).differs)
+    assert any("results.json.share_identity.value" in line for line in verify(comparison.output).differs)
     with pytest.raises(UserError, match="share/where"):
         plan_of(comparison_of(place, decides="share/colour"))
 
 
 def answer_better_and_hide_it(output: Path) -> None:
-    """With every hash beside it: the figures still tell."""
+    """With every hash beside it: the metrics still tell."""
     lines = [json.loads(line) | {"text": "yes", "correct": True} for line in (output / ANSWERS).open()]
     (output / ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def own(figures: dict) -> None:
-        figures["sets"]["question"]["answers"]["sha256"] = sha256(output / ANSWERS)
-        for kind in figures["figures"].values():
+    def own(metrics: dict) -> None:
+        metrics["sets"]["question"]["answers"]["sha256"] = sha256(output / ANSWERS)
+        for kind in metrics["metrics"].values():
             kind["value"] = 100.0
 
     def hashes(report: dict) -> None:
         report["files"] = {name: sha256(output / name) for name in report["files"]}
 
-    edit(output / FIGURES, own)
+    edit(output / METRICS, own)
     edit(output / "report.json", hashes)
 
 
@@ -159,17 +159,17 @@ def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable
     assert not list(output.parent.glob("*.tar.xz"))
 
 
-def test_figures_of_an_earlier_version_are_read(output: Path) -> None:
+def test_metrics_of_an_earlier_version_are_read(output: Path) -> None:
     """They had accuracies by kind, and hashes of files that are changed here."""
-    for path in output.glob("cells/*/evaluation/figures.json"):
+    for path in output.glob("cells/*/evaluation/results.json"):
         lines = [json.loads(line) for line in path.with_name("question.jsonl").open()]
         questions = [Question(id=0, text="?", kind=line["kind"], answer=line["expected"]) for line in lines]
         scored = score(questions, [line["text"] for line in lines])
         path.write_text(json.dumps({"scorer": scorer_version()} | scored))
         assert scored["exact_match"]["overall"]["n"] == len(lines)
-    assert not [line for line in verify(output).differs if "figures.json." in line and "cells[" not in line]
-    edit(path, lambda figures: figures["exact_match"]["where"].update(accuracy=2.0))
-    assert any("figures.json.exact_match.where.accuracy" in line for line in verify(output).differs)
+    assert not [line for line in verify(output).differs if "results.json." in line and "cells[" not in line]
+    edit(path, lambda metrics: metrics["exact_match"]["where"].update(accuracy=2.0))
+    assert any("results.json.exact_match.where.accuracy" in line for line in verify(output).differs)
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
@@ -255,7 +255,7 @@ def test_the_same_comparison_gives_the_same_bytes(output: Path, tmp_path: Path) 
     other = shutil.copytree(output, tmp_path / "other", copy_function=shutil.copyfile)
     for path in other.rglob("*"):
         os.utime(path, (1, 1))
-    (other / "cells" / "random-seed1.log").write_text("printed")  # not what figures rest on
+    (other / "cells" / "random-seed1.log").write_text("printed")  # not what metrics rest on
     (other / CELL / "model").mkdir()
     (other / CELL / "model" / "model.safetensors").write_bytes(b"large")
     assert pack(other, tmp_path / "second.tar.xz") == first == sha256(tmp_path / "second.tar.xz")
@@ -296,12 +296,12 @@ PAGE = """# Page
 """
 
 
-def test_the_pages_of_this_repository_hold_the_figures_of_their_files() -> None:
+def test_the_pages_of_this_repository_hold_the_metrics_of_their_files() -> None:
     assert update_pages(check=True) == []
 
 
 def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, tmp_path: Path) -> None:
-    """From raw answers to a table: the figures in the page are those that were computed again."""
+    """From raw answers to a table: the metrics in the page are those that were computed again."""
     comparison = finish(comparison_of(place, encoders=("random:clips-run", "blind:clips-run"), seeds=2))
     report = reported(comparison)
     root = tmp_path / "root"

@@ -1,4 +1,4 @@
-"""Cells that differ in nothing but the encoder, what is never run twice, and figures and report from finished cells."""
+"""Cells that differ in nothing but the encoder, what is never run twice, and metrics and report from finished cells."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finis
 from clips.common.errors import UserError
 from clips.common.page import as_html
 from clips.recipes import recipe
-from mllm.compare.commands import check_cell, lab_cell, pretrain_config, stage_samples, train_arguments
-from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags, stored_questions
-from mllm.compare.figures import (
+from mllm.compare.analysis import (
     benchmark_folder,
     benchmark_results,
     encoder_groups,
     read_answers,
 )
+from mllm.compare.commands import check_cell, lab_cell, pretrain_config, stage_samples, train_arguments
+from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags, stored_questions
 from mllm.compare.report import floors, page
 from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
 from mllm.compare.verify import verify
@@ -304,7 +304,7 @@ def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> Non
         checked(dataclasses.replace(comparison, output=place / "other", pretrain_flags=own))
 
 
-# ------------------------------------------------------------------------------------------------ figures and report
+# ------------------------------------------------------------------------------------------------ metrics and report
 
 
 def test_a_floor_that_was_not_beaten_is_named() -> None:

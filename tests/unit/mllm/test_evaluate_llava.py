@@ -1,4 +1,4 @@
-"""Answers of a tiny real model, which questions a limit leaves, and every figure against a slow reference."""
+"""Answers of a tiny real model, which questions a limit leaves, and every metric against a slow reference."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.report import figures_of, one_caption
+from mllm.evaluation.report import metrics_of, one_caption
 from mllm.evaluation.scores import (
-    exact_match_figures,
+    exact_match_metrics,
     exactness,
     is_right,
     normalise,
     says_yes,
     scorer_version,
-    yes_no_figures,
+    yes_no_metrics,
 )
 from mllm.model.load import CACHE, FACTS, find_model, load_llava, newest_model
 
@@ -136,10 +136,10 @@ def test_likelihoods_are_those_of_single_conversations(place: Path, loaded: Load
         assert likelihoods == pytest.approx(expected, rel=1e-3)
         lines.append({"kind": question.kind, **expected})
     assert len({round(line["share"], 4) for line in lines}) > 5  # otherwise equality would say nothing
-    figures = figures_of("answers", {}, [*lines, {"text": "of an open question"}])
+    metrics = metrics_of("answers", {}, [*lines, {"text": "of an open question"}])
     shares = [line["share"] for line in lines if line["kind"] == "yes_no"]
-    assert figures["share_yes_no"]["value"] == pytest.approx(100 * sum(shares) / len(shares))
-    assert figures["log_likelihood_overall"]["items"] == len(lines)
+    assert metrics["share_yes_no"]["value"] == pytest.approx(100 * sum(shares) / len(shares))
+    assert metrics["log_likelihood_overall"]["items"] == len(lines)
 
 
 def test_rivals_of_an_answer_are_drawn_by_a_hash() -> None:
@@ -201,28 +201,28 @@ def test_command_writes_llava_s_answers_and_figures(
     monkeypatch.setattr(evaluate, "IMAGES", "images")
     common = ["--model", str(model), "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
     own = ["--questions", str(tmp_path / "mine.jsonl"), "--image-folder", str(place / "images")]
-    figures = evaluate_from_flags(parsed(*common))
+    metrics = evaluate_from_flags(parsed(*common))
     assert "3 of 3 answers are cut off after --max-new-tokens 4" in capsys.readouterr().err
     out = place / "runs" / "llava" / "evaluation"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in answers] == [11, 12, 13]
     assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= answers[0].keys()
     assert (answers[0]["prompt"], answers[0]["model_id"], answers[1]["expected"]) == ("What is it?", "llava", "Yes")
-    assert json.loads((out / "figures.json").read_text()) == figures
+    assert json.loads((out / "results.json").read_text()) == metrics
     origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment", "test_set", "unit"}
-    assert set(figures) == {"figures"} | origin
-    assert {"yes_no", "overall", "pope_f1", "cider_d", "cider_d_of_one_caption"} <= figures["figures"].keys()
-    (asked,) = figures["sets"].values()
+    assert set(metrics) == {"metrics"} | origin
+    assert {"yes_no", "overall", "pope_f1", "cider_d", "cider_d_of_one_caption"} <= metrics["metrics"].keys()
+    (asked,) = metrics["sets"].values()
     assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
     assert asked["answers"] == {"file": "answers.jsonl", "sha256": sha256(out / "answers.jsonl")}
-    assert figures["scorer"] == scorer_version()
-    assert figures["figures"]["overall"]["items"] == 1
+    assert metrics["scorer"] == scorer_version()
+    assert metrics["metrics"]["overall"]["items"] == 1
 
     digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in out.iterdir()}
     for flags, where in ((["--limit", "1"], "limit-1"), ([*own, "--limit", "2"], f"mine-{digest}-limit-2")):
         evaluate_from_flags(parsed(*common, *flags))
-        assert (out / where / "figures.json").is_file()
+        assert (out / where / "results.json").is_file()
     with pytest.raises(UserError, match="other questions"):
         evaluate_from_flags(parsed(*common, "--limit", "1", "--output", str(out)))
     assert {path: path.read_bytes() for path in whole} == whole
@@ -231,8 +231,8 @@ def test_command_writes_llava_s_answers_and_figures(
     evaluate_from_flags(parsed(*common, *own, *elsewhere, "--likelihood"))
     shares = [json.loads(line).get("share") for line in (tmp_path / "kept" / "answers.jsonl").read_text().splitlines()]
     assert shares == [None, 1, None]  # there is one answer, and it has no rival
-    kept = json.loads((tmp_path / "kept" / "answers" / "figures.json").read_text())
-    assert kept["figures"]["share_overall"]["items"] == 1
+    kept = json.loads((tmp_path / "kept" / "answers" / "results.json").read_text())
+    assert kept["metrics"]["share_overall"]["items"] == 1
     with pytest.raises(UserError, match="--questions"):
         evaluate_from_flags(parsed(*common, *elsewhere))
 
@@ -281,13 +281,13 @@ def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, 
 def test_accuracy_per_kind_with_wilson_s_interval() -> None:
     questions = [Question(id=i, text="?", kind="count" if i < 4 else "where", answer="One") for i in range(10)]
     questions.append(Question(id=10, text="?"))  # without an answer: not counted
-    figures = exact_match_figures(questions, ["one"] * 3 + ["two"] * 3 + ["one"] * 4 + ["one"])
-    assert list(figures) == ["count", "where", "overall"]
-    assert (figures["count"]["accuracy"], figures["where"]["accuracy"]) == (0.75, 4 / 6)
+    metrics = exact_match_metrics(questions, ["one"] * 3 + ["two"] * 3 + ["one"] * 4 + ["one"])
+    assert list(metrics) == ["count", "where", "overall"]
+    assert (metrics["count"]["accuracy"], metrics["where"]["accuracy"]) == (0.75, 4 / 6)
     n, p, z = 10, 0.7, 1.959963984540054
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    assert figures["overall"] == pytest.approx({"accuracy": p, "low": centre - half, "high": centre + half, "n": n})
+    assert metrics["overall"] == pytest.approx({"accuracy": p, "low": centre - half, "high": centre + half, "n": n})
 
 
 def test_chance_is_the_commonest_truth_of_each_kind() -> None:
@@ -298,28 +298,28 @@ def test_chance_is_the_commonest_truth_of_each_kind() -> None:
             questions.append(Question(id=i, text="?", kind=kind, answer=truths[i % len(truths)]))
             answers.append(questions[-1].answer if i < 6 else "no")
     lines = [{"kind": question.kind, "expected": question.answer} for question in questions]
-    figure = figures_of("answers_unseen", {"exact_match": exact_match_figures(questions, answers)}, lines)[
+    metric = metrics_of("answers_unseen", {"exact_match": exact_match_metrics(questions, answers)}, lines)[
         "unseen/overall"
     ]
-    assert (figure["value"], figure["chance"], figure["items"]) == pytest.approx((60, 60, 20))
-    assert [figure["low"], figure["high"]] == pytest.approx([38.7, 78.1], abs=0.05)
+    assert (metric["value"], metric["chance"], metric["items"]) == pytest.approx((60, 60, 20))
+    assert [metric["low"], metric["high"]] == pytest.approx([38.7, 78.1], abs=0.05)
 
 
-def test_yes_no_figures_are_pope_s() -> None:
+def test_yes_no_metrics_are_pope_s() -> None:
     assert [says_yes(t) for t in ("Yes.", "No, there is none", "There is not", "Nothing", "Yes. No doubt", "")] == [
         *(True, False, False, True, True, True)
     ]
     rng = random.Random(0)
     expected = [rng.random() < 0.5 for _ in range(200)]
     answers = [rng.random() < 0.6 for _ in expected]
-    figures = yes_no_figures(["Yes" if s else "No" for s in answers], expected)
+    metrics = yes_no_metrics(["Yes" if s else "No" for s in answers], expected)
     tp = fp = tn = fn = 0  # POPE's evaluate.py, counted one by one
     for s, e in zip(answers, expected, strict=True):
         tp, fp, tn, fn = tp + (s and e), fp + (s and not e), tn + (not s and not e), fn + (not s and e)
     precision, recall = tp / (tp + fp), tp / (tp + fn)
     expected = {"accuracy": (tp + tn) / 200, "precision": precision, "recall": recall, "yes_share": (tp + fp) / 200}
-    assert figures == pytest.approx(expected | {"f1": 2 * precision * recall / (precision + recall), "n": 200})
-    assert yes_no_figures(["No"], [True])["f1"] == 0
+    assert metrics == pytest.approx(expected | {"f1": 2 * precision * recall / (precision + recall), "n": 200})
+    assert yes_no_metrics(["No"], [True])["f1"] == 0
 
 
 REFERENCES = [

@@ -297,14 +297,14 @@ def test_the_summary_of_the_demo_says_whose_images_are_asked_about(tmp_path, mon
         folder.mkdir(parents=True)
     line = {"kind": "identity", "prompt": "What?", "text": "A cat", "expected": "A dog", "image": "0.jpg"}
     for place, file, artists in (("", "answers", "seen"), (f"{UNSEEN}/", UNSEEN_ANSWERS, UNSEEN)):
-        write_json(folders[0] / "evaluation.json", {"figures": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
+        write_json(folders[0] / "evaluation.json", {"metrics": {f"{place}zero_shot_top1": {"value": 50, "chance": 3}}})
         write(folders[1] / f"{file}.jsonl", [line | {"correct": False}])
         answered = {
             "identity": {"value": 0, "chance": 3.1},
             "colour": {"value": 9, "chance": 8},
             "cider_d": {"value": 1},
         }
-        write_json(folders[1] / "figures.json", {"figures": {place + name: row for name, row in answered.items()}})
+        write_json(folders[1] / "results.json", {"metrics": {place + name: row for name, row in answered.items()}})
         print_summary()
         text = capsys.readouterr().out
         assert f"images by {artists} artists" in text

@@ -154,16 +154,16 @@ def test_sharpened_tokens_point_at_what_they_show_and_at_their_place(kind):
     places = torch.arange(4).expand(len(features), -1), normalize(torch.randn(4, 64))
     start_from_captions(projector, features, captions, words)
 
-    def figures() -> tuple[float, float, float]:
+    def metrics() -> tuple[float, float, float]:
         tokens = projector(features).detach() - words.mean(0)
         cosines = normalize(tokens, dim=-1) @ normalize(words[:8] - words.mean(0)).T
         named = (cosines[of_one].amax(1).argmax(-1) == shown[:, 0]).float().mean()
         placed = ((tokens @ places[1].T).argmax(-1) == places[0]).float().mean()
         return named.item(), placed.item(), (tokens.norm(dim=-1).mean() / 24).item()
 
-    before = figures()
+    before = metrics()
     sharpen(projector, features, captions, words, places)
-    named, placed, spread = figures()
+    named, placed, spread = metrics()
     assert named >= before[0] - 0.02
     assert named > 0.9
     assert before[1] < 0.6 < 0.9 < placed

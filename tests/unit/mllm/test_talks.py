@@ -13,7 +13,7 @@ from mllm.data.attributes import Column, Row, conversations, independent_groups
 from mllm.data.demo import DemoScene, by_coin, instruct_record, is_there, talk_about, talk_questions
 from mllm.data.questions import TALKS, Question, read_questions
 from mllm.evaluation.evaluate import _turns
-from mllm.evaluation.report import figures_of
+from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import score
 
 NEAR = 0.05
@@ -169,10 +169,10 @@ def test_talks_are_measured_by_answer() -> None:
         {"kind": q.kind, "expected": q.answer, "correct": q.answer == answer}
         for q, answer in zip(questions, answers, strict=True)
     ]
-    figures = figures_of(TALKS, score(questions, answers), lines)
-    assert figures["talks/after_no"]["value"] == 75
-    assert figures["talks/after_no"]["chance"] == 50
-    assert (figures["talks/after_no_if_yes"]["value"], figures["talks/after_no_if_no"]["value"]) == (100, 50)
+    metrics = metrics_of(TALKS, score(questions, answers), lines)
+    assert metrics["talks/after_no"]["value"] == 75
+    assert metrics["talks/after_no"]["chance"] == 50
+    assert (metrics["talks/after_no_if_yes"]["value"], metrics["talks/after_no_if_no"]["value"]) == (100, 50)
 
 
 @pytest.mark.parametrize("earlier", ["No", [["a"]], [["a", 1]], {"a": "b"}])

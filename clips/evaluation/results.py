@@ -14,7 +14,7 @@ from clips.common.tensors import hash_weights
 from clips.config import DataConfig
 from clips.data.demo import MISSING, is_by_one
 from clips.data.splits import is_demo
-from clips.evaluation.metrics import Figure
+from clips.evaluation.metrics import Metric
 from clips.model.clips import CLIPSModel
 
 MATTER = (
@@ -29,9 +29,9 @@ def missing_of(data: DataConfig, split: str) -> str | None:
     return MISSING if split == "test" and is_demo(data, "test") and is_by_one(data.demo_dir) else None
 
 
-def write_figures(
+def write_metrics(
     path: Path,
-    figures: Mapping[str, Figure],
+    metrics: Mapping[str, Metric],
     model: CLIPSModel,
     skipped: Sequence[str],
     *,
@@ -60,7 +60,7 @@ def write_figures(
         "limit": limit,
         "trained_on": trained_on,
         "unit": "percent; log ranks and losses: nats",
-        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "metrics": {name: asdict(metric) for name, metric in metrics.items()},
         "skipped_images": len(skipped),
         "skipped": list(skipped[:20]),
         **({"missing": missing} if missing else {}),
@@ -68,13 +68,13 @@ def write_figures(
     write_json(path, content)
 
 
-def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
+def metrics_table(metrics: dict[str, Metric], title: str, first: str = "test", missing: str | None = None) -> Table:
     """Return a table of the six most important metrics on every test set, with chance and samples of the first set.
 
-    `first` is the name of the set whose metrics have plain names. `missing` is as in `write_figures`.
+    `first` is the name of the set whose metrics have plain names. `missing` is as in `write_metrics`.
     """
-    names = dict.fromkeys(name.rpartition("/")[2] for name in figures)
+    names = dict.fromkeys(name.rpartition("/")[2] for name in metrics)
     shown = ([name for name in MATTER if name in names] or [*names])[:6]
     rest = f"All {len(names)} metrics are in the JSON file and in the report." if len(names) > len(shown) else None
-    chosen = {name: asdict(figures[name]) for plain in shown for name in figures if name.rpartition("/")[2] == plain}
+    chosen = {name: asdict(metrics[name]) for plain in shown for name in metrics if name.rpartition("/")[2] == plain}
     return table_of(title, *metric_rows(chosen, first), " ".join(filter(None, (rest, missing))))

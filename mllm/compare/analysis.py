@@ -67,7 +67,7 @@ REPORT = "report.json"
 ENCODERS = "encoders.json"
 """The file with the metrics of each cell's encoder alone, and the data of its pretraining."""
 RECORDS = (
-    *(RECORD, "config.json", "env.json", COST, "evaluation/figures.json"),
+    *(RECORD, "config.json", "env.json", COST, "evaluation/results.json"),
     *(f"{stage.name}/done.json" for stage in STAGES.values()),
 )
 Lines = dict[EncoderCell, list[dict[str, Any]]]
@@ -107,7 +107,7 @@ class ItemScores:
 # ------------------------------------------------------------------------------------------- report.json
 def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[str, Any]]]) -> None:
     """Write OUTPUT/encoders.json. `measured` holds the metrics of the encoders alone (mllm/compare/probe.py)."""
-    records = {cell.name: {"figures": metrics, "pretraining": _pretraining(cell)} for cell, metrics in measured.items()}
+    records = {cell.name: {"metrics": metrics, "pretraining": _pretraining(cell)} for cell, metrics in measured.items()}
     write_json(output / ENCODERS, records)
 
 
@@ -167,12 +167,12 @@ def _encoder(comparison: Comparison, name: str) -> dict[str, Any]:
     groups = independent_runs(encoder_groups(comparison, name))
     records = read_json(comparison.output / ENCODERS)
     by_cell = [records[cell.name] for cell in cells]
-    by_run = [record["figures"] for record in by_cell]
+    by_run = [record["metrics"] for record in by_cell]
     intrinsic = {}
-    for figure, first in by_run[0].items():
-        if all(figure in figures for figures in by_run):
+    for metric, first in by_run[0].items():
+        if all(metric in metrics for metrics in by_run):
             about = {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
-            intrinsic[figure] = over_seeds([figures[figure]["value"] for figures in by_run], groups) | about
+            intrinsic[metric] = over_seeds([metrics[metric]["value"] for metrics in by_run], groups) | about
     return {
         "kind": cells[0].kind,
         "intrinsic": intrinsic,
@@ -220,7 +220,7 @@ def _cell_record(cell: EncoderCell, output: Path, benchmarks: Sequence[str]) -> 
         "vision": cell.read(RECORD)["vision"],
         "directory": cell.directory.relative_to(output).as_posix(),
         "config": cell.read("config.json"),
-        "figures": read_json(cell.figures),
+        "metrics": read_json(cell.metrics),
         "benchmarks": benchmark_results(cell.directory, benchmarks),
         "cost": cell.read(COST),
     }
