@@ -1,4 +1,4 @@
-"""A tiny comparison of encoders, finished without training anything: cells as run_cell leaves them, without a model."""
+"""A tiny comparison of encoders, finished without training anything: runs as run_run leaves them, without a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_mllm import make_images, write_llm, write_run
 from clips.common.files import sha256, write_json
 from mllm.compare.analysis import REPORT, collect, keep_encoders
 from mllm.compare.commands import fix_plan, train_arguments
-from mllm.compare.comparison import PLAN, Comparison, EncoderCell, stored_questions
+from mllm.compare.comparison import PLAN, Comparison, EncoderRun, stored_questions
 from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
@@ -67,63 +67,63 @@ def comparison_of(output: Path, **options: object) -> Comparison:
 
 
 def finish(comparison: Comparison) -> Comparison:
-    """Fix it, and write every cell; an encoder's models are right as often as SKILL says."""
+    """Fix it, and write every run; an encoder's models are right as often as SKILL says."""
     fix_plan(comparison)
-    for cell in comparison.cells:
-        write_cell(comparison, cell, SKILL[cell.kind])
+    for run in comparison.runs:
+        write_run_record(comparison, run, SKILL[run.kind])
     return comparison
 
 
-def _fingerprint(comparison: Comparison, cell: EncoderCell, number: int) -> str:
-    """Of the encoder of a stage. `random` and `blind` are drawn for each seed; other encoders are one in all cells."""
-    key = (Path.cwd(), cell.vision, cell.variant, comparison, number, cell.seed * (cell.kind in ("random", "blind")))
+def _fingerprint(comparison: Comparison, run: EncoderRun, number: int) -> str:
+    """Of the encoder of a stage. `random` and `blind` are drawn for each seed; other encoders are one in all runs."""
+    key = (Path.cwd(), run.vision, run.variant, comparison, number, run.seed * (run.kind in ("random", "blind")))
     if key not in _FINGERPRINTS:
-        _FINGERPRINTS[key] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
+        _FINGERPRINTS[key] = encoder_of(train_arguments(comparison, run, number)).fingerprint
     return _FINGERPRINTS[key]
 
 
 _FINGERPRINTS: dict[Any, str] = {}
 
 
-def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
-    """A finished cell; a question is answered right with chance `skill`."""
+def write_run_record(comparison: Comparison, run: EncoderRun, skill: float) -> None:
+    """A finished run; a question is answered right with chance `skill`."""
     config = {}
     for number, stage in STAGES.items():
-        trains = train_arguments(comparison, cell, number).what_trains()
-        trains["vision_fingerprint"] = _fingerprint(comparison, cell, number)
-        facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
+        trains = train_arguments(comparison, run, number).what_trains()
+        trains["vision_fingerprint"] = _fingerprint(comparison, run, number)
+        facts = {"language model": "tiny", "vision encoder": run.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
         done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
-        (cell.directory / stage.name).mkdir(parents=True)
-        (cell.directory / stage.name / "done.json").write_text(json.dumps(done))
+        (run.directory / stage.name).mkdir(parents=True)
+        (run.directory / stage.name / "done.json").write_text(json.dumps(done))
     write = {"config": config, "env": {"device": "cpu"}, "cost": {"align": 10.0, "instruct": 20.0, "evaluation": 5.0}}
-    write["cell"] = {
-        "encoder": cell.encoder,
-        "vision": cell.vision,
-        "pretraining_seed": cell.pretraining_seed,
-        "seed": cell.seed,
+    write["run"] = {
+        "encoder": run.encoder,
+        "vision": run.vision,
+        "pretraining_seed": run.pretraining_seed,
+        "seed": run.seed,
         "evaluation": comparison.evaluation_settings(),
         "plan": sha256(comparison.output / PLAN),
     }
     for name, content in write.items():
-        (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([comparison.names.index(cell.encoder), cell.seed])
-    cell.evaluation.mkdir()
+        (run.directory / f"{name}.json").write_text(json.dumps(content))
+    rng = np.random.default_rng([comparison.names.index(run.encoder), run.seed])
+    run.evaluation.mkdir()
     sets, metrics = {}, {}
     for name, path in stored_questions(comparison.output).items():
         questions = comparison.asked(path)
         texts = [q.answer or "an image" if rng.random() < skill else "<b>no" for q in questions]
-        answers = cell.evaluation / f"{name}.jsonl"
-        lines = [json.loads(answer_line(q, text, cell.name)) for q, text in zip(questions, texts, strict=True)]
+        answers = run.evaluation / f"{name}.jsonl"
+        lines = [json.loads(answer_line(q, text, run.name)) for q, text in zip(questions, texts, strict=True)]
         for line in lines if "likelihood" in comparison.evaluation_settings() else ():
             line |= {"log_likelihood": np.log(skill) - rng.random(), "share": skill * rng.random()}
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
         metrics |= metrics_of(name, score(questions, texts), lines)
-    write_json(cell.metrics, {"scorer": scorer_version(), "sets": sets, "metrics": metrics})
+    write_json(run.metrics, {"scorer": scorer_version(), "sets": sets, "metrics": metrics})
 
 
-def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], command: Sequence[str]) -> dict[str, Any]:
+def collected(comparison: Comparison, measured: Mapping[EncoderRun, Any], command: Sequence[str]) -> dict[str, Any]:
     """The content of report.json, by the plan that was fixed or is asked for now."""
     keep_encoders(comparison.output, measured)
     return collect(comparison, fix_plan(comparison), command)
@@ -131,6 +131,6 @@ def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], comma
 
 def reported(comparison: Comparison) -> dict[str, Any]:
     """report.json, written and read again."""
-    report = collected(comparison, {cell: {} for cell in comparison.cells}, ["scripts/compare_encoders.py"])
+    report = collected(comparison, {run: {} for run in comparison.runs}, ["scripts/compare_encoders.py"])
     write_json(comparison.output / REPORT, report)
     return json.loads((comparison.output / REPORT).read_text())

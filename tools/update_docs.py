@@ -39,7 +39,7 @@ from mllm.compare.verify import opened, verified
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced", "undecided": "undecided"}
 """Verdict on a claim → its text on a page."""
-LONG = ("cells", "examples", "files")
+LONG = ("runs", "examples", "files")
 """Parts of report.json that are kept in the archive only."""
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """Fields of metrics and differences in report.json that are kept."""

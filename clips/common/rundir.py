@@ -122,7 +122,7 @@ def is_finished(run_dir: Path) -> bool:
     """Return True if the chosen weights of a pretraining run are exported, and measured if the run has test data."""
     export = run_dir / "export"
     chosen = chosen_weights(run_dir)
-    evaluation = read_json(run_dir / "evaluation.json")
+    evaluation = read_evaluation(run_dir / "evaluation.json")
     is_measured = not evaluation or _is_of(evaluation, chosen)
     return export.is_dir() and _is_of({"checkpoint": read_json(export / MADE_OF)}, chosen) and is_measured
 
@@ -132,13 +132,19 @@ def _is_of(evaluation: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> b
     return chosen is None or (evaluation.get("checkpoint") or {}).get("sha256") == chosen["sha256"]
 
 
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the content of an evaluation.json, or {} if it is missing. Before version 0.1 `metrics` were `figures`."""
+    evaluation = read_json(path)
+    return {"metrics" if name == "figures" else name: value for name, value in evaluation.items()}
+
+
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the contents of evaluation*.json by file stem ("evaluation": the run's own test set).
 
     Evaluations of other weights than the run's chosen ones are skipped.
     """
     chosen = chosen_weights(directory)
-    evaluations = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
+    evaluations = {path.stem: read_evaluation(path) for path in sorted(directory.glob("evaluation*.json"))}
     return {name: evaluation for name, evaluation in evaluations.items() if _is_of(evaluation, chosen)}
 
 

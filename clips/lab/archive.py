@@ -58,7 +58,9 @@ def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 if not (member.isreg() and allowed.fullmatch(member.name)):
-                    raise UserError(f"{archive} cannot be unpacked: {member.name!r} is not a file of such a study")
+                    raise UserError(
+                        f"{archive} cannot be unpacked: {member.name!r} is not a file of such a study in this version"
+                    )
                 path = directory / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = tar.extractfile(member)

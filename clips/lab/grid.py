@@ -1,6 +1,6 @@
-"""A study as data: its cells, the commands of each cell, and the plan that was fixed before the first cell.
+"""A study as data: its runs, the commands of each run, and the plan that was fixed before the first run.
 
-A cell is a variant at a seed. The engine (`clips.lab.run`) knows commands, files and times; it knows no model.
+A run is a variant at a seed. The engine (`clips.lab.run`) knows commands, files and times; it knows no model.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ from typing import Any
 from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import difference
 
-RECORD, COST = "cell.json", "cost.json"
+RECORD, COST = "run.json", "cost.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A command of a cell, run as a process."""
+    """A command of a run, run as a process."""
 
     name: str
     """Printed when it begins; the key of the step's seconds in cost.json."""
@@ -24,9 +24,9 @@ class Step:
     is_done: Callable[[], bool]
     """Returns True if the files that the command leaves exist. A step that is done is never run again."""
     folder: Path | None = None
-    """A folder for only this step, emptied before each attempt, with its log. Without one it uses the cell's log."""
+    """A folder for only this step, emptied before each attempt, with its log. Without one it uses the run's log."""
     may_fail: bool = False
-    """True if the cell continues although the command failed. The study reports such steps at its end."""
+    """True if the run continues although the command failed. The study reports such steps at its end."""
 
     @property
     def log(self) -> Path | None:
@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Run:
     """A variant at a seed: a directory, and the steps that fill it."""
 
     variant: str
@@ -45,22 +45,22 @@ class Cell:
     directory: Path
     steps: tuple[Step, ...]
     check: Callable[[], None] = lambda: None
-    """Raises UserError if the directory holds a cell with other settings."""
+    """Raises UserError if the directory holds a run with other settings."""
     about: str = ""
     """Recipe and settings in words, for the plan."""
     record: Mapping[str, Any] | None = None
-    """What cell.json holds in addition to the commands. If None, the directory has no cell.json and no cost.json."""
+    """What run.json holds in addition to the commands. If None, the directory has no run.json and no cost.json."""
     result: Callable[[], str] = lambda: ""
-    """Returns a metric of the finished cell in words, for the table."""
+    """Returns a metric of the finished run in words, for the table."""
 
     @property
     def name(self) -> str:
-        """Name of the cell, which is that of its directory."""
+        """Name of the run, which is that of its directory."""
         return self.directory.name
 
     @property
     def log(self) -> Path:
-        """File of the cell's output, next to its directory."""
+        """File of the run's output, next to its directory."""
         return self.directory.parent / f"{self.name}.log"
 
     def is_done(self) -> bool:
@@ -70,12 +70,12 @@ class Cell:
 
 # ------------------------------------------------------------------------------------------- the plan
 def fix(path: Path, plan: Mapping[str, Any], begun: int) -> None:
-    """Write `plan` to `path`, with the number of cells that have started already.
+    """Write `plan` to `path`, with the number of runs that have started already.
 
-    Once a cell has started, the plan stays as it is.
+    Once a run has started, the plan stays as it is.
     """
     if not begun or not path.is_file():
-        write_json(path, {**plan, "cells_begun": begun})
+        write_json(path, {**plan, "runs_begun": begun})
 
 
 def what_was_fixed(path: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def what_was_fixed(path: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     Returns `sha256` of the file, `kept` (True if they are the same), and `differs`, a line for each difference.
     """
     before = read_json(path)
-    begun = before.pop("cells_begun", None)
+    begun = before.pop("runs_begun", None)
     differs = difference(before, plan)
     if begun != 0:
-        differs.append(f"{path.name} was written when {begun} cell(s) had begun already")
+        differs.append(f"{path.name} was written when {begun} run(s) had begun already")
     return {"sha256": sha256(path), "kept": not differs, "differs": differs}

@@ -1,4 +1,4 @@
-"""Pretraining runs as the cells of a study, and the metrics that they leave."""
+"""Pretraining runs as the runs of a study, and the metrics that they leave."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clips.common.files import read_json
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
+from clips.common.rundir import UNSEEN, is_finished, read_evaluation, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
-from clips.lab.grid import Cell, Step
+from clips.lab.grid import Run, Step
 from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
 
@@ -19,12 +18,12 @@ SCRIPT = SCRIPTS / "pretrain_clips.py"
 PRETRAINING = "pretraining"
 
 
-def pretraining_cell(
+def pretraining_run_of(
     directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
-) -> Cell:
-    """Return the run `directory` of scripts/pretrain_clips.py as a cell; its `flags` must name the directory.
+) -> Run:
+    """Return the run `directory` of scripts/pretrain_clips.py as a run; its `flags` must name the directory.
 
-    The cell's check raises UserError if `directory` holds a run with other settings.
+    The run's check raises UserError if `directory` holds a run with other settings.
     """
     config = config_from_flags(parser().parse_args(list(flags)))
 
@@ -36,7 +35,7 @@ def pretraining_cell(
 
     step = Step(PRETRAINING, (sys.executable, str(SCRIPT), *flags), lambda: is_done(directory))
     about = f"{config.recipe}, {config.samples:,} samples"
-    return Cell(variant, f"seed {seed}", directory, (step,), check, about=about)
+    return Run(variant, f"seed {seed}", directory, (step,), check, about=about)
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ class PretrainingRun:
         _, *flags = self.command(Path())
         return config_from_flags(parser().parse_args(flags))
 
-    def cell(self, output: Path, variant: str = "") -> Cell:
-        """Return the run as a cell of the table's row `variant` (default: its name without the seed)."""
+    def planned(self, output: Path, variant: str = "") -> Run:
+        """Return the run as the lab runs it, in the table's row `variant` (default: its name without the seed)."""
         _, *flags = self.command(output)
         row = variant or self.name.removesuffix(f"-seed{self.seed}")
-        return pretraining_cell(output / self.name, flags, row, self.seed, is_done=_is_measured)
+        return pretraining_run_of(output / self.name, flags, row, self.seed, is_done=_is_measured)
 
 
 def _is_measured(run: Path) -> bool:
@@ -83,14 +82,14 @@ def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
 
 def train(runs: Sequence[PretrainingRun], output: Path, jobs: int) -> dict[PretrainingRun, Path]:
     """Train the runs that are not finished, and return the directory of each run."""
-    runner = Runner([run.cell(output) for run in runs], jobs)
-    runner.run(runner.cells)
+    runner = Runner([run.planned(output) for run in runs], jobs)
+    runner.run(runner.runs)
     return {run: output / run.name for run in runs}
 
 
 def test_metrics(run: Path) -> dict[str, dict[str, Any]]:
     """Return the metrics of a run's own test."""
-    return read_json(run / "evaluation.json").get("metrics", {})
+    return read_evaluation(run / "evaluation.json").get("metrics", {})
 
 
 def measured_metrics(run: Path, names: Sequence[str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Run the cells of a study: locks, jobs, resume of finished cells, and a line for each change.
+"""Carry out the runs of a study: locks, jobs, resume of finished runs, and a line for each change.
 
-A finished step is never run again, and an interrupted cell resumes from its files. A cell is locked while a process
+A finished step is never run again, and an interrupted run resumes from its files. A run is locked while a process
 works on it, also by a child process that outlives a killed study.
 """
 
@@ -24,7 +24,7 @@ from clips.common.errors import CommandError, Stopped
 from clips.common.files import lock, read_json, write_json
 from clips.common.live import say
 from clips.common.page import table_of
-from clips.lab.grid import COST, RECORD, Cell, Step
+from clips.lab.grid import COST, RECORD, Run, Step
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -108,87 +108,87 @@ class Commands:
 
 
 class Runner:
-    """Runs the cells of a study."""
+    """Carries out the runs of a study."""
 
-    def __init__(self, cells: Sequence[Cell], jobs: int) -> None:
-        """`cells`: rows and columns of the table."""
-        self.cells, self.jobs = cells, jobs
+    def __init__(self, runs: Sequence[Run], jobs: int) -> None:
+        """`runs`: rows and columns of the table."""
+        self.runs, self.jobs = runs, jobs
         self.commands = Commands(jobs)
 
-    def run(self, cells: Sequence[Cell]) -> None:
-        """Run the missing steps of `cells` (all known to the runner), `jobs` at a time, with a line for each change.
+    def run(self, runs: Sequence[Run]) -> None:
+        """Run the missing steps of `runs` (all known to the runner), `jobs` at a time, with a line for each change.
 
         Raises UserError if a directory holds other settings, CommandError with the log's end if a command fails.
         """
-        for cell in cells:
-            cell.check()
-        self.commands.map(self._work, [cell for cell in cells if not cell.is_done()])
+        for run in runs:
+            run.check()
+        self.commands.map(self._work, [run for run in runs if not run.is_done()])
 
     def print_plan(self, title: str, facts: Mapping[str, str] | None = None) -> None:
-        """Print which cells are missing, and further `facts`, a line each."""
+        """Print which runs are missing, and further `facts`, a line each."""
         say(title)
-        columns = list(dict.fromkeys(cell.seed for cell in self.cells))
+        columns = list(dict.fromkeys(run.seed for run in self.runs))
         rows: dict[str, dict[str, str]] = {}
-        for cell in self.cells:
-            rows.setdefault(cell.variant, {})[cell.seed] = DONE + cell.result() if cell.is_done() else WAITS
+        for run in self.runs:
+            rows.setdefault(run.variant, {})[run.seed] = DONE + run.result() if run.is_done() else WAITS
         texts = [[variant, *(row.get(column, "") for column in columns)] for variant, row in rows.items()]
         say(table_of("", ["", *columns], texts))
-        todo = sum(not cell.is_done() for cell in self.cells)
+        todo = sum(not run.is_done() for run in self.runs)
         lines = {
-            **{cell.variant: cell.about for cell in self.cells if cell.about},
-            "cells": f"{todo} of {len(self.cells)} to run, {self.jobs} at a time",
+            **{run.variant: run.about for run in self.runs if run.about},
+            "runs": f"{todo} of {len(self.runs)} to run, {self.jobs} at a time",
             **(facts or {}),
         }
         for name, value in lines.items():
             say(f"  {name:<10} {value}")
 
-    def _work(self, cell: Cell) -> None:
-        say(f"{cell.name}: {LOCK}")
-        with locked(cell.directory, self.commands) as descriptor:
-            for step in cell.steps:
+    def _work(self, run: Run) -> None:
+        say(f"{run.name}: {LOCK}")
+        with locked(run.directory, self.commands) as descriptor:
+            for step in run.steps:
                 if not step.is_done():  # the process that held the lock may have done it
-                    say(f"{cell.name}: {step.name}")
-                    _note(cell, step)
-                    with _timed(cell, step):
-                        self._run(cell, step, descriptor)
-        say(f"{cell.name}: {DONE}{cell.result()}")
+                    say(f"{run.name}: {step.name}")
+                    _note(run, step)
+                    with _timed(run, step):
+                        self._run(run, step, descriptor)
+        say(f"{run.name}: {DONE}{run.result()}")
 
-    def _run(self, cell: Cell, step: Step, descriptor: int) -> None:
+    def _run(self, run: Run, step: Step, descriptor: int) -> None:
         if step.folder:
             shutil.rmtree(step.folder, ignore_errors=True)
             step.folder.mkdir(parents=True)
         try:
-            self.commands.run(step.command, step.log or cell.log, pass_fds=[descriptor])
+            self.commands.run(step.command, step.log or run.log, pass_fds=[descriptor])
         except CommandError:
             if not step.may_fail or self.commands.stopping.is_set():
                 raise
 
 
-def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:
+def failed_steps(runs: Sequence[Run]) -> list[tuple[str, Path]]:
     """Return name and log of each step that may fail and is not done."""
-    steps = [(cell, step) for cell in cells for step in cell.steps if step.may_fail]
-    return [(step.name, step.log or cell.log) for cell, step in steps if not step.is_done()]
+    steps = [(run, step) for run in runs for step in run.steps if step.may_fail]
+    return [(step.name, step.log or run.log) for run, step in steps if not step.is_done()]
 
 
-def _note(cell: Cell, step: Step) -> None:
-    """Write the cell's record and the step's command to cell.json, and keep the plan that an earlier run noted."""
-    if cell.record is None:
+def _note(run: Run, step: Step) -> None:
+    """Write the run's record and the step's command to run.json, and keep the plan that an earlier run noted."""
+    if run.record is None:
         return
-    cell.directory.mkdir(parents=True, exist_ok=True)
-    before = read_json(cell.directory / RECORD)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    before = read_json(run.directory / RECORD)
     commands = before.get("commands", {}) | {step.name: shlex.join(["python", *step.command[1:]])}
     plan = {"plan": before["plan"]} if "plan" in before else {}
-    write_json(cell.directory / RECORD, {**cell.record, **plan, "commands": commands})
+    write_json(run.directory / RECORD, {**run.record, **plan, "commands": commands})
 
 
 @contextmanager
-def _timed(cell: Cell, step: Step) -> Iterator[None]:
+def _timed(run: Run, step: Step) -> Iterator[None]:
     """Add the seconds of the step to cost.json, also if it fails."""
     begin = time.monotonic()
     try:
         yield
     finally:
-        if cell.record is not None:
-            costs = read_json(cell.directory / COST)
+        if run.record is not None:
+            costs = read_json(run.directory / COST)
             costs[step.name] = round(costs.get(step.name, 0.0) + time.monotonic() - begin, 1)
-            write_json(cell.directory / COST, costs)
+            write_json(run.directory / COST, costs)

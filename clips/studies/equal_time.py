@@ -38,9 +38,9 @@ def compare(
     """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
     search = search_runs(samples)
     if dry_run:  # the search finds the rates, then the runs of equal samples find the samples of equal time
-        cells = [run.cell(output, f"{recipe} × {rate:g}") for (recipe, rate), run in search.items()]
+        runs = [run.planned(output, f"{recipe} × {rate:g}") for (recipe, rate), run in search.items()]
         then = f"{3 * seeds} runs at the best rates, a third of them for equal time"
-        Runner(cells, jobs).print_plan(f"the search in {output}", {"then": then})
+        Runner(runs, jobs).print_plan(f"the search in {output}", {"then": then})
         return None
     directories = train(list(search.values()), output, jobs)
     scores = {key: validation_score(directories[run]) for key, run in search.items()}

@@ -25,7 +25,7 @@ from clips.common.page import Page
 from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
-from clips.lab.grid import Cell
+from clips.lab.grid import Run
 from clips.lab.pretraining import PretrainingRun, measured_metrics, test_metrics
 from clips.lab.report import write_report
 from clips.lab.run import Runner
@@ -100,15 +100,15 @@ class Study:
         """Return the runs of all variants."""
         return [run for runs in self.runs.values() for run in runs]
 
-    def cells(self, output: Path) -> list[Cell]:
-        """Return the runs as cells of the engine."""
-        cells = []
+    def planned(self, output: Path) -> list[Run]:
+        """Return the runs as the lab runs them."""
+        planned = []
         for name, runs in self.runs.items():
             variant = self.variants[name]
             for run in runs:
-                cell = run.cell(output, name)
-                cells.append(replace(cell, about=" ".join([f"{cell.about};", *variant.settings]).rstrip(";")))
-        return cells
+                one = run.planned(output, name)
+                planned.append(replace(one, about=" ".join([f"{one.about};", *variant.settings]).rstrip(";")))
+        return planned
 
     def carry_out(
         self,
@@ -128,16 +128,16 @@ class Study:
 
         Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
         """
-        runner = Runner(self.cells(output), jobs)
-        for cell in runner.cells:
-            cell.check()
+        runner = Runner(self.planned(output), jobs)
+        for run in runner.runs:
+            run.check()
         runner.print_plan(f"{self.title}: runs in {output}", {"decides": self.decides})
         if dry_run:
             return None
         output.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
-        was_finished = all(cell.is_done() for cell in runner.cells)
-        runner.run(runner.cells)
+        was_finished = all(run.is_done() for run in runner.runs)
+        runner.run(runner.runs)
         took = read_json(output / f"{self.name}.json").get("seconds") if was_finished else None
         result = self.result(output)
         result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}

@@ -43,7 +43,7 @@ from mllm.compare.comparison import (
     COLUMNS,
     PLAN,
     Comparison,
-    EncoderCell,
+    EncoderRun,
     columns_of,
     is_pretrained_anew,
     of_deciding_column,
@@ -57,7 +57,7 @@ from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
-"""Fields of an answer line that must be the same in all cells."""
+"""Fields of an answer line that must be the same in all runs."""
 EXAMPLES = 6
 """Most examples for each of the two ways in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
@@ -65,12 +65,12 @@ NEEDS_IMAGE = "needs_image"
 NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
 ENCODERS = "encoders.json"
-"""The file with the metrics of each cell's encoder alone, and the data of its pretraining."""
+"""The file with the metrics of each run's encoder alone, and the data of its pretraining."""
 RECORDS = (
     *(RECORD, "config.json", "env.json", COST, "evaluation/results.json"),
     *(f"{stage.name}/done.json" for stage in STAGES.values()),
 )
-Lines = dict[EncoderCell, list[dict[str, Any]]]
+Lines = dict[EncoderRun, list[dict[str, Any]]]
 NO_ANSWER = " in generating"
 """Text that lmms-eval logs if `generate` raised an error. It then scores an empty answer."""
 PROBE = "probe_tokens_top1"
@@ -105,9 +105,9 @@ class ItemScores:
 
 
 # ------------------------------------------------------------------------------------------- report.json
-def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[str, Any]]]) -> None:
+def keep_encoders(output: Path, measured: Mapping[EncoderRun, dict[str, dict[str, Any]]]) -> None:
     """Write OUTPUT/encoders.json. `measured` holds the metrics of the encoders alone (mllm/compare/probe.py)."""
-    records = {cell.name: {"metrics": metrics, "pretraining": _pretraining(cell)} for cell, metrics in measured.items()}
+    records = {run.name: {"metrics": metrics, "pretraining": _pretraining(run)} for run, metrics in measured.items()}
     write_json(output / ENCODERS, records)
 
 
@@ -117,16 +117,16 @@ def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[s
     return {
         "command": shlex.join(["python", *command]),
         "time": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "environment": comparison.cells[0].read("env.json") | machine,
+        "environment": comparison.runs[0].read("env.json") | machine,
         **computed(comparison, plan),
     }
 
 
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of report.json that is computed from the files of the comparison."""
-    cells = comparison.cells
+    runs = comparison.runs
     questions = stored_questions(comparison.output)
-    answers = read_answers(cells, questions) if plan["questions"] else {}
+    answers = read_answers(runs, questions) if plan["questions"] else {}
     scores = item_scores(answers, questions) if answers else {}
     fixed = what_was_fixed(comparison.output / PLAN, plan)
     metrics, differences = compare_scores(comparison, scores, kept=fixed["kept"])
@@ -144,7 +144,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
         "differences": differences,
         **({"loose_answers": loose_answers(answers)} if answers else {}),
         **({"benchmark_differences": benchmark_differences} if comparison.benchmarks else {}),
-        "cells": [_cell_record(cell, comparison.output, comparison.benchmarks) for cell in cells],
+        "runs": [_run_record(run, comparison.output, comparison.benchmarks) for run in runs],
         "examples": pick_examples(answers) if answers else [],
         "files": {name: sha256(comparison.output / name) for name in stored_files(comparison)},
     }
@@ -154,42 +154,42 @@ def stored_files(comparison: Comparison) -> list[str]:
     """Return the files from which the report is computed, as sorted paths relative to the comparison's directory."""
     output, questions = comparison.output, stored_questions(comparison.output)
     files = [output / PLAN, output / ENCODERS, *questions.values()]
-    for cell in comparison.cells:
-        files += [cell.directory / name for name in RECORDS]
-        files += [cell.evaluation / f"{name}.jsonl" for name in questions]
-        files += [results for task in comparison.benchmarks if (results := newest_results(cell.directory, task))]
+    for run in comparison.runs:
+        files += [run.directory / name for name in RECORDS]
+        files += [run.evaluation / f"{name}.jsonl" for name in questions]
+        files += [results for task in comparison.benchmarks if (results := newest_results(run.directory, task))]
     return sorted(path.relative_to(output).as_posix() for path in files if path.is_file())
 
 
 def _encoder(comparison: Comparison, name: str) -> dict[str, Any]:
-    """Return the description of an encoder, its metrics without a language model, and the cost of its cells."""
-    cells = [cell for cell in comparison.cells if cell.encoder == name]
+    """Return the description of an encoder, its metrics without a language model, and the cost of its runs."""
+    runs = [run for run in comparison.runs if run.encoder == name]
     groups = independent_runs(encoder_groups(comparison, name))
     records = read_json(comparison.output / ENCODERS)
-    by_cell = [records[cell.name] for cell in cells]
-    by_run = [record["metrics"] for record in by_cell]
+    of_runs = [records[run.name] for run in runs]
+    by_run = [record["metrics"] for record in of_runs]
     intrinsic = {}
     for metric, first in by_run[0].items():
         if all(metric in metrics for metrics in by_run):
             about = {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
             intrinsic[metric] = over_seeds([metrics[metric]["value"] for metrics in by_run], groups) | about
     return {
-        "kind": cells[0].kind,
+        "kind": runs[0].kind,
         "intrinsic": intrinsic,
-        "described": cells[0].read("config.json")["instruct"]["facts"]["vision encoder"],
-        "pretraining": [record["pretraining"] for record in by_cell if record["pretraining"]],
-        "cost": _cost(cells),
+        "described": runs[0].read("config.json")["instruct"]["facts"]["vision encoder"],
+        "pretraining": [record["pretraining"] for record in of_runs if record["pretraining"]],
+        "cost": _cost(runs),
     }
 
 
 def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
-    cells = comparison.cells
-    cell = cells[0]
-    config = cell.read("config.json")
+    runs = comparison.runs
+    run = runs[0]
+    config = run.read("config.json")
     stages = {}
     for stage in STAGES.values():
         trains = config[stage.name]["trains"]
-        done = cell.read(f"{stage.name}/done.json")
+        done = run.read(f"{stage.name}/done.json")
         stages[stage.name] = {
             **{name: done[name] for name in ("samples", "steps")},
             **{name: trains[name] for name in ("batch_size", "learning_rate")},
@@ -199,71 +199,72 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
     return {
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
-        "llava_runs": comparison.runs,
+        "llava_runs": comparison.runs_per_encoder,
         "quick": comparison.quick,
         "budget_share": plan["budget"]["share"],
         "distinct_encoders": {
-            name: len({cell.fingerprint() for cell in cells if cell.encoder == name}) for name in comparison.names
+            name: len({run.fingerprint() for run in runs if run.encoder == name}) for name in comparison.names
         },
         "is_demo": plan["is_demo"],
         "train_flags": list(comparison.train_flags),
         "language_model": config["instruct"]["facts"]["language model"],
         "stages": stages,
-        "evaluation": cell.read(RECORD)["evaluation"],
+        "evaluation": run.read(RECORD)["evaluation"],
         "benchmarks": list(comparison.benchmarks),
     }
 
 
-def _cell_record(cell: EncoderCell, output: Path, benchmarks: Sequence[str]) -> dict[str, Any]:
+def _run_record(run: EncoderRun, output: Path, benchmarks: Sequence[str]) -> dict[str, Any]:
     return {
-        **{name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed", "run")},
-        "vision": cell.read(RECORD)["vision"],
-        "directory": cell.directory.relative_to(output).as_posix(),
-        "config": cell.read("config.json"),
-        "metrics": read_json(cell.metrics),
-        "benchmarks": benchmark_results(cell.directory, benchmarks),
-        "cost": cell.read(COST),
+        **{name: getattr(run, name) for name in ("encoder", "pretraining_seed", "seed", "seeds")},
+        "vision": run.read(RECORD)["vision"],
+        "directory": run.directory.relative_to(output).as_posix(),
+        "config": run.read("config.json"),
+        "metrics": read_json(run.metrics),
+        "benchmarks": benchmark_results(run.directory, benchmarks),
+        "cost": run.read(COST),
     }
 
 
-def _pretraining(cell: EncoderCell) -> dict[str, Any] | None:
-    """Return the run that pretrained this cell's encoder here and its number of samples, or None if there is none."""
-    run = cell.pretraining_run
-    if run is None or not (run / "config.json").is_file() or not (run / METRICS).is_file():
+def _pretraining(run: EncoderRun) -> dict[str, Any] | None:
+    """Return the run that pretrained this run's encoder here and its number of samples, or None if there is none."""
+    pretrained = run.pretraining_run
+    if pretrained is None or not all((pretrained / name).is_file() for name in ("config.json", METRICS)):
         return None
-    config = read_json(run / "config.json")
-    return {"run": str(run), "recipe": config["recipe"], "seed": config["train"]["seed"]} | samples_seen(run)
+    config = read_json(pretrained / "config.json")
+    made = {"run": str(pretrained), "recipe": config["recipe"], "seed": config["train"]["seed"]}
+    return made | samples_seen(pretrained)
 
 
-def _cost(cells: list[EncoderCell]) -> dict[str, float]:
-    """Return the mean wall-clock seconds of each part over the cells, the training speed, and the largest memory.
+def _cost(runs: list[EncoderRun]) -> dict[str, float]:
+    """Return the mean wall-clock seconds of each part over the runs, the training speed, and the largest memory.
 
     The time of a part is missing if its command was killed after the part was finished.
     """
-    costs = [cell.read(COST) for cell in cells]
+    costs = [run.read(COST) for run in runs]
     every = dict.fromkeys(part for by_part in costs for part in by_part)
     parts = {part: mean(by_part[part] for by_part in costs if part in by_part) for part in every}
     cost = parts | {"seconds": sum(parts.values())}
     for stage in STAGES.values():
-        done = [cell.read(f"{stage.name}/done.json") for cell in cells]
+        done = [run.read(f"{stage.name}/done.json") for run in runs]
         cost[f"{stage.name}_samples_per_s"] = mean(row["samples_per_s"] for row in done)
         cost["peak_memory_gb"] = max(cost.get("peak_memory_gb", 0.0), *(row["peak_memory_gb"] for row in done))
     return cost
 
 
 # ------------------------------------------------------------------------------------------- right answers
-def read_answers(cells: Sequence[EncoderCell], questions: Iterable[str]) -> Lines:
-    """Read each cell's answers to the files `questions`. Raises UserError if a cell answered other questions."""
+def read_answers(runs: Sequence[EncoderRun], questions: Iterable[str]) -> Lines:
+    """Read each run's answers to the files `questions`. Raises UserError if a run answered other questions."""
     answers: Lines = {}
     names = list(questions)
-    for cell in cells:
-        answers[cell] = []
+    for run in runs:
+        answers[run] = []
         for name in names:
-            lines = (cell.evaluation / f"{name}.jsonl").read_bytes().splitlines()
-            answers[cell] += [json.loads(line) | {"file": name} for line in lines]
-        asked = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, cells[0])]
+            lines = (run.evaluation / f"{name}.jsonl").read_bytes().splitlines()
+            answers[run] += [json.loads(line) | {"file": name} for line in lines]
+        asked = [[{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (run, runs[0])]
         if asked[0] != asked[1]:
-            raise UserError(f"run {cell.name} answered other questions than {cells[0].name}: remove {cell.evaluation}")
+            raise UserError(f"run {run.name} answered other questions than {runs[0].name}: remove {run.evaluation}")
     return answers
 
 
@@ -283,7 +284,7 @@ def item_scores(answers: Lines, questions: Mapping[str, Path]) -> dict[str, Item
 
     overall = metrics.get("accuracy")
     if overall is not None:
-        blind = {cell.encoder for cell in answers if cell.kind == "blind"}
+        blind = {run.encoder for run in answers if run.kind == "blind"}
         left = ~solved_blind(overall, blind)
         if left.any() and not left.all():
             metric = metrics[NEEDS_IMAGE] = overall.only(left)
@@ -302,7 +303,7 @@ def _scores_of_column(answers: Lines, questions: Mapping[str, Path], column: str
         if field not in first[scored[0]]:
             continue
         name = "accuracy" if field == "correct" else field
-        values = {cell: [float(lines[i][field]) for i in scored] for cell, lines in answers.items()}
+        values = {run: [float(lines[i][field]) for i in scored] for run, lines in answers.items()}
         overall = metrics[name] = _item_scores(first, scored, values, column)
         for kind in dict.fromkeys(kinds.tolist()) if len(set(kinds)) > 1 else ():
             metrics[f"{name}/{kind}"] = overall.only(kinds == kind, kind)
@@ -315,19 +316,19 @@ def _scores_of_column(answers: Lines, questions: Mapping[str, Path], column: str
     described = [i for i in items if references.get((first[i]["file"], first[i]["question_id"]))]
     if described:
         texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
-        values = {cell: cider([lines[i]["text"] for i in described], texts)[1] for cell, lines in answers.items()}
+        values = {run: cider([lines[i]["text"] for i in described], texts)[1] for run, lines in answers.items()}
         metrics["cider_d"] = _item_scores(first, described, values, column)
     return metrics
 
 
 def _item_scores(
-    first: Sequence[Mapping[str, Any]], items: Sequence[int], values: Mapping[EncoderCell, list[float]], column: str
+    first: Sequence[Mapping[str, Any]], items: Sequence[int], values: Mapping[EncoderRun, list[float]], column: str
 ) -> ItemScores:
-    """Gather `values`, cell → score of each question, by encoder. `items` are indices into the `first` cell's lines."""
+    """Gather `values`, run → score of each question, by encoder. `items` are indices into the `first` run's lines."""
     clusters = np.array([" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items])
     rows = defaultdict(list)
-    for cell, scores in values.items():
-        rows[cell.encoder].append(scores)
+    for run, scores in values.items():
+        rows[run.encoder].append(scores)
     return ItemScores(clusters, {encoder: np.array(by_run) for encoder, by_run in rows.items()}, column)
 
 
@@ -376,8 +377,8 @@ def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Return the same as `compare_scores` for lmms-eval's scores, with intervals over seeds, as it gives only means."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for cell in comparison.cells:
-        by_encoder[cell.encoder].append(benchmark_results(cell.directory, comparison.benchmarks))
+    for run in comparison.runs:
+        by_encoder[run.encoder].append(benchmark_results(run.directory, comparison.benchmarks))
     runs = [results for by_run in by_encoder.values() for results in by_run]
     names = [name for name in runs[0] if all(name in results for results in runs)]
 
@@ -403,7 +404,7 @@ def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
     The runs of a pretraining seed share the encoders that are pretrained for each seed. `random` differs in every run.
     All others, also `blind`, are the same in all runs.
     """
-    runs = np.arange(comparison.runs)
+    runs = np.arange(comparison.runs_per_encoder)
     by_kind = {True: runs % comparison.seeds, "random": runs}
     named = [arm.encoder for arm in comparison.arms if arm.name in names]
     keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in named]
@@ -442,8 +443,8 @@ def solved_blind(overall: ItemScores, blind: Collection[str]) -> np.ndarray:
 def loose_answers(answers: Lines) -> dict[str, Any]:
     """Count the answers of each encoder's runs that match the expected ones only loosely (scores.exactness)."""
     loose: dict[str, Any] = {}
-    for encoder in dict.fromkeys(cell.encoder for cell in answers):
-        lines = [line for cell, by_cell in answers.items() if cell.encoder == encoder for line in by_cell]
+    for encoder in dict.fromkeys(run.encoder for run in answers):
+        lines = [line for run, by_run in answers.items() if run.encoder == encoder for line in by_run]
         counts = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
         loose[encoder] = {"answers": counts.total()} | {way: {"count": counts[way]} for way in LOOSE_WAYS}
     return loose
@@ -454,7 +455,7 @@ def pick_examples(answers: Lines) -> list[dict[str, Any]]:
 
     There are up to `EXAMPLES` in each direction, so they show how the models differ, not how often.
     """
-    a, b, *_ = dict.fromkeys(cell.encoder for cell in answers)
+    a, b, *_ = dict.fromkeys(run.encoder for run in answers)
     first, second = (next(c for c in answers if c.encoder == encoder) for encoder in (a, b))
     examples = []
     left = {True: EXAMPLES, False: EXAMPLES}
@@ -469,24 +470,24 @@ def pick_examples(answers: Lines) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------- lmms-eval's scores
-def benchmark_folder(cell: Path, task: str) -> Path:
+def benchmark_folder(run: Path, task: str) -> Path:
     """Return the directory into which lmms-eval writes the results of `task`."""
-    return cell / "benchmarks" / task
+    return run / "benchmarks" / task
 
 
-def newest_results(cell: Path, task: str) -> Path | None:
+def newest_results(run: Path, task: str) -> Path | None:
     """Return the file with the scores of the newest run of `task`, or None if there is none."""
-    return max(benchmark_folder(cell, task).glob("*/*_results.json"), default=None)  # names begin with the date
+    return max(benchmark_folder(run, task).glob("*/*_results.json"), default=None)  # names begin with the date
 
 
-def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
+def benchmark_results(run: Path, tasks: Sequence[str]) -> dict[str, float]:
     """Return `TASK/METRIC` → value for the tasks that are done. Each member of a group of tasks has a value.
 
     A task is not done if its newest run failed or answers are missing.
     """
     scores: dict[str, float] = {}
     for task in tasks:
-        file, log = newest_results(cell, task), benchmark_folder(cell, task) / "log.txt"
+        file, log = newest_results(run, task), benchmark_folder(run, task) / "log.txt"
         if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace", encoding="utf-8")):
             continue
         for name, values in read_json(file)["results"].items():

@@ -1,4 +1,4 @@
-"""The commands of each encoder and each cell of a comparison, their settings, and the plan compare.json."""
+"""The commands of each encoder and each run of a comparison, their settings, and the plan compare.json."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from clips.common.launch import launcher
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import deciding_name, difference, refuse
 from clips.common.runtime import choose_device
-from clips.lab.grid import RECORD, Cell, Step, fix
+from clips.lab.grid import RECORD, Run, Step, fix
 from mllm.compare.analysis import benchmark_folder, benchmark_results
 from mllm.compare.comparison import (
     COLUMNS,
@@ -27,8 +27,9 @@ from mllm.compare.comparison import (
     QUICK_PRETRAINING,
     RECIPES,
     Comparison,
-    EncoderCell,
+    EncoderRun,
     PretrainedEncoder,
+    check_format,
     deciding,
     kinds_of,
     of_deciding_column,
@@ -45,12 +46,12 @@ MODEL = "llava_hf"
 """lmms-eval's name for a stock LLaVA model of transformers."""
 
 
-# ------------------------------------------------------------------------------------------- both stages of a cell
-def stage_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> StageArguments:
-    """Return what one stage of a cell is trained with. Raises UserError for flags that train_llava.sh would refuse."""
-    flags = ["--vision", cell.vision, "--seed", str(cell.seed), "--output_dir", str(cell.directory)]
+# ------------------------------------------------------------------------------------------- both stages of a run
+def stage_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> StageArguments:
+    """Return what one stage of a run is trained with. Raises UserError for flags that train_llava.sh would refuse."""
+    flags = ["--vision", run.vision, "--seed", str(run.seed), "--output_dir", str(run.directory)]
     flags += ["--device", comparison.device, *comparison.train_flags]
-    full = parse_stages([*flags, *dict(comparison.variants).get(cell.variant, ())])[stage - 1]
+    full = parse_stages([*flags, *dict(comparison.variants).get(run.variant, ())])[stage - 1]
     share = comparison.budget_share
     if share == 1:
         return full
@@ -59,24 +60,24 @@ def stage_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> St
     return replace(full, num_train_epochs=float(f"{share * full.num_train_epochs:g}"))
 
 
-def train_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> TrainArguments:
-    """Return the arguments of each rank of a cell's stage."""
-    return stage_arguments(comparison, cell, stage).resolve(comparison.gpus)
+def train_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> TrainArguments:
+    """Return the arguments of each rank of a run's stage."""
+    return stage_arguments(comparison, run, stage).resolve(comparison.gpus)
 
 
-def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
-    """Return how many samples one stage of a cell trains on."""
-    arguments = train_arguments(comparison, cell, stage)
+def stage_samples(comparison: Comparison, run: EncoderRun, stage: int) -> int:
+    """Return how many samples one stage of a run trains on."""
+    arguments = train_arguments(comparison, run, stage)
     samples = dataset_size(arguments)
     return samples_after(steps_of(arguments, samples), samples, arguments.batch_size)
 
 
-def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:
-    """Return for each variant and stage the number of samples on which each of its cells trains."""
-    one_of_each = {cell.variant: cell for cell in cells}
+def samples_of_runs(comparison: Comparison, runs: list[EncoderRun]) -> dict[str, dict[str, int]]:
+    """Return for each variant and stage the number of samples on which each of its runs trains."""
+    one_of_each = {run.variant: run for run in runs}
     return {
-        variant: {stage.name: stage_samples(comparison, cell, number) for number, stage in STAGES.items()}
-        for variant, cell in one_of_each.items()
+        variant: {stage.name: stage_samples(comparison, run, number) for number, stage in STAGES.items()}
+        for variant, run in one_of_each.items()
     }
 
 
@@ -85,56 +86,56 @@ def dataset_size(arguments: TrainArguments) -> int:
     return count_records(data_of(arguments)[0], open_data(arguments))
 
 
-# ------------------------------------------------------------------------------------------- cells for the engine
-def lab_cell(comparison: Comparison, cell: EncoderCell) -> Cell:
-    """Return a cell for the lab's runner, with its steps: both stages, the answers and the benchmarks."""
+# ------------------------------------------------------------------------------------------- runs for the engine
+def lab_run(comparison: Comparison, run: EncoderRun) -> Run:
+    """Return a run for the lab's runner, with its steps: both stages, the answers and the benchmarks."""
     train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():
-        command = [*train, "--arguments", stage_arguments(comparison, cell, number).to_json()]
-        done = cell.directory / stage.name / "done.json"
+        command = [*train, "--arguments", stage_arguments(comparison, run, number).to_json()]
+        done = run.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file))
     if comparison.asks_questions:
         limit = comparison.question_limit
-        command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
-        command += ["--output", str(cell.evaluation), "--device", comparison.device]
+        command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(run.directory / "model")]
+        command += ["--output", str(run.evaluation), "--device", comparison.device]
         command += ["--questions", str(comparison.questions)] if comparison.questions else []
         command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
         command += ["--limit", str(limit)] if limit else []
         command += ["--likelihood"] * ("likelihood" in comparison.evaluation_settings())
-        steps.append(Step("evaluation", tuple(command), cell.metrics.is_file))
-    steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
-    record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
+        steps.append(Step("evaluation", tuple(command), run.metrics.is_file))
+    steps += [benchmark_step(comparison, run.directory, task) for task in comparison.benchmarks]
+    record = {name: getattr(run, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
     record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
-        metrics = read_json(cell.metrics).get("metrics", {})  # missing in cells of earlier versions
+        metrics = read_json(run.metrics).get("metrics", {})  # missing in runs of earlier versions
         overall = metrics.get(deciding_name("overall", metrics))
         return f", {overall['value']:.1f}% right" if overall else ""
 
-    check = partial(check_cell, comparison, cell)
-    return Cell(cell.encoder, cell.run, cell.directory, tuple(steps), check, record=record, result=result)
+    check = partial(check_run, comparison, run)
+    return Run(run.encoder, run.seeds, run.directory, tuple(steps), check, record=record, result=result)
 
 
-def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
-    """Raise UserError if the directory of a cell was made with other settings or another encoder."""
-    present, changes = cell.read("config.json"), []
+def check_run(comparison: Comparison, run: EncoderRun) -> None:
+    """Raise UserError if the directory of a run was made with other settings or another encoder."""
+    present, changes = run.read("config.json"), []
     for number, stage in STAGES.items():
         if stage.name in present:
-            arguments, before = train_arguments(comparison, cell, number), dict(present[stage.name]["trains"])
+            arguments, before = train_arguments(comparison, run, number), dict(present[stage.name]["trains"])
             now = json.loads(json.dumps(arguments.what_trains()))
             fingerprint = before.pop("vision_fingerprint", None)
             before.pop("packed", None)  # says how batches are computed, and no flag sets it
             before["vision_tower"] = now["vision_tower"]  # its path may change, but its weights may not
             by_stage = [f"{stage.name}.{line}" for line in difference(before, now)]
             if not by_stage and fingerprint != encoder_of(arguments).fingerprint:
-                by_stage = [f"{cell.vision} holds other weights than those it was trained on"]
+                by_stage = [f"{run.vision} holds other weights than those it was trained on"]
             changes += by_stage
     mend = "Give the comparison another --output, or remove"
-    refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
-    evaluated = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
+    refuse(changes, f"run {run.name} ({run.directory}) holds other settings", f"{mend} {run.directory}")
+    evaluated = run.read(RECORD).get("evaluation") if run.evaluation.is_dir() else None
     changes = difference(evaluated, comparison.evaluation_settings()) if evaluated else []
-    refuse(changes, f"cell {cell.name} was evaluated otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
+    refuse(changes, f"run {run.name} was evaluated otherwise: {run.evaluation}", f"{mend} {run.evaluation}")
 
 
 # ------------------------------------------------------------------------------------------- the encoders
@@ -156,38 +157,40 @@ def _config_of(flags: list[str]) -> RunConfig:
     return config_from_flags(pretraining_parser().parse_args(flags))
 
 
-def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
-    """Return the step that runs lmms-eval on a cell's saved model, in the precision of the cell's answers."""
+def benchmark_step(comparison: Comparison, run: Path, task: str) -> Step:
+    """Return the step that runs lmms-eval on a run's saved model, in the precision of the run's answers."""
     device, dtype = choose_device(comparison.device), comparison.evaluation_settings()["dtype"]
-    folder = benchmark_folder(cell, task)
+    folder = benchmark_folder(run, task)
     command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
     # transformers does not accept lmms-eval's default for device_map, "".
-    command += ["--model_args", f"pretrained={cell / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
+    command += ["--model_args", f"pretrained={run / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
     command += ["--include_path", str(comparison.include_path)] if comparison.include_path else []
     command += ["--output_path", str(folder), "--log_samples"]
-    return Step(task, tuple(command), lambda: bool(benchmark_results(cell, [task])), folder=folder, may_fail=True)
+    return Step(task, tuple(command), lambda: bool(benchmark_results(run, [task])), folder=folder, may_fail=True)
 
 
 # ------------------------------------------------------------------------------------------- the plan
 def fix_plan(comparison: Comparison) -> dict[str, Any]:
-    """Write compare.json, unless cells have begun under an existing plan, and copy the question files.
+    """Write compare.json, unless runs have begun under an existing plan, and copy the question files.
 
     Return the plan that the flags ask for now.
     """
     plan, output = plan_of(comparison), comparison.output
+    if (output / PLAN).is_file():
+        check_format(read_json(output / PLAN), output)
     with replacing(output / QUESTIONS) as copies:
         for name, path in comparison.question_files()[0].items():
             shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
-    begun = len(list((output / "cells").glob(f"*/{RECORD}")))  # also of other encoders and seeds than now
+    begun = len(list((output / "runs").glob(f"*/{RECORD}")))  # also of other encoders and seeds than now
     fix(output / PLAN, plan, begun)
     return plan
 
 
 def plan_of(comparison: Comparison) -> dict[str, Any]:
     """Return the content of compare.json. Raises UserError for a deciding metric that the questions do not give."""
-    cells = comparison.cells
+    runs = comparison.runs
     files = comparison.question_files()[0]
-    samples = samples_of_cells(comparison, cells)
+    samples = samples_of_runs(comparison, runs)
     questions = {name: comparison.asked(path) for name, path in files.items()}
     stages = {stage.name: number for number, stage in STAGES.items()}
     fixed = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
@@ -203,7 +206,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
         "budget": {
             "share": comparison.budget_share,
             "samples": samples.pop(""),
-            "projector": {name: _projector(train_arguments(comparison, cells[0], n)) for name, n in stages.items()},
+            "projector": {name: _projector(train_arguments(comparison, runs[0], n)) for name, n in stages.items()},
             **({"samples of variants": samples} if samples else {}),
         },
         "questions": {
@@ -222,7 +225,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
 
 
 def _projector(arguments: TrainArguments) -> str:
-    """Return kind and initialisation of the projector, which are the same in every cell, as a text."""
+    """Return kind and initialisation of the projector, which are the same in every run, as a text."""
     start = "from stage 1" if arguments.stage == 2 else "random"
     if arguments.pretrain_mm_mlp_adapter is not None:
         start = f"from {arguments.pretrain_mm_mlp_adapter}"

@@ -1,18 +1,18 @@
-"""The flags of a comparison, the cells that follow from them, and the plan that is fixed before the first cell.
+"""The flags of a comparison, the runs that follow from them, and the plan that is fixed before the first run.
 
 OUTPUT/compare.json is the plan:
 
-    format       1
+    format       2
     comparison   the flags that decide what is compared (encoders, seeds, budget, limit, …), but not where or how fast
     decides      the metric that decides, on the deciding column: `accuracy`, `log_likelihood` or `share`, or one of
                  them as METRIC/KIND, or `cider_d`
-    is_demo      true if the cells train on the demo's data
+    is_demo      true if the runs train on the demo's data
     budget       share and number of each stage's samples (also of variants), and how each stage's projector starts
     questions    name → file, column (kind of images), SHA-256, number of questions, number asked, numbers by kind
     scorer       version of the scorer (`mllm.evaluation.scores.scorer_version`)
-    cells_begun  number of cells that had begun when the plan was written; it was fixed before only if this is 0
+    runs_begun   number of runs that had begun when the plan was written; it was fixed before only if this is 0
 
-OUTPUT/questions/NAME.jsonl is a copy of the questions that CELL/evaluation/NAME.jsonl answers, so that a finished
+OUTPUT/questions/NAME.jsonl is a copy of the questions that RUN/evaluation/NAME.jsonl answers, so that a finished
 comparison can be verified without other files.
 
 Imports that need torch are inside the functions that train, because verifying needs no torch.
@@ -51,17 +51,17 @@ LIMIT = 400
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data_path|karpathy)(?:=|$)")
 """Matches a flag, for one stage or for both, that replaces the demo's data by other data."""
 DRAWN = "evenly over kinds and answers"
-"""How a limit draws questions. A cell whose questions were drawn otherwise is evaluated again."""
+"""How a limit draws questions. A run whose questions were drawn otherwise is evaluated again."""
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Kinds of encoders that are pretrained if they are missing → recipe."""
 PLAN = "compare.json"
 LLAVA_STEP = 1000
 """Distance between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
 
-No two runs on different encoders then share a seed, and a comparison with more seeds can reuse its cells.
+No two runs on different encoders then share a seed, and a comparison with more seeds can reuse its runs.
 """
 QUESTIONS = "questions"
-FORMAT = 1
+FORMAT = 2
 NOT_FIXED = {*("output", "jobs", "device", "questions", "image_folder", "include_path", "decides")}
 """Fields of `Comparison` about place and speed, and two that the plan records under keys of its own."""
 LATER = {"variants", "first_seed"}
@@ -100,7 +100,7 @@ class PretrainedEncoder:
 
 
 @dataclass(frozen=True)
-class EncoderCell:
+class EncoderRun:
     """One run on one encoder: a directory with both stages, the answers and the costs."""
 
     encoder: str
@@ -114,7 +114,7 @@ class EncoderCell:
     variant: str = ""
 
     @property
-    def run(self) -> str:
+    def seeds(self) -> str:
         """The seeds of the run in words, such as `seed 0, LLaVA seed 1`."""
         first = f"seed {self.pretraining_seed}"
         return first if self.seed == self.pretraining_seed else f"{first}, LLaVA seed {self.seed}"
@@ -174,7 +174,7 @@ def is_pretrained_anew(encoder: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The flags of scripts/compare_encoders.py. Equal comparisons have equal cells."""
+    """The flags of scripts/compare_encoders.py. Equal comparisons have equal runs."""
 
     encoders: tuple[str, ...] = _option(
         _names,
@@ -190,19 +190,19 @@ class Comparison:
         f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
         type=at_least(1),
     )
-    output: Path = option(Path("runs/compare"), "directory for encoders, cells and the report")
-    jobs: int = option(1, "cells to run in parallel (default: two on a CPU, one on a GPU)", type=at_least(1))
+    output: Path = option(Path("runs/compare"), "directory for encoders, runs and the report")
+    jobs: int = option(1, "runs to run in parallel (default: two on a CPU, one on a GPU)", type=at_least(1))
     quick: bool = option(False, "compare clips with random: one encoder on half of the samples, four LLaVA runs")
     budget: float | None = option(
         None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)", bounds={"above": 0}
     )
-    train_flags: tuple[str, ...] = _option(_words, (), "more flags of train_llava.sh for every cell, in one string")
+    train_flags: tuple[str, ...] = _option(_words, (), "more flags of train_llava.sh for every run, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
         (), "train again with these flags: 'tiles=--image_aspect_ratio anyres'", type=_variant, metavar="NAME=FLAGS"
     )
     pretrain_flags: tuple[str, ...] = _option(_words, (), "more flags of pretrain_clips.py, in one string")
     device: str = option("auto", "auto, cpu or cuda")
-    gpus: int = option(1, "GPUs of each cell", type=at_least(1))
+    gpus: int = option(1, "GPUs of each run", type=at_least(1))
     questions: Path | None = option(None, "your own questions with answers (default: the demo's)")
     image_folder: Path | None = option(None, "folder or tar with the images of --questions")
     limit: int | None = option(None, "questions per file (default: 400 for the demo and --quick)", type=at_least(1))
@@ -217,7 +217,7 @@ class Comparison:
 
     @property
     def is_demo(self) -> bool:
-        """True if the cells train on the demo's data.
+        """True if the runs train on the demo's data.
 
         The flags are searched, not parsed, because a parser would act on a `--help` in an archive that is verified.
         """
@@ -226,7 +226,7 @@ class Comparison:
 
     @property
     def asks_questions(self) -> bool:
-        """True if the cells answer questions, and not only benchmarks."""
+        """True if the runs answer questions, and not only benchmarks."""
         return self.is_demo or self.questions is not None
 
     @property
@@ -236,14 +236,14 @@ class Comparison:
 
     @property
     def question_limit(self) -> int | None:
-        """How many questions of each file every cell answers, or None for all."""
+        """How many questions of each file every run answers, or None for all."""
         is_full = self.questions is not None or not self.is_demo
         return self.limit or (LIMIT if self.quick or not is_full else None)
 
     def question_files(self) -> tuple[dict[str, Path], Path | None]:
         """Return name of the answers → question file, and the folder of the images. Builds the demo if it is missing.
 
-        There are no files if the cells only run benchmarks.
+        There are no files if there are only benchmarks.
         """
         from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 
@@ -256,11 +256,11 @@ class Comparison:
         return files, demo / IMAGES
 
     def asked(self, path: Path) -> list[Question]:
-        """Return the questions of a file that every cell answers, in their order."""
+        """Return the questions of a file that every run answers, in their order."""
         return draw_evenly(read_questions(path), self.question_limit)
 
     def evaluation_settings(self) -> dict[str, Any]:
-        """Return the settings on which it depends which questions a cell answers, and how."""
+        """Return the settings on which it depends which questions a run answers, and how."""
         from clips.common.runtime import choose_device
         from mllm.model.load import answer_dtype
 
@@ -289,24 +289,24 @@ class Comparison:
         return [arm.name for arm in self.arms]
 
     @property
-    def runs(self) -> int:
+    def runs_per_encoder(self) -> int:
         """LLaVA runs per encoder: by default --seeds, and one more if encoders are pretrained for each seed."""
         nested = self.seeds > 1 and any(map(is_pretrained_anew, self.encoders))
         return self.llava_runs or self.seeds + nested
 
     @property
-    def cells(self) -> list[EncoderCell]:
-        """All cells, run by run, so that complete comparisons exist early. Raises UserError for an unknown encoder."""
-        cells = []
-        for run in range(self.runs):
-            pretraining = self.first_seed + run % self.seeds
-            seed = pretraining + LLAVA_STEP * (run // self.seeds)
+    def runs(self) -> list[EncoderRun]:
+        """All runs, seed by seed, so that complete comparisons exist early. Raises UserError for an unknown encoder."""
+        runs = []
+        for number in range(self.runs_per_encoder):
+            pretraining = self.first_seed + number % self.seeds
+            seed = pretraining + LLAVA_STEP * (number // self.seeds)
             suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
             for arm in self.arms:
                 kind, argument = self._vision_of(arm.encoder, pretraining)
-                directory = self.output / "cells" / f"{arm.folder}-{suffix}"
-                cells.append(EncoderCell(arm.name, kind, argument, pretraining, seed, directory, arm.variant))
-        return cells
+                directory = self.output / "runs" / f"{arm.folder}-{suffix}"
+                runs.append(EncoderRun(arm.name, kind, argument, pretraining, seed, directory, arm.variant))
+        return runs
 
     def _vision_of(self, encoder: str, seed: int) -> tuple[str, str]:
         """Return (kind, argument) of an encoder for a pretraining seed, which replaces `{seed}`."""
@@ -323,8 +323,8 @@ class Comparison:
 
     @property
     def pretrained(self) -> list[PretrainedEncoder]:
-        """Every encoder that the cells need and that is pretrained here, even if it exists already."""
-        needed = {cell.argument for cell in self.cells}
+        """Every encoder that the runs need and that is pretrained here, even if it exists already."""
+        needed = {run.argument for run in self.runs}
         encoders = [
             PretrainedEncoder(kind, seed, self._directory_of(kind, seed))
             for kind in RECIPES
@@ -375,15 +375,22 @@ def of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
     return [q for name, questions in by_file.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 
 
+def check_format(plan: Mapping[str, Any], output: Path) -> None:
+    """Raise UserError if another version of this program made `plan`, the content of compare.json in `output`."""
+    if plan.get("format") != FORMAT:
+        raise UserError(
+            f"{output} was planned by another version of this program (its format is {plan.get('format')}, not "
+            f"{FORMAT}): give a new --output, or check out the commit in its report.json"
+        )
+
+
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
     """Return the comparison of a `plan` whose files are in `output`. Raises UserError for another version's plan."""
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
-    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | LATER != known:
-        raise UserError(
-            f"{output} was planned by an incompatible version (its format is not {FORMAT}): start again with a new "
-            "--output, or check out the version in its compare.json"
-        )
+    check_format(plan, output)
+    if not isinstance(flags, dict) or flags.keys() | LATER != known:
+        raise UserError(f"{output / PLAN} does not have the flags of a comparison: restore it, or give a new --output")
     fixed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     return Comparison(output=output, decides=plan.get("decides"), **fixed)
 

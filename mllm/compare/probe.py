@@ -22,7 +22,7 @@ from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
 from mllm.compare.analysis import PROBE
 from mllm.compare.commands import train_arguments
-from mllm.compare.comparison import Comparison, EncoderCell
+from mllm.compare.comparison import Comparison, EncoderRun
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
@@ -32,8 +32,8 @@ Labelled = list[tuple[bytes, str]]
 DEMO = DataConfig(train="demo")
 
 
-def measure_encoders(comparison: Comparison, device: torch.device) -> dict[EncoderCell, dict[str, dict[str, Any]]]:
-    """Return for each cell and metric its value, chance and number of samples, and the name of an extra test set.
+def measure_encoders(comparison: Comparison, device: torch.device) -> dict[EncoderRun, dict[str, dict[str, Any]]]:
+    """Return for each run and metric its value, chance and number of samples, and the name of an extra test set.
 
     The linear probe is measured here on the demo, in the same way for every encoder. Retrieval and zero-shot come from
     the encoder's run directory (evaluation*.json), which random, blind and foreign encoders do not have.
@@ -43,9 +43,9 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
     if on_demo:
         train = _labelled("train", PROBE_SAMPLES)
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
-    for cell in tqdm(comparison.cells, desc="linear probes", unit="encoder", disable=None if on_demo else True):
+    for run in tqdm(comparison.runs, desc="linear probes", unit="encoder", disable=None if on_demo else True):
         metrics: dict[str, dict[str, Any]] = {}
-        for name, evaluation in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
+        for name, evaluation in read_evaluations(run.pretraining_run).items() if run.pretraining_run else ():
             if name == "evaluation":
                 metrics |= evaluation["metrics"]
             else:
@@ -54,17 +54,17 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
                     f"{evaluation['test_set']}: {metric}": f | other for metric, f in evaluation["metrics"].items()
                 }
         if on_demo:
-            path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
+            path = comparison.output / "probes" / f"{run.fingerprint()[:32]}.json"
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
-                encoder = encoder_of(train_arguments(comparison, cell, 2))
+                encoder = encoder_of(train_arguments(comparison, run, 2))
                 probed = probe_images(_image_set(encoder, train, device))
                 by_test = {name: probed(_image_set(encoder, samples, device)) for name, samples in tests.items()}
                 probes = {name: asdict(metric) for name, metric in by_test.items() if metric}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, probes)
             metrics |= {name: probes[name] for name in tests}
-        measured[cell] = metrics
+        measured[run] = metrics
     return measured
 
 

@@ -46,8 +46,8 @@ def page(report: Report, image_folder: Path | None) -> Page:
 
     overall = [row for row in report["differences"] if row["metric"] == "accuracy"]
     examples = _examples(report, image_folder)
-    configuration = json.dumps({"settings": settings, "cells": report["cells"]}, indent=2)
-    how: list[Block] = [Code(report["command"]), Folded("Settings and every cell", [Code(configuration)])]
+    configuration = json.dumps({"settings": settings, "runs": report["runs"]}, indent=2)
+    how: list[Block] = [Code(report["command"]), Folded("Settings and every run", [Code(configuration)])]
 
     cost = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
     parts = list(dict.fromkeys(part for by_part in cost.values() for part in by_part))
@@ -59,7 +59,7 @@ def page(report: Report, image_folder: Path | None) -> Page:
         *([Section("Where two models differ", [Cards(examples)], EXAMPLES_NOTE)] if examples else []),
         Section("Controls", [Bullets(controls(report))]),
         Section("What is not shown", [Bullets(not_shown(report))]),
-        Section("Cost", [Table(["encoder", *map(pretty, parts)], costs)], "Seconds, mean over cells, on shared cores."),
+        Section("Cost", [Table(["encoder", *map(pretty, parts)], costs)], "Seconds, mean over runs, on shared cores."),
         Section("Environment", how, described(report["environment"])),
     ]
     return Page("What the encoder is worth", note, sections)
@@ -177,7 +177,7 @@ def _examples(report: Report, image_folder: Path | None) -> list[Card]:
 
 # ------------------------------------------------------------------------------------------- controls and limits
 def controls(report: Report) -> list[str]:
-    """Return sentences on what was equal in all cells, what the floors are, and whether the plan was kept."""
+    """Return sentences on what was equal in all runs, what the floors are, and whether the plan was kept."""
     settings, encoders = report["settings"], report["encoders"]
     variants = report["plan"]["comparison"].get("variants", ())
     stages = [
@@ -187,7 +187,7 @@ def controls(report: Report) -> list[str]:
     distinct = settings["distinct_encoders"].items()
     most = max((count for name, count in distinct if encoders[name]["kind"] not in FLOORS), default=1)
     lines = [
-        f"Equal in every cell of a seed{', except the flags of its variant' * bool(variants)}: "
+        f"Equal in every run of a seed{', except the flags of its variant' * bool(variants)}: "
         f"{settings['language_model']}, data, order, steps, learning rates, initial weights. {'; '.join(stages)}.",
         f"Models are paired by seed and by question: {design_in_words(most, settings['llava_runs'])}.",
     ]
@@ -204,7 +204,7 @@ def controls(report: Report) -> list[str]:
     fixed, decides = report["fixed"], report["plan"]["decides"]
     what = f"Decided by: {metric_name(decides)}. " if decides else ""
     if fixed["kept"]:
-        lines.append(f"{what}The plan was fixed before all cells, and kept: compare.json, SHA-256 {fixed['sha256']}.")
+        lines.append(f"{what}The plan was fixed before all runs, and kept: compare.json, SHA-256 {fixed['sha256']}.")
     else:
         differs = "; ".join(fixed["differs"])
         lines.append(f"{what}The plan in compare.json (SHA-256 {fixed['sha256']}) was not kept: {differs}.")

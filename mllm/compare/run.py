@@ -1,11 +1,11 @@
 """Compare encoders: train the same LLaVA-style model on each of them with several seeds, and ask the same questions.
 
-Missing encoders of RECIPES are pretrained first. Then each cell trains both stages and answers the questions with the
-same scripts that a user runs. docs/design.md walks through a cell.
+Missing encoders of RECIPES are pretrained first. Then each run trains both stages and answers the questions with the
+same scripts that a user runs. docs/design.md walks through a run.
 
-    OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
-    OUTPUT/cells/random-seed2.log   its output              OUTPUT/report.{json,html}
-    OUTPUT/compare.json             the plan, fixed before the first cell, and OUTPUT/questions/: see comparison.py
+    OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/runs/random-seed2/    a run: mllm/training/run.py
+    OUTPUT/runs/random-seed2.log   its output              OUTPUT/report.{json,html}
+    OUTPUT/compare.json             the plan, fixed before the first run, and OUTPUT/questions/: see comparison.py
 """
 
 import argparse
@@ -24,16 +24,16 @@ from clips.common.launch import count_ranks
 from clips.common.live import say
 from clips.common.rundir import difference, refuse
 from clips.common.runtime import choose_device
-from clips.lab.pretraining import pretraining_cell
+from clips.lab.pretraining import pretraining_run_of
 from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
 from mllm.compare.analysis import collect, keep_encoders, power_in_words
-from mllm.compare.commands import fix_plan, lab_cell, pretrain_config, pretrain_flags, samples_of_cells, train_arguments
+from mllm.compare.commands import fix_plan, lab_run, pretrain_config, pretrain_flags, samples_of_runs, train_arguments
 from mllm.compare.comparison import (
     PLAN,
     RECIPES,
     Comparison,
-    EncoderCell,
+    EncoderRun,
     PretrainedEncoder,
     comparison_from_flags,
     deciding,
@@ -61,36 +61,36 @@ def compare_from_flags(flags: argparse.Namespace) -> None:
 def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: bool = False) -> Path | None:
     """Run what is missing, write the report and return the path of its page. With `dry_run` only print the plan."""
     check_request(comparison)
-    cells, encoders = comparison.cells, comparison.pretrained
+    runs, encoders = comparison.runs, comparison.pretrained
     pretraining = [
-        pretraining_cell(
+        pretraining_run_of(
             encoder.directory, pretrain_flags(comparison, encoder), f"{encoder.kind}, pretraining", encoder.seed
         )
         for encoder in encoders
     ]
-    for cell in pretraining:
-        cell.check()
-    planned = [lab_cell(comparison, cell) for cell in cells]
+    for run in pretraining:
+        run.check()
+    planned = [lab_run(comparison, run) for run in runs]
     check_inputs(comparison, encoders)
     share = f" ({comparison.budget_share:.0%} of a full training)" if comparison.budget_share < 1 else ""
     plan_runner = Runner([*pretraining, *planned], comparison.jobs)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
     facts = {}
-    for variant, samples in samples_of_cells(comparison, cells).items():
+    for variant, samples in samples_of_runs(comparison, runs).items():
         seen = ", ".join(f"{stage} {n:,} samples" for stage, n in samples.items())
-        facts[f"a cell, {variant}" if variant else "a cell"] = seen + share
-    facts |= {"design": design_in_words(anew, comparison.runs)}
+        facts[f"a run, {variant}" if variant else "a run"] = seen + share
+    facts |= {"design": design_in_words(anew, comparison.runs_per_encoder)}
     facts |= {"power": power_in_words(comparison)} if comparison.asks_questions else {}
     plan_runner.print_plan(f"comparison of encoders in {comparison.output}", facts)
     if dry_run:
         return None
-    (comparison.output / "cells").mkdir(parents=True, exist_ok=True)
-    load_encoders(comparison, encoders, cells)
+    (comparison.output / "runs").mkdir(parents=True, exist_ok=True)
+    load_encoders(comparison, encoders, runs)
     image_folder = comparison.question_files()[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
     digest = sha256(fixed)
     say(f"the plan is fixed in {fixed}, SHA-256 {digest}")
-    planned = [replace(cell, record={**(cell.record or {}), "plan": digest}) for cell in planned]
+    planned = [replace(run, record={**(run.record or {}), "plan": digest}) for run in planned]
     runner = Runner([*pretraining, *planned], comparison.jobs)
     runner.run(pretraining)
     check_same_samples(encoders)
@@ -98,8 +98,8 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
-    note = f"{written} is the page, {comparison.output}/report.json has its metrics, and each cell has a model. Next:\n"
-    note += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
+    note = f"{written} is the page, {comparison.output}/report.json has its metrics, and each run has a model. Next:\n"
+    note += f"  python scripts/chat.py --model {shlex.quote(f'{runs[0].directory}/model')}"
     say(note)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
@@ -153,12 +153,12 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) 
         deciding(comparison.decides, questions)
 
 
-def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[EncoderCell]) -> None:
+def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], runs: Sequence[EncoderRun]) -> None:
     """Load each encoder that is not pretrained here, so that an error shows before hours of pretraining."""
     made_here = {encoder.directory for encoder in encoders}
-    for cell in cells[: len(comparison.encoders)]:
-        if Path(cell.argument) not in made_here:
-            encoder_of(train_arguments(comparison, cell, min(STAGES)))
+    for run in runs[: len(comparison.encoders)]:
+        if Path(run.argument) not in made_here:
+            encoder_of(train_arguments(comparison, run, min(STAGES)))
 
 
 def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:

@@ -1,11 +1,11 @@
 """Recompute the metrics of a finished comparison from its raw answers, and list what differs from report.json.
 
     report.json  compare.json  encoders.json  questions/NAME.jsonl
-    cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
+    runs/NAME/  run.json config.json env.json cost.json align/done.json instruct/done.json
                  evaluation/NAME.jsonl evaluation/results.json benchmarks/TASK/MODEL/DATE_results.json
 
 A directory or an archive of these files can be verified on any machine, without model, images, network or torch. Every
-answer is scored again, and the metrics of each cell and all means, intervals and differences are recomputed. These are
+answer is scored again, and the metrics of each run and all means, intervals and differences are recomputed. These are
 taken as recorded: likelihoods of right answers, metrics of the encoders themselves (probe, retrieval, zero-shot), the
 scores of lmms-eval, times and memory.
 """
@@ -23,20 +23,19 @@ from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import printable
 from clips.common.files import read_json, sha256
 from clips.common.page import print_table, table_of
-from clips.common.rundir import UNSEEN
 from clips.lab import archive
 from clips.lab.archive import ENDING, differences
 from clips.lab.grid import RECORD
 from mllm.compare.analysis import REPORT, computed, stored_files
-from mllm.compare.comparison import PLAN, Comparison, EncoderCell, comparison_of, stored_questions
+from mllm.compare.comparison import PLAN, Comparison, EncoderRun, comparison_of, stored_questions
 from mllm.compare.report import headline
-from mllm.data.questions import UNSEEN_ANSWERS, Question
+from mllm.data.questions import Question
 from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import is_right, score, scorer_version
 
 _NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
 MEMBER = re.compile(
-    rf"(?:report|compare|encoders)\.json|questions/{_NAME}\.jsonl?|cells/{_NAME}/(?:(?:cell|config|env|cost)\.json"
+    rf"(?:report|compare|encoders)\.json|questions/{_NAME}\.jsonl?|runs/{_NAME}/(?:(?:run|config|env|cost)\.json"
     rf"|(?:align|instruct)/done\.json|evaluation/{_NAME}\.jsonl?|benchmarks/{_NAME}/{_NAME}/{_NAME}_results\.json)"
 )
 """Matches the paths of the files of a comparison."""
@@ -80,10 +79,10 @@ def verify(output: Path) -> Verification:
 
 def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
     result = Verification(report)
-    cells = comparison.cells
-    directories = [path.name for path in (comparison.output / "cells").glob("*") if path.is_dir()]
+    runs = comparison.runs
+    directories = [path.name for path in (comparison.output / "runs").glob("*") if path.is_dir()]
     files = stored_questions(comparison.output)
-    result.differs += _other("cell", directories, [cell.name for cell in cells])
+    result.differs += _other("run", directories, [run.name for run in runs])
     result.differs += _other("question file", files, report["plan"]["questions"])
     for name, planned in report["plan"]["questions"].items():
         if name in files and sha256(files[name]) != planned["sha256"]:
@@ -93,12 +92,12 @@ def _verified(report: dict[str, Any], comparison: Comparison) -> Verification:
 
     questions = {name: comparison.asked(path) for name, path in files.items()}
     plan = sha256(comparison.output / PLAN)
-    for cell in cells:
-        result.differs += [f"cell {cell.name}: {text}" for text in _cell(cell, plan, questions)]
+    for run in runs:
+        result.differs += [f"run {run.name}: {text}" for text in _checked(run, plan, questions)]
         result.answers += sum(map(len, questions.values()))
     try:
         result.differs += _report(report, json.loads(json.dumps(computed(comparison, report["plan"]))))
-    except UserError as error:  # for example because cells answered different questions
+    except UserError as error:  # for example because runs answered different questions
         result.differs.append(str(error))
     return result
 
@@ -109,19 +108,18 @@ def _other(kind: str, present: Collection[str], expected: Collection[str]) -> It
     yield from (f"{kind} {name} does not belong to this comparison" for name in present if name not in expected)
 
 
-def _cell(cell: EncoderCell, plan: str, questions: Mapping[str, list[Question]]) -> Iterator[str]:
-    """Yield a line for each thing that is wrong with the record, the answers or the metrics of a cell.
+def _checked(run: EncoderRun, plan: str, questions: Mapping[str, list[Question]]) -> Iterator[str]:
+    """Yield a line for each thing that is wrong with the record, the answers or the metrics of a run.
 
     `plan` is the SHA-256 of the plan.
     """
-    record = cell.read(RECORD)
-    expected: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
+    record = run.read(RECORD)
+    expected: dict[str, Any] = {name: getattr(run, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = plan
     yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
     metrics: dict[str, Any] = {}
-    before: dict[str, Any] = {"scorer": scorer_version()}  # as earlier versions wrote it
     for name, asked in questions.items():
-        path = cell.evaluation / f"{name}.jsonl"
+        path = run.evaluation / f"{name}.jsonl"
         lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
         if len(lines) != len(asked):
             yield f"it has {len(lines)} answers {name} to {len(asked)} questions"
@@ -135,12 +133,10 @@ def _cell(cell: EncoderCell, plan: str, questions: Mapping[str, list[Question]])
             yield from differences({key: line.get(key) for key in about}, about, place)
         scored = score(asked, [str(line["text"]) for line in lines])
         metrics |= metrics_of(name, scored, lines)
-        before |= {UNSEEN: scored} if name == UNSEEN_ANSWERS else scored
-    recorded = cell.read("evaluation/results.json") if questions else before
-    if "metrics" in recorded:
-        recorded |= recorded["metrics"]
-        before = metrics | {"scorer": scorer_version()}
-    yield from differences({name: recorded.get(name) for name in before}, before, "results.json")
+    recorded = run.read("evaluation/results.json")
+    again = metrics | {"scorer": scorer_version()} if questions else {}
+    recorded |= recorded.pop("metrics", {})
+    yield from differences({name: recorded.get(name) for name in again}, again, "results.json")
 
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
@@ -180,8 +176,8 @@ def verify_from_flags(place: str) -> None:
     with opened(path) as output:
         result = verified(output, path)
     print_table(table_of("mean ± standard deviation over seeds", *headline(result.report)))
-    cells = len(result.report["cells"])
-    print(f"verified: {cells} cells, {result.answers:,} answers scored again, every metric as in {REPORT}")
+    runs = len(result.report["runs"])
+    print(f"verified: {runs} runs, {result.answers:,} answers scored again, every metric as in {REPORT}")
     print(printable(result.kept))
     print("taken as recorded: likelihoods, metrics of the encoders alone, scores of lmms-eval, times and memory")
     if path.is_file():

@@ -8,7 +8,7 @@ from clips.common.files import read_json, read_json_records
 from clips.common.page import print_table, table_of
 from clips.common.paths import REPOSITORY
 from clips.common.plots import pretty
-from clips.common.rundir import REPORT, UNSEEN, by_test_set
+from clips.common.rundir import REPORT, UNSEEN, by_test_set, read_evaluation
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 
@@ -22,7 +22,7 @@ def print_summary(what: str = "demo") -> None:
     """Print the end of the quickstart `demo` or `photos`. Both of its runs must have been evaluated."""
     is_demo = what == "demo"
     encoder, model = Path("runs", what), Path("runs", "llava-clips" if is_demo else "llava-photos")
-    measured = by_test_set(read_json(encoder / "evaluation.json").get("metrics", {}), "seen")
+    measured = by_test_set(read_evaluation(encoder / "evaluation.json").get("metrics", {}), "seen")
     artists = UNSEEN if UNSEEN in measured else "seen"
     file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
     answers = max((model / "evaluation").glob(file), key=os.path.getmtime)

@@ -22,8 +22,8 @@ from clips.evaluation.evaluate import evaluate_from_flags
 from clips.lab.run import Runner, failed_steps
 from clips.weights.open_clip import write_open_clip
 from mllm.compare.analysis import benchmark_folder, benchmark_results
-from mllm.compare.commands import lab_cell
-from mllm.compare.comparison import PLAN, Comparison, EncoderCell
+from mllm.compare.commands import lab_run
+from mllm.compare.comparison import PLAN, Comparison, EncoderRun
 from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
 
 BENCH = Path(f"{sys.prefix}-bench") / "bin" / "python"
@@ -167,11 +167,11 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", str(BENCH))
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
     write_export(tmp_path / "clips")
-    cell = EncoderCell("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "cells" / "clips-seed0")
-    write_llava_on(cell.directory, tmp_path / "clips", initializer_range=0.1)
+    run = EncoderRun("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "runs" / "clips-seed0")
+    write_llava_on(run.directory, tmp_path / "clips", initializer_range=0.1)
     for stage in ("align", "instruct"):
-        (cell.directory / stage).mkdir()
-        (cell.directory / stage / "done.json").write_text("{}")
+        (run.directory / stage).mkdir()
+        (run.directory / stage / "done.json").write_text("{}")
     questions = [
         {
             "question_id": i,
@@ -192,18 +192,18 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         train_flags=tuple(f"--{stage}.data_path={tmp_path}/mine.json" for stage in ("align", "instruct")),
         benchmarks=("questions",), include_path=tmp_path / "tasks",
     )  # fmt: skip
-    (tmp_path / PLAN).write_text("{}")  # the cell notes which plan it was run under
+    (tmp_path / PLAN).write_text("{}")  # the run notes which plan it was run under
     (tmp_path / "mine.json").write_text("[{}]")
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "questions.jsonl").write_text(lines)
-    planned = lab_cell(comparison, cell)
+    planned = lab_run(comparison, run)
     Runner([planned], 1).run([planned])
     assert failed_steps([planned]) == []
-    assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
-    assert json.loads((cell.directory / "cost.json").read_text())["questions"] > 0
-    (samples,) = benchmark_folder(cell.directory, "questions").glob("*/*_samples_questions.jsonl")
+    assert list(benchmark_results(run.directory, comparison.benchmarks)) == ["questions/exact_match"]
+    assert json.loads((run.directory / "cost.json").read_text())["questions"] > 0
+    (samples,) = benchmark_folder(run.directory, "questions").glob("*/*_samples_questions.jsonl")
     theirs = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
-    flags = ["--model", cell.directory / "model", "--questions", tmp_path / "questions.jsonl", "--device", "cpu"]
+    flags = ["--model", run.directory / "model", "--questions", tmp_path / "questions.jsonl", "--device", "cpu"]
     flags += ["--image-folder", tmp_path / "images", "--max-new-tokens", 12, "--output", tmp_path / "ours"]
     answer_from_flags(script_parser("evaluate_llava").parse_args(list(map(str, flags))))
     ours = map(json.loads, (tmp_path / "ours" / "questions.jsonl").read_text().splitlines())

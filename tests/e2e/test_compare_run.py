@@ -62,12 +62,12 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL after the first stage is there, SIGTERM later, then to the end; finished parts stay as they were."""
-    cells = place / "out" / "cells"
-    done = [cells / f"{name}-seed0" for name in ("clips-runs-clips-demo", "blind")]
+    runs = place / "out" / "runs"
+    done = [runs / f"{name}-seed0" for name in ("clips-runs-clips-demo", "blind")]
 
     def finished() -> dict[Path, float]:
-        parts = [cell / part for cell in done for part in ("align/done.json", "instruct/done.json")]
-        parts += [cell / "evaluation" / "results.json" for cell in done]
+        parts = [run / part for run in done for part in ("align/done.json", "instruct/done.json")]
+        parts += [run / "evaluation" / "results.json" for run in done]
         return {path: path.stat().st_mtime for path in parts if path.is_file()}
 
     log = place / "printed.log"
@@ -98,9 +98,9 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
     assert "report.html" in output
     assert len(finished()) == 6
     assert finished() | before == finished()
-    configs = [json.loads((cell / "config.json").read_text()) for cell in done]
+    configs = [json.loads((run / "config.json").read_text()) for run in done]
     for stage in STAGES:
-        assert [json.loads((cell / stage / "done.json").read_text())["steps"] for cell in done] == [40, 40]
+        assert [json.loads((run / stage / "done.json").read_text())["steps"] for run in done] == [40, 40]
         a, b = (config[stage]["trains"] for config in configs)
         assert {name for name in a if a[name] != b[name]} == {"vision_tower", "vision_fingerprint"}
         assert configs[0][stage]["freeze"] == configs[1][stage]["freeze"]
@@ -108,21 +108,21 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(
     assert report["encoders"]["clips"]["metrics"]["accuracy"]["mean"] == 1.0
     assert report["encoders"]["blind"]["metrics"]["accuracy"]["mean"] <= 0.5
     assert report["fixed"]["kept"]
-    record = json.loads((done[0] / "cell.json").read_text())
+    record = json.loads((done[0] / "run.json").read_text())
     assert record["plan"] == report["fixed"]["sha256"]
     assert [*record["commands"]] == ["align", "instruct", "evaluation"]
 
-    logs = {path: path.stat().st_size for path in cells.glob("*.log")}
+    logs = {path: path.stat().st_size for path in runs.glob("*.log")}
     code, output = again()
     assert code == 0
     assert "0 of 2 to run" in output
-    assert {path: path.stat().st_size for path in cells.glob("*.log")} == logs
+    assert {path: path.stat().st_size for path in runs.glob("*.log")} == logs
 
 
 def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samples(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way with the recipes' tiny twins: pretraining, cells, linear probes on few images, report."""
+    """The whole way with the recipes' tiny twins: pretraining, runs, linear probes on few images, report."""
     monkeypatch.setattr("mllm.compare.probe.PROBE_SAMPLES", 200)
     shrink(monkeypatch, several=True)
     ensure_demo(place / "data" / "demo")

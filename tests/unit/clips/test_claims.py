@@ -85,11 +85,11 @@ def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     one = PretrainingRun("demo", "x", 6_400, 0)
-    assert not one.cell(tmp_path).is_done()
+    assert not one.planned(tmp_path).is_done()
     with_metrics(tmp_path / "x", one, {})
-    assert one.cell(tmp_path).is_done()
+    assert one.planned(tmp_path).is_done()
     with pytest.raises(UserError, match=r"(?s)train.seed: 0 → 1.*--output"):
-        replace(one, seed=1).cell(tmp_path).check()
+        replace(one, seed=1).planned(tmp_path).check()
 
 
 @pytest.mark.parametrize(

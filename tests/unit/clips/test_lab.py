@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import LONGEST, clip, for_markdown, for_rich, one_line, printable
 from clips.common.page import Bullets, Card, Cards, Code, Folded, Page, Paragraph, Section, Table, Tile, as_html
-from clips.lab.grid import Cell, Step
+from clips.lab.grid import Run, Step
 from clips.lab.pretraining import PretrainingRun
 from clips.lab.report import forest, verdict_class
 from clips.lab.run import Commands, Runner, failed_steps, locked
@@ -28,8 +28,8 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
-def cell(directory: Path, *parts: str, code: str = "open({file!r}, 'w')", may_fail: str = "") -> Cell:
-    """A cell whose steps each leave a file of their name."""
+def run(directory: Path, *parts: str, code: str = "open({file!r}, 'w')", may_fail: str = "") -> Run:
+    """A run whose steps each leave a file of their name."""
     steps = [
         Step(
             part,
@@ -40,45 +40,45 @@ def cell(directory: Path, *parts: str, code: str = "open({file!r}, 'w')", may_fa
         )
         for part in parts
     ]
-    return Cell("a", directory.name, directory, tuple(steps), record={"of": 1})
+    return Run("a", directory.name, directory, tuple(steps), record={"of": 1})
 
 
-def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Path) -> None:
+def test_a_run_with_other_settings_is_refused_before_any_run_runs(tmp_path: Path) -> None:
     def refuse() -> None:
         raise UserError("it holds other settings")
 
-    first = cell(tmp_path / "first", "one")
-    other = Cell("b", "seed 0", tmp_path / "other", (), check=refuse)
+    first = run(tmp_path / "first", "one")
+    other = Run("b", "seed 0", tmp_path / "other", (), check=refuse)
     with pytest.raises(UserError, match="other settings"):
         Runner([first, other], 1).run([first, other])
     assert not first.directory.exists()
     with pytest.raises(UserError, match="sample"):  # of a pretraining run: settings that the command would refuse
-        PretrainingRun("demo", "a-seed0", 0, 0).cell(tmp_path)
+        PretrainingRun("demo", "a-seed0", 0, 0).planned(tmp_path)
 
 
 def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_folder(tmp_path: Path) -> None:
-    fragile = cell(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
+    fragile = run(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
     runner = Runner([fragile], 1)
     with pytest.raises(CommandError, match=r"c ended with exit code 1.*\n  all is lost"):
         runner.run([fragile])  # "two" ends the study, "one" has not
     ((name, log),) = failed_steps([fragile])
     assert (name, log.read_text().strip()) == ("one", "all is lost")
     (log.parent / "left behind").write_text("")
-    good = cell(tmp_path / "c", "one", "two", may_fail="one")
+    good = run(tmp_path / "c", "one", "two", may_fail="one")
     runner = Runner([good], 1)
     runner.run([good])
     assert failed_steps([good]) == []
     assert [path.name for path in log.parent.iterdir()] == ["log.txt"]
 
 
-def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
+def test_a_run_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
     commands = Commands(1)
-    with locked(tmp_path / "cell", commands) as lock:
+    with locked(tmp_path / "run", commands) as lock:
         child = subprocess.Popen(python("input()"), stdin=subprocess.PIPE, pass_fds=[lock])
     got = threading.Event()
 
     def wait() -> None:
-        with locked(tmp_path / "cell", commands):
+        with locked(tmp_path / "run", commands):
             got.set()
 
     waiter = threading.Thread(target=wait, daemon=True)
@@ -89,7 +89,7 @@ def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -
     waiter.join()
 
 
-def test_after_a_failure_beside_a_longer_cell_nothing_more_begins() -> None:
+def test_after_a_failure_beside_a_longer_run_nothing_more_begins() -> None:
     failed, begun = threading.Event(), []
 
     def work(item: int) -> None:

@@ -37,17 +37,15 @@ from mllm.compare.analysis import (
     RUN_VARIANCE,
     detectable_difference,
 )
-from mllm.compare.commands import fix_plan, lab_cell, plan_of
+from mllm.compare.commands import fix_plan, lab_run, plan_of
 from mllm.compare.comparison import LIMIT, PLAN, Comparison
 from mllm.compare.comparison import comparison_of as comparison_of_plan
 from mllm.compare.report import design_in_words, page, sentence
 from mllm.compare.verify import MEMBER, pack, pack_from_flags, verify
-from mllm.data.questions import Question
-from mllm.evaluation.scores import score, scorer_version
 from tools.update_docs import main, take, update_pages
 
 __all__ = ["made", "place"]  # fixtures
-CELL = "cells/random-seed1"
+CELL = "runs/random-seed1"
 ANSWERS, METRICS = f"{CELL}/evaluation/question.jsonl", f"{CELL}/evaluation/results.json"
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "matplotlib", "PIL", "mllm.model", "mllm.training.run")
 
@@ -96,12 +94,12 @@ def test_an_untouched_comparison_verifies(output: Path, monkeypatch: pytest.Monk
 
 def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -> None:
     comparison = finish(comparison_of(place, decides="log_likelihood/where"))
-    cells = {cell.name: cell for cell in comparison.cells}
-    assert all("--likelihood" in lab_cell(comparison, cell).steps[-1].command for cell in cells.values())
+    runs = {run.name: run for run in comparison.runs}
+    assert all("--likelihood" in lab_run(comparison, run).steps[-1].command for run in runs.values())
     report = reported(comparison)
     means = {}
-    for name, cell in cells.items():
-        lines = [json.loads(line) for line in (cell.evaluation / "question.jsonl").open()]
+    for name, run in runs.items():
+        lines = [json.loads(line) for line in (run.evaluation / "question.jsonl").open()]
         means[name] = fmean(line["log_likelihood"] for line in lines if line["kind"] == "where")
     differences = [means[f"clips-clips-run-seed{seed}"] - means[f"clip-clip-run-seed{seed}"] for seed in range(3)]
     rows = {row["metric"]: row for row in report["differences"] if (row["a"], row["b"]) == ("clips", "clip")}
@@ -112,7 +110,7 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     assert re.fullmatch(words, sentence(row | {"verdict": "win"}))
     assert "CIDEr-D" in sentence(row | {"verdict": "win", "metric": "cider_d"})
     assert verify(comparison.output).differs == []
-    changed = cells["random-seed1"].evaluation / "question.jsonl"
+    changed = runs["random-seed1"].evaluation / "question.jsonl"
     lines = [json.loads(line) for line in changed.open()]
     lines[0]["share"] = 1.0
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -147,8 +145,8 @@ def answer_better_and_hide_it(output: Path) -> None:
         ),
         (answer_better_and_hide_it, r"encoders\.random\.metrics\.accuracy\.mean"),
         (lambda output: replace(output / "questions" / "question.jsonl", '"where?"', '"Where?"'), "question file"),
-        (lambda output: shutil.rmtree(output / CELL), "cell random-seed1 is missing"),
-        (lambda output: edit(output / PLAN, lambda plan: plan.update(decides="accuracy/where")), r"cell\.json\.plan"),
+        (lambda output: shutil.rmtree(output / CELL), "run random-seed1 is missing"),
+        (lambda output: edit(output / PLAN, lambda plan: plan.update(decides="accuracy/where")), r"run\.json\.plan"),
     ],
 )
 def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable[[Path], Any], named: str) -> None:
@@ -159,36 +157,32 @@ def test_what_was_changed_is_named_and_not_packed(output: Path, tamper: Callable
     assert not list(output.parent.glob("*.tar.xz"))
 
 
-def test_metrics_of_an_earlier_version_are_read(output: Path) -> None:
-    """They had accuracies by kind, and hashes of files that are changed here."""
-    for path in output.glob("cells/*/evaluation/results.json"):
-        lines = [json.loads(line) for line in path.with_name("question.jsonl").open()]
-        questions = [Question(id=0, text="?", kind=line["kind"], answer=line["expected"]) for line in lines]
-        scored = score(questions, [line["text"] for line in lines])
-        path.write_text(json.dumps({"scorer": scorer_version()} | scored))
-        assert scored["exact_match"]["overall"]["n"] == len(lines)
-    assert not [line for line in verify(output).differs if "results.json." in line and "cells[" not in line]
-    edit(path, lambda metrics: metrics["exact_match"]["where"].update(accuracy=2.0))
-    assert any("results.json.exact_match.where.accuracy" in line for line in verify(output).differs)
+def test_a_comparison_of_an_earlier_version_is_refused_and_not_begun_again(made: Path, output: Path) -> None:
+    edit(output / "report.json", lambda report: report["plan"].update(format=1))
+    edit(output / PLAN, lambda plan: plan.update(format=1))
+    with pytest.raises(UserError, match="its format is 1, not 2"):
+        verify(output)
+    with pytest.raises(UserError, match="its format is 1, not 2"):
+        fix_plan(dataclasses.replace(comparison_of(output.parent), output=output))
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before
 
 
-def test_the_plan_stands_before_the_first_cell(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_stands_before_the_first_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
     comparison = comparison_of(tmp_path, seeds=2)
     fix_plan(dataclasses.replace(comparison, decides="accuracy/where"))
     fix_plan(comparison)  # nothing has begun: a mind may be changed
     plan = read_json(comparison.output / PLAN)
-    assert plan.pop("cells_begun") == 0
+    assert plan.pop("runs_begun") == 0
     assert plan == json.loads(json.dumps(plan_of(comparison)))
     assert (plan["decides"], plan["comparison"]["seeds"], plan["budget"]["share"]) == ("accuracy", 2, 1.0)
     (asked,) = plan["questions"].values()
     assert asked["kinds"] == {"identity": 12, "where": 12, "yes_no": 12}
     assert asked["sha256"] == sha256(made / "question.jsonl")
     again = comparison_of_plan(plan, comparison.output)
-    assert [cell.directory for cell in again.cells] == [cell.directory for cell in comparison.cells]
+    assert [run.directory for run in again.runs] == [run.directory for run in comparison.runs]
     with pytest.raises(UserError, match="--decides accuracy/count"):
         fix_plan(dataclasses.replace(comparison, decides="accuracy/count"))
 
@@ -213,7 +207,7 @@ def test_a_change_of_mind_and_a_late_plan_are_in_the_report_and_verify(output: P
     assert verification.differs == []
     assert "not kept" in verification.kept
     (output / PLAN).unlink()
-    assert reported(comparison)["fixed"]["differs"] == ["compare.json was written when 4 cell(s) had begun already"]
+    assert reported(comparison)["fixed"]["differs"] == ["compare.json was written when 4 run(s) had begun already"]
 
 
 # ---------------------------------------------------------------------------------------------------------- archive
@@ -246,7 +240,7 @@ def test_an_archive_verifies_elsewhere_by_the_command(
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded: []\n")
-    assert "4 cells, 144 answers scored again" in done.stdout
+    assert "4 runs, 144 answers scored again" in done.stdout
     assert list(elsewhere.iterdir()) == [elsewhere / "sent.tar.xz"]
 
 
@@ -255,13 +249,13 @@ def test_the_same_comparison_gives_the_same_bytes(output: Path, tmp_path: Path) 
     other = shutil.copytree(output, tmp_path / "other", copy_function=shutil.copyfile)
     for path in other.rglob("*"):
         os.utime(path, (1, 1))
-    (other / "cells" / "random-seed1.log").write_text("printed")  # not what metrics rest on
+    (other / "runs" / "random-seed1.log").write_text("printed")  # not what metrics rest on
     (other / CELL / "model").mkdir()
     (other / CELL / "model" / "model.safetensors").write_bytes(b"large")
     assert pack(other, tmp_path / "second.tar.xz") == first == sha256(tmp_path / "second.tar.xz")
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "cells/x/model/model.safetensors", "link"])
+@pytest.mark.parametrize("name", ["../outside.json", "runs/x/model/model.safetensors", "link"])
 def test_an_archive_with_anything_else_is_refused(tmp_path: Path, name: str) -> None:
     sent, place = tmp_path / "sent.tar.xz", tmp_path / "a" / "b" / "place"
     place.mkdir(parents=True)
@@ -313,7 +307,7 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     target = take(packed, "compare", root)
     content = json.loads(target.read_text())
     assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
-    assert not {"cells", "examples", "files"} & content.keys()
+    assert not {"runs", "examples", "files"} & content.keys()
     assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
     update_pages(check=False, root=root)
     shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
@@ -366,7 +360,7 @@ def test_designs_in_words_and_what_they_see(
 ) -> None:
     """With 400 questions (the default), 800 and 6,400."""
     comparison = Comparison(seeds=seeds, llava_runs=runs)
-    assert design_in_words(seeds, comparison.runs) == design
+    assert design_in_words(seeds, comparison.runs_per_encoder) == design
     assert [100 * detectable_difference(comparison, n) for n in (LIMIT, 800, 6400)] == pytest.approx(points, abs=0.1)
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert f"| {design} | {' | '.join(map(str, points))} |" in page
@@ -376,7 +370,7 @@ def test_designs_in_words_and_what_they_see(
 def test_simulated_comparisons_of_the_default_design_find_it_in_80_of_100(questions: int) -> None:
     """Luck of pretrainings and of LLaVA runs is that of whole models: no number of questions averages it out."""
     comparison, rng = Comparison(), np.random.default_rng(0)
-    runs, wins, tries = comparison.runs, 0, 600
+    runs, wins, tries = comparison.runs_per_encoder, 0, 600
     groups = np.arange(runs) % comparison.seeds
     seen = detectable_difference(comparison, questions)
     for _ in range(tries):

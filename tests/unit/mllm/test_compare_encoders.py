@@ -1,4 +1,4 @@
-"""Cells that differ in nothing but the encoder, what is never run twice, and metrics and report from finished cells."""
+"""Runs that differ in nothing but the encoder, what is never run twice, and metrics and report from finished runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mllm.compare.analysis import (
     encoder_groups,
     read_answers,
 )
-from mllm.compare.commands import check_cell, lab_cell, pretrain_config, stage_samples, train_arguments
+from mllm.compare.commands import check_run, lab_run, pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags, stored_questions
 from mllm.compare.report import floors, page
 from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
@@ -50,11 +50,11 @@ def finished(original: Comparison, place: Path) -> Comparison:
     return dataclasses.replace(original, output=shutil.copytree(original.output, place / "out"))
 
 
-def check_cells(comparison: Comparison, *numbers: int) -> None:
-    """All cells, or those of these numbers."""
-    for number, cell in enumerate(comparison.cells):
+def check_runs(comparison: Comparison, *numbers: int) -> None:
+    """All runs, or those of these numbers."""
+    for number, run in enumerate(comparison.runs):
         if not numbers or number in numbers:
-            check_cell(comparison, cell)
+            check_run(comparison, run)
 
 
 def checked(comparison: Comparison) -> None:
@@ -70,15 +70,15 @@ def shown(report: dict) -> str:
 # --------------------------------------------------------------------------------------------- equal but the encoder
 
 
-def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
-    """Settings, data order, the start of the projector and that of the adapters; `random` has the cell's seed."""
+def test_runs_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
+    """Settings, data order, the start of the projector and that of the adapters; `random` has the run's seed."""
     comparison = comparison_of(
         place, encoders=(ENCODERS[0], *ENCODERS[2:]), train_flags=(*FLAGS, "--instruct.lora_enable"), seeds=2
     )
     for stage, dataset_size in ((1, 12), (2, 16)):
         seen = {}
-        for cell in comparison.cells:
-            arguments = train_arguments(comparison, cell, stage)
+        for run in comparison.runs:
+            arguments = train_arguments(comparison, run, stage)
             prepared = prepare(arguments, torch.device("cpu"), {})
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
@@ -88,24 +88,24 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
                 group_by_modality_length=bool(arguments.group_by_modality_length),
             )
             trains = arguments.what_trains()
-            assert trains.pop("vision_tower") == cell.vision
+            assert trains.pop("vision_tower") == run.vision
             weights = {n: p for n, p in prepared.model.named_parameters() if "vision_tower" not in n}
             if stage == 1:  # what stage 2 starts from: no training here, so the very start
-                save_projector(prepared.model.model.multi_modal_projector, cell.directory / "align" / PROJECTOR)
-            seen[cell] = (trains, sampler.order(0), prepared.dataset[0]["input_ids"], weights)
-            assert sorted(seen[cell][1]) == list(range(dataset_size))
+                save_projector(prepared.model.model.multi_modal_projector, run.directory / "align" / PROJECTOR)
+            seen[run] = (trains, sampler.order(0), prepared.dataset[0]["input_ids"], weights)
+            assert sorted(seen[run][1]) == list(range(dataset_size))
         for seed in range(comparison.seeds):
-            first, *others = [seen[cell] for cell in comparison.cells if cell.seed == seed]
+            first, *others = [seen[run] for run in comparison.runs if run.seed == seed]
             for other in others:
                 assert other[:3] == first[:3]
                 assert other[3].keys() == first[3].keys()
                 assert all(torch.equal(other[3][name], first[3][name]) for name in first[3])
-        a, b = (seen[cell] for cell in comparison.cells if cell.encoder == "blind")
+        a, b = (seen[run] for run in comparison.runs if run.encoder == "blind")
         assert a[1] != b[1]
         started = [name for name in a[3] if "projector" in name or "lora_A" in name]
         assert any(not torch.equal(a[3][name], b[3][name]) for name in started)
-    seeds = [cell for cell in comparison.cells if cell.encoder == "random"]
-    assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in seeds}) == 2
+    seeds = [run for run in comparison.runs if run.encoder == "random"]
+    assert len({load_vision(run.vision, seed=run.seed).fingerprint for run in seeds}) == 2
 
 
 def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def pretrained(comparison: Comparison) -> set[str]:
 
 def test_names_stand_for_directories(tmp_path: Path) -> None:
     def visions(comparison: Comparison) -> dict[str, str]:
-        return {cell.name: cell.vision for cell in comparison.cells}
+        return {run.name: run.vision for run in comparison.runs}
 
     comparison = Comparison(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
     assert [*visions(comparison)][:5] == ["clips-seed0", "clip-seed0", "random-seed0", "blind-seed0", "clips-seed1"]
@@ -155,16 +155,16 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
 
 
 def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
-    """One run more than encoders by default; more of either kind of seed keep the cells that are there."""
+    """One run more than encoders by default; more of either kind of seed keep the runs that are there."""
     comparison = Comparison(encoders=("clips", "hf:some/model", "random", "blind"), output=tmp_path)
-    clips = [cell for cell in comparison.cells if cell.encoder == "clips"]
-    assert [(cell.pretraining_seed, cell.seed) for cell in clips] == [(s, s) for s in range(5)] + [(0, 1000)]
+    clips = [run for run in comparison.runs if run.encoder == "clips"]
+    assert [(run.pretraining_seed, run.seed) for run in clips] == [(s, s) for s in range(5)] + [(0, 1000)]
     assert clips[5].vision == clips[0].vision == f"clips:{tmp_path}/encoders/clips-seed0"
     few = dataclasses.replace(comparison, seeds=3)
     grid = dataclasses.replace(comparison, llava_runs=10)
-    assert set(few.cells[:12]) < set(comparison.cells) < set(grid.cells)
+    assert set(few.runs[:12]) < set(comparison.runs) < set(grid.runs)
     fixed = Comparison(encoders=("hf:some/model", "blind"), output=tmp_path)
-    assert len(fixed.cells) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
+    assert len(fixed.runs) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
     groups = {name: encoder_groups(comparison, name).tolist() for name in ("clips", "hf", "random", "blind")}
     assert groups["clips"] == encoder_groups(comparison, "clips", "random").tolist() == [0, 1, 2, 3, 4, 0]
     assert groups["random"] == encoder_groups(comparison, "hf", "random").tolist() == [0, 1, 2, 3, 4, 5]
@@ -173,13 +173,13 @@ def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
 
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = comparison_of(place), comparison_of(place, quick=True)
-    cell = full.cells[0]
+    run = full.runs[0]
     budgets = (full, quick, dataclasses.replace(quick, budget=0.25))
-    assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 8, 4], "whole steps"
+    assert [stage_samples(comparison, run, 1) for comparison in budgets] == [12, 8, 4], "whole steps"
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (20, 80)
+    assert (train_arguments(steps, run, 2).max_steps, stage_samples(steps, run, 2)) == (20, 80)
     given = comparison_from_flags(script_parser("compare_encoders").parse_args(["--quick"]))
-    assert (given.encoders, given.seeds, given.runs) == (("clips", "random"), 1, 4)
+    assert (given.encoders, given.seeds, given.runs_per_encoder) == (("clips", "random"), 1, 4)
     assert [comparison.evaluation_settings()["limit"] for comparison in (full, quick)] == [None, 400]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
     assert (demo.budget_share, demo.question_limit) == (0.5, 400)
@@ -201,12 +201,12 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
     fields = ("output", "train_flags", "questions", "image_folder", "device")
     comparison = finish(dataclasses.replace(given, **{name: getattr(comparison_of(place), name) for name in fields}))
     assert comparison.names == ["clips", "blind", "clips, tiles", "blind, tiles"]
-    cells = {cell.name: cell for cell in comparison.cells}
-    plain, tiled = cells["clips-clips-run-seed1"], cells["clips-clips-run-tiles-seed1"]
+    runs = {run.name: run for run in comparison.runs}
+    plain, tiled = runs["clips-clips-run-seed1"], runs["clips-clips-run-tiles-seed1"]
     assert (plain.vision, plain.seed, plain.variant) == (tiled.vision, tiled.seed, "")
-    now, then = (train_arguments(comparison, cell, 2) for cell in (plain, tiled))
+    now, then = (train_arguments(comparison, run, 2) for run in (plain, tiled))
     assert (now.image_aspect_ratio, then.image_aspect_ratio) == ("pad", "anyres")
-    assert [stage_samples(comparison, cell, 2) for cell in (plain, tiled)] == [16, 8]
+    assert [stage_samples(comparison, run, 2) for run in (plain, tiled)] == [16, 8]
     assert encoder_groups(comparison, "clips", "clips, tiles").tolist() == [0, 0]
     report = reported(comparison)
     assert report["plan"]["budget"]["samples of variants"] == {"tiles": {"align": 12, "instruct": 8}}
@@ -218,44 +218,44 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
         checked(dataclasses.replace(comparison, variants=(("other", ("--seed", "7")),)))
 
 
-def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
-    check_cells(finished)
-    cell = finished.cells[5]
+def test_a_run_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
+    check_runs(finished)
+    run = finished.runs[5]
     changed = dataclasses.replace(finished, train_flags=(*FLAGS, "--instruct.learning_rate", "0.5"))
     with pytest.raises(UserError, match=r"instruct.learning_rate: .* → 0.5"):
-        check_cells(changed)
-    path = cell.directory / "config.json"
+        check_runs(changed)
+    path = run.directory / "config.json"
     config = json.loads(path.read_text())
     config["align"]["trains"]["vision_tower"] = "clip:the/same/weights/by/another/path"
     path.write_text(json.dumps(config))
-    check_cells(finished, 5)
+    check_runs(finished, 5)
     config["align"]["trains"]["vision_fingerprint"] = "of weights that were trained again since"
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="other weights"):
-        check_cells(finished, 5)
+        check_runs(finished, 5)
 
 
 def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: Path) -> None:
     shorter = dataclasses.replace(finished, limit=7)
     with pytest.raises(UserError, match="limit"):
-        check_cells(shorter)
+        check_runs(shorter)
     mended = tmp_path / "question.jsonl"
     mended.write_text(finished.questions.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match="sha256"):
-        check_cells(dataclasses.replace(finished, questions=mended))
-    shutil.rmtree(finished.cells[0].evaluation)
-    check_cells(shorter, 0)
-    first = lab_cell(shorter, shorter.cells[0])
+        check_runs(dataclasses.replace(finished, questions=mended))
+    shutil.rmtree(finished.runs[0].evaluation)
+    check_runs(shorter, 0)
+    first = lab_run(shorter, shorter.runs[0])
     (missing,) = [step for step in first.steps if not step.is_done()]
     assert [Path(word).name for word in missing.command[1:4]] == ["evaluate_llava.py", "--model", "model"]
     assert missing.command[-2:] == ("--limit", "7")
 
 
 def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
-    path = finished.cells[2].evaluation / "question.jsonl"
+    path = finished.runs[2].evaluation / "question.jsonl"
     path.write_text(path.read_text().replace("where?", "Where, please?"))
-    with pytest.raises(UserError, match=f"{finished.cells[2].name} answered other questions"):
-        read_answers(finished.cells, stored_questions(finished.output))
+    with pytest.raises(UserError, match=f"{finished.runs[2].name} answered other questions"):
+        read_answers(finished.runs, stored_questions(finished.output))
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
@@ -287,7 +287,7 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
         checked(comparison_of(place, questions=place / "mine.jsonl"))
     comparison = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
     with pytest.raises(UserError, match="nowhere"):
-        load_encoders(comparison, [], comparison.cells)
+        load_encoders(comparison, [], comparison.runs)
 
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
@@ -322,28 +322,28 @@ def test_a_floor_that_was_not_beaten_is_named() -> None:
 def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
     """Its file as lmms-eval 0.7.3 writes it: task → "metric,filter" → value, with standard errors beside."""
     comparison = dataclasses.replace(finished, benchmarks=("gqa",))
-    cells = comparison.cells
-    assert not any(lab_cell(comparison, cell).is_done() for cell in cells)
-    for cell in cells:
-        value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
+    runs = comparison.runs
+    assert not any(lab_run(comparison, run).is_done() for run in runs)
+    for run in runs:
+        value = 0.6 if run.encoder == NAMES[0] else 0.5 + 0.01 * run.seed
         errors = {"exact_match_stderr,none": 0.01, "exact_match_stderr_clustered,none": "N/A"}
-        write_benchmark(cell.directory, "gqa", {"gqa": {"alias": "gqa", "exact_match,none": value, **errors}})
-    assert all(lab_cell(comparison, cell).is_done() for cell in cells)
+        write_benchmark(run.directory, "gqa", {"gqa": {"alias": "gqa", "exact_match,none": value, **errors}})
+    assert all(lab_run(comparison, run).is_done() for run in runs)
     members = {"mmmu": {"alias": "mmmu", " ": " "}, "mmmu_val": {"mmmu_acc,none": 0.3, "mmmu_acc,strict": 0.2}}
-    write_benchmark(cells[0].directory, "mmmu", members)  # a group has no score of its own
-    assert benchmark_results(cells[0].directory, ("mmmu",)) == {
+    write_benchmark(runs[0].directory, "mmmu", members)  # a group has no score of its own
+    assert benchmark_results(runs[0].directory, ("mmmu",)) == {
         "mmmu_val/mmmu_acc": 0.3,
         "mmmu_val/mmmu_acc (strict)": 0.2,
     }
-    report = collected(comparison, {cell: {} for cell in cells}, [])
+    report = collected(comparison, {run: {} for run in runs}, [])
     row = report["benchmark_differences"][0]
     assert (row["mean"], row["metric"]) == (pytest.approx(0.09), "gqa/exact_match")
     assert row["ci95"] == pytest.approx([0.09 - 0.0248414, 0.09 + 0.0248414], abs=1e-5)  # t of 2 degrees: 4.3027
     assert "gqa/exact_match" in shown(report)
 
 
-def write_benchmark(cell: Path, task: str, results: dict) -> Path:
-    folder = cell / "benchmarks" / task / "blind-seed0__model"
+def write_benchmark(run: Path, task: str, results: dict) -> Path:
+    folder = run / "benchmarks" / task / "blind-seed0__model"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "20260101_000000_results.json"
     path.write_text(json.dumps({"results": results}))
