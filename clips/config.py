@@ -384,7 +384,7 @@ class OptimConfig:
     muon_momentum: float = bounded(0.95, at_least=0, below=1)
     layer_decay: float = bounded(1.0, above=0, at_most=1)
     """Learning rate of a tower's layer as a share of that of the layer above it; below 1, lower layers stay close to
-    their initial weights. Projections, temperature and captioner have the full rate, embeddings the lowest."""
+    their initial weights. Projections, logit scale and captioner have the full rate, embeddings the lowest."""
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
         """Return the factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
@@ -611,8 +611,8 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def difference(saved: RunConfig, current: RunConfig) -> list[str]:
+def changed_fields(saved: RunConfig, current: RunConfig) -> list[str]:
     """Return the fields in which two runs differ as `path: saved → current`; a current precision "auto" fits any."""
     if current.train.precision == "auto":
         current = replace(current, train=replace(current.train, precision=saved.train.precision))
-    return rundir.difference(saved.to_dict(), current.to_dict())
+    return rundir.changed(saved.to_dict(), current.to_dict())

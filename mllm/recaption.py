@@ -40,7 +40,7 @@ from clips.common.hub import model_digest, resolve
 from clips.common.live import say_next
 from clips.common.opening import NO_CODE, load_weights, loading
 from clips.common.paths import unused
-from clips.common.rundir import difference, refuse
+from clips.common.rundir import changed, refuse
 from clips.common.runtime import choose_device
 from mllm.evaluation.batches import new_texts
 from mllm.model.load import data_of, find_model
@@ -349,7 +349,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     settings |= {"pairs": len(source), "captioner": captioner.identity, "prompt": prompt}
     output.mkdir(parents=True, exist_ok=True)
     if any(output.glob("*.parquet")):
-        changes = difference(read_json(output / "recaption.json"), settings)
+        changes = changed(read_json(output / "recaption.json"), settings)
         refuse(changes, f"{output} holds captions of a run with other settings", "Choose another --output")
     write_json(output / "recaption.json", settings)
 

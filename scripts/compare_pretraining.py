@@ -18,7 +18,7 @@ def parser() -> Parser:
         study.add_argument("--seeds", type=at_least(2), default=5, help="runs of each variant; fewer give no verdicts")
         study.add_argument("--samples", type=int, default=samples, help="training samples of each run")
         study.add_argument("--jobs", type=at_least(1), default=2, help="runs in parallel, which share the cores")
-        study.add_argument("--decides", default="sentence_r1", help="the metric that decides, or sentence_nearness")
+        study.add_argument("--decides", default="sentence_r1", help="the metric that decides, or sentence_neg_log_rank")
         study.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
         return study
 

@@ -15,9 +15,9 @@ A block of a page is a comment with a template, followed by the text of the temp
 `compare` is docs/results/compare.json, a report.json of scripts/compare_encoders.py or a result of
 scripts/compare_pretraining.py without its long parts. `{WHO: METRIC}` is a mean with its standard deviation over seeds.
 `{WHO − WHOM: METRIC}` is a difference with its interval, bold for a win or a loss, and `{WHO − WHOM: verdict}` the
-verdict of a study of pretraining. There `NAME_rank` is the geometric-mean rank that `NAME_nearness` stands for, and a
-ratio of ranks as a difference. `{… @NAME}` reads another file. A row with an arrow stands for several rows, one for
-each `A = B` after the arrow, in which A replaces NAME and B replaces IT.
+verdict of a study of pretraining. There `NAME_rank` is the geometric-mean rank that `NAME_neg_log_rank` stands for,
+and a ratio of ranks as a difference. `{… @NAME}` reads another file. A row with an arrow stands for several rows, one
+for each `A = B` after the arrow, in which A replaces NAME and B replaces IT.
 """
 
 import re
@@ -132,8 +132,8 @@ def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) ->
 
 def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
     """Return the text of a metric of a variant, or of a contrast of two variants, in a study of pretraining."""
-    is_rank = name.endswith("_rank")
-    name = name.removesuffix("_rank") + "_nearness" if is_rank else name
+    is_rank = name.endswith("_rank") and not name.endswith("_neg_log_rank")
+    name = name.removesuffix("_rank") + "_neg_log_rank" if is_rank else name
     if not other:
         values = [run["metrics"][name] for run in content["variants"][first]["runs"]]
         return f"{exp(-fmean(values) / 100):.0f}" if is_rank else show_mean(values).replace("-", "−")

@@ -85,7 +85,7 @@ _NAMES = {
     "zero": "zero-shot",
     "tau": "τ",
     "lr": "learning rate",
-    "nearness": "−100 × mean log rank",
+    "neg_log_rank": "−100 × mean log rank",
 }
 
 

@@ -172,7 +172,7 @@ def has_report(run_dir: Path) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
-def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def changed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return the fields in which two configurations differ as `path: saved → current`; a missing field is null."""
     before = json.loads(json.dumps(saved))  # a tuple is a list then
     after = json.loads(json.dumps(current))

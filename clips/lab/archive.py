@@ -71,7 +71,7 @@ def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- verify
-def differences(recorded: Any, current: Any, path: str = "") -> Iterator[str]:
+def mismatches(recorded: Any, current: Any, path: str = "") -> Iterator[str]:
     """Yield a line for each place in which two JSON values differ; numbers within `TOLERANCE` are equal."""
     for place, a, b in differing(recorded, current, _alike, path):
         yield f"{place}: {json.dumps(a)[:80]} as recorded, {json.dumps(b)[:80]} computed again"

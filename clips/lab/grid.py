@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import read_json, sha256, write_json
-from clips.common.rundir import difference
+from clips.common.rundir import changed
 
 RECORD, COST = "run.json", "cost.json"
 
@@ -85,7 +85,7 @@ def what_was_fixed(path: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     """
     before = read_json(path)
     begun = before.pop("runs_begun", None)
-    differs = difference(before, plan)
+    differs = changed(before, plan)
     if begun != 0:
         differs.append(f"{path.name} was written when {begun} run(s) had begun already")
     return {"sha256": sha256(path), "kept": not differs, "differs": differs}

@@ -8,8 +8,7 @@ from typing import Any
 
 from clips.common.paths import SCRIPTS
 from clips.common.rundir import UNSEEN, is_finished, read_evaluation, read_metrics, refuse
-from clips.config import RunConfig
-from clips.config import difference as differing_fields
+from clips.config import RunConfig, changed_fields
 from clips.lab.grid import Run, Step
 from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
@@ -29,7 +28,7 @@ def pretraining_run_of(
 
     def check() -> None:
         if (directory / "config.json").is_file():
-            changes = differing_fields(RunConfig.load(directory / "config.json"), config)
+            changes = changed_fields(RunConfig.load(directory / "config.json"), config)
             mend = f"Give another --output, or remove {directory}"
             refuse(changes, f"{directory} holds a run with other settings", mend)
 

@@ -17,7 +17,7 @@ COLOURS = {"win": "good", "loss": "bad", "tie": "open", "undecided": "open"}
 """CSS class of each verdict."""
 
 
-def write_report(result: Mapping[str, Any], output: Path, name: str, page: Callable[[], Page]) -> Path:
+def write_result(result: Mapping[str, Any], output: Path, name: str, page: Callable[[], Page]) -> Path:
     """Write `output`/`name`.json and then `page` as `output`/`name`.html, and return the path of the page.
 
     The JSON is written even if the page cannot be drawn.

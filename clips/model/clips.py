@@ -1,4 +1,4 @@
-"""The CLIPS model: two towers, a captioner, one temperature.
+"""The CLIPS model: two towers, a captioner, one logit scale.
 
 Shapes: B samples · E embedding width · N image tokens · T caption positions.
 """
@@ -40,7 +40,7 @@ class Outputs(NamedTuple):
     text_features: list[Tensor]
     """One [B, E] per text of the batch (web caption first), L2-normalised."""
     logit_scale: Tensor
-    """[1], exp of the learned temperature, at most 100."""
+    """[1], exp of the learned logit scale: the factor of cosines, at most 100."""
     caption_states: Tensor | None
     """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, meaningless at padding; None without a
     captioner."""

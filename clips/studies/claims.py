@@ -12,7 +12,7 @@ from clips.common.errors import UserError
 from clips.common.page import Page
 from clips.config import Fields
 from clips.data.demo import WITH_ERRORS
-from clips.studies.variants import DECIDING, Question, Study, Variant, check_settings, seeded_runs
+from clips.studies.variants import DECIDING, Hypothesis, Study, Variant, check_settings, seeded_runs
 from clips.studies.variants_page import Words, page
 
 CONTEXT = "model.text.context_length=80"
@@ -53,7 +53,7 @@ VARIANTS = {
     ),
 }
 CLAIMS = {
-    "a": Question(
+    "a": Hypothesis(
         title="Inverse effect: a short piece of the long caption teaches more than all of it",
         paper="The shorter the piece of the synthetic caption that the text encoder is fed, the better the encoder.",
         variants=("sentence", "half", "full"),
@@ -62,7 +62,7 @@ CLAIMS = {
         "the sentences (22), far fewer than the full caption (40). So part of a difference may be the length alone. "
         "Retrieval with the full long captions and the linear probe, which reads no text, show how much.",
     ),
-    "b": Question(
+    "b": Hypothesis(
         title="Ablation: web caption only → + sub-caption → + captioner",
         paper="A sub-caption as second text beats the web caption alone; the captioner on top is better still.",
         variants=("web", "sentence", "captioner"),
@@ -71,7 +71,7 @@ CLAIMS = {
         "tokens, and a fifth of them is wrong; the long captions are better and longer texts. The web-only variant "
         "runs at the baseline recipe's learning rates, the others at the demo recipe's.",
     ),
-    "c": Question(
+    "c": Hypothesis(
         title="Sub-caption strategies at equal mean length",
         paper="Of the four ways to shorten a caption, the sub-caption (a sentence) and the block mask work best.",
         variants=("sentence", "truncation", "random_mask", "block_mask"),
@@ -85,7 +85,7 @@ CLAIMS = {
         "the sentence trains texts as long as the test's. First words: every caption begins with the sentence that "
         "names everything, but 12 tokens cut that sentence if there are several things.",
     ),
-    "d": Question(
+    "d": Hypothesis(
         title="Share of synthetic captions for the CLIP baseline",
         paper="The paper's baseline draws the synthetic caption for 20 % of the images. This choice implies: better "
         "than none, and better than synthetic captions only.",
@@ -110,11 +110,11 @@ LIMITS = (
 )
 
 
-def on_photographs() -> dict[str, Question]:
+def on_photographs() -> dict[str, Hypothesis]:
     """Return the claims without cautions on the demo's captions; (b) also compares its ends, (f) is at equal time."""
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
     claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
-    claims["f"] = Question(
+    claims["f"] = Hypothesis(
         title="CLIPS, with and without its captioner, against CLIP at equal time",
         variants=("captioner", "sentence_longer", "web_longer"),
         contrasts=(

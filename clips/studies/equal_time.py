@@ -17,14 +17,14 @@ from clips.common.page import Page
 from clips.common.rundir import read_metrics
 from clips.lab.pretraining import PretrainingRun, measured_metrics, train, with_rates
 from clips.lab.run import Runner
-from clips.studies.variants import DECIDING, SECONDS, Question, Study, Variant
+from clips.studies.variants import DECIDING, SECONDS, Hypothesis, Study, Variant
 from clips.studies.variants_page import page
 
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
 PAIR = ("demo", "clip_baseline")
 RECIPES = {"clips": "demo", "clip": "clip_baseline", "clip-equal-time": "clip_baseline"}
 LABELS = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
-QUESTION = Question(
+QUESTION = Hypothesis(
     title="CLIPS against CLIP at equal samples and at equal time",
     variants=tuple(RECIPES),
     contrasts=(("clips", "clip"), ("clips", "clip-equal-time")),

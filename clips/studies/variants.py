@@ -27,7 +27,7 @@ from clips.config import RunConfig
 from clips.evaluation.testsets import PROTOCOLS
 from clips.lab.grid import Run
 from clips.lab.pretraining import PretrainingRun, measured_metrics, test_metrics
-from clips.lab.report import write_report
+from clips.lab.report import write_result
 from clips.lab.run import Runner
 from clips.lab.stats import Verdict, difference, show_difference, verdict
 
@@ -35,7 +35,9 @@ DECIDING = "sentence_r1"
 """The metric that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
 test set `unseen`, as on the demo, its metric decides (`clips.common.rundir.deciding_name`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
-MEANS |= {f"{protocol}_nearness": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS}
+MEANS |= {
+    f"{protocol}_neg_log_rank": (f"{protocol}_i2t_log_rank", f"{protocol}_t2i_log_rank") for protocol in PROTOCOLS
+}
 """Means of both directions: R@1 of a protocol, and −100 times its mean log rank, so a point is 1 % of a rank."""
 METRICS = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 SECONDS = "train_seconds"
@@ -69,7 +71,7 @@ def seeded_runs(
 
 
 @dataclass(frozen=True)
-class Question:
+class Hypothesis:
     """A question that a study answers by comparing pairs of variants."""
 
     title: str
@@ -92,7 +94,7 @@ class Study:
     variants: Mapping[str, Variant]
     runs: Mapping[str, Sequence[PretrainingRun]]
     """The runs of each variant by its name, one for each seed."""
-    questions: Mapping[str, Question]
+    questions: Mapping[str, Hypothesis]
     decides: str = DECIDING
     """The metric that decides, one of MEANS or METRICS."""
 
@@ -142,7 +144,7 @@ class Study:
         result = self.result(output)
         result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}
         result |= more or {}
-        write_report(result, output, self.name, lambda: page(result))
+        write_result(result, output, self.name, lambda: page(result))
         self._say(result, output)
         return result
 
@@ -220,7 +222,7 @@ def run_metrics(run: Path, names: Sequence[str] = METRICS) -> dict[str, float]:
     # Rounded, so that floating-point residue does not pass for a spread over seeds.
     means = {
         f"{test_set}/{name}" if test_set else name: round(
-            mean(values[way] for way in both) * (-100 if name.endswith("_nearness") else 1), 6
+            mean(values[way] for way in both) * (-100 if name.endswith("_neg_log_rank") else 1), 6
         )
         for test_set, values in by_test_set(metrics, "").items()
         for name, both in MEANS.items()
@@ -236,7 +238,7 @@ def decides(metrics: Sequence[str], requested: str = DECIDING) -> str:
     return deciding_name(next(name for name in (requested, *MEANS, *METRICS) if name in metrics), metrics)
 
 
-def judge(question: Question, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
+def judge(question: Hypothesis, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
     """Return a question with its contrasts and verdict."""
     contrasts = [compared(a, b, rows, requested, kept=kept) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}

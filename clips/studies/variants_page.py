@@ -12,7 +12,15 @@ from clips.lab.report import verdict_class as css_class
 from clips.lab.stats import UNDECIDED, Verdict, show_difference, show_mean
 from clips.studies.variants import SECONDS
 
-METRICS = ("sentence_r1", "sentence_nearness", "long_r1", "part_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
+METRICS = (
+    "sentence_r1",
+    "sentence_neg_log_rank",
+    "long_r1",
+    "part_r1",
+    "web_r1",
+    "zero_shot_top1",
+    "linear_probe_top1",
+)
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Metrics shown next to the deciding metric, after its value on the artists of the training."""
 Words = Mapping[Verdict, str]

@@ -41,7 +41,7 @@ class CachedGradients(NamedTuple):
     """What the loss of a micro-batch needs of the full batch. Means are over micro-batches and ranks."""
 
     gradients: list[Tensor]
-    """Of the contrastive loss, with respect to image features, each text's features [B, E] and the temperature [1]. The
+    """Of the contrastive loss, with respect to image features, each text's features [B, E] and the logit scale [1]. The
     mean of Σ ⟨output, gradient⟩ has the same gradient as the loss of the whole batch."""
     value: Tensor
     """The contrastive loss; the mean is that of the whole batch."""

@@ -16,7 +16,7 @@ from clips.common.page import table_of
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
-from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, difference
+from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, changed_fields
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -42,7 +42,7 @@ def open_run_dir(
     if resume == "never" and config_file.exists():
         raise UserError(f"{run_dir} holds a run already; give another --name, or leave --resume never out")
     if config_file.exists() and not allow_config_change:
-        changes = difference(RunConfig.load(config_file), run)
+        changes = changed_fields(RunConfig.load(config_file), run)
         mend = "Give the new run another --name, or go on with the changes by --allow-config-change"
         rundir.refuse(changes, f"{run_dir} holds a run with another configuration", mend)
     if not dry_run:

@@ -48,7 +48,7 @@ class Task(Objective):
         """
         if cached is not None and cached.random is not None:
             cached.random.replay()
-        # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
+        # bf16 is autocast over fp32 weights: with Muon, ZeRO and the logit scale in fp32 the stages agree exactly.
         with autocast(batch["images"].device, enabled=self.bf16):
             if features_only:
                 return self.model(batch["images"], texts_of(batch), None, self.kept(batch), batch.get("counts"))

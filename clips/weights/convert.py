@@ -149,7 +149,7 @@ def _images(size: int) -> Tensor:
 
 
 def _compared(expected: Features, features: Features) -> dict[str, float]:
-    names = ("image features", "text features", "temperature")
+    names = ("image features", "text features", "logit scale")
     return {name: _difference(a, b) for name, a, b in zip(names, expected, features, strict=True)}
 
 

@@ -24,7 +24,7 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.vision import VisionTower
 from clips.weights import layouts
-from clips.weights.layouts import Layout
+from clips.weights.layouts import WeightNames
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, for pixel values from 0 to 1."""
@@ -104,7 +104,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def read_transformers(directory: Path) -> InitialWeights:
-    """Read the image tower of a ViT, DINOv2, CLIP or SigLIP; of a full CLIP, both towers and the temperature.
+    """Read the image tower of a ViT, DINOv2, CLIP or SigLIP; of a full CLIP, both towers and the logit scale.
 
     An image tower that this project exported brings its projection. Raises UserError if no tower here computes it.
     """
@@ -133,7 +133,7 @@ def read_transformers(directory: Path) -> InitialWeights:
     if not getattr(config, "qkv_bias", True):
         layout = replace(layout, unbiased=("attn.qkv",))
     tokenizer = _clip_tokenizer(directory, text.vocab_size) if text else None
-    foreign = Source(read_model(directory), directory).initial_weights(
+    foreign = NamedWeights(read_model(directory), directory).initial_weights(
         f"transformers, {kind}", vision, layout, _normalisation(directory, kind), text, layouts.CLIP_TEXT, tokenizer
     )
     if not (directory / EMBEDDING).is_file():
@@ -158,7 +158,7 @@ def read_timm(directory: Path) -> InitialWeights:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
 
     normalisation = (stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"])
-    return Source(read_model(directory), directory).initial_weights("timm", vision, layout, normalisation)
+    return NamedWeights(read_model(directory), directory).initial_weights("timm", vision, layout, normalisation)
 
 
 def plain_vit(module: Any) -> PlainViT:
@@ -176,7 +176,7 @@ def plain_vit(module: Any) -> PlainViT:
     else:
         config, layout = _timm_tower(module)
         last_block = module.blocks[-1]
-    source = Source(module.state_dict(), type(module).__name__)
+    source = NamedWeights(module.state_dict(), type(module).__name__)
     tensors, _ = source.tower(config, layout)
     source.left_over(layout)
     return PlainViT(config=config, tensors=tensors, last_block=last_block)
@@ -196,7 +196,7 @@ def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
     return tensors["proj.weight"], pool
 
 
-class Source:
+class NamedWeights:
     """Weights under a format's names, and which of them were taken; `place` is for error messages."""
 
     def __init__(self, weights: Mapping[str, Tensor], place: Any) -> None:
@@ -222,10 +222,10 @@ class Source:
         self,
         kind: str,
         vision: VisionConfig,
-        layout: Layout,
+        layout: WeightNames,
         normalisation: Normalisation,
         text: TextConfig | None = None,
-        text_layout: Layout = layouts.CLIP_TEXT,
+        text_layout: WeightNames = layouts.CLIP_TEXT,
         tokenizer: CaptionTokenizer | None = None,
     ) -> InitialWeights:
         """Return all parts of a model that this project can use; `normalisation` is that of its training images."""
@@ -252,7 +252,7 @@ class Source:
             notes=notes,
         )
 
-    def tower(self, config: VisionConfig | TextConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    def tower(self, config: VisionConfig | TextConfig, layout: WeightNames) -> tuple[dict[str, Tensor], list[str]]:
         """Return the tensors of a tower without its projection, and notes on how they were changed."""
         absent: tuple[str, ...] = ()
         if isinstance(config, VisionConfig):
@@ -288,7 +288,7 @@ class Source:
             tensors["pos_embed"] = torch.cat([torch.zeros(1, config.width), tensors["pos_embed"]])
         return tensors, notes
 
-    def left_over(self, layout: Layout) -> dict[str, list[str]]:
+    def left_over(self, layout: WeightNames) -> dict[str, list[str]]:
         """Return the names that were not taken, grouped by what they are. Raises UserError for unknown names."""
         groups: dict[str, list[str]] = {}
         for name in sorted(self.weights.keys() - self.taken):
@@ -372,7 +372,7 @@ def _normalisation(directory: Path, kind: str) -> Normalisation:
     return processor.get("image_mean") or mean, processor.get("image_std") or std
 
 
-def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
+def _timm_tower(model: Any) -> tuple[VisionConfig, WeightNames]:
     """Return the settings and names of timm's `VisionTransformer`. Raises NotPlain if it is more than a plain ViT.
 
     The settings are read off the modules, so a model on the "meta" device is enough.
@@ -403,7 +403,7 @@ def _timm_tower(model: Any) -> tuple[VisionConfig, Layout]:
     return config, replace(layouts.TIMM, modules=modules, unbiased=unbiased)
 
 
-def open_clip_tower(visual: Any) -> tuple[VisionConfig, Layout]:
+def open_clip_tower(visual: Any) -> tuple[VisionConfig, WeightNames]:
     """Return the settings and names of open_clip's own image tower. Raises NotPlain if it is more than a plain ViT."""
     require(type(visual).__name__ == "VisionTransformer", f"its image tower is a {type(visual).__name__}, not a ViT")
     config = VisionConfig(
@@ -435,7 +435,7 @@ def open_clip_text(text: Any) -> TextConfig:
     )
 
 
-def _block_fields(blocks: Any, layout: Layout) -> dict[str, Any]:
+def _block_fields(blocks: Any, layout: WeightNames) -> dict[str, Any]:
     """The fields of both towers, read off a library's blocks; raises NotPlain."""
     first = blocks[0]
     fc1 = first.get_submodule(layout.block["mlp.fc1"])

@@ -78,7 +78,7 @@ def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     for path, value in initial.architecture.items():
         asked = _at(run, path)
         if path != "model.captioner" or asked:  # a run may do without the captioner
-            changes += rundir.difference({path: value}, {path: asked})
+            changes += rundir.changed({path: value}, {path: asked})
     rundir.refuse(
         [line for line in changes if not line.startswith(FREE)],
         f"--set asks for another architecture than that of the weights in --init-from {initial.source}",
@@ -115,7 +115,7 @@ class Beginning:
         rows += [("on the way", note, "") for note in self.notes]
         rows += [("left over", f"{what}: {listed(names)}", "") for what, names in self.left_over.items()]
         standard = {path: _at(recipe(run.recipe), path) for path in self.architecture}
-        if lines := rundir.difference(standard, {path: _at(run, path) for path in self.architecture}):
+        if lines := rundir.changed(standard, {path: _at(run, path) for path in self.architecture}):
             rows.append((f"differs from {run.recipe}", ", ".join(lines), ""))
         return table_of(title, ("parameters of", "from the file", "new"), rows, names=3)
 
@@ -129,7 +129,7 @@ PARTS = {
     "text tower": ("text.",),
     "projections": ("visual.proj.", "text.proj."),
     "captioner": ("captioner.",),
-    "temperature": ("logit_scale",),
+    "logit scale": ("logit_scale",),
 }
 """Prefixes of tensor names by part of the model; if two parts match a name, the later one counts."""
 

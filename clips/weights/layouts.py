@@ -29,7 +29,7 @@ POSITION_IDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class WeightNames:
     """The names that a format has for a tower, by the name here."""
 
     prefix: str = ""
@@ -74,7 +74,7 @@ class Layout:
 
 
 # ---------------------------------------------------------------------------------------------- transformers
-CLIP_VISION = Layout(
+CLIP_VISION = WeightNames(
     prefix="vision_model.",
     tensors={"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight"},
     modules={"patch_embed": "embeddings.patch_embedding", "pre_norm": "pre_layrnorm", "norm": "post_layernorm"},
@@ -107,7 +107,7 @@ CLIP_TEXT = replace(
     },
     modules={"norm": "final_layer_norm"},
 )
-VIT = Layout(
+VIT = WeightNames(
     prefix="vit.",
     tensors={"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"},
     modules={"patch_embed": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
@@ -143,7 +143,7 @@ VISION_LAYOUTS = {
     "siglip_vision_model": SIGLIP_VISION,
     "siglip": SIGLIP_VISION,
 }
-"""Layout of the image tower for each `model_type` of transformers."""
+"""Names of the weights of the image tower for each `model_type` of transformers."""
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -153,7 +153,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """The name here for each `hidden_act` of transformers."""
 
 # ---------------------------------------------------------------------------------------------- timm and open_clip
-TIMM = Layout(
+TIMM = WeightNames(
     tensors={"cls_token": "cls_token", "pos_embed": "pos_embed"},
     modules={"patch_embed": "patch_embed.proj", "pre_norm": "norm_pre", "norm": "norm"},
     blocks="blocks",
@@ -161,7 +161,7 @@ TIMM = Layout(
     scales={"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"},
     left_over={"head.": "classifier", "attn_pool.": "attention pooling"},
 )
-OPEN_CLIP_VISION = Layout(
+OPEN_CLIP_VISION = WeightNames(
     prefix="visual.",
     tensors={"cls_token": "class_embedding", "pos_embed": "positional_embedding"},
     modules={"patch_embed": "conv1", "pre_norm": "ln_pre", "norm": "ln_post"},

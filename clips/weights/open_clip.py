@@ -27,8 +27,8 @@ from clips.model.vision import sincos_positions
 from clips.weights.foreign import (
     NORMALISED,
     InitialWeights,
+    NamedWeights,
     NotPlain,
-    Source,
     open_clip_text,
     open_clip_tower,
     plain_vit,
@@ -167,7 +167,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     mean, std = NORMALISED["clip"]  # open_clip's own default
     normalisation = preprocess.get("mean") or mean, preprocess.get("std") or std
 
-    source = Source(weights, files[0])
+    source = NamedWeights(weights, files[0])
     if has_cls_parameter(config.text):
         cls_embedding = source.take({"cls": ("text.cls_emb",)})["cls"]
     foreign = source.initial_weights(

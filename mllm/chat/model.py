@@ -19,7 +19,7 @@ from mllm.chat.transcript import Visual, size_of
 from mllm.data.conversation import ConversationEncoder
 from mllm.model.load import answer_dtype, data_of, find_model, load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout, Llava, LlavaProcessors
+from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout
 
 
 def model_options(flags: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class ChatModel:
         self.processor = processor
         self.directory = directory
         self.name = model_name(directory)
-        self.layout = Layout.of(model.config)
+        self.layout = TokenLayout.of(model.config)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.encoder = ConversationEncoder(processor.tokenizer, conv_mode, self.layout.of_every)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")

@@ -13,7 +13,7 @@ from clips import parser as pretraining_parser
 from clips.common.files import read_json, replacing, sha256
 from clips.common.launch import launcher
 from clips.common.paths import SCRIPTS
-from clips.common.rundir import deciding_name, difference, refuse
+from clips.common.rundir import changed, deciding_name, refuse
 from clips.common.runtime import choose_device
 from clips.lab.grid import RECORD, Run, Step, fix
 from mllm.compare.analysis import benchmark_folder, benchmark_results
@@ -127,14 +127,14 @@ def check_run(comparison: Comparison, run: EncoderRun) -> None:
             fingerprint = before.pop("vision_fingerprint", None)
             before.pop("packed", None)  # says how batches are computed, and no flag sets it
             before["vision_tower"] = now["vision_tower"]  # its path may change, but its weights may not
-            by_stage = [f"{stage.name}.{line}" for line in difference(before, now)]
+            by_stage = [f"{stage.name}.{line}" for line in changed(before, now)]
             if not by_stage and fingerprint != encoder_of(arguments).fingerprint:
                 by_stage = [f"{run.vision} holds other weights than those it was trained on"]
             changes += by_stage
     mend = "Give the comparison another --output, or remove"
     refuse(changes, f"run {run.name} ({run.directory}) holds other settings", f"{mend} {run.directory}")
     evaluated = run.read(RECORD).get("evaluation") if run.evaluation.is_dir() else None
-    changes = difference(evaluated, comparison.evaluation_settings()) if evaluated else []
+    changes = changed(evaluated, comparison.evaluation_settings()) if evaluated else []
     refuse(changes, f"run {run.name} was evaluated otherwise: {run.evaluation}", f"{mend} {run.evaluation}")
 
 

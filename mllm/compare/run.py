@@ -22,10 +22,10 @@ from clips.common.files import read_json, sha256
 from clips.common.flags import given
 from clips.common.launch import count_ranks
 from clips.common.live import say
-from clips.common.rundir import difference, refuse
+from clips.common.rundir import changed, refuse
 from clips.common.runtime import choose_device
 from clips.lab.pretraining import pretraining_run_of
-from clips.lab.report import write_report
+from clips.lab.report import write_result
 from clips.lab.run import Runner, failed_steps
 from mllm.compare.analysis import collect, keep_encoders, power_in_words
 from mllm.compare.commands import fix_plan, lab_run, pretrain_config, pretrain_flags, samples_of_runs, train_arguments
@@ -97,7 +97,7 @@ def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: boo
     runner.run(planned)
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
-    written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
+    written = write_result(report, comparison.output, "report", lambda: page(report, image_folder))
     note = f"{written} is the page, {comparison.output}/report.json has its metrics, and each run has a model. Next:\n"
     note += f"  python scripts/chat.py --model {shlex.quote(f'{runs[0].directory}/model')}"
     say(note)
@@ -167,7 +167,7 @@ def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:
     for encoder in sorted(encoders, key=lambda encoder: [*RECIPES].index(encoder.kind)):
         run = encoder.directory
         first = firsts.setdefault(encoder.seed, run)
-        changes = difference(_what_was_seen(first), _what_was_seen(run))
+        changes = changed(_what_was_seen(first), _what_was_seen(run))
         refuse(changes, f"{run} is no fair baseline of {first}: their data differ", "Give another --output")
 
 

@@ -24,7 +24,7 @@ from clips.common.escape import printable
 from clips.common.files import read_json, sha256
 from clips.common.page import print_table, table_of
 from clips.lab import archive
-from clips.lab.archive import ENDING, differences
+from clips.lab.archive import ENDING, mismatches
 from clips.lab.grid import RECORD
 from mllm.compare.analysis import REPORT, computed, stored_files
 from mllm.compare.comparison import PLAN, Comparison, EncoderRun, comparison_of, stored_questions
@@ -116,7 +116,7 @@ def _checked(run: EncoderRun, plan: str, questions: Mapping[str, list[Question]]
     record = run.read(RECORD)
     expected: dict[str, Any] = {name: getattr(run, name) for name in ("encoder", "pretraining_seed", "seed")}
     expected["plan"] = plan
-    yield from differences({name: record.get(name) for name in expected}, expected, RECORD)
+    yield from mismatches({name: record.get(name) for name in expected}, expected, RECORD)
     metrics: dict[str, Any] = {}
     for name, asked in questions.items():
         path = run.evaluation / f"{name}.jsonl"
@@ -130,13 +130,13 @@ def _checked(run: EncoderRun, plan: str, questions: Mapping[str, list[Question]]
                 right = is_right(str(line["text"]), question.answer)
                 about |= {"kind": question.kind, "expected": question.answer, "correct": right}
             place = f"answer to {name}, question {question.id}"
-            yield from differences({key: line.get(key) for key in about}, about, place)
+            yield from mismatches({key: line.get(key) for key in about}, about, place)
         scored = score(asked, [str(line["text"]) for line in lines])
         metrics |= metrics_of(name, scored, lines)
     recorded = run.read("evaluation/results.json")
     again = metrics | {"scorer": scorer_version()} if questions else {}
     recorded |= recorded.pop("metrics", {})
-    yield from differences({name: recorded.get(name) for name in again}, again, "results.json")
+    yield from mismatches({name: recorded.get(name) for name in again}, again, "results.json")
 
 
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
     names = sorted(before.keys() | now.keys())
     yield from (f"{name} was changed after the report" for name in names if before.get(name) != now.get(name))
     for name, value in again.items():
-        yield from () if name == "files" else differences(report.get(name), value, name)
+        yield from () if name == "files" else mismatches(report.get(name), value, name)
 
 
 # ------------------------------------------------------------------------------------------- the commands

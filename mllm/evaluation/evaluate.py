@@ -36,10 +36,10 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, candidates_of, draw_evenly, open_questions, read_questions
 from mllm.data.video import is_video
 from mllm.evaluation.batches import answer_settings, generate_inputs, likelihoods, make_batches, new_texts, seeded, seen
-from mllm.evaluation.report import metrics_of, one_caption, write_report
+from mllm.evaluation.report import metrics_of, one_caption, write_answer_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.load import CACHE, answer_dtype, data_of, find_model, load_llava, model_name, newest_model
-from mllm.model.tiles import Layout, Llava, LlavaProcessors
+from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def generate_answers(
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
-    layout = Layout.of(model.config)
+    layout = TokenLayout.of(model.config)
     encoder = ConversationEncoder(tokenizer, conv_mode, layout.of_every)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
@@ -210,7 +210,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
             with never_in_the_way(f"the report of {run_dir} is not written"):
-                report = write_report(run_dir, store, out, out if is_own else run_dir)
+                report = write_answer_report(run_dir, store, out, out if is_own else run_dir)
                 say(f"report → {report}")
         say(f"metrics → {out / 'results.json'}")
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it imports torch, which the metrics do not need
     from mllm.data.images import ImageStore
 
 
-def write_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: Path) -> Path:
+def write_answer_report(run_dir: Path, store: ImageStore, evaluation: Path, directory: Path) -> Path:
     """Write the page of a run with the answers in `evaluation` into `directory`, and return its path.
 
     `store` holds the images of the questions.

@@ -10,7 +10,7 @@ from mllm.data.conversation import IGNORE
 from mllm.data.video import Size
 from mllm.encoders.encoder import select_features
 from mllm.model.packing import Packing, marked, places_of
-from mllm.model.tiles import Layout, Llava, newline_of, placeholder_ids
+from mllm.model.tiles import Llava, TokenLayout, newline_of, placeholder_ids
 
 
 def embed_inputs(
@@ -53,7 +53,7 @@ def embed_inputs(
     positions = marked(input_ids, *placeholder_ids(config))
     tokens = projected.flatten(0, 1) if has_images else projected.flatten(0, 1)[:0]
     if has_images and newline is not None:
-        tokens = Layout.of(config).arranged(projected, newline, image_sizes)
+        tokens = TokenLayout.of(config).arranged(projected, newline, image_sizes)
     if placeholders is None:
         placeholders = int(positions.sum())
     if placeholders != len(tokens):

@@ -35,7 +35,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
-from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of
+from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of
 
 CODE = """\
 from transformers import pipeline
@@ -75,7 +75,7 @@ def build_model(
         projector_hidden_act=projector_activation(projector),
         pad_token_id=llm.tokenizer.pad_token_id,
     )
-    Layout.of(config)  # raises UserError for tiles that the stock class would process differently
+    TokenLayout.of(config)  # raises UserError for tiles that the stock class would process differently
     parts: list[Any] = [config.vision_config, config.text_config]
     for part in parts:
         part._name_or_path = ""  # may be a path of this machine
@@ -190,7 +190,7 @@ def save_model(
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         config: Any = model.config
-        layout = Layout.of(config)
+        layout = TokenLayout.of(config)
         tokens = f"up to {layout.most}" if layout.pinpoints else layout.tokens_per_crop
         name = model_name(str(directory))
         write_card(

@@ -41,13 +41,13 @@ Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | Llav
 """The stock classes, in order: for one square per image, for tiles, and for tiles and videos."""
 LlavaProcessors = LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor
 NEWLINE = -1
-"""Stands for the newline in `Layout.order`."""
+"""Stands for the newline in `TokenLayout.order`."""
 MOST_TILES_WITH_VIDEO = 9
 """With more tiles than this, LLaVA-OneVision shrinks the grid of tokens (`anyres_max_9`)."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """How many crops and tokens an image of a given size takes, and in what order."""
 
     tokens_per_crop: int
@@ -60,7 +60,7 @@ class Layout:
     """F, or 0 if the model takes no videos."""
 
     @classmethod
-    def of(cls, config: Any) -> Layout:
+    def of(cls, config: Any) -> TokenLayout:
         """Return the layout of a model with this config. Raises UserError for more tiles than LLaVA-OneVision takes."""
         pinpoints = getattr(config, "image_grid_pinpoints", None)
         if not pinpoints:

@@ -65,7 +65,7 @@ class Message(BaseModel):
         return {"from": {"user": "human", "assistant": "gpt"}.get(self.role, "system"), "value": value}
 
 
-class Question(BaseModel):
+class ChatRequest(BaseModel):
     """The body of /v1/chat/completions. Other fields of OpenAI's API are ignored."""
 
     model: str
@@ -84,11 +84,11 @@ class Question(BaseModel):
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 
-def read_question(body: bytes, limits: Limits) -> Question:
+def read_request(body: bytes, limits: Limits) -> ChatRequest:
     """Parse a request's body. Raises UserError with the name of a field that is invalid or above a limit."""
     check_values(body, limits)
     try:
-        question = Question.model_validate_json(body)
+        question = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise UserError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
@@ -127,7 +127,7 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def answer(chat: ChatModel, question: Question, limits: Limits, cancel: threading.Event) -> Iterator[str | Stats]:
+def answer(chat: ChatModel, question: ChatRequest, limits: Limits, cancel: threading.Event) -> Iterator[str | Stats]:
     """Yield the answer in pieces, then its statistics. Raises UserError for a question that the model cannot read."""
     tokens = question.max_tokens or limits.new_tokens
     settings = question.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
@@ -256,7 +256,7 @@ def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_ho
         queue.check_place()
         async with reading:
             body = await asyncio.wait_for(read_body(request, limits.body_bytes), limits.body_seconds)
-        question = await asyncio.to_thread(read_question, body, limits)
+        question = await asyncio.to_thread(read_request, body, limits)
         if question.model != chat.name:
             raise HTTPException(404, f"the model {question.model[:200]!r} is not served here: it is {chat.name!r}")
         items = queue.run(request, partial(answer, chat, question, limits))

@@ -8,7 +8,7 @@ from torch import nn
 from clips.common.flops import forward_flops, training_flops
 from mllm.encoders.encoder import prefix_tokens
 from mllm.model.packing import pairs_of
-from mllm.model.tiles import Layout, Llava
+from mllm.model.tiles import Llava, TokenLayout
 
 
 def costs_of(model: Llava, image_size: int) -> dict[str, int]:
@@ -27,7 +27,7 @@ def costs_of(model: Llava, image_size: int) -> dict[str, int]:
     learns = into or _trains(language_model)
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    square = Layout.of(model.config).tokens_per_crop * training_flops(projector, sees)
+    square = TokenLayout.of(model.config).tokens_per_crop * training_flops(projector, sees)
     return {
         "images": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
         "positions": training_flops(_blocks(language_model), into),

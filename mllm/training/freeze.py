@@ -7,7 +7,7 @@ from torch import nn
 
 from mllm.model.projector import trainable_layers
 from mllm.model.tiles import Llava
-from mllm.training.stages import PARTS, Training
+from mllm.training.stages import PARTS, TrainMode
 
 NEWLINE = "image_newline"
 """The embedding at the ends of rows in a model with tiles. It trains with the projector."""
@@ -33,7 +33,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     return {name: part(name, parameter) for name, parameter in model.named_parameters()}
 
 
-def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
+def wanted(model: nn.Module, freeze: dict[str, TrainMode]) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """Yield (name, parameter, whether it trains by `freeze`) for every parameter of a LLaVA model, also of adapters."""
     projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
@@ -46,13 +46,13 @@ def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str,
         yield name, parameter, trains and not fixed
 
 
-def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
+def apply_freeze(model: nn.Module, freeze: dict[str, TrainMode]) -> None:
     """Set `requires_grad` of every parameter by `freeze`."""
     for _, parameter, trains in wanted(model, freeze):
         parameter.requires_grad_(trains)
 
 
-def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
+def assert_freeze(model: nn.Module, freeze: dict[str, TrainMode]) -> None:
     """Raise RuntimeError with the parameters that contradict `freeze`, or the parts that should train and do not."""
     wrong = [name for name, parameter, trains in wanted(model, freeze) if parameter.requires_grad != trains]
     counts = count_parameters(model)

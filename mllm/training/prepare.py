@@ -39,12 +39,12 @@ from mllm.model.packing import can_pack
 from mllm.model.projector import load_projector
 from mllm.model.projector_start import sharpen, start_from_captions
 from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of, placeholder_ids
+from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
-from mllm.training.stages import Training, freeze_table
+from mllm.training.stages import TrainMode, freeze_table
 from mllm.training.task import Collator, steps_of
 from mllm.training.zero import fitted, zero_stage
 
@@ -74,7 +74,7 @@ class Prepared:
     vision: VisionEncoder
     dataset: LlavaDataset
     store: ImageStore | None
-    freeze: dict[str, Training]
+    freeze: dict[str, TrainMode]
     facts: dict[str, str]
     """For the plan and the model card."""
     data: dict[str, Any]
@@ -119,7 +119,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
         layers=arguments.llm_layers, llm_adapter=arguments.llm_adapter, videos=bool(vision.frames),
     )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
-    layout = Layout.of(llava.config)
+    layout = TokenLayout.of(llava.config)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
     tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
@@ -150,7 +150,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
 
 
 def trainable(
-    llava: Llava, arguments: TrainArguments, freeze: dict[str, Training], device: torch.device, *, dtype: torch.dtype
+    llava: Llava, arguments: TrainArguments, freeze: dict[str, TrainMode], device: torch.device, *, dtype: torch.dtype
 ) -> Llava | PeftModel:
     """Apply the flags' quantisation, activation checkpointing and adapters; `dtype` is the projector's."""
     language_model = llava.model.language_model
@@ -255,7 +255,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         aligned = config.get("align", {}).get("projector_of", parts)
         rundir.refuse(
-            rundir.difference({name: aligned.get(name) for name in parts}, parts),
+            rundir.changed({name: aligned.get(name) for name in parts}, parts),
             f"stage 1 in {run_dir} trained its projector with other settings",
             "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
         )
@@ -268,7 +268,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
             )
     if stage.name in config:
         rundir.refuse(
-            rundir.difference(config[stage.name]["trains"], record["trains"]),
+            rundir.changed(config[stage.name]["trains"], record["trains"]),
             f"{run_dir} holds a run whose stage {stage.name} has other settings",
             "Give the new run another --output_dir, or remove that directory",
         )

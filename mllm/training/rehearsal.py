@@ -22,7 +22,7 @@ from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradie
 from mllm.encoders.encoder import select_features
 from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
-from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
+from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout
 from mllm.training.arguments import TrainArguments, TrainFlags
 from mllm.training.features import IMAGES_AT_ONCE
 from mllm.training.flops import costs_of, flops_of, units_of
@@ -88,12 +88,12 @@ class Planned:
         return int(rows), int(columns)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TokenLayout:
         """Token layout of the planned model: patches of a square, tile grid, frames."""
         side = self.vision["image_size"]
         rows, columns = self.grid
         pinpoints = ((rows * side, columns * side),) if self.tiles else ()
-        return Layout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
+        return TokenLayout((side // self.vision["patch_size"]) ** 2, side, pinpoints, self.frames)
 
     def build(self) -> Llava:
         """Build the model without weights, in bf16 and frozen."""
@@ -128,7 +128,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
 
     All samples begin with the same token.
     """
-    config, layout, device = training.llava.config, Layout.of(training.llava.config), training.llava.device
+    config, layout, device = training.llava.config, TokenLayout.of(training.llava.config), training.llava.device
     vision: Any = config.vision_config
     tokens, crops = layout.most, samples * layout.most_crops
     length = tokens + WORDS[stage]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from clips.common.errors import UserError
 
-Training = Literal["frozen", "full", "lora"]
+TrainMode = Literal["frozen", "full", "lora"]
 PARTS = ("vision_tower", "projector", "word_embeddings", "language_model")
 """Every parameter is in exactly one part. The output layer belongs to the word embeddings, with which many language
 models share it, and everything else of the language model to the last part."""
-FREEZE: dict[str, dict[str, Training]] = {
+FREEZE: dict[str, dict[str, TrainMode]] = {
     "align": {"vision_tower": "frozen", "projector": "full", "word_embeddings": "frozen", "language_model": "frozen"},
     "instruct": {"vision_tower": "frozen", "projector": "full", "word_embeddings": "full", "language_model": "full"},
     "instruct, lora": {
@@ -179,7 +179,7 @@ def freeze_table(
     freeze_mm_mlp_adapter: bool = False,
     freeze_backbone: bool = False,
     freeze_word_embeddings: bool = False,
-) -> dict[str, Training]:
+) -> dict[str, TrainMode]:
     """Return how each part trains, from the table and LLaVA's flags.
 
     Raises UserError if the flags contradict each other or leave nothing to train.

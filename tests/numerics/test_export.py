@@ -96,7 +96,7 @@ def build(kind, pad_mask=False, pre_norm=False, text_like_clip=False, **vision):
 
 
 @pytest.fixture(scope="module")
-def make_images():
+def images():
     rng = np.random.default_rng(0)
     out = []
     for width, height in [(48, 48), (90, 60), (31, 77)]:

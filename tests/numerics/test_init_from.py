@@ -82,7 +82,7 @@ def test_a_run_begins_with_the_features_of_an_official_checkpoint(tokenizer: str
     new = {name for name, value in model.state_dict().items() if torch.equal(value, fresh[name])}
     assert new == {name for name in fresh if name.startswith("captioner.")}
     assert beginning.new.keys() == {"captioner"}
-    assert beginning.given.keys() == {"vision tower", "text tower", "projections", "temperature"}
+    assert beginning.given.keys() == {"vision tower", "text tower", "projections", "logit scale"}
 
     ids = initial.tokenizer.for_tower(TEXTS[:3], run.model.text)
     caption = initial.tokenizer.caption_ids(initial.tokenizer.encode(TEXTS[:3]), 16)
@@ -117,7 +117,7 @@ def test_an_image_tower_alone_gets_the_recipe_s_text_tower(tmp_path: Path) -> No
     recipe = config_from_flags(parser().parse_args(["--debug"])).model
     assert (run.model.text, run.model.embed_dim, run.captions.tokenizer) == (recipe.text, recipe.embed_dim, "wordpiece")
     assert beginning.given.keys() == {"vision tower"}
-    assert list(beginning.new) == ["temperature", "projections", "text tower", "captioner"], "as the model has them"
+    assert list(beginning.new) == ["logit scale", "projections", "text tower", "captioner"], "as the model has them"
     text = printed(beginning, run)
     for shown in ("SigLIP's pooling head: ", "more", "folded into the patch convolution"):
         assert shown in text
@@ -255,6 +255,6 @@ def test_convert_writes_nothing_over_what_is_there_nor_when_it_only_checks(
     before = sorted(tmp_path.iterdir())
 
     monkeypatch.setattr("clips.weights.open_clip.logit_scale_parameter", lambda model: torch.tensor(0.1))
-    with pytest.raises(UserError, match="is another model: temperature differ"):
+    with pytest.raises(UserError, match="is another model: logit scale differ"):
         convert(str(native), tmp_path / "new", "open_clip")
     assert sorted(tmp_path.iterdir()) == before

@@ -19,7 +19,7 @@ from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector
-from mllm.model.tiles import Layout
+from mllm.model.tiles import TokenLayout
 from mllm.training.lora import merge_lora
 
 # Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
@@ -103,7 +103,7 @@ def test_saved_model_is_stock(saved, variant):
     assert stock["modules"] == []
     assert stock["answer"] == stock["own"]
     image = Image.open(place / "images" / "0.png").convert("RGB")
-    inputs, layout = stock["inputs"], Layout.of(model.config)
+    inputs, layout = stock["inputs"], TokenLayout.of(model.config)
     tokens = layout.tokens((image.height, image.width))
     assert inputs["input_ids"][0].tolist().count(llm.image_token_id) == tokens
     assert (tokens == vision.num_tokens) != bool(layout.pinpoints)

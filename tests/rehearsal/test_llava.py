@@ -16,7 +16,7 @@ from clips.common.rehearsal import META, Rehearsal
 from mllm.evaluation.batches import pixel_inputs
 from mllm.model.load import CACHE
 from mllm.model.quantize import quantize
-from mllm.model.tiles import Layout
+from mllm.model.tiles import TokenLayout
 from mllm.training.arguments import TrainFlags
 from mllm.training.flops import costs_of, flops_of
 from mllm.training.freeze import llava_of
@@ -149,7 +149,7 @@ def test_adapters_merge_and_the_merged_model_answers_about_a_image(
         monkeypatch.setattr(f"transformers.models.{kind}.modeling_{kind}.torch_compilable_check", lambda *_: None)
     training = made("llama3-8b", 2, lora=True, checkpointing=False, tiles=tiles)
     llava: Any = llava_of(training.model).eval()
-    layout, text, side = Layout.of(llava.config), llava.config.get_text_config(), TOWER["image_size"]
+    layout, text, side = TokenLayout.of(llava.config), llava.config.get_text_config(), TOWER["image_size"]
     ids = torch.full((1, layout.most + 40), 7)
     ids[:, 10 : 10 + layout.most] = llava.config.image_token_id
     squares = torch.empty(layout.most_crops, 3, side, side, device=META)

@@ -20,13 +20,13 @@ from clips.common.paths import inside, is_plain
 def test_differences_are_told_by_path() -> None:
     there = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": True, "e": (1,), "f": [{"g": 1}, {"g": 2}]}
     here = {"a": 1, "b": {"c": [1, 2, 3]}, "e": [1], "f": [{"g": 1}, {"g": 3}], "new": "x"}
-    assert rundir.difference(there, here) == [
+    assert rundir.changed(there, here) == [
         "b.c: [1, 2] → [1, 2, 3]",
         "f.1.g: 2 → 3",
         "gone: true → null",
         'new: null → "x"',
     ]
-    rundir.refuse(rundir.difference(there, there), "it holds others", "mend it")
+    rundir.refuse(rundir.changed(there, there), "it holds others", "mend it")
     with pytest.raises(UserError, match="y: 1 → 2"):
         rundir.refuse(["x: 1 → 2", "y: 1 → 2"], "it holds others", "mend it")
 

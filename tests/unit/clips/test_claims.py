@@ -11,8 +11,7 @@ import pytest
 from lab_runs import run_main, with_metrics
 
 from clips.common.errors import UserError
-from clips.config import Fields, RunConfig
-from clips.config import difference as differing_fields
+from clips.config import Fields, RunConfig, changed_fields
 from clips.data.demo import WITH_ERRORS, ensure_demo, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.pretraining import PretrainingRun
@@ -29,7 +28,7 @@ def variant_run(name: str, seed: int, settings: tuple[str, ...] = (), samples: i
 
 
 def differing(a: RunConfig, b: RunConfig) -> set[str]:
-    return {line.split(":")[0] for line in differing_fields(a, b)}
+    return {line.split(":")[0] for line in changed_fields(a, b)}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -143,9 +142,9 @@ def test_a_study_may_decide_by_log_ranks(tmp_path: Path) -> None:
             run = variant_run(name, seed, samples=6_400)
             metrics = {metric: log_rank + seed / 100 if "log_rank" in metric else 50.0 - seed for metric in METRICS}
             with_metrics(tmp_path / run.name, run, metrics)
-    result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_nearness")
+    result = reproduce(tmp_path, ["a"], samples=6_400, decides="sentence_neg_log_rank")
     contrast = result["questions"]["a"]["contrasts"][0]
-    assert (result["deciding_metric"], contrast["metric"]) == ("sentence_nearness",) * 2
+    assert (result["deciding_metric"], contrast["metric"]) == ("sentence_neg_log_rank",) * 2
     assert (contrast["verdict"], contrast["mean"]) == ("win", pytest.approx(30))
     assert contrast["metrics"]["sentence_r1"]["mean"] == 0
     with pytest.raises(UserError, match="--decides sentence_speed"):

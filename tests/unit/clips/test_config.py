@@ -10,7 +10,7 @@ from conftest import random_model, tiny_run
 
 from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
-from clips.config import RunConfig, difference, from_dict
+from clips.config import RunConfig, changed_fields, from_dict
 from clips.recipes import debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
 from clips.training.prepare import with_precision
@@ -52,7 +52,7 @@ def test_override_sets_one_field_and_leaves_the_rest() -> None:
     changed = run.override(
         ["train.seed=5", "data.train=/shards/{00..09}.tar", "phases.1.lr=3", "optim.betas=[0.8,0.9]"]
     )
-    assert difference(run, changed) == [
+    assert changed_fields(run, changed) == [
         'data.train: "demo" → "/shards/{00..09}.tar"',
         "optim.betas.0: 0.9 → 0.8",
         "optim.betas.1: 0.95 → 0.9",
@@ -92,8 +92,8 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
 
 def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
     auto, bf16, fp32 = (tiny_run().override([f"train.precision={name}"]) for name in ("auto", "bf16", "fp32"))
-    assert difference(bf16, auto) == difference(fp32, auto) == []
-    assert difference(bf16, fp32) == ['train.precision: "bf16" → "fp32"']
+    assert changed_fields(bf16, auto) == changed_fields(fp32, auto) == []
+    assert changed_fields(bf16, fp32) == ['train.precision: "bf16" → "fp32"']
     cpu = torch.device("cpu")
     assert with_precision(auto, tmp_path, cpu) == (bf16 if has_bf16(cpu) else fp32)
     for begun in (bf16, fp32):
@@ -120,7 +120,7 @@ def test_flags_go_where_they_say() -> None:
         *("--fields", "image=file", "web=alt", "--fields", "long=recaption", "--seed", "3"),
         *("--on-spike", "skip"),
     )
-    assert difference(recipe("small"), run) == [
+    assert changed_fields(recipe("small"), run) == [
         'data.fields.image: "jpg;jpeg;png;webp" → "file"',
         'data.fields.long: "txt" → "recaption"',
         'data.fields.web: "json:org_caption" → "alt"',

@@ -30,7 +30,7 @@ from mllm.encoders.registry import load_vision
 from mllm.model import load
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
-from mllm.model.tiles import Layout
+from mllm.model.tiles import TokenLayout
 
 model, place = tiny_chat.model, tiny_chat.place  # fixtures
 
@@ -60,7 +60,7 @@ def test_prompts_are_what_training_builds(model: ChatModel, images: list, kind: 
     system = "Be <image> brief." if version not in ("plain",) else None
     encoder = ConversationEncoder(TOKENIZERS[kind], version, 3)
     chat = ChatModel.__new__(ChatModel)  # the prompt depends on nothing but the encoder
-    chat.encoder, chat.layout, chat.context_length = encoder, Layout(3), None
+    chat.encoder, chat.layout, chat.context_length = encoder, TokenLayout(3), None
     session = ChatSession(chat, system=system)
     counts = [1] if version == "plain" else [2, 0, 1, 0, 0]
     for question, count in zip(QUESTIONS, counts, strict=False):

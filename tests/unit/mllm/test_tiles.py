@@ -26,7 +26,7 @@ from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import GRIDS, grid_pinpoints, image_pixels, load_vision
 from mllm.model.convert import convert_llava
-from mllm.model.tiles import Layout, placeholder_ids
+from mllm.model.tiles import TokenLayout, placeholder_ids
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
 from mllm.training.stages import STAGES, freeze_table
@@ -80,9 +80,9 @@ def chat(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu", dtype="float32")
 
 
-def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
+def layout_of(side: int, patch: int, text: str | None = None) -> TokenLayout:
     grids = tuple((height, width) for height, width in grid_pinpoints(text, side))
-    return Layout((side // patch) ** 2, side, grids)
+    return TokenLayout((side // patch) ** 2, side, grids)
 
 
 def test_tokens_and_order_are_llava_next_s() -> None:
@@ -104,7 +104,7 @@ def test_order_is_that_of_transformers(chat: ChatModel) -> None:
     layout, random = chat.layout, np.random.default_rng(0)
     newline = model.model.image_newline.detach()
     sizes = SIZES + [(int(h), int(w)) for h, w in random.integers(1, 300, (60, 2))]
-    assert layout == Layout.of(model.config) == layout_of(32, 8)
+    assert layout == TokenLayout.of(model.config) == layout_of(32, 8)
     for size in sizes:
         assert processor._get_num_multimodal_tokens([size])["num_image_tokens"] == [layout.tokens(size)]
     cells = torch.randn(sum(map(layout.crops, sizes)), layout.tokens_per_crop, len(newline))

@@ -34,7 +34,7 @@ from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.evaluation.evaluate import generate_answers
-from mllm.model.tiles import Layout, placeholder_ids, pool_tokens
+from mllm.model.tiles import TokenLayout, placeholder_ids, pool_tokens
 from mllm.training.features import FeatureCache
 from mllm.training.task import Collator, TrainingModel
 
@@ -182,7 +182,7 @@ def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
     assert isinstance(model.model, LlavaOnevisionForConditionalGeneration)
     layout, inner = model.layout, model.model.model
-    assert layout == Layout(16, 32, layout.pinpoints, FRAMES) == Layout.of(model.model.config)
+    assert layout == TokenLayout(16, 32, layout.pinpoints, FRAMES) == TokenLayout.of(model.model.config)
     cells = torch.randn(2 * FRAMES + layout.crops((30, 80)), 16, 48)
     assert torch.equal(pool_tokens(cells), inner.apply_pooling(cells))
     newline, (first, image, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
