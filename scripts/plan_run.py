@@ -14,14 +14,17 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     words = "pretrain: a recipe's run; llava: both LLaVA stages on its image tower"
     p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
-    p.add_argument("--recipe", default="demo", choices=RECIPES, help="a name from clips/recipes.py")
+    p.add_argument("--recipe", default="demo", choices=RECIPES, help="recipe of clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
-    p.add_argument("--kind", default="h100", help="a name from clips/common/peaks.py, such as h100, a100, rtx4090")
+    p.add_argument(
+        "--kind", default="h100", help="GPU: b200, h200, h100, a100, a100-40, l40s or rtx4090"
+    )
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak FLOPS that is reached")
     engines = sorted(path.stem for path in DS_CONFIGS.glob("zero*.json"))
     p.add_argument("--engine", default="zero0", choices=engines, help="pretrain: a file of ds_configs/ by name")
     p.add_argument("--set", help="fields of clips/config.py", **SET)
-    p.add_argument("--language-model", default="vicuna-7b", help="llava: a name from mllm/training/rehearsal.py")
+    names = "llava: smollm2-135m, qwen2.5-7b, llama3-8b, vicuna-7b or vicuna-13b"
+    p.add_argument("--language-model", default="vicuna-7b", help=names)
     p.add_argument("--lora", action="store_true", help="llava: train adapters in stage 2, not the full language model")
     p.add_argument("--tiles", help="llava: columns x rows of tiles beside the full image, such as 2x2")
     p.add_argument("--frames", type=int, default=0, help="llava: frames per video, with --tiles; 0 is no videos")

@@ -16,7 +16,7 @@ set -euo pipefail
 what="${1:-demo}"
 case "$what" in demo | photos) ;; *) fail "$what is not known: bash scripts/quickstart.sh [photos]" ;; esac
 
-# Make captions for pretraining and questions for the language model from a shop's photographs and their attributes.
+# Make captions for pretraining and questions for the language model from photographs of products and their attributes.
 photos() {
   local folder="${PHOTOS:-data/fashion}" rows name said
   if [ -z "${PHOTOS:-}" ] && [ ! -e data/fashion/whole ]; then

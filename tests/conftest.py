@@ -18,6 +18,8 @@ from typing import Any
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, and so would be all its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

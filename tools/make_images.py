@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw an image for the docs: `answers` of models on the held-out artist's images, `results` of a comparison, `curve`.
+"""Draw an image for the docs: `answers` of models on images in the held-out style, `results` of a comparison, `curve`.
 
 `curve` shows loss and validation retrieval of a pretraining run.
 

@@ -69,7 +69,7 @@ FORMS = {"word": 58, "two words": 27, "plural": 9, "joined": 6}
 """Form of a name → relative frequency."""
 MATCHED = 6_400
 WHAT_KIND = "What kind of {words} is this?"
-SHOP = (
+FASHION = (
     "backpack bag band bath beauty belt black body book boots bottle boy brief bronze brown cap care casual chain "
     "charcoal child clothes coat coffee copper cosmetics cream dress fall fashion flat flip fluorescent foot football "
     "formal foundation free garment gift girl glass glove gold good grey hair heel home jacket jewel kid laptop lime "
@@ -77,7 +77,7 @@ SHOP = (
     "rose rust sea sets shirt shoe short silver skin smart sock sport sporting spring steel suit summer tablet tie "
     "tight tone track travel trunk vest vintage waist wallet wash watch water wear wedding winter women"
 )
-"""Words of shops. They and their plurals are excluded too, so that the adapter can be measured on a shop."""
+"""Words of the fashion photographs. They and their plurals are excluded too, so the adapter can be measured there."""
 
 Sample = tuple[list[demo.QuestionAnswer], Tensor]
 """A conversation, and the embeddings [GRID², D] that replace its image tokens."""
@@ -93,7 +93,7 @@ class Imagination:
         self.units = F.normalize(table - self.centre)
         self.tokens = functools.cache(lambda name: llm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
         vocabulary = llm.tokenizer.get_vocab()
-        taken = re.findall("[a-z]+", " ".join([*CONCEPTS, *CONCEPTS.values(), *BACKGROUNDS, *PLACES, SHOP]).lower())
+        taken = re.findall("[a-z]+", " ".join([*CONCEPTS, *CONCEPTS.values(), *BACKGROUNDS, *PLACES, FASHION]).lower())
         excluded = {f"{word}{ending}" for word in taken for ending in ("", "s", "es")}
         plain = re.compile("Ġ([b-df-hj-np-tv-z][a-z]{3,})")  # words with the article "a", not "an"
         found = [plain.fullmatch(token) for token, number in sorted(vocabulary.items()) if number < 30_000]

@@ -156,7 +156,7 @@ def parser() -> Parser:
     p = Parser((__doc__ or "").partition("\n")[0])
     what = "of compare_encoders.py --pack, which is verified, or this result of compare_pretraining.py"
     p.add_argument("--take", metavar="FILE", help=f"first write docs/results/NAME.json from this archive {what}")
-    p.add_argument("--name", help="name of the file in docs/results that --take writes, such as shop")
+    p.add_argument("--name", help="name of the file in docs/results that --take writes, such as claims-fashion")
     p.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if a page would change")
     return p
 

@@ -55,7 +55,7 @@ def write_report(
         tables.append(Table(*metric_rows(evaluation["metrics"], evaluation["test_set"])))
         notes.append(evaluation.get("missing", ""))
         if UNSEEN in by_test_set(evaluation["metrics"], ""):
-            notes.append(f"“{UNSEEN}” is the test by a held-out artist, and it decides.")
+            notes.append(f"“{UNSEEN}” is the test in a held-out drawing style, and it decides.")
     config = json.dumps(read_json(run_dir / "config.json"), indent=2, ensure_ascii=False)
     sections = [
         Section("Images", [Cards(cards)] if cards else [], "Drawn at random from the test."),

@@ -34,7 +34,7 @@ DATA = "data.json"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
-"""The test set that decides, if a run has it: on the demo, scenes by a held-out artist."""
+"""The test set that decides, if a run has it: on the demo, scenes in a held-out drawing style."""
 MADE_OF = "checkpoint.json"
 """File in export/ and report/ with `weights_of` of their checkpoint."""
 

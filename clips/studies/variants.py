@@ -232,7 +232,7 @@ def run_metrics(run: Path, names: Sequence[str] = METRICS) -> dict[str, float]:
 
 
 def decides(metrics: Sequence[str], requested: str = DECIDING) -> str:
-    """Return the metric that decides, on held-out artists if any; without `DECIDING` the first that was measured."""
+    """Return the metric that decides: on the held-out style if there is one, and without `DECIDING` the first."""
     if requested not in (DECIDING, *metrics):
         raise UserError(f"--decides {requested}: the runs give {', '.join(metrics)}")
     return deciding_name(next(name for name in (requested, *MEANS, *METRICS) if name in metrics), metrics)

@@ -22,7 +22,7 @@ METRICS = (
     "linear_probe_top1",
 )
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
-"""Metrics shown next to the deciding metric, after its value on the artists of the training."""
+"""Metrics shown next to the deciding metric, after its value on the drawing styles of the training."""
 Words = Mapping[Verdict, str]
 """What the verdicts on a − b mean in a study."""
 BETTER: Words = {"win": "better", "loss": "worse", "tie": "no significant difference", "undecided": "undecided"}
@@ -31,7 +31,7 @@ BETTER: Words = {"win": "better", "loss": "worse", "tie": "no significant differ
 def called(metric: str) -> str:
     """Return a metric in words, with its test set if that is not the first."""
     test_set, _, name = metric.rpartition("/")
-    return pretty(name) + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
+    return pretty(name) + (f" ({test_set} style)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
 
 
 def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:

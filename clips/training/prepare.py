@@ -210,7 +210,7 @@ def print_plan(
     previous: checkpoint.Checkpoint | None,
     beginning: Beginning | None = None,
 ) -> None:
-    """Print what is about to happen. Nothing is measured or rehearsed here; scripts/plan_run.py has memory and days."""
+    """Print what is about to happen. Nothing is measured or simulated here; scripts/plan_run.py has memory and days."""
     begun = previous.state.samples if previous is not None else 0
     parts = "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.parameter_counts().items())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -364,7 +364,7 @@ def samples_seen(run: Path) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------- the plan
 def columns_of(files: Iterable[str]) -> list[str]:
-    """Return the columns, or kinds of images, of question files. The first one, of unseen artists if any, decides."""
+    """Return the columns, or kinds of images, of question files. The first one decides, `unseen` if there is one."""
     columns = dict.fromkeys(COLUMNS.get(name, name) for name in files)
     return sorted(columns, key=lambda column: column != UNSEEN)
 

@@ -219,7 +219,7 @@ def not_shown(report: Report) -> list[str]:
     seeds = min((row["seeds"] for row in report["differences"]), default=settings["llava_runs"])
     points = {
         "The demo's images are drawings, so this is no evidence about photographs.": settings["is_demo"],
-        "The test of unseen artists is missing: their drawings could not be fetched. Encoders may differ only because "
+        "The test in an unseen drawing style is missing, for want of its drawings. Encoders may differ only because "
         "they remember drawings.": settings["is_demo"] and UNSEEN not in settings["columns"],
         f"All runs of {', '.join(alone)} use one encoder each, so intervals hold for these encoders, not for the "
         "methods that made them (use --seeds, or {seed} in a path).": alone,

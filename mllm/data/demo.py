@@ -4,9 +4,9 @@
     align.json        images and short captions, for `plain`
     instruct.json     short captions, conversations of about five questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
-    question_unseen.jsonl  the same questions about the same scenes, drawn by the held-out artist
-    question_val.jsonl     the same kinds of questions about scenes by the artist of validation, for tuning
-    talk.jsonl      questions after one or two earlier turns, about the held-out artist's scenes
+    question_unseen.jsonl  the same questions about the same scenes, in the held-out drawing style
+    question_val.jsonl     the same kinds of questions about scenes in the style of validation, for tuning
+    talk.jsonl      questions after one or two earlier turns, about scenes in the held-out style
     description.jsonl held-out images to describe, with `references`
 
 A thing is in a scene at most once, at one of five places. The layouts of test images never occur in training images
@@ -44,7 +44,7 @@ from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import TALKS, UNSEEN_ANSWERS
 
-VERSION = 11
+VERSION = 12
 """Increase it if texts or files change, so that older folders are rebuilt."""
 ALIGN = "align.json"
 INSTRUCT = "instruct.json"
@@ -54,7 +54,7 @@ VAL_QUESTIONS = "question_val.jsonl"
 TALK_QUESTIONS = "talk.jsonl"
 DESCRIPTIONS = "description.jsonl"
 IMAGES = "images"
-CAPTION_SHARE = 0.4
+CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption, which covers all things in few tokens."""
 DESCRIBED_SHARE = 0.03
 """Share of the instruction samples that ask for a long description."""
@@ -215,7 +215,7 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | No
 model with an untrained encoder answers nearly all of these questions too."""
 FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that mention no thing → share of the conversations that begin with them; later turns give them away."""
-SUBJECTS = {"identity": 2, "where": 1, "relation": 1, "yes_no": 2}
+SUBJECTS = {"identity": 4, "where": 1, "relation": 8, "yes_no": 6}
 """Kind of the other questions of a conversation → relative frequency."""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mllm.data.images import ImageStore
 
 UNSEEN_ANSWERS = "answers_unseen"
-"""The name of the answers to the demo's questions about the held-out artist."""
+"""The name of the answers to the demo's questions about the held-out drawing style."""
 TALKS = "talks"
 """The name of the answers to the demo's questions after earlier turns."""
 

@@ -42,7 +42,7 @@ def metrics_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
     Shares are in percent. Chance is the score of the most frequent answer of each kind.
 
     Args:
-        name: name of the set. Metrics on the held-out artist are called unseen/METRIC, those in talks talks/METRIC.
+        name: name of the set. Those of the held-out style are called unseen/METRIC, those in talks talks/METRIC.
         scored: result of `score`.
         lines: the answer lines, with or without likelihoods.
     """

@@ -23,11 +23,15 @@ def print_summary(what: str = "demo") -> None:
     is_demo = what == "demo"
     encoder, model = Path("runs", what), Path("runs", "llava-clips" if is_demo else "llava-photos")
     measured = by_test_set(read_evaluation(encoder / "evaluation.json").get("metrics", {}), "seen")
-    artists = UNSEEN if UNSEEN in measured else "seen"
-    file = f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
+    style = UNSEEN if UNSEEN in measured else "seen"
+    file = f"{UNSEEN_ANSWERS if style == UNSEEN else 'answers'}.jsonl" if is_demo else "*/question.jsonl"
     answers = max((model / "evaluation").glob(file), key=os.path.getmtime)
-    answered = by_test_set(read_json(answers.with_name("results.json"))["metrics"], "seen")[artists]
-    images = f"images by {artists} artists" if is_demo else "photographs of the test set"
+    answered = by_test_set(read_json(answers.with_name("results.json"))["metrics"], "seen")[style]
+    images = (
+        f"images in {'an unseen' if style == UNSEEN else 'a known'} drawing style"
+        if is_demo
+        else "photographs of the test set"
+    )
     folder = DEMO_DIR / IMAGES if is_demo else Path("data/photos/test.tar")
 
     first = {record["kind"]: record for record in reversed(read_json_records(answers))}
@@ -39,7 +43,7 @@ def print_summary(what: str = "demo") -> None:
         print(one_line(f"    {record['prompt']} – {record['text']} ({right})"))
 
     normal = read_json(NORMAL).get(what, {"of": "", "ranges": {}})
-    retrieved = {name: row for name, row in measured[artists].items() if name.endswith(("_r1", "_top1"))}
+    retrieved = {name: row for name, row in measured[style].items() if name.endswith(("_r1", "_top1"))}
     rows = []
     for prefix, metrics in (("", retrieved), ("answers: ", answered)):
         for name, row in metrics.items():
@@ -51,6 +55,6 @@ def print_summary(what: str = "demo") -> None:
     print("For answers, chance is the score of the most frequent answer of each kind.")
     if normal["of"]:
         print(one_line(f"Normal is the range of {normal['of']}, widened by the spread between seeds."))
-    if is_demo and artists != UNSEEN:
-        print("The test of unseen artists is missing, because npm got no drawings (docs/data.md).")
+    if is_demo and style != UNSEEN:
+        print("The test in an unseen drawing style is missing, because npm got no drawings (docs/data.md).")
     print(one_line(f"The page with images: {encoder / REPORT}"))

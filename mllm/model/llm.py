@@ -188,7 +188,7 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
 def merge_adapter(model: PreTrainedModel, directory: Path, layers: str | None) -> None:
     """Merge the LoRA adapter in `directory` into the weights of `model`, whose `--llm_layers` are `layers`.
 
-    Only plain LoRA is merged, and all shapes are compared before a factor is read, so a stranger's configuration
+    Only plain LoRA is merged, and all shapes are compared before a factor is read, so an untrusted configuration
     decides neither memory nor time. Raises UserError for any other adapter, and for one taught to other layers.
     """
     file = directory / "adapter_model.safetensors"

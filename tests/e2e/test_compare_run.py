@@ -156,7 +156,7 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
     assert run_main(monkeypatch, "compare_encoders", "--verify", output) == 0
     page = (output / "report.html").read_text()
     if reason := fetch_sets(list(ARTISTS)):  # no fault of the code, and no test that may be skipped in silence
-        assert "test of unseen artists is missing" in page
+        assert "test in an unseen drawing style is missing" in page
         pytest.xfail(f"the demo's drawings by several artists are NOT TESTED: {reason}")
     assert report["settings"]["columns"] == [UNSEEN, "seen"]
     intrinsic = report["encoders"]["clips"]["intrinsic"]

@@ -312,7 +312,7 @@ def test_the_summary_of_the_demo_says_whose_images_are_asked_about(tmp_path, mon
         assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
         assert re.search(r"zero-shot top 1 +│ +50.0 │ +3.0 │ +62 to 77", text)
         assert re.search(r"answers: colour +│ +9.0 │ +8.0 │ +│", text), "a metric without a normal range"
-        assert ("test of unseen artists is missing" in text) == (artists == "seen")
+        assert ("test in an unseen drawing style is missing" in text) == (artists == "seen")
 
 
 def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypatch):
