@@ -16,9 +16,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", nargs="?", default="pretrain", choices=("pretrain", "llava"), help=words)
     p.add_argument("--recipe", default="demo", choices=RECIPES, help="recipe of clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
-    p.add_argument(
-        "--kind", default="h100", help="GPU: b200, h200, h100, a100, a100-40, l40s or rtx4090"
-    )
+    p.add_argument("--kind", default="h100", help="GPU: b200, h200, h100, a100, a100-40, l40s or rtx4090")
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak FLOPS that is reached")
     engines = sorted(path.stem for path in DS_CONFIGS.glob("zero*.json"))
     p.add_argument("--engine", default="zero0", choices=engines, help="pretrain: a file of ds_configs/ by name")

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Compare training speed with open_clip, by steps (`train`) or full programs (`program`), or time a step's `parts`.
+"""Compare training speed with open_clip (by `train` steps or whole `program`s), or time `parts` or a `llava` stage.
 
 `train` and `program` compare plain CLIP on the demo's .txt with equal towers, batch, precision, threads, crops and
 fused AdamW. `train` takes steps on ready batches in one process; open_clip pads each text to the context. `program`
 runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them, and measures samples/s between the
 first log line after the warm-up and the last one. `parts` measures a step of a recipe that grows by one part at a
-time. All things that are compared take turns.
+time, and `llava` does so with a stage of LLaVA, given by flags of scripts/train_llava.py. All things that are
+compared take turns.
 """
 
 import argparse
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -35,18 +37,27 @@ from clips.common.live import LINE_SECONDS
 from clips.common.page import print_table, table_of
 from clips.common.paths import SCRIPTS
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
+from clips.common.start import Start
 from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
 from clips.data.loader import make_loader, to_device
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.engine.engine import Batch
+from clips.engine.checkpoint import TrainState
+from clips.engine.engine import Batch, Engine
+from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
 from clips.training.optim import make_engine, optimizer_step, rates_of
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
+from mllm.model.forward import embed_inputs
+from mllm.model.packing import Packing
+from mllm.training.arguments import parse_train_arguments
+from mllm.training.prepare import collator_of, prepare
+from mllm.training.stages import PARTS
+from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer
 
 SIZES = {
     "demo": ("demo", 128, 100),
@@ -55,8 +66,10 @@ SIZES = {
     "b16": ("b16", 16, 10),
 }
 """Size → recipe (its first phase), samples per step that a CPU can process, and steps in a turn of `program`."""
-PARTS = ("train.accumulation=1", "train.activation_checkpointing=false")
+SETTINGS = ("train.accumulation=1", "train.activation_checkpointing=false")
 """Settings for `parts`."""
+STEP_PARTS = ("", "forward, ms", "backward, ms", "of a step")
+"""Columns of `parts` and `llava`."""
 TURN, WARM = 2, 0.2
 """Steps in a turn of `train`, and the share of a program's samples that is not timed, as warm-up."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
@@ -122,6 +135,14 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     timed |= {name: partial(measure, part, True) for name, part in growing.items()}
     timed |= {"step": lambda: optimizer_step(engine, [host]), "data": lambda: next(loader)}
     seconds = fastest(timed, repeats, device)
+    return part_rows(list(growing), seconds, "data, in another process")
+
+
+def part_rows(growing: Sequence[str], seconds: Mapping[str, float], data: str) -> list[list[Any]]:
+    """Return a row of milliseconds for each part, the rest of a step, the step, and its `data`.
+
+    `seconds` holds those of NAME and NAME/forward for each of the `growing` steps, and those of `step` and `data`.
+    """
     rows: list[list[Any]] = []
     before = (0.0, 0.0)
     for name in growing:
@@ -132,7 +153,63 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     rest = seconds["step"] - before[1]
     rows.append(["optimizer and agreement", 1e3 * rest, "", f"{rest / seconds['step']:.0%}"])
     rows.append(["step", 1e3 * seconds["step"], "", "100%"])
-    return [*rows, ["data, in another process", 1e3 * seconds["data"], "", ""]]
+    return [*rows, [data, 1e3 * seconds["data"], "", ""]]
+
+
+def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -> list[list[Any]]:
+    """Measure a step of a LLaVA stage, given by flags of scripts/train_llava.py, as `time_parts` does."""
+    init_distributed(device)
+    arguments = parse_train_arguments([*words, "--dry_run"]).resolve(1)  # a dry run needs no projector of stage 1
+    prepared = prepare(arguments, device, {})
+    collator = collator_of(prepared, Start())
+    module = TrainingModel(prepared.model, features=arguments.caches_features, bf16=arguments.bf16).train()
+    engine = Engine(
+        module, make_optimizer(module, arguments.rates, arguments.weight_decay), device, {},
+        micro_batch=arguments.per_device_train_batch_size, accumulation=1, clip_grad=arguments.max_grad_norm,
+        bf16_weights=False, checkpointed=module.trained(),
+    )  # fmt: skip
+    trainer = LlavaTrainer(arguments, engine, prepared.dataset, collator, TrainState(seed=arguments.seed), {})
+    engine.set_rates(dict.fromkeys(PARTS, 1e-6))
+    loader = trainer.batches()
+    host = next(loader)
+    batch, llava = module.to_device(host, device), module.llava
+    counts = host["counts"]
+    packing = Packing.of(batch["attention_mask"], counts) if module.packed else None
+
+    def states() -> list[Tensor]:
+        features, pixels = (batch.get(name) for name in ("image_features", "pixel_values"))
+        embeds = embed_inputs(llava, batch["input_ids"], features, pixels, counts.image_tokens)
+        if packing is None:
+            inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+        else:
+            row = embeds.flatten(0, 1).index_select(0, packing.row)[None]
+            inputs = {"inputs_embeds": row, "position_ids": packing.position_ids, "packing": packing}
+        return [llava.model.language_model(**inputs, use_cache=False).last_hidden_state]
+
+    growing: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "embeddings, projector, blocks": states,
+        "output layer and loss": lambda: [module(batch)[0]],
+    }
+
+    def measure(part: Callable[[], Sequence[Tensor]], backward: bool) -> None:
+        with torch.set_grad_enabled(backward), autocast(device, enabled=module.bf16):
+            total = torch.stack([x.float().sum() for x in part()]).sum()
+        if backward:
+            total.backward()
+
+    def step() -> None:
+        terms = accumulate(engine, [host], trainer.prepare([host]))
+        engine.agree(terms[0]["loss"], stop=0)
+        engine.step()
+
+    timed: dict[str, Callable[[], Any]] = {
+        f"{name}/forward": partial(measure, part, False) for name, part in growing.items()
+    }
+    timed |= {name: partial(measure, part, True) for name, part in growing.items()}
+    seconds = fastest(timed | {"step": step, "data": lambda: next(loader)}, repeats, device)
+    tokens, trained = counts.real, sum(p.numel() for p in module.trained().values())
+    print(f"{len(host['keys'])} samples, {tokens:,} tokens, {trained / 1e6:.1f} M trained weights")
+    return part_rows(list(growing), seconds, "data, in the same process")
 
 
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
@@ -270,11 +347,12 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> fl
 
 def parser() -> argparse.ArgumentParser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    p.add_argument("what", choices=("train", "program", "parts"), help="what to measure")
+    p.add_argument("what", choices=("train", "program", "parts", "llava"), help="what to measure")
     p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
     p.add_argument("--repeats", type=int, default=5, help="turns of each thing that is compared")
     p.add_argument("--data", help="training data, as pretrain_clips.py takes it (default: the demo's)")
     p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of the recipe, for `parts`")
+    p.add_argument("--llava", default="--stage 2", help="flags of scripts/train_llava.py, for `llava`, in one string")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
@@ -282,13 +360,16 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     device = choose_device(flags.device)
+    if flags.what == "llava":
+        show(flags.what, time_llava_parts(shlex.split(flags.llava), device, flags.repeats), device, STEP_PARTS)
+        return
     data = flags.data or str(ensure_demo("data/demo") / "train")
     own = our_flags(flags.size, device, data)
     columns = ("", "samples/s", "ours / this")
     if flags.what == "parts":
         name, batch, _ = SIZES[flags.size]
-        own = ["--recipe", name, "--data", data, "--batch-size", str(batch), "--set", *PARTS, *flags.set]
-        columns = ("", "forward, ms", "backward, ms", "of a step")
+        own = ["--recipe", name, "--data", data, "--batch-size", str(batch), "--set", *SETTINGS, *flags.set]
+        columns = STEP_PARTS
     run = cli.config_from_flags(cli.parser().parse_args(own))
     if run.train.precision == "auto":
         run = replace(run, train=replace(run.train, precision="bf16" if has_bf16(device) else "fp32"))
@@ -299,9 +380,14 @@ def main() -> None:
     else:
         rows = compare_programs(run, own, flags.repeats, device.type)
 
+    show(f"{flags.what}, {flags.size}", rows, device, columns)
+
+
+def show(what: str, rows: Sequence[Sequence[Any]], device: torch.device, columns: Sequence[str]) -> None:
+    """Print `rows` as a table, with the machine and its load in the title."""
     cells = [[f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     where = f"{device.type}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    print_table(table_of(f"{flags.what}, {flags.size}: {where}", columns, cells))
+    print_table(table_of(f"{what}: {where}", columns, cells))
 
 
 if __name__ == "__main__":

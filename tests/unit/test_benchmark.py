@@ -1,10 +1,13 @@
 """tools/benchmark.py compares like with like, and times what it says."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_llava
 import torch
+from tiny_llava import INSTRUCT, START
 
 from clips.data.demo import ensure_demo
 from clips.model.clips import CLIPSModel
@@ -12,6 +15,7 @@ from clips.training.cli import config_from_flags, parser
 from tools import benchmark
 
 CPU = torch.device("cpu")
+place = tiny_llava.place  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,14 @@ def test_both_programs_and_the_parts_run(demo, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", what, "--repeats", "1", "--device", "cpu"])
         benchmark.main()
         assert named in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["--freeze_word_embeddings False", "--freeze_word_embeddings True"])
+def test_the_parts_of_a_llava_stage(place, monkeypatch, capsys, words):
+    monkeypatch.chdir(place)
+    flags = shlex.join([*INSTRUCT, *START, "--cache_dir", str(place / "features"), *words.split()])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "llava", "--repeats", "1", "--device", "cpu", "--llava", flags])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("projector, blocks", "output layer and loss", "in the same process"))
