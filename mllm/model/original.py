@@ -32,6 +32,7 @@ from clips.common.hub import resolve
 from clips.common.opening import load_weights, loading
 from clips.common.tensors import MODEL_WEIGHTS, read_model, read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
+from mllm.model.lora import read_plain_lora
 from mllm.model.projector import ACTIVATION
 
 LANGUAGE_MODELS = {
@@ -236,6 +237,7 @@ def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     files = [directory / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    read_plain_lora(directory / "adapter_config.json")  # PEFT does whatever an untrusted one asks for
     adapters = read_weights(next((path for path in files if path.is_file()), files[0]))
     with loading("LoRA adapters", directory), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -218,6 +218,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, parts):
     torch.save(renamed, lora / "adapter_model.bin")
     with pytest.raises(UserError, match=r"do not fit the base: .*lora_"):
         read_original(lora, str(tmp_path / "base"))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    for asked, named in (({"r": 10**9}, "r must be"), ({"use_dora": True}, "use_dora")):
+        (lora / "adapter_config.json").write_text(json.dumps(config | asked))
+        with pytest.raises(UserError, match=named):
+            read_original(lora, str(tmp_path / "base"))
 
 
 REFUSED = {
