@@ -21,7 +21,6 @@ from clips import PLACES
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.tensors import read_weights, write_weights
-from mllm.model import llm
 from mllm.model.llm import ADAPTER, LanguageModel, load_llm
 from mllm.training.stages import DEMO_LAYERS
 from tools import teach_adapter
@@ -117,10 +116,10 @@ def test_an_adapter_is_merged_as_peft_merges_it(llm_path: Path, adapter: Path) -
         ({"peft_type": "IA3"}, "peft_type"),
     ],
 )  # fmt: skip
-def test_a_strangers_adapter_decides_neither_memory_nor_time(llm_path, adapter, change, message, monkeypatch):
+def test_an_untrusted_adapter_decides_neither_memory_nor_time(llm_path, adapter, change, message, monkeypatch):
     path = adapter / "adapter_config.json"
     write_json(path, read_json(path) | change)
-    monkeypatch.setattr(llm, "read_weights", None)  # it is refused before a factor is read
+    monkeypatch.setattr("mllm.model.lora.read_weights", None)  # it is refused before a factor is read
     with pytest.raises(UserError, match=message):
         cut_model(llm_path, adapter)
 
