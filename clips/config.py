@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any, Literal
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, write_json
-from clips.common.flags import bounded, check_choice, check_fields
+from clips.common.flags import bounded, check_fields
+from clips.common.typed import assign, from_dict, require
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
@@ -59,11 +58,6 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
     return entries[0], tuple(further)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
 ImagePool = Literal["mean", "cls"]
@@ -100,11 +94,11 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "vision.")
-        _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
+        require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         has_fixed_table = self.pos_embed != "learned"
-        _require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
-        _require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false removes")
-        _require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false has no transformers class")
+        require(self.width % 4 == 0 or not has_fixed_table, f"vision.width {self.width} must be divisible by 4")
+        require(self.cls or self.pool == "mean", "vision.pool=cls reads a token that vision.cls=false removes")
+        require(self.cls or not self.pre_norm, "vision.pre_norm=true with vision.cls=false has no transformers class")
         check_image_size(self.image_size, self.patch_size)
 
     @property
@@ -133,7 +127,7 @@ def _kept(tokens: int, share: float) -> int:
 def check_image_size(image_size: int, patch_size: int, name: str = "image size") -> None:
     """Raise UserError unless `image_size` is a positive multiple of `patch_size`."""
     fits = image_size > 0 and image_size % patch_size == 0
-    _require(fits, f"{name} {image_size} is not a multiple of the patch size {patch_size}")
+    require(fits, f"{name} {image_size} is not a multiple of the patch size {patch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +152,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "text.")
-        _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
+        require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
 
     @property
     def words(self) -> int:
@@ -190,7 +184,7 @@ class CaptionerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "captioner.")
-        _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
+        require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
 
     def kept_tokens(self, tokens: int) -> int:
         """Return how many of an image's `tokens` the captioner sees in training."""
@@ -305,7 +299,7 @@ class NamedSet:
 
     def __post_init__(self) -> None:
         is_name = self.name.replace("-", "_").isidentifier() and self.name not in ("train", "val", "test")
-        _require(is_name, f"data.further_tests: {self.name!r} is no name: take letters, digits, - and _")
+        require(is_name, f"data.further_tests: {self.name!r} is no name: take letters, digits, - and _")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,9 +333,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data.")
         mixed = self.train == "mix"
-        _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
+        require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
         tests = [part.name for part in self.further_tests]
-        _require(len(set(tests)) == len(tests), f"data.further_tests names a set twice: {', '.join(tests)}")
+        require(len(set(tests)) == len(tests), f"data.further_tests names a set twice: {', '.join(tests)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +387,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_fields(self, "optim.")
         # DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, so the step would depend on the ZeRO stage.
-        _require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
+        require(self.kind != "muon" or self.clip_grad == 0, "optim.clip_grad must be 0 with Muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +415,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         check_fields(self, f"phase {self.name}: ")
         is_enough = self.samples >= self.batch_size
-        _require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
+        require(is_enough, f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}")
 
     @property
     def steps(self) -> int:
@@ -506,14 +500,14 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        _require(len(self.phases) > 0, "a run needs at least one phase")
+        require(len(self.phases) > 0, "a run needs at least one phase")
         for phase in self.phases:
             check_image_size(phase.image_size, self.model.vision.patch_size)
         needs_captioner = self.task.objective == "clips" and self.task.caption_weight > 0
         has_captioner = self.model.captioner is not None
-        _require(has_captioner or not needs_captioner, "task.caption_weight is above 0 but model.captioner is null")
+        require(has_captioner or not needs_captioner, "task.caption_weight is above 0 but model.captioner is null")
         reads_eos = self.captions.tokenizer != "clip" or self.model.text.pool == "eos"
-        _require(reads_eos, "captions.tokenizer=clip has no CLS token: set model.text.pool=eos")
+        require(reads_eos, "captions.tokenizer=clip has no CLS token: set model.text.pool=eos")
 
     @property
     def samples(self) -> int:
@@ -543,72 +537,16 @@ class RunConfig:
         """
         tree = json.loads(json.dumps(self.to_dict()))
         for path, value in (values or {}).items():
-            _assign(tree, path.split("."), copy.deepcopy(value), path)
+            assign(tree, path.split("."), copy.deepcopy(value), path)
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
-            _require(bool(separator), f"--set {assignment!r} must look like part.field=value")
+            require(bool(separator), f"--set {assignment!r} must look like part.field=value")
             try:
                 value = json.loads(text)
             except ValueError:
                 value = text
-            _assign(tree, path.split("."), value, path)
+            assign(tree, path.split("."), value, path)
         return from_dict(RunConfig, tree)
-
-
-def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
-    key, *rest = keys
-    known = [str(index) for index in range(len(tree))] if isinstance(tree, list) else []
-    known = list(tree) if isinstance(tree, dict) else known
-    is_every = key == "*" and isinstance(tree, list)
-    _require(is_every or key in known, f"--set {path}: no field {key!r}; known here: {', '.join(known) or 'none'}")
-    for name in known if is_every else [key]:
-        place = int(name) if isinstance(tree, list) else name
-        if rest:
-            _assign(tree[place], rest, value, path)
-        else:
-            tree[place] = value
-
-
-RETIRED: dict[str, Any] = {
-    **{"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"},
-    **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
-}
-"""Fields of earlier configurations. They still load if they have this value, because it is what the program does."""
-
-
-def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
-    """Build dataclass `cls` from JSON `value`. Raises UserError for unknown, missing and ill-typed fields."""
-    # pydantic's TypeAdapter does not name the known fields, and adding them makes it as long as this.
-    origin = typing.get_origin(cls)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(cls)
-        return None if value is None else from_dict(options[0], value, where)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} must be a list, found {value!r}")
-        kinds = typing.get_args(cls)
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value)
-        _require(len(value) == len(kinds), f"{where} must have {len(kinds)} items, found {len(value)}")
-        pairs = zip(kinds, value, strict=True)
-        return tuple(from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(pairs))
-    if origin is Literal:
-        check_choice(where, value, cls)
-        return value
-    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-        _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
-        hints = typing.get_type_hints(cls)
-        fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
-        unknown = sorted(fields.keys() - hints.keys())
-        _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
-        try:
-            return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
-        except TypeError as error:  # of the dataclass: it names the fields that are missing
-            raise UserError(f"{where} is incomplete: {error}") from None
-    if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    fits = isinstance(value, cls) and (cls is bool or not isinstance(value, bool))
-    _require(fits, f"{where} must be {cls.__name__}, found {value!r}")
-    return value
 
 
 def changed_fields(saved: RunConfig, current: RunConfig) -> list[str]:

@@ -127,7 +127,7 @@ def train(case: Case) -> dict[str, Any]:
         found, is_finite = take_step(engine, micro_batches(case, engine, step))
         assert is_finite
         logged.append(mean_of(found))
-    return {"weights": engine.state.gather_weights(), "logged": logged}
+    return {"weights": engine.zero_state.gather_weights(), "logged": logged}
 
 
 def poisoned(stage: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def temperatures_at_the_limit(engine: Engine) -> list[float]:
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
-    return engine.state.gather_weights() | engine.state.gather_optimizer()
+    return engine.zero_state.gather_weights() | engine.zero_state.gather_optimizer()
 
 
 def fresh_in_the_middle(kind: str, zero: dict) -> list[list]:
@@ -113,10 +113,10 @@ def fresh_in_the_middle(kind: str, zero: dict) -> list[list]:
     """
     engine = build(kind, zero)
     train(engine, 0, 3)
-    border = [engine.state.gather_weights(), engine.state.gather_optimizer()]
-    engine.state.reset_optimizer()
+    border = [engine.zero_state.gather_weights(), engine.zero_state.gather_optimizer()]
+    engine.zero_state.reset_optimizer()
     losses = train(engine, 3, 4)
-    behind = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    behind = [engine.zero_state.gather_weights(), engine.zero_state.gather_optimizer()]
     ways = [[losses + train(engine, 4, 6), whole_state(engine)]]
     dist.broadcast_object_list(border)
     dist.broadcast_object_list(behind)
@@ -137,7 +137,7 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
     zero = STAGES[name]
     engine = build(kind, zero)
     losses = train(engine, 0, 3)
-    parts = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    parts = [engine.zero_state.gather_weights(), engine.zero_state.gather_optimizer()]
     losses += train(engine, 3, 6)
     state = whole_state(engine)
     dist.broadcast_object_list(parts)
@@ -161,7 +161,7 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
 
 def from_the_middle(kind: str, zero: dict, parts: list[dict]) -> Engine:
     engine = build(kind, zero, parts[0])
-    engine.state.restore_optimizer(parts[1], steps=3)
+    engine.zero_state.restore_optimizer(parts[1], steps=3)
     return engine
 
 
@@ -233,7 +233,7 @@ def held(zero: dict) -> dict[str, int]:
         loss, _ = engine({key: value[:4] for key, value in tiny_batch(seed).items()})
         engine.backward(loss)
         engine.agree(loss, stop=0)
-        gradients = size(part for parts in engine.state.gradients() for part in parts)
+        gradients = size(part for parts in engine.zero_state.gradients() for part in parts)
         engine.step()
     inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
     flats = [p for group in inner.param_groups for p in group["params"]]

@@ -141,9 +141,9 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.state = ZeroState(self.engine, checkpointed, muon, device)
+        self.zero_state = ZeroState(self.engine, checkpointed, muon, device)
         """The sharded state; it is gathered for a checkpoint and restored from one."""
-        self.stage = self.state.stage
+        self.stage = self.zero_state.stage
         self.facts = {
             "zero_stage": self.stage,
             "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
@@ -175,7 +175,7 @@ class Engine:
         With `skip` the gradients are dropped, and weights and optimizer state stay as they are. Raises NotFiniteError
         if DeepSpeed itself skips the step, because with offload it sees gradients that `agree` does not.
         """
-        with self.state.skipping() if skip else contextlib.nullcontext():
+        with self.zero_state.skipping() if skip else contextlib.nullcontext():
             self.engine.step()
         if not skip and not self.engine.was_step_applied():
             raise NotFiniteError("a gradient is not finite; DeepSpeed skipped this step and no weight was changed")
@@ -193,7 +193,7 @@ class Engine:
             norms = torch._foreach_norm(gradients, dtype=torch.float32) if gradients else [zero]
             return torch.stack([norm.to(self.device) for norm in norms]).norm()
 
-        adamw, muon = map(norm_of, self.state.gradients())
+        adamw, muon = map(norm_of, self.zero_state.gradients())
         loss = loss.detach().float()
         broken = ~torch.isfinite(loss + adamw + muon)
         square = adamw.double().square()

@@ -170,8 +170,8 @@ def keys_of_all_ranks(keys: list[list[str]]) -> list[list[str]]:
 def save(engine: Engine, state: TrainState, writer: Writer) -> None:
     """Copy the content of a checkpoint to rank 0's memory, and begin to write it. Collective."""
     await_checkpoint(writer)  # one at a time: in memory, too
-    weights = engine.state.gather_weights()
-    optimizer = engine.state.gather_optimizer()
+    weights = engine.zero_state.gather_weights()
+    optimizer = engine.zero_state.gather_optimizer()
     if dist.get_rank() == 0:
         writer.begin(weights, optimizer, state)
 

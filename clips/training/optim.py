@@ -106,7 +106,7 @@ def limit_logit_scale(engine: Engine) -> None:
 
     The forward pass clamps it too and so stops the gradient: a value above the limit could never come back.
     """
-    for held in engine.state.copies("logit_scale"):
+    for held in engine.zero_state.copies("logit_scale"):
         held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
@@ -115,7 +115,7 @@ def plain_model(engine: Engine, config: ModelConfig, *, everywhere: bool = False
 
     Collective.
     """
-    weights = engine.state.gather_weights(everywhere=everywhere)
+    weights = engine.zero_state.gather_weights(everywhere=everywhere)
     if not weights:
         return None
     model = CLIPSModel(config, engine.module.model.pad_id)

@@ -170,7 +170,7 @@ def _leave(start: Start) -> None:
 
 def _restore_optimizer(engine: Engine, previous: checkpoint.Checkpoint, steps: int) -> None:
     try:
-        engine.state.restore_optimizer(previous.optimizer(), steps)
+        engine.zero_state.restore_optimizer(previous.optimizer(), steps)
     except KeyError as error:
         raise UserError(
             f"{previous.path} holds no {error}: optim.kind cannot change in a run, and a frozen tower stays frozen"
@@ -232,7 +232,7 @@ class CLIPSTrainer(Trainer):
             state.recent_losses = []
             state.recent_norms = []
             if self.phase.fresh_optimizer:
-                self.engine.state.reset_optimizer()
+                self.engine.zero_state.reset_optimizer()
         factor = lr_factor(self.phase, state.phase_step)
         return self.phase.batch_size, rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
 

@@ -28,7 +28,7 @@ LLAVA_NAMES = {
     "linear": {"linear_1": "model.mm_projector"},
 }
 """Projector kind → our layer → its name in LLaVA's mm_projector files."""
-NEWLINE = "model.image_newline"
+NEWLINE_IN_FILE = "model.image_newline"
 PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
 
@@ -78,7 +78,7 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
     """
     tensors = llava_tensors(projector)
     if newline is not None:
-        tensors[NEWLINE] = newline.detach().to("cpu").clone()
+        tensors[NEWLINE_IN_FILE] = newline.detach().to("cpu").clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
 
@@ -93,8 +93,8 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
     path = path / "mm_projector.bin" if path.is_dir() else path
     weights = read_weights(path)
     assign_projector(projector, weights, path)
-    if newline is not None and NEWLINE in weights:  # it has the width of the projector, which was checked
-        newline.copy_(weights[NEWLINE])
+    if newline is not None and NEWLINE_IN_FILE in weights:  # it has the width of the projector, which was checked
+        newline.copy_(weights[NEWLINE_IN_FILE])
 
 
 @torch.no_grad()

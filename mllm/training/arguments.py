@@ -187,14 +187,14 @@ class TrainFlags:
         check_fields(self, "--")
 
     @property
-    def description(self) -> Stage:
+    def stage_info(self) -> Stage:
         """The stage that these flags describe."""
         return STAGES[self.stage]
 
     def defaults(self) -> dict[str, Any]:
         """Return the defaults of these flags' stage, data and language model."""
         adapters = bool(self.lora_enable) or self.bits < 16
-        return self.description.defaults(
+        return self.stage_info.defaults(
             lora=adapters, demo=self.data_path is None or self.small,
             full=not adapters and self.model_name_or_path == DEFAULT_LLM,
         )  # fmt: skip

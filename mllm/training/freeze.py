@@ -9,7 +9,7 @@ from mllm.model.projector import trainable_layers
 from mllm.model.tiles import Llava
 from mllm.training.stages import PARTS, TrainMode
 
-NEWLINE = "image_newline"
+IMAGE_NEWLINE = "image_newline"
 """The embedding at the ends of rows in a model with tiles. It trains with the projector."""
 
 
@@ -26,7 +26,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     def part(name: str, parameter: nn.Parameter) -> str:
         if "vision_tower." in name:
             return "vision_tower"
-        if "multi_modal_projector." in name or name.endswith(NEWLINE):
+        if "multi_modal_projector." in name or name.endswith(IMAGE_NEWLINE):
             return "projector"
         return "word_embeddings" if id(parameter) in words else "language_model"
 
@@ -42,7 +42,7 @@ def wanted(model: nn.Module, freeze: dict[str, TrainMode]) -> Iterator[tuple[str
     for name, parameter in model.named_parameters():
         part = parts[name]
         trains = freeze[part] == "full" or (freeze[part] == "lora" and ".lora_" in name)
-        fixed = part == "projector" and id(parameter) not in projector_trains and not name.endswith(NEWLINE)
+        fixed = part == "projector" and id(parameter) not in projector_trains and not name.endswith(IMAGE_NEWLINE)
         yield name, parameter, trains and not fixed
 
 

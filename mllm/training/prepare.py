@@ -46,7 +46,7 @@ from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import TrainMode, freeze_table
 from mllm.training.task import Collator, steps_of
-from mllm.training.zero import fitted, zero_stage
+from mllm.training.zero import with_hidden_size, zero_stage
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
@@ -88,7 +88,7 @@ class Prepared:
     @property
     def stage_dir(self) -> Path:
         """Directory of this stage in the run."""
-        return self.run_dir / self.arguments.description.name
+        return self.run_dir / self.arguments.stage_info.name
 
     @property
     def zero(self) -> int:
@@ -102,7 +102,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
     """
     freeze = freeze_table(
-        arguments.description, lora=arguments.lora_enable, bits=arguments.bits,
+        arguments.stage_info, lora=arguments.lora_enable, bits=arguments.bits,
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
         freeze_word_embeddings=bool(arguments.freeze_word_embeddings),
@@ -143,7 +143,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     width = llava.config.get_text_config().hidden_size
     data = dataset.facts() | (store.facts if isinstance(store, CaptionStore) else {})
     return Prepared(
-        arguments=arguments, device=device, deepspeed=fitted(deepspeed, width),
+        arguments=arguments, device=device, deepspeed=with_hidden_size(deepspeed, width),
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
         data=data,
     )  # fmt: skip
@@ -235,7 +235,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
     """
     arguments = prepared.arguments
     run_dir = prepared.run_dir
-    stage = arguments.description
+    stage = arguments.stage_info
     path = run_dir / "config.json"
     derived = {
         "vision_fingerprint": prepared.vision.fingerprint,

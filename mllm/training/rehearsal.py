@@ -30,7 +30,7 @@ from mllm.training.freeze import count_parameters, llava_of
 from mllm.training.prepare import start_bytes, trainable
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.task import TrainingModel, steps_of
-from mllm.training.zero import fitted
+from mllm.training.zero import with_hidden_size
 
 FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -188,7 +188,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
         zero = {"stage": 0}
         if machine.gpus > 1:
             engine = json.loads((DS_CONFIGS / f"llava_zero{stage.zero}.json").read_text(encoding="utf-8"))
-            zero = fitted(engine, width)["zero_optimization"]
+            zero = with_hidden_size(engine, width)["zero_optimization"]
         share = DEFAULTS[stage.name]["batch_size"] // machine.gpus
         for micro in (size for size in (16, 8, 4, 2, 1) if share % size == 0 or size == 1):
             arguments = TrainFlags(

@@ -134,14 +134,14 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
     )  # fmt: skip
     if before is not None:
         if has_masters:
-            engine.state.restore_masters(before.weights())
-        engine.state.restore_optimizer(before.optimizer(), state.step)
+            engine.zero_state.restore_masters(before.weights())
+        engine.zero_state.restore_optimizer(before.optimizer(), state.step)
     trainer = LlavaTrainer(arguments, engine, prepared.dataset, collator, state, costs)
     if start.rank == 0:
         write_json(prepared.run_dir / "env.json", environment(device, start.ranks) | engine.facts)
     log = RunLog(
         prepared.run_dir, trainer.samples, arguments.what_trains(), start_step=state.step, active=start.rank == 0,
-        report_to=loggers(arguments.report_to), run_name=arguments.run_name, stage=arguments.description.name,
+        report_to=loggers(arguments.report_to), run_name=arguments.run_name, stage=arguments.stage_info.name,
     )  # fmt: skip
     start.finish()
 
@@ -154,7 +154,7 @@ def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: fl
     ):
         speeds = train_loop(trainer, log, writer, profiler)
     return {
-        "stage": arguments.description.name,
+        "stage": arguments.stage_info.name,
         "steps": state.step,
         "samples": state.samples,
         "prepare_seconds": round(prepare_seconds, 1),
@@ -223,7 +223,7 @@ def speed_name(prepared: Prepared, ranks: int) -> str:
     parts = ", ".join(f"{total:,}" for total, _ in count_parameters(prepared.model).values())
     how = f"batch {arguments.batch_size}, {'cached' if arguments.caches_features else 'live'} features"
     on = f"{ranks} × {prepared.device.type}, {torch.get_num_threads()} threads"
-    return f"{arguments.description.name}: {parts} parameters, {how} on {on}"
+    return f"{arguments.stage_info.name}: {parts} parameters, {how} on {on}"
 
 
 def print_plan(prepared: Prepared, ranks: int) -> None:
@@ -231,7 +231,7 @@ def print_plan(prepared: Prepared, ranks: int) -> None:
     arguments = prepared.arguments
     freeze = prepared.freeze
     samples = len(prepared.dataset)
-    stage = arguments.description
+    stage = arguments.stage_info
     counts = count_parameters(prepared.model)
     table = []
     for part in PARTS:

@@ -21,7 +21,7 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
     path = arguments.deepspeed
     quantized = arguments.bits < 16
     if path is None and world_size > 1:
-        path = str(DS_CONFIGS / f"llava_zero{2 if quantized else arguments.description.zero}.json")
+        path = str(DS_CONFIGS / f"llava_zero{2 if quantized else arguments.stage_info.zero}.json")
     config = read_ds_config(None if path == "none" else path, "--deepspeed")
     if quantized and zero_stage(config) == 3:
         raise UserError(
@@ -30,7 +30,7 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
     return config
 
 
-def fitted(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+def with_hidden_size(config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """Return `config` with values for the "auto" sizes that depend on the language model's width."""
     zero = config.get("zero_optimization", {})
     sizes = {

@@ -10,7 +10,8 @@ from conftest import random_model, tiny_run
 
 from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
-from clips.config import RunConfig, changed_fields, from_dict
+from clips.common.typed import from_dict
+from clips.config import RunConfig, changed_fields
 from clips.recipes import debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
 from clips.training.prepare import with_precision

@@ -17,7 +17,7 @@ from clips.common.errors import UserError
 from clips.common.files import ensure_built
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
-from clips.data import artists, demo
+from clips.data import artists, demo, painting
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
 from clips.data.demo import (
     BACKGROUNDS,
@@ -185,7 +185,9 @@ def test_scenes_show_what_they_say() -> None:
             distances = {name: np.abs(ground.mean((0, 1)) - c).sum() for name, c in BACKGROUNDS.items()}
             assert min(distances, key=distances.__getitem__) == scene.background
         else:
-            even = np.asarray(demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.image_size))
+            even = np.asarray(
+                painting.paint_ground(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), scene.image_size)
+            )
             first, second = (np.abs(even.astype(int) - c).sum(-1) for c in (scene.ground.colour, scene.ground.second))
             assert 0.55 < (first < second).mean() < 1, "the named colour covers most, another one some"
         assert ground.std((0, 1)).max() > 1  # painted, not plain
@@ -214,7 +216,7 @@ def test_the_demo_is_what_it_was() -> None:
             digest.update(json.dumps(demo.truth(scene, description, [OPENMOJI] * len(scene.things))).encode())
     assert digest.hexdigest() == "3c9fbb4ff3948676038fb46cb381938581740f92d8354695c368b4db86bd662c"
     middle = (np.arange(120, dtype=np.float32) + 0.5) / 120 - 0.5
-    x, y = demo._grid(120)
+    x, y = painting._grid(120)
     assert np.array_equal(x, np.broadcast_to(middle, (120, 120)))
     assert np.array_equal(y, x.T)
 

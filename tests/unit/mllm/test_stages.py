@@ -322,7 +322,7 @@ def test_help_prints_the_defaults_that_count(monkeypatch, capsys: pytest.Capture
         for text, stages in ((usual, own), (demo or usual, parse_stages([]))):
             for stage in stages:
                 value = getattr(stage.resolve(1), name)
-                words = [part for part in text.split(", ") if part.endswith(f" for {stage.description.name}")] or [text]
+                words = [part for part in text.split(", ") if part.endswith(f" for {stage.stage_info.name}")] or [text]
                 shown = words[0].partition(" for ")[0]
                 assert (float(shown) if isinstance(value, (int, float)) else shown) == value, name
 
