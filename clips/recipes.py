@@ -71,7 +71,7 @@ def demo() -> RunConfig:
         phases=(
             PhaseConfig(
                 name="60px",
-                samples=96_000,
+                samples=112_000,
                 batch_size=64,
                 lr=1.06e-3,
                 muon_lr=1.41e-2,
