@@ -174,7 +174,8 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     assert (lora.learning_rate, lora.mm_projector_lr, lora.lora_r, lora.lora_alpha) == (2e-4, 2e-5, 128, 256)
     assert (full.group_by_modality_length, align.group_by_modality_length) == (True, False)
     assert (full.warmup_ratio, full.lr_scheduler_type, full.weight_decay) == (0.03, "cosine", 0.0)
-    assert (full.llm_layers, full.llm_adapter) == (None, "none")
+    assert (full.llm_layers, full.llm_adapter, full.freeze_word_embeddings) == (None, "none", False)
+    assert arguments("--stage", "2").resolve(1).freeze_word_embeddings
     for words, layers, reader, rate in (
         ((), "6,2", "default", 5e-4),
         (("--llm_adapter", "none"), "6,2", "none", 5e-4),
