@@ -96,7 +96,7 @@ def clip_baseline() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """CLIPS without its captioner on some thousands to a few hundred thousand photographs: an hour on a laptop.
+    """CLIPS without its captioner on some thousands to a few hundred thousand photographs.
 
     At equal time it retrieves better than with the captioner (docs/claims.md).
 
@@ -108,7 +108,7 @@ def small() -> RunConfig:
 
 
 def small_captioner() -> RunConfig:
-    """`small` with the captioner on a third of the samples: a step takes 1.24 times as long.
+    """`small` with the captioner on a third of the samples: a step takes about 1.15 times as long.
 
     python scripts/pretrain_clips.py --recipe small_captioner --data 'shards/*.tar'
     """

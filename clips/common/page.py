@@ -70,7 +70,7 @@ class Table:
 
 @dataclass
 class Chart:
-    """A plot in a row of plots."""
+    """A plot, and a text of what it shows."""
 
     plot: Plot
     words: str

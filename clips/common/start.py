@@ -66,7 +66,7 @@ def find_ranks() -> tuple[int, int]:
 
 
 class Start:
-    """The ranks of a run from their first line to their first step. Use it as a context around the start.
+    """Context manager that watches the ranks of a run from the start of the program to the first optimizer step.
 
     An error of one rank inside the context ends every rank with that error's exit code. Each rank gives signs of life,
     whatever its main thread does. Rank 0 watches all others, they watch rank 0, and a rank that is silent for the

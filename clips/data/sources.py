@@ -141,7 +141,10 @@ class Source:
         return SampleOrder(self.shard_sizes, seed)
 
     def read(self, index: int) -> RawSample:
-        """Read a sample. Raises BrokenSample for a missing, empty or misencoded part, UserError for a path outside."""
+        """Read a sample.
+
+        Raises BrokenSample for a missing, empty or misencoded part, UserError for a path out of the image folder.
+        """
         raise NotImplementedError
 
     def texts(self, index: int) -> Texts:
@@ -185,7 +188,7 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def contents(self) -> bytes:
-        """Return a hash of what the samples are made of; see `Table.contents` and the like."""
+        """Return a SHA-256 that changes with the samples, as far as names, sizes and hashes of the files show it."""
         return hashlib.sha256(b"".join(part.contents() for part in self._parts)).digest()
 
     def facts(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Commands:
 
 
 class Runner:
-    """Carries out the runs of a study."""
+    """Runs the steps of a study that are not done, `jobs` runs at a time, each under the lock of its directory."""
 
     def __init__(self, runs: Sequence[Run], jobs: int) -> None:
         """`runs`: rows and columns of the table."""

@@ -122,7 +122,7 @@ def signed(value: float, digits: int = 1, scale: float = 1) -> str:
 
 
 def show_interval(ci95: Sequence[float], digits: int = 1, scale: float = 1) -> str:
-    """Return a text such as `[+0.3, +2.1]`."""
+    """Return an interval, times `scale` and with `digits` decimals, as text such as `[+0.3, +2.1]`."""
     return f"[{', '.join(signed(end, digits, scale) for end in ci95)}]"
 
 

@@ -68,7 +68,7 @@ class InitialWeights:
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
-        """Values of the run's configuration by path, for the parts that the file holds."""
+        """The configuration of the parts in the file: path in RunConfig ("model.vision") → its fields or value."""
         towers = {"model.vision": self.vision, "model.text": self.text, "model.captioner": self.captioner}
         found: dict[str, Any] = {path: asdict(part) for path, part in towers.items() if part is not None}
         if self.tokenizer_kind:

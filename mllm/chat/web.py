@@ -85,9 +85,10 @@ def answers(
     temperature: float,
     length: float,
 ) -> Iterator[str]:
-    """Yield the answer so far each time it grows, escaped, because the chat renders HTML.
+    """Yield the answer so far as escaped HTML, at most every SHOWN_EVERY_S; LIMITS.seconds cuts it off.
 
-    `talk` holds the visitor's session, which is cut to the answers that `history` still shows. Raises UserError.
+    `talk` holds the visitor's session, which is cut to the answers that `history` still shows. Raises UserError
+    for a question, image or video beyond LIMITS.
     """
     session = talk.setdefault("session", ChatSession(model))
     session.keep(sum(turn["role"] == "assistant" for turn in history))

@@ -241,7 +241,7 @@ class Comparison:
         return self.limit or (LIMIT if self.quick or not is_full else None)
 
     def question_files(self) -> tuple[dict[str, Path], Path | None]:
-        """Return name of the answers → question file, and the folder of the images. Builds the demo if it is missing.
+        """Return {name of an answer file: question file} and the images' folder. Builds the demo if it is missing.
 
         There are no files if there are only benchmarks.
         """
@@ -290,7 +290,7 @@ class Comparison:
 
     @property
     def runs_per_encoder(self) -> int:
-        """LLaVA runs per encoder: by default --seeds, and one more if encoders are pretrained for each seed."""
+        """LLaVA runs of each kind of encoder: --llava-runs, or --seeds, plus one if a kind has several encoders."""
         nested = self.seeds > 1 and any(map(is_pretrained_anew, self.encoders))
         return self.llava_runs or self.seeds + nested
 
@@ -396,7 +396,7 @@ def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
 
 
 def stored_questions(output: Path) -> dict[str, Path]:
-    """Return name of the answers → copy of the question file, in the order in which they are compared."""
+    """Return {name of an answer file: stored copy of its question file}, in the order in which they are compared."""
     return {path.stem: path for path in sorted((output / QUESTIONS).glob("*"))}
 
 

@@ -234,7 +234,7 @@ class LlavaDataset(Dataset):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """LLaVA's lengths for grouping: words plus most image tokens, and negative for text-only samples."""
+        """Lengths by which LLaVA groups samples: words plus the most tokens of its images, or −words without images."""
         lengths = []
         for record in self.records:
             words = sum(len(turn["value"].split()) for turn in record.turns if isinstance(turn["value"], str))

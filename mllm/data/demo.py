@@ -391,7 +391,7 @@ def ensure_llava_demo(
     per_kind: int = 8 * len(CONCEPTS),
     seed: int = 0,
 ) -> Path:
-    """Write the files above into `directory` with `ensure_built`, unless equal ones exist, and return the directory.
+    """Write the files that the module's docstring lists into `directory`, unless equal ones exist, and return it.
 
     `align` and `instruct` are numbers of different images of the demo's training split, `text_only` of samples without
     an image, and `per_kind` of test questions of each kind (by default each name is the answer eight times). Missing

@@ -228,7 +228,7 @@ def _is_whole(directory: Path) -> bool:
 
 
 def kept_files(directory: Path) -> dict[str, bytes]:
-    """Read those KEPT_FILES that are in `directory`."""
+    """Return {name: bytes} of those KEPT_FILES that `directory` has."""
     return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
 
 
