@@ -78,10 +78,10 @@ def _made_place() -> Path:
     names = make_images(root / "images", 20)
     align = [conversation(name, [("What?", "A red cat " * (1 + i % 3))]) for i, name in enumerate(names)]
     instruct = [
-        conversation(name, [("What is in the image?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
+        conversation(name, [("What is in the picture?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
         for i, name in enumerate(names)
     ]
-    instruct += [conversation(None, [("Say it", "the image " * (1 + i % 2))]) for i in range(12)]
+    instruct += [conversation(None, [("Say it", "the picture " * (1 + i % 2))]) for i in range(12)]
     (root / "align.json").write_text(json.dumps(align))
     (root / "instruct.json").write_text(json.dumps(instruct))
     save_projector(build(root).model.multi_modal_projector, root / "start.bin")

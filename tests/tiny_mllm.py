@@ -82,7 +82,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose padding token is its end token, like SmolLM2's."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(["What is in the image? A red cat and two dogs."] * 3, 400, specials),
+        tokenizer_object=byte_level(["What is in the picture? A red cat and two dogs."] * 3, 400, specials),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",

@@ -46,7 +46,7 @@ SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "emojione", "emojione-v1", "fxemoji", "fluent-emoji-flat", "streamline")
 HANDS = {"train": TRAINING, "val": ("noto-v1",), "test": TRAINING, UNSEEN: ("twemoji",)}
 """Artists of each split. Tuning uses `val`; `unseen` decides."""
-MISSING = "drawings could not be fetched: all scenes are in OpenMoji's style, the test in an unseen style is missing"
+MISSING = "drawings could not be fetched: all scenes are of OpenMoji, and the test in an unseen style is missing"
 _PLAIN = (
     "balloon bear bicycle bus cactus camera candle church crown fox frog guitar helicopter house key lemon mushroom "
     "rocket snowflake spider star sun sunflower watermelon"

@@ -50,12 +50,12 @@ import numpy as np, open_clip, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
-texts, names, images, LABELS, CLIP_TOKENIZERS = json.load(open("inputs.json"))
+texts, names, paths, LABELS, CLIP_TOKENIZERS = json.load(open("inputs.json"))
 for name in names:
     with torch.no_grad():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{name}/open_clip")
         tokens = open_clip.get_tokenizer(f"local-dir:{name}/open_clip")(texts)
-        images = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in images])
+        images = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in paths])
         model.eval()
         image_features = model.encode_image(images, normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
@@ -63,7 +63,7 @@ for name in names:
         assert not any(info.values()), info
         hidden = vit.eval()(images, output_hidden_states=True).hidden_states[-1]
         processor = AutoImageProcessor.from_pretrained(f"{name}/hf_vit")
-        processed = processor([Image.open(p) for p in images], return_tensors="pt").pixel_values
+        processed = processor([Image.open(p) for p in paths], return_tensors="pt").pixel_values
         np.savez(f"{name}.npz", images=images, image_features=image_features, text_features=text_features,
                  logit_scale=model.logit_scale.exp(), hidden=hidden, processed=processed, kind=type(vit).__name__)
 
@@ -96,7 +96,7 @@ def build(kind, pad_mask=False, pre_norm=False, text_like_clip=False, **vision):
 
 
 @pytest.fixture(scope="module")
-def images():
+def photos():
     rng = np.random.default_rng(0)
     out = []
     for width, height in [(48, 48), (90, 60), (31, 77)]:
@@ -110,19 +110,19 @@ def pixels(images, size=48):
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, images):
+def opened(tmp_path_factory, photos):
     """(folder, {variant: ours}, what the process printed): one process of the stock libraries opened all exports."""
     folder = tmp_path_factory.mktemp("stock")
     ours = {variant: build(*variant) for variant in VARIANTS}
     for variant, (model, run, tokenizer) in ours.items():
-        export_all(model, run, tokenizer, folder / name_of(variant), pixels(images), TEXTS)
+        export_all(model, run, tokenizer, folder / name_of(variant), pixels(photos), TEXTS)
     for kind in CLIP_TOKENIZERS:
         model, run, tokenizer = build(kind, pad_mask=kind == "bert", pre_norm=True, text_like_clip=True, pool="cls")
-        distances = export_all(model, run, tokenizer, folder / kind, pixels(images), TEXTS)
+        distances = export_all(model, run, tokenizer, folder / kind, pixels(photos), TEXTS)
         assert distances["hf"] < 1e-4
-    for i, data in enumerate(images):
+    for i, data in enumerate(photos):
         (folder / f"{i}.png").write_bytes(data)
-    files = [f"{i}.png" for i in range(len(images))]
+    files = [f"{i}.png" for i in range(len(photos))]
     inputs = [TEXTS, [name_of(variant) for variant in VARIANTS], files, LABELS, CLIP_TOKENIZERS]
     (folder / "inputs.json").write_text(json.dumps(inputs))
     done = subprocess.run(
@@ -162,7 +162,7 @@ def test_stock_libraries_give_the_same_features(opened, photos, variant):
 
 
 @pytest.mark.slow
-def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, images):
+def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, photos):
     """With each tokenizer; the id of eos is 2 in two of them, which CLIPModel reads in another way."""
     folder, _, printed = opened
     wanted = []
@@ -170,7 +170,7 @@ def test_towers_of_clip_are_a_clip_model_with_its_pipeline(opened, images):
         again = CLIPS.from_pretrained(folder / kind / "hf", device="cpu")
         ours = CLIPS.from_pretrained(folder / kind / "native", device="cpu")
         odds, others = (
-            (one.logit_scale * one.similarity(list(pixels(images)), LABELS)).softmax(dim=-1) for one in (ours, again)
+            (one.logit_scale * one.similarity(list(pixels(photos)), LABELS)).softmax(dim=-1) for one in (ours, again)
         )
         assert torch.allclose(others, odds, atol=1e-3)
         wanted += odds.tolist()
@@ -186,28 +186,28 @@ def test_an_export_without_clip_model_names_the_switch():
     assert clip_model_lacks(with_tower(plain, "clip_model").model) is None
 
 
-def test_another_resolution_recomputes_positions(tmp_path, images):
+def test_another_resolution_recomputes_positions(tmp_path, photos):
     model, run, tokenizer = build("wordpiece")
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(images, 80), TEXTS, image_size=80)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(photos, 80), TEXTS, image_size=80)
     loaded, loaded_run, _ = load_native(tmp_path / "export/native")
     assert loaded_run.model.vision.image_size == 80
     with torch.no_grad():
-        assert not torch.allclose(loaded.encode_image(pixels(images, 80)), model.encode_image(pixels(images)))
+        assert not torch.allclose(loaded.encode_image(pixels(photos, 80)), model.encode_image(pixels(photos)))
         model.visual.set_image_size(80)
-        assert torch.equal(loaded.encode_image(pixels(images, 80)), model.encode_image(pixels(images, 80)))
+        assert torch.equal(loaded.encode_image(pixels(photos, 80)), model.encode_image(pixels(photos, 80)))
     with pytest.raises(ValueError, match="48 px"):
-        export_all(model, run, tokenizer, tmp_path / "export", pixels(images, 80), TEXTS)
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(photos, 80), TEXTS)
 
 
-def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, images, monkeypatch):
+def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, photos, monkeypatch):
     model, run, tokenizer = build("wordpiece")
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(photos), TEXTS)
     before = (tmp_path / "export/native/model.safetensors").read_bytes()
     monkeypatch.setattr("clips.weights.open_clip.positions_with_bias", lambda positions, bias, prefix: positions)
     with torch.no_grad():
         model.logit_scale += 1
     with pytest.raises(ExportError, match="open_clip"):
-        export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(photos), TEXTS)
     assert (tmp_path / "export/native/model.safetensors").read_bytes() == before
 
 
@@ -219,16 +219,16 @@ def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, images, 
         (False, {"pos_embed": "sincos_reference", "patch_bias": False, "pre_norm": True}),
     ],
 )
-def test_open_clip_files_are_read_back(tmp_path, images, pad_mask, vision):
+def test_open_clip_files_are_read_back(tmp_path, photos, pad_mask, vision):
     model, run, tokenizer = build("bert", pad_mask=pad_mask, **vision)
-    export_all(model, run, tokenizer, tmp_path / "export", pixels(images), TEXTS)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(photos), TEXTS)
     folder = tmp_path / "export/open_clip"
     loaded = load_model(folder)
     read, read_tokenizer = loaded.model, loaded.tokenizer
     assert read.config == replace(run.model, captioner=None)
     ids = read_tokenizer(TEXTS, 20, trim=False)
     with torch.no_grad():
-        assert torch.allclose(read.encode_image(pixels(images)), model.encode_image(pixels(images)), atol=1e-5)
+        assert torch.allclose(read.encode_image(pixels(photos)), model.encode_image(pixels(photos)), atol=1e-5)
         assert torch.allclose(read.encode_text(ids), model.encode_text(ids), atol=1e-6)
 
     weights = read_weights(folder / "open_clip_model.safetensors")

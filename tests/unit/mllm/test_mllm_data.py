@@ -307,7 +307,7 @@ def test_the_summary_of_the_demo_says_whose_images_are_asked_about(tmp_path, mon
         write_json(folders[1] / "results.json", {"metrics": {place + name: row for name, row in answered.items()}})
         print_summary()
         text = capsys.readouterr().out
-        assert f"images by {artists} artists" in text
+        assert f"images in {'an unseen' if artists == 'unseen' else 'a known'} drawing style" in text
         assert "What? – A cat (wrong: A dog)" in text
         assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
         assert re.search(r"zero-shot top 1 +│ +50.0 │ +3.0 │ +62 to 77", text)
