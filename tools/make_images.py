@@ -1,16 +1,21 @@
 #!/usr/bin/env python
-"""Draw an image for the docs: `answers` of models on images in the held-out style, `results` of a comparison, `curve`.
+"""Draw an image for the docs: `answers` of a model, `results` of a comparison, `curve` of a pretraining run, or `chat`.
 
-`curve` shows loss and validation retrieval of a pretraining run.
+`curve` shows loss and validation retrieval. `chat` is the page of scripts/chat.py in a headless Chromium after `--ask`.
 
-`answers` shows, for each kind of question, the first image that every model (one per seed) answers right, and one image
-that the first model answers wrong. So the images are not a random choice. The command prints their names.
+`answers` shows, for each kind of question about the held-out style, the first image that every model (one per seed)
+answers right, and as many of the first model's wrong answers as its share of right ones asks for. So the images are not
+a random choice. The command prints their names.
 """
 
+import importlib.util
+import math
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure as Plot
@@ -22,6 +27,7 @@ from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, curves_plot, plain_axes
 from clips.common.report import curves
+from clips.common.runtime import unused_port
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 
@@ -37,7 +43,7 @@ KIND_WORDS = {
     "yes_no": "yes or no",
     "overall": "all questions",
 }
-KINDS = ("identity", "where", "count", "relation")
+KINDS = ("identity", "where", "count", "relation", "yes_no")
 """Kinds of questions for which a right answer is shown, from left to right."""
 
 
@@ -65,14 +71,16 @@ def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
 
 
 def chosen(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return for each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
+    """Return for each of KINDS the first question that all runs answer right, then wrong answers of the first run.
 
-    No image is shown twice. Raises UserError if the runs answered different questions, or if a kind has no such one.
+    The wrong ones are as many as the share of right answers asks for, of one kind after the other. No image is shown
+    twice. Raises UserError if the runs answered different questions, or if a kind has no such one.
     """
     if len({tuple((answer["image"], answer["prompt"]) for answer in run) for run in runs}) != 1:
         raise UserError("--model: the models answered different questions")
     shown: dict[str, dict[str, Any]] = {}  # image → answer
-    for kind, is_right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
+    wrong = round(len(KINDS) * (1 / share_of_right(runs[0]) - 1))
+    for kind, is_right in [*((kind, True) for kind in KINDS), *((kind, False) for kind in KINDS[:wrong])]:
         for first, *others in zip(*runs, strict=True):
             is_new = first["kind"] == kind and first["image"] not in shown
             rest = others if is_right else []
@@ -84,11 +92,18 @@ def chosen(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(shown.values())
 
 
-def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
+def share_of_right(answers: Sequence[dict[str, Any]]) -> float:
+    """Return the share of right answers, at least 1 %."""
+    return max(0.01, fmean(answer["correct"] for answer in answers))
+
+
+def answers_plot(shown: Sequence[dict[str, Any]], images: Path, title: str) -> Plot:
     """Draw the images with their questions above and their answers below."""
-    plot = Plot(figsize=(6.3, 6.0), dpi=84, layout="constrained")
+    rows = math.ceil(len(shown) / 4)
+    plot = Plot(figsize=(8.4, 3.1 * rows), dpi=120, layout="constrained")
+    plot.suptitle(title, fontsize=10.5, color=INK)
     for place, answer in enumerate(shown, start=1):
-        axes = plot.add_subplot(2, 3, place)  # three images in a row can be read on a phone
+        axes = plot.add_subplot(rows, 4, place)
         axes.imshow(decode_image((images / answer["image"]).read_bytes()))
         axes.set_axis_off()
         axes.set_title(textwrap.fill(answer["prompt"], 26), fontsize=9, color=INK)
@@ -98,12 +113,49 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path) -> Plot:
     return plot
 
 
+def chat_page(model: Path, image: Path, questions: Sequence[str], out: Path) -> None:
+    """Ask `questions` about `image` on the page of scripts/chat.py, and write a screenshot at twice its size to `out`.
+
+    Raises UserError if there is no Chromium or no playwright.
+    """
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None or importlib.util.find_spec("playwright") is None:
+        raise UserError("chat needs Chromium (apt-get install chromium) and pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    from mllm.chat.web import launch
+
+    port = unused_port()
+    launch(str(model), port=port, block=False, device="cpu")
+    with sync_playwright() as playwright:
+        tab = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+            viewport={"width": 860, "height": 800}, device_scale_factor=2
+        )
+        tab.set_default_timeout(240_000)
+        tab.goto(f"http://127.0.0.1:{port}")
+        box = tab.get_by_placeholder("Ask about an image")
+        for number, question in enumerate(questions):
+            if number == 0:
+                tab.locator("input[type=file]").first.set_input_files(image)
+                tab.locator(".thumbnail-item").wait_for()
+            box.fill(question)
+            box.press("Enter")
+            tab.locator(".bot.message").nth(number).wait_for()
+            tab.get_by_label("Retry").wait_for()
+            tab.wait_for_timeout(1500)  # until the answer is whole
+        tab.screenshot(path=out)
+
+
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("answers", "results", "curve"), help="what to draw")
+    p.add_argument("what", choices=("answers", "results", "curve", "chat"), help="what to draw")
     p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json for `results`")
-    p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`")
+    p.add_argument(
+        "--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`, `chat`"
+    )
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="run for `curve`")
+    p.add_argument("--image", type=Path, help="image for `chat` (default: the demo's first test scene)")
+    p.add_argument("--ask", nargs="+", default=["What is in the picture?"], help="questions for `chat`")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
@@ -114,11 +166,19 @@ def main() -> None:
     check_target(out.parent)
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--output {out} must end with .png or .svg")
+    if flags.what == "chat":
+        chat_page(flags.model[0] / "model", flags.image or min((DEMO_DIR / IMAGES).glob("test-*")), flags.ask, out)
+        print(f"written to {out}")
+        return
     if flags.what == "answers":
-        shown = chosen([read_json_records(model / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl") for model in flags.model])
+        runs = [read_json_records(model / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl") for model in flags.model]
+        shown = chosen(runs)
         for answer in shown:
             print(f"{answer['image']}  {answer['prompt']}  {answer['text']}")
-        plot = answers_plot(shown, DEMO_DIR / IMAGES)
+        title = (
+            f"{share_of_right(runs[0]):.0%} of {len(runs[0]):,} answers are right; here every model's, then wrong ones"
+        )
+        plot = answers_plot(shown, DEMO_DIR / IMAGES, title)
     elif flags.what == "curve":
         plot = curves_plot(curves(flags.run)[:2])  # the loss, and the metrics of validation
     else:

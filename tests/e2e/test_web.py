@@ -92,7 +92,7 @@ def page(address: str) -> Iterator[Page]:
     assert errors == []
 
 
-def test_a_question_with_a_image_is_answered(page: Page, place: Path) -> None:
+def test_a_question_with_an_image_is_answered(page: Page, place: Path) -> None:
     box = page.get_by_placeholder("Ask about an image")
     for name in ("text.png", "scene.png"):
         page.locator("input[type=file]").first.set_input_files(place / name)
