@@ -108,7 +108,7 @@ def small() -> RunConfig:
 
 
 def small_captioner() -> RunConfig:
-    """`small` with the captioner on a third of the samples: a step takes about 1.15 times as long.
+    """`small` with the captioner on a third of the samples: a step takes 1.15 to 1.24 times as long.
 
     python scripts/pretrain_clips.py --recipe small_captioner --data 'shards/*.tar'
     """
