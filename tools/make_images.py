@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure as Plot
+from PIL import Image
 
 from clips import decode_image
 from clips.common.errors import UserError, run_command
@@ -100,7 +101,7 @@ def share_of_right(answers: Sequence[dict[str, Any]]) -> float:
 def answers_plot(shown: Sequence[dict[str, Any]], images: Path, title: str) -> Plot:
     """Draw the images with their questions above and their answers below."""
     rows = math.ceil(len(shown) / 4)
-    plot = Plot(figsize=(8.4, 3.1 * rows), dpi=120, layout="constrained")
+    plot = Plot(figsize=(8.4, 3.1 * rows), dpi=84, layout="constrained")
     plot.suptitle(title, fontsize=10.5, color=INK)
     for place, answer in enumerate(shown, start=1):
         axes = plot.add_subplot(rows, 4, place)
@@ -133,17 +134,27 @@ def chat_page(model: Path, image: Path, questions: Sequence[str], out: Path) -> 
         )
         tab.set_default_timeout(240_000)
         tab.goto(f"http://127.0.0.1:{port}")
-        box = tab.get_by_placeholder("Ask about an image")
+        box = tab.locator("textarea:visible").first
         for number, question in enumerate(questions):
             if number == 0:
                 tab.locator("input[type=file]").first.set_input_files(image)
                 tab.locator(".thumbnail-item").wait_for()
             box.fill(question)
             box.press("Enter")
-            tab.locator(".bot.message").nth(number).wait_for()
-            tab.get_by_label("Retry").wait_for()
-            tab.wait_for_timeout(1500)  # until the answer is whole
+            answer, before = tab.locator(".bot.message").nth(number), ""
+            answer.wait_for()
+            while not before or answer.inner_text() != before:  # until the answer is whole
+                before = answer.inner_text()
+                tab.wait_for_timeout(2000)
         tab.screenshot(path=out)
+    shrink(out)
+
+
+def shrink(out: Path) -> None:
+    """Reduce a PNG file in place to 256 colours, so that it stays below the 200 KB of an image in docs/images."""
+    if out.suffix == ".png":
+        with Image.open(out) as opened:
+            opened.convert("RGB").quantize(256).save(out, optimize=True)
 
 
 def parser() -> Parser:
@@ -184,6 +195,7 @@ def main() -> None:
     else:
         plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
     save_plot(plot, out)
+    shrink(out)
     print(f"written to {out}")
 
 
