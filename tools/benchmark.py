@@ -52,8 +52,7 @@ from clips.training import cli
 from clips.training.optim import make_engine, optimizer_step, rates_of
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
-from mllm.model.forward import embed_inputs
-from mllm.model.packing import Packing
+from mllm.model.forward import hidden_states
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.prepare import collator_of, prepare
 from mllm.training.stages import PARTS
@@ -123,8 +122,27 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
         "output layer and losses": lambda: [task(batch)[0]],
     }
 
+    whole = {"step": lambda: optimizer_step(engine, [host]), "data, in another process": lambda: next(loader)}
+    return time_growing(growing, whole, device, bf16=task.bf16, repeats=repeats)
+
+
+def time_growing(
+    growing: Mapping[str, Callable[[], Sequence[Tensor]]],
+    whole: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    bf16: bool,
+    repeats: int,
+) -> list[list[Any]]:
+    """Return a row of milliseconds for each part, the rest of the step, the step, and its data.
+
+    Args:
+        growing: Each computes what the one before it does and its own part, and returns the outputs.
+        whole: A whole "step", and under any other name the reading of its data.
+    """
+
     def measure(part: Callable[[], Sequence[Tensor]], backward: bool) -> None:
-        with torch.set_grad_enabled(backward), autocast(device, enabled=task.bf16):
+        with torch.set_grad_enabled(backward), autocast(device, enabled=bf16):
             total = torch.stack([x.float().sum() for x in part()]).sum()
         if backward:
             total.backward()
@@ -133,16 +151,7 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
         f"{name}/forward": partial(measure, part, False) for name, part in growing.items()
     }
     timed |= {name: partial(measure, part, True) for name, part in growing.items()}
-    timed |= {"step": lambda: optimizer_step(engine, [host]), "data": lambda: next(loader)}
-    seconds = fastest(timed, repeats, device)
-    return part_rows(list(growing), seconds, "data, in another process")
-
-
-def part_rows(growing: Sequence[str], seconds: Mapping[str, float], data: str) -> list[list[Any]]:
-    """Return a row of milliseconds for each part, the rest of a step, the step, and its `data`.
-
-    `seconds` holds those of NAME and NAME/forward for each of the `growing` steps, and those of `step` and `data`.
-    """
+    seconds = fastest(timed | dict(whole), repeats, device)
     rows: list[list[Any]] = []
     before = (0.0, 0.0)
     for name in growing:
@@ -153,7 +162,7 @@ def part_rows(growing: Sequence[str], seconds: Mapping[str, float], data: str) -
     rest = seconds["step"] - before[1]
     rows.append(["optimizer and agreement", 1e3 * rest, "", f"{rest / seconds['step']:.0%}"])
     rows.append(["step", 1e3 * seconds["step"], "", "100%"])
-    return [*rows, [data, 1e3 * seconds["data"], "", ""]]
+    return [*rows, *([name, 1e3 * seconds[name], "", ""] for name in whole if name != "step")]
 
 
 def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -> list[list[Any]]:
@@ -172,44 +181,26 @@ def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -
     engine.set_rates(dict.fromkeys(PARTS, 1e-6))
     loader = trainer.batches()
     host = next(loader)
-    batch, llava = module.to_device(host, device), module.llava
-    counts = host["counts"]
-    packing = Packing.of(batch["attention_mask"], counts) if module.packed else None
+    batch = module.to_device(host, device)
 
     def states() -> list[Tensor]:
-        features, pixels = (batch.get(name) for name in ("image_features", "pixel_values"))
-        embeds = embed_inputs(llava, batch["input_ids"], features, pixels, counts.image_tokens)
-        if packing is None:
-            inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
-        else:
-            row = embeds.flatten(0, 1).index_select(0, packing.row)[None]
-            inputs = {"inputs_embeds": row, "position_ids": packing.position_ids, "packing": packing}
-        return [llava.model.language_model(**inputs, use_cache=False).last_hidden_state]
+        embeds, packing, _ = module.inputs_of(batch)
+        return [hidden_states(module.llava, embeds, batch["attention_mask"], packing)]
 
     growing: dict[str, Callable[[], Sequence[Tensor]]] = {
         "embeddings, projector, blocks": states,
         "output layer and loss": lambda: [module(batch)[0]],
     }
 
-    def measure(part: Callable[[], Sequence[Tensor]], backward: bool) -> None:
-        with torch.set_grad_enabled(backward), autocast(device, enabled=module.bf16):
-            total = torch.stack([x.float().sum() for x in part()]).sum()
-        if backward:
-            total.backward()
-
     def step() -> None:
         terms = accumulate(engine, [host], trainer.prepare([host]))
         engine.agree(terms[0]["loss"], stop=0)
         engine.step()
 
-    timed: dict[str, Callable[[], Any]] = {
-        f"{name}/forward": partial(measure, part, False) for name, part in growing.items()
-    }
-    timed |= {name: partial(measure, part, True) for name, part in growing.items()}
-    seconds = fastest(timed | {"step": step, "data": lambda: next(loader)}, repeats, device)
-    tokens, trained = counts.real, sum(p.numel() for p in module.trained().values())
+    tokens, trained = host["counts"].real, sum(p.numel() for p in module.trained().values())
     print(f"{len(host['keys'])} samples, {tokens:,} tokens, {trained / 1e6:.1f} M trained weights")
-    return part_rows(list(growing), seconds, "data, in the same process")
+    whole = {"step": step, "data, in the same process": lambda: next(loader)}
+    return time_growing(growing, whole, device, bf16=module.bf16, repeats=repeats)
 
 
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
@@ -221,7 +212,7 @@ def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
 def stock_step(
     config: ModelConfig, tokenizer: CaptionTokenizer, texts: Sequence[str], device: torch.device
 ) -> Callable[[Batch], object]:
-    """Return a function that takes one step as open_clip's trainer does, including the clamp of the temperature.
+    """Return a function that takes one step as open_clip's trainer does, including the clamp of the logit scale.
 
     `texts` are the names of the texts in a batch, as in `TaskConfig.texts`.
     """

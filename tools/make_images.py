@@ -22,7 +22,7 @@ from matplotlib.figure import Figure as Plot
 from PIL import Image
 
 from clips import decode_image
-from clips.common.errors import UserError, run_command
+from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.flags import Parser
 from clips.common.page import save_plot
@@ -33,6 +33,8 @@ from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 
 WRONG = "#b3261e"
+ANSWER_S = 240
+"""Seconds to wait for an answer of the chat page."""
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` is the metric of one kind."""
 ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained"}
@@ -114,12 +116,19 @@ def answers_plot(shown: Sequence[dict[str, Any]], images: Path, title: str) -> P
     return plot
 
 
+def find_chromium() -> str | None:
+    """Return the path of an installed Chromium or Chrome, or None."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def chat_page(model: Path, image: Path, questions: Sequence[str], out: Path) -> None:
     """Ask `questions` about `image` on the page of scripts/chat.py, and write a screenshot at twice its size to `out`.
 
-    Raises UserError if there is no Chromium or no playwright.
+    Raises UserError without Chromium, playwright or the image, and CommandError if an answer is not whole in time.
     """
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = find_chromium()
+    if not image.is_file():
+        raise UserError(f"--image {image}: there is no such file")
     if browser is None or importlib.util.find_spec("playwright") is None:
         raise UserError("chat needs Chromium (apt-get install chromium) and pip install playwright")
     from playwright.sync_api import sync_playwright
@@ -132,7 +141,7 @@ def chat_page(model: Path, image: Path, questions: Sequence[str], out: Path) -> 
         tab = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
             viewport={"width": 860, "height": 800}, device_scale_factor=2
         )
-        tab.set_default_timeout(240_000)
+        tab.set_default_timeout(1000 * ANSWER_S)
         tab.goto(f"http://127.0.0.1:{port}")
         box = tab.locator("textarea:visible").first
         for number, question in enumerate(questions):
@@ -143,9 +152,13 @@ def chat_page(model: Path, image: Path, questions: Sequence[str], out: Path) -> 
             box.press("Enter")
             answer, before = tab.locator(".bot.message").nth(number), ""
             answer.wait_for()
-            while not before or answer.inner_text() != before:  # until the answer is whole
+            for _ in range(ANSWER_S):
+                if before and answer.inner_text() == before:  # it is whole
+                    break
                 before = answer.inner_text()
-                tab.wait_for_timeout(2000)
+                tab.wait_for_timeout(1000)
+            else:
+                raise CommandError(f"the page has not answered {question!r} after {ANSWER_S} seconds")
         tab.screenshot(path=out)
     shrink(out)
 
@@ -178,7 +191,7 @@ def main() -> None:
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--output {out} must end with .png or .svg")
     if flags.what == "chat":
-        chat_page(flags.model[0] / "model", flags.image or min((DEMO_DIR / IMAGES).glob("test-*")), flags.ask, out)
+        chat_page(flags.model[0] / "model", flags.image or DEMO_DIR / IMAGES / "test-000000.jpg", flags.ask, out)
         print(f"written to {out}")
         return
     if flags.what == "answers":

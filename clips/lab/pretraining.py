@@ -1,4 +1,4 @@
-"""Pretraining runs as the runs of a study, and the metrics that they leave."""
+"""Studies of pretraining: their runs, and the metrics that these leave."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ PRETRAINING = "pretraining"
 def pretraining_run_of(
     directory: Path, flags: Sequence[str], variant: str, seed: int, *, is_done: Callable[[Path], bool] = is_finished
 ) -> Run:
-    """Return the run `directory` of scripts/pretrain_clips.py as a run; its `flags` must name the directory.
+    """Return the lab's run of scripts/pretrain_clips.py with `flags`, which must name `directory` as the run's.
 
-    The run's check raises UserError if `directory` holds a run with other settings.
+    Its `check` raises UserError if `directory` was made with other settings.
     """
     config = config_from_flags(parser().parse_args(list(flags)))
 

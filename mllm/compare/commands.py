@@ -109,7 +109,7 @@ def lab_run(comparison: Comparison, run: EncoderRun) -> Run:
     record["evaluation"] = comparison.evaluation_settings()
 
     def result() -> str:
-        metrics = read_json(run.metrics).get("metrics", {})  # missing in runs of earlier versions
+        metrics = read_json(run.metrics).get("metrics", {})  # there is no file if only benchmarks run
         overall = metrics.get(deciding_name("overall", metrics))
         return f", {overall['value']:.1f}% right" if overall else ""
 
@@ -175,9 +175,10 @@ def fix_plan(comparison: Comparison) -> dict[str, Any]:
 
     Return the plan that the flags ask for now.
     """
-    plan, output = plan_of(comparison), comparison.output
+    output = comparison.output
     if (output / PLAN).is_file():
         check_format(read_json(output / PLAN), output)
+    plan = plan_of(comparison)
     with replacing(output / QUESTIONS) as copies:
         for name, path in comparison.question_files()[0].items():
             shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")

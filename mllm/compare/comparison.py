@@ -191,7 +191,7 @@ class Comparison:
         type=at_least(1),
     )
     output: Path = option(Path("runs/compare"), "directory for encoders, runs and the report")
-    jobs: int = option(1, "runs to run in parallel (default: two on a CPU, one on a GPU)", type=at_least(1))
+    jobs: int = option(1, "runs at the same time (default: two on a CPU, one on a GPU)", type=at_least(1))
     quick: bool = option(False, "compare clips with random: one encoder on half of the samples, four LLaVA runs")
     budget: float | None = option(
         None, "share of a stage's samples (default: 0.5 for the demo and --quick, else 1)", bounds={"above": 0}

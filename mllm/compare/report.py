@@ -152,8 +152,8 @@ def _encoders(report: Report) -> list[Section]:
         return []
     head = ["encoder"]
     for name in names:
-        test_set, _, entry = name.rpartition("/")
-        head.append(("linear probe" if entry == PROBE else pretty(entry)) + (f", {test_set}" if test_set else ""))
+        test_set, _, plain = name.rpartition("/")
+        head.append(("linear probe" if plain == PROBE else pretty(plain)) + (f", {test_set}" if test_set else ""))
     rows = [[encoder, *(percent_text(metrics.get(name)) for name in names)] for encoder, metrics in encoders.items()]
     rows.append(["chance", *(f"{chances[name]:.1f}" for name in names)])
     return [Section("The encoders themselves", [Table(head, rows)], INTRINSIC_NOTE)]
@@ -233,8 +233,8 @@ def not_shown(report: Report) -> list[str]:
 # ------------------------------------------------------- in words: one spelling for report, verification and docs
 def metric_name(metric: str) -> str:
     """Return a metric in words, with its column if it has one."""
-    entry, at, column = metric.partition("@")
-    name = METRICS.get(entry) or entry.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
+    plain, at, column = metric.partition("@")
+    name = METRICS.get(plain) or plain.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
     return f"{name}, {column}" if at else name
 
 
@@ -253,13 +253,13 @@ def interval_text(row: dict[str, Any]) -> str:
     return show_interval(row["ci95"], *digits_and_scale(row["metric"]))
 
 
-def mean_and_sd(metric: str, entry: dict[str, Any] | None) -> str:
+def mean_and_sd(metric: str, value: dict[str, Any] | None) -> str:
     """Return mean and standard deviation of a metric of answers as a text, or "–" if an encoder has none."""
     digits, scale = digits_and_scale(metric)
-    if entry is None:
+    if value is None:
         return "–"
-    spread = f" ± {scale * entry['sd']:.{digits}f}" if entry["sd"] is not None else ""
-    return f"{scale * entry['mean']:.{digits}f}{spread}"
+    spread = f" ± {scale * value['sd']:.{digits}f}" if value["sd"] is not None else ""
+    return f"{scale * value['mean']:.{digits}f}{spread}"
 
 
 def percent_text(metric: dict[str, Any] | None) -> str:

@@ -60,7 +60,7 @@ def metrics_of(name: str, scored: Mapping[str, Any], lines: Sequence[Mapping[str
                 metrics[f"{kind}_if_{answer}"] = {"value": 100 * fmean(right), "items": len(right)}
     yes_no = dict(scored.get("yes_no", {}))
     items = yes_no.pop("n", 0)
-    metrics |= {f"pope_{entry}": {"value": 100 * share, "items": items} for entry, share in yes_no.items()}
+    metrics |= {f"pope_{measure}": {"value": 100 * share, "items": items} for measure, share in yes_no.items()}
     likely = [line for line in lines if "share" in line]
     for kind in dict.fromkeys([*(line["kind"] for line in likely), "overall"]) if likely else ():
         by_kind = [line for line in likely if kind in (line["kind"], "overall")]

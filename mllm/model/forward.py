@@ -66,6 +66,27 @@ def embed_inputs(
     return rows.view_as(inputs_embeds)
 
 
+def hidden_states(
+    model: Llava, inputs_embeds: Tensor, attention_mask: Tensor, packing: Packing | None = None
+) -> Tensor:
+    """Return the language model's last hidden states: those of all positions [B · L, D], or of the packed row [R, D].
+
+    Args:
+        inputs_embeds: [B, L, D]. attention_mask: [B, L], not read with `packing`.
+    """
+    language_model = model.model.language_model
+    if packing is None:
+        outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
+    else:
+        outputs = language_model(
+            inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, packing.row)[None],
+            position_ids=packing.position_ids,
+            use_cache=False,
+            packing=packing,
+        )
+    return outputs.last_hidden_state.flatten(0, 1)
+
+
 def causal_lm_loss(
     model: Llava,
     inputs_embeds: Tensor,
@@ -86,18 +107,7 @@ def causal_lm_loss(
     """
     is_learned = F.pad(labels[:, 1:] != IGNORE, (0, 1))
     indices = places_of(is_learned, int(is_learned.sum()) if learned is None else learned)
-    language_model = model.model.language_model
-    if packing is None:
-        outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        states = outputs.last_hidden_state.flatten(0, 1).index_select(0, indices)
-    else:
-        outputs = language_model(
-            inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, packing.row)[None],
-            position_ids=packing.position_ids,
-            use_cache=False,
-            packing=packing,
-        )
-        states = outputs.last_hidden_state[0].index_select(0, packing.in_row(indices))
-    logits = model.lm_head(states).float()
+    states = hidden_states(model, inputs_embeds, attention_mask, packing)
+    logits = model.lm_head(states.index_select(0, indices if packing is None else packing.in_row(indices))).float()
     divisor = num_items if num_items is not None else max(len(indices), 1)
     return F.cross_entropy(logits, labels.flatten().index_select(0, indices + 1), reduction="sum") / divisor

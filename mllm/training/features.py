@@ -3,7 +3,7 @@
 A frozen vision tower gives an image the same tokens every time, so epochs, stages, seeds and runs share the features.
 
 Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 if a value would overflow) and
-`<random>.json` with its n keys, one for each square; the crops of an image follow each other. A pair of files counts
+`<random>.json` with its n keys, one for each crop; those of an image follow each other. A pair of files counts
 once its .json is in place, and never changes. So several processes may write, and a killed process leaves nothing that
 counts.
 float16 keeps 11 bits: cached features differ by at most 2^-11 of their value from computed ones.

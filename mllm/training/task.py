@@ -69,8 +69,9 @@ class TrainingModel(Objective):
             loss = self._loss(batch, label_count)
         return loss, {"loss": loss.detach()}
 
-    def _loss(self, batch: Batch, label_count: Tensor | float | None) -> Tensor:
-        llava, ids, mask = self.llava, batch["input_ids"], batch["attention_mask"]
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Packing | None, Counts]:
+        """Return the embeddings [B, L, D] that the language model reads, how they are packed, and the counts."""
+        llava, ids = self.llava, batch["input_ids"]
         counts, features, pixels = (batch.get(name) for name in ("counts", "image_features", "pixel_values"))
         if counts is None:  # without them the host waits for the GPU
             counts = Counts.of(batch, *placeholder_ids(llava.config))
@@ -78,9 +79,12 @@ class TrainingModel(Objective):
             side = llava.model.vision_tower.config.image_size
             pixels = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=ids.device)
         embeds = embed_inputs(llava, ids, features, pixels, counts.image_tokens, batch.get("image_sizes", ()))
-        packing = Packing.of(mask, counts) if self.packed else None
-        labels = batch["labels"]
-        return causal_lm_loss(llava, embeds, mask, labels, label_count, learned=counts.learned, packing=packing)
+        return embeds, Packing.of(batch["attention_mask"], counts) if self.packed else None, counts
+
+    def _loss(self, batch: Batch, label_count: Tensor | float | None) -> Tensor:
+        embeds, packing, counts = self.inputs_of(batch)
+        mask, labels = batch["attention_mask"], batch["labels"]
+        return causal_lm_loss(self.llava, embeds, mask, labels, label_count, learned=counts.learned, packing=packing)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`, the pixels in the encoder's precision."""

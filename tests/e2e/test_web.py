@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from conftest import ROOT
 from tiny_mllm import make_image, write_export, write_llava_on
 
 from clips.common.runtime import unused_port
+from tools.make_images import find_chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 PATIENCE_S = 240
 wait_until = partial(serve_process.wait_until, seconds=PATIENCE_S)
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = find_chromium()
 
 
 @pytest.fixture(scope="module")
