@@ -235,11 +235,11 @@ def held(zero: dict) -> dict[str, int]:
         engine.agree(loss, stop=0)
         gradients = size(part for parts in engine.zero_state.gradients() for part in parts)
         engine.step()
-    inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
+    inner = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
     flats = [p for group in inner.param_groups for p in group["params"]]
     state = [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v) and v.ndim]
-    weights = [p.ds_tensor if engine.stage == 3 else p for p in engine.module.parameters()]
-    copies = flats if engine.stage in (1, 2) else []  # elsewhere they are the weights themselves
+    weights = [p.ds_tensor if engine.zero_stage == 3 else p for p in engine.module.parameters()]
+    copies = flats if engine.zero_stage in (1, 2) else []  # elsewhere they are the weights themselves
     return {"weights": size(weights), "optimizer": size([*state, *copies]), "gradients": gradients}
 
 

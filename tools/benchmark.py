@@ -54,7 +54,7 @@ from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 from mllm.model.forward import hidden_states
 from mllm.training.arguments import parse_train_arguments
-from mllm.training.prepare import collator_of, prepare
+from mllm.training.prepare import collator_of, prepare_stage
 from mllm.training.stages import PARTS
 from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer
 
@@ -169,7 +169,7 @@ def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -
     """Measure a step of a LLaVA stage, given by flags of scripts/train_llava.py, as `time_parts` does."""
     init_distributed(device)
     arguments = parse_train_arguments([*words, "--dry_run"]).resolve(1)  # a dry run needs no projector of stage 1
-    prepared = prepare(arguments, device, {})
+    prepared = prepare_stage(arguments, device, {})
     collator = collator_of(prepared, Start())
     module = TrainingModel(prepared.model, features=arguments.caches_features, bf16=arguments.bf16).train()
     engine = Engine(
@@ -193,7 +193,7 @@ def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -
     }
 
     def step() -> None:
-        terms = accumulate(engine, [host], trainer.prepare([host]))
+        terms = accumulate(engine, [host], trainer.shared_inputs([host]))
         engine.agree(terms[0]["loss"], stop=0)
         engine.step()
 

@@ -67,8 +67,8 @@ class Objective(nn.Module):
     """A model with its loss as one module, because DeepSpeed wraps a forward pass that ends in the loss.
 
     `forward(batch, shared)` turns a micro-batch on the device into (loss, detached loss terms with the "loss" to log).
-    `shared` is what `Trainer.prepare` (clips/engine/loop.py) returns for this micro-batch. The engine averages losses
-    over the micro-batches of a step and over the ranks.
+    `shared` is what `Trainer.shared_inputs` (clips/engine/loop.py) returns for this micro-batch. The engine averages
+    losses over the micro-batches of a step and over the ranks.
     """
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
@@ -143,9 +143,9 @@ class Engine:
         )
         self.zero_state = ZeroState(self.engine, checkpointed, muon, device)
         """The sharded state; it is gathered for a checkpoint and restored from one."""
-        self.stage = self.zero_state.stage
+        self.zero_stage = self.zero_state.stage
         self.facts = {
-            "zero_stage": self.stage,
+            "zero_stage": self.zero_stage,
             "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
         }
         """What env.json records about the engine."""
@@ -197,7 +197,7 @@ class Engine:
         loss = loss.detach().float()
         broken = ~torch.isfinite(loss + adamw + muon)
         square = adamw.double().square()
-        if self.stage == 0:
+        if self.zero_stage == 0:
             square = square / self.world_size  # every rank holds the whole gradient
         signals = square.new_tensor([unsaved, *(stop == number for number in STOP_SIGNALS)])
         sums = torch.cat([torch.stack([broken.double(), loss.double(), square]), signals])

@@ -29,6 +29,8 @@ class Trainer:
     """Samples of the full training."""
     log_every: int
     """Steps between two lines of the log."""
+    logged_group: str
+    """The parameter group whose learning rate the log shows."""
     local_module: nn.Module
     """Module in whose forward pass a rank waits for no other rank, below ZeRO-3; its time is the rank's own."""
 
@@ -39,12 +41,11 @@ class Trainer:
     def begin_step(self) -> tuple[int, dict[str, float]]:
         """Prepare the engine for the next step. Collective.
 
-        Return the number of samples of the step over all ranks, and the learning rate of each parameter group. The log
-        shows the first rate.
+        Return the number of samples of the step over all ranks, and the learning rate of each parameter group.
         """
         raise NotImplementedError
 
-    def prepare(self, batches: Sequence[Batch]) -> Sequence[Any]:
+    def shared_inputs(self, batches: Sequence[Batch]) -> Sequence[Any]:
         """Return for each micro-batch of the step what its loss needs to know of all of them. Collective."""
         raise NotImplementedError
 
@@ -52,7 +53,7 @@ class Trainer:
         """Return the FLOPs of the forward and backward pass over a micro-batch, and its number of tokens or 0."""
         raise NotImplementedError
 
-    def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
+    def check_spike(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
         """Return True if the update of the step is skipped; all ranks decide alike. Collective if it is.
 
         Args:
@@ -82,7 +83,7 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
     engine, state = trainer.engine, trainer.state
     stop = StopSignal()
     # In ZeRO-3 ranks wait for each other's weights inside the model.
-    own_time = OwnTime(trainer.local_module, engine.device) if engine.stage < 3 else None
+    own_time = OwnTime(trainer.local_module, engine.device) if engine.zero_stage < 3 else None
     meter = Meter(engine.device, state, own_time, peak_flops(engine.device, log.say))
     batches = meter.timed(trainer.batches())
 
@@ -90,7 +91,7 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
         size, rates = trainer.begin_step()
         engine.set_rates(rates)
         step = list(islice(batches, engine.accumulation))
-        terms = accumulate(engine, step, trainer.prepare(step))
+        terms = accumulate(engine, step, trainer.shared_inputs(step))
         losses = [micro["loss"] for micro in terms]
         keys = [batch["keys"] for batch in step]
         for batch, micro in zip(step, terms, strict=True):
@@ -101,7 +102,7 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
             await_checkpoint(writer)  # raises
         if not reduced.finite:
             _end_not_finite(state, losses, keys)
-        engine.step(skip=trainer.skips(reduced, keys, log))
+        engine.step(skip=trainer.check_spike(reduced, keys, log))
         trainer.end_step()
         if profiler is not None:
             profiler.step()
@@ -112,7 +113,7 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
         saves = trainer.saves() or is_last or reduced.stopping > 0
         # A checkpoint needs a line too, because the means start again after it.
         if state.step % trainer.log_every == 0 or saves:
-            trainer.check_skipped(meter.log(log, state, next(iter(rates.values())), reduced.grad_norm))
+            trainer.check_skipped(meter.log(log, state, rates[trainer.logged_group], reduced.grad_norm))
         log.progress(state.samples)
         with meter.aside():
             if saves:
@@ -133,7 +134,7 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
 def accumulate(engine: Engine, batches: Sequence[Batch], shared: Sequence[Any]) -> list[dict[str, Tensor]]:
     """Run the forward and backward passes of a step's micro-batches; return the detached loss terms of each one.
 
-    `shared` is what `Trainer.prepare` returns for these micro-batches.
+    `shared` is what `Trainer.shared_inputs` returns for these micro-batches.
     """
     terms = []
     for number, (batch, of_step) in enumerate(zip(batches, shared, strict=True), start=1):

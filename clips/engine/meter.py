@@ -2,8 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
 from clips.engine.checkpoint import TrainState
+from clips.engine.engine import Batch
 from clips.engine.log import RunLog
 from clips.engine.watchdog import OwnTime
 
@@ -45,7 +45,7 @@ class Meter:
         if self.own_time is not None:
             self.own_time.seconds()
 
-    def timed(self, loader: Any) -> Any:
+    def timed(self, loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Iterate over `loader`, measuring the time that the loop waits for it."""
         iterator = iter(loader)
         while True:

@@ -81,7 +81,8 @@ def make_engine(task: Task, run: RunConfig, device: torch.device, ds_config: dic
     task.model.set_activation_checkpointing(run.train.activation_checkpointing)
     zero = ds_config.get("zero_optimization", {})
     if run.optim.kind == "muon" and zero.get("stage") == 3:
-        zero["reduce_scatter"] = False  # DeepSpeed refuses Muon with it: the full gradient is needed
+        # DeepSpeed refuses Muon with it, because Muon needs the full gradient.
+        ds_config = {**ds_config, "zero_optimization": {**zero, "reduce_scatter": False}}
     engine = Engine(
         task, build_optimizer(parameter_groups(task, run.optim), run.optim), device, ds_config,
         micro_batch=run.phases[0].batch_size // (dist.get_world_size() * run.train.accumulation),

@@ -202,7 +202,7 @@ class CLIPSTrainer(Trainer):
     ) -> None:  # fmt: skip
         self.run, self.engine, self.source, self.tokenizer, self.state = run, engine, source, tokenizer, state
         self.run_dir = run_dir
-        self.samples, self.log_every = run.samples, run.train.log_every
+        self.samples, self.log_every, self.logged_group = run.samples, run.train.log_every, "decay"
         self.objective: Task = engine.module
         self.local_module = self.objective.model
 
@@ -236,7 +236,7 @@ class CLIPSTrainer(Trainer):
         factor = lr_factor(self.phase, state.phase_step)
         return self.phase.batch_size, rates_of(self.phase.lr * factor, self.phase.muon_lr * factor)
 
-    def prepare(self, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
+    def shared_inputs(self, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
         """Return the gradients of the contrastive loss, if that runs over the whole batch."""
         return cache_gradients(self.engine, batches)
 
@@ -244,7 +244,7 @@ class CLIPSTrainer(Trainer):
         """Return the FLOPs of a micro-batch; its tokens are not counted."""
         return flops_of(self.objective, batch), 0
 
-    def skips(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
+    def check_spike(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
         """Record a spike, and skip its update if the run says so.
 
         Raises DivergedError if skipping steps does not help.

@@ -207,8 +207,8 @@ class LlavaDataset(Dataset):
             sample = self[~index]
             return sample | {"labels": [IGNORE] * len(sample["labels"])}
         record = self.records[index]
-        sizes, images = self.tokens.read(record.images, self.store)
-        encoded = self.encoder.encode(record.turns, images, record.name)
+        sizes, image_tokens = self.tokens.read(record.images, self.store)
+        encoded = self.encoder.encode(record.turns, image_tokens, record.name)
         self._truncated[index] = encoded.truncated
         sample = {
             "key": record.name,

@@ -25,14 +25,14 @@ from mllm.model.quantize import dequantize
 from mllm.model.tiles import newline_of
 from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
-from mllm.training.prepare import PROJECTOR, Prepared
+from mllm.training.prepare import PROJECTOR, PreparedStage
 from mllm.training.stages import STAGES
 
 OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0), no evidence about photographs"
 """Added to the demo's data on a model's card."""
 
 
-def write_results(prepared: Prepared, summary: dict[str, Any]) -> None:
+def write_results(prepared: PreparedStage, summary: dict[str, Any]) -> None:
     """Write the projector, after stage 2 also adapter and model, and last done.json, which marks the stage as done."""
     arguments = prepared.arguments
     model = prepared.model

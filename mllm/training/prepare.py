@@ -62,8 +62,8 @@ def start_bytes(width: int, images: int = START_IMAGES) -> int:
 
 
 @dataclass(kw_only=True)
-class Prepared:
-    """The result of `prepare`: a stage and its parts."""
+class PreparedStage:
+    """The result of `prepare_stage`: a stage and its parts."""
 
     arguments: TrainArguments
     device: torch.device
@@ -96,7 +96,7 @@ class Prepared:
         return zero_stage(self.deepspeed)
 
 
-def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any]) -> Prepared:
+def prepare_stage(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any]) -> PreparedStage:
     """Load and assemble encoder, language model, data and the freeze plan; the result is the same on every rank.
 
     Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
@@ -142,7 +142,7 @@ def prepare(arguments: TrainArguments, device: torch.device, deepspeed: dict[str
     }
     width = llava.config.get_text_config().hidden_size
     data = dataset.facts() | (store.facts if isinstance(store, CaptionStore) else {})
-    return Prepared(
+    return PreparedStage(
         arguments=arguments, device=device, deepspeed=with_hidden_size(deepspeed, width),
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
         data=data,
@@ -227,7 +227,7 @@ def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
     return f"from {start}"
 
 
-def record_config(prepared: Prepared, *, write: bool) -> None:
+def record_config(prepared: PreparedStage, *, write: bool) -> None:
     """Check config.json, and if `write` is set, write it with the list of skipped samples.
 
     Raises UserError if config.json records another run, if stage 1 trained its projector between another encoder and
@@ -287,7 +287,7 @@ def record_config(prepared: Prepared, *, write: bool) -> None:
         write_atomically(prepared.stage_dir / "skipped.jsonl", lines)
 
 
-def check_same_data(prepared: Prepared) -> None:
+def check_same_data(prepared: PreparedStage) -> None:
     """Raise UserError if the stage has trained on other data, or stage 1 on images that stage 2 would hold out.
 
     Older runs have no record and go on. A stage that has no checkpoint yet takes other data.
@@ -317,7 +317,7 @@ def check_same_data(prepared: Prepared) -> None:
             )
 
 
-def collator_of(prepared: Prepared, start: Start) -> Collator:
+def collator_of(prepared: PreparedStage, start: Start) -> Collator:
     """Fill the feature cache, each rank with its share, and return the collator of the stage's batches."""
     arguments = prepared.arguments
     device = prepared.device
@@ -338,7 +338,7 @@ def collator_of(prepared: Prepared, start: Start) -> Collator:
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
-def fit_to_captions(prepared: Prepared, collator: Collator) -> float:
+def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
     """Fit the projector, alike on every rank, to at most `START_IMAGES` samples with one image, and return R²."""
     arguments = prepared.arguments
     device = prepared.device

@@ -42,7 +42,14 @@ from mllm.training.arguments import StageArguments, TrainArguments, TrainFlags
 from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.flops import costs_of
 from mllm.training.freeze import assert_freeze, count_parameters
-from mllm.training.prepare import START_IMAGES, Prepared, collator_of, fit_to_captions, prepare, record_config
+from mllm.training.prepare import (
+    START_IMAGES,
+    PreparedStage,
+    collator_of,
+    fit_to_captions,
+    prepare_stage,
+    record_config,
+)
 from mllm.training.stages import PARTS, STAGE_FLAGS
 from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer, samples_after, steps_of
 from mllm.training.zero import deepspeed_config, full_parameters
@@ -65,7 +72,7 @@ def run_stage(flags: StageArguments) -> None:
         start.agree({"flags": dataclasses.asdict(arguments), "--deepspeed": deepspeed})
 
         start.at("the parts of the model")
-        prepared = prepare(arguments, device, deepspeed)
+        prepared = prepare_stage(arguments, device, deepspeed)
         data = f"{len(prepared.dataset):,} samples ({prepared.data['sha256'][:8]})"
         start.agree({"the training data": data, "the vision encoder": prepared.vision.fingerprint})
         if start.rank == 0:
@@ -100,7 +107,7 @@ def run_stage(flags: StageArguments) -> None:
     shutdown()
 
 
-def train(prepared: Prepared, before: Checkpoint | None, start: Start, begin: float) -> dict[str, Any]:
+def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begin: float) -> dict[str, Any]:
     """Take the stage's steps from the checkpoint `before` on and return its summary (done.json).
 
     `begin` is the time when the preparation began. `start` is closed once the engine is made. Raises Stopped after a
@@ -217,7 +224,7 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
     return shlex.join(words)
 
 
-def speed_name(prepared: Prepared, ranks: int) -> str:
+def speed_name(prepared: PreparedStage, ranks: int) -> str:
     """Return what identifies stages of equal speed, for `expected_time`."""
     arguments = prepared.arguments
     parts = ", ".join(f"{total:,}" for total, _ in count_parameters(prepared.model).values())
@@ -226,7 +233,7 @@ def speed_name(prepared: Prepared, ranks: int) -> str:
     return f"{arguments.stage_info.name}: {parts} parameters, {how} on {on}"
 
 
-def print_plan(prepared: Prepared, ranks: int) -> None:
+def print_plan(prepared: PreparedStage, ranks: int) -> None:
     """Print the freeze table with counts and rates, then what else matters."""
     arguments = prepared.arguments
     freeze = prepared.freeze

@@ -158,7 +158,8 @@ class LlavaTrainer(Trainer):
         self.steps = steps_of(arguments, len(dataset))
         self.samples = samples_after(self.steps, len(dataset), arguments.batch_size)
         state.samples = samples_after(state.step, len(dataset), arguments.batch_size)  # an old one counted full steps
-        self.log_every, self.peaks, self.costs = arguments.logging_steps, arguments.rates, costs
+        self.log_every, self.logged_group = arguments.logging_steps, "language_model"
+        self.peaks, self.costs = arguments.rates, costs
         self.local_module = engine.module
         self.factor = schedule(arguments, self.steps)
 
@@ -181,10 +182,9 @@ class LlavaTrainer(Trainer):
         arguments, step = self.arguments, self.state.step
         torch.manual_seed(hash((arguments.seed, step, dist.get_rank())))
         size = samples_after(step + 1, len(self.dataset), arguments.batch_size) - self.state.samples
-        # The language model's rate comes first, because the log shows the first one.
-        return size, {part: self.factor(step) * self.peaks[part] for part in reversed(PARTS)}
+        return size, {part: self.factor(step) * self.peaks[part] for part in PARTS}
 
-    def prepare(self, batches: Sequence[Batch]) -> Sequence[Tensor | float]:
+    def shared_inputs(self, batches: Sequence[Batch]) -> Sequence[Tensor | float]:
         """Return the step's mean number of labels of a micro-batch, by which the sum over labels is divided.
 
         So the mean over micro-batches and ranks, which the engine takes, is the mean over all labels of the step.

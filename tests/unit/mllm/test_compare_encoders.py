@@ -31,7 +31,7 @@ from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
 from mllm.model.projector import save_projector
-from mllm.training.prepare import PROJECTOR, prepare
+from mllm.training.prepare import PROJECTOR, prepare_stage
 
 __all__ = ["made", "place"]  # fixtures
 
@@ -79,7 +79,7 @@ def test_runs_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
         seen = {}
         for run in comparison.runs:
             arguments = train_arguments(comparison, run, stage)
-            prepared = prepare(arguments, torch.device("cpu"), {})
+            prepared = prepare_stage(arguments, torch.device("cpu"), {})
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
                 batch_size=arguments.per_device_train_batch_size,
