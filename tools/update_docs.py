@@ -33,6 +33,8 @@ from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import read_json, sha256, write_atomically, write_json
 from clips.common.flags import Parser
 from clips.lab.stats import show_difference, show_mean
+from mllm.compare.analysis import read_answers
+from mllm.compare.comparison import Comparison, comparison_of, stored_questions
 from mllm.compare.report import difference_text, mean_and_sd, percent_text
 from mllm.compare.verify import opened, verified
 
@@ -66,16 +68,29 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     else:
         with opened(source) as output:
             report = verified(output, source).report
+            right = _right(comparison_of(report["plan"], output))
         content = {key: value for key, value in report.items() if key not in LONG}
         content["differences"] = [_short(row) for row in report["differences"]]
         content["encoders"] = {
             name: encoder | {"metrics": {metric: _short(entry) for metric, entry in encoder["metrics"].items()}}
             for name, encoder in report["encoders"].items()
         }
+        content["right"] = right
         if source.is_file():
             content["archive"] = {"file": source.name, "bytes": source.stat().st_size, "sha256": sha256(source)}
     write_json(target, content)
     return target
+
+
+def _right(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Return for each question file and run a character per question: 1 right, 0 wrong, - without a known answer."""
+    answers = read_answers(comparison.runs, stored_questions(comparison.output))
+    right: dict[str, dict[str, str]] = {}
+    for run, lines in answers.items():
+        for line in lines:
+            of_file = right.setdefault(line["file"], {})
+            of_file[run.name] = of_file.get(run.name, "") + {True: "1", False: "0"}.get(line.get("correct"), "-")
+    return right
 
 
 def _short(metric: Mapping[str, Any]) -> dict[str, Any]:

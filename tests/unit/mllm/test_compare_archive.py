@@ -309,6 +309,9 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
     assert not {"runs", "examples", "files"} & content.keys()
     assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
+    (right,) = content["right"].values()
+    shares = [answers.count("1") / len(answers) for name, answers in right.items() if name.startswith("random")]
+    assert fmean(shares) == pytest.approx(content["encoders"]["random"]["metrics"]["accuracy"]["mean"])
     update_pages(check=False, root=root)
     shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
     assert shown in (root / "docs" / "page.md").read_text().partition("-->")[2]
