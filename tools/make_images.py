@@ -199,9 +199,8 @@ def main() -> None:
         shown = chosen(runs)
         for answer in shown:
             print(f"{answer['image']}  {answer['prompt']}  {answer['text']}")
-        title = (
-            f"{share_of_right(runs[0]):.0%} of {len(runs[0]):,} answers are right; here every model's, then wrong ones"
-        )
+        wrong = sum(not answer["correct"] for answer in shown)
+        title = f"{share_of_right(runs[0]):.0%} of {len(runs[0]):,} answers are right, so {wrong} of {len(shown)} here are wrong"
         plot = answers_plot(shown, DEMO_DIR / IMAGES, title)
     elif flags.what == "curve":
         plot = curves_plot(curves(flags.run)[:2])  # the loss, and the metrics of validation
