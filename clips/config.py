@@ -22,7 +22,10 @@ from clips.common.typed import assign, from_dict, require
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
-    """Parse `image=jpg web=json:alt long=txt` into Fields."""
+    """Return `fields` with the parts replaced that --fields assigns, such as `image=jpg web=json:alt long=txt`.
+
+    Raises UserError for an unknown part or an empty field.
+    """
     known = [field.name for field in dataclasses.fields(Fields)]
     for assignment in assignments:
         part, separator, field = assignment.partition("=")
@@ -33,7 +36,7 @@ def parse_fields(assignments: list[str], fields: Fields) -> Fields:
 
 
 def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
-    """Parse `recap=3:shards/*.tar cc=1:cc.parquet` into the sets of a mix."""
+    """Parse --mix, entries NAME=SHARE:DATA such as `recap=3:shards/*.tar`. Raises UserError for any other form."""
     parts = []
     for entry in entries:
         name, has_name, rest = entry.partition("=")
@@ -48,7 +51,7 @@ def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
 
 
 def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
-    """Parse `coco.jsonl flickr=flickr.jsonl` into the first test set and the further ones."""
+    """Split --test-data into the first set, DATA, and further ones, NAME=DATA. Raises UserError for any other form."""
     further = []
     for entry in entries[1:]:
         name, has_name, data = entry.partition("=")
@@ -381,7 +384,10 @@ class OptimConfig:
     their initial weights. Projections, logit scale and captioner have the full rate, embeddings the lowest."""
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
-        """Return the factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
+        """Return the factor for a phase's learning rates if `batch_size` replaces the recipe's batch size, `recipes`.
+
+        It is their ratio, its square root or 1, depending on `lr_scaling`.
+        """
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
@@ -531,9 +537,10 @@ class RunConfig:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
     def override(self, assignments: list[str], values: Mapping[str, Any] | None = None) -> RunConfig:
-        """Set `values` by their paths, then apply `a.b.c=value` assignments; only the result must be a valid run.
+        """Return this configuration with `values` set by their paths, and then the assignments `a.b.c=value` applied.
 
-        The value of an assignment is JSON or text, and phases are addressed by their index or `*`.
+        The value of an assignment is JSON or text, and phases are addressed by their index or `*`. Only the result must
+        be a valid run. Raises UserError for an unknown field or a value that is not valid.
         """
         tree = json.loads(json.dumps(self.to_dict()))
         for path, value in (values or {}).items():

@@ -95,7 +95,10 @@ def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str, 
 
 
 def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
-    """Write the images that were found as one self-contained HTML page."""
+    """Write the images that were found as one self-contained HTML page.
+
+    Raises UserError if an image cannot be decoded, and OSError if it cannot be read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     cards = []
     for rank, match in enumerate(matches, start=1):

@@ -139,7 +139,7 @@ class Endpoint:
         self.identity = model or models[0]
 
     def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
-        """Yield the pairs in order, each with a caption or with the reason why it has none."""
+        """Yield the pairs in order, after setting `long` or, where there is no caption, `reason` of each in place."""
         tasks: deque[asyncio.Task[Pair]] = deque()
         try:
             for number, pair in enumerate(pairs):
@@ -194,7 +194,10 @@ async def first_model(client: openai.AsyncOpenAI) -> str:
 
 
 class LocalModel:
-    """An image-text-to-text model of transformers, given by directory or hub id, that has a chat template."""
+    """An image-text-to-text model of transformers, given by directory or hub id.
+
+    Raises UserError if it cannot be loaded, or has no chat template.
+    """
 
     def __init__(self, name: str, prompt: str, flags: argparse.Namespace) -> None:
         directory = resolve(find_model(name), "captioner")
@@ -213,7 +216,7 @@ class LocalModel:
         self.identity = model_digest(directory, whole=True)
 
     def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
-        """Yield the pairs in order, with a caption or the reason why there is none."""
+        """Yield the pairs in order, after setting `long` or, where there is no caption, `reason` of each in place."""
         pairs = iter(pairs)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
             while batch := list(itertools.islice(pairs, self.flags.batch_size)):
@@ -250,7 +253,7 @@ def read_pairs(source: Source, indices: Iterable[int]) -> Iterator[Pair]:
 
 
 def judge(pair: Pair) -> None:
-    """Strip the texts, and set the reason of a bad caption."""
+    """Strip a pair's texts in place, and set its `reason` if the caption is empty, a refusal or repetitive."""
     for name in ("key", "web", "long"):  # UTF-8 cannot encode a lone surrogate
         setattr(pair, name, getattr(pair, name).encode("utf-8", "replace").decode().strip())
     if not pair.long:
@@ -264,9 +267,10 @@ def judge(pair: Pair) -> None:
 
 
 def leave_out_messages(pairs: Sequence[Pair]) -> None:
-    """Set the reason of captions that share at least their first half with a tenth of all captions in `pairs`.
+    """Mark captions as "repeated" if a tenth of `pairs`, of at least three images, share at least their first half.
 
-    Such a text is a server's message, or the prompt. Digits are ignored, because a message may number the requests.
+    Such a text is an error message of the server, or the prompt. Digits are ignored, because a message may contain the
+    number of its request. Only texts that agree in their first 32 bytes are compared.
     """
     groups: defaultdict[bytes, list[tuple[str, Pair]]] = defaultdict(list)
     for pair in pairs:

@@ -200,7 +200,8 @@ def main() -> None:
         for answer in shown:
             print(f"{answer['image']}  {answer['prompt']}  {answer['text']}")
         wrong = sum(not answer["correct"] for answer in shown)
-        title = f"{share_of_right(runs[0]):.0%} of {len(runs[0]):,} answers are right, so {wrong} of {len(shown)} here are wrong"
+        of_all = f"{share_of_right(runs[0]):.0%} of {len(runs[0]):,} answers are right"
+        title = f"{of_all}, so {wrong} of {len(shown)} here are wrong"
         plot = answers_plot(shown, DEMO_DIR / IMAGES, title)
     elif flags.what == "curve":
         plot = curves_plot(curves(flags.run)[:2])  # the loss, and the metrics of validation

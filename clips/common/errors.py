@@ -83,7 +83,10 @@ def reason(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return `ValueError: …, at report.py:44`, with the last line of this project, to show instead of a traceback."""
+    """Return the error in one line, to print instead of a traceback: `ValueError: …, at report.py:44`.
+
+    The place is the innermost frame in this project's code, or the last one if there is none.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     *_, last = [frame for frame in frames if frame.filename.startswith(PACKAGES)] or frames
     what = " ".join(str(error).split())
@@ -147,7 +150,11 @@ def _kill_workers() -> None:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run `main` and return its exit code; print a `CommandError` or an OSError as one message."""
+    """Run `main` and return the exit code; a CommandError, an OSError or Ctrl-C becomes one message on stderr.
+
+    Other exceptions are raised again. Data workers are killed in each of these cases. Also makes stdout and stderr
+    replace characters that the terminal's encoding lacks.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # An ASCII terminal gets \\xb1 for ±. A stream whose file was replaced refuses the change.

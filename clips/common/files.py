@@ -20,7 +20,7 @@ from clips.common.errors import UserError, reason
 T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
 STAMP = "manifest.json"
-"""File in a folder that `ensure_built` built, in lower case: the settings it was built with."""
+"""Name of the file, in lower case, in which `ensure_built` records the settings that a folder was built with."""
 
 
 def seal(directory: Path) -> None:
@@ -31,7 +31,10 @@ def seal(directory: Path) -> None:
 
 
 def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
-    """Return `directory`. Raises ValueError unless its files match their seal, the `required` ones among them."""
+    """Return `directory` if its files have the SHA-256s that its MANIFEST.json lists, else raise ValueError.
+
+    The `required` files must be among them.
+    """
     try:
         digests = from_json(read_bytes(directory / MANIFEST))
         for name in dict.fromkeys([*required, *digests]):
@@ -148,7 +151,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_records(path: Path) -> list[Any]:
-    """Return the raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
+    """Return the records in a LLaVA .json or .jsonl file, unchecked.
+
+    Raises UserError if the file cannot be read, is not JSON, or does not hold a list of at least one record.
+    """
     path = Path(path)
     try:
         text = read_regular(path, -1).decode()
@@ -172,7 +178,7 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """Return the first `most` bytes of a file, or all of them for −1. Raises OSError as `open_regular`."""
+    """Return the first `most` bytes of a file, or all of them for −1. Raises OSError like `open_regular`."""
     with open_regular(path) as file:
         return file.read(most)
 
@@ -218,7 +224,7 @@ def lock(path: Path, *, wait: bool) -> IO[str]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hex. Raises OSError as `open_regular`."""
+    """Return the SHA-256 of a file's bytes as hex. Raises OSError like `open_regular`."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -238,10 +244,11 @@ def fsync(path: Path) -> None:
 def ensure_built(
     directory: Path, settings: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
 ) -> Path:
-    """Build `directory` by `write(temporary folder)` unless it is stamped with `settings`, and return `directory`.
+    """Build `directory` with `write(temporary folder)` unless it was built with the same `settings`, and return it.
 
-    `settings` is the JSON that decides the content, with a version; the stamp also holds what `write` returns.
-    An older build is replaced. If several processes ask at once, one builds while the others wait.
+    `settings` is JSON on which the content depends, with a version. It is recorded in the directory, together with what
+    `write` returns. An older build is replaced. If several processes ask at once, one builds while the others wait.
+    Raises UserError if the directory holds anything else than a build of `what`, or cannot be written.
     """
     if built_as(directory) == settings:
         return directory

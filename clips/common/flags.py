@@ -202,7 +202,7 @@ def _finite(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Return the share that `text` gives, else raise ArgumentTypeError."""
+    """Return `text` as a number from 0 to 1, else raise ArgumentTypeError."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be a share from 0 to 1")
     return float(text)

@@ -18,7 +18,8 @@ def forward_flops(module: nn.Module) -> int:
 def training_flops(module: nn.Module, learns: bool) -> int:
     """Return the FLOPs of one token forward and backward, counted as in `forward_flops`.
 
-    A layer computes a gradient of its weights if they train, and one of its input if something in front of it trains.
+    A layer computes a gradient with respect to its weights if they train, and one with respect to its input if a layer
+    before it trains.
 
     Args:
         learns: True if the input of `module` needs a gradient.

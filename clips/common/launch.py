@@ -28,9 +28,9 @@ def launcher(ranks: int) -> list[str]:
 
 
 def count_ranks(wanted: int | None, device: str, name: str) -> int:
-    """Return how many processes train: those that are `wanted`, by default one for each GPU that torch sees.
+    """Return the number of processes that train: `wanted`, or by default one for each GPU that torch sees.
 
-    Raises UserError if there are GPUs, but fewer; the message says `name` for the number that was asked for.
+    Raises UserError if there are GPUs, but fewer than `wanted`; `name` is what its message calls that number.
     """
     gpus = 0 if device == "cpu" or wanted == 1 else count_gpus()
     if gpus and wanted and wanted > gpus:
@@ -41,9 +41,9 @@ def count_ranks(wanted: int | None, device: str, name: str) -> int:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs torch sees, as CUDA_VISIBLE_DEVICES and MIG have it. Raises UserError if it cannot tell.
+    """Return the number of GPUs visible to torch, which depends on CUDA_VISIBLE_DEVICES and MIG.
 
-    A process of its own asks, so that this one does not initialise CUDA.
+    A subprocess counts them, so that CUDA is not initialised in this process. Raises UserError if it fails.
     """
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
     if done.returncode != 0 or not done.stdout.strip().isdecimal():
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def pass_signals_on(but: int = 0) -> list[int]:
-    """From now on pass stop signals on to the processes that this one has started, or end if there are none.
+    """Handle stop signals from now on: pass them on to this process's children, or end if there are none.
 
     Returns the list of the signals that came. `but` is one that these processes get anyway.
     """
@@ -102,7 +102,7 @@ def pass_signals_on(but: int = 0) -> list[int]:
 
 
 def shell_code(code: int) -> int:
-    """Return the exit code of a process as a shell has it: 128 + N for signal N."""
+    """Return the exit code that a shell reports for a process: 128 + N after signal N."""
     return code if code >= 0 else 128 - code
 
 

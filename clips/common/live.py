@@ -106,7 +106,7 @@ def remember_speed(training: str, samples_per_s: float) -> None:
 
 
 def expected_time(training: str, samples: int) -> str:
-    """Return "about 38 min" by the last such training on this machine, or "" if none was recorded."""
+    """Return the expected time in words, from the speed of the last such training here, or "" if none was recorded."""
     with suppress(OSError, UserError):
         speed = read_json(cache_root() / SPEEDS).get(training)
         if isinstance(speed, float) and speed > 0:

@@ -57,7 +57,10 @@ def write_card(
     code: str,
     note: str = "",
 ) -> None:
-    """Write `directory`/README.md with the header `data`; `name` and `facts` may hold any text."""
+    """Write the model card `directory`/README.md: the header `data`, a description, a table of `facts`, and `code`.
+
+    `name` and `facts` may hold any text, which is escaped; `about` and `note` are Markdown.
+    """
     rows = [(for_markdown(fact), for_markdown(text, LONGEST)) for fact, text in facts.items()]
     card = ModelCard.from_template(
         data,

@@ -31,7 +31,10 @@ asks at the terminal and runs the model's code on a "y"."""
 
 @contextmanager
 def opening(what: str, place: Path | str) -> Iterator[None]:
-    """Check the number of layers of a model directory, then act as `naming`."""
+    """Context manager for loading a model directory: like `naming`, after checking the number of layers in its configs.
+
+    Raises UserError if a configuration asks for more than MOST_LAYERS layers.
+    """
     for path in (Path(place, name) for name in ("config.json", "open_clip_config.json")):
         check_layers(read_json(path), path)
     with naming(what, place):
@@ -40,7 +43,10 @@ def opening(what: str, place: Path | str) -> Iterator[None]:
 
 @contextmanager
 def naming(what: str, place: Path | str) -> Iterator[None]:
-    """Turn an exception inside into a UserError that shows the path, because a library met a wrong value in a file."""
+    """Context manager that turns any exception but a CommandError into a UserError: "`what`: `place` cannot be loaded".
+
+    Libraries raise all kinds of exceptions for a wrong value in a file.
+    """
     try:
         yield
     except CommandError:
@@ -67,7 +73,7 @@ def check_layers(config: Any, place: Path) -> None:
 
 
 def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> None:
-    """Raise UserError if the model of `build` has far more parameters than the weight files hold.
+    """Raise UserError if the model that `build` returns has far more parameters than the weight files hold.
 
     It is built on the meta device, so it takes no memory. Files of 4 bits hold two parameters in a byte.
     """
@@ -85,7 +91,7 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
-    """Act as `opening`, without transformers' own reports and progress bars."""
+    """Context manager like `opening` that also silences transformers' reports, and from then on its progress bars."""
     from transformers.utils import logging as reports
 
     reports.disable_progress_bar()
@@ -103,8 +109,8 @@ def load_weights(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model of `cls.from_pretrained(directory, **options)` and the report of its loading.
 
-    Raises UserError if a weight is missing, except prefixes in `allowed`, or has another shape. With the option
-    `state_dict` its tensors are the weights, and `directory` is only shown.
+    Raises UserError if a weight has another shape or is missing, unless its name begins with one of `allowed`. With the
+    option `state_dict` its tensors are the weights, and `directory` only appears in messages.
     """
     source = None if "state_dict" in options else directory
     # By default it would raise an error without the wrong shapes.

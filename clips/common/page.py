@@ -78,13 +78,13 @@ class Chart:
 
     @property
     def png(self) -> bytes:
-        """Draw the plot as a PNG file."""
+        """The plot as the bytes of a PNG file."""
         return png(self.plot)
 
 
 @dataclass
 class Interval:
-    """A difference against zero, with positions in percent of the axis."""
+    """A difference with its interval, to be drawn against zero; positions are in percent of the axis."""
 
     name: str
     low: float

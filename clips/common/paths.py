@@ -15,7 +15,7 @@ DS_CONFIGS = REPOSITORY / "ds_configs"
 def cache_root() -> Path:
     """Return the folder of cached results: indexes of read-only data, features, converted models. It may be deleted.
 
-    `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
+    It is `$CLIPS_MLLM_CACHE` if that is set, otherwise `$XDG_CACHE_HOME/clips-mllm` or `~/.cache/clips-mllm`.
     """
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)

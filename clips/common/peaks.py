@@ -57,14 +57,14 @@ USABLE = 0.9
 
 
 def stated_peak(name: str) -> float | None:
-    """Return the FLOP/s of a GPU by its name, or None if it is not in the table."""
+    """Return the peak FLOP/s in bf16 of the GPU that torch calls `name`, or None if it is not in the table."""
     match = NAME.fullmatch(name)
     return PEAK_TFLOPS[match[1]] * 1e12 if match else None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs that a run is planned for."""
+    """The GPUs that a run is planned for. Raises UserError for an unknown kind, and for numbers out of range."""
 
     kind: str
     gpus: int

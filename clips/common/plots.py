@@ -63,7 +63,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def curves_plot(panels: Sequence[Panel]) -> Plot:
-    """Draw the panels in rows of up to three."""
+    """Return a figure with the panels in rows of up to three."""
     from matplotlib.figure import Figure
 
     columns = min(3, len(panels))

@@ -37,7 +37,7 @@ class Found:
 
     checked: int
     faults: Counter[str] = field(default_factory=Counter)
-    """Kind → samples."""
+    """Number of samples with each kind of fault."""
     cut: Counter[str] = field(default_factory=Counter)
     repeated: Counter[str] = field(default_factory=Counter)
 
@@ -54,16 +54,16 @@ class _Samples:
 
 
 def drawn(samples: int, limit: int | None) -> Sequence[int]:
-    """Return all indices, or always the same `limit` of them."""
+    """Return the indices of all `samples`, or a random choice of `limit` of them that is always the same."""
     every = range(samples)
     return every if limit is None or limit >= samples else sorted(random.Random(0).sample(every, limit))
 
 
 def check(read: Callable[[int], Checked], indices: Sequence[int], jobs: int = 1) -> Found:
-    """Read the samples `indices` in `jobs` processes; print the faults, and what would be trained on.
+    """Read the samples `indices` in `jobs` processes, print their faults and how many are good, and return the counts.
 
-    If no sample at all can be used, the first fault of each kind stands for all.
-    Raises CommandError as `read` does, and if a process died.
+    If no sample at all can be used, only the first fault of each kind is printed. Raises the CommandErrors that `read`
+    raises, and one if a process died.
     """
     found, first = Found(len(indices)), ""
     faults: list[Checked] = []  # since the last good sample

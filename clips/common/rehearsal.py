@@ -40,7 +40,7 @@ LIVE = 1_000_000_000
 
 @contextlib.contextmanager
 def rehearsed_ranks(count: int) -> Iterator[None]:
-    """Make this process rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing.
+    """Make this process rank 0 of a pretended group of `count` ranks, whose collectives have shapes and move no data.
 
     One rank needs no group.
     """
@@ -114,7 +114,7 @@ def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 class Waits(AssertionError):
-    """The host would wait for the GPU, or an operation mixes devices or kernels as a GPU would not."""
+    """On a GPU the rehearsed code would make the host wait for the device, mix devices, or use an unfused kernel."""
 
 
 def attention_of_a_gpu(

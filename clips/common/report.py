@@ -41,8 +41,8 @@ def write_report(
     """Write report/index.html of a run atomically, and return its path.
 
     Args:
-        evaluations: contents of evaluation*.json or results.json: `metrics` (name → value, chance, items), `test_set`
-            (the set whose metrics have plain names) and perhaps `missing`.
+        evaluations: contents of evaluation*.json or results.json: `metrics` (value, chance and items of each, by name),
+            `test_set` (the set whose metrics have plain names) and perhaps `missing`.
         cards: images with what the model says about them.
         facts: a description of the run in words.
         directory: where report/ is put; default: `run_dir`.
@@ -103,7 +103,11 @@ def metric_rows(measured: Mapping[str, Mapping[str, Any]], first: str) -> tuple[
 
 
 def at_chance(name: str, metric: Mapping[str, Any]) -> bool:
-    """Return True if a metric in percent does not differ from chance: by its 95 % interval, else by its `items`."""
+    """Return True if a metric in percent does not differ significantly from chance.
+
+    Its 95 % interval (`low`, `high`) must cover chance; without one, recall and top-k accuracy are tested with a normal
+    approximation over their `items`, and any other metric gives False.
+    """
     value, chance = metric.get("value"), metric.get("chance")
     if value is None or chance is None:
         return False

@@ -34,9 +34,9 @@ DATA = "data.json"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
-"""The test set that decides, if a run has it: on the demo, scenes in a held-out drawing style."""
+"""Name of the test set whose metrics decide, if a run has it: on the demo, scenes in a held-out drawing style."""
 MADE_OF = "checkpoint.json"
-"""File in export/ and report/ with `weights_of` of their checkpoint."""
+"""File in export/ and report/ that records from which checkpoint they were made, as `weights_of` describes it."""
 
 
 # ------------------------------------------------------------------------------------------- which run nobody named
@@ -55,13 +55,13 @@ def _say_taken(what: str, path: Path) -> None:
 
 
 def is_debug(run_dir: Path) -> bool:
-    """Return True if the run is a smoke test of --debug by its config.json; it is never the newest encoder."""
+    """Return True if a run's config.json says that it is a smoke test of --debug, which `newest_vision` never takes."""
     train = read_json(run_dir / "config.json").get("train")
     return isinstance(train, dict) and bool(train.get("debug"))
 
 
 def newest_vision(runs: Path) -> str:
-    """Return the --vision of the newest exported encoder under `runs`, or "clips" if there is none."""
+    """Return the newest exported encoder under `runs` as a value of --vision, or "clips" if there is none."""
     exports = [path for path in runs.glob("*/export/hf_vit") if not is_debug(path.parents[1])]
     return f"clips:{max(exports, key=os.path.getmtime).parents[1]}" if exports else "clips"
 
@@ -87,7 +87,7 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def chosen_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint that a run stands for, or None if there is none.
+    """Return the checkpoint of a run that is exported and evaluated, or None if the run has none.
 
     It is the newest one, or the best of those that were validated if the run chooses (`train.choose`).
     """
@@ -162,7 +162,10 @@ def by_test_set(metrics: Mapping[str, T], first: str) -> dict[str, dict[str, T]]
 
 
 def deciding_name(metric: str, metrics: Iterable[str]) -> str:
-    """Return a metric's name on the test set that decides, if it is among `metrics`, else its plain name."""
+    """Return `metric` with the prefix of the held-out test set `UNSEEN` if `metrics` has it, else `metric` unchanged.
+
+    The metric on that set is the one that decides.
+    """
     return f"{UNSEEN}/{metric}" if f"{UNSEEN}/{metric}" in metrics else metric
 
 
@@ -228,7 +231,10 @@ def _holder(run_dir: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped."""
+    """Return the records of metrics.jsonl, or only those of one `kind`, "train" or "eval".
+
+    A line that a kill cut is skipped. Raises UserError if the file is missing.
+    """
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
@@ -240,9 +246,10 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
 
 
 def keep_lines(path: Path, step: int, **fields: Any) -> None:
-    """Keep the complete lines of a .jsonl file up to `step`, and those in which one of `fields` differs.
+    """Keep only those lines of a .jsonl file that are not after `step`, or in which one of `fields` has another value.
 
-    Lines after the checkpoint from which a killed run resumes are removed, so that no step is recorded twice.
+    Lines after the checkpoint from which a killed run resumes are removed, so that no step is recorded twice, and so
+    are lines that a kill cut.
     """
     if not path.exists():
         return

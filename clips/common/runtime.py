@@ -33,7 +33,10 @@ M_MMAP_THRESHOLD, from which size on a block is a mapping of its own, which ends
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError if torch sees no GPU."""
+    """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises UserError for any other name, for `cuda` if torch sees no GPU, and for `cuda:N` if there are several ranks.
+    """
     kind, _, index = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise UserError(f"--device {name!r} is not known; choose one of: auto, cpu, cuda, cuda:N")
@@ -130,9 +133,10 @@ KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", 
 
 
 def meet_on(start: Start, device: str) -> torch.device:
-    """Return this rank's device for `--device`, after all ranks have agreed on its kind, packages and precision.
+    """Return this rank's device for `--device`, after comparing its kind and the packages with all other ranks.
 
-    bf16 counts as available if every rank's processor claims it and rank 0 computes in it.
+    Raises UserError on every rank if they differ, and for a device that this rank lacks. bf16 counts as available if
+    every rank's processor claims it and rank 0 computes in it.
     """
     chosen = choose_device(device)
     packages = package_versions()

@@ -56,7 +56,7 @@ class StopSignal:
         return self.number
 
     def restore(self) -> None:
-        """Restore the signal handlers from before."""
+        """Restore the signal handlers that were installed before this object."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -137,7 +137,7 @@ def end_with_launcher() -> None:
 
 
 def start_worker(worker: int) -> None:
-    """Prepare a data worker; the `worker_init_fn` of every DataLoader with workers."""
+    """Make a data worker outlive stop signals but not its parent; `worker_init_fn` of every DataLoader with workers."""
     # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
     # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):

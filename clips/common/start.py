@@ -47,7 +47,11 @@ _stores: list[Any] = []
 
 
 def find_ranks() -> tuple[int, int]:
-    """Return (this process's rank, number of ranks); (0, 1) without a launcher."""
+    """Return (rank of this process, number of ranks) from the launcher's environment, or (0, 1) without a launcher.
+
+    Raises UserError for an incomplete environment, for tasks of SLURM or MPI without RANK, and for torchrun restarts
+    that would hang.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         # The store would hold the dead ranks' addresses (pytorch issue 135712).
         raise UserError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or restarted ranks hang")
@@ -74,7 +78,10 @@ class Start:
     """
 
     def __init__(self, timeout_minutes: float = 30) -> None:
-        """`timeout_minutes`: how long ranks wait for one that does not begin, or gives no sign of life."""
+        """`timeout_minutes`: how long ranks wait for one that does not begin, or gives no sign of life.
+
+        Raises UserError if it is not above 0 and below a million.
+        """
         if not 0 < timeout_minutes < 1e6:
             raise UserError(f"--timeout-minutes {timeout_minutes:g}: give a number above 0 and below a million")
         self.patience = 60 * timeout_minutes
@@ -139,7 +146,7 @@ class Start:
         self.close()
 
     def close(self) -> None:
-        """End the start: from here on ranks meet in collectives."""
+        """Stop watching the other ranks: from here on ranks wait for each other in collectives."""
         self._closed.set()
 
     def at(self, part: str) -> None:

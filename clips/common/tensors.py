@@ -58,7 +58,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a model directory: one file, or several with an index; safetensors first."""
+    """Read all tensors of a model directory: one file, or several with an index; safetensors first.
+
+    Raises UserError if the directory has none, or for a file that `read_weights` refuses.
+    """
     path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
@@ -86,7 +89,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return type ("F32") and shape of each tensor from the header of a safetensors file, without reading tensors."""
+    """Return type ("F32") and shape of each tensor from the header of a safetensors file, without reading tensors.
+
+    Raises UserError if the file is missing or damaged.
+    """
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
     try:
@@ -131,13 +137,16 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `module`. Raises UserError as `check_fits`."""
+    """Copy `tensors` into `module`. Raises UserError like `check_fits`."""
     check_fits(module, tensors, source)
     module.load_state_dict(dict(tensors))
 
 
 def build_for(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
-    """Return the module of `build` with `tensors`. Raises UserError as `check_fits`, before the module takes memory."""
+    """Return the module that `build` makes, with `tensors` as its weights.
+
+    Raises UserError, before the module takes memory, if they do not fit (`check_fits`) or its buffers are too large.
+    """
     with torch.device("meta"):
         module = build()
         check_fits(module, tensors, source)

@@ -38,7 +38,10 @@ def _resumes_wandb(folder: Path, step: int) -> dict[str, str]:
 
 
 class Trackers:
-    """The loggers of one run. All take the same scalars. `folder` holds TensorBoard's and wandb's own files."""
+    """The loggers of one run. All take the same scalars. `folder` holds TensorBoard's and wandb's own files.
+
+    `step` is the step from which the training goes on, or 0.
+    """
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any], step: int) -> None:
         self.board: Any = None

@@ -24,7 +24,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
-    """Set the field `keys` of the JSON `tree` in place; `*` is every item of a list. `path` is for the error."""
+    """Set the field `keys` of the JSON `tree` in place; `*` stands for every item of a list.
+
+    Raises UserError, which shows `path`, if there is no such field.
+    """
     key, *rest = keys
     known = [str(index) for index in range(len(tree))] if isinstance(tree, list) else []
     known = list(tree) if isinstance(tree, dict) else known
@@ -59,7 +62,8 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
-        fields = {name: item for name, item in value.items() if name in hints or RETIRED.get(name) != item}
+        retired = {name for name in value.keys() & RETIRED.keys() - hints.keys() if value[name] == RETIRED[name]}
+        fields = {name: item for name, item in value.items() if name not in retired}
         unknown = sorted(fields.keys() - hints.keys())
         require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
         try:

@@ -20,7 +20,7 @@ from clips.recipes import recipe
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/check_data.py with DATA, --mix or --karpathy. Raises as `check_pairs`."""
+    """Run scripts/check_data.py with DATA, --mix or --karpathy. Raises the errors of `check_pairs`."""
     run = recipe(flags.recipe)
     flag, data, splits = ("--data", flags.data, "")
     if flags.karpathy:
@@ -38,10 +38,10 @@ def check_from_flags(flags: argparse.Namespace) -> None:
 
 
 def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Found:
-    """Check `run.data.train` as `run` would read it, or `limit` samples of it.
+    """Read `run.data.train`, or `limit` samples of it, as `run` would, print the faults, and return their counts.
 
-    Raises UserError (exit 2) at the first sample that would stop a training at once, and at the end BrokenDataError
-    (exit 4) if more than `data.max_broken_share` are broken.
+    `jobs` is the number of processes. Raises UserError (exit 2) at the first sample that would stop a training at once,
+    and at the end BrokenDataError (exit 4) if more than `data.max_broken_share` are broken.
     """
     everything = replace(run.data, held_out=0.0)  # also the images that will validate
     source = open_split(everything, "train", need_long=run.task.captions)

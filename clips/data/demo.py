@@ -45,7 +45,7 @@ QUALITY = 90
 SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "emojione", "emojione-v1", "fxemoji", "fluent-emoji-flat", "streamline")
 HANDS = {"train": TRAINING, "val": ("noto-v1",), "test": TRAINING, UNSEEN: ("twemoji",)}
-"""Artists of each split. Tuning uses `val`; `unseen` decides."""
+"""Artists of each split. `val` is for tuning, and `unseen` for the final comparison."""
 MISSING = "drawings could not be fetched: all scenes are of OpenMoji, and the test in an unseen style is missing"
 _PLAIN = (
     "balloon bear bicycle bus cactus camera candle church crown fox frog guitar helicopter house key lemon mushroom "
@@ -152,7 +152,7 @@ class Description:
 def draw_scene(
     rng: random.Random, concepts: Sequence[str], image_size: int = IMAGE_SIZE, looks: Look = LOOKS["test"]
 ) -> Scene:
-    """Place the given (different) concepts, at most three, and draw a background."""
+    """Return a scene with the given concepts, at most three different ones, at random places on a random background."""
     background = rng.choice(list(BACKGROUNDS))
     ground = _draw_ground(rng, background)
     while True:
@@ -221,7 +221,7 @@ def split_of(scene: Scene) -> str:
 
 
 def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE) -> tuple[Scene, Description]:
-    """Return scene `number` of a split, the same for `test` and `unseen`.
+    """Return scene `number` of a split with its captions; `test` and `unseen` have the same scenes.
 
     Outside `train` every second scene holds one thing, all concepts in turn.
     """
@@ -242,7 +242,7 @@ def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE
 
 
 def listed(parts: Sequence[str]) -> str:
-    """Return "a, b and c"."""
+    """Return the parts joined as in "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

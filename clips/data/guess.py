@@ -102,10 +102,12 @@ def guess_delimiter(header: str, url: str) -> str:
 
 
 def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
-    """Return the folder of a table's image paths: `root`, that is, the table's folder or the user's choice.
+    """Return the folder to which a table's image paths are relative.
 
-    If none of the first images is there, take the folder in it, or next to it, that the table's name ends with (COCO:
-    annotations/captions_train2017.json and train2017). If the user chose no root, also try the current folder.
+    It is `root` (the table's folder, or --image-root if `is_given`) if one of the first images, `paths`, is there. Else
+    it is the folder in it, or next to it, with which the table's name ends (COCO: annotations/captions_train2017.json
+    and train2017), or the current folder; the last two are tried only without --image-root. A guess is logged as a
+    warning. Raises UserError if no image is found, or if `root` or the images are URLs.
     """
     if not paths:
         return root
@@ -217,7 +219,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
 
 @lru_cache
 def warn_once(message: str) -> None:
-    """Log `message` as a warning, once in a process, because a run opens its data several times."""
+    """Log `message` as a warning without credentials, once per process, because a run opens its data several times."""
     log.warning("%s", without_secrets(message))
 
 
@@ -254,7 +256,7 @@ class ImageFolder:
         return len(self._names)
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Return row `i` as `Table.row`. Raises ValueError for a text that cannot be read."""
+        """Return row `i` like `Table.row`. Raises ValueError for a text that cannot be read."""
         name = self._names[i]
         text = self._text(name)
         texts = {"captions": text.splitlines(), "whole": text} if self.lists else {"txt": text}
@@ -336,7 +338,7 @@ class KarpathyFile:
         return len(self._rows)
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Return row `i` as `Table.row`."""
+        """Return row `i` like `Table.row`."""
         return self._rows[i]
 
     def contents(self) -> bytes:

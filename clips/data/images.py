@@ -61,7 +61,7 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 def decode_image(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> Image.Image:
-    """Decode an image to RGB as `to_rgb`; reduce it by an integer factor to at most `reduce_to` pixels.
+    """Decode an image to upright RGB (`to_rgb`), and reduce it by an integer factor to at most `reduce_to` pixels.
 
     Raises BrokenSample(key, reason) unless `data` is a complete image within the limits.
     """
@@ -195,9 +195,9 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 class Preprocess:
-    """Squash to `image_size` (bilinear with antialias), optionally augmented. A batch is normalised later.
+    """Squashes an image to a square of `image_size` pixels (bilinear with antialias), and augments it if asked to.
 
-    The size changes neither the crop nor the colours that are drawn.
+    A batch is normalised later. The size changes neither the crop nor the colours that are drawn.
     """
 
     def __init__(self, image_size: int, augment: AugmentConfig | None = None) -> None:
@@ -211,7 +211,7 @@ class Preprocess:
     def decoded(self, data: bytes, key: str, rng: random.Random) -> np.ndarray:
         """Return `pixels` of an encoded image; a JPEG is decoded no larger than its crop needs (see KEPT).
 
-        The crop is drawn from the full image's size. Raises BrokenSample(key, reason) as `decode_image`.
+        The crop is drawn from the full image's size. Raises BrokenSample(key, reason) like `decode_image`.
         """
         box, factor, orientation = None, 1, 1
         with _decoding(key):
@@ -291,10 +291,10 @@ Box = tuple[float, float, float, float]
 
 
 def inception_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
-    """Draw a box of aspect 3/4 … 4/3 and area share ≥ `min_area` as the reference does.
+    """Return a random box with an aspect from 3/4 to 4/3 and at least the share `min_area` of the image's area.
 
-    As TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among the possible ones, then the height is
-    uniform. An image too long for any aspect is not cropped.
+    It is drawn as in the reference, by TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among the
+    possible ones, then the height is uniform. An image too long for any aspect is not cropped.
     """
     full = width / height
     narrowest, widest = max(CROP_ASPECT[0], full * min_area), min(CROP_ASPECT[1], full / min_area)

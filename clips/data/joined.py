@@ -34,7 +34,7 @@ class MixedSource(Source):
         return self.sources[part], index
 
     def read(self, index: int) -> RawSample:
-        """Read a sample of the source that `index` falls into. Raises as `Source.read`."""
+        """Read a sample of the source that `index` falls into. Raises like `Source.read`."""
         source, index = self._part(index)
         return source.read(index)
 
@@ -59,7 +59,7 @@ class PartSource(Source):
         self._set_sizes(np.diff(np.searchsorted(indices, ends), prepend=0).tolist())
 
     def read(self, index: int) -> RawSample:
-        """Read sample `index` of the part. Raises as `Source.read`."""
+        """Read sample `index` of the part. Raises like `Source.read`."""
         return self.source.read(int(self._indices[index]))
 
     def texts(self, index: int) -> Texts:

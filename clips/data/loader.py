@@ -98,10 +98,11 @@ def _places(
 
 
 class ReadAhead:
-    """Fetches copies of the remote shards in the order's current and next group while training reads.
+    """Downloads remote shards in background threads while training reads, and makes `source` read the local copies.
 
-    Call `at` with each batch's positions before its samples are read. For local data it does nothing. Other remote
-    data, as in an evaluation, is read by ranges.
+    It fetches the shards from which training draws now and those that come next (a group of `SampleOrder`). Call `at`
+    with each batch's positions before its samples are read. Local data needs no copies, and remote data that is read
+    without a `ReadAhead`, as in an evaluation, is read by range requests.
     """
 
     def __init__(self, source: Source, order: Order, limit: int) -> None:
@@ -122,7 +123,7 @@ class ReadAhead:
             self._parts = {i: _Shards(part, orders[i], copies, share) for i, part in remote}
 
     def at(self, positions: Sequence[int]) -> None:
-        """Copy the shards that the samples at `positions` of the order need next."""
+        """Start to fetch the shards that hold the samples at `positions` of the order, and the shards after those."""
         if not self._parts:
             return
         first: dict[int, int] = {}
@@ -185,7 +186,7 @@ class _Shards:
 
 
 class BatchReader:
-    """Reads the batch of a place."""
+    """Reads and decodes one micro-batch, given the number of its phase and its positions in the run."""
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run

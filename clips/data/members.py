@@ -28,7 +28,7 @@ class Members:
         self._json: dict[str, dict[str, Any] | None] = {}
 
     def read(self, extension: str) -> bytes | None:
-        """Return a member, or None if the sample has none."""
+        """Return a member's bytes, or None if there is none. Raises BrokenSample if it is too large or cut off."""
         column = self.shard.column.get(extension)
         if column is None:
             return None

@@ -46,7 +46,7 @@ class SampleOrder:
         return SampleOrder, self._arguments
 
     def epoch(self, position: int) -> int:
-        """Return the epochs completed before the run's `position`-th sample."""
+        """Return the number of epochs completed before the run's `position`-th sample."""
         return self.locate(position)[0]
 
     def sample(self, position: int) -> int:
@@ -67,7 +67,7 @@ class SampleOrder:
         return int(self._members(epoch, group)[offset - int(self._epoch(epoch)[2][group])])
 
     def shards(self, position: int) -> tuple[list[int], list[int]]:
-        """Return (shards of the group of the run's `position`-th sample, shards of the next group)."""
+        """Return the shards of two groups: of the one with the run's `position`-th sample, and of the next one."""
         epoch, offset = self.locate(position)
         group = self._number(epoch, offset)
         after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
@@ -130,7 +130,7 @@ class MixedOrder:
         return int(labels[place]), int(turns[place])
 
     def epoch(self, position: int) -> int:
-        """Return the epoch that the part of this position is in."""
+        """Return the number of epochs that the part drawn at this position has completed before it."""
         part, turn = self.draw(position)
         return self.parts[part].epoch(turn)
 
@@ -140,12 +140,12 @@ class MixedOrder:
         return int(self.starts[part]) + self.parts[part].sample(turn)
 
     def substitute(self, position: int, rng: random.Random) -> int:
-        """Return a substitute from the same part, so that shares stay."""
+        """Return another sample of the part drawn at this position, so that the parts keep their shares."""
         part, turn = self.draw(position)
         return int(self.starts[part]) + self.parts[part].substitute(turn, rng)
 
     def seen(self, blocks: int) -> np.ndarray:
-        """Return the samples of each part in the first `blocks` blocks."""
+        """Return the number of samples of each part in the first `blocks` blocks."""
         # Rounded bounds: rounding never accumulates.
         return np.diff(np.rint(self.bounds * (blocks * BLOCK)).astype(np.int64))
 

@@ -89,7 +89,7 @@ class Scene:
 
 
 def paint_ground(ground: Ground, image_size: int) -> Image.Image:
-    """Paint only the ground, RGB, at half its size, because patterns are soft."""
+    """Return an RGB image of only the ground, painted at half its size and enlarged, because patterns are soft."""
     side = math.ceil(image_size / 2)
     x, y = _grid(side)
     turned = 2 * math.pi * ground.cycles

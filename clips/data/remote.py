@@ -101,9 +101,10 @@ def _bounded_answer() -> Any:
 
 
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
-    """Return (size in bytes, text that changes with the file). Raises as `patiently`, and OSError without a size.
+    """Return (size in bytes, text that changes with the file).
 
-    `fresh` asks the store even if this process has a listing already.
+    `fresh` asks the store even if this process has a listing already. Raises like `patiently`, and OSError if the
+    server gives no size.
     """
 
     def ask() -> dict:
@@ -119,7 +120,10 @@ def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Return bytes `start` … `stop - 1`. Raises as `patiently`, and UserError if the server ignores ranges."""
+    """Return the bytes from `start` to before `stop`.
+
+    Raises like `patiently`, and UserError if the server ignores ranges.
+    """
 
     def ask() -> bytes:
         filesystem, path = store_of(url)
@@ -180,7 +184,7 @@ def _is_final(error: Exception) -> bool:
 
 
 class RemoteFile(AbstractBufferedFile):
-    """A file behind a URL that is read in requests of `block` bytes. Raises as `remote_facts`."""
+    """A file behind a URL that is read in requests of `block` bytes. Raises like `remote_facts`."""
 
     def __init__(self, url: str, block: int) -> None:
         self.url = url
@@ -193,7 +197,11 @@ class RemoteFile(AbstractBufferedFile):
 
 # ----------------------------------------------------------------------------------------------------- states
 def stamp(url: str, *, fresh: bool = False) -> str:
-    """Return a short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
+    """Return the stamp of a local or remote file: 12 hex digits that change when the file is changed.
+
+    It depends on size and time or tag, not on the content. `fresh` is that of `remote_facts`. Raises UserError if the
+    file cannot be read, and CommandError like `patiently`.
+    """
     try:
         if is_remote(url):
             facts = remote_facts(url, fresh=fresh)[1]
@@ -206,7 +214,7 @@ def stamp(url: str, *, fresh: bool = False) -> str:
 
 
 def check_state(url: str, state: str) -> None:
-    """Raise UserError unless the file is in the state `state`, from which its index was made."""
+    """Raise UserError if the file at `url` has changed since its index was made, when its stamp was `state`."""
     if stamp(url, fresh=True) != state:
         raise UserError(f"{url} has changed since this run opened it: start the command again, and it is indexed anew")
 
@@ -231,10 +239,10 @@ class Copies:
             raise self._unwritable(error) from None
 
     def open(self, url: str, state: str, *, wait: bool = True) -> BinaryIO | None:
-        """Return the copy of `url` in `state` (its stamp), fetched if it is missing, or None if it finds no room.
+        """Return the copy of `url` in `state` (its stamp), fetched if it is missing, or None if there is no room.
 
         Raises BlockingIOError if another process fetches it and `wait` is off, UserError for a changed file and an
-        unwritable folder, and CommandError and OSError as `read_range`.
+        unwritable folder, and CommandError and OSError like `read_range`.
         """
         path = self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
         if (copy := _opened(path)) is not None:

@@ -26,7 +26,10 @@ _listing = threading.Lock()
 
 
 def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading; `buffer` is the bytes of one request to a remote file."""
+    """Open a local path or an fsspec URL for reading. Raises UserError if that fails.
+
+    A remote file is read in requests of `buffer` bytes.
+    """
     try:
         return cast(BinaryIO, RemoteFile(url, buffer)) if is_remote(url) else open_regular(url)
     except (OSError, ImportError, ValueError) as error:
@@ -69,7 +72,10 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
 
 
 def made_for(path: Path, suffix: str) -> str:
-    """Return the stamp in a sidecar's name."""
+    """Return the stamp (`clips.data.remote.stamp`) of the data file for which the sidecar `path` was built.
+
+    `suffix` is the suffix with which `sidecar` made it.
+    """
     return path.name.removesuffix(suffix).rpartition(".")[2]
 
 

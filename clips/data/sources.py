@@ -57,7 +57,16 @@ CHOICES = (
 
 
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
-    """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`."""
+    """Open image–caption data: tar shards or tables, local or behind fsspec URLs.
+
+    Raises UserError if a file is missing, a field cannot be found, or shards and tables are mixed.
+
+    Args:
+        spec: a file, a folder, a glob, a brace pattern or a URL; several, joined by `;`, become one source.
+        fields: where image and captions are found in a sample; parts left open are guessed.
+        image_root: folder to which a table's image paths are relative (default: guessed).
+        need_long: every sample needs a long caption; others are left out (shards) or count as broken (tables).
+    """
     if need_long and fields.web == fields.long:
         raise UserError(f"data.fields: web and long are both {fields.web!r}, and must be different texts.{CHOICES}")
     files = expand(spec)
@@ -70,7 +79,10 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 
 
 def place_of(starts: Sequence[int], index: int) -> tuple[int, int]:
-    """Return (part, place in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end."""
+    """Return (part, index in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end.
+
+    Raises IndexError beyond the end.
+    """
     if not 0 <= index < starts[-1]:
         raise IndexError(index)
     part = bisect.bisect_right(starts, index) - 1
@@ -86,7 +98,7 @@ BROKEN = np.frombuffer(_image_hash(b""), "<u8")
 
 
 class Source:
-    """Random access to samples by index; neighbours in a shard are cheap to read."""
+    """Base class of image–caption data: random access to samples by index; neighbours in a shard are cheap to read."""
 
     files: list[str]
     """Shards or tables, as many as `shard_sizes`."""
@@ -148,7 +160,7 @@ class Source:
         raise NotImplementedError
 
     def texts(self, index: int) -> Texts:
-        """Return the captions without reading the image. Raises as `read`."""
+        """Return the captions without reading the image. Raises like `read`."""
         raise NotImplementedError
 
     def missing(self, index: int) -> str | None:
@@ -160,13 +172,14 @@ class Source:
         raise NotImplementedError
 
     def key_of(self, index: int, key: str) -> Any:
-        """Return the sample's cell in the column, or under the JSON key, `key`, or None. Raises BrokenSample."""
+        """Return the sample's value of `key`, a column, tar member or JSON key, or None. Raises BrokenSample."""
         raise NotImplementedError
 
     def image_hashes(self, key: str | None = None) -> np.ndarray:
-        """Return uint64 [samples]: a hash of each `image_id`, the same on every machine; broken samples share one.
+        """Return a hash of each sample's `image_id`, uint64 [samples], the same on every machine.
 
-        With `key`, samples of equal `key_of` share a hash. Raises UserError if there is no such field.
+        All broken samples have the hash `BROKEN`. With `key`, the value of this field is hashed instead of the image,
+        unless it is empty. Raises UserError if there is no such field.
         """
         if key and not {key, f"json:{key}"} & set(self.names):
             raise UserError(f"--key {key!r} is not among the fields found: {clip(', '.join(self.names))}")
@@ -181,7 +194,10 @@ class Source:
         return np.frombuffer(hashes, "<u8")
 
     def listing(self) -> str:
-        """Return a hash over each file's name, bytes and samples, not its folder."""
+        """Return a SHA-256 (hex) of the names, sizes and sample counts of all files, independent of their folder.
+
+        The size of a remote file counts as 0.
+        """
         names = [os.path.basename(without_secrets(file)) for file in self.files]
         sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in self.files]
         text = json.dumps([names, sizes, list(map(int, self.shard_sizes))])
@@ -355,7 +371,7 @@ class TarSource(Source):
         return open_binary(url, SAMPLE_BYTES)
 
     def state(self, shard: int) -> str:
-        """Return the stamp that the shard had when it was indexed."""
+        """Return the stamp (`clips.data.remote.stamp`) that the shard had when it was indexed."""
         return made_for(Path(self._indexes[shard]), INDEX)
 
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
@@ -419,7 +435,7 @@ class TableSource(Source):
             # A folder lists only images that exist.
             self._named.append(paths is not None and not isinstance(table, ImageFolder))
         self.base = os.path.realpath(self.roots[0])
-        """The folder below which paths tell images apart: two tables may name an image from two, and one may move."""
+        """The folder relative to which a path identifies an image, because two tables may name one from two folders."""
 
     def _first_paths(self, file: int) -> list[str] | None:
         """Return the paths of a table's first images, or None if it holds the images themselves."""

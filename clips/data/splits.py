@@ -42,7 +42,10 @@ def held_out_sets(data: DataConfig) -> list[str]:
 
 
 def deciding_set(data: DataConfig) -> str | None:
-    """Return the set of `held_out_sets` that decides, else the validation split, or None if there is neither."""
+    """Return the set whose metrics decide comparisons: `unseen` if the run has it, else the first of `held_out_sets`.
+
+    Without test sets it is the validation split, or None if there is none either.
+    """
     names = held_out_sets(data)
     return UNSEEN if UNSEEN in names else next(iter(names), "val" if split_spec(data, "val") else None)
 
@@ -66,11 +69,12 @@ def holds_out(data: DataConfig) -> bool:
 
 @lru_cache
 def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
-    """Return the hashes of the images that validate, a line for the plan, and the hashes below the share that train.
+    """Choose the images that validate; return their hashes, a line for the plan, and the hashes left to training.
 
-    An image validates if its hash is below the share. So every seed validates on the same images, all captions of an
-    image are on one side, and added images move no other image into validation, except where they end the time of too
-    few images, when none validates. With `data.key`, the same holds for the values of that field, each with all its
+    Those are the images whose hash is below the share `data.held_out`, at most MOST_HELD_OUT of them; the third result
+    has the others below the share. So every seed validates on the same images, all captions of an image are on one
+    side, and adding images moves none from training into validation. The exception is data that was too small before:
+    with fewer than FEWEST_IMAGES images none validates. With `data.key`, the values of that field count instead of
     images.
     """
     hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
@@ -86,9 +90,10 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
 
 
 def count_shared(train: Source, test: Source) -> tuple[int, int]:
-    """Return how many images of `test` are in `train`, by `Source.image_id`, and the number of all.
+    """Return (number of images of `test` that `train` contains, number of images of `test`).
 
-    The names of remote shards tell nothing, because those of a training and a test may be equal.
+    Images are compared by `Source.image_hashes`; for two tables, the paths of `test` are from now on relative to the
+    folder of `train`. For remote data the first number is 0, because names of shards say nothing about their content.
     """
     if any(map(is_remote, (*train.files, *test.files))):
         return 0, len(test)

@@ -59,7 +59,10 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """Return the summary of a shard's index; the index is built and stored on first use."""
+    """Return the summary of a shard's index; the index is built and stored on first use.
+
+    Raises UserError if the shard cannot be indexed, or if its stored index is damaged.
+    """
     path = sidecar(url, INDEX, lambda target: _write_index(url, target))
     try:
         with safe_open(path, "numpy") as stored:
@@ -72,7 +75,7 @@ def shard_summary(url: str) -> ShardSummary:
 def open_shards(urls: Sequence[str]) -> list[ShardSummary]:
     """Return the summary of each shard. Missing indexes are made in threads, with a progress bar.
 
-    Finished indexes stay, so a stopped command continues where it was. Raises UserError as `shard_summary`.
+    Finished indexes stay, so a stopped command continues where it was. Raises UserError like `shard_summary`.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(shard_summary, urls)
@@ -87,7 +90,7 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def names_and_sizes(path: Path) -> bytes:
-    """Return what an index says of its shard's members, but not where they are."""
+    """Return the names and sizes of a shard's members from its index, but not their positions, as bytes to hash."""
     with safe_open(path, "numpy") as stored:
         meta = from_array(stored.get_tensor("meta"))
         arrays = [stored.get_tensor(name) for name in ("keys", "sizes")]
@@ -105,7 +108,10 @@ def from_array(stored: np.ndarray) -> Any:
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return (offset of the data, size) of every regular member of a tar by name, and what cannot be used."""
+    """Return {name: (offset of the data, size)} of the regular members of a tar file, and problems as lines of text.
+
+    Raises UserError if the file has no member, or is not an uncompressed tar.
+    """
     problems: list[str] = []
     members: dict[str, tuple[int, int]] = {}
     with open_binary(url) as file:

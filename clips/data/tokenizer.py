@@ -156,7 +156,10 @@ class CaptionTokenizer:
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:
-        """Read the files of `save`, of BERT-uncased (without bos and eos), or of CLIP (padding is id 0)."""
+        """Read a tokenizer that `save` wrote, BERT-uncased (without bos and eos), or CLIP's (padding is id 0).
+
+        Raises UserError if the directory holds no usable tokenizer.
+        """
         path = Path(directory) / "tokenizer.json"
         vocabulary = Path(directory) / "vocab.txt"
         try:

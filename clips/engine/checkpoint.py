@@ -107,7 +107,10 @@ class Writer:
         self._writing: tuple[int, Future[Path]] | None = None
 
     def begin(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
-        """Begin to write. Nobody may change the tensors any more; `state` is copied. Call only after `wait`."""
+        """Begin to write a checkpoint. Nobody may change the tensors any more; `state` is copied.
+
+        Raises RuntimeError if `wait` was not called since the last `begin`.
+        """
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
         snapshot = copy.deepcopy(state)

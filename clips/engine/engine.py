@@ -88,8 +88,9 @@ class Reduced(NamedTuple):
     loss: float
     """Mean over ranks."""
     grad_norm: float | None
-    """Norm of the gradient of the parameters that AdamW steps, before clipping; None if none can be seen.
-    Muon's are not included: the size of its update does not depend on the gradient, and ZeRO 1 and 2 do not keep it.
+    """Norm of the gradient of the parameters that AdamW updates, before clipping; None if it is zero, NaN or, as in
+    ZeRO-3 with offload, not visible. Muon's parameters are not included: the size of Muon's update does not depend on
+    the gradient, and ZeRO 1 and 2 do not keep it.
     """
 
 

@@ -21,7 +21,7 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
 
 
 def load_batches(read: Callable[[Any], Batch], places: Iterable[Any], workers: int, setting: str) -> Iterator[Batch]:
-    """Return `read(place)` of each place, in order; the workers start at once.
+    """Return an iterator over `read(place)` for each of `places`, in order; the worker processes start at once.
 
     Iterating raises the CommandErrors of `read`, and CommandError if a worker died.
 

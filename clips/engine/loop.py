@@ -20,7 +20,7 @@ from clips.engine.watchdog import OwnTime
 
 
 class Trainer:
-    """What a package gives to the loop: engine, data, and its answers to eight questions in each step."""
+    """Interface between the training loop and a package: subclasses provide engine, data and the hooks below."""
 
     engine: Engine
     state: TrainState
@@ -46,7 +46,7 @@ class Trainer:
         raise NotImplementedError
 
     def shared_inputs(self, batches: Sequence[Batch]) -> Sequence[Any]:
-        """Return for each micro-batch of the step what its loss needs to know of all of them. Collective."""
+        """Return for each micro-batch of the step what its loss needs to know about all of them. Collective."""
         raise NotImplementedError
 
     def cost(self, batch: Batch) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class Trainer:
         raise NotImplementedError
 
     def check_spike(self, reduced: Reduced, keys: list[list[str]], log: RunLog) -> bool:
-        """Return True if the update of the step is skipped; all ranks decide alike. Collective if it is.
+        """Return True if the step is a spike whose update is skipped, the same on every rank. Collective on a spike.
 
         Args:
             keys: Sample keys of this rank, one list per micro-batch.

@@ -62,7 +62,7 @@ def find_spike(state: TrainState, reduced: Reduced) -> dict[str, Any] | None:
 
 
 def remember(state: TrainState, reduced: Reduced) -> None:
-    """Add a step that is taken to the recent ones; a skipped step is never added."""
+    """Append loss and gradient norm of a step to the recent ones in `state`; not called for skipped steps."""
     for recent, value in ((state.recent_losses, reduced.loss), (state.recent_norms, reduced.grad_norm)):
         if value is not None:
             recent.append(value)

@@ -135,13 +135,13 @@ def evaluate(
 ) -> dict[str, Metric]:
     """Measure `model` on a split of its run's data (names as in `measure`); "test" means all its test sets.
 
-    Metrics of the first test set have plain names, those of another set are called NAME/METRIC. During training at
-    most `eval.max_images` images are used. `full` uses all and adds `caption_token_top1` if there is a captioner and
-    `linear_probe_top1` if the training data has labels.
-    `out` receives the metrics and the `checkpoint` of the weights (`clips.common.rundir.weights_of`). The weights must
-    be complete in this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
-    `image_size` is the side of the square images (default: the tower's size). If `sharded` (collective, and not with
-    `full`), the ranks share the work and only rank 0 returns metrics.
+    Metrics of the first test set have plain names, those of another set are called NAME/METRIC. During training at most
+    `eval.max_images` images are used. `full` uses all and adds `caption_token_top1` if there is a captioner and
+    `linear_probe_top1` if the training data has labels. The metrics are written to the JSON file `out`, with the
+    `checkpoint` of the weights (`clips.common.rundir.weights_of`). The weights must be complete in this process
+    (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are. `image_size` is the side of
+    the square images (default: the tower's size). If `sharded` (collective, and not with `full`), the ranks share the
+    work and only rank 0 returns metrics.
     """
     names = held_out_sets(run.data) if split == "test" else [split]
     metrics, skipped, _ = _measure_sets(
@@ -215,7 +215,10 @@ def probe_images(train: ImageSet) -> Callable[[ImageSet], Metric | None]:
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/evaluate_clips.py: measure a trained model on test sets, print a table and write a JSON file."""
+    """Run scripts/evaluate_clips.py: measure a trained model on test sets, print a table and write a JSON file.
+
+    Raises UserError if the test images have neither captions nor labels, or none of the labels of --probe-train.
+    """
     from clips.common.runtime import choose_device
     from clips.weights.load import load_model
 

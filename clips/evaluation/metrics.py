@@ -24,7 +24,10 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, in percent; log ranks and losses are in nats, and lower is better."""
+    """A metric with its chance level and the number of samples it was measured on.
+
+    Values are in percent, larger is better; for log ranks and losses they are in nats, smaller is better.
+    """
 
     value: float
     chance: float
@@ -94,15 +97,16 @@ def retrieval_metrics(
     logit_scale: float | None = None,
     chunk: int = 512,
 ) -> dict[str, Metric]:
-    """Return recall at 1, 5 and 10 both ways, `i2t_r1` … `t2i_r10`, and the mean logarithm of the rank of the best
-    right answer, `i2t_log_rank` and `t2i_log_rank`. Features [I, E] and [T, E] are L2-normalised.
+    """Return recall at 1, 5 and 10 and the mean log rank of the best right answer, in both directions.
 
-    Text t belongs to image `text_to_image[t]`; every image needs at least one. Equal strings count as the same caption:
-    image → text is a hit if any of the image's captions, or an equal string, is among the first k; text → image if the
-    image is the caption's own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …, which
-    accepts only the image's own text, as clip_benchmark does. With `logit_scale` there is `contrastive_loss`, the
+    They are called `i2t_r1` … `t2i_r10`, `i2t_log_rank` and `t2i_log_rank`. Features [I, E] and [T, E] are
+    L2-normalised; text t belongs to image `text_to_image[t]`, and every image needs a text. Equal strings count as the
+    same caption: an image's search is right if one of its captions, or an equal string, is among the first k; a text's
+    search if the image is its own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …,
+    which accepts only the image's own text, as clip_benchmark does. With `logit_scale` there is `contrastive_loss`, the
     symmetric InfoNCE of all images, each with its first text. It grows with the set (chance is the logarithm of I).
-    Raises NotFiniteError if a feature is not finite.
+    `chunk` queries are compared at once. Raises NotFiniteError if a feature is not finite, and ValueError if texts and
+    images do not match.
     """
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():

@@ -83,7 +83,10 @@ def _strings(value: Any) -> list[str]:
 
 
 class ImageTestSet:
-    """The images of a folder and of the folders in it, in the order of their names."""
+    """The images of a folder and of the folders in it, in the order of their names.
+
+    Raises UserError if there are none.
+    """
 
     pattern, expected = "**/*", "files in it or in its folders"
 
@@ -184,7 +187,10 @@ _SYNSET = re.compile(r"n\d{8}")
 
 
 def load_classes(spec: str | Path) -> Classes:
-    """Load `imagenet`, or a file: a class per line, or JSON {"classes": […], "templates": ["a photo of a {}.", …]}."""
+    """Load `imagenet`, or a file: a class per line, or JSON {"classes": […], "templates": ["a photo of a {}.", …]}.
+
+    Raises UserError if the file is neither, has no class or one twice, or if a template has no place for the class.
+    """
     if str(spec) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 

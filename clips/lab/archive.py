@@ -25,7 +25,10 @@ TOLERANCE = 1e-6
 
 
 def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[str]) -> str:
-    """Write the files `names` of `output` to `archive`, and return the archive's SHA-256."""
+    """Write the files `names` below `output` to the .tar.xz file `archive`, and return its SHA-256 (hex).
+
+    Equal files give an equal archive. Raises UserError if a name does not match `allowed`, or for more than MOST_BYTES.
+    """
     for name in names:
         if not allowed.fullmatch(name):
             raise UserError(f"{output}: {name} has a name that an archive cannot hold")
@@ -46,7 +49,11 @@ def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[
 
 
 def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
-    """Write the files of `archive` below `directory`."""
+    """Unpack `archive` into `directory`.
+
+    Raises UserError if it is missing or damaged, unpacks to more than MOST_BYTES, or holds anything but regular files
+    whose names match `allowed`; members before such a one have been written by then.
+    """
     if not archive.is_file():
         raise UserError(f"there is no archive {archive}")
     try:

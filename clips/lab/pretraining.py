@@ -62,7 +62,10 @@ class PretrainingRun:
         return config_from_flags(parser().parse_args(flags))
 
     def planned(self, output: Path, variant: str = "") -> Run:
-        """Return the run as the lab runs it, in the table's row `variant` (default: its name without the seed)."""
+        """Return the `Run` (clips/lab/grid.py) that trains it below `output`.
+
+        `variant` is its row of the table, by default its name without the seed.
+        """
         _, *flags = self.command(output)
         row = variant or self.name.removesuffix(f"-seed{self.seed}")
         return pretraining_run_of(output / self.name, flags, row, self.seed, is_done=_is_measured)
@@ -87,14 +90,15 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int) -> dict[Pretr
 
 
 def test_metrics(run: Path) -> dict[str, dict[str, Any]]:
-    """Return the metrics of a run's own test."""
+    """Return the metrics of a run on its own test data by name; empty if it was not evaluated."""
     return read_evaluation(run / "evaluation.json").get("metrics", {})
 
 
 def measured_metrics(run: Path, names: Sequence[str]) -> dict[str, float]:
-    """Return the test metrics `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
+    """Return the test metrics `names` of a run in percent, and `train_seconds`, the time of its training steps.
 
-    Metrics of further test sets are called SET/METRIC. The set that decides (`UNSEEN`) comes first.
+    Metrics of further test sets are called SET/METRIC; those of the held-out set `UNSEEN`, which decide, come first.
+    The time is what all samples would take at the speed of the fastest stretch, as on an idle machine.
     """
     metrics, steps = test_metrics(run), read_metrics(run, "train")
     # The fastest stretch counts, because whatever else the machine does only slows training down.

@@ -29,7 +29,10 @@ def write_result(result: Mapping[str, Any], output: Path, name: str, page: Calla
 
 
 def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> Forest:
-    """Return differences against zero, from names and rows with `mean`, `ci95`, `verdict`. `scale` 100 shows points."""
+    """Return a chart of differences against zero, from pairs of a name and a row with `mean`, `ci95` and `verdict`.
+
+    `scale` 100 shows shares as points.
+    """
     rows = list(rows)
     reach = max(abs(end) for _, row in rows for end in row["ci95"]) * 1.05 or 1.0
     intervals = []
@@ -43,7 +46,10 @@ def forest(rows: Iterable[tuple[str, Mapping[str, Any]]], scale: float = 1) -> F
 
 
 def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
-    """Return the CSS classes of a table with verdicts: words may wrap, numbers may not. `words`: class by verdict."""
+    """Return the `css_class` of a table with verdicts, whose CSS classes are in `words`.
+
+    Cells of words may wrap, numbers with their intervals may not.
+    """
 
     def css_class(column: int, text: str) -> str:
         kind = "" if "±" in text or "[" in text else "wrap"

@@ -35,7 +35,8 @@ WAITS, LOCK, DONE = "waits", "waits for its lock", "done"
 def locked(directory: Path, commands: Commands) -> Iterator[int]:
     """Hold `directory` for this process and for children that get the yielded descriptor; wait for another holder.
 
-    A child that outlives a killed parent keeps the lock, so a second run never trains at the same time.
+    A child that outlives a killed parent keeps the lock, so a second run never trains at the same time. Raises
+    CommandError if the study is stopped while it waits.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = None
@@ -50,7 +51,7 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
 
 
 class Commands:
-    """Parallel commands, each with its own threads and its output in a file."""
+    """Runs commands, with `map` up to `jobs` at a time, each with its share of the cores and its output in a file."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -79,9 +80,10 @@ class Commands:
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return `function` of each item, `jobs` at a time. After an error no item starts, and running ones finish.
+        """Call `function` on each item, `jobs` at a time, and return the results in order. Main thread only.
 
-        A stop signal is passed on to the running commands, which save first. Raises Stopped then.
+        After the first error no further item starts, running ones finish, and the error is raised. A stop signal is
+        passed on to the running commands, which save first; then Stopped is raised.
         """
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._stop) for number in signals}

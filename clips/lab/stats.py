@@ -37,7 +37,7 @@ UNDECIDED = "fewer than five seeds, a plan that was not kept, or seeds that diff
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; None if the runs show no spread."""
+    """A mean with the ends of its 95 % interval, which are None if there are too few runs or these show no spread."""
 
     mean: float
     low: float | None
@@ -52,11 +52,15 @@ class Estimate:
 def verdict(
     ci95: Sequence[float] | None, ours: Sequence[float], other: Sequence[float], *, kept: bool = True
 ) -> Verdict:
-    """Return the verdict on a − b, by the only rule: from its interval and the metric of each independent seed.
+    """Return the verdict on a − b, from the difference's interval and the metric of each independent seed.
 
-    Tie: the interval covers zero. Win or loss: it does not, and the difference also holds for unequal variances
-    (`half_of_unequal`). Otherwise seeds differ in when they learn, and nothing is decided. Adding seeds after seeing
-    results biases the verdict. `kept` is True if the planned number of seeds was used.
+    - "undecided": the plan was not `kept` (another number of seeds than planned; adding seeds after seeing results
+      biases a verdict), or a variant has fewer than FEWEST_SEEDS seeds.
+    - "tie": the interval covers zero, or there is none.
+    - "win" or "loss": it does not, and the difference also holds for unequal variances (`half_of_unequal`).
+    - "undecided" otherwise, because seeds then differ in when they learn.
+
+    `ours` and `other` are the metrics of a's and b's seeds.
     """
     if not kept or min(len(ours), len(other)) < FEWEST_SEEDS:
         return "undecided"
@@ -146,19 +150,21 @@ def labels(names: Sequence[Hashable]) -> np.ndarray:
 
 
 def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
-    """Return [R] groups of runs that share an encoder, for several encoders at once, given the groups of each.
+    """Return a number for each run [R], equal for runs that share one of several encoders.
 
-    The result is the coarsest grouping that tells runs apart. Runs that share one of the encoders are not independent,
-    even if each has another encoder of its own. An encoder that all runs share does not count.
+    `by_encoder` has such numbers for each encoder. The result is the coarsest grouping that tells runs apart. Runs that
+    share one of the encoders are not independent, even if each has another encoder of its own. An encoder that all runs
+    share does not count.
     """
     telling = [groups for groups in by_encoder if groups.max() > 0]
     return min(telling, key=lambda groups: int(groups.max())) if telling else np.zeros_like(by_encoder[0])
 
 
 def independent_runs(shared: np.ndarray) -> np.ndarray:
-    """Return [R] groups to average (`over_groups`), so that their spread also holds for other runs.
+    """Return the group number of each run [R] for `over_groups`, such that the group means are independent.
 
-    If all runs share their encoder, each run is a group, and the result holds for this encoder only.
+    `shared` has equal numbers for runs on the same encoder (`shared_runs`). If all runs share one encoder, each run is
+    a group of its own, and an interval over the groups holds only for this encoder.
     """
     return shared if shared.max() > 0 else np.arange(len(shared))
 
@@ -221,7 +227,11 @@ def half_of_interval(runs: Any, images: Any, luck: Any, seeds: int, clusters: in
 
 
 def least_variance(luck: Any, seeds: int) -> Any:
-    """Return the least variance of single answers that an interval allows for; with two seeds all of it is too much."""
+    """Return the smallest variance of single answers for which an interval must be wide enough.
+
+    It is `luck`, the estimated part of the mean's variance that single answers cause, or 64 % of it with two seeds, for
+    which the full value makes intervals too wide.
+    """
     return 0.64 * luck if seeds == 2 else luck
 
 

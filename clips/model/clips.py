@@ -138,7 +138,10 @@ class CLIPSModel(nn.Module):
 
     @torch.no_grad()
     def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
-        """Generate captions [B, T] of `images` [B, 3, S, S] with web captions `web_ids` [B, L], by the captioner."""
+        """Generate captions [B, T] of `images` [B, 3, S, S] with web captions `web_ids` [B, L], by the captioner.
+
+        Raises ValueError if the model has no captioner.
+        """
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
         prefix = self.caption_prefix(self.visual(images)[1], web_ids)

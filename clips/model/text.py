@@ -30,8 +30,10 @@ def visible_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
 
 
 def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
-    """Return booleans [B, L] that mark each text `bos … eos` without its padding. Only ids at the end count as padding,
-    because CLIP pads with the id of a word ("!")."""
+    """Return booleans [B, L] that mark each text, `bos … eos`, without its padding.
+
+    Only ids at the end count as padding, because CLIP pads with the id of a word ("!").
+    """
     return (ids_BL != pad_id).flip(1).cumsum(dim=1).flip(1) > 0
 
 
@@ -87,6 +89,7 @@ class TextTower(nn.Module):
         """Encode the texts of a batch, each as ids [B, L] of any length, in one pass.
 
         `counts` are the numbers of slots that are `computed` of each text; if not given, the host waits for the GPU.
+        Raises ValueError for a text longer than the context, or a shorter one if padding is attended.
         """
         for ids in texts:
             L, context = ids.shape[1], self.config.context_length

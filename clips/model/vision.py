@@ -97,7 +97,8 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor, kept_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first) of the images.
 
-        `images` are [B, 3, S, S]. `kept_BK` are the indices of the patches that are seen; N is then replaced by K.
+        `images` are [B, 3, S, S], with the side `image_size`, else ValueError is raised. `kept_BK` are the indices of
+        the patches that are seen; N is then replaced by K.
         """
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"images are {tuple(images.shape[2:])}, not {self.image_size} px: call set_image_size")

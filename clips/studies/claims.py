@@ -111,7 +111,11 @@ LIMITS = (
 
 
 def on_photographs() -> dict[str, Hypothesis]:
-    """Return the claims without cautions on the demo's captions; (b) also compares its ends, (f) is at equal time."""
+    """Return the claims as they are tested on photographs, by letter.
+
+    Their cautions, which concern the demo's captions, are removed. Claim (b) also compares "captioner" with "web", and
+    claim (f) compares CLIPS and CLIP at equal training time.
+    """
     claims = {key: replace(claim, caution="") for key, claim in CLAIMS.items()}
     claims["b"] = replace(claims["b"], contrasts=(*claims["b"].contrasts, ("captioner", "web")))
     claims["f"] = Hypothesis(
@@ -132,7 +136,10 @@ def variant_study(
     recipe: str = "demo",
     **study: Any,
 ) -> Study:
-    """Return a study of some of VARIANTS. `settings`: `--set` of all runs; a variant's own settings come last."""
+    """Return a study of the variants `runs_of`, names in VARIANTS, with a run for each seed.
+
+    `settings` are the `--set` of all runs; a variant's own settings come last. `study` are further fields of `Study`.
+    """
     variants = VARIANTS
     captions = [CAPTIONS]
     if recipe == "small":
@@ -157,8 +164,8 @@ def reproduce(
 ) -> dict[str, Any] | None:
     """Train what is missing for `claims` (letters), and write claims.json and claims.html into `output`.
 
-    Raises UserError for an unknown claim, fewer than two seeds, or an `output` whose runs have other settings;
-    CommandError when a run fails.
+    Return the result, or None with `dry_run`, which only prints the plan. Raises UserError for an unknown claim, fewer
+    than two seeds, or an `output` whose runs have other settings; CommandError when a run fails.
     """
     known = on_photographs() if recipe == "small" else CLAIMS
     unknown = [key for key in claims if key not in known]

@@ -35,7 +35,10 @@ LIMITS = "The drawings have generated captions, and the models are tiny. They ar
 def compare(
     output: Path, seeds: int, samples: int, jobs: int, *, decides: str = DECIDING, dry_run: bool = False
 ) -> dict[str, Any] | None:
-    """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
+    """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`.
+
+    Return the result, or None with `dry_run`, which only prints the plan.
+    """
     search = search_runs(samples)
     if dry_run:  # the search finds the rates, then the runs of equal samples find the samples of equal time
         runs = [run.planned(output, f"{recipe} × {rate:g}") for (recipe, rate), run in search.items()]

@@ -103,7 +103,7 @@ class Study:
         return [run for runs in self.runs.values() for run in runs]
 
     def planned(self, output: Path) -> list[Run]:
-        """Return the runs as the lab runs them."""
+        """Return the `Run`s (clips/lab/grid.py) that train all variants below `output`."""
         planned = []
         for name, runs in self.runs.items():
             variant = self.variants[name]
@@ -232,20 +232,31 @@ def run_metrics(run: Path, names: Sequence[str] = METRICS) -> dict[str, float]:
 
 
 def decides(metrics: Sequence[str], requested: str = DECIDING) -> str:
-    """Return the metric that decides: on the held-out style if there is one, and without `DECIDING` the first."""
+    """Return the name of the metric that decides a study: `requested`, or if that is missing the first one there is.
+
+    If it was also measured on the held-out style, that value decides. Only `DECIDING` may be missing; for any other
+    metric that the runs do not give UserError is raised.
+    """
     if requested not in (DECIDING, *metrics):
         raise UserError(f"--decides {requested}: the runs give {', '.join(metrics)}")
     return deciding_name(next(name for name in (requested, *MEANS, *METRICS) if name in metrics), metrics)
 
 
 def judge(question: Hypothesis, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
-    """Return a question with its contrasts and verdict."""
+    """Return `question` as JSON, with the comparison of each of its pairs and all verdicts in one line.
+
+    `rows` are the metrics of each variant's runs, and `requested` is the metric that decides (`decides`). Verdicts are
+    "undecided" if the plan was not `kept`.
+    """
     contrasts = [compared(a, b, rows, requested, kept=kept) for a, b in question.contrasts]
     return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 
 
 def compared(a: str, b: str, rows: Rows, requested: str = DECIDING, *, kept: bool = True) -> dict[str, Any]:
-    """Return a − b: the deciding metric's difference with interval and verdict, and the difference in every metric."""
+    """Return the difference a − b in the metric that decides, with interval and verdict, and the one in every metric.
+
+    The arguments are those of `judge`.
+    """
     metrics = [name for name in rows[a][0] if name != SECONDS]
     deciding = decides(metrics, requested)
     differences = {metric: difference(rows[a], rows[b], metric) for metric in metrics}

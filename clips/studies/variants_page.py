@@ -35,7 +35,7 @@ def called(metric: str) -> str:
 
 
 def page(result: Mapping[str, Any], title: str, note: str, limits: str, words: Words = BETTER) -> Page:
-    """Make the page. `limits` says what the study does not show."""
+    """Return the page of a study's `result`. `limits` says what the study does not show, `words` name its verdicts."""
     questions, variants = result["questions"], result["variants"]
     tiles = [
         Tile(f"({key}) {q['title']}", [(_in_words(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])

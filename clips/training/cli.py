@@ -76,7 +76,7 @@ def parser() -> Parser:
 
 
 def pretrain_from_flags(flags: argparse.Namespace) -> None:
-    """Build the configuration that `flags` describe and train it."""
+    """Run scripts/pretrain_clips.py: train the run that `flags` describe. Raises Stopped after Ctrl-C."""
     try:
         with Start(flags.timeout_minutes) as start:
             _pretrain(flags, start)
@@ -121,9 +121,11 @@ def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_from_flags(flags: argparse.Namespace, architecture: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return the recipe, or its smoke test config, changed by the weights of --init-from, the flags, and --set.
+    """Return the configuration of a run from the command line.
 
-    `architecture` has the settings of the weights by path; by default as the run has recorded them.
+    The recipe (or with --debug its smoke test) is changed by the architecture of --init-from, then by the flags, then
+    by --set. `architecture` has fields of RunConfig by path; by default it is the one that the run has recorded. Raises
+    UserError for flags that contradict each other, and for values that are not valid.
     """
     run = with_tower(recipe(recipe_name(flags)), flags.tower)
     if flags.debug:

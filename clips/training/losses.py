@@ -44,7 +44,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_features(x_BE: Tensor) -> Tensor:
-    """Return the features of all ranks, [W·B, E], rank 0 first, with gradients to every rank."""
+    """Return the features of all ranks, [W·B, E], rank 0 first, with gradients to every rank. Collective."""
     return x_BE if world_size() == 1 else _AllGather.apply(x_BE)
 
 
@@ -132,7 +132,7 @@ def caption_loss(
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Turn a rank's (sum, count) into its share of the mean over the elements of all ranks.
+    """Turn a rank's (sum, count) into its share of the mean over the elements of all ranks. Collective.
 
     Ranks hold different numbers of elements, so the mean of their means would weigh elements unequally. The
     returned values average, over the ranks, to Σ total / Σ count, and so do their gradients.

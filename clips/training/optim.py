@@ -54,8 +54,11 @@ def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def layers_above(name: str, model: ModelConfig) -> int:
-    """Return how many layers of its tower lie above a parameter of a Task: 0 for the final norm, the projection and all
-    that is in no tower; the number of blocks plus one for embeddings and positions."""
+    """Return how many layers of its tower follow after the parameter `name` of a Task, for `optim.layer_decay`.
+
+    It is 0 for the final norm, the projection and everything outside the towers, and the number of blocks plus one for
+    embeddings and positions.
+    """
     _, part, *rest = name.split(".")
     if part not in ("visual", "text") or rest[0] in ("norm", "proj"):
         return 0

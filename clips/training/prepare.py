@@ -32,11 +32,12 @@ MANY_EPOCHS = 50
 def open_run_dir(
     run: RunConfig, run_dir: Path, resume: str, *, allow_config_change: bool, dry_run: bool
 ) -> checkpoint.Checkpoint | None:
-    """Create or check the run directory, and return the checkpoint to resume from, the same on every rank.
+    """Create or check the run directory, and return the checkpoint to resume from, or None; the same on every rank.
 
-    `resume` is `auto`, `never`, or a checkpoint directory.
-
-    config.json is written only once the data is known to be right too; from then on the directory belongs to this run.
+    Rank 0 locks the directory and removes what interrupted saves left behind, except in a `dry_run`. config.json is
+    written later, once the data is known to be right. `resume` is `auto`, `never`, or a checkpoint directory. Raises
+    UserError if the directory holds another configuration or cannot be written, or if `resume` does not fit it, and
+    NoCheckpointError if none of its checkpoints is usable.
     """
     config_file = run_dir / "config.json"
     if resume == "never" and config_file.exists():
@@ -83,9 +84,12 @@ def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
 def prepare_data(
     run: RunConfig, run_dir: Path, initial: InitialWeights | None, start: Start, *, has_begun: bool, dry_run: bool
 ) -> tuple[Source, CaptionTokenizer]:
-    """Open the data, once on each machine, and the tokenizer; rank 0 makes it if it is missing. Collective.
+    """Open the training data, once on each machine, and the run's tokenizer. Collective, without a time limit.
 
-    A text tower among the `initial` weights brings its own tokenizer. Other ranks wait as long as that takes.
+    Rank 0 builds a missing tokenizer, or takes the one of the `initial` weights' text tower, and saves it and
+    data.json. All other splits are opened once, so that a wrong path shows now. Raises UserError for data other than
+    the run has trained on (if it `has_begun`), and for a tokenizer larger than the model's vocabulary; BrokenDataError
+    for a table with too many unreadable rows.
     """
     need_long = run.task.captions
 
@@ -138,7 +142,7 @@ def check_same_data(run_dir: Path, source: Source) -> None:
 
 
 def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict[str, Any]:
-    """Return what every rank must have found alike in the run directory."""
+    """Return what must be equal on all ranks in the run directory, for `Start.agree`."""
     return {
         "the configuration": run.to_dict(),
         "the checkpoint to go on from": previous.path.name if previous else "none",
@@ -146,7 +150,7 @@ def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict
 
 
 def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialWeights | None) -> dict[str, Any]:
-    """Return what every rank must have found alike before the ranks train together.
+    """Return what must be equal on all ranks before they train together, for `Start.agree`.
 
     Otherwise a node that lacks a shard would silently train on other data.
     """
@@ -159,7 +163,7 @@ def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialW
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
-    """Return `run` with precision "auto" decided: as in config.json if there is one, else bf16 if `device` has it.
+    """Return `run` with precision "auto" replaced by that in config.json, or without one by bf16 if `device` has it.
 
     Otherwise bf16 is emulated: on a CPU with only AVX2, the demo trains at 8 samples/s with it and at 110 in fp32.
     """
@@ -250,7 +254,7 @@ def print_plan(
 
 
 def speed_name(run: RunConfig, model: CLIPSModel, ranks: int, device: torch.device) -> str:
-    """Return what identifies trainings of equal speed, for `expected_time`."""
+    """Return a description that trainings of equal speed have in common, the key for `expected_time`."""
     sizes = ", ".join(f"{phase.image_size} px" for phase in run.phases)
     parameters = sum(p.numel() for p in model.parameters())
     on = f"{ranks} × {device.type}, {torch.get_num_threads()} threads"

@@ -194,7 +194,7 @@ def _record(
 
 
 class CLIPSTrainer(Trainer):
-    """Gives the loop a pretraining run: its phases, the verdict on spikes, the validations."""
+    """The trainer of a pretraining run: its phases, what happens on a spike, and its validations."""
 
     def __init__(
         self, run: RunConfig, engine: Engine, source: Source, tokenizer: CaptionTokenizer, state: TrainState,

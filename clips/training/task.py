@@ -24,7 +24,10 @@ from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather
 
 
 class Task(Objective):
-    """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss."""
+    """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss.
+
+    Raises ValueError if `train.precision` is still "auto", see `clips.training.prepare.with_precision`.
+    """
 
     def __init__(self, model: CLIPSModel, config: TaskConfig, train: TrainConfig) -> None:
         super().__init__()
@@ -74,8 +77,11 @@ class Task(Objective):
         }
 
     def kept(self, batch: dict[str, Any]) -> Kept:
-        """Return the tokens that the loader drew for each sample. Raises KeyError if the configuration drops some and
-        the loader drew none, because an accidental training on all of them would go unnoticed."""
+        """Return the tokens that the loader drew for each sample.
+
+        Raises KeyError if the configuration drops some and the loader drew none, because an accidental training on all
+        of them would go unnoticed.
+        """
         vision, captioner = self.model.config.vision, self.model.config.captioner
         drops = captioner is not None and captioner.image_token_keep < 1 and "caption" in batch
         return Kept(

@@ -38,7 +38,7 @@ OFFICIAL_WEIGHTS = "open_clip_pytorch_model.bin"
 
 
 def convert_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/convert.py."""
+    """Run scripts/convert.py: convert a model, and print the largest differences between its features."""
     differences = convert(flags.source, Path(flags.target), flags.to, check_only=flags.check)
     for name, difference in differences.items():
         print(f"{name}: largest difference {difference:.1e}")
@@ -46,9 +46,10 @@ def convert_from_flags(flags: argparse.Namespace) -> None:
 
 
 def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> dict[str, float]:
-    """Write the model `source` to the directory `target` in the format `to`, if its features stay equal.
+    """Convert the model `source` to the format `to`, check that its features stay equal, and write it to `target`.
 
-    Return the largest difference of each feature. With `check_only` nothing is left on disk.
+    Return the largest difference for each kind of feature. With `check_only` nothing is left on disk. Raises UserError
+    if `target` exists, if the format cannot hold the model, or if a difference is above LIMIT.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")

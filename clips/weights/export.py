@@ -98,7 +98,10 @@ def export_all(
 def check_exports(
     trained: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
 ) -> dict[str, float]:
-    """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
+    """Load the formats in `directory`, and return the largest difference of each from `trained` (fp32, on the CPU).
+
+    Raises ExportError if one is above TOLERANCE.
+    """
     expected = model_features(trained, images, tokenizer.for_tower(texts, trained.config.text))
     tokens = trained.visual(images)[1]
     differences: dict[str, float] = {}
@@ -157,7 +160,10 @@ def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer,
 
 
 def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
-    """Return up to 8 readable images of `source`, normalised [B, 3, S, S], and their web captions."""
+    """Return up to 8 readable images of `source`, normalised [B, 3, S, S], and their web captions.
+
+    Raises UserError if no image can be read.
+    """
     transform = eval_transform(image_size)
     images: list[Tensor] = []
     texts: list[str] = []

@@ -47,28 +47,30 @@ class NotPlain(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """The parts of a model that this project can use; tensors are fp32 and named as in `CLIPSModel`."""
+    """Weights to start from: the parts of a model that `CLIPSModel` can take, in fp32 and under its tensor names."""
 
     source: str = ""
     """The name that the user gave."""
     kind: str
+    """Format and architecture, for messages, such as "transformers, clip"."""
     vision: VisionConfig
     text: TextConfig | None = None
     captioner: CaptionerConfig | None = None
     tokenizer: CaptionTokenizer | None = None
     """The tokenizer of `text`."""
     tokenizer_kind: str = ""
+    """A `TokenizerKind`, or "" without a text tower."""
     embed_dim: int | None = None
     """None if the file has no projections into a space that two towers share."""
     tensors: dict[str, Tensor]
     left_over: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the tensors in the file that are not used, by description."""
+    """Names of tensors in the file that are not used, grouped under a description of the part they belong to."""
     notes: list[str] = field(default_factory=list)
     """Changes that were made to the weights, to be printed."""
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
-        """The configuration of the parts in the file: path in RunConfig ("model.vision") → its fields or value."""
+        """The configuration of the parts in the file: fields or values by their paths in RunConfig ("model.vision")."""
         towers = {"model.vision": self.vision, "model.text": self.text, "model.captioner": self.captioner}
         found: dict[str, Any] = {path: asdict(part) for path, part in towers.items() if part is not None}
         if self.tokenizer_kind:
@@ -144,7 +146,10 @@ def read_transformers(directory: Path) -> InitialWeights:
 
 
 def read_timm(directory: Path) -> InitialWeights:
-    """Read the image tower of a plain `VisionTransformer` from a directory as timm saves it or as it is on the hub."""
+    """Read the image tower of a plain `VisionTransformer` from a directory as timm saves it or as it is on the hub.
+
+    Raises UserError if no tower here computes it.
+    """
     import timm
 
     from clips.common.opening import loading
@@ -205,7 +210,11 @@ class NamedWeights:
         self.taken: set[str] = set()
 
     def take(self, names: Mapping[str, tuple[str, ...]], prefix: str = "") -> dict[str, Tensor]:
-        """Return fp32 copies under the names here. Raises UserError with the names that are missing."""
+        """Return fp32 copies of the weights under this project's names, the keys of `names`; their parts are joined.
+
+        `prefix` begins the names in the file, unless no name there has it. Raises UserError with the names that are
+        missing.
+        """
         if not any(name.startswith(prefix) for name in self.weights):
             prefix = ""
         required = {prefix + name for parts in names.values() for name in parts}
@@ -289,7 +298,10 @@ class NamedWeights:
         return tensors, notes
 
     def left_over(self, layout: WeightNames) -> dict[str, list[str]]:
-        """Return the names that were not taken, grouped by what they are. Raises UserError for unknown names."""
+        """Return the names that were not taken, grouped under the descriptions in `layout`.
+
+        Raises UserError for names that it does not describe.
+        """
         groups: dict[str, list[str]] = {}
         for name in sorted(self.weights.keys() - self.taken):
             inner = name.removeprefix(layout.prefix)

@@ -30,7 +30,7 @@ POSITION_IDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class WeightNames:
-    """The names that a format has for a tower, by the name here."""
+    """How another library names the tensors of a tower: its names, keyed by those of `VisionTower` or `TextTower`."""
 
     prefix: str = ""
     """Prefix of every name in files that hold more than this tower."""
@@ -44,12 +44,12 @@ class WeightNames:
     scales: Mapping[str, str] = field(default_factory=dict)
     """The LayerScale after each module of a block; here it is folded into the module."""
     left_over: Mapping[str, str] = field(default_factory=dict)
-    """What the prefixes of names mean that no tower here has."""
+    """Descriptions of tensors that no tower here has, by the beginning of their names."""
     unbiased: tuple[str, ...] = ()
     """Modules of a block that have no bias there."""
 
     def names(self, layers: int) -> dict[str, tuple[str, ...]]:
-        """Return the format's tensors, one after the other, of which each tensor here consists."""
+        """Return for each tensor of a tower with `layers` blocks the format's tensors of which it is made, in order."""
         modules: dict[str, tuple[str, ...]] = {ours: (other,) for ours, other in self.modules.items()}
         for i in range(layers):
             for ours, other in self.block.items():

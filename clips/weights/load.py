@@ -150,7 +150,10 @@ def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
 
 
 def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
-    """Return the newest export directory under `runs` of a run whose `task.objective` is `objective`."""
+    """Return the newest export directory under `runs` of a run whose `task.objective` is `objective`.
+
+    Raises UserError, which names `recipe` as the one to train, if there is none, and if its run has trained further.
+    """
     dated = []
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"

@@ -153,7 +153,7 @@ def read_open_clip(directory: Path) -> InitialWeights:
     """Read a checkpoint in open_clip's format: an export, an official checkpoint, any plain model of open_clip.
 
     Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. Tokenizer files may be
-    missing if the configuration names BERT's, or none (then it is CLIP's). Raises UserError as `read_transformers`.
+    missing if the configuration names BERT's, or none (then it is CLIP's). Raises UserError like `read_transformers`.
     """
     config = read_open_clip_config(directory)
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
@@ -229,7 +229,8 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
 def read_open_clip_config(directory: Path) -> ModelConfig:
     """Return the configuration of the model in `directory`, as open_clip builds it from its JSON file without weights.
 
-    Only `read_open_clip` can tell whether positions are fixed, and what `patch_bias` is.
+    Only `read_open_clip` can tell whether positions are fixed, and what `patch_bias` is. Raises UserError if no towers
+    here compute the model.
     """
     path = directory / "open_clip_config.json"
     with loading("open_clip", directory):

@@ -92,7 +92,7 @@ class ChatSession:
     Attributes:
         turns: the questions and answers so far, without the system text.
         images: their images and videos in the order of the placeholders.
-        system: replaces the system text of the format, if set.
+        system: replaces the system text of the format, if set; UserError is raised if the format has none.
         last: statistics of the last answer, or None before the first answer.
     """
 

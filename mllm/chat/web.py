@@ -61,7 +61,10 @@ def error_message(error: Exception) -> str:
 
 
 async def bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Answer 400 to an event of another site's page, with too many bytes or JSON values, or that gradio cannot read."""
+    """Middleware that answers 400 to requests from pages of other sites and to requests beyond `LIMITS`.
+
+    All other requests are passed on, and an exception that they raise also becomes a 400. Uploads have gradio's limit.
+    """
     try:
         # A browser sends forms, also with files, to any site without asking, and names the page that it did so for.
         origin = request.headers.get("origin")

@@ -94,7 +94,7 @@ class ItemScores:
     clusters: np.ndarray
     """[I] image names, because the questions about one image are resampled together."""
     by_encoder: dict[str, np.ndarray]
-    """Encoder → scores [R, I]."""
+    """Scores [R, I] of each encoder's runs."""
     column: str
     kind: str | None = None
 
@@ -269,11 +269,17 @@ def read_answers(runs: Sequence[EncoderRun], questions: Iterable[str]) -> Lines:
 
 
 def item_scores(answers: Lines, questions: Mapping[str, Path]) -> dict[str, ItemScores]:
-    """Return `accuracy`, and `cider_d` for questions with references, and `log_likelihood` and `share` if measured.
+    """Score every answer of every run, and return the scores of each question by metric.
 
-    All but `cider_d` are also given as METRIC/KIND for each kind of question. Metrics of other columns than the
-    deciding one end with @COLUMN. `needs_image` is the accuracy of all encoders that are not blind, on those
-    questions of the deciding column that blind models do not answer. `questions` are the files that were asked.
+    Metrics are `accuracy`, `cider_d` for questions with references, `log_likelihood` and `share` if they were measured,
+    and `needs_image`: the accuracy of the encoders other than blind ones, on those questions of the deciding column
+    that blind models get wrong (left out if these are all or none). If there are several kinds of question, all but
+    `cider_d` and `needs_image` are also given as METRIC/KIND. Metrics of other columns than the deciding one end with
+    @COLUMN.
+
+    Args:
+        answers: the answer lines of each run, as `read_answers` returns them.
+        questions: the question files by name of the answer file.
     """
     first = next(iter(answers.values()))
     deciding, *others = columns_of(line["file"] for line in first)
@@ -335,7 +341,10 @@ def _item_scores(
 def compare_scores(
     comparison: Comparison, scored: dict[str, ItemScores], *, kept: bool = True
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return encoder → metric → value, and the differences of all pairs. Verdicts need a plan that was `kept`."""
+    """Return the metrics of each encoder, keyed by encoder and metric, and a row for each pair's difference.
+
+    Each has mean and interval over runs and images. Verdicts are "undecided" if the plan was not `kept`.
+    """
     names = comparison.names
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
@@ -375,7 +384,7 @@ def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
 
 
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return the same as `compare_scores` for lmms-eval's scores, with intervals over seeds, as it gives only means."""
+    """Return what `compare_scores` returns for lmms-eval's scores; intervals are over seeds, as it gives only means."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
     for run in comparison.runs:
         by_encoder[run.encoder].append(benchmark_results(run.directory, comparison.benchmarks))
@@ -476,14 +485,16 @@ def benchmark_folder(run: Path, task: str) -> Path:
 
 
 def newest_results(run: Path, task: str) -> Path | None:
-    """Return the file with the scores of the newest run of `task`, or None if there is none."""
+    """Return lmms-eval's newest results file for `task` below the run directory `run`, or None if there is none."""
     return max(benchmark_folder(run, task).glob("*/*_results.json"), default=None)  # names begin with the date
 
 
 def benchmark_results(run: Path, tasks: Sequence[str]) -> dict[str, float]:
-    """Return `TASK/METRIC` → value for the tasks that are done. Each member of a group of tasks has a value.
+    """Return lmms-eval's scores in the run directory `run`, keyed by `TASK/METRIC`.
 
-    A task is not done if its newest run failed or answers are missing.
+    A task that is a group has keys for each of its members. A metric with a filter is called `METRIC (FILTER)`;
+    standard errors and values that are not finite are left out. So are tasks whose newest evaluation failed or lacks
+    answers.
     """
     scores: dict[str, float] = {}
     for task in tasks:

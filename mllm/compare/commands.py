@@ -48,7 +48,10 @@ MODEL = "llava_hf"
 
 # ------------------------------------------------------------------------------------------- both stages of a run
 def stage_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> StageArguments:
-    """Return what one stage of a run is trained with. Raises UserError for flags that train_llava.sh would refuse."""
+    """Return the training arguments of stage 1 or 2 of a run, its steps or epochs scaled by the comparison's budget.
+
+    Raises UserError for flags that train_llava.sh would refuse.
+    """
     flags = ["--vision", run.vision, "--seed", str(run.seed), "--output_dir", str(run.directory)]
     flags += ["--device", comparison.device, *comparison.train_flags]
     full = parse_stages([*flags, *dict(comparison.variants).get(run.variant, ())])[stage - 1]
@@ -88,7 +91,7 @@ def dataset_size(arguments: TrainArguments) -> int:
 
 # ------------------------------------------------------------------------------------------- runs for the engine
 def lab_run(comparison: Comparison, run: EncoderRun) -> Run:
-    """Return a run for the lab's runner, with its steps: both stages, the answers and the benchmarks."""
+    """Return the `Run` (clips/lab/grid.py) of a run, whose steps are both stages, the answers and the benchmarks."""
     train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():

@@ -53,7 +53,7 @@ DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A run whose questions were drawn otherwise is evaluated again."""
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
-"""Kinds of encoders that are pretrained if they are missing → recipe."""
+"""Recipe of each kind of encoder that is pretrained if it is missing."""
 PLAN = "compare.json"
 LLAVA_STEP = 1000
 """Distance between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
@@ -68,7 +68,7 @@ LATER = {"variants", "first_seed"}
 """Fields that older plans do not have, so a plan leaves them out if they are empty or 0."""
 SEEN = "seen"
 COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
-"""File of answers to the demo's questions → its column, the kind of images. Other files are columns of their own."""
+"""The column (kind of images) of each file of answers to the demo's questions. Other files are columns of their own."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ class EncoderRun:
 
 
 class Arm(NamedTuple):
-    """One column of the report: an encoder and a variant of the training on it."""
+    """One candidate of the comparison: an encoder and a variant of the training on it."""
 
     name: str
     encoder: str
@@ -162,7 +162,7 @@ class Arm(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Name of the arm as part of a directory's name."""
+        """Encoder and variant in a form that can be part of a directory's name."""
         return re.sub(r"[^\w.-]+", "-", f"{self.encoder}-{self.variant}").strip("-")
 
 
@@ -364,13 +364,13 @@ def samples_seen(run: Path) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------- the plan
 def columns_of(files: Iterable[str]) -> list[str]:
-    """Return the columns, or kinds of images, of question files. The first one decides, `unseen` if there is one."""
+    """Return the columns (kinds of images) of question files. The first one decides; it is `unseen` if there is one."""
     columns = dict.fromkeys(COLUMNS.get(name, name) for name in files)
     return sorted(columns, key=lambda column: column != UNSEEN)
 
 
 def of_deciding_column(by_file: Mapping[str, list[Question]]) -> list[Question]:
-    """Return the questions of the column that decides (the first one)."""
+    """Return the questions of the first of `columns_of`, on which the comparison is decided."""
     columns = columns_of(by_file)
     return [q for name, questions in by_file.items() if COLUMNS.get(name, name) == columns[0] for q in questions]
 
@@ -406,7 +406,10 @@ def kinds_of(questions: Iterable[Question]) -> dict[str, int]:
 
 
 def deciding(decides: str | None, questions: Iterable[Question]) -> str | None:
-    """Return `decides`, or the first metric of the questions. Raises UserError if they do not give `decides`."""
+    """Return the metric that decides the comparison: `decides` (--decides), or by default the first one of `questions`.
+
+    Return None if the questions give no metric at all. Raises UserError if they do not give the metric `decides`.
+    """
     questions = list(questions)
     kinds = list(kinds_of(questions))
     suffixes = [""] * bool(kinds) + [f"/{kind}" for kind in kinds if len(kinds) > 1]

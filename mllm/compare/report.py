@@ -177,7 +177,7 @@ def _examples(report: Report, image_folder: Path | None) -> list[Card]:
 
 # ------------------------------------------------------------------------------------------- controls and limits
 def controls(report: Report) -> list[str]:
-    """Return sentences on what was equal in all runs, what the floors are, and whether the plan was kept."""
+    """Return sentences on what was equal in all runs, on the encoders `blind` and `random`, and on the fixed plan."""
     settings, encoders = report["settings"], report["encoders"]
     variants = report["plan"]["comparison"].get("variants", ())
     stages = [
@@ -232,7 +232,7 @@ def not_shown(report: Report) -> list[str]:
 
 # ------------------------------------------------------- in words: one spelling for report, verification and docs
 def metric_name(metric: str) -> str:
-    """Return a metric in words, with its column if it has one."""
+    """Return a metric in words, with its column, the kind of images, if its name has one."""
     plain, at, column = metric.partition("@")
     name = METRICS.get(plain) or plain.removeprefix("accuracy/").replace("_", " ").replace("/", ", ")
     return f"{name}, {column}" if at else name

@@ -59,7 +59,11 @@ def compare_from_flags(flags: argparse.Namespace) -> None:
 
 
 def compare(comparison: Comparison, command: Sequence[str] = (), *, dry_run: bool = False) -> Path | None:
-    """Run what is missing, write the report and return the path of its page. With `dry_run` only print the plan."""
+    """Run what is missing, write the report, and return the path of its page. With `dry_run` only print the plan.
+
+    `command` is recorded in the report. Raises UserError for flags that contradict each other and for runs that were
+    made with other settings, and CommandError if a command fails or lmms-eval gives no scores.
+    """
     check_request(comparison)
     runs, encoders = comparison.runs, comparison.pretrained
     pretraining = [

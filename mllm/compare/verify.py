@@ -59,7 +59,7 @@ class Verification:
 
     @property
     def kept(self) -> str:
-        """Says whether the comparison kept to its plan."""
+        """A sentence that says whether the comparison kept to its plan."""
         fixed = self.report["fixed"]
         state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
         return f"the plan that was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"

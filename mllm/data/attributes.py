@@ -58,9 +58,9 @@ SHORT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's prompt for short answers. It follows the first question of a conversation, and each test question."""
 WHAT_VALUE, IS_VALUE = "What is the {words}?", "Is the {words} {value}?"
 TRUTH = {"true": "Yes", "yes": "Yes", "false": "No", "no": "No"}
-"""Values of a column that holds only these → the answer. With a name such as "has pockets", 1 and 0 count, too."""
+"""Answer for each value of a column that holds only these. With a name such as "has pockets", 1 and 0 count, too."""
 IS_TRUE = {"is": "Is it", "was": "Was it", "has": "Does it have", "can": "Can it", "contains": "Does it contain"}
-"""First word of such a column's name → how its question begins."""
+"""How the question about such a column begins, by the first word of its name."""
 PROBED_ROWS = 32
 """Rows whose images tell which folder a table's paths are relative to."""
 YES_NO_SHARE = 0.25
@@ -93,13 +93,16 @@ class Column:
     words: str
     question: str
     answers: dict[str, dict[int, str]]
-    """Split → index of a row → its answer."""
+    """The answer for each row that has one, by the row's index, in each split."""
     asks_value: bool = True
     """False if the question itself is answered by yes or no."""
 
 
 def build_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/build_questions.py: write the files above to `--output`, unless equal ones exist."""
+    """Run scripts/build_questions.py: write the files above to `--output`, unless equal ones exist.
+
+    Raises UserError for wrong flags, for columns that the data lacks, and if there is nothing to ask about.
+    """
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held-out {flags.held_out} must be above 0 and below 1")
     for word in flags.ask:
@@ -159,9 +162,11 @@ def _write(work: Path, flags: argparse.Namespace, splits: dict[str, list[str]]) 
 
 
 def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: list[str]) -> dict[str, list[Row]]:
-    """Return the rows of `train` and `test` that have an image. Raises UserError if an image is in both splits.
+    """Read the rows of `splits` ({"train" or "test": files}) whose image exists; appends the counts to `lines`.
 
-    Images are the same if their bytes are equal or, with --key, their values in that column (without one, their names).
+    Without "test" a share of the rows, --held-out, is split off. Two images are the same if their bytes are equal or,
+    with --key, if their rows have the same value there. Raises UserError if an image is in both splits, or if no row
+    has a column that a flag names.
     """
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → image
@@ -301,9 +306,11 @@ def describe(template: str, cells: Mapping[str, Any]) -> str:
 
 
 def choose_columns(rows: dict[str, list[Row]], flags: argparse.Namespace, lines: list[str]) -> list[Column]:
-    """Return the columns in --columns, or by default those whose frequent values, at least two, cover half of the rows.
+    """Return the columns to ask about: --columns, or those whose frequent values cover half of the training rows.
 
-    A value is frequent if at least --min-count training rows have it. Other values are skipped.
+    A value is frequent if at least --min-count training rows have it; a column needs two of them, and its other values
+    are skipped. Appends to `lines` what was kept and skipped. Raises UserError if no column is left, or if one is named
+    like another kind of question.
     """
     ask = dict(word.partition("=")[::2] for word in flags.ask)
     names = dict.fromkeys(name for row in rows["train"] for name in row.cells if name not in (flags.caption, flags.key))
@@ -367,10 +374,10 @@ def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple
 
 
 def independent_groups(columns: Sequence[Column], most: float = 0.03) -> list[list[Column]]:
-    """Return groups of columns of which none predicts another one, so that they can be asked in one conversation.
+    """Group columns so that none predicts another one of its group, and a group can be asked in one conversation.
 
-    A column predicts another one if the most frequent value of the other one, among the other rows with the same value,
-    is right for more rows than without the column, by more than the share `most`.
+    A column predicts another if knowing its value raises the share of rows for which the most frequent value of the
+    other column is right by more than `most`. Each row is predicted from the other rows.
     """
     groups: list[list[Column]] = []
     for column in columns:

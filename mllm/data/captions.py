@@ -47,7 +47,7 @@ class CaptionStore(ImageStore):
         image_root: the folder for a table's image paths, or None to guess it.
         fields: the names of a sample's fields, or None to guess them.
         held_out: share of the images that are held out as `test`.
-        test: captions to use as `test` instead.
+        test: captions to use as `test` instead; UserError is raised if `location` has some of their images.
         key: the field whose equal values are held out together, or None for equal images.
     """
 
@@ -150,14 +150,20 @@ def is_captions(data_path: Path | str) -> bool:
 
 
 def open_store(data_path: Path | str, image_folder: Path | str | None, **captions: Any) -> ImageStore | None:
-    """Open the images of a LLaVA file, or of captions, for which `captions` holds more arguments of `CaptionStore`."""
+    """Open the images of a LLaVA file, or of captions; return None for a LLaVA file without `image_folder`.
+
+    `captions` holds more arguments of `CaptionStore`.
+    """
     if is_captions(data_path):
         return CaptionStore(data_path, image_folder, **captions)
     return ImageStore(image_folder) if image_folder else None
 
 
 def count_records(data_path: Path | str, store: ImageStore | None) -> int:
-    """Return the number of samples of an epoch. Raises UserError if a LLaVA file cannot be read."""
+    """Return the number of training samples in one epoch: those of `store` if it holds captions, else of `data_path`.
+
+    Raises UserError if the LLaVA file `data_path` cannot be read.
+    """
     return len(store) if isinstance(store, CaptionStore) else len(read_json_records(Path(data_path)))
 
 

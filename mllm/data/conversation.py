@@ -58,7 +58,7 @@ class ConversationEncoder:
     """Turns LLaVA conversations into ids and labels, and into prompts, for one tokenizer and one format.
 
     Args:
-        tokenizer: a fast tokenizer with `<image>` as a special token.
+        tokenizer: a tokenizer with `<image>` as a special token; UserError is raised if it is not a fast one.
         version: a name in `FORMATS`.
         num_image_tokens: number of placeholders per image, or None if it depends on the image's size.
         max_length: the context, to which longer samples are truncated, or None for no limit.
@@ -135,7 +135,10 @@ class ConversationEncoder:
             raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: Images, sample: str = "prompt") -> list[int]:
-        """Return the ids up to the start of the next answer, a prefix of those of `encode`, without truncation."""
+        """Return the ids up to the start of the next answer, a prefix of those of `encode`, without truncation.
+
+        Raises UserError for turns and placeholders that `encode` refuses, and if the last turn is not the human's.
+        """
         tokens = self._image_tokens(images)
         segments = self._segments(turns, tokens, sample)
         if ROLES[turns[-1]["from"]] != "human":
@@ -272,7 +275,10 @@ PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
 def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str, Any]]:
-    """Return (role, value) of each turn, [system] human gpt human gpt …, and drop a leading answer, as LLaVA does."""
+    """Return (role, value) of each turn, [system] human gpt human gpt …, and drop a leading answer, as LLaVA does.
+
+    Raises UserError, with the name `sample`, for a turn of another form, and for turns in another order.
+    """
     checked = []
     for number, turn in enumerate(turns):
         texts = _texts_of(turn)

@@ -85,13 +85,17 @@ def parse_record(raw: Any, index: int) -> Record:
 
 
 def sample_id_of(raw: Any, index: int) -> str:
-    """Return the id of a raw record for a message, or its index if it has no id."""
+    """Return the id of a raw record for a message, or its index if it has no id; "?" for anything but an object."""
     return str(raw.get("id", index)).encode("utf-8", "backslashreplace").decode() if isinstance(raw, dict) else "?"
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How many tokens an image or video takes: `of_size` of (height, width) if that is given, else `most`."""
+    """The number of language model tokens that an image or a video takes.
+
+    `of_size` computes it from (height, width), and `most` is its upper limit. If `of_size` is None, every image takes
+    `most`.
+    """
 
     most: int
     of_size: Callable[[tuple[int, int]], int] | None = None
@@ -234,7 +238,10 @@ class LlavaDataset(Dataset):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """Lengths by which LLaVA groups samples: words plus the most tokens of its images, or −words without images."""
+        """Length of each sample, by which `EpochSampler` groups samples as LLaVA does.
+
+        With images it is the number of words plus the largest number of image tokens, without images minus the words.
+        """
         lengths = []
         for record in self.records:
             words = sum(len(turn["value"].split()) for turn in record.turns if isinstance(turn["value"], str))

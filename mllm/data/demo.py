@@ -99,7 +99,7 @@ BACKGROUND = (
 )
 RELATION = ("What is {side} the {other}?", "Which thing is {side} the {other}?", "Name the thing {side} the {other}.")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Side of a thing → direction (x to the right, y downwards)."""
+"""Direction of each side of a thing (x to the right, y downwards)."""
 IS_THERE = (
     "Is there a {thing} in the picture?",
     "Do you see a {thing}?",
@@ -214,9 +214,9 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], QuestionAnswer | No
 """The kinds of held-out questions. Training also asks for the colour of the background, but no test does, because a
 model with an untrained encoder answers nearly all of these questions too."""
 FIRST = {ask_count: 0.8, ask_background: 0.2}
-"""Questions that mention no thing → share of the conversations that begin with them; later turns give them away."""
+"""Questions that mention no thing, and the share of conversations that begin with each; later turns give them away."""
 SUBJECTS = {"identity": 4, "where": 1, "relation": 8, "yes_no": 6}
-"""Kind of the other questions of a conversation → relative frequency."""
+"""Relative frequency of each kind of the other questions of a conversation."""
 
 
 def talk_about(
@@ -244,10 +244,10 @@ def talk_about(
 
 
 def by_coin(facts: Sequence[T], ask: Callable[[T, bool], QuestionAnswer], rng: random.Random) -> list[QuestionAnswer]:
-    """Return yes/no questions about `facts`, in random order, at most two for each of them.
+    """Return yes/no questions about `facts` in random order, at most twice as many as there are facts.
 
-    As long as there is a fact that no "Yes" has confirmed, a coin decides whether the next question is about it or
-    about something untrue in its place. So earlier answers decide whether a question is asked, but not its answer.
+    For each question a coin decides whether it is about the current fact or about something untrue in its place. After
+    a "Yes" the next fact follows. So earlier answers influence which questions are asked, but not what is right.
 
     Args:
         ask: Makes a question from a fact and from whether its answer is "Yes".
@@ -472,7 +472,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
 
 
 def demo_questions(directory: Path) -> dict[str, Path]:
-    """Return name of the answers → file of held-out questions, for the files in `directory`."""
+    """Return the question files in `directory`, keyed by the name of the file that their answers get."""
     files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
     files |= {UNSEEN_ANSWERS: UNSEEN_QUESTIONS, TALKS: TALK_QUESTIONS}
     return {name: directory / file for name, file in files.items() if (directory / file).is_file()}

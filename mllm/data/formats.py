@@ -118,7 +118,7 @@ _NAMED = (
     ),
 )
 FORMATS: dict[str, Format | None] = {**{form.name: form for form in _NAMED}, "auto": None}
-"""Name → format. `v1` ends answers with the tokenizer's eos, and `auto` is the tokenizer's own format.
+"""The formats by name. `v1` ends answers with the tokenizer's eos, and `auto` is the tokenizer's own format.
 
 `llava_v1` and `chatml_direct` are LLaVA's templates of these names. `llava_v1` says "human" instead of "user" in `v1`,
 and `chatml_direct` has another system text than `chatml` and no line break after a turn.
@@ -130,7 +130,7 @@ LLAVA_NAMES = {
     "qwen_1_5": "chatml",
     "qwen_2": "chatml",
 }
-"""LLaVA's or LLaVA-NeXT's name of a format → the name here."""
+"""The name here of each format that LLaVA or LLaVA-NeXT calls otherwise."""
 
 
 def format_name(name: str) -> str:
@@ -320,13 +320,13 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Return the id of a token in the vocabulary."""
+    """Return the id of a token; for one that is not in the vocabulary, that of the unknown token, or None."""
     index: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
     return index
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the special tokens of a tokenizer by their text."""
+    """Return the tokenizer's special tokens as {text: `AddedToken`}."""
     return {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 

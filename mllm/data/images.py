@@ -20,7 +20,10 @@ log = logging.getLogger("mllm.data")
 
 
 class ImageStore:
-    """Images and videos by name in a folder or an uncompressed tar `location`, which each process opens itself."""
+    """Images and videos by name in a folder or an uncompressed tar `location`, which each process opens itself.
+
+    Raises UserError if there is no such folder or tar.
+    """
 
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
@@ -102,9 +105,10 @@ def broken_image(store: ImageStore, broken: BrokenSample) -> UserError:
 def pixel_loader(
     store: ImageStore, preprocess: Callable[[Any], torch.Tensor], frames: int = 0
 ) -> Callable[[list[str]], torch.Tensor]:
-    """Return a `load_images` that decodes images: names → the crops of all, [N, 3, S, S].
+    """Return a function that decodes the images of the given names and returns all their crops, [N, 3, S, S].
 
-    `preprocess` takes an image, or a list of `frames` frames. `load_images` raises UserError for a broken image.
+    `preprocess` makes crops of an image, or of a list of `frames` frames. The function raises UserError for a broken
+    image.
     """
 
     def load(names: list[str]) -> torch.Tensor:

@@ -55,7 +55,10 @@ def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read LLaVA's question.jsonl (`question_id`, `text`, `image`) with the optional fields of `Question`."""
+    """Read a question file in LLaVA's format (`question_id`, `text`, `image`) with the optional fields of `Question`.
+
+    Raises UserError, with the record's number, for a missing or ill-typed field.
+    """
     questions = []
     for index, line in enumerate(read_json_records(path)):
         if not isinstance(line, dict) or "question_id" not in line:
@@ -73,7 +76,8 @@ def read_questions(path: Path) -> list[Question]:
             for turn in earlier
         ):
             raise UserError(f"{where}: earlier must be a list of pairs, [question, answer]")
-        texts: list[Any] = [line.get("text"), line.get("kind") or "", line.get("answer") or ""]
+        texts: list[Any] = [line.get("text")]
+        texts += [line[name] for name in ("kind", "answer") if line.get(name) is not None]
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise UserError(f"{where}: text, kind and answer must be texts")
         questions.append(

@@ -41,7 +41,7 @@ class VideoTokens(int):
 
 
 def is_video(name: str) -> bool:
-    """Return True if a file is a video by its name."""
+    """Return True if the file name ends like that of a video."""
     return name.lower().endswith(ENDINGS)
 
 

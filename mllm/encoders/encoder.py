@@ -41,7 +41,7 @@ KINDS: dict[str, type[PreTrainedModel]] = {
     "dinov2": Dinov2Model,
     "dinov2_with_registers": Dinov2WithRegistersModel,
 }
-"""transformers' `model_type` → the model class that a stock LLaVA model holds."""
+"""The model class that a stock LLaVA model holds, for each `model_type` of transformers."""
 
 
 def prefix_tokens(config: Any) -> int:

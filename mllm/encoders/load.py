@@ -38,9 +38,9 @@ from clips.common.rundir import check_current
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor, prefix_tokens
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Name of an interpolation → PIL's number, which image processors save."""
+"""PIL's number of each interpolation, which image processors save."""
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-"""`model_type` of a checkpoint that has a text tower too → that of its image tower, which is used."""
+"""The `model_type` of the image tower, which is used, for each kind of checkpoint that has a text tower too."""
 TOLERANCE = 1e-3
 """Largest allowed difference of tokens between a mapped model and its original, relative to their largest value."""
 
@@ -136,7 +136,7 @@ LOADERS: dict[str, Loader] = {
     "hf": lambda argument, *_: _load_transformers(resolve(argument, "vision encoder")),
     "timm": lambda argument, *_: _load_timm(argument),
 }
-"""Kind of an encoder (mllm/encoders/registry.py) → its loader."""
+"""The loader of each kind of encoder (mllm/encoders/registry.py)."""
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -247,9 +247,10 @@ def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Modu
 
 @torch.no_grad()
 def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> None:
-    """Give a CLIPS tower in transformers' form untrained weights, with the initialisation of `clips.model`.
+    """Give a CLIPS tower in transformers' form untrained weights, in place, with the initialisation of `clips.model`.
 
-    `blind` also sets the patch projection to zero, so the tokens hold positions but nothing of the image.
+    `blind` also sets the patch projection to zero, so the tokens hold positions but nothing of the image. Raises
+    UserError for a model of another class than CLIPS exports have.
     """
     if not isinstance(model, (ViTModel, CLIPVisionModel, SiglipVisionModel)):
         raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")

@@ -38,7 +38,7 @@ ARGUMENTS: dict[str, str | None] = {
     "hf": "ID_OR_DIR",
     "timm": "NAME",
 }
-"""Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs, or None if that is optional."""
+"""The argument that each kind of encoder needs, or None if it is optional. `mllm.encoders.load.LOADERS` loads them."""
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """LLaVA-NeXT's grids for tiles, (width, height) in tiles."""
 MOST_TILES, MOST_GRIDS = 36, 64

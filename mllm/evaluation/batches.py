@@ -111,7 +111,7 @@ Seen = tuple[Tensor, Size]
 
 
 def seen(processor: LlavaProcessors, image: Image.Image | list[Image.Image]) -> Seen:
-    """Preprocess an image, or a video given by its frames."""
+    """Return the preprocessed crops of an image, or of a video given by its frames, and its size."""
     size = VIDEO if isinstance(image, list) else (image.height, image.width)
     return image_pixels(processor.image_processor, image), size
 

@@ -138,9 +138,12 @@ def _naming(question: Question) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- the command
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
-    """Answer the demo's held-out questions and descriptions, or the user's own, and write answers and metrics.
+    """Run scripts/evaluate_llava.py, and return the content of results.json ({} if the questions give no metric).
 
-    Only a full evaluation, with all of the demo's questions, writes to `evaluation/` itself.
+    The model answers the user's questions, else the descriptions held out from its training data, else the demo's
+    questions. Writes an answer file for each question file, results.json, and the run's report. A partial evaluation
+    goes into a subdirectory of `evaluation/`. Raises UserError for flags that do not fit together, and if the output
+    directory holds answers to other questions.
     """
     device = choose_device(flags.device)
     directory = find_model(flags.model) if flags.model else str(newest_model())

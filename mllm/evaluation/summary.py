@@ -13,7 +13,7 @@ from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
 
 NORMAL = REPOSITORY / "docs" / "results" / "quickstart.json"
-"""Quickstart → the usual range of its metrics in percent, and what was measured."""
+"""The file with the usual range of each quickstart's metrics in percent, and with what was measured."""
 SHOWN = 3
 """Number of kinds of questions of which the first one is shown."""
 

@@ -55,9 +55,9 @@ PROCESSOR_FIELDS = (
 )
 """The fields of a saved CLIPImageProcessor."""
 WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
-"""Kind of language model → the word beside "llava" by which LLaVA's loader recognises it in the directory's name."""
+"""The word beside "llava" by which LLaVA's loader recognises each kind of language model in the directory's name."""
 CONV_MODES = {"plain": "plain", "v1": "vicuna_v1", "llava_v1": "llava_v1", "chatml_direct": "chatml_direct"}
-"""Conversation format → LLaVA's --conv-mode with the same texts."""
+"""LLaVA's --conv-mode with the same texts, for each conversation format that has one."""
 QUESTION = "<image>\nWhat is in the image, and what is to the left of it?"
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 3e-2
 """Largest difference of logits that counts as equal, relative to their spread: in fp32, and in bf16 and fp16."""
@@ -181,7 +181,10 @@ def logit_difference(
 def to_stock(
     original: OriginalLlava, *, vision_tower: str | None = None, conv_mode: str = "auto"
 ) -> tuple[Llava, LlavaProcessors, VisionEncoder]:
-    """Return the stock model in the checkpoint's precision, its processor and its encoder; see `convert_llava`."""
+    """Return the stock model in the checkpoint's precision, its processor and its encoder; see `convert_llava`.
+
+    Raises UserError if tokenizer, vision tower or projector cannot be read or do not fit.
+    """
     causal = original.language_model()
     causal.generation_config = original.generation_config()
     with tempfile.TemporaryDirectory() as place:
@@ -259,7 +262,8 @@ def to_original(
 ) -> OriginalLlava:
     """Convert a stock model, which was read from `directory`, into the form of the original LLaVA; see `convert_llava`.
 
-    Its configuration has no `mm_vision_tower` if the tower has no name; see `write_original`.
+    Its configuration has no `mm_vision_tower` if the tower has no name; see `write_original`. Raises UserError if LLaVA
+    cannot hold the tower, the tokenizer or the language model, and if `base` or `vision_tower` is another one.
     """
     config: Any = model.config
     fields = read_json(directory / KEPT / "config.json")

@@ -28,7 +28,7 @@ def embed_inputs(
     image, or VIDEO for a video, whose frames are its crops. `placeholders` is the number of placeholders in
     `input_ids`; without it the host waits for the GPU. For a batch without images pass the same kind of tensor with
     n = 0. A zero image then goes through the same modules with weight zero, because under ZeRO-3 every rank must run
-    every module, or the other ranks wait forever.
+    every module, or the other ranks wait forever. Raises ValueError if placeholders and image tokens differ in number.
     """
     config, inner = model.config, model.model
     newline = newline_of(model)

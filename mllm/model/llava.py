@@ -53,7 +53,11 @@ A video is `{"type": "video", "path": "clip.mp4"}` in `content`, which torchcode
 def build_model(
     vision: VisionEncoder, llm: LanguageModel, *, projector: ProjectorKind = "mlp2x_gelu", seed: int = 0
 ) -> tuple[Llava, LlavaProcessors]:
-    """Assemble the model and its processor. Encoder and language model are shared, not copied; the projector is new."""
+    """Assemble a stock LLaVA model and its processor; encoder and language model are shared, not copied.
+
+    The new projector, and with tiles the newline embedding, are drawn with `seed`. Raises UserError if one image fills
+    the context, or for tiles or a language model that transformers' class cannot hold.
+    """
     causal = llm.model
     context = llm.context_length
     if context is not None and vision.num_tokens >= context:
@@ -173,9 +177,9 @@ def save_model(
 
     The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
 
-    `card` holds the lines of the model card in order ("Vision encoder" → …, "Stage 1 data" → …), and `base_model` is
-    the hub id of the language model, if it has one. The file FACTS holds `trained_on`, a mapping from stage to data
-    ("demo" or a file name). `beside` holds more small files, relative path → content.
+    `card` holds the rows of the model card in order, a text for each title ("Vision encoder", "Stage 1 data", …), and
+    `base_model` is the hub id of the language model, if it has one. The file FACTS holds `trained_on`, the data of each
+    stage ("demo" or a file name). `beside` holds the contents of more small files by relative path.
     """
     directory = Path(directory)
     with replacing(directory) as partial:

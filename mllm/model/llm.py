@@ -91,6 +91,8 @@ def load_llm(
 ) -> LanguageModel:
     """Load the causal language model `name` (hub id or directory) and prepare it for images.
 
+    Raises UserError if it is not found or cannot be loaded, and for wrong arguments.
+
     Args:
         version: conversation format (mllm/data/formats.py), which sets chat template and end token and is saved with
             the tokenizer. "auto" keeps the model's template, or takes "v1" without one; "plain" changes nothing.
@@ -175,7 +177,10 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
 
 
 def find_llm(name: str) -> tuple[Path, str]:
-    """Return directory and source of the language model `name`. Without a hub the default comes from its package."""
+    """Return directory and source of the language model `name`. Without a hub the default comes from its package.
+
+    Raises UserError if the model is not found, or if it is a model of the original LLaVA.
+    """
     try:
         directory = resolve(name, "language model")
     except UserError as error:

@@ -31,7 +31,7 @@ CLASSES = {
     "llava_next": LlavaNextForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
 }
-"""`model_type` → stock class."""
+"""The stock class for each `model_type`."""
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 """The name of the argument for the key-value cache, which transformers renamed."""

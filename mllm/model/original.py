@@ -40,9 +40,9 @@ LANGUAGE_MODELS = {
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
     "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
 }
-"""transformers' `model_type` of a language model → LLaVA's class and `model_type` for it. Qwen is from LLaVA-NeXT."""
+"""LLaVA's class and `model_type` for each `model_type` of transformers' language models. Qwen is from LLaVA-NeXT."""
 SELECT_FEATURE: dict[str, SelectFeature] = {"patch": "default", "cls_patch": "full"}
-"""LLaVA's `mm_vision_select_feature` → transformers' `vision_feature_select_strategy`."""
+"""transformers' `vision_feature_select_strategy` for each of LLaVA's `mm_vision_select_feature`."""
 PROJECTOR, TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 TRAINABLES = "non_lora_trainables.bin"
 KEPT_FILES = (
@@ -60,7 +60,7 @@ EXPRESSIBLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mm_resampler_type": (None, (None,)),
     "s2": (False, (False,)),
 }
-"""Field of config.json → LLaVA's default, and the values that a stock `LlavaForConditionalGeneration` can hold."""
+"""For fields of config.json LLaVA's default, and the values that a stock `LlavaForConditionalGeneration` can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,10 @@ class OriginalLlava:
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def language_model(self) -> PreTrainedModel:
-        """Return the causal language model alone. It shares the tensors and has their precision."""
+        """Return the causal language model alone. It shares the tensors and has their precision.
+
+        Raises UserError if weights are missing, have another shape, or belong to no part of the model.
+        """
         others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the newline is unused with flat patches
         state = {
             name: tensor

@@ -143,8 +143,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention in one packed row, as an attention function of transformers; the layers pass `packing` on.
 
-    query [1, H, T, D], key and value [1, a divisor of H, T, D] → [1, T, H, D]. Without `packing`, as outside of
-    training, it takes any number of rows. Raises ValueError if these have padding.
+    query is [1, H, T, D], key and value are [1, a divisor of H, T, D], and the result is [1, T, H, D]. Without
+    `packing`, as outside of training, it takes any number of rows. Raises ValueError if these have padding.
     """
     groups = query.shape[1] // key.shape[1]
     if packing is None:

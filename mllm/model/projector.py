@@ -22,12 +22,12 @@ from clips.common.tensors import read_weights
 
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 ACTIVATION: dict[str, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
-"""Projector kind → `LlavaConfig.projector_hidden_act`."""
+"""`LlavaConfig.projector_hidden_act` for each kind of projector."""
 LLAVA_NAMES = {
     "mlp2x_gelu": {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"},
     "linear": {"linear_1": "model.mm_projector"},
 }
-"""Projector kind → our layer → its name in LLaVA's mm_projector files."""
+"""The names of each kind's layers in LLaVA's mm_projector files, by their names here."""
 NEWLINE_IN_FILE = "model.image_newline"
 PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
@@ -40,7 +40,7 @@ def projector_activation(kind: str) -> str:
 
 
 def projector_kind(projector: LlavaMultiModalProjector) -> ProjectorKind:
-    """Return the kind of a projector."""
+    """Return "mlp2x_gelu" or "linear", LLaVA's name for the projector's layers, judged by its activation."""
     return "mlp2x_gelu" if "GELU" in type(projector.act).__name__ else "linear"
 
 
@@ -99,7 +99,10 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Ten
 
 @torch.no_grad()
 def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, Tensor], path: Path | str) -> None:
-    """Copy `weights`, which were read from `path` and may include other parts of the model, into `projector`."""
+    """Copy a projector's weights (under LLaVA's or transformers' names) into `projector`; other tensors are ignored.
+
+    Raises UserError naming `path`, from which they were read, if they are of another kind or shape.
+    """
     marked = {n: t for n, t in weights.items() if "mm_projector" in n or "multi_modal_projector" in n}
     layers = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}
     tensors = {}

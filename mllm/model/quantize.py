@@ -10,7 +10,10 @@ from clips.common.errors import UserError
 
 
 def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Quantise every linear layer of `model` in place, to 8 bits or to 4 (NF4 with quantised scales, as in QLoRA)."""
+    """Quantise every linear layer of `model` in place, to 8 bits or to 4 (NF4 with quantised scales, as in QLoRA).
+
+    Returns the model. Raises UserError if bitsandbytes changes weights by more than LARGEST_ERROR on this device.
+    """
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):
@@ -36,7 +39,7 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
 
 
 LARGEST_ERROR = {4: 0.15, 8: 0.05}
-"""Bits → largest norm of the rounding error relative to the weights; normally distributed ones give 0.09 and 0.006."""
+"""Largest norm of the rounding error relative to the weights, by bits; for normally distributed ones 0.09 and 0.006."""
 
 
 @torch.no_grad()

@@ -133,7 +133,10 @@ class TokenLayout:
         return np.concatenate([np.arange(self.tokens_per_crop), lines.ravel()])
 
     def arranged(self, tokens: Tensor, newline: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Order projected tokens [crops of all images and videos, N, D] and the newline [D] as tokens [tokens, D]."""
+        """Order projected tokens [crops of all images and videos, N, D] and the newline [D] as tokens [tokens, D].
+
+        `sizes` are those of the images and videos, in order. Raises ValueError if they have another number of crops.
+        """
         end = tokens.shape[0] * tokens.shape[1]
         indices, pooled, first, last = [], [], 0, end + 1
         for size in sizes:

@@ -156,7 +156,7 @@ class Queue:
             raise HTTPException(429, "all places of the queue are taken: try again later")
 
     async def run(self, request: Request, work: Callable[[threading.Event], Iterator[Any]]) -> AsyncIterator[Any]:
-        """Wait for a turn, then run `work(cancel)` in a thread and yield its items. Raises as `check_place`.
+        """Wait for a turn, then run `work(cancel)` in a thread and yield its items. Raises like `check_place`.
 
         `cancel` is set when the client has left or the time is up.
         """
@@ -229,7 +229,12 @@ async def events(request: Request, items: AsyncIterator[Any], head: dict[str, An
 
 
 def create_app(chat: ChatModel, limits: Limits, *, api_key: str = "", allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """Return the server as an ASGI app."""
+    """Return the ASGI app with /health, /v1/models and /v1/chat/completions of OpenAI's API.
+
+    Args:
+        api_key: key that clients must send as a bearer token; "" lets everyone in.
+        allowed_hosts: host names to accept besides localhost.
+    """
     queue, reading = Queue(limits.waiting, limits.seconds), asyncio.Semaphore(READ_AT_ONCE)
     model = Model(id=chat.name, created=int(time.time()), object="model", owned_by="clips-mllm")
 

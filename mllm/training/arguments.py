@@ -176,7 +176,7 @@ class TrainFlags:
         None, "data processes (default: 4 if images are decoded for a GPU, else 0)", at_least=0
     )
     logging_steps: int = flag(10, "steps between two lines of metrics.jsonl", at_least=1)
-    save_steps: int = flag(200, "steps between two checkpoints", at_least=0)
+    save_steps: int = flag(200, "steps between two checkpoints; 0: only at the end", at_least=0)
     save_total_limit: int = flag(2, "checkpoints that are kept", at_least=0)
     report_to: str = flag("none", REPORT_TO)
     run_name: str | None = flag(None, "the run's name in these loggers (default: RUN/STAGE)")
@@ -200,7 +200,10 @@ class TrainFlags:
         )  # fmt: skip
 
     def complete(self) -> StageArguments:
-        """Fill in every default that no machine decides. Raises UserError for values that contradict each other."""
+        """Return these flags with every default filled in that does not depend on the machine.
+
+        Raises UserError for values that contradict each other.
+        """
         loggers(self.report_to)
         values = dict(vars(self))
         defaults = {name: value for name, value in self.defaults().items() if name not in BATCH_SIZES}
@@ -232,7 +235,10 @@ class TrainFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class StageArguments(TrainFlags):
-    """The arguments of one stage for any machine: sizes of batches and the device's precision are as typed."""
+    """The arguments of one stage, with every default filled in that does not depend on the machine.
+
+    Batch sizes, `bf16`, `gradient_checkpointing` and `dataloader_num_workers` may still be None; `resolve` sets them.
+    """
 
     version: str
     model_max_length: int
@@ -263,7 +269,10 @@ class StageArguments(TrainFlags):
         return StageArguments(**values | {"fields": values["fields"] and tuple(values["fields"])})
 
     def resolve(self, world_size: int) -> TrainArguments:
-        """Fill in what ranks and device decide. Raises UserError if the batch sizes do not fit `world_size` ranks."""
+        """Fill in what depends on the device and on the number of ranks, `world_size`.
+
+        Raises UserError if the batch sizes do not fit so many ranks.
+        """
         import torch  # not at the top: --help is answered without it
 
         from clips.common.runtime import has_bf16
@@ -361,14 +370,18 @@ ACCEPTED: dict[str, str | None] = {
     "quant_type": "nf4",
     "double_quant": "True",
 }
-"""Flags of LLaVA's scripts → the only value that they can have here, as another would silently train something else.
-None: any value, without effect."""
+"""Flags of LLaVA's scripts with the only value that each can have here, as another would silently train something else.
+None: any value, without effect.
+"""
 BATCH_SIZES = ("batch_size", "per_device_train_batch_size")
 """Flags whose defaults count only once the number of ranks is known."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return a parser with one flag per field of `TrainFlags`, and LLaVA's flags that have only one value here."""
+    """Return a parser with a flag for each field of `TrainFlags`, and hidden ones for LLaVA's flags in `ACCEPTED`.
+
+    It does not check the values of the latter; `parse_stages` does.
+    """
     # Not transformers.HfArgumentParser: importing it takes a second that --help and a mistyped flag would wait.
     p = Parser(HELP, prog="train_llava.sh", usage="%(prog)s [--vision NAME] [--stage 1|2] [flags]")
     add_options(p, TrainFlags)
@@ -382,7 +395,10 @@ GIVE_STAGE = "give --stage 1 (align: captions, trains the projector) or --stage 
 
 
 def parse_train_arguments(argv: Sequence[str]) -> StageArguments:
-    """Return the arguments of the one stage that a command line names, for processes started by any launcher."""
+    """Return the arguments of the one stage that a command line names, for processes started by any launcher.
+
+    Raises UserError if it names none, and like `parse_stages`.
+    """
     stages = parse_stages(argv)
     if len(stages) > 1:
         raise UserError(f"{GIVE_STAGE}; scripts/train_llava.sh runs both")

@@ -29,7 +29,7 @@ FRAMES = 8
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/check_data.py with --conversations. Raises as `check_data` does."""
+    """Run scripts/check_data.py with --conversations. Raises like `check_data`."""
     store = open_store(flags.conversations, flags.image_folder, fields=parse_fields(flags.fields or [], Fields()))
     tokenizer = read_tokenizer(find_llm(flags.language_model)[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
@@ -59,7 +59,7 @@ def check_data(
     limit: int | None = None,
     jobs: int = 1,
 ) -> Found:
-    """Check a data set against the encoder's format and context, or `limit` records of it.
+    """Check a data set, or `limit` records of it, against the encoder's format and context, and return the counts.
 
     Raises UserError (exit 2) at the end if something was found that would stop the training.
     """

@@ -33,7 +33,10 @@ OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-
 
 
 def write_results(prepared: PreparedStage, summary: dict[str, Any]) -> None:
-    """Write the projector, after stage 2 also adapter and model, and last done.json, which marks the stage as done."""
+    """Write the projector, after stage 2 also adapter and model, and last done.json, which marks the stage as done.
+
+    Then the stage's checkpoints are removed.
+    """
     arguments = prepared.arguments
     model = prepared.model
     run_dir = prepared.run_dir
@@ -65,7 +68,10 @@ def write_results(prepared: PreparedStage, summary: dict[str, Any]) -> None:
 
 
 def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[str, str]:
-    """Return the rows of the model card: parts, data and rates of both stages, with files and folders by name only."""
+    """Return the rows of the model card, {title: text}: parts, data and learning rates of both stages.
+
+    `summary` is that of the stage which has just ended and has no done.json yet. Paths are reduced to their last part.
+    """
     config = read_json(run_dir / "config.json")
     rows: dict[str, str] = {}
     for stage in ("align", "instruct"):

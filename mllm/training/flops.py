@@ -61,7 +61,10 @@ def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
 
 
 def flops_of(batch: Mapping[str, Any], costs: Mapping[str, int], *, packed: bool) -> int:
-    """Return the FLOPs of the forward and backward pass over a batch, by `costs_of` its model; see `units_of`."""
+    """Return the FLOPs of the forward and backward pass over a batch; `costs` are those that `costs_of` returns.
+
+    The units of work are those of `units_of`, which explains `packed`.
+    """
     return sum(count * costs[unit] for unit, count in units_of(batch, packed=packed).items())
 
 

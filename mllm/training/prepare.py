@@ -152,7 +152,11 @@ def prepare_stage(arguments: TrainArguments, device: torch.device, deepspeed: di
 def trainable(
     llava: Llava, arguments: TrainArguments, freeze: dict[str, TrainMode], device: torch.device, *, dtype: torch.dtype
 ) -> Llava | PeftModel:
-    """Apply the flags' quantisation, activation checkpointing and adapters; `dtype` is the projector's."""
+    """Make `llava` ready to train, in place, and return it, wrapped in a PeftModel if the language model gets adapters.
+
+    Casts projector and newline to `dtype`, quantises the language model, switches on activation checkpointing, adds
+    LoRA, and sets `requires_grad` by `freeze`, as `arguments` say.
+    """
     language_model = llava.model.language_model
     llava.model.multi_modal_projector.to(dtype)
     newline = newline_of(llava)
@@ -181,7 +185,10 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
 
 
 def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
-    """Return data and image folder as the user wrote them (a Path changes a URL), or the demo's, built if missing."""
+    """Return data and image folder as the user wrote them (a Path changes a URL), or the demo's, built if missing.
+
+    Raises UserError if only the image folder is given.
+    """
     if arguments.data_path is not None:
         return arguments.data_path, arguments.image_folder or None
     if arguments.image_folder is not None:
@@ -191,7 +198,10 @@ def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
 
 
 def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) -> ImageStore | None:
-    """Open the images. Fields of captions that no flag sets are those of the run of `vision`, or guessed."""
+    """Open the images or captions of a stage; return None for data without images.
+
+    Fields of captions that no flag sets are those of the run of `vision`, or guessed.
+    """
 
     def opened(fields: Fields) -> ImageStore | None:
         fields, share = parse_fields(list(arguments.fields or ()), fields), arguments.held_out or 0.0
@@ -206,7 +216,12 @@ def open_data(arguments: TrainArguments, vision: VisionEncoder | None = None) ->
 
 
 def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
-    """Load the initial weights of the projector if they are a file; return in words what it starts from."""
+    """Load the projector that the stage starts from, if it comes from a file, and describe the start in words.
+
+    Stage 2 starts from the projector of stage 1 unless --pretrain_mm_mlp_adapter names another. `samples` is the size
+    of the training set, for the memory that a fit to captions takes. Raises UserError if there is no projector from
+    stage 1, or if the file does not fit.
+    """
     adapter = arguments.pretrain_mm_mlp_adapter
     aligned = Path(arguments.output_dir) / "align" / PROJECTOR
     if adapter is None and arguments.stage == 1:
@@ -339,7 +354,10 @@ def collator_of(prepared: PreparedStage, start: Start) -> Collator:
 
 
 def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
-    """Fit the projector, alike on every rank, to at most `START_IMAGES` samples with one image, and return R²."""
+    """Fit the projector, alike on every rank, to at most `START_IMAGES` samples with one image, and return R².
+
+    Collective if there are several ranks. Raises UserError if no sample has exactly one image.
+    """
     arguments = prepared.arguments
     device = prepared.device
     single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]

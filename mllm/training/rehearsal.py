@@ -59,7 +59,7 @@ ANSWERS = {1: 20, 2: 150}
 
 @dataclass(frozen=True)
 class Planned:
-    """A model that does not exist yet."""
+    """A model that does not exist yet. Raises UserError for parts that are not known or do not fit together."""
 
     language_model: str
     vision: Mapping[str, Any]

@@ -225,7 +225,7 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
 
 
 def speed_name(prepared: PreparedStage, ranks: int) -> str:
-    """Return what identifies stages of equal speed, for `expected_time`."""
+    """Return a description that stages of equal speed have in common, the key for `expected_time`."""
     arguments = prepared.arguments
     parts = ", ".join(f"{total:,}" for total, _ in count_parameters(prepared.model).values())
     how = f"batch {arguments.batch_size}, {'cached' if arguments.caches_features else 'live'} features"

@@ -23,7 +23,7 @@ FREEZE: dict[str, dict[str, TrainMode]] = {
         "language_model": "lora",
     },
 }
-"""Stage → part → how it trains. Flags change single entries: see `freeze_table`."""
+"""How each part trains in each stage. Flags change single entries: see `freeze_table`."""
 
 
 DEMO_LAYERS = "6,2"
@@ -107,7 +107,11 @@ class Stage:
     """ZeRO stage for several ranks: ds_configs/llava_zero{zero}.json."""
 
     def defaults(self, *, lora: bool, demo: bool, full: bool) -> dict[str, Any]:
-        """Return the flags' defaults; later names of DEFAULTS override earlier ones."""
+        """Return the defaults of the stage's flags; later entries of DEFAULTS override earlier ones.
+
+        `lora` is for training with adapters, `demo` for the demo's data or --small, and `full`, which counts only with
+        `demo`, for the default language model without adapters.
+        """
         names = {
             "both": True,
             self.name: True,
@@ -138,7 +142,7 @@ STAGE_FLAGS = {
         "mm_vision_tower_lr",
     ),
 }
-"""Stage → the flags that only this stage has."""
+"""The flags that only one of the stages has, by its number."""
 
 
 def default_in_words(name: str, unset: str) -> str:

@@ -146,7 +146,7 @@ def read_batch(dataset: LlavaDataset, collator: Collator, indices: Sequence[int]
 
 
 class LlavaTrainer(Trainer):
-    """Gives the loop a LLaVA stage: its batches, its rates, the number of labels of each step."""
+    """The trainer of a LLaVA stage: its batches, its learning rates, and the number of labels of each step."""
 
     def __init__(
         self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState,
@@ -201,8 +201,9 @@ class LlavaTrainer(Trainer):
         return flops_of(batch, self.costs, packed=self.engine.module.packed), batch["counts"].real
 
     def saves(self) -> bool:
-        """Return True after every --save_steps steps."""
-        return self.state.step % self.arguments.save_steps == 0
+        """Return True after every --save_steps steps; with 0 never."""
+        every = self.arguments.save_steps
+        return every > 0 and self.state.step % every == 0
 
 
 def steps_of(arguments: TrainArguments, samples: int) -> int:
@@ -219,7 +220,7 @@ def samples_after(steps: int, samples: int, batch_size: int) -> int:
 
 
 def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:
-    """Return transformers' schedule: optimizer step (0-based) → share of the peak learning rate.
+    """Return the learning rate schedule of transformers, a function from the step (0-based) to the share of the peak.
 
     Raises UserError for a schedule that is no function of the step alone.
     """

@@ -14,7 +14,7 @@ from mllm.training.arguments import TrainArguments
 
 
 def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any]:
-    """Return the engine's settings: the named file, the stage's own file for several ranks, else ZeRO 0.
+    """Return DeepSpeed's settings: those of --deepspeed, by default the stage's own for several ranks, or none for one.
 
     Raises UserError for a file that cannot be used, and for quantised weights under ZeRO-3, which cannot split them.
     """

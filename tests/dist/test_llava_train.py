@@ -102,6 +102,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(place
     assert not list((place / "runs/nan/align").glob("checkpoints/*"))
 
 
+def test_with_save_steps_0_a_stage_saves_at_its_end_only(place, monkeypatch):
+    run(place, monkeypatch, *ALIGN, "--max_steps", "2", "--save_steps", "0", "--output_dir", "runs/once")
+    assert (place / "runs/once/align/done.json").is_file()
+
+
 def test_the_short_last_step_of_an_epoch_counts_the_samples_that_it_has(place, monkeypatch):
     """20 samples in steps of 8, two epochs: in the plan, the log and done.json, also after a resume."""
     flags = [*ALIGN, "--batch_size", "8", "--output_dir", "runs/short", "--save_steps", "2"]

@@ -75,6 +75,11 @@ def test_missing_fields_are_named() -> None:
     assert from_dict(RunConfig, {k: v for k, v in tree.items() if k != "train"}).train.seed == 0  # has a default
 
 
+def test_an_unknown_field_is_refused_also_if_it_is_null() -> None:
+    with pytest.raises(UserError, match="nonsense"):
+        from_dict(RunConfig, tiny_run().to_dict() | {"nonsense": None})
+
+
 def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) -> None:
     tree = tiny_run().to_dict()
     tree["train"] |= {"keep_every": 0}

@@ -185,7 +185,15 @@ def parsed(*flags: str) -> argparse.Namespace:
 
 
 @pytest.mark.usefixtures("_loads_once")
-def test_command_writes_llava_s_answers_and_figures(
+@pytest.mark.parametrize("answer", [0, False, ["no"]])
+def test_an_answer_that_is_no_text_is_named(answer: object, tmp_path: Path) -> None:
+    """0 and false passed as if the question had no answer, and failed hours later in the scorer."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "text": "How many?", "answer": answer}))
+    with pytest.raises(UserError, match=r"question_id 7.*answer"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_command_writes_llava_s_answers_and_metrics(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A partial evaluation never writes where the whole one is, and never onto the model's card."""
