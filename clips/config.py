@@ -175,8 +175,8 @@ class CaptionerConfig:
     width: int = bounded(at_least=1)
     layers: int = bounded(at_least=1)
     heads: int = bounded(at_least=1)
-    length: int = bounded(128, at_least=1)
-    """Caption positions; `bos … eos` of the long caption is cut to this length."""
+    length: int = bounded(128, at_least=3)
+    """Caption positions; `bos … eos` of the long caption is cut to this length, which leaves at least one token."""
     inputs: Literal["queries", "tokens"] = "queries"
     mlp_ratio: float = bounded(4.0, above=0)
     head_bias: bool = True
@@ -287,6 +287,7 @@ class MixPart:
     fields: Fields | None = None
     """Its fields, if they differ from `DataConfig.fields`."""
     image_root: str | None = None
+    """Its folder, if that differs from `DataConfig.image_root`."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"data.mix, {self.name}: ")
@@ -438,7 +439,7 @@ class PhaseConfig:
 class TrainConfig:
     """Precision, batches, checkpoints, and what a run does on a spike."""
 
-    seed: int = bounded(0, at_least=0)
+    seed: int = bounded(0, at_least=0, below=2**63)
     debug: bool = False
     """True for the smoke test of a recipe (--debug); no later command takes it as the newest encoder."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -514,6 +515,9 @@ class RunConfig:
         require(has_captioner or not needs_captioner, "task.caption_weight is above 0 but model.captioner is null")
         reads_eos = self.captions.tokenizer != "clip" or self.model.text.pool == "eos"
         require(reads_eos, "captions.tokenizer=clip has no CLS token: set model.text.pool=eos")
+        has_rates = all(phase.muon_lr > 0 or phase.lr == 0 for phase in self.phases)
+        rate = "optim.kind=muon leaves the blocks as they are at phases.*.muon_lr=0: --set 'phases.*.muon_lr=0.02'"
+        require(self.optim.kind != "muon" or has_rates, rate)
 
     @property
     def samples(self) -> int:

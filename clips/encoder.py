@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError, reason
 from clips.common.escape import printable
-from clips.common.files import read_bytes
+from clips.common.files import check_target, read_bytes
 from clips.common.live import say
 from clips.common.paths import cache_root, is_remote
 from clips.common.runtime import choose_device
@@ -219,14 +219,16 @@ class CLIPS:
     def kept_index(self, folder: str | Path, *, file: str | Path | None = None, workers: int = 0) -> tuple[Index, Path]:
         """Return the index of `folder` and the `file` that stores it (default: one in the cache).
 
-        The folder is indexed again if the file is missing, or if the files in `folder` have changed since.
+        The folder is indexed again if the file is missing, or if the files in `folder` have changed since. Raises
+        UserError, before that, if the file cannot be written.
         """
         folder = Path(folder).resolve()
         name = hashlib.sha256(f"{folder} {self._weights}".encode()).hexdigest()[:24]
-        path = Path(file or cache_root() / "search" / f"{name}.safetensors")
+        path = Path(file or cache_root() / "search" / f"{name}.safetensors").resolve()  # as `_listing` meets it
         listing = _listing(folder, path)
         index = self.load_index(path) if path.exists() else None
         if index is None or index.listing != listing:
+            check_target(path.parent)
             index = self.index(folder, workers=workers)
             index.listing = listing
             index.save(path)

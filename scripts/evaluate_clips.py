@@ -2,7 +2,7 @@
 """Evaluate a trained CLIPS model: retrieval in both directions, zero-shot classification, linear probe."""
 
 from clips.common.errors import start
-from clips.common.flags import Parser
+from clips.common.flags import Parser, at_least
 
 
 def parser() -> Parser:
@@ -15,9 +15,9 @@ def parser() -> Parser:
     p.add_argument("--split", help="split of the run's own data or of --karpathy (default: test, or val without it)")
     p.add_argument("--classes", help="imagenet, or a class list: one per line, or JSON with classes and templates")
     p.add_argument("--probe-train", help="labelled training images for a linear probe, in any format --data accepts")
-    p.add_argument("--limit", type=int, help="use only this many images (default: all)")
+    p.add_argument("--limit", type=at_least(1), help="use only this many images (default: all)")
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
-    p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
+    p.add_argument("--batch-size", type=at_least(1), help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--output", help="JSON file (default: evaluation-DATA.json in --model, or in runs/OWNER--NAME)")
     return p

@@ -7,6 +7,8 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     spike        the images of that step are shuffled and its captions are noise, as from a shard with wrong captions;
     spikes       of that step and all after it; nothing is saved before step SAVED, which leaves time for the tests
     data=FOLDER  its training data are those in FOLDER, from the first step on
+    val=FILE     its validation data
+    last         SIGTERM comes in the validation after the last step
     full         no file grows beyond 1 MiB, as on a full disk
     hang         the rank stops after the first backward pass, before the ranks reduce their gradients
     record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
@@ -31,6 +33,7 @@ from clips.common import ranks
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
 from clips.engine.engine import Engine
+from clips.engine.log import RunLog
 from clips.training import cli, prepare, pretraining, task
 
 SOON = 5
@@ -42,7 +45,7 @@ SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
 real_loader, real_to_device, real_decoded = pretraining.make_loader, task.to_device, Preprocess.decoded
-real_saves = pretraining.CLIPSTrainer.saves
+real_saves, real_validates = pretraining.CLIPSTrainer.saves, pretraining.CLIPSTrainer.validate_if_due
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -86,13 +89,19 @@ def hanging(real: Callable[..., None], engine: Engine, loss: torch.Tensor, **opt
     real(engine, loss, **options)
 
 
-def other_machine_with(folder: str) -> None:
+def other_machine_with(spec: str, of: str) -> None:
     """This rank's machine has other files under the same name."""
     real_open = prepare.open_split
     ranks.this_machine = lambda: "another one"
     prepare.open_split = lambda data, split, **options: real_open(
-        replace(data, train=folder) if split == "train" else data, split, **options
+        replace(data, **{of: spec}) if split == of else data, split, **options
     )
+
+
+def stopped_at_the_end(trainer: pretraining.CLIPSTrainer, log: RunLog) -> None:
+    if trainer.state.samples == trainer.samples:
+        os.kill(os.getpid(), signal.SIGTERM)
+    real_validates(trainer, log)
 
 
 def main() -> None:
@@ -103,8 +112,11 @@ def main() -> None:
     if flags.rank in ("all", os.environ.get("RANK", "0")):
         if flags.fault == "raise":
             Preprocess.decoded = raising
-        elif flags.fault.startswith("data="):
-            other_machine_with(flags.fault.removeprefix("data="))
+        elif flags.fault.startswith(("data=", "val=")):
+            name, _, spec = flags.fault.partition("=")
+            other_machine_with(spec, "train" if name == "data" else name)
+        elif flags.fault == "last":
+            pretraining.CLIPSTrainer.validate_if_due = stopped_at_the_end
         elif flags.fault == "slow":
             pretraining.make_loader = late
         elif flags.fault == "hang":

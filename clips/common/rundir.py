@@ -56,8 +56,13 @@ def _say_taken(what: str, path: Path) -> None:
 
 def is_debug(run_dir: Path) -> bool:
     """Return True if a run's config.json says that it is a smoke test of --debug, which `newest_vision` never takes."""
+    return bool(_train_settings(run_dir).get("debug"))
+
+
+def _train_settings(run_dir: Path) -> dict[str, Any]:
+    """Return `train` of a run's config.json, or {} if there is none."""
     train = read_json(run_dir / "config.json").get("train")
-    return isinstance(train, dict) and bool(train.get("debug"))
+    return train if isinstance(train, dict) else {}
 
 
 def newest_vision(runs: Path) -> str:
@@ -92,7 +97,8 @@ def chosen_checkpoint(run_dir: Path) -> Path | None:
     It is the newest one, or the best of those that were validated if the run chooses (`train.choose`).
     """
     present = checkpoints(run_dir)
-    if not present or not (run_dir / METRICS).is_file():
+    takes_last = _train_settings(run_dir).get("choose") == "last"  # its metrics may be of a time when it chose
+    if not present or takes_last or not (run_dir / METRICS).is_file():
         return next(iter(present), None)
     values = {line["step"]: line["choosing"] for line in read_metrics(run_dir, "eval") if "choosing" in line}
     validated = [path for path in present if int(path.name[5:]) in values]

@@ -35,7 +35,7 @@ M_MMAP_THRESHOLD, from which size on a block is a mapping of its own, which ends
 def choose_device(name: str = "auto") -> torch.device:
     """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    Raises UserError for any other name, for `cuda` if torch sees no GPU, and for `cuda:N` if there are several ranks.
+    Raises UserError for any other name, for a GPU that torch does not see, and for `cuda:N` if there are several ranks.
     """
     kind, _, index = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
@@ -47,7 +47,11 @@ def choose_device(name: str = "auto") -> torch.device:
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if index and rank:
         raise UserError(f"--device {name} is one GPU, and there are several ranks: use --device cuda")
-    return torch.device("cuda", int(index or rank))
+    number, count = int(index or rank), torch.cuda.device_count()
+    if number >= count:
+        mend = f"name one below cuda:{count}" if index else f"start at most {count} ranks on this machine"
+        raise UserError(f"--device {name}: there is no GPU {number}, torch sees {count} here: {mend}")
+    return torch.device("cuda", number)
 
 
 _bf16: dict[str, bool] = {}

@@ -121,9 +121,15 @@ def unpickling_reason(error: pickle.UnpicklingError) -> str:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
-    """Write named tensors as safetensors (in the "pt" format that open_clip and transformers expect)."""
+    """Write named tensors as safetensors (in the "pt" format that open_clip and transformers expect).
+
+    Raises OSError if the file cannot be written.
+    """
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt", **metadata})
+    try:
+        save_file(plain, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{path}: {error}") from error
     usual_mode(path)
 
 

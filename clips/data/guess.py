@@ -129,14 +129,17 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
 
 
 def expand(spec: str) -> list[str]:
-    """Return the data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
+    """Return the data files that `spec` names, in a fixed order. Raises UserError if a part names no file, or is wrong.
 
     A `;` or `{…}` in the name of an existing file or folder is part of the name.
     """
     files: list[str] = []
     parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(";")]
     for part in filter(None, parts):
-        patterns = [part] if os.path.exists(part) else braceexpand(part)
+        try:
+            patterns = [part] if os.path.exists(part) else list(braceexpand(part))
+        except ValueError as error:
+            raise UserError(f"data {part!r}: {error}; write a range as in {{00000..00009}}.tar") from None
         for pattern in patterns:
             files += _match(pattern)
     if not files:

@@ -217,8 +217,8 @@ class BatchReader:
             texts["sub"].append(sub_caption(web, long, self.run.captions, rng))
             draws.append(rng)
             if captioner is not None and self._is_captioned(position):
-                assert long is not None, "open the source with need_long=True"
-                captions[len(keys) - 1] = long if has_words(long) else web
+                # Also an image with a long caption lacks it in a step whose web caption is that same text.
+                captions[len(keys) - 1] = web if long is None or not has_words(long) else long
         batch: Batch = {"images": stacked(pixels)}
         for name, batch_texts in texts.items():
             encoded = self.tokenizer.encode(batch_texts)

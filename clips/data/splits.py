@@ -137,7 +137,8 @@ def check_readable(source: Source, most: float) -> None:
 def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
     sources = []
     for part in data.mix:
-        local = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=part.image_root)
+        root = data.image_root if part.image_root is None else part.image_root
+        local = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=root)
         local = replace(local, held_out=0.0)
         sources.append(open_split(local, "train", need_long=need_long))
     try:

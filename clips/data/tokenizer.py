@@ -30,7 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError, first_line, in_one_line
-from clips.common.files import read_bytes, read_json, sha256, write_json
+from clips.common.files import read_bytes, read_json, sha256, write_atomically, write_json
 from clips.common.hub import packaged_file
 from clips.config import TextConfig, TokenizerKind
 
@@ -143,10 +143,11 @@ class CaptionTokenizer:
         return rows
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` for transformers and open_clip."""
+        """Write `tokenizer.json` and `tokenizer_config.json` for transformers and open_clip. Raises OSError."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(directory / "tokenizer.json"))
+        # The library's own `save` reports a full disk as a plain Exception.
+        write_atomically(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "split_special_tokens": True,

@@ -42,12 +42,15 @@ OF_THE_TRAINING = (
 def read_ds_config(path: str | Path | None, flag: str) -> dict[str, Any]:
     """Return DeepSpeed's settings in the file that `flag` names, or none without a file (ZeRO 0).
 
-    Raises UserError for an unreadable file, and for a setting of OF_THE_TRAINING that is not left "auto".
+    Raises UserError for an unreadable file or one of another form, and for a setting of OF_THE_TRAINING that is not
+    left "auto".
     """
     if path is None:
         return {}
     try:
         config = from_json(read_bytes(path))
+        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+            raise ValueError("expected an object of DeepSpeed's settings, with another in zero_optimization")
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path} is not a readable JSON file: {error}") from None
     if taken := [name for name in OF_THE_TRAINING if not _is_auto(config.pop(name, "auto"))]:
@@ -59,7 +62,7 @@ def _is_auto(value: Any) -> bool:
     """Return True if a setting or section leaves its choice open, as in LLaVA's files."""
     if not isinstance(value, dict):
         return value == "auto"
-    choices = {"enabled": value["enabled"]} if "enabled" in value else value.get("params", {})
+    choices = {"enabled": value["enabled"]} if "enabled" in value else value.get("params") or {}
     return value.get("type", "AdamW") in ("AdamW", "WarmupLR") and all(_is_auto(choice) for choice in choices.values())
 
 

@@ -122,7 +122,7 @@ class RunLog:
             if values["action"] == "continue" and not values["loss_jumps"]:
                 return  # a gradient that the loss does not feel belongs to a healthy run
             norm = ""
-            if values["grad_norm"] is not None:
+            if values["grad_norm"] is not None and values["usual_grad_norm"] is not None:
                 norm = f", gradient norm {values['grad_norm']:.4g} (usually {values['usual_grad_norm']:.4g})"
             self.say(
                 f"warning: spike at step {values['step']}: loss {values['loss']:.4g} (usually "

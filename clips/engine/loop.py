@@ -125,6 +125,10 @@ def train(trainer: Trainer, log: RunLog, writer: Writer, profiler: profile | Non
     batches.close()
     await_checkpoint(writer)
     stop.restore()
+    came = torch.tensor(int(stop.requested), device=engine.device)
+    dist.all_reduce(came, dist.ReduceOp.MAX)
+    if came:  # in the last validation or write, after which nobody would look for it
+        raise stopped_by(int(came))
     speeds = meter.speeds(state)
     if state.samples > meter.first:
         log.say(summary(state.samples - meter.first, speeds))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clips.common.errors import UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.ranks import all_shares, my_share
 from clips.common.signals import start_worker
 from clips.data.images import decode_image, eval_transform, normalise, stacked
@@ -27,9 +27,12 @@ from clips.evaluation.testsets import Classes, Item, TestSet
 from clips.model.clips import CLIPSModel
 from clips.model.text import word_slots
 
+_Entry = tuple[np.ndarray, Item, int] | str | CommandError
+"""Pixels, item and index of a sample, or why it is broken, or the error that ends the command."""
+
 
 class _Pixels(Dataset):
-    """Samples of a test set with their image decoded and squashed; a broken one is the reason as a string."""
+    """Samples of a test set with their image decoded and squashed."""
 
     def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
         self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
@@ -37,7 +40,7 @@ class _Pixels(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, Item, int] | str:
+    def __getitem__(self, position: int) -> _Entry:
         index = self.indices[position]
         try:
             item = self.items.read(index)
@@ -45,6 +48,8 @@ class _Pixels(Dataset):
             return pixels, replace(item, image=b""), index
         except BrokenSample as broken:
             return str(broken)
+        except CommandError as error:  # raised in the main process, where it keeps its type and exit code
+            return error
 
 
 @dataclass
@@ -94,7 +99,8 @@ def encode_images(
     Each image is squashed to a square of `image_size` pixels (default: the tower's size). If `sharded` (collective),
     each rank encodes some of the batches that a single rank would encode, so every metric is the same. With a
     `tokenizer` the captioner, if there is one, predicts the long captions in the same pass, so each image is read and
-    encoded only once. `bar` is the title of a progress bar in a terminal. Raises UserError if no image can be read.
+    encoded only once. `bar` is the title of a progress bar in a terminal. Raises UserError if no image can be read,
+    and CommandError if a worker died.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
@@ -108,7 +114,13 @@ def encode_images(
     )  # fmt: skip
     with evaluating(model, image_size):
         shown = tqdm(loader, bar, unit="batch", disable=bar is None or not sys.stderr.isatty())
-        mine = [_encode(model, tokenizer, batch) for batch in shown]
+        try:
+            mine = [_encode(model, tokenizer, batch) for batch in shown]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            what = "a process that reads images died, probably for lack of memory or /dev/shm"
+            raise CommandError(f"{what}: use fewer workers (data.workers, --jobs)") from error
     full = all_shares(mine, sharded=sharded)
     towers = [pair for batch in full for pair in batch.towers]
     tokens = [pair for batch in full for pair in batch.caption_tokens]
@@ -127,11 +139,12 @@ def encode_images(
     )
 
 
-def _encode(
-    model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[tuple[np.ndarray, Item, int] | str]
-) -> _Encoded:
+def _encode(model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[_Entry]) -> _Encoded:
+    for entry in batch:
+        if isinstance(entry, CommandError):
+            raise entry
     encoded = _Encoded([], [], [], [entry for entry in batch if isinstance(entry, str)])
-    good = [entry for entry in batch if not isinstance(entry, str)]
+    good = [entry for entry in batch if isinstance(entry, tuple)]
     device = model.visual.patch_embed.weight.device
     if good:
         pixels, items, indices = zip(*good, strict=True)

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import UserError
-from clips.common.files import sha256
+from clips.common.files import check_target, sha256
 from clips.common.live import say
 from clips.common.page import Card, print_table, thumbnail
 from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
+from clips.data.guess import TABLES, in_folder
 from clips.data.images import decode_image
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, split_spec
@@ -217,7 +218,8 @@ def probe_images(train: ImageSet) -> Callable[[ImageSet], Metric | None]:
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/evaluate_clips.py: measure a trained model on test sets, print a table and write a JSON file.
 
-    Raises UserError if the test images have neither captions nor labels, or none of the labels of --probe-train.
+    Raises UserError if nothing can be written at --output, and if the test images have neither captions nor labels, or
+    none of the labels of --probe-train.
     """
     from clips.common.runtime import choose_device
     from clips.weights.load import load_model
@@ -234,6 +236,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
+    out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
+    check_target(out.parent)
     fields = parse_fields(flags.fields, run.data.fields)
     metrics, skipped, count = _measure_sets(
         model, loaded.tokenizer, sets, first,
@@ -246,18 +250,17 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--probe-train {flags.probe_train} has none of the labels of the test images: use the same class names"
         )
-    out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run.data, first)
     if trained := sum(count_trained_on(run.data, items) for items, _ in sets.values()):
         total = sum(len(items) for items, _ in sets.values())
         missing = f"{name}: the model was trained on {trained:,} of these {total:,} images."
+    print_table(metrics_table(metrics, f"{loaded.home} on {name}", first, missing))  # the disk may be full by now
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(
         out, metrics, model, skipped,
         test_set=name, checkpoint=loaded.checkpoint, image_size=size, missing=missing, limit=flags.limit,
         trained_on=trained,
     )  # fmt: skip
-    print_table(metrics_table(metrics, f"{loaded.home} on {name}", first, missing))
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 
@@ -293,5 +296,8 @@ def _key(data: Path) -> str:
 def _open(spec: str, fields: Fields, image_root: str | None) -> TestSet:
     """Open a folder with one folder of images per class, or data in any form that training takes."""
     if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
-        return FolderSet(Path(spec))
+        # The data/ or train/ of a set is no class of images.
+        inner = [str(path) for path in map(Path(spec).joinpath, ("data", "train")) if path.is_dir()]
+        if not any(in_folder(folder, (".tar", *TABLES)) for folder in inner):
+            return FolderSet(Path(spec))
     return SourceSet(open_source(spec, fields, image_root=image_root, need_long=False))

@@ -108,9 +108,7 @@ def retrieval_metrics(
     `chunk` queries are compared at once. Raises NotFiniteError if a feature is not finite, and ValueError if texts and
     images do not match.
     """
-    for name, features in (("image", image_features), ("text", text_features)):
-        if not torch.isfinite(features).all():
-            raise NotFiniteError(f"evaluation: {name} features hold NaN or infinity")
+    _check_finite(image=image_features, text=text_features)
     images, T = len(image_features), len(text_features)
     if not len(texts) == len(text_to_image) == T or set(text_to_image) != set(range(images)):
         raise ValueError("every text needs one image and every image at least one text")
@@ -125,6 +123,16 @@ def retrieval_metrics(
         first = np.unique(owner, return_index=True)[1]
         metrics["contrastive_loss"] = _contrastive_loss(image_features, text_features[first], logit_scale, chunk)
     return metrics
+
+
+def _check_finite(**features: Tensor) -> None:
+    """Raise NotFiniteError for features that hold NaN or infinity: nothing scores above NaN, so it would count as best.
+
+    The names of the arguments say in the message whose features they are.
+    """
+    for name, values in features.items():
+        if not torch.isfinite(values).all():
+            raise NotFiniteError(f"evaluation: {name} features hold NaN or infinity")
 
 
 def _recall(
@@ -179,8 +187,10 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     """Return the accuracy of the nearest class. `labels` are class indices; all features are L2-normalised.
 
     `top1`, `top5`: a class is the normalised mean of its prompts (the usual ensemble). `single_prompt_top1/5`: the
-    accuracy of each prompt alone, averaged over the prompts. Shapes: images [I, E], prompts [C, P, E].
+    accuracy of each prompt alone, averaged over the prompts. Shapes: images [I, E], prompts [C, P, E]. Raises
+    NotFiniteError if a feature is not finite.
     """
+    _check_finite(image=image_features, prompt=prompt_features)
     C, P, _ = prompt_features.shape
     ks = (1, min(5, C))
     right = F.one_hot(torch.as_tensor(labels), C).bool().to(image_features.device)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from clips.common.errors import UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside, is_remote
 from clips.common.tensors import listed
 from clips.config import DataConfig
 from clips.data.demo import demo_split
-from clips.data.guess import warn_once
+from clips.data.guess import OF_HUB, warn_once
 from clips.data.images import ENDINGS, MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
@@ -137,14 +137,15 @@ def count_trained_on(data: DataConfig, items: TestSet) -> int:
 
     It is 0 if the training data is not on this machine, is the demo's, or has more than MOST_COMPARED images.
     """
-    train = None
-    if data.train not in ("", "demo"):
-        with contextlib.suppress(UserError, OSError):  # the model may have been trained elsewhere
-            train = SourceSet(open_split(data, "train", need_long=False))
-    if train is None or len(train) > MOST_COMPARED or any(map(is_remote, train.source.files)):
-        return 0
-    trained = set(_image_digests(train))
-    return sum(digest in trained for digest in _image_digests(items))
+    specs = [data.train, *(part.data for part in data.mix)]
+    if any(spec in ("", "demo") or is_remote(spec) or spec.startswith(OF_HUB) for spec in specs):
+        return 0  # to open remote data would take long, or the network
+    with contextlib.suppress(CommandError, OSError):  # the model may have been trained elsewhere
+        train = SourceSet(open_split(data, "train", need_long=False))
+        if len(train) <= MOST_COMPARED:
+            trained = set(_image_digests(train))
+            return sum(digest in trained for digest in _image_digests(items))
+    return 0
 
 
 def _image_digests(items: TestSet) -> Iterator[bytes]:

@@ -66,7 +66,7 @@ def parser() -> Parser:
     p.add_argument("--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs")
     p.add_argument("--resume", default="auto", help="auto: go on where the run stopped; never; or a checkpoint")
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
-    p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.kind=muon", **SET)
+    p.add_argument("--set", help="any other field of clips/config.py, e.g. optim.weight_decay=0.1", **SET)
     p.add_argument("--debug", action="store_true", help="three tiny steps of the recipe, on the demo or --data")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument("--profile", type=at_least(0), default=0, metavar="STEPS", help="steps to profile into profile/")

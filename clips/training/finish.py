@@ -7,7 +7,7 @@ import torch
 
 from clips.common.errors import never_in_the_way
 from clips.common.live import say, say_next
-from clips.common.paths import unused
+from clips.common.paths import unused, without_secrets
 from clips.common.report import write_report
 from clips.common.rundir import REPORT, checkpoints, chosen_checkpoint, has_report, read_evaluations, weights_of
 from clips.common.tensors import assign_weights
@@ -76,7 +76,8 @@ def print_next(data: DataConfig, run_dir: Path) -> None:
         first = data.mix[0] if data.mix else data
         words += ["--output_dir", str(unused(run_dir.with_name(f"llava-{run_dir.name}")))]
         words += ["--data_path", data.mix[0].data if data.mix else data.train]
-        words += ["--image_folder", first.image_root] if first.image_root else []
+        root = first.image_root or data.image_root
+        words += ["--image_folder", root] if root else []
         words += ["--test_data", data.test] if data.test else ["--key", data.key] if data.key else []
         words += [] if torch.cuda.is_available() else ["--small"]
-    say_next(f"bash scripts/train_llava.sh {shlex.join(words)}")
+    say_next(without_secrets(f"bash scripts/train_llava.sh {shlex.join(words)}"))

@@ -13,6 +13,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.live import expected_time, say
 from clips.common.page import table_of
+from clips.common.paths import without_secrets
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
@@ -36,8 +37,8 @@ def open_run_dir(
 
     Rank 0 locks the directory and removes what interrupted saves left behind, except in a `dry_run`. config.json is
     written later, once the data is known to be right. `resume` is `auto`, `never`, or a checkpoint directory. Raises
-    UserError if the directory holds another configuration or cannot be written, or if `resume` does not fit it, and
-    NoCheckpointError if none of its checkpoints is usable.
+    UserError if the directory holds another configuration or cannot be written, if `resume` does not fit it, or if the
+    phases do not fit the checkpoint (`check_progress`), and NoCheckpointError if none of its checkpoints is usable.
     """
     config_file = run_dir / "config.json"
     if resume == "never" and config_file.exists():
@@ -55,12 +56,31 @@ def open_run_dir(
         if dist.get_rank() == 0:
             rundir.hold(run_dir)
             checkpoint.remove_leftovers(run_dir)
-    if resume in ("auto", "never"):
-        return checkpoint.latest(run_dir)
-    loaded = checkpoint.load(Path(resume))
+    loaded = checkpoint.latest(run_dir) if resume in ("auto", "never") else checkpoint.load(Path(resume))
+    if loaded is None:
+        return None
     if checkpoint.run_of(loaded.path) != run_dir.resolve():
         raise UserError(f"--resume {resume} is of another run; for a branch copy that run under another --name")
+    check_progress(run, loaded)
     return loaded
+
+
+def check_progress(run: RunConfig, previous: checkpoint.Checkpoint) -> None:
+    """Raise UserError if the phases of `run` do not lead to the step and the samples of its checkpoint.
+
+    The progress is kept in both. If they differed, samples would be repeated or left out, and the run would end too
+    early, or go beyond its last phase.
+    """
+    state = previous.state
+    *ended, current = run.phases[: state.phase + 1]
+    planned = sum(phase.seen for phase in ended) + state.phase_step * current.batch_size
+    if len(ended) < state.phase or state.phase_step > current.steps or planned != state.samples:
+        raise UserError(
+            f"{previous.path} is at {state.samples:,} samples, step {state.phase_step:,} of phase {state.phase}, to "
+            "which the changed phases do not lead: a phase that has begun keeps its batch size, and only the one that "
+            "runs may get more samples. Leave them as they were, or give another --name with --init-from "
+            f"{checkpoint.run_of(previous.path)}"
+        )
 
 
 def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
@@ -83,26 +103,28 @@ def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
 
 def prepare_data(
     run: RunConfig, run_dir: Path, initial: InitialWeights | None, start: Start, *, has_begun: bool, dry_run: bool
-) -> tuple[Source, CaptionTokenizer]:
+) -> tuple[Source, CaptionTokenizer, str]:
     """Open the training data, once on each machine, and the run's tokenizer. Collective, without a time limit.
 
     Rank 0 builds a missing tokenizer, or takes the one of the `initial` weights' text tower, and saves it and
-    data.json. All other splits are opened once, so that a wrong path shows now. Raises UserError for data other than
-    the run has trained on (if it `has_begun`), and for a tokenizer larger than the model's vocabulary; BrokenDataError
-    for a table with too many unreadable rows.
+    data.json. All other splits are opened once, so that a wrong path shows now; the third result describes the
+    validation data of this machine. Raises UserError for data other than the run has trained on (if it `has_begun`),
+    and for a tokenizer larger than the model's vocabulary; BrokenDataError for a table with too many unreadable rows.
     """
     need_long = run.task.captions
 
-    def opened() -> tuple[Source, dict[Any, Any]]:
+    def opened() -> tuple[Source, dict[Any, Any], str]:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
         check_readable(train, run.data.max_broken_share)
-        for split in ("val", *held_out_sets(run.data)):
-            if split_spec(run.data, split):
-                open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+        held_out = {
+            split: open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+            for split in ("val", *held_out_sets(run.data))
+            if split_spec(run.data, split)
+        }
         train.facts()  # reads what they are made of, once
-        return train, HASHES
+        return train, HASHES, _described(held_out["val"]) if "val" in held_out else "none"
 
-    source, hashes = once_per_machine(opened)
+    source, hashes, val = once_per_machine(opened)
     HASHES.update(hashes)
     if has_begun:
         check_same_data(run_dir, source)
@@ -126,7 +148,7 @@ def prepare_data(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
             f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
         )
-    return source, tokenizer
+    return source, tokenizer, val
 
 
 def check_same_data(run_dir: Path, source: Source) -> None:
@@ -149,17 +171,26 @@ def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict
     }
 
 
-def facts_of_data(source: Source, tokenizer: CaptionTokenizer, initial: InitialWeights | None) -> dict[str, Any]:
+def facts_of_data(
+    source: Source, val: str, tokenizer: CaptionTokenizer, initial: InitialWeights | None
+) -> dict[str, Any]:
     """Return what must be equal on all ranks before they train together, for `Start.agree`.
 
-    Otherwise a node that lacks a shard would silently train on other data.
+    Otherwise a node that lacks a shard would silently train on other data, or add other images to a validation, which
+    all ranks share. `val` is what `prepare_data` returns.
     """
-    facts = source.facts()
     return {
         "the weights to begin with": initial.sha256 if initial else "none",
-        "the training data": f"{len(source):,} samples in {facts['files']:,} shards ({facts['contents'][:8]})",
+        "the training data": _described(source),
+        "the validation data": val,
         "the tokenizer": f"{tokenizer.vocab_size} tokens",
     }
+
+
+def _described(source: Source) -> str:
+    """Return the number of samples and files, and a hash of their contents, in words."""
+    facts = source.facts()
+    return f"{len(source):,} samples in {facts['files']:,} shards ({facts['contents'][:8]})"
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
@@ -248,7 +279,7 @@ def print_plan(
         if holds_out(run.data) and not (run_dir / rundir.DATA).is_file():
             rows.append(("  but", "it began when rows were held out, so it has trained on images that now validate"))
 
-    say(table_of(f"recipe {run.recipe}", (), rows))
+    say(table_of(f"recipe {run.recipe}", (), [(name, without_secrets(words)) for name, words in rows]))
     if beginning is not None:
         say(beginning.table(run))
 

@@ -105,8 +105,7 @@ def pretrain(
     settings = read_ds_config(ds_config, "--ds-config")
     flags = {"--name": str(run_dir), "--ds-config": settings, "--resume": resume, "--dry-run": dry_run}
     start.agree(flags | facts_of_run(run, previous))
-    is_trained = previous is not None and previous.state.samples == run.samples
-    if start.of_rank_0(is_trained and is_finished(run_dir) and has_report(run_dir)):
+    if start.of_rank_0(_is_complete(run, run_dir, previous)):
         if start.rank == 0:
             print_next(run.data, run_dir)
         _leave(start)
@@ -114,8 +113,8 @@ def pretrain(
 
     start.at("the data and the tokenizer")
     initial = read_given_weights(run, run_dir) if previous is None else None
-    source, tokenizer = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
-    start.agree(facts_of_data(source, tokenizer, initial))
+    source, tokenizer, val = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
+    start.agree(facts_of_data(source, val, tokenizer, initial))
 
     start.at("the model")
     torch.manual_seed(run.train.seed)
@@ -161,6 +160,16 @@ def pretrain(
         # The cores of this machine's other ranks are free now.
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
         finish_run(run, trained, tokenizer, run_dir)
+
+
+def _is_complete(run: RunConfig, run_dir: Path, previous: checkpoint.Checkpoint | None) -> bool:
+    """Return True if the run has ended, and its export, its report and, if it holds any data out, its metrics exist."""
+    is_trained = previous is not None and previous.state.samples == run.samples
+    if not (is_trained and is_finished(run_dir) and has_report(run_dir)):
+        return False
+    # `is_finished` does not look at the data: to it an evaluation that was removed is one that is not due.
+    is_measured = (run_dir / "evaluation.json").is_file()
+    return is_measured or not any(split_spec(run.data, split) for split in ("test", "val"))
 
 
 def _leave(start: Start) -> None:

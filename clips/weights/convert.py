@@ -5,6 +5,7 @@ random images and real captions have equal features.
 """
 
 import argparse
+import io
 import json
 import shutil
 import tempfile
@@ -110,7 +111,9 @@ def _make_official(directory: Path) -> None:
         del text[name]
     text |= {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    torch.save({name.removeprefix("text."): tensor for name, tensor in weights.items()}, directory / OFFICIAL_WEIGHTS)
+    file = io.BytesIO()  # writing to the disk itself, `torch.save` reports a full one as a RuntimeError
+    torch.save({name.removeprefix("text."): tensor for name, tensor in weights.items()}, file)
+    (directory / OFFICIAL_WEIGHTS).write_bytes(file.getbuffer())
 
 
 def _official_lacks(loaded: LoadedModel) -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.files import check_target, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
-from clips.common.tensors import write_weights
+from clips.common.tensors import listed, write_weights
 from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
@@ -179,12 +179,26 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
     return torch.stack(images), texts
 
 
+def check_replaceable(out: Path) -> None:
+    """Raise UserError if `out` cannot be written, or holds anything but an export: an export replaces all of it."""
+    check_target(out)
+    others = sorted({path.name for path in out.iterdir()} - {*FORMATS, MADE_OF}) if out.is_dir() else []
+    if others or out.name in ("", ".."):
+        held = f", which holds {listed(others)}" if others else ""
+        raise UserError(f"an export would replace all of {out}{held}: move that away, or give a new folder as --output")
+
+
 def export_from_flags(flags: argparse.Namespace) -> None:
-    """Run scripts/export_clips.py: write a trained model in every format that can hold it, checked on real images."""
+    """Run scripts/export_clips.py: write a trained model in every format that can hold it, checked on real images.
+
+    Raises UserError if the target holds anything but an export.
+    """
     if flags.output:
-        check_target(Path(flags.output))
+        check_replaceable(Path(flags.output))
     loaded = load_model(flags.model)
     run = loaded.run
+    out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
+    check_replaceable(out)
     size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
     if flags.data is not None:
@@ -193,7 +207,6 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
-    out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(
         loaded.model, run, loaded.tokenizer, out, images, texts,
         image_size=size, evaluations=read_evaluations(loaded.home).values(), checkpoint=loaded.checkpoint,

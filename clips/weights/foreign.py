@@ -380,6 +380,8 @@ def _normalisation(directory: Path, kind: str) -> Normalisation:
     """Return the normalisation of a transformers model: that of its image processor, else the usual one of its kind."""
     processor = read_json(directory / "preprocessor_config.json")
     processor = processor or read_json(directory / "processor_config.json").get("image_processor", {})
+    if processor.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = NORMALISED[next(name for name in NORMALISED if kind.startswith(name))]
     return processor.get("image_mean") or mean, processor.get("image_std") or std
 

@@ -23,7 +23,7 @@ from clips.config import TRAINING_FIELDS, RunConfig
 from clips.model.clips import CLIPSModel
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower, resample_positions
-from clips.recipes import recipe
+from clips.recipes import RECIPES, recipe
 from clips.weights.foreign import InitialWeights, kind_of
 from clips.weights.load import READERS, LoadedModel, load_model
 
@@ -114,8 +114,10 @@ class Beginning:
         rows = [(p, f"{self.given.get(p, 0):,}", f"{self.new.get(p, 0):,}") for p in self.given | self.new]
         rows += [("on the way", note, "") for note in self.notes]
         rows += [("left over", f"{what}: {listed(names)}", "") for what, names in self.left_over.items()]
-        standard = {path: _at(recipe(run.recipe), path) for path in self.architecture}
-        if lines := rundir.changed(standard, {path: _at(run, path) for path in self.architecture}):
+        # A configuration of the user's own may have a name that is no recipe's: nothing differs from it.
+        standard = recipe(run.recipe) if run.recipe in RECIPES else run
+        now, before = ({path: _at(config, path) for path in self.architecture} for config in (run, standard))
+        if lines := rundir.changed(before, now):
             rows.append((f"differs from {run.recipe}", ", ".join(lines), ""))
         return table_of(title, ("parameters of", "from the file", "new"), rows, names=3)
 

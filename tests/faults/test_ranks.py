@@ -120,9 +120,9 @@ def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shar
     assert "9000ms" in output
 
 
-def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
+def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path, split: str = "data") -> str:
     """What a run of two ranks, the second with `data` of its own, says before it ends, which it must."""
-    words = torchrun("tests/faulty_run.py", f"data={data}", "1", *endless(tmp_path, shards)[1:])
+    words = torchrun("tests/faulty_run.py", f"{split}={data}", "1", *endless(tmp_path, shards)[1:])
     return ended(words, tmp_path)
 
 
@@ -152,6 +152,17 @@ def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str,
     text = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
     assert "rank 0: 64 samples in 2 shards" in text
     assert "rank 1: 40 samples in 1 shards" in text
+    assert not lines(tmp_path / "r")
+
+
+def test_validation_data_that_one_rank_has_otherwise_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """Each rank encodes its share of them: images would be missing, or counted twice."""
+    fewer = [(image, recap(web, long)) for image, web, long in make_images(9)]
+    held_out = write_shard(tmp_path / "val.tar", fewer)
+    text = failed_with_own_data_on_rank_1(held_out, shards, tmp_path, "val")
+    assert "ranks do not agree on the validation data" in text
+    assert "rank 0: 16 samples in 1 shards" in text
+    assert "rank 1: 9 samples in 1 shards" in text
     assert not lines(tmp_path / "r")
 
 
@@ -250,6 +261,22 @@ def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(
         wait_until_gone(tmp_path)
     assert "stopped by SIGUSR1; a checkpoint was saved" in log.read_text()
     assert_saved_at_the_end(tmp_path / "r")
+
+
+def test_a_signal_in_the_last_validation_stops_both_ranks_before_the_end(shards, tmp_path):
+    """It was forgotten: the run evaluated and exported until the scheduler killed it."""
+    flags = ("--debug", "--name", "r", "--output", tmp_path, *shards)
+    done = run(torchrun("tests/faulty_run.py", "last", "1", *flags))
+    assert done.code != 0
+    assert "stopped by SIGTERM; a checkpoint was saved" in done.text  # the launcher may end the other one first
+    assert f"exitcode  : {128 + signal.SIGTERM}" in done.text.partition("Root Cause")[2]
+    assert_saved_at_the_end(tmp_path / "r")
+    assert not (tmp_path / "r/export").exists()
+    validated = [line for line in lines(tmp_path / "r") if line["kind"] == "eval"]
+    again = run(python(SCRIPT, *flags))
+    assert again.code == 0, again.text
+    assert (tmp_path / "r/export").is_dir()
+    assert [line for line in lines(tmp_path / "r") if line["kind"] == "eval"] == validated
 
 
 SRUN = """#!/bin/bash

@@ -88,6 +88,16 @@ def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -
     assert times(whole / "r") == before
 
 
+def test_a_finished_run_without_its_evaluation_is_measured_again(whole, shards, tmp_path):
+    run_dir = shutil.copytree(whole, tmp_path / "out") / "r"
+    measured = json.loads((run_dir / "evaluation.json").read_text())
+    (run_dir / "evaluation.json").unlink()
+    done = run(python(SCRIPT, *shards, *THREE_PHASES, "--output", tmp_path / "out"))
+    assert done.code == 0, done.text
+    assert json.loads((run_dir / "evaluation.json").read_text()) == measured
+    assert trace(run_dir) == trace(whole / "r"), "no step was taken"
+
+
 def test_row_06_never_from_zero_when_no_checkpoint_is_good(killed, shards, tmp_path):
     out = shutil.copytree(killed, tmp_path / "out")
     for file in (out / "r/checkpoints").glob("step-*/optimizer.safetensors"):  # a kill may leave half of an old one
@@ -107,7 +117,8 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(killed, sh
         "refused": python(*flags, "--seed", "5", "--set", "phases.0.lr=0.25"),
         "never": python(*flags, "--resume", "never"),
         "pickle": python(*flags, "--resume", pickle),
-        "optimizer": python(*flags, "--set", "optim.kind=muon", "--allow-config-change"),
+        "optimizer": python(*flags, "--set", "optim.kind=muon", "phases.*.muon_lr=0.02", "--allow-config-change"),
+        "batch": python(*flags, "--batch-size", "16", "--allow-config-change", "--dry-run"),
         "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
         "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
     }
@@ -117,6 +128,7 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(killed, sh
     assert_said(results["never"], 2, "holds a run already", "--name")
     assert_said(results["pickle"], 2, "--resume", "model.pt")
     assert_said(results["optimizer"], 2, "optim.kind cannot change in a run")
+    assert_said(results["batch"], 2, "a phase that has begun keeps its batch size", "--init-from")
     assert_said(results["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
     assert results["allowed"].code == 0, results["allowed"].text
     assert "goes on from" in results["allowed"].text

@@ -24,9 +24,11 @@ from clips.common import rundir, signals
 from clips.common.errors import UserError, run_command
 from clips.common.files import check_target, read_json, read_json_records
 from clips.common.paths import cache_root
+from clips.common.tensors import write_weights
 from clips.config import Fields
 from clips.data.guess import expand
 from clips.data.sources import open_source
+from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from mllm.chat.model import ChatModel
@@ -116,6 +118,15 @@ def test_row_30_a_target_is_asked_for_before_any_work(tmp_path, monkeypatch, cap
     assert not (tmp_path / "not").exists()
     assert run_main(monkeypatch, "export_clips", "--model", "no-model", "--output", tmp_path / "file" / "out") == 2
     assert "nothing can be written" in capsys.readouterr().err
+
+
+def test_row_30_weights_and_a_tokenizer_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    """The libraries that write them have errors of their own."""
+    with pytest.raises(OSError, match=r"x\.safetensors"):
+        write_weights({"a": torch.ones(1)}, tmp_path / "no" / "x.safetensors")
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match=r"tokenizer\.json"):
+        build_tokenizer("wordpiece", ["a cat"], vocab_size=64).save(tmp_path)
 
 
 def test_row_30_a_terminal_that_knows_ascii_alone_gets_the_text() -> None:

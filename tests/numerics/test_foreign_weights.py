@@ -129,6 +129,18 @@ def test_transformers_towers_give_the_same_features_in_every_layer(name: str, sa
     assert_same(states_after(model.visual.blocks, lambda: model.visual(images)), list(theirs))
 
 
+def test_a_tower_of_plain_pixels_gives_the_same_features(tmp_path: Path) -> None:
+    """Its image processor only scales to 0 … 1: do_normalize is false, whatever mean stands beside it."""
+    stock = shaken(STOCK["vit"]())
+    stock.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(do_normalize=False).save_pretrained(tmp_path)
+    model = ours(read_initial(str(tmp_path)))
+    with torch.no_grad():
+        theirs = stock(make_images([0.0] * 3, [1.0] * 3), output_hidden_states=True).hidden_states[1:]
+    images = make_images(IMAGENET_MEAN, IMAGENET_STD)
+    assert_same(states_after(model.visual.blocks, lambda: model.visual(images)), list(theirs))
+
+
 def test_a_whole_clip_gives_the_same_image_and_text_features(tmp_path: Path) -> None:
     stock = shaken(clip())
     stock.save_pretrained(tmp_path)

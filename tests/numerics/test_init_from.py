@@ -160,6 +160,12 @@ def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
     assert "positions resampled from 32 px to 48 px" in printed(beginning, run)
 
 
+def test_a_configuration_of_the_user_s_own_name_has_no_recipe_to_differ_from(native: Path) -> None:
+    run, _, beginning = begun(read_initial(str(native)))
+    assert "differs from demo" in printed(beginning, run)
+    assert "differs from" not in printed(beginning, dataclasses.replace(run, recipe="mine"))
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -238,6 +244,13 @@ def test_an_image_tower_of_timm_becomes_one_of_transformers(tmp_path: Path) -> N
     assert not (tmp_path / "vit" / "embedding.safetensors").exists()
     with pytest.raises(UserError, match="--init-from"):
         convert(str(tmp_path / "timm"), tmp_path / "native", "native")
+
+
+def test_a_torch_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    write_official(tmp_path / "official")
+    monkeypatch.setattr("clips.weights.convert.OFFICIAL_WEIGHTS", "no/weights.bin")
+    with pytest.raises(OSError, match=r"weights\.bin"):  # torch raises a RuntimeError, as for a full disk
+        convert(str(tmp_path / "official"), tmp_path / "new", "official")
 
 
 def test_convert_writes_nothing_over_what_is_there_nor_when_it_only_checks(

@@ -165,3 +165,15 @@ def test_the_best_validated_checkpoint_is_chosen_and_stays(tmp_path: Path) -> No
     assert chosen_weights(tmp_path)["step"] == 2, "the newest one was never validated"
     (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 2}\n')
     assert chosen_weights(tmp_path)["step"] == 4, "a run that does not choose stands for its newest checkpoint"
+
+
+def test_a_run_that_no_longer_chooses_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+    """Continued with train.choose=last, it kept exporting the best of the time before."""
+    save(tmp_path, 1, 2, 3)
+    lines = [{"kind": "eval", "step": step, "choosing": 9 - step} for step in (1, 2)] + [{"kind": "eval", "step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for choose, step in (("best", 1), ("last", 3)):
+        (tmp_path / "config.json").write_text(json.dumps({"train": {"choose": choose}}))
+        assert chosen_weights(tmp_path)["step"] == step
+    checkpoint.save(tmp_path, WEIGHTS, WEIGHTS, state(4), 1)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["4"], "the old one goes"

@@ -12,6 +12,7 @@ from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
 from clips.common.typed import from_dict
 from clips.config import RunConfig, changed_fields
+from clips.engine.engine import read_ds_config
 from clips.recipes import debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
 from clips.training.prepare import with_precision
@@ -41,11 +42,36 @@ from clips.training.task import Task
         ("optim.eps=NaN", "optim.eps nan must be a finite number"),
         ("optim.betas=[0.9, Infinity]", "optim.betas inf must be a finite number"),
         ("phases.*.lr=-1", r"lr -1\.0 must be at least 0"),
+        ("train.seed=99999999999999999999", "train.seed 99999999999999999999 must be at least 0 and below"),
+        ("model.captioner.length=2", "captioner.length 2 must be at least 3"),  # bos and eos, no token between
+        ("phases.*.muon_lr=0", "optim.kind=muon leaves the blocks as they are at .*muon_lr=0"),
     ],
 )
 def test_wrong_values_are_named(assignment: str, noun: str) -> None:
     with pytest.raises(UserError, match=noun):
         recipe("demo").override([assignment])
+
+
+def test_muon_needs_a_rate_of_its_own() -> None:
+    """The recipes of the paper have none: their blocks did not train, without a word."""
+    with pytest.raises(UserError, match=r"--set 'phases\.\*\.muon_lr=0\.02'"):
+        recipe("b16").override(["optim.kind=muon"])
+    assert recipe("b16").override(["optim.kind=muon", "phases.*.muon_lr=0.02"]).optim.kind == "muon"
+    assert recipe("b16").override(["optim.kind=muon", "phases.*.lr=0"]).phases[0].muon_lr == 0
+
+
+NO_PARAMETERS = '{"optimizer": {"type": "AdamW", "params": null}, "zero_optimization": {"stage": 2}}'
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', "null", '{"zero_optimization": null}', NO_PARAMETERS])
+def test_settings_of_deepspeed_are_an_object(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    if content == NO_PARAMETERS:
+        assert read_ds_config(file, "--ds-config") == {"zero_optimization": {"stage": 2}}
+    else:
+        with pytest.raises(UserError, match=r"^--ds-config .*ds\.json .*expected an object"):
+            read_ds_config(file, "--ds-config")
 
 
 def test_override_sets_one_field_and_leaves_the_rest() -> None:

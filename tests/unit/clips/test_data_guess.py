@@ -18,13 +18,14 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
-from clips.data.guess import guess_fields
+from clips.data.guess import expand, guess_fields
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.training.cli import config_from_flags, parser
+from clips.training.finish import print_next
 from mllm.data.captions import is_captions
 
 
@@ -110,6 +111,30 @@ def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
         guessed(table)
     assert "'0.png' was looked for in " + str(tmp_path) in str(refused.value)
     assert webs(guessed(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
+
+
+def test_the_image_root_is_that_of_a_mix_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was passed over, and the error asked for it."""
+    make_images(tmp_path / "pics")
+    make_images(tmp_path / "others")
+    for name in "ab":
+        write_csv(tmp_path / f"lists/{name}.csv", [("image", "text"), *((f"{i}.png", f"{name} {i}") for i in range(2))])
+    mix = ("--mix", *(f"{name}=1:{tmp_path}/lists/{name}.csv" for name in "ab"))
+    run = run_of("--recipe", "small", *mix, "--image-root", tmp_path / "pics")
+    source = open_split(run.data, "train", need_long=False)
+    assert [source.read(i).web for i in range(len(source))] == ["a 0", "a 1", "b 0", "b 1"]
+    print_next(run.data, tmp_path / "r")
+    assert f"--image_folder {tmp_path / 'pics'}" in capsys.readouterr().err
+    (tmp_path / "others/1.png").write_bytes(make_image(7))
+    own = run.override([f"data.mix.1.image_root={tmp_path / 'others'}"])
+    source = open_split(own.data, "train", need_long=False)
+    assert [source.read(i).image for i in (1, 3)] == [make_image(1), make_image(7)], "a part may have its own"
+
+
+@pytest.mark.parametrize("spec", ["{0..3.tar", "x}.tar"])
+def test_a_brace_that_was_forgotten_is_named(spec: str) -> None:
+    with pytest.raises(UserError, match=r"Unbalanced braces.*\{00000\.\.00009\}\.tar"):
+        expand(spec)
 
 
 def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

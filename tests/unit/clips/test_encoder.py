@@ -164,6 +164,19 @@ def test_a_kept_index_is_made_once_and_anew_after_a_change(opened: CLIPS, tmp_pa
     assert [len(opened.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
 
 
+def test_an_index_in_its_folder_by_a_relative_path_is_made_once(opened, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    make_image(40).save(tmp_path / "photos" / "0.png")
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    made, path = opened.kept_index("photos", file="photos/index.safetensors")
+    assert path == tmp_path / "photos/index.safetensors"
+    monkeypatch.setattr(opened, "index", lambda *_, **__: pytest.fail("it is made again"))
+    assert opened.kept_index("photos", file="photos/index.safetensors")[0].paths == made.paths
+    with pytest.raises(UserError, match="nothing can be written to"):  # asked for before an hour's work
+        opened.kept_index("photos", file="file/index.safetensors")
+
+
 def test_the_command_indexes_once_and_shows_images(place, tmp_path):
     words = ["--model", place / "runs/clips", "--image-folder", place / "images", "--k", "3", "--device", "cpu"]
     env = {"CLIPS_MLLM_CACHE": str(tmp_path / "cache")}

@@ -4,14 +4,19 @@ import itertools
 import math
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bad_corpus import square
+from conftest import script_parser
+from launched import write_table
 
 from clips.common.errors import NotFiniteError, UserError
 from clips.common.report import metric_rows
+from clips.config import Fields
+from clips.evaluation.evaluate import _open
 from clips.evaluation.metrics import (
     Metric,
     expected_hits,
@@ -125,6 +130,28 @@ def test_features_that_are_not_finite_are_refused():
         retrieval_metrics(features, features, [0, 1, 1], ["a", "b", "c"])
 
 
+@pytest.mark.parametrize("name", ["image", "prompt"])
+def test_features_that_are_not_finite_are_of_no_class(name: str) -> None:
+    """They were all right: 100 %."""
+    features = {"image": torch.eye(4)[:3], "prompt": torch.eye(4)[:3, None].expand(-1, 2, -1).clone()}
+    assert zero_shot_metrics(*features.values(), [0, 1, 2])["top1"].value == 100
+    features[name][1] = torch.nan
+    with pytest.raises(NotFiniteError, match=f"{name} features"):
+        zero_shot_metrics(*features.values(), [0, 1, 2])
+
+
+NUMBERS = [("evaluate_clips", "--limit"), ("evaluate_clips", "--batch-size"), ("export_clips", "--image-size")]
+
+
+@pytest.mark.parametrize("number", ["0", "-5"])
+@pytest.mark.parametrize(("script", "flag"), NUMBERS)
+def test_numbers_of_images_and_pixels_are_above_0(script: str, flag: str, number: str, capsys) -> None:
+    """`--limit -5` left out five images, and 0 was as no flag."""
+    with pytest.raises(SystemExit, match="2"):
+        script_parser(script).parse_args([flag, number])
+    assert f"argument {flag}: {number} must be at least 1" in capsys.readouterr().err
+
+
 def test_zero_shot_ensemble_and_single_prompts():
     # class 0 along x, class 1 along y; prompt 1 of class 1 alone points to x and misleads
     prompts = F.normalize(torch.tensor([[[1.0, 0.1], [0.9, 0.1]], [[0.0, 1.0], [1.0, 0.0]]]), dim=-1)
@@ -159,6 +186,20 @@ def test_folder_per_class(tmp_path):
     assert [items.read(i).label for i in range(len(items))] == ["cat", "dog"]
     with pytest.raises(UserError, match="one folder per class"):
         FolderSet(tmp_path / "cat")
+
+
+def test_a_folder_with_data_or_train_in_it_is_a_set_and_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "own/data").mkdir(parents=True)
+    (tmp_path / "own/test").mkdir()
+    write_table(tmp_path / "own/data/t.csv", [{"image": "1.png", "text": "a cat"}])
+    (tmp_path / "own/data/1.png").write_bytes(square())
+    found = _open(str(tmp_path / "own"), Fields(), None)
+    assert found.read(0).captions["web"] == ["a cat"]
+    for name in ("train", "cat"):  # a class may be called so
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "1.png").write_bytes(square())
+    found = _open(str(tmp_path / "classes"), Fields(), None)
+    assert [found.read(i).label for i in range(2)] == ["cat", "train"]
 
 
 def test_class_lists(tmp_path):

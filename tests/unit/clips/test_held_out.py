@@ -25,6 +25,7 @@ from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_images, open_split, split_spec
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
+from clips.evaluation.testsets import SourceSet, count_trained_on
 from clips.recipes import recipe
 from clips.training.cli import config_from_flags, parser
 from clips.training.prepare import check_same_data
@@ -316,3 +317,29 @@ def test_evaluation_takes_the_held_out_images_and_counts_those_trained_on(tmp_pa
     assert evaluated("--data", str(copy / "t.csv"))["trained_on"] == (1 - (make_image(1) in sides(run.data)["val"]))
     assert evaluated("--data", str(table))["trained_on"] == IMAGES - held_out
     assert f"trained on {IMAGES - held_out} of these {IMAGES} images" in " ".join(capsys.readouterr().out.split())
+
+
+REMOTE = "http://127.0.0.1:1/x.tar"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": REMOTE},
+        {"train": f"here.tar;{REMOTE}"},
+        {"train": "hf:me/set"},
+        {"train": "mix", "mix": tuple(MixPart(name=name, share=1, data=name) for name in ("a.tar", REMOTE))},
+    ],
+)
+def test_training_data_elsewhere_are_not_opened_to_be_counted(data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network it took minutes, and then the measured metrics were lost."""
+    monkeypatch.setattr("clips.evaluation.testsets.open_split", lambda *_, **__: pytest.fail("they are opened"))
+    assert count_trained_on(DataConfig(**data), []) == 0
+
+
+def test_training_data_that_cannot_be_read_cost_no_evaluation(tmp_path: Path) -> None:
+    table = csv_of_paths(tmp_path, layout(1, "in order", 3))
+    items = SourceSet(open_source(str(table), Fields(), need_long=False))
+    assert count_trained_on(DataConfig(train=str(table)), items) == 3
+    outside = write_table(tmp_path / "o.csv", [{"image": name, "text": "t"} for name in ("images/0.png", "../0.png")])
+    assert count_trained_on(DataConfig(train=str(outside)), items) == 0

@@ -2,6 +2,7 @@
 over single images. What a run and the commands measure, export and report."""
 
 import json
+import os
 import shlex
 import weakref
 from collections import Counter
@@ -18,10 +19,10 @@ from conftest import random_model, script_parser, tiny_run
 from launched import write_shard
 from PIL import Image
 
-from clips.common.errors import UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.live import remember_speed
 from clips.common.rundir import has_report, is_finished
-from clips.config import DataConfig, EvalConfig, NamedSet, RunConfig
+from clips.config import DataConfig, EvalConfig, MixPart, NamedSet, RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -31,7 +32,7 @@ from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_
 from clips.evaluation.testsets import ImageTestSet, Item, SourceSet, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
-from clips.training.finish import finish_run
+from clips.training.finish import finish_run, print_next
 from clips.training.prepare import print_plan, speed_name
 from clips.weights.export import export_from_flags, write_native
 
@@ -298,6 +299,18 @@ def test_the_plan_says_how_long_and_how_many_epochs(run, tmp_path, capsys, own_c
     assert "about" not in plan(run.samples)
 
 
+def test_the_plan_and_the_next_command_show_no_password(run, tmp_path, capsys, own_cache):
+    held_out = {"val": "https://me:secret@host/v.tar", "test": "s3://me:secret@host/t.tar"}
+    parts = tuple(MixPart(name=name, share=1, data=f"https://me:secret@host/{name}.tar") for name in "ab")
+    for data in ({"train": "https://me:secret@host/x.tar"}, {"train": "mix", "mix": parts}):
+        own = replace(run, data=DataConfig(**data, **held_out))
+        print_plan(own, random_model(run), 64, tmp_path, torch.device("cpu"), 1, None)
+        print_next(own.data, tmp_path)
+        shown = capsys.readouterr().err
+        assert "secret" not in shown
+        assert shown.count("https://host/") >= 3
+
+
 @pytest.mark.usefixtures("one_pixel")
 def test_a_run_that_holds_nothing_out_names_only_what_is_there(run, tokenizer, tmp_path, capsys):
     """It named an evaluation.json that was never written."""
@@ -346,3 +359,65 @@ def test_commands_evaluate_and_export(run, tokenizer, tmp_path, capsys):
         export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
     with pytest.raises(UserError, match="names no test data: give --data,"):  # it named a flag of another command
         metrics(tmp_path / "bare")
+
+
+def exported(*words: object) -> None:
+    export_from_flags(script_parser("export_clips").parse_args(list(map(str, words))))
+
+
+def test_an_export_replaces_an_export_and_nothing_else(run, tokenizer, tmp_path, monkeypatch):
+    """`--output runs/demo` removed the run."""
+    write_native(random_model(run), run, tokenizer, tmp_path / "run" / "native")
+    for _ in range(2):
+        exported("--model", tmp_path / "run")
+    out = tmp_path / "run" / "export"
+    assert {path.name for path in out.iterdir()} == {"native", "open_clip", "hf_vit"}
+    exported("--model", tmp_path / "run", "--output", out)
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"run/export, which holds notes\.txt: .* --output"):
+        exported("--model", tmp_path / "run")
+    for wrong in (out, tmp_path / "run", "..", "."):
+        with pytest.raises(UserError, match="would replace all of"):
+            exported("--model", "no-model", "--output", wrong)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_target_that_cannot_be_written_costs_no_measurement(run, tokenizer, tmp_path, monkeypatch, capsys):
+    """And metrics that cannot be written are on the terminal."""
+    write_native(random_model(run), run, tokenizer, tmp_path / "native")
+
+    def evaluated(out: Path) -> None:
+        words = ["--model", str(tmp_path / "native"), "--output", str(out)]
+        evaluate_from_flags(script_parser("evaluate_clips").parse_args(words))
+
+    (tmp_path / "out.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        evaluated(tmp_path / "out.json")
+    assert "zero-shot" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("clips.evaluation.evaluate.encode_images", lambda *_, **__: pytest.fail("it measures"))
+    with pytest.raises(UserError, match="nothing can be written to"):
+        evaluated(tmp_path / "file" / "out.json")
+
+
+class Failing:
+    """A test set whose samples end the process that reads them, or raise a user's error."""
+
+    def __init__(self, is_fatal: bool) -> None:
+        self.is_fatal = is_fatal
+
+    def __len__(self) -> int:
+        return 3
+
+    def read(self, index: int) -> Item:
+        if self.is_fatal:
+            os._exit(1)
+        raise UserError(f"sample {index} is outside")
+
+
+@pytest.mark.parametrize(("is_fatal", "said"), [(True, "use fewer workers"), (False, "^sample 0 is outside$")])
+def test_a_worker_of_an_evaluation_ends_it_in_one_sentence(is_fatal: bool, said: str, run: RunConfig) -> None:
+    with pytest.raises(CommandError, match=said):
+        encode_images(random_model(run), Failing(is_fatal), batch_size=2, workers=1)

@@ -1,16 +1,20 @@
 """The table of what can be trained, against the paper's numbers; the schedules against slow formulas."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from conftest import tiny_run
 
+from clips.common.errors import UserError
 from clips.config import AugmentConfig, PhaseConfig, Schedule
-from clips.engine.checkpoint import TrainState
+from clips.engine.checkpoint import Checkpoint, TrainState
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
+from clips.training.prepare import check_progress
 from clips.training.pretraining import crosses, lr_factor, optimizer_steps
 
 PAPER = ("s16", "b16", "l14", "h14")
@@ -111,6 +115,45 @@ def test_steps_that_were_left_out_are_no_steps_of_the_optimizer() -> None:
     assert optimizer_steps(run.phases, TrainState(seed=0, step=4, phase=0, phase_step=4, left_out=left_out)) == 3
     assert optimizer_steps(run.phases, TrainState(seed=0, step=10, phase=0, phase_step=10, left_out=left_out)) == 8
     assert optimizer_steps(run.phases, TrainState(seed=0, step=15, phase=1, phase_step=5, left_out=left_out)) == 3
+
+
+FIRST_ALONE = replace(tiny_run(), phases=(phase(100, 0, "cosine"),)).to_dict()["phases"]
+IN_THE_MIDDLE, AT_A_BORDER, AT_THE_END = (1, 4), (0, 10), (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "fits"),
+    [
+        (IN_THE_MIDDLE, "phases.1.samples=300", True),
+        (IN_THE_MIDDLE, "phases.1.samples=40", True),  # it ends here
+        (IN_THE_MIDDLE, "phases.1.samples=30", False),
+        (IN_THE_MIDDLE, "phases.1.batch_size=20", False),
+        (IN_THE_MIDDLE, "phases.*.batch_size=5", False),
+        (IN_THE_MIDDLE, "phases.0.samples=200", False),
+        (IN_THE_MIDDLE, "phases.2.batch_size=20", True),
+        (IN_THE_MIDDLE, "phases.2.samples=500", True),
+        (IN_THE_MIDDLE, f"phases={json.dumps(FIRST_ALONE)}", False),
+        (AT_A_BORDER, "phases.0.samples=200", True),
+        (AT_A_BORDER, "phases.0.batch_size=20", False),
+        (AT_A_BORDER, "phases.1.batch_size=20", True),
+        (AT_THE_END, "phases.2.samples=200", True),
+        (AT_THE_END, "phases.1.samples=200", False),
+        (AT_THE_END, "phases.2.batch_size=50", False),
+    ],
+)
+def test_a_changed_phase_leads_to_the_checkpoint_or_is_refused(at: tuple[int, int], change: str, fits: bool) -> None:
+    """With another batch size a run went beyond its last phase, or ended before its rate was 0."""
+    run = replace(tiny_run(), phases=(phase(100, 0, "cosine"),) * 3)
+    index, step = at
+    state = TrainState(seed=0, phase=index, phase_step=step, step=10 * index + step, samples=100 * index + 10 * step)
+    saved = Checkpoint(Path("runs/r/checkpoints/step-00000014"), state)
+    check_progress(run, saved)
+    changed = run.override([change])
+    if fits:
+        check_progress(changed, saved)
+    else:
+        with pytest.raises(UserError, match=r"a phase that has begun keeps its batch size.* --init-from .*runs/r$"):
+            check_progress(changed, saved)
 
 
 def test_a_step_crosses_each_multiple_once() -> None:

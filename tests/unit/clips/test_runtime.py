@@ -52,6 +52,25 @@ def test_a_processor_that_claims_bf16_is_tried(ratio: float, has: bool, monkeypa
     assert runtime.has_bf16(torch.device("cpu")) == has
 
 
+@pytest.mark.parametrize(
+    ("name", "rank", "said"),
+    [
+        ("cuda:1", "0", r"no GPU 1, torch sees 1 here: name one below cuda:1"),
+        ("auto", "1", "start at most 1 ranks"),
+        ("cuda", "1", "start at most 1 ranks"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_named(name, rank, said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says "invalid device ordinal", behind a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(UserError, match=said):
+        runtime.choose_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert runtime.choose_device("cuda:0") == runtime.choose_device("auto") == torch.device("cuda", 0)
+
+
 COLLECTIVES_UNDER_WAY = """
 import sys
 import torch, torch.distributed as dist

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from bad_corpus import square
+from conftest import tiny_run
 from launched import write_shard, write_table
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, Fields
 from clips.data.check import check_pairs
 from clips.data.guess import warn_once
+from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
 from clips.data.splits import check_readable
+from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import ImageSet
 from clips.evaluation.evaluate import retrieval_rows
 from clips.evaluation.testsets import SourceSet
@@ -153,6 +156,22 @@ def test_long_captions_are_gathered_too(tmp_path: Path) -> None:
     assert source.texts(1) == Texts(("w1", "w7"), ("Long 1 True.", "Long 1 False."))
     assert source.read(1).extra == {"label": "1"}, "that of the first row"
     assert source.read(1).key == f"{tmp_path}/t.csv#1 (1.png)"
+
+
+def test_a_drawn_web_caption_that_is_the_long_one_is_predicted_itself(tmp_path: Path) -> None:
+    """The draw leaves no long caption, which ended the run, and each time that it went on."""
+    rows: list[dict[str, object]] = [
+        {"image": "0.png", "caption": web, "long_caption": "A long one."} for web in ("a dog", "A long one.")
+    ]
+    source = opened(write_rows(tmp_path, "t.csv", rows))
+    assert source.texts(0).pair(1) == ("A long one.", None)
+    tokenizer = build_tokenizer("wordpiece", ["a dog a long one."] * 4, vocab_size=64)
+    run = tiny_run().override(["phases.0.samples=32"])
+    drawn = set()
+    for batch in make_loader(source, tokenizer, run, rank=0, world_size=1):
+        for web, caption in zip(batch["web"], batch["caption"], strict=True):
+            drawn.add((tokenizer.decode(web), tokenizer.decode(caption)))
+    assert drawn == {("a dog", "a long one."), ("a long one.", "a long one.")}
 
 
 def test_an_image_that_is_there_twice_by_accident(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

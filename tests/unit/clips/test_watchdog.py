@@ -80,6 +80,19 @@ def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: 
     log.close()
 
 
+def test_a_spike_is_told_where_no_norm_was_seen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a run that goes on from ZeRO-3 with offload in another stage."""
+    state = TrainState(seed=0)
+    for _ in range(32):
+        watchdog.remember(state, agreed(1.0, None))
+    spike = watchdog.find_spike(state, agreed(9.0, 2.0))
+    log = RunLog(tmp_path, 100, {}, start_step=0, active=True)
+    log.spike({"step": 33, "action": "skip", **spike}, [["a.tar#0"]])
+    log.close()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    assert "loss 9 (usually 1); skip" in line
+
+
 def test_broken_samples_are_pairs_however_they_were_pinned() -> None:
     """An older torch pins a tuple as a list, which no dict takes: too many broken samples were a TypeError."""
     measuring = Meter(torch.device("cpu"), TrainState(seed=0))
