@@ -284,9 +284,11 @@ def leave_out_messages(pairs: Sequence[Pair]) -> None:
                 pair.reason, pair.detail = "repeated", pair.long
 
 
-def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str]]:
+def divide(pairs: Sequence[Pair], limit: float, before: tuple[int, int] = (0, 0)) -> tuple[list[Pair], Counter[str]]:
     """Return the good pairs, and the counts of the others by reason. Raises BrokenDataError above the share `limit`.
 
+    `before` are the numbers of pairs and of skipped pairs in other parts. They count too if `pairs` are fewer than
+    `SURE`: one bad pair in a last part of two is no evidence, and the command could never finish.
     A caption that several images share describes none of them, whether it comes from a server or from a poor model.
     """
     leave_out_messages(pairs[-SURE:])
@@ -298,15 +300,24 @@ def divide(pairs: Sequence[Pair], limit: float) -> tuple[list[Pair], Counter[str
             pair.reason, pair.detail = "repeated", pair.long
     good = [pair for pair in pairs if not pair.reason]
     left_out = Counter(pair.reason for pair in pairs if pair.reason)
-    if len(pairs) - len(good) > limit * len(pairs) or not good:
+    every, bad = len(pairs), len(pairs) - len(good)
+    if len(pairs) < SURE:
+        every, bad = every + before[0], bad + before[1]
+    if bad > limit * every or bad == every:
         last = [pair for pair in pairs if pair.reason][-1]
         what = f"of {len(pairs):,} pairs {dict(left_out)} would be left out, more than --max-left-out-share"
         raise BrokenDataError(f"{what}: {last.key}: {last.reason} {clip(one_line(last.detail), 200)}")
     return good, left_out
 
 
-def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) -> Counter[str]:
-    """Write the good pairs to `path`. Return the counts of the skipped pairs, which the file's metadata holds too."""
+def write_part(
+    path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any], before: tuple[int, int]
+) -> Counter[str]:
+    """Write the good pairs to `path`. Return the counts of the skipped pairs, which the file's metadata holds too.
+
+    If a small part has no good pair, a JSON file of its name holds the counts alone.
+    Raises BrokenDataError like `divide`.
+    """
     captioned: list[Pair] = []
     for pair in pairs:
         if not pair.reason:
@@ -315,8 +326,11 @@ def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) 
         if len(captioned) % SURE == 0:
             divide(captioned, limit)
         bar.update()
-    good, left_out = divide(captioned, limit)
+    good, left_out = divide(captioned, limit, before)
     columns = {name: [getattr(pair, name) for pair in good] for name in ("key", "image", "web", "long")}
+    if not good:  # pretraining refuses a table without rows
+        write_json(path.with_suffix(".json"), left_out)
+        return left_out
     table = pa.table(columns).replace_schema_metadata({"left_out": json.dumps(left_out)})
     with placing(path) as file:
         parquet.write_table(table, file, row_group_size=512)
@@ -324,7 +338,9 @@ def write_part(path: Path, pairs: Iterable[Pair], limit: float, bar: tqdm[Any]) 
 
 
 def left_out_of(path: Path) -> Counter[str]:
-    """Return the counts of skipped pairs in the metadata of a part. Raises UserError if the file is damaged."""
+    """Return the counts of skipped pairs that a part holds. Raises UserError if its file is damaged."""
+    if not path.is_file():
+        return Counter(read_json(path.with_suffix(".json")))
     try:
         return Counter(from_json(parquet.read_schema(path).metadata[b"left_out"]))
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
@@ -359,13 +375,15 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
 
     every = range(len(source))
     parts = {output / f"part-{i:09d}.parquet": every[i : i + flags.part_size] for i in every[:: flags.part_size]}
-    left_out = {path: left_out_of(path) for path in parts if path.is_file()}
+    left_out = {path: left_out_of(path) for path in parts if path.is_file() or path.with_suffix(".json").is_file()}
     missing = {path: indices for path, indices in parts.items() if path not in left_out}
     captioned = captioner.caption(read_pairs(source, itertools.chain.from_iterable(missing.values())))
     done = len(source) - sum(map(len, missing.values()))
     with tqdm(total=len(source), initial=done, unit="pair", disable=None) as bar:
         for path, indices in missing.items():
-            left_out[path] = write_part(path, itertools.islice(captioned, len(indices)), flags.max_left_out_share, bar)
+            before = sum(len(parts[other]) for other in left_out), sum(bad.total() for bad in left_out.values())
+            part = itertools.islice(captioned, len(indices))
+            left_out[path] = write_part(path, part, flags.max_left_out_share, bar, before)
 
     counts = dict(sum(left_out.values(), Counter())) | {"no pair": sum(source.left_out)}
     print(f"{len(source):,} pairs are captioned in {output}; left out: {counts}")

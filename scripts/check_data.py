@@ -32,8 +32,8 @@ def parser() -> Parser:
     llava.add_argument("--image-folder", help="folder or uncompressed tar with the images")
     llava.add_argument("--conv-mode", default="auto", help="conversation format, the --version of train_llava.sh")
     llava.add_argument("--language-model", default=DEFAULT_LLM, help="directory or hub id of the tokenizer")
-    llava.add_argument("--image-tokens", type=int, default=576, help="tokens of one image")
-    llava.add_argument("--max-length", type=int, default=2048, help="context in tokens")
+    llava.add_argument("--image-tokens", type=at_least(1), default=576, help="tokens of one image")
+    llava.add_argument("--max-length", type=at_least(1), default=2048, help="context in tokens")
     return p
 
 

@@ -62,7 +62,8 @@ def find_ranks() -> tuple[int, int]:
         return 0, 1
     values = [os.environ.get(name, "") for name in RANK_VARIABLES]
     rank, ranks, local_rank, _, port = (int(value) if value.isdecimal() else -1 for value in values)
-    if not (0 <= rank < ranks and local_rank >= 0 and values[3] and 0 < port < 2**16):
+    first = 0 if ranks == 1 else 1  # with port 0 the store of one rank takes a port itself
+    if not (0 <= rank < ranks and local_rank >= 0 and values[3] and first <= port < 2**16):
         pairs = zip(RANK_VARIABLES, values, strict=True)
         found = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in pairs)
         raise UserError(f"the environment has {found}: unset RANK, WORLD_SIZE and LOCAL_RANK, or use a launcher")

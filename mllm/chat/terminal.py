@@ -122,6 +122,9 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     names = ("temperature", "top_p", "max_new_tokens", "seed")
     sampling = Sampling(stop=tuple(flags.stop or ()), **{name: getattr(flags, name) for name in names})
     if flags.web:
+        unused = [name for name in ("prompt", "image", "system", "stop") if getattr(flags, name) is not None]
+        if unused:
+            raise UserError(f"--{unused[0]} is not for --web, whose page has its own controls: leave it out")
         try:
             from mllm.chat.web import launch
         except ModuleNotFoundError as error:

@@ -315,13 +315,14 @@ def _scores_of_column(answers: Lines, questions: Mapping[str, Path], column: str
             metrics[f"{name}/{kind}"] = overall.only(kinds == kind, kind)
 
     references = {
-        (file, question.id): question.references
+        (file, json.dumps(question.id), question.text, question.images): question.references  # ids may repeat
         for file, path in questions.items()
         for question in read_questions(path)
     }
-    described = [i for i in items if references.get((first[i]["file"], first[i]["question_id"]))]
+    keys = [(line["file"], json.dumps(line["question_id"]), line["prompt"], images_of(line)) for line in first]
+    described = [i for i in items if references.get(keys[i])]
     if described:
-        texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
+        texts = [references[keys[i]] for i in described]
         values = {run: cider([lines[i]["text"] for i in described], texts)[1] for run, lines in answers.items()}
         metrics["cider_d"] = _item_scores(first, described, values, column)
     return metrics

@@ -48,7 +48,7 @@ SEEDS = 5
 QUICK_LLAVA_RUNS = 4
 LIMIT = 400
 """Default number of questions from each file for the demo and with --quick. From other files all are asked."""
-DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data_path|karpathy)(?:=|$)")
+DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(s.name for s in STAGES.values())})\.)?(?:data[_-]path|karpathy)(?:=|$)")
 """Matches a flag, for one stage or for both, that replaces the demo's data by other data."""
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A run whose questions were drawn otherwise is evaluated again."""

@@ -158,9 +158,12 @@ def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder]) 
 
 
 def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder], runs: Sequence[EncoderRun]) -> None:
-    """Load each encoder that is not pretrained here, so that an error shows before hours of pretraining."""
+    """Load each encoder of every seed that is not pretrained here, so that an error shows before hours of pretraining.
+
+    Raises UserError for one that is missing or damaged.
+    """
     made_here = {encoder.directory for encoder in encoders}
-    for run in runs[: len(comparison.encoders)]:
+    for run in {run.vision: run for run in reversed(runs)}.values():  # the first run of each
         if Path(run.argument) not in made_here:
             encoder_of(train_arguments(comparison, run, min(STAGES)))
 

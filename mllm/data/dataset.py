@@ -22,7 +22,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import one_line
 from mllm.data.captions import raw_records
-from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.conversation import IGNORE, ConversationEncoder, check_turns
 from mllm.data.images import ImageStore, broken_image
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
@@ -159,12 +159,20 @@ class RecordReader:
         return record
 
     def _may_lose_its_answers(self, record: Record) -> bool:
-        """Return True if the text before the first answer could fill the context, as a token has at least one byte."""
+        """Return True if all before the first trained answer could fill the context, as a token has at least one byte.
+
+        The format's own texts are counted once for every turn, and a byte for the space that a tokenizer may add. This
+        is more than there is, so that no sample fails later.
+        """
         if self.encoder.max_length is None:
             return False
-        before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
-        size = sum(len(turn["value"].encode()) for turn in before if isinstance(turn["value"], str))
-        return size + len(record.images) * self.tokens.most >= self.encoder.max_length
+        form = self.encoder.format
+        own = "".join([form.first, *(form.system or ()), form.next, form.middle, form.lead, form.end, "    "])
+        turns = check_turns(record.turns, record.name)  # without a leading answer, which is not trained
+        before = itertools.takewhile(lambda turn: turn[0] != "gpt" or not str(turn[1]).strip(), turns)
+        texts = [own, *(f"{own}{value}" for _, value in before)]
+        images = len(record.images) * (self.tokens.most + 1)  # each with its newline
+        return sum(len(text.encode()) for text in texts) + images >= self.encoder.max_length
 
 
 class LlavaDataset(Dataset):
@@ -232,9 +240,9 @@ class LlavaDataset(Dataset):
         return {"samples": len(self), "sha256": digest.hexdigest()}
 
     @property
-    def truncated(self) -> int:
-        """Number of samples so far that did not fit into the context."""
-        return int(self._truncated.sum())
+    def truncated(self) -> torch.Tensor:
+        """Bool [samples], True for those that this process or its workers read and had to cut to the context."""
+        return self._truncated
 
     @property
     def modality_lengths(self) -> list[int]:

@@ -6,6 +6,7 @@ If a question has several images, `image` is a list, as in LLaVA-Interleave.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,12 +58,16 @@ def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
 def read_questions(path: Path) -> list[Question]:
     """Read a question file in LLaVA's format (`question_id`, `text`, `image`) with the optional fields of `Question`.
 
-    Raises UserError, with the record's number, for a missing or ill-typed field.
+    Raises UserError, with the record's number, for a missing or ill-typed field, an empty answer, and half a character.
     """
     questions = []
     for index, line in enumerate(read_json_records(path)):
         if not isinstance(line, dict) or "question_id" not in line:
             raise UserError(f"{path}: record {index} must be an object with question_id, text and image")
+        try:
+            json.dumps(line, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # else the answers could not be written, after all were generated
+            raise UserError(f"{path}: record {index} has half a character (a lone surrogate): mend its text") from None
         where = f"{path}: record {index} (question_id {line['question_id']})"
         image = line.get("image") or line.get("video") or []
         references = line.get("references") or []
@@ -80,6 +85,8 @@ def read_questions(path: Path) -> list[Question]:
         texts += [line[name] for name in ("kind", "answer") if line.get(name) is not None]
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise UserError(f"{where}: text, kind and answer must be texts")
+        if line.get("answer") is not None and not line["answer"].strip():
+            raise UserError(f"{where}: answer is empty: leave it out if there is no right answer")
         questions.append(
             Question(
                 id=line["question_id"],

@@ -82,7 +82,6 @@ def generate_answers(
         if context is not None and len(ids) >= context:
             raise UserError(f"question {question.id} has {len(ids)} tokens with its images, the context is {context}")
         prompts.append(ids)
-    settings = answer_settings(encoder, max_new_tokens, temperature)
     answer_ids = {text: encoder.answer(text) for text in dict.fromkeys(chain.from_iterable(candidates))}
     answers = [""] * len(questions)
     measured: list[dict[str, float]] = [{} for _ in questions]
@@ -97,8 +96,10 @@ def generate_answers(
                 with _naming(question):
                     images.append(seen(processor, store.shown(name, layout.frames)))
             numbers = {name: number for number, name in enumerate(asking)}
+            room = max_new_tokens if context is None else context - max(len(prompts[i]) for i in chosen)
+            settings = answer_settings(encoder, min(max_new_tokens, room), temperature)
             shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
-            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, images, tokenizer.pad_token_id)
+            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, images, settings.pad_token_id)
             cache = inputs.setdefault(CACHE, DynamicCache(config=model.config.get_text_config()))
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
@@ -120,7 +121,7 @@ def _turns(question: Question) -> list[dict[str, Any]]:
     """Return the turns up to the question, with the images before the first text, or in it where it has `<image>`."""
     texts = [*chain.from_iterable(question.earlier), question.text]
     first: Any = texts[0].replace(VIDEO_TOKEN, IMAGE_TOKEN) if any(map(is_video, question.images)) else texts[0]
-    if len(question.images) < 2 or first.count(IMAGE_TOKEN) != len(question.images):
+    if not question.images or first.count(IMAGE_TOKEN) != len(question.images):
         first = [*({"type": "image"} for _ in question.images), {"type": "text", "text": texts[0]}]
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
     return [{"from": "human", "value": first}, *turns[1:]]
@@ -138,7 +139,7 @@ def _naming(question: Question) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- the command
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
-    """Run scripts/evaluate_llava.py, and return the content of results.json ({} if the questions give no metric).
+    """Run scripts/evaluate_llava.py, and return the content of results.json.
 
     The model answers the user's questions, else the descriptions held out from its training data, else the demo's
     questions. Writes an answer file for each question file, results.json, and the run's report. A partial evaluation
@@ -190,25 +191,24 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         answered[key] = {"questions": sources[key], "answers": {"file": path.name, "sha256": sha256(path)}}
         seconds = time.perf_counter() - begin
         say(f"{len(answers):,} answers in {in_words(seconds)} → {path}")
-    content: dict[str, Any] = {}
+    first = next(iter(sets))
+    # Records how answers and metrics were made, so that they can be checked, and are not replaced by others.
+    content = {
+        "model": str(directory),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": model_digest(resolve(directory, "model")),
+        "scorer": scorer_version(),
+        "sets": answered,
+        "flags": vars(flags),
+        "command": shlex.join(sys.argv),
+        "environment": environment(model.device, world_size=1),
+        "test_set": first,
+        "unit": "percent; log likelihoods: nats",
+        "metrics": metrics,
+    }
+    write_json(out / "results.json", content)
     if metrics:
-        first = next(iter(sets))
         say(table_of(name, *metric_rows(metrics, first)))
-        # Records how the metrics were made, so that they can be checked.
-        content = {
-            "model": str(directory),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": model_digest(resolve(directory, "model")),
-            "scorer": scorer_version(),
-            "sets": answered,
-            "flags": vars(flags),
-            "command": shlex.join(sys.argv),
-            "environment": environment(model.device, world_size=1),
-            "test_set": first,
-            "unit": "percent; log likelihoods: nats",
-            "metrics": metrics,
-        }
-        write_json(out / "results.json", content)
         run_dir, is_whole = Path(directory).parent, _part(vars(flags)) == ""
         is_own = flags.questions and not (answers_file or flags.limit)
         if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():

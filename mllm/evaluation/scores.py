@@ -24,9 +24,13 @@ def scorer_version() -> str:
 
 # ---------------------------------------------------------------------------------------------- metrics
 def normalise(text: str) -> str:
-    """Return `text` in lower case, with single spaces, without articles and without a full stop at its end."""
-    kept = re.sub(r"\b(a|an|the)\b", " ", text.lower().strip().rstrip("."))
-    return " ".join(kept.split())
+    """Return `text` in lower case, with single spaces, without articles and without a full stop at its end.
+
+    Articles alone stay, because "A" may be the letter of a choice, which an empty answer must not match.
+    """
+    text = text.lower().strip().rstrip(".")
+    kept = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(kept.split()) or " ".join(text.split())
 
 
 def is_right(answer: str, expected: str) -> bool:

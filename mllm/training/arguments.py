@@ -353,6 +353,11 @@ NOT_RESULT = {
     *("on_bad_sample", "run_name", "small"),  # a run that began with either value goes on with the other
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
+AROUND_PROJECTOR = (
+    *("model_name_or_path", "llm_layers", "llm_adapter"),
+    *("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"),
+)
+"""Fields of the parts that a projector is trained between; they must be the same in both stages."""
 ACCEPTED: dict[str, str | None] = {
     **dict.fromkeys(("mpt_attn_impl", "tf32", "per_device_eval_batch_size", "model_type")),
     "mm_use_im_start_end": "False",
@@ -419,7 +424,28 @@ def parse_stages(argv: Sequence[str]) -> list[StageArguments]:
     if numbers and numbers[0] not in ("1", "2"):
         raise UserError(f"{GIVE_STAGE}; scripts/train_llava.sh runs both without it")
     stages = [STAGES[int(number)] for number in numbers] or [*STAGES.values()]
-    return [_parse(argv, stage, both=not numbers).complete() for stage in stages]
+    parsed = [_parse(argv, stage, both=not numbers).complete() for stage in stages]
+    if not numbers:
+        _check_same_parts(*parsed)
+    return parsed
+
+
+def _check_same_parts(align: StageArguments, instruct: StageArguments) -> None:
+    """Raise UserError before stage 1 for what stage 2 would refuse after it (`prepare.record_config`)."""
+    if instruct.pretrain_mm_mlp_adapter is not None:
+        return
+    for name in AROUND_PROJECTOR:
+        one, two = getattr(align, name), getattr(instruct, name)
+        if one != two:
+            raise UserError(
+                f"--{name} would be {one} in stage 1 and {two} in stage 2, which starts from the projector of stage 1: "
+                "give it, or the flag that changes it (such as --lora_enable), for both stages, without a prefix"
+            )
+    if align.data_path == instruct.data_path and (align.held_out or 0.0) < (instruct.held_out or 0.0):
+        raise UserError(
+            f"--held_out {align.held_out or 0:g} in stage 1 and {instruct.held_out or 0:g} in stage 2: stage 1 would "
+            "train on images that stage 2 holds out; give --held_out for both stages, without a prefix"
+        )
 
 
 def _parse(argv: list[str], stage: Stage, *, both: bool) -> TrainFlags:
@@ -440,7 +466,20 @@ def _parse(argv: list[str], stage: Stage, *, both: bool) -> TrainFlags:
             "both stages on one --data_path of conversations would be wrong (captions, then conversations): name the "
             "stage with --stage 1 or 2, or give --align.data_path and --instruct.data_path"
         )
-    _check_test_flags(flags, [] if not both else flags_of_stage(argv, STAGES[other].name), prefixed)
+    if both and flags.pretrain_mm_mlp_adapter and "pretrain_mm_mlp_adapter" not in prefixed:
+        raise UserError(
+            "--pretrain_mm_mlp_adapter for both stages would drop what stage 1 learns: give it for stage 1 alone as "
+            "--align.pretrain_mm_mlp_adapter, or train only stage 2 with --stage 2"
+        )
+    others = [] if not both else flags_of_stage(argv, STAGES[other].name)
+    _check_test_flags(flags, others, prefixed)
+    if both and stage.name == "instruct" and flags.test_data and "test_data" in prefixed:
+        align = parser().parse_args(others)
+        if align.data_path and holds_captions(align.data_path) and align.test_data != flags.test_data:
+            raise UserError(
+                f"--instruct.test_data {flags.test_data} does not keep its images out of stage 1: give --test_data for "
+                "both stages, without a prefix"
+            )
     for name in STAGE_FLAGS[other]:
         if getattr(flags, name) not in (None, False) and (not both or name in prefixed):
             raise UserError(

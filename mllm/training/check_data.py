@@ -86,7 +86,8 @@ def check_data(
 
     found = check(read, drawn(len(raws), limit), jobs)
     if found.faults:
-        skip = ", or train with --on_bad_sample skip" if set(found.faults) != {"broken image"} else ""
+        # Training reads pixels late, so that it cannot skip a broken image.
+        skip = ", or train with --on_bad_sample skip" if "broken image" not in found.faults else ""
         count = found.faults.total()
         raise UserError(f"{count:,} sample(s) of {data_path} would stop the training: mend or remove them{skip}")
     return found

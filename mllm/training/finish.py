@@ -3,13 +3,14 @@
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from clips import is_of_demo
-from clips.common.errors import never_in_the_way
+from clips.common.errors import UserError, never_in_the_way
 from clips.common.files import STAMP, read_json, write_json
 from clips.common.hub import is_hub_id
 from clips.common.live import say, say_next
@@ -89,7 +90,8 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         rows[f"Stage {stage}: data"] = _without(facts["data"], {data: Path(data).name}) + ("" if data else OF_DEMO)
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
-        projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
+        own_rate = trains["mm_projector_lr"]  # 0 keeps the projector as it is
+        projector_rate = trains["learning_rate"] if own_rate is None else own_rate
         rows[f"Stage {stage}: rates"] = (
             f"learning rate {trains['learning_rate']:g}, projector {projector_rate:g}, "
             f"batch {trains['batch_size']}, {done.get('samples', '?')} samples, seed {trains['seed']}"
@@ -123,8 +125,10 @@ def print_next(stage: int, run_dir: Path) -> None:
         return
     say(f"{run_dir}/model is the finished model.")
     model = ["--model", f"{run_dir}/model"]
-    images = read_json(Path(data).parent / STAMP).get(IMAGES, {}) if data else {}
-    if "test" in images:  # of build_questions.py
+    images: Any = None
+    with suppress(UserError):  # somebody else's file may have this name, and the stage is done
+        images = read_json(Path(data).parent / STAMP).get(IMAGES) if data else None
+    if isinstance(images, dict) and isinstance(images.get("test"), str):  # of build_questions.py
         words = [*model, "--questions", str(Path(data).parent / QUESTIONS), "--image-folder", images["test"]]
         say_next(f"python scripts/evaluate_llava.py {shlex.join(words)}")
     elif not (run_dir / TEST).is_file():  # else train_llava.sh goes on to measure it

@@ -40,7 +40,7 @@ from mllm.model.projector import load_projector
 from mllm.model.projector_start import sharpen, start_from_captions
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, placeholder_ids
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import AROUND_PROJECTOR, TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
@@ -165,7 +165,9 @@ def trainable(
     if arguments.bits < 16:
         quantize(language_model, arguments.bits, torch.bfloat16 if arguments.bf16 else torch.float32, device)
     if arguments.gradient_checkpointing:
-        language_model.activation_checkpointing_enable({"use_reentrant": False})
+        # Earlier versions of transformers have the old name alone, which later ones deprecate.
+        enable = getattr(language_model, "activation_checkpointing_enable", None)
+        (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
     apply_freeze(model, freeze)
     return model
@@ -256,9 +258,7 @@ def record_config(prepared: PreparedStage, *, write: bool) -> None:
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
     }
-    fields = ("model_name_or_path", "llm_layers", "llm_adapter", "mm_projector_type", "mm_vision_select_layer",
-              "mm_vision_select_feature")  # fmt: skip
-    parts = {name: getattr(arguments, name) for name in fields}
+    parts = {name: getattr(arguments, name) for name in AROUND_PROJECTOR}
     parts["vision tower's weights"] = prepared.vision.weights_fingerprint
     record = {
         "trains": arguments.what_trains() | derived,  # a resumed run must have the same values; the rest is for people
@@ -327,8 +327,8 @@ def check_same_data(prepared: PreparedStage) -> None:
         if leaked:
             raise UserError(
                 f"stage 1 in {run_dir} has trained on {len(leaked):,} of the {len(held_out):,} images that stage 2 "
-                "would hold out, because its data had other images: give --instruct.held_out 0 or "
-                "--instruct.test_data, or another --output_dir to train both stages on the data of now"
+                "would hold out, because its data had other images: give --instruct.held_out 0, "
+                "or another --output_dir to train both stages on the data of now"
             )
 
 

@@ -130,7 +130,9 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
     """
     config, layout, device = training.llava.config, TokenLayout.of(training.llava.config), training.llava.device
     vision: Any = config.vision_config
-    tokens, crops = layout.most, samples * layout.most_crops
+    # The size with most tokens, whose crops may be fewer than those of a video.
+    size = max(layout.sizes, key=layout.tokens, default=None)
+    tokens, crops = layout.most, samples * (1 if size is None else layout.crops(size))
     length = tokens + WORDS[stage]
     ids = torch.randint(3, 90, (samples, length))
     ids[:, 0] = 7
@@ -148,7 +150,7 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
     elif images:
         batch["pixel_values"] = torch.randn(crops, 3, vision.image_size, vision.image_size, **half)
     if layout.pinpoints:
-        batch["image_sizes"] = [max(layout.sizes, key=layout.tokens)] * samples
+        batch["image_sizes"] = [size] * samples
     return batch | {"counts": counts}
 
 

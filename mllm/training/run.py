@@ -166,9 +166,17 @@ def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begi
         "samples": state.samples,
         "prepare_seconds": round(prepare_seconds, 1),
         **speeds,
-        "truncated_samples": prepared.dataset.truncated,
+        "truncated_samples": _count_truncated(prepared.dataset.truncated, device),
         "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
     }
+
+
+def _count_truncated(truncated: torch.Tensor, device: torch.device) -> int:
+    """Return how many samples any rank has truncated. Every rank must call it; each marks those that it has read."""
+    marked = truncated.to(device, torch.uint8)
+    if dist.is_initialized():
+        dist.all_reduce(marked, dist.ReduceOp.MAX)
+    return int(marked.sum())
 
 
 def _say(start: Start, text: str) -> None:

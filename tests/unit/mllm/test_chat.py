@@ -343,6 +343,12 @@ def test_an_answer_that_a_limit_cut_off_says_so(talk: Talk, capsys) -> None:
     assert capsys.readouterr().out.endswith(" (cut off after 8 tokens: --max-new-tokens sets the limit)\n")
 
 
+@pytest.mark.parametrize("name", ["prompt", "image", "system", "stop"])
+def test_a_flag_that_the_page_would_drop_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name} is not for --web"):
+        chat_from_flags(script_parser("chat").parse_args(["--web", f"--{name}", "x"]))
+
+
 def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
     image = str(place / "images" / "0.png")
     parser = script_parser("chat")

@@ -21,6 +21,7 @@ from mllm.compare.analysis import (
     benchmark_folder,
     benchmark_results,
     encoder_groups,
+    item_scores,
     read_answers,
 )
 from mllm.compare.commands import check_run, lab_run, pretrain_config, stage_samples, train_arguments
@@ -288,6 +289,31 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
     comparison = comparison_of(place, encoders=("hf:nowhere", "blind:clips-run"))
     with pytest.raises(UserError, match="nowhere"):
         load_encoders(comparison, [], comparison.runs)
+
+
+def test_encoders_of_every_seed_are_opened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr("mllm.compare.run.encoder_of", lambda arguments: opened.append(arguments.vision_tower))
+    comparison = comparison_of(place, encoders=("blind:clips-run", "hf:a-{seed}"))
+    load_encoders(comparison, [], comparison.runs)
+    assert sorted(opened) == ["blind:clips-run", "hf:a-0", "hf:a-1", "hf:a-2"]
+
+
+@pytest.mark.parametrize("words", [("--data-path", "x"), ("--align.data-path=x",), ("--data_path", "x")])
+def test_data_of_one_s_own_are_no_demo_in_either_spelling(words: tuple[str, ...]) -> None:
+    assert not Comparison(encoders=("random", "blind"), train_flags=words).is_demo
+
+
+def test_captions_of_one_question_id_keep_their_references(tmp_path: Path) -> None:
+    asked = [{"question_id": [0], "text": text, "references": [f"{text} {text} cat"]} for text in ("red", "blue")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    run = Comparison(encoders=("random", "blind")).runs[0]
+    lines = [
+        {"file": "q", "question_id": line["question_id"], "prompt": line["text"], "text": line["references"][0]}
+        for line in asked
+    ]
+    scores = item_scores({run: lines}, {"q": tmp_path / "q.jsonl"})["cider_d"]
+    assert (scores.by_encoder[run.encoder] > 0).all()
 
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:

@@ -36,6 +36,11 @@ def test_tiles_and_videos_have_their_crops_and_tokens() -> None:
         Planned("gpt-5", VISION)
 
 
+def test_an_image_with_most_tokens_and_a_video_with_most_crops(capsys: pytest.CaptureFixture[str]) -> None:
+    print_stages(Planned("smollm2-135m", VISION, "3x3", 20), Machine("h100", 1, 0.2), lora=False)
+    assert "instruct" in capsys.readouterr().out
+
+
 def test_both_stages_with_what_comes_before_their_first_step(monkeypatch, capsys):
     """6 N operations a token for forward and backward, 2 N for checkpointing; attention and encoder come on top."""
     monkeypatch.setitem(LANGUAGE_MODELS, "vicuna-7b", LANGUAGE_MODELS["vicuna-7b"] | {"num_hidden_layers": 2})

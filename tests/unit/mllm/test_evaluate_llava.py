@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -180,12 +181,56 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
         read_questions(tmp_path / "question.jsonl")
 
 
+@pytest.mark.parametrize("field", ["text", "kind", "answer", "question_id", "references"])
+def test_half_a_character_is_refused_before_an_answer_is_generated(field: str, tmp_path: Path) -> None:
+    line = {"question_id": 0, "text": "What?", field: ["\ud83d"] if field == "references" else "\ud83d"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="record 0 has half a character"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_an_answer_ends_where_the_context_does(loaded: Loaded) -> None:
+    (ids,) = captured_lengths(loaded, Question(id=0, text="Say a word"), room=3)
+    assert ids == 3
+
+
+def captured_lengths(loaded: Loaded, question: Question, room: int) -> list[int]:
+    """The limits on new tokens with a context that leaves `room` after the question."""
+    model, processor = loaded
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        prompts: list[list[int]] = []
+        whole = evaluate.answer_settings
+        build = evaluate.ConversationEncoder.prompt
+        patch.setattr(evaluate.ConversationEncoder, "prompt", lambda *a: prompts.append(ids := build(*a)) or ids)
+        generate_answers(model, processor, [question], None, max_new_tokens=1)
+        patch.setattr(model.config.get_text_config(), "max_position_embeddings", len(prompts[0]) + room)
+        patch.setattr(evaluate, "answer_settings", lambda e, most, t: seen.append(most) or whole(e, most, t))
+        generate_answers(model, processor, [question], None, max_new_tokens=8)
+    return seen
+
+
+def test_a_tokenizer_without_a_padding_token_answers(loaded: Loaded) -> None:
+    asked = [Question(id=0, text="Say a word"), Question(id=1, text="Two words, or rather three")]
+    expected = generate_answers(*loaded, asked, None, max_new_tokens=4)
+    processor = copy.deepcopy(loaded[1])
+    processor.tokenizer.pad_token = None
+    assert processor.tokenizer.pad_token_id is None
+    assert generate_answers(loaded[0], processor, asked, None, max_new_tokens=4) == expected
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--max-new-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_batch_or_an_answer_of_nothing_is_refused(flag: str, value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parsed(f"{flag}={value}")
+
+
 def parsed(*flags: str) -> argparse.Namespace:
     return script_parser("evaluate_llava").parse_args(flags)
 
 
-@pytest.mark.usefixtures("_loads_once")
-@pytest.mark.parametrize("answer", [0, False, ["no"]])
+@pytest.mark.parametrize("answer", [0, False, ["no"], "", " "])
 def test_an_answer_that_is_no_text_is_named(answer: object, tmp_path: Path) -> None:
     """0 and false passed as if the question had no answer, and failed hours later in the scorer."""
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "text": "How many?", "answer": answer}))
@@ -264,6 +309,11 @@ def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
     assert texts("--temperature", "5", "--seed", "1") != drawn
     with pytest.raises(UserError, match="--temperature must be"):
         texts("--temperature", "-1")
+    kept = (tmp_path / "answers.jsonl").read_bytes()
+    path.write_text(json.dumps({"question_id": 0, "text": "Another?"}))
+    with pytest.raises(UserError, match="other questions"):  # although none has a right answer
+        texts()
+    assert (tmp_path / "answers.jsonl").read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -278,6 +328,10 @@ def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
         ("theatre", "atre", "wrong"),
         ("", "fox", "wrong"),
         ("3.5", "35", "wrong"),
+        ("", "A", "wrong"),
+        (".", "A", "wrong"),
+        ("The", "A", "wrong"),
+        ("a.", "A", "normalised"),
     ],
 )
 def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, expected: str, how: str) -> None:

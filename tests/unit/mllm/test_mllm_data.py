@@ -72,7 +72,28 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
     assert dataset[~2] == dataset[2] | {"labels": [IGNORE] * len(dataset[2]["labels"])}, "nothing is learned of it"
     signs = [length > 0 for length in dataset.modality_lengths]
     assert signs == [True, False, True]
-    assert dataset.truncated == 0
+    assert not dataset.truncated.any()
+
+
+@pytest.mark.parametrize("length", [*range(20, 70, 3)])
+def test_what_passes_the_check_at_the_start_can_be_trained_on(tmp_path, folder, length):
+    """The format's own texts, a leading answer and an empty one count too; else a run ends hours later."""
+    short = ConversationEncoder(make_tokenizer("gpt2"), "chatml", TOKENS, length)
+    late = record(None, "word " * 100)
+    late["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
+    empty = record(None, "word " * 5, "")
+    empty["conversations"] += record(None, "word " * 20)["conversations"]
+    records = [record("sub/0.png", "word " * 2), late, empty, record(None, "Hi", "Yes.")]
+    data, store = write(tmp_path / "data.json", records), ImageStore(folder)
+    try:
+        dataset = LlavaDataset(data, short, store, "skip")
+    except UserError:
+        assert length < 40, "not even the shortest sample fits"
+        return
+    assert 1 in {problem["index"] for problem in dataset.skipped}
+    assert all(any(label != IGNORE for label in dataset[i]["labels"]) for i in range(len(dataset)))
+    with pytest.raises(UserError, match="cannot be trained on"):
+        LlavaDataset(data, short, store)
 
 
 def test_unreadable_files_and_images_without_a_folder(tmp_path, encoder):

@@ -111,6 +111,15 @@ def test_what_is_no_server_is_told_at_once(run: Run, tmp_path: Path, capsys: pyt
     assert run(data, captioner) == 2  # nobody is there any more
 
 
+def test_one_bad_pair_in_a_small_last_part_ends_nothing(run: Run, tmp_path: Path, capsys) -> None:
+    data = write_pairs(tmp_path / "a.tar", 12, (11,))
+    with serving() as captioner:
+        for _ in range(2):  # the second finds all done
+            assert run(data, captioner, "--part-size", "11") == 0
+            assert "left out: {'broken': 1, 'no pair': 0}" in capsys.readouterr().out
+    assert len(open_source("out", Fields(), need_long=True)) == 11
+
+
 def test_a_server_that_fails(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     parts = {"message": {"content": [{"type": "text", "text": "A cat."}]}, "finish_reason": "stop"}
     filtered = {"message": {"content": "A cat. It"}, "finish_reason": "content_filter"}

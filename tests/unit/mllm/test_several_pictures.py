@@ -73,11 +73,11 @@ def test_evaluation(model, place, expected, stock, files, tmp_path):
     placed = {"image": list(NAMES), "text": f"<image>\n<image>\n{TEXT}"}
     between = {"image": list(NAMES), "text": f"<image> and <image>: {TEXT}"}
     lines = [{"image": list(NAMES), "text": TEXT}, placed, between, {"image": NAMES[0], "text": TEXT}, {"text": TEXT}]
-    lines += [{"image": list(NAMES), "text": "A cat?"}]
+    lines += [{"image": list(NAMES), "text": "A cat?"}, {"image": NAMES[0], "text": f"<image>\n{TEXT}"}]
     path = tmp_path / "questions.jsonl"
     asked, answers = answers_of(model, lines, place / "images", path)
     assert answers[:2] == [expected] * 2
-    assert answers[3:] == [stock(TEXT, files[0]), stock(TEXT), stock("A cat?", *files)]
+    assert answers[3:] == [stock(TEXT, files[0]), stock(TEXT), stock("A cat?", *files), answers[3]]
     assert len({*answers}) == 5
     assert [images_of(json.loads(answer_line(q, "", ""))) for q in asked] == [images_of(line) for line in lines]
     path.write_text(json.dumps({"question_id": 0, "text": TEXT, "image": ["0.png", 3]}))

@@ -29,8 +29,10 @@ from mllm.training.arguments import (
     parse_train_arguments,
     parser,
 )
+from mllm.training.finish import card, print_next
 from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, parts_of
 from mllm.training.lora import add_lora, lora_config
+from mllm.training.prepare import trainable
 from mllm.training.run import command_line, print_plan
 from mllm.training.stages import PARTS, STAGES, freeze_table
 from mllm.training.task import schedule
@@ -204,6 +206,69 @@ def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words:
     with pytest.raises(UserError, match="stage"):
         parse_stages([own, *words[1:]])
     arguments("--stage", str(3 - stage), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--pretrain_mm_mlp_adapter", "p.bin"], "--align.pretrain_mm_mlp_adapter"),
+        (["--instruct.lora_enable"], "--llm_layers"),
+        (["--instruct.llm_layers", "4,4"], "--llm_layers"),
+        (["--small", "--instruct.bits", "4"], "--llm_layers"),
+        (["--data_path", "CAPTIONS", "--instruct.held_out", "0.2"], "--held_out"),
+        (["--data_path", "CAPTIONS", "--instruct.test_data", "t.csv"], "give --test_data for both"),
+    ],
+)
+def test_what_stage_2_would_refuse_or_drop_is_refused_before_stage_1(
+    words: list[str], name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"image": "0.png", "caption": "a"}')
+    words = [str(tmp_path / "pairs.jsonl") if word == "CAPTIONS" else word for word in words]
+    with pytest.raises(UserError, match=name):
+        parse_stages(words)
+    both = [word.replace("--instruct.", "--").replace("--pretrain", "--align.pretrain") for word in words]
+    parse_stages(both)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_checkpointing_has_two_names_in_transformers(places: Path, monkeypatch, old: bool) -> None:
+    model = build(places)
+    language_model = model.model.language_model
+    names = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+    enabled: list[tuple[str, Any]] = []
+    for name, value in zip(
+        names, (lambda v: enabled.append(("old", v)), lambda v: enabled.append(("new", v))), strict=True
+    ):
+        monkeypatch.setattr(language_model, name, value, raising=False)
+    if old:
+        monkeypatch.setattr(language_model, names[1], None)
+    resolved = replace(arguments("--stage", "2").resolve(1), gradient_checkpointing=True)
+    trainable(model, resolved, freeze_table(STAGES[2]), torch.device("cpu"), dtype=torch.float32)
+    assert enabled == [("old" if old else "new", {"use_reentrant": False})]
+
+
+@pytest.mark.parametrize(
+    "stamp", ['["a.jpg"]', '{"images": "train and test"}', '{"images": ["test"]}', '{"images": 3}']
+)
+def test_a_manifest_of_somebody_else_ends_no_finished_stage(stamp: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "manifest.json").write_text(stamp)
+    trains = {"instruct": {"trains": {"data_path": str(tmp_path / "x.json")}}}
+    (tmp_path / "config.json").write_text(json.dumps(trains))
+    print_next(2, tmp_path)
+    printed = capsys.readouterr().err
+    assert "is the finished model" in printed
+    assert "Next: python scripts/chat.py" in printed
+
+
+def test_the_card_says_that_a_projector_stood_still(tmp_path: Path) -> None:
+    trains = dict.fromkeys(("data_path", "llm_adapter"))
+    trains |= {"mm_projector_lr": 0.0, "learning_rate": 2e-5, "vision_tower": "hf:o/n", "model_name_or_path": "o/m"}
+    trains |= {"batch_size": 4, "seed": 0}
+    record = {"trains": trains, "freeze": {}, "facts": dict.fromkeys(("vision encoder", "language model", "data"), "")}
+    (tmp_path / "config.json").write_text(json.dumps({"instruct": record}))
+    vision: Any = SimpleNamespace(weights_name="n", source="o/n")
+    rows = card(tmp_path, {"stage": "instruct"}, vision)
+    assert "learning rate 2e-05, projector 0," in rows["Stage instruct: rates"]
 
 
 def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() -> None:
