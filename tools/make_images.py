@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -29,20 +30,21 @@ from clips.common.page import save_plot
 from clips.common.plots import INK, SERIES, curves_plot, plain_axes
 from clips.common.report import curves
 from clips.common.runtime import unused_port
-from mllm.data.demo import DEMO_DIR, IMAGES
+from mllm.data.demo import DEMO_DIR, IMAGES, UNSEEN_QUESTIONS
 from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.evaluation.report import right_by_one_answer
 
 WRONG = "#b3261e"
 ANSWER_S = 240
 """Seconds to wait for an answer of the chat page."""
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` is the metric of one kind."""
-ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained"}
+ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "random": "untrained encoder", "blind": "without images"}
 KIND_WORDS = {
     "identity": "what a thing is called",
     "count": "how many there are",
     "where": "where a thing is",
-    "relation": "how two things stand",
+    "relation": "what is beside another thing",
     "yes_no": "yes or no",
     "overall": "all questions",
 }
@@ -50,26 +52,39 @@ KINDS = ("identity", "where", "count", "relation", "yes_no")
 """Kinds of questions for which a right answer is shown, from left to right."""
 
 
-def results_plot(encoders: dict[str, dict[str, Any]]) -> Plot:
-    """Draw bars of means ± standard deviations over seeds, in percent. `encoders` is name → metric → value."""
+def results_plot(encoders: dict[str, dict[str, Any]], chance: dict[str, float]) -> Plot:
+    """Draw bars of means ± standard deviations over seeds, in percent, with lines for an untrained encoder and chance.
+
+    `encoders` maps each name to its metrics, and `chance` each kind of question, and "overall", to a share.
+    """
     first = next(iter(encoders.values()))
     metrics = [*(name for name in first if name.startswith(f"{ALL}/") and "@" not in name), ALL]
-    plot = Plot(figsize=(8, 3.6), dpi=150, layout="constrained")
+    kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
+    plot = Plot(figsize=(8, 3.8), dpi=150, layout="constrained")
     axes = plain_axes(plot, grid="y")
-    bar = 0.8 / len(encoders)
-    for i, (name, measured) in enumerate(encoders.items()):
-        centres = [number + bar * (i - (len(encoders) - 1) / 2) for number in range(len(metrics))]
+    trained = {name: measured for name, measured in encoders.items() if name not in ("random", "blind")}
+    bar = 0.8 / len(trained)
+    for i, (name, measured) in enumerate(trained.items()):
+        centres = [number + bar * (i - (len(trained) - 1) / 2) for number in range(len(metrics))]
         means = [100 * measured[metric]["mean"] for metric in metrics]
         spreads = [100 * (measured[metric]["sd"] or 0.0) for metric in metrics]
         axes.bar(centres, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
         axes.errorbar(centres, means, spreads, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
-    kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
+        for centre, mean, spread in zip(centres, means, spreads, strict=True):
+            axes.text(centre, mean + spread + 1.5, f"{mean:.0f}", ha="center", fontsize=8.5, color=INK)
+    lines = {"the most frequent answer of each kind": [100 * chance[kind] for kind in kinds]}
+    for name in ("blind", "random"):
+        if name in encoders:
+            lines[ENCODER_WORDS[name]] = [100 * encoders[name][metric]["mean"] for metric in metrics]
+    for (name, values), style in zip(lines.items(), (":", "-.", "--"), strict=False):
+        begins, ends = zip(*((number - 0.42, number + 0.42) for number in range(len(values))), strict=True)
+        axes.hlines(values, begins, ends, color=INK, linestyle=style, linewidth=1.4, label=name)
     words = [textwrap.fill(KIND_WORDS.get(kind, kind), 13) for kind in kinds]
     labels = [f"{word}\n({first[metric]['items']:,})" for word, metric in zip(words, metrics, strict=True)]
     axes.set_xticks(range(len(metrics)), labels)
-    axes.set_ylim(0, 108)
+    axes.set_ylim(0, 100)
     axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=INK)
-    plot.legend(loc="outside lower center", ncols=len(encoders), fontsize=9.5, frameon=False, labelcolor=INK)
+    plot.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False, labelcolor=INK)
     return plot
 
 
@@ -206,7 +221,11 @@ def main() -> None:
     elif flags.what == "curve":
         plot = curves_plot(curves(flags.run)[:2])  # the loss, and the metrics of validation
     else:
-        plot = results_plot({name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()})
+        asked = read_json_records(DEMO_DIR / UNSEEN_QUESTIONS)
+        chance = right_by_one_answer([{"kind": line["kind"], "expected": line["answer"]} for line in asked])
+        counts = Counter(line["kind"] for line in asked) + Counter(overall=len(asked))
+        metrics = {name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()}
+        plot = results_plot(metrics, {kind: right / counts[kind] for kind, right in chance.items()})
     save_plot(plot, out)
     shrink(out)
     print(f"written to {out}")
