@@ -75,16 +75,16 @@ NO_ANSWER = " in generating"
 """Text that lmms-eval logs if `generate` raised an error. It then scores an empty answer."""
 PROBE = "probe_tokens_top1"
 """Linear probe on the mean of the projector's input tokens, which is the same method for every encoder."""
-RUN_VARIANCE = 1.03e-3
-ENCODER_VARIANCE = 1.03e-3
-ANSWER_VARIANCE = 5.4e-4
-IMAGE_VARIANCE = 0.1e-4
+RUN_VARIANCE = 1.84e-4
+ENCODER_VARIANCE = 1.84e-4
+ANSWER_VARIANCE = 1.58e-4
+IMAGE_VARIANCE = 0.31e-4
 """Variances of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
 pretraining runs, and, both for `OF_QUESTIONS` questions, between single answers and between images. Only the last two
-shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three over all pairs
-of pretrained encoders in tests/data/lab/real/encoders.json, and the third from the shares of right answers. No crossed
-comparison has separated the first two yet, so half of the rest is assumed for each."""
-OF_QUESTIONS = 800
+shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three, the third and
+the fourth from the right answers in docs/results/drawings.json. That comparison has one LLaVA run on each encoder and
+cannot separate the first two, so half of the rest is assumed for each."""
+OF_QUESTIONS = 1280
 
 
 @dataclass
