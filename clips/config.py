@@ -258,7 +258,7 @@ class TaskConfig:
 
 
 OTHERS = "others"
-"""Value of `Fields.long` that joins the web captions that are not drawn into the long caption."""
+"""Value of `Fields.long` that joins two of the web captions that are not drawn into the long caption of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ class Fields:
     image: str = "jpg;jpeg;png;webp"
     web: str = "json:org_caption"
     long: str = "txt"
-    """`others`: the web captions that are not drawn, joined."""
+    """`others`: in each step two of the web captions that are not drawn, joined."""
 
 
 @dataclass(frozen=True, kw_only=True)

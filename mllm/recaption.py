@@ -183,7 +183,10 @@ class Endpoint:
 
 
 async def first_model(client: openai.AsyncOpenAI) -> str:
-    """Return the first model that a server lists. Raises UserError if there is no valid list after LISTING seconds."""
+    """Return the id of the first model that a server lists.
+
+    Raises UserError if the server gives no valid list within LISTING seconds.
+    """
     try:
         request = client.with_options(max_retries=0).models.with_raw_response.list()
         response = await asyncio.wait_for(request, LISTING)

@@ -74,7 +74,11 @@ def placing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory. If the block ends without an error, it replaces `directory`."""
+    """Yield an empty directory. If the block ends without an error, this directory replaces `directory`.
+
+    Otherwise it is removed, and `directory` stays as it is. It is called NAME.partial and lies beside `directory`.
+    Leftovers of that name are removed first, so two processes must not replace the same directory at once.
+    """
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -26,9 +26,10 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that accepts only full flag names and prints `(default: …)` once for each flag.
 
-    A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
-    Words of a flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the
-    command with exit code 2 and the flag of the nearest name. A float must be finite.
+    A help text that names its default itself, as in `(default: the newest run)`, is printed as it is. The words of a
+    flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the command
+    with exit code 2, and the message names the most similar flag. A float must be finite. `--version` prints the
+    version, unless the command has another flag of that name.
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:

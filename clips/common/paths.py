@@ -54,7 +54,10 @@ def without_secrets(text: str) -> str:
 
 
 def can_encode(name: str) -> bool:
-    """Return True if `name` can be the name of a file, that is, if it has no lone surrogate."""
+    """Return True if `name` can be encoded as the name of a file.
+
+    A lone surrogate cannot, except for U+DC80 to U+DCFF: they stand for single bytes of a name that is not UTF-8.
+    """
     try:
         os.fsencode(name)
     except UnicodeEncodeError:

@@ -21,10 +21,10 @@ SHOWN = 20
 
 @contextmanager
 def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[profile | None]:
-    """Record `steps` optimizer steps inside, after the first SKIPPED; with `steps` 0 yield None.
+    """Record `steps` optimizer steps of the block, after its first SKIPPED ones, in `directory`.
 
-    The block calls `profiler.step()` after each optimizer step. The record is written when these steps have
-    ended, or when the block does.
+    The block gets the profiler and calls `profiler.step()` after each optimizer step; with `steps` 0 it gets None. The
+    record is written when these steps have ended, or when the block does.
     """
     if steps == 0:
         yield None

@@ -38,7 +38,8 @@ def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
 def once_per_machine(make: Callable[[], T]) -> T:
     """Run `make` on the first rank of each machine, and return its result on all ranks of that machine.
 
-    The other ranks wait however long it takes. Collective; the result is pickled.
+    Collective. The other ranks wait however long it takes, and receive the result by pickle. If `make` raises, only its
+    own rank gets the error, and the others go on waiting until something else ends them.
     """
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")

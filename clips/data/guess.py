@@ -58,11 +58,13 @@ def usual(name: str) -> str:
 
 
 def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
-    """Return `fields` for data with the fields `names`; a missing part that the user left open is taken from NAMES.
+    """Return `fields` for data with the fields `names`. Parts that the user left open are guessed by NAMES.
 
-    `lists` are the fields that hold lists. Without a long caption, the captions of a list serve for both parts. A long
-    caption is guessed only by its own names. If the web caption is guessed, the default field of long captions is no
-    longer used, since `txt` is the web caption outside of Recap-DataComp-1B. Nothing is printed without `where`.
+    A part is open if it has its default value and the data has no such field. `lists` are the fields that hold lists.
+    Without a long caption, the captions of a list serve for both parts. A long caption is guessed only by its own
+    names. If the web caption is guessed, `txt` is not taken for the long caption, because outside of Recap-DataComp-1B
+    it is the web caption. A warning shows the guess once; it begins with `where`, the name of the data, and is left out
+    if that is empty.
     """
     named = {usual(name.removeprefix("json:")): name for name in reversed(names)}
     default = Fields()
@@ -345,6 +347,7 @@ class KarpathyFile:
         return self._rows[i]
 
     def contents(self) -> bytes:
+        """Return the rows as JSON, to compare them with those of an earlier run."""
         return json.dumps(self._rows).encode()
 
 

@@ -37,10 +37,11 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
 
 
 def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
-    """Return the path of `url`'s derived file; `build(temporary path)` makes it if none fits `url`'s size and time.
+    """Return the path of the file that is derived from `url`; `build(temporary path)` makes it if there is none yet.
 
-    The file is next to a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask
-    at once. Raises UserError if neither place can be written.
+    A file that was made for another size or modification time of `url` does not count, and a new one replaces it. The
+    file is next to a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask at
+    once. Raises UserError if `url` cannot be read, if `build` raises an OSError, or if neither place can be written.
     """
     name = Path(url).name
     state = stamp(url)

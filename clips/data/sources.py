@@ -81,7 +81,7 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 def place_of(starts: Sequence[int], index: int) -> tuple[int, int]:
     """Return (part, index in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end.
 
-    Raises IndexError beyond the end.
+    Raises IndexError for an index that is negative or beyond the end.
     """
     if not 0 <= index < starts[-1]:
         raise IndexError(index)
@@ -172,7 +172,11 @@ class Source:
         raise NotImplementedError
 
     def key_of(self, index: int, key: str) -> Any:
-        """Return the sample's value of `key`, a column, tar member or JSON key, or None. Raises BrokenSample."""
+        """Return what the sample holds under `key`, or None if there is nothing.
+
+        `key` is the name of a table's column, of a shard's member, or of a key in its JSON member. Raises BrokenSample
+        if the sample cannot be read.
+        """
         raise NotImplementedError
 
     def image_hashes(self, key: str | None = None) -> np.ndarray:

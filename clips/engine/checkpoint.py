@@ -178,7 +178,7 @@ def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
 def latest(run_dir: Path) -> Checkpoint | None:
     """Return the newest checkpoint whose files match their hashes, or None if none was ever finished.
 
-    A damaged checkpoint is shown in a warning and the one before it is used. Raises NoCheckpointError if there are
+    A warning names each damaged checkpoint, and the one before it is tried. Raises NoCheckpointError if there are
     checkpoints but none is usable: a run never starts again from zero in silence.
     """
     candidates = checkpoints(run_dir)

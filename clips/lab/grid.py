@@ -16,7 +16,7 @@ RECORD, COST = "run.json", "cost.json"
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A command of a run, which is started as a process."""
+    """A command of a run, started as a process of its own."""
 
     name: str
     """Printed when it begins; the key of the step's seconds in cost.json."""

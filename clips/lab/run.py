@@ -60,9 +60,9 @@ class Commands:
         self.stopping = threading.Event()
 
     def run(self, command: Sequence[str], log: Path, **popen: Any) -> None:
-        """Run a command and append its output to `log`; `popen` goes to `subprocess.Popen`.
+        """Run a command with its share of the cores and append its output to `log`; `popen` goes to `subprocess.Popen`.
 
-        Raises CommandError with the log's end if the command fails.
+        Raises CommandError if `stopping` is set, or, with the end of the log, if the command fails.
         """
         if self.stopping.is_set():
             raise CommandError("stopped")

@@ -150,11 +150,12 @@ def labels(names: Sequence[Hashable]) -> np.ndarray:
 
 
 def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
-    """Return a number for each run [R], equal for runs that share one of several encoders.
+    """Return group numbers from 0 [R] for the runs, equal for runs that share one of several encoders.
 
-    `by_encoder` has such numbers for each encoder. The result is the coarsest grouping that tells runs apart. Runs that
-    share one of the encoders are not independent, even if each has another encoder of its own. An encoder that all runs
-    share does not count.
+    `by_encoder` holds for each encoder numbers from 0 [R] that are equal for runs on the same weights of it. The result
+    is the one of these groupings with the fewest groups, because runs that share one encoder are not independent, even
+    if each has another encoder of its own. The groups of the others must lie within its groups. An encoder that all
+    runs share does not count; if there is no other, all numbers are 0.
     """
     telling = [groups for groups in by_encoder if groups.max() > 0]
     return min(telling, key=lambda groups: int(groups.max())) if telling else np.zeros_like(by_encoder[0])

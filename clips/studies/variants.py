@@ -66,7 +66,7 @@ class Variant:
 def seeded_runs(
     variants: Mapping[str, Variant], seeds: Sequence[int], samples: int, settings: Sequence[str] = ()
 ) -> dict[str, list[PretrainingRun]]:
-    """Return the runs of each variant with `seeds`, all of the same number of samples apart from `times`."""
+    """Return the runs of each variant, one for each of `seeds`, with `samples` samples times the variant's `times`."""
     return {name: [v.run(name, seed, samples, settings) for seed in seeds] for name, v in variants.items()}
 
 

@@ -88,8 +88,9 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train `run` in `run_dir`, from its newest checkpoint if there is one, through evaluation and export.
 
-    The ranks have met in `start`; it ends before the first step. The other arguments are flags of the command and
-    do not change the result.
+    The ranks have met in `start`; watching by `start` ends before the first step. The process group is made here, and
+    shut down before evaluation. `resume` is the --resume of the command. With `dry_run` only the plan is printed. A run
+    that is complete is left as it is. The other arguments are flags of the command and do not change what is trained.
     """
     place = meet_on(start, device)
     start.at("the process group")

@@ -47,9 +47,10 @@ class _Engine:
 
 
 def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
-    """Rehearse a step of rank 0 of `ranks` under ZeRO `stage`; texts and captions have full length.
+    """Rehearse an optimizer step of rank 0 of `ranks` under ZeRO `stage`, and return the bytes that it takes.
 
-    Raises Waits, or torch's error for the device "meta".
+    All captions have full length. Raises Waits where a GPU would wait or refuse, torch's error for what the device
+    "meta" cannot do, and UserError if the ranks cannot share the batch evenly.
     """
     task = built(run, phase)
     groups = parameter_groups(task, run.optim)

@@ -37,7 +37,10 @@ def load_image(path: str) -> LazyImage | Video:
 
 
 def dropped_files(line: str) -> list[str]:
-    """Return the images and videos in `line` if it has nothing else. Terminals may quote the path of a dropped file."""
+    """Return the paths of the images and videos in `line`, or [] if it holds anything else or if a file is missing.
+
+    Terminals may quote the path of a dropped file. A `~` in a path is kept.
+    """
     try:
         words = shlex.split(line)
     except ValueError:  # an unpaired quotation mark

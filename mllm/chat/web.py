@@ -42,7 +42,7 @@ CSS = "button[aria-label='Share'] { display: none; }"  # it would send the conve
 
 
 class Page(gr.Blocks):
-    """A page of Gradio that shows failed events as messages instead of logging a traceback for each."""
+    """A Gradio page that shows failed events as messages instead of logging a traceback for each."""
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Run an event of the page; any error becomes a message for the visitor."""

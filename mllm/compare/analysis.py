@@ -451,7 +451,10 @@ def solved_blind(overall: ItemScores, blind: Collection[str]) -> np.ndarray:
 
 
 def loose_answers(answers: Lines) -> dict[str, Any]:
-    """Count the answers of each encoder's runs that match the expected ones only loosely (scores.exactness)."""
+    """Count the answers of each encoder's runs that match the expected ones only loosely (scores.exactness).
+
+    Return {encoder: {"answers": number of scored answers, way: {"count": number}}} with each way of LOOSE_WAYS.
+    """
     loose: dict[str, Any] = {}
     for encoder in dict.fromkeys(run.encoder for run in answers):
         lines = [line for run, by_run in answers.items() if run.encoder == encoder for line in by_run]
@@ -461,9 +464,10 @@ def loose_answers(answers: Lines) -> dict[str, Any]:
 
 
 def pick_examples(answers: Lines) -> list[dict[str, Any]]:
-    """Draw questions, with seed 0, that a model on one of the first two encoders got right and on the other wrong.
+    """Draw, with seed 0, questions that the first run of one encoder answered correctly and that of another wrongly.
 
-    There are up to `EXAMPLES` in each direction, so they show how the models differ, not how often.
+    The first two encoders in `answers` are compared. Return up to `EXAMPLES` records for the report in each direction,
+    those that the first encoder got right first; so they show how the models differ, not how often.
     """
     a, b, *_ = dict.fromkeys(run.encoder for run in answers)
     first, second = (next(c for c in answers if c.encoder == encoder) for encoder in (a, b))

@@ -91,7 +91,7 @@ def dataset_size(arguments: TrainArguments) -> int:
 
 # ------------------------------------------------------------------------------------------- runs for the engine
 def lab_run(comparison: Comparison, run: EncoderRun) -> Run:
-    """Return the `Run` (clips/lab/grid.py) of a run, whose steps are both stages, the answers and the benchmarks."""
+    """Return `run` as a `Run` (clips/lab/grid.py). Its steps are both stages, the answers and the benchmarks."""
     train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():

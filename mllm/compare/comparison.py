@@ -145,7 +145,10 @@ class EncoderRun:
         return self.evaluation / "results.json"
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the run, or {} if it is missing."""
+        """Return the JSON object in the file `name` of the run's directory, or {} if there is no such file.
+
+        Raises UserError if the file is damaged.
+        """
         return read_json(self.directory / name)
 
     def fingerprint(self) -> str:
@@ -385,7 +388,10 @@ def check_format(plan: Mapping[str, Any], output: Path) -> None:
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
-    """Return the comparison of a `plan` whose files are in `output`. Raises UserError for another version's plan."""
+    """Return the comparison of a `plan` whose files are in `output`.
+
+    Raises UserError if another version of this program made the plan, or if it does not have the flags of a comparison.
+    """
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
     check_format(plan, output)

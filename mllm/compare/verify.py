@@ -152,7 +152,11 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
 # ------------------------------------------------------------------------------------------- the commands
 @contextmanager
 def opened(place: Path) -> Iterator[Path]:
-    """Yield the directory of a comparison, which is `place` itself or, for an archive, a temporary directory."""
+    """Yield the directory of a comparison: `place` itself or, for an archive, a temporary directory with its files.
+
+    The temporary directory is removed at the end of the block. Raises UserError for an archive that is missing, damaged
+    or too large, or that holds anything but the files of a comparison.
+    """
     if place.is_dir():
         yield place
         return

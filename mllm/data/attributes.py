@@ -449,7 +449,10 @@ def _record(row: Row, turns: list[QuestionAnswer]) -> dict[str, Any]:
 
 
 def held_out_questions(rows: list[Row], columns: list[Column], seed: int, per_kind: int) -> list[dict[str, Any]]:
-    """Draw `per_kind` questions about each column at random from `rows`, and `per_kind` yes_no questions."""
+    """Draw up to `per_kind` questions about each column at random from `rows`, and up to `per_kind` yes_no questions.
+
+    As many yes_no questions are answered "Yes" as "No".
+    """
     questions: list[tuple[str, int, str, str]] = []  # kind, row, question, answer
     yes_no = []
     for column in columns:

@@ -111,7 +111,9 @@ class CaptionStore(ImageStore):
 def write_test(run_dir: Path, source: Source) -> None:
     """Write the images of `source` into the run, and a question file that asks for a description of each.
 
-    Its `references` are all captions of the image, or only the long ones if a row has both kinds.
+    The files of an earlier call are replaced. Equal images are written once, and broken ones are skipped with a
+    warning. The `references` of a question are all captions of its image, or only the long ones of a row that has both
+    kinds.
     """
     questions: dict[bytes, dict[str, Any]] = {}
     with replacing((run_dir / TEST).parent) as work, tarfile.open(work / Path(TEST_IMAGES).name, "w") as archive:

@@ -176,11 +176,12 @@ class RecordReader:
 
 
 class LlavaDataset(Dataset):
-    """A dataset of samples `{"input_ids": list, "labels": list, "images": names}`, which decodes no images.
+    """A dataset of samples `{"key": str, "input_ids": list, "labels": list, "images": names}`. It decodes no images.
 
     If the number of tokens depends on the image's size, a sample also has `image_sizes`, (height, width) of each image,
-    read from the headers. The constructor checks every record (see `RecordReader`). With `on_bad_sample` "error" it
-    raises UserError with the first ten bad samples and their number; with "skip" it moves bad samples to `skipped`.
+    read from the headers. The constructor checks every record (see `RecordReader`). If samples are bad and
+    `on_bad_sample` is "error", or if all are bad, it raises UserError with the first ten of them and their number;
+    otherwise it moves them to `skipped`.
     """
 
     def __init__(

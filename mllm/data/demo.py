@@ -347,11 +347,12 @@ def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[di
 
 
 def talk_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
-    """Return `per_kind` questions of each of six kinds, with the `earlier` turns of their conversations.
+    """Return up to `per_kind` questions of each of six kinds, with the `earlier` turns of their conversations.
 
-    Four kinds ask whether a thing is in a scene of one thing: at once, after one and two questions with "No", and after
-    one about the same thing with "Yes". In half of the questions the thing is there. Two kinds are the second question
-    for the name and for the place of a thing.
+    Four kinds ask whether a thing is in a scene of one thing: as the first question, after one or two questions that
+    were answered "No", and after a question about the same thing that was answered "Yes". In half of the questions the
+    thing is there. The other two kinds are the second question of a conversation about the names or the places of
+    things.
     """
     single = [scene for scene in scenes if len(scene.things) == 1]
     several = [scene for scene in scenes if len(scene.things) > 1]

@@ -43,9 +43,11 @@ class Format:
     system: tuple[str, str] | None
     """Replaces `first` if a sample has its own system text, around which it goes. None if there is no system role."""
     middle: str
+    """Text between a question and its answer."""
     end: str
     """Ends an answer, and is trained: one control token, or a newline for `plain`."""
     next: str
+    """Text between the `end` of an answer and the next question."""
     tail: str = ""
     """Follows the last `end` in a rendered conversation, but is not part of a training sample."""
     lead: str = ""
@@ -273,7 +275,7 @@ def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
 
 
 def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stop the tokenizer from adding a bos, which the chat template writes: `processor(text=rendered)` would add two.
+    """Stop the tokenizer from adding a bos in `processor(text=rendered)`, where the chat template wrote one already.
 
     The template must write it, because `tokenizer.apply_chat_template` never lets the tokenizer add one.
     """
@@ -331,7 +333,10 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern for a control token, with the white space that the tokenizer strips around it."""
+    """Return a pattern for a control token, with the white space that the tokenizer strips around it.
+
+    Each token has a group of its own, so `match[match.lastindex]` is the token that was found, without white space.
+    """
     tokens = sorted(control_tokens(tokenizer).values(), key=lambda token: -len(token.content))
     alternatives = [r"\s*" * token.lstrip + f"({re.escape(token.content)})" + r"\s*" * token.rstrip for token in tokens]
     return re.compile("|".join(alternatives) or r"(?!)")

@@ -31,7 +31,8 @@ class EpochSampler:
         """Yield the micro-batches of one rank from optimizer step `step` on, without end.
 
         The last step of an epoch may have fewer samples, which are dealt out one by one. A micro-batch that gets none
-        holds `~index` of one of them, which is a sample with all labels masked.
+        holds `~index` for the index of one of them. For that index the dataset returns the sample with all labels
+        masked.
         """
         size = self.batch_size * self.chunks
         per_epoch = math.ceil(len(self.lengths) / size)

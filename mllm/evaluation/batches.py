@@ -46,7 +46,9 @@ def generate_inputs(
 ) -> dict[str, Any]:
     """Return the arguments of `generate` for the prompts `rows`, with padding between the shared and the other tokens.
 
-    `images` holds the distinct images of the batch. Row i shows those with the indices `shown[i]`, in this order.
+    `images` holds the distinct images of the batch. Row i shows those with the indices `shown[i]`, in this order. If
+    rows show the same images, the model reads the shared tokens here, once for each distinct list of images, and the
+    arguments hold its cache instead of pixels. A model with other than full attention reads them in `generate`.
     """
     device, openings = model.device, list(dict.fromkeys(shown))
     shared = _shared_length(rows, placeholder_ids(model.config)) if len(openings) < len(rows) else 0

@@ -69,10 +69,11 @@ def embed_inputs(
 def hidden_states(
     model: Llava, inputs_embeds: Tensor, attention_mask: Tensor, packing: Packing | None = None
 ) -> Tensor:
-    """Return the language model's last hidden states: those of all positions [B · L, D], or of the packed row [R, D].
+    """Return the language model's last hidden states: those of all positions [B · L, D], or of the packed row [T, D].
 
     Args:
-        inputs_embeds: [B, L, D]. attention_mask: [B, L], not read with `packing`.
+        inputs_embeds: [B, L, D].
+        attention_mask: [B, L], not read with `packing`.
     """
     language_model = model.model.language_model
     if packing is None:

@@ -110,7 +110,10 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: Tensor, counts: Counts) -> Packing:
-        """Make the index maps for a batch whose samples have their first `counts.shared` positions in common."""
+        """Make the index maps for a batch whose samples have their first `counts.shared` positions in common.
+
+        `attention_mask` [B, L] is padded on the right, and `counts` are those of the same batch.
+        """
         shared, row = counts.shared, counts.row
         is_kept = attention_mask.bool()
         is_kept[1:, :shared] = False

@@ -40,8 +40,9 @@ FILE_BYTES = 256 * 2**20
 
 
 class FeatureCache:
-    """Features of one encoder for the images of one store. `mllm.training.task.Collator` calls `get`.
+    """Features of one encoder for the images of one store, kept on disk in a folder of this encoder below `root`.
 
+    The constructor makes this folder, and reads which features are there. `mllm.training.task.Collator` calls `get`.
     The key of an image is the hash of its bytes. A pickled copy in a data worker can `get`, but not `fill`.
     """
 

@@ -136,7 +136,7 @@ def print_next(stage: int, run_dir: Path) -> None:
 
 
 def write_curves(run_dir: Path) -> None:
-    """Draw the curves of each stage over its samples as curves.png. A failure is one line on stderr."""
+    """Draw the curves of each stage over its samples as curves.png. If that fails, it prints one line on stderr."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
         panels = curves(run_dir)
         if panels:

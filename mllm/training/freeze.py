@@ -34,7 +34,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
 
 def wanted(model: nn.Module, freeze: dict[str, TrainMode]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield (name, parameter, whether it trains by `freeze`) for every parameter of a LLaVA model, also of adapters."""
+    """Yield (name, parameter, whether `freeze` lets it train) for every parameter of a LLaVA model and its adapters."""
     projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
     projector_trains = {id(p) for layer in trainable_layers(projector).values() for p in layer.parameters()}

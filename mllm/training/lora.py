@@ -22,7 +22,10 @@ def add_lora(model: Llava, arguments: TrainArguments) -> PeftModel:
 
 
 def lora_config(model: Llava, arguments: TrainArguments) -> LoraConfig:
-    """Return adapters for every linear layer of the language model except its output layer, as in LLaVA."""
+    """Return the configuration of adapters for every linear layer of the language model except its output layer.
+
+    These are the layers that LLaVA adapts.
+    """
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
     return LoraConfig(

@@ -99,7 +99,8 @@ class PreparedStage:
 def prepare_stage(arguments: TrainArguments, device: torch.device, deepspeed: dict[str, Any]) -> PreparedStage:
     """Load and assemble encoder, language model, data and the freeze plan; the result is the same on every rank.
 
-    Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
+    Every rank holds the whole model on the CPU, except for the layers that are quantised on `device`; ZeRO-3 splits it
+    when the engine is made.
     """
     freeze = freeze_table(
         arguments.stage_info, lora=arguments.lora_enable, bits=arguments.bits,

@@ -155,7 +155,11 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
 
 
 def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) -> Rehearsed:
-    """Rehearse the forward and backward pass under ZeRO `stage`."""
+    """Rehearse the forward and backward pass under ZeRO `stage`, and return the bytes that they take.
+
+    The model and `batch` (see `batch_of`) are on the device "meta". From stage 2 on, hooks stay on `training` that drop
+    each gradient once it is made. Raises Waits, or torch's error for the device "meta".
+    """
     trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     if stage >= 2:
         drop_gradients(trained)

@@ -99,7 +99,7 @@ minutes), and those for the demo without adapters, where a few layers of the def
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One of the two stages."""
+    """One of the two stages in which a LLaVA model is trained, with the defaults of its flags."""
 
     number: int
     name: str
