@@ -77,11 +77,13 @@ if [ "$what" = demo ]; then
   run python scripts/build_demo_data.py
 else
   photos
-  # Less than half of the samples of `small`, for twenty minutes in all.
+  # Less than half of the samples of `small`, and more steps than `--small`, because a step asks fewer questions than
+  # the demo's: a quarter of an hour in all.
   pretrain+=(--name photos --samples 72000 --data data/photos/train.tar --test-data data/photos/test.tar)
   llava=(--vision clips:runs/photos --seed "$SEED" --output_dir runs/llava-photos --small)
   llava+=(--image_folder data/photos/train.tar)
   llava+=(--align.data_path data/photos/align.json --instruct.data_path data/photos/instruct.json)
+  llava+=(--instruct.max_steps 720)
   chat+=(--model runs/llava-photos/model)
 fi
 

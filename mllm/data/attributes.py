@@ -113,7 +113,7 @@ def build_from_flags(flags: argparse.Namespace) -> None:
         splits["test"] = expand(flags.test_data)
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for files in splits.values() for file in files]
     # A higher version rebuilds older folders.
-    settings = json.loads(json.dumps(vars(flags) | {"version": 4, "states": states}))
+    settings = json.loads(json.dumps(vars(flags) | {"version": 5, "states": states}))
     ensure_built(Path(flags.output), settings, partial(_write, flags=flags, splits=splits), what="questions")
     output = Path(flags.output)
     print(printable((output / SUMMARY).read_text(encoding="utf-8"), None))
@@ -373,7 +373,7 @@ def balanced_pairs(answers: Mapping[int, str], rng: random.Random) -> list[tuple
     return pairs
 
 
-def independent_groups(columns: Sequence[Column], most: float = 0.03) -> list[list[Column]]:
+def independent_groups(columns: Sequence[Column], most: float = 0.05) -> list[list[Column]]:
     """Group columns so that none predicts another one of its group, and a group can be asked in one conversation.
 
     A column predicts another if knowing its value raises the share of rows for which the most frequent value of the
