@@ -1,8 +1,9 @@
 """The real training commands as a rank that has found something else than the others: python odd_rank.py FACT COMMAND …
 
-COMMAND: pretrain or llava, with its flags, or a start without a training: start, of a few parts, or pause, in which
-rank 0 stands still for longer than a request to the store may take. RANK, WORLD_SIZE and
-the rest are in the environment: no launcher stands above the ranks, which would end the others if one fails.
+COMMAND: pretrain or llava, with its flags, or a start without a training: start, of a few parts; pause, in which rank 0
+stands still for longer than a request to the store may take; or leave, in which rank 0 ends before rank 1 has looked.
+RANK, WORLD_SIZE and the rest are in the environment: no launcher stands above the ranks, which would end the others if
+one fails.
 """
 
 import errno
@@ -117,6 +118,19 @@ def pause() -> None:
         begun.finish()
 
 
+def leave() -> None:
+    """A start that rank 0 leaves with its process, as from a run that is finished, and whose end rank 1 sees later."""
+    wait_for = start.Start._wait_for
+
+    def later(begun: start.Start, keys: list[str]) -> None:
+        time.sleep(begun.rank)
+        wait_for(begun, keys)
+
+    with start.Start() as begun:
+        start.Start._wait_for = later
+        begun.finish()
+
+
 def with_full_disk(write: Callable[..., None]) -> Callable[..., None]:
     def written(*arguments: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -160,8 +174,8 @@ FACTS: dict[str, Callable[[], object]] = {
 
 def main() -> None:
     fact, command, *flags = sys.argv[1:]
-    if command == "pause":
-        return pause()
+    if command in ("pause", "leave"):
+        return {"pause": pause, "leave": leave}[command]()
     if command == "start":
         how, _, where = fact.partition(" at ")
         return only_start(how, where)

@@ -122,7 +122,7 @@ class Start:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End every rank with the same error: this rank's own, or that of the rank whose loss caused it."""
-        self._is_failing = True
+        self._is_failing = error is not None
         lost = None
         if error is not None and self.ranks > 1 and not self._closed.is_set():
             from torch.distributed import DistError
@@ -147,7 +147,17 @@ class Start:
         self.close()
 
     def close(self) -> None:
-        """Stop watching the other ranks: from here on ranks wait for each other in collectives."""
+        """Stop watching the other ranks: from here on ranks wait for each other in collectives.
+
+        Rank 0 serves the store, so it stays for some seconds until the others have read its last decision.
+        """
+        if self.store is not None and not self._is_failing and not self._closed.is_set():
+            others = [f"closed/{rank}" for rank in range(1, self.ranks)]
+            end = time.monotonic() + 2 * GRACE
+            with contextlib.suppress(RuntimeError):  # torch's DistError: rank 0 has ended
+                self.store.set(f"closed/{self.rank}", "yes")
+                while self.rank == 0 and not self.store.check(others) and time.monotonic() < end:
+                    time.sleep(0.005)
         self._closed.set()
 
     def at(self, part: str) -> None:

@@ -217,6 +217,10 @@ def test_a_rank_0_that_is_stopped_for_less_than_the_timeout_ends_nobody() -> Non
     assert_done(two_ranks(ROOT, ("nothing", "nothing"), "pause"))
 
 
+def test_rank_0_leaves_the_start_after_the_others_have_read_its_last_decision() -> None:
+    assert_done(two_ranks(ROOT, ("nothing", "nothing"), "leave"))
+
+
 @pytest.mark.parametrize("case", TRAININGS)
 def test_row_32_a_rank_that_is_lost_before_a_training_is_named(case, lost):
     assert_named(lost[case].result(), 1 - case[2])
