@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -45,6 +45,7 @@ from mllm.compare.comparison import (
     Comparison,
     EncoderRun,
     columns_of,
+    deciding,
     is_pretrained_anew,
     of_deciding_column,
     samples_seen,
@@ -62,7 +63,6 @@ EXAMPLES = 6
 """Most examples for each of the two ways in which a pair of models can differ."""
 LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
 NEEDS_IMAGE = "needs_image"
-NOT_IN_PERCENT = ("cider_d", "log_likelihood")
 REPORT = "report.json"
 ENCODERS = "encoders.json"
 """The file with the metrics of each run's encoder alone, and the data of its pretraining."""
@@ -438,6 +438,9 @@ def power_in_words(comparison: Comparison) -> str:
     if seeds < FEWEST_SEEDS:
         return f"{seeds} independent seed(s) show numbers but decide nothing; --seeds {FEWEST_SEEDS} gives verdicts"
     by_file = {name: comparison.asked(path) for name, path in comparison.question_files()[0].items()}
+    metric = deciding(comparison.decides, chain.from_iterable(by_file.values()))
+    if metric is None or not metric.startswith("accuracy"):
+        return f"known for right answers only, not for {metric}"
     points = 100 * detectable_difference(comparison, len(of_deciding_column(by_file)))
     spreads = "variances measured on the demo" if comparison.is_demo else "the demo's variances, as others are unknown"
     return f"80 of 100 such comparisons detect a difference of {points:.1f} points ({spreads})"

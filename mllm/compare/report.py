@@ -12,7 +12,7 @@ from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab.report import SIGNS, described, forest
 from clips.lab.stats import FEWEST_SEEDS, UNDECIDED, show_difference, show_interval, turned
-from mllm.compare.analysis import NEEDS_IMAGE, NOT_IN_PERCENT, PROBE
+from mllm.compare.analysis import NEEDS_IMAGE, PROBE
 from mllm.data.questions import LIKELIHOODS
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
@@ -35,7 +35,7 @@ EXAMPLES_NOTE = "From seed 0, drawn at random in both directions: they show how 
 BENCHMARKS_NOTE = "As lmms-eval reports them. Single answers are not known here, so intervals are over seeds only."
 Report = Mapping[str, Any]
 Row = dict[str, Any]
-METRICS = {"accuracy": "all questions", NEEDS_IMAGE: "not answered blind", "cider_d": "CIDEr-D"}
+METRICS = {"accuracy": "all questions", NEEDS_IMAGE: "not answered blind", "cider_d": "CIDEr-D × 100"}
 
 
 def page(report: Report, image_folder: Path | None) -> Page:
@@ -97,7 +97,7 @@ def sentence(row: Row) -> str:
     a, b = row["a"], row["b"]
     size = difference_text(row | {"mean": abs(row["mean"]), "ci95": None}).removeprefix("+")
     metric = re.split("[/@]", row["metric"])[0]
-    unit = {"cider_d": "CIDEr-D", "log_likelihood": "nats per token"}.get(metric, "points")
+    unit = {"cider_d": "points of CIDEr-D × 100", "log_likelihood": "nats per token"}.get(metric, "points")
     points = f"{size} {unit} {interval_text(row)}"
     if row["verdict"] == "undecided":
         return f"{a} − {b} is undecided: {difference_text(row)}."
@@ -239,8 +239,8 @@ def metric_name(metric: str) -> str:
 
 
 def digits_and_scale(metric: str) -> tuple[int, int]:
-    """Return digits and scale with which a metric is shown: percent, but not for CIDEr-D and nats."""
-    return (2, 1) if metric.startswith(NOT_IN_PERCENT) else (1, 100)
+    """Return digits and scale with which a metric is shown: nats as they are, all others × 100."""
+    return (2, 1) if metric.startswith("log_likelihood") else (1, 100)
 
 
 def difference_text(row: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from mllm.compare.analysis import (
     OF_QUESTIONS,
     RUN_VARIANCE,
     detectable_difference,
+    power_in_words,
 )
 from mllm.compare.commands import fix_plan, lab_run, plan_of
 from mllm.compare.comparison import LIMIT, PLAN, Comparison
@@ -107,7 +108,8 @@ def test_a_likelihood_that_decides_is_compared_and_computed_again(place: Path) -
     words = r"clips is \d\.\d\d nats per token \[.*\] above clip: log likelihood, where\."
     assert row["verdict"] == "undecided"  # of three seeds
     assert re.fullmatch(words, sentence(row | {"verdict": "win"}))
-    assert "CIDEr-D" in sentence(row | {"verdict": "win", "metric": "cider_d"})
+    described = row | {"verdict": "win", "metric": "cider_d", "mean": 0.013, "ci95": [0.002, 0.024]}
+    assert sentence(described) == "clips describes 1.3 points of CIDEr-D × 100 [+0.2, +2.4] better than clip."
     assert verify(comparison.output).differs == []
     changed = runs["random-seed1"].evaluation / "question.jsonl"
     lines = [json.loads(line) for line in changed.open()]
@@ -365,6 +367,12 @@ def test_designs_in_words_and_what_they_see(
     assert [100 * detectable_difference(comparison, n) for n in (LIMIT, 1280, 6400)] == pytest.approx(points, abs=0.1)
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     assert f"| {design} | {' | '.join(map(str, points))} |" in page
+
+
+def test_a_plan_says_what_it_can_see_of_right_answers_only(place: Path) -> None:
+    assert "detect a difference of" in power_in_words(comparison_of(place, seeds=5))
+    likely = comparison_of(place, seeds=5, decides="log_likelihood")
+    assert power_in_words(likely) == "known for right answers only, not for log_likelihood"
 
 
 @pytest.mark.parametrize("questions", [400, 3200])
