@@ -83,14 +83,14 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
 
 
 def _right(comparison: Comparison) -> dict[str, dict[str, str]]:
-    """Return for each question file and run a character per question: 1 right, 0 wrong, - without a known answer."""
+    """Return for each file with known answers and each run a character per question: 1 right, 0 wrong, - not known."""
     answers = read_answers(comparison.runs, stored_questions(comparison.output))
     right: dict[str, dict[str, str]] = {}
     for run, lines in answers.items():
         for line in lines:
             of_file = right.setdefault(line["file"], {})
             of_file[run.name] = of_file.get(run.name, "") + {True: "1", False: "0"}.get(line.get("correct"), "-")
-    return right
+    return {file: of_file for file, of_file in right.items() if set("".join(of_file.values())) != {"-"}}
 
 
 def _short(metric: Mapping[str, Any]) -> dict[str, Any]:
