@@ -174,8 +174,10 @@ FACTS: dict[str, Callable[[], object]] = {
 
 def main() -> None:
     fact, command, *flags = sys.argv[1:]
-    if command in ("pause", "leave"):
-        return {"pause": pause, "leave": leave}[command]()
+    if command == "pause":
+        return pause()
+    if command == "leave":
+        return leave()
     if command == "start":
         how, _, where = fact.partition(" at ")
         return only_start(how, where)

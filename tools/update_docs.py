@@ -90,7 +90,7 @@ def _right(comparison: Comparison) -> dict[str, dict[str, str]]:
         for line in lines:
             of_file = right.setdefault(line["file"], {})
             of_file[run.name] = of_file.get(run.name, "") + {True: "1", False: "0"}.get(line.get("correct"), "-")
-    return {file: of_file for file, of_file in right.items() if set("".join(of_file.values())) != {"-"}}
+    return {file: of_file for file, of_file in right.items() if any(set(known) - {"-"} for known in of_file.values())}
 
 
 def _short(metric: Mapping[str, Any]) -> dict[str, Any]:
