@@ -77,8 +77,8 @@ SHAPES: dict[str, Shape] = {
     "normal, equal variances": ALIKE,
     "normal, spreads 1 : 5": UNEQUAL,
     "heavy tails (t of 3)": (lambda rng, shape: 0.05 * rng.standard_t(3, shape),) * 2,
-    **{f"both jump, {share:.0%} have": (jumping(share),) * 2 for share in (0.2, 0.5, 0.8)},
-    **{f"one jumps, {share:.0%} have": (jumping(share), normal(STEADY)) for share in (0.2, 0.5, 0.8)},
+    **{f"both jump, {share} % high": (jumping(share / 100),) * 2 for share in (20, 50, 80)},
+    **{f"one jumps, {share} % high": (jumping(share / 100), normal(STEADY)) for share in (20, 50, 80)},
 }
 """How right answers of the seeds of two models vary about their true means."""
 
@@ -128,7 +128,7 @@ def test_false_findings_and_power_of_the_verdict_are_those_of_the_docs() -> None
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     for name, shape in SHAPES.items():
         assert_stated(page, name, shape, (5, 8))
-        share = int(name.split()[2][:-1]) / 100 if name.startswith("one") else None
+        share = int(name.split()[2]) / 100 if name.startswith("one") else None
         for seeds in (5, 7, 12):
             unseen = 0.0 if share is None else share**seeds + (1 - share) ** seeds
             assert max(rates(shape, seeds)) <= max(7, 100 * unseen + 2)
