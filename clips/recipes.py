@@ -169,9 +169,8 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
 
     Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
     of each phase are the reference code's. Other than in the reference, text padding is masked: a text gives the same
-    features at any padded length, so a batch is padded only to its own length (a quarter of the FLOPs of L/14 at
-    84 px). `--set model.text.pad_mask=false` does as the reference. For Muon: `--set optim.kind=muon --set
-    'phases.*.muon_lr=0.02'`.
+    features at any length, so padding is not computed (a quarter of the FLOPs of L/14 at 84 px). With
+    `--set model.text.pad_mask=false` it is. For Muon: `--set optim.kind=muon --set 'phases.*.muon_lr=0.02'`.
     """
     model = PRESETS[preset]
     augment = AugmentConfig(min_crop_area=0.4, jitter=0.32, hue=0.08, jitter_probability=0.8, grayscale=0.2)

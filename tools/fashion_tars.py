@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the splits of the fashion photographs that docs/photographs.md measures, from the hub's tables.
+"""Make the splits of the fashion photographs that docs/results-photographs.md measures, from the hub's tables.
 
     hf download ashraq/fashion-product-images-small --repo-type dataset --local-dir data/fashion
     python tools/fashion_tars.py data/fashion data/fashion-tars

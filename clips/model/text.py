@@ -8,7 +8,7 @@ Padding is treated in one of two ways:
 - `pad_mask = False`, the reference: every text fills the whole context and padding is attended (with `causal` and
   `eos` no slot that matters sees padding, so texts need not fill the context then).
 - `pad_mask = True`: padding is masked and CLS keeps the position of the last slot, so a text has
-  the same features at any padded length and a batch is padded only to its own length. With CLS the mask is
+  the same features at any length, and padding is left out (`Packed` in layers.py). With CLS the mask is
   the one that stock open_clip builds for `embed_cls` (slot j is seen iff slot j−1 holds no padding, so
   the first padding slot stays visible). Therefore such a tower exports to stock open_clip exactly.
 """

@@ -59,7 +59,7 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
 
 
 JUMP, STEADY = 0.137, 0.014
-"""Standard deviations over seeds of *where* on the demo: of CLIPS, which learns in a jump, and of `random`."""
+"""Assumed standard deviations over seeds of a model that learns in a jump and of a steady one."""
 
 
 def normal(deviation: float) -> Draw:
