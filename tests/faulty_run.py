@@ -34,7 +34,8 @@ from clips.common.errors import run_command
 from clips.data.images import Preprocess
 from clips.engine.engine import Engine
 from clips.engine.log import RunLog
-from clips.training import cli, prepare, pretraining, task
+from clips.training import cli, prepare, pretraining
+from clips.training.task import Task
 
 SOON = 5
 AT = 40
@@ -44,7 +45,7 @@ SAVED = 34
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
-real_loader, real_to_device, real_decoded = pretraining.make_loader, task.to_device, Preprocess.decoded
+real_loader, real_to_device, real_decoded = pretraining.make_loader, Task.to_device, Preprocess.decoded
 real_saves, real_validates = pretraining.CLIPSTrainer.saves, pretraining.CLIPSTrainer.validate_if_due
 
 
@@ -126,11 +127,11 @@ def main() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
         elif flags.fault == "record":
             file = Path(flags.output) / flags.name / "keys.jsonl"
-            task.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
+            Task.to_device = lambda task, batch, device: real_to_device(task, recorded(file, batch), device)
         else:
             if flags.fault.startswith("spike"):
                 pretraining.CLIPSTrainer.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
-            task.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
+            Task.to_device = lambda task, batch, device: spoiled(flags.fault, real_to_device(task, batch, device))
     cli.pretrain_from_flags(flags)
 
 

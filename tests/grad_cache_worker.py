@@ -15,6 +15,7 @@ from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
+from clips.data.loader import counted
 from clips.engine.engine import Engine
 from clips.engine.loop import accumulate
 from clips.training.grad_cache import cache_gradients
@@ -96,7 +97,8 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
-    step = [engine.module.counted(batch) for batch in batches]
+    config = engine.module.model.config
+    step = [counted(batch, config, 0) for batch in batches]
     losses = accumulate(engine, step, cache_gradients(engine, step))
     agreed = engine.agree(torch.stack([parts["loss"] for parts in losses]).mean(), stop=0)
     engine.step(skip=not agreed.finite)

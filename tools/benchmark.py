@@ -40,16 +40,18 @@ from clips.common.runtime import autocast, choose_device, has_bf16, init_distrib
 from clips.common.start import Start
 from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
-from clips.data.loader import make_loader, to_device
+from clips.data.images import normalise
+from clips.data.loader import make_loader
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.engine.checkpoint import TrainState
-from clips.engine.engine import Batch, Engine
+from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel, Kept
 from clips.training import cli
-from clips.training.optim import make_engine, optimizer_step, rates_of
+from clips.training.grad_cache import cache_gradients
+from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.task import Task
 from clips.weights.open_clip import open_clip_config
 from mllm.model.forward import hidden_states
@@ -106,7 +108,7 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     engine = make_engine(Task(CLIPSModel(run.model, tokenizer.pad_id), run.task, run.train), run, device, {})
     engine.module.model.visual.set_image_size(run.phases[0].image_size)
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
-    task, model, batch = engine.module, engine.module.model, to_device(host, device)
+    task, model, batch = engine.module, engine.module.model, engine.module.to_device(host, device)
     kept = Kept(batch.get("patches"), batch.get("image_tokens"))
     texts = [batch[name] for name in run.task.texts]
 
@@ -203,6 +205,18 @@ def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -
     return time_growing(growing, whole, device, bf16=module.bf16, repeats=repeats)
 
 
+def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
+    """Take the loop's step (clips/engine/loop.py) without its log and checks, for benchmarks and tests. Collective.
+
+    `batches` are this rank's micro-batches, run.train.accumulation of them.
+    """
+    terms = accumulate(engine, batches, cache_gradients(engine, batches))
+    reduced = engine.agree(torch.stack([micro["loss"] for micro in terms]).mean(), stop=0)
+    engine.step()
+    limit_logit_scale(engine)
+    return reduced
+
+
 def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     source = open_split(run.data, "train", need_long=run.task.captions)
     texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
@@ -230,11 +244,11 @@ def stock_step(
         return contrastive(image, model.encode_text(ids, normalize=True), model.logit_scale.exp())
 
     def step(batch: Batch) -> Tensor:
-        batch = to_device(batch, device)
+        images = normalise(batch["images"].to(device))
         optimizer.zero_grad()
         with autocast(device, enabled=has_bf16(device)):
-            image = model.encode_image(batch["images"], normalize=True)
-            loss = torch.stack([text_loss(image, batch[name]) for name in texts]).mean()
+            image = model.encode_image(images, normalize=True)
+            loss = torch.stack([text_loss(image, batch[name].to(device)) for name in texts]).mean()
         loss.backward()
         optimizer.step()
         with torch.no_grad():

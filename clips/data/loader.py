@@ -4,10 +4,11 @@ A batch is a pure function of (seed, position): any number of ranks and workers 
 sub-captions, and a resumed run continues exactly.
 
 A batch is a dict of
-- images: uint8 [B, 3, H, W]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
+- images: uint8 [B, 3, H, W]; the device normalises them, since uint8 is a quarter of the size;
 - web: int64 [B, Lw] and sub: int64 [B, Ls], the texts that the objective reads (`TaskConfig.texts`);
 - caption: int64 [B, T], if a captioner trains; a row of padding where it is not predicted (`task.caption_share`);
 - patches and image_tokens: int64, if image tokens are dropped (`clips.model.clips.Kept`);
+- counts: the tokens to compute (`clips.model.clips.Counts`), for which the model would otherwise wait for the device;
 - keys, positions, and skipped: [(key, reason)] of broken samples that were substituted.
 """
 
@@ -20,11 +21,12 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.paths import is_remote
-from clips.config import CaptionerConfig, PhaseConfig, RunConfig
-from clips.data.images import Preprocess, normalise, stacked
+from clips.config import CaptionerConfig, ModelConfig, PhaseConfig, RunConfig
+from clips.data.images import Preprocess, stacked
 from clips.data.joined import MixedSource, PartSource
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import Copies, remote_facts
@@ -34,6 +36,7 @@ from clips.data.sources import Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine.engine import Batch
 from clips.engine.loader import load_batches
+from clips.model.clips import Kept, count_tokens
 
 MAX_ATTEMPTS = 16
 """Samples drawn in a row that must all be broken before the data counts as broken."""
@@ -64,10 +67,16 @@ def make_loader(
     return load_batches(BatchReader(source, tokenizer, run), places, run.data.workers, "data.workers")
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device` and its images normalised there, float32 [B, 3, H, W]."""
-    on = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
-    return on | {"images": normalise(on["images"])}
+def texts_of(batch: Batch) -> list[Tensor]:
+    """Return the token ids of the texts that the objective reads, the web caption first."""
+    return [batch[name] for name in ("web", "sub") if name in batch]
+
+
+def counted(batch: Batch, config: ModelConfig, pad_id: int) -> Batch:
+    """Return a batch on the host with its `counts`."""
+    kept = Kept(batch.get("patches"), batch.get("image_tokens"))
+    side = batch["images"].shape[-1]
+    return batch | {"counts": count_tokens(config, pad_id, side, texts_of(batch), batch.get("caption"), kept)}
 
 
 def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> int:
@@ -231,7 +240,7 @@ class BatchReader:
             ids = self.tokenizer.caption_ids(self.tokenizer.encode(list(captions.values())), captioner.length)
             batch["caption"] = torch.full((len(keys), ids.shape[1]), self.tokenizer.pad_id)
             batch["caption"][list(captions)] = ids
-        batch |= self._kept_tokens(size, positions, captioner)
+        batch = counted(batch | self._kept_tokens(size, positions, captioner), self.run.model, self.tokenizer.pad_id)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(

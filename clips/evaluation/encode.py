@@ -25,7 +25,7 @@ from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import Classes, Item, TestSet
 from clips.model.clips import CLIPSModel
-from clips.model.text import word_slots
+from clips.model.text import count_computed, word_slots
 
 _Entry = tuple[np.ndarray, Item, int] | str | CommandError
 """Pixels, item and index of a sample, or why it is broken, or the error that ends the command."""
@@ -178,7 +178,7 @@ def predict(
     device, config = image_tokens.device, model.config.text
     caption = tokenizer.caption_ids(encoded, model.captioner.config.length)
     web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], config)
-    words = model.text.count(web)
+    words = count_computed(web, config, model.pad_id)
     present = word_slots(caption, model.pad_id)[:, 1:]
     tokens = image_tokens.index_select(0, sent(torch.tensor(rows), device))
     prefix = model.caption_prefix(tokens, sent(web, device), words)
@@ -212,7 +212,7 @@ def encode_texts(
 
 def text_features(model: CLIPSModel, ids: Tensor, device: torch.device) -> Tensor:
     """Return L2-normalised features [B, E] on `device` of `ids` [B, L] on the host, where they are counted."""
-    return model.encode_text(sent(ids, device), model.text.count(ids))
+    return model.encode_text(sent(ids, device), count_computed(ids, model.config.text, model.pad_id))
 
 
 def prompt_features(

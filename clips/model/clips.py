@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.layers import taken
-from clips.model.text import TextTower, word_slots
+from clips.model.text import TextTower, count_computed, word_slots
 from clips.model.vision import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -59,6 +59,23 @@ class Counts(NamedTuple):
     """Tokens of the captioner: image and web-caption tokens of the captioned samples, and positions that predict."""
 
 
+def count_tokens(
+    config: ModelConfig, pad_id: int, image_size: int, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL
+) -> Counts:
+    """Count the tokens that `CLIPSModel.forward` computes for these inputs, which are on the host."""
+    words = [count_computed(ids, config.text, pad_id) for ids in texts]
+    if caption is None:
+        return Counts(words, 0, 0, 0)
+    tokens = config.vision.tokens(image_size)
+    for indices in (kept.patches, kept.image_tokens):
+        tokens = tokens if indices is None else indices.shape[1]
+    captioned = caption[:, 0] != pad_id
+    count, predicted = int(captioned.sum()), int(word_slots(caption, pad_id)[:, 1:].sum())
+    web = count_computed(texts[0][captioned], config.text, pad_id)
+    web -= count * (config.text.pool == "cls")  # the captioner does not read its CLS
+    return Counts(words, predicted, count, count * tokens + web + predicted)
+
+
 class CLIPSModel(nn.Module):
     """Both towers and, where configured, the captioner."""
 
@@ -78,7 +95,7 @@ class CLIPSModel(nn.Module):
     def encode_text(self, ids: Tensor, count: int | None = None) -> Tensor:
         """Encode ids [B, L] (see clips/model/text.py) as L2-normalised features [B, E].
 
-        `count` is the `TextTower.count` of the ids; if it is not given, the host waits for the GPU.
+        `count` is the `count_computed` of the ids; if it is not given, the host waits for the GPU.
         """
         return F.normalize(self.text.proj(self.text(ids, counts=[count])[0].pooled).float(), dim=-1)
 
@@ -152,21 +169,6 @@ class CLIPSModel(nn.Module):
         for tower in (self.visual, self.text, self.captioner):
             if tower is not None:
                 tower.blocks.activation_checkpointing = enabled
-
-    def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL) -> Counts:
-        """Count the tokens that `forward` computes for these inputs; the result is its argument `counts`."""
-        words = [self.text.count(ids) for ids in texts]
-        predicted = 0 if caption is None else int(word_slots(caption, self.pad_id)[:, 1:].sum())
-        tokens = self.config.vision.tokens(images.shape[-1])
-        for indices in (kept.patches, kept.image_tokens):
-            tokens = tokens if indices is None else indices.shape[1]
-        if caption is None:
-            return Counts(words, predicted, 0, 0)
-        captioned = caption[:, 0] != self.pad_id
-        count = int(captioned.sum())
-        web = self.text.count(texts[0][captioned]) - count * (self.config.text.pool == "cls")  # its CLS is not read
-        rows = count * tokens + web + predicted
-        return Counts(words, predicted, count, rows)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block by itself with torch.compile and its `options`; the blocks of one tower share the code.

@@ -37,6 +37,27 @@ def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
     return (ids_BL != pad_id).flip(1).cumsum(dim=1).flip(1) > 0
 
 
+def attended_slots(ids_BL: Tensor, config: TextConfig, pad_id: int) -> Tensor:
+    """Return booleans [B, L] of the slots that may be attended when padding is masked; without a CLS, up to eos."""
+    return (visible_slots if config.pool == "cls" else word_slots)(ids_BL, pad_id)
+
+
+def computed_slots(ids_BL: Tensor, config: TextConfig, pad_id: int) -> Tensor | None:
+    """Return booleans [B, L] of the slots that can affect an output, or None for all, if padding is attended."""
+    if not config.trim:
+        return None
+    attended = attended_slots(ids_BL, config, pad_id)
+    if config.pool == "cls":
+        attended[:, -1] = True
+    return attended
+
+
+def count_computed(ids_BL: Tensor, config: TextConfig, pad_id: int) -> int:
+    """Count the `computed_slots` of ids on the host."""
+    computed = computed_slots(ids_BL, config, pad_id)
+    return ids_BL.numel() if computed is None else int(computed.sum())
+
+
 class TextStates(NamedTuple):
     """The tower's outputs for one text per sample."""
 
@@ -67,28 +88,10 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
 
-    def visible(self, ids_BL: Tensor) -> Tensor:
-        """Return booleans [B, L] of the slots that may be attended when padding is masked; without a CLS, up to eos."""
-        return (visible_slots if self.config.pool == "cls" else word_slots)(ids_BL, self.pad_id)
-
-    def computed(self, ids_BL: Tensor) -> Tensor | None:
-        """Return booleans [B, L] of the slots that can affect an output, or None for all, if padding is attended."""
-        if not self.config.trim:
-            return None
-        visible = self.visible(ids_BL)
-        if self.config.pool == "cls":
-            visible[:, -1] = True
-        return visible
-
-    def count(self, ids_BL: Tensor) -> int:
-        """Count the slots that are `computed`; the ids are on the host."""
-        computed = self.computed(ids_BL)
-        return ids_BL.numel() if computed is None else int(computed.sum())
-
     def forward(self, *texts: Tensor, counts: Sequence[int | None] | None = None) -> list[TextStates]:
         """Encode the texts of a batch, each as ids [B, L] of any length, in one pass.
 
-        `counts` are the numbers of slots that are `computed` of each text; if not given, the host waits for the GPU.
+        `counts` are the `count_computed` of each text; if not given, the host waits for the GPU.
         Raises ValueError for a text longer than the context, or a shorter one if padding is attended.
         """
         for ids in texts:
@@ -97,7 +100,7 @@ class TextTower(nn.Module):
                 raise ValueError(f"texts have {L} slots, the tower's context is {context}")
         known = counts or [None] * len(texts)
         batches = [
-            Packed.of(ids.shape, self.computed(ids), count, self._mask(ids))
+            Packed.of(ids.shape, computed_slots(ids, self.config, self.pad_id), count, self._mask(ids))
             for ids, count in zip(texts, known, strict=True)
         ]
         x = torch.cat([batch.pack(self._embed(ids)) for batch, ids in zip(batches, texts, strict=True)])
@@ -111,7 +114,7 @@ class TextTower(nn.Module):
         return (self.token_embed(ids_BL) + positions).to(stream_dtype(ids_BL.device))
 
     def _mask(self, ids_BL: Tensor) -> Tensor | None:
-        mask = self.visible(ids_BL)[:, None, None, :] if self.config.pad_mask else None
+        mask = attended_slots(ids_BL, self.config, self.pad_id)[:, None, None, :] if self.config.pad_mask else None
         if self.config.causal:
             L = ids_BL.shape[1]
             causal = torch.ones(L, L, dtype=torch.bool, device=ids_BL.device).tril()
@@ -119,7 +122,7 @@ class TextTower(nn.Module):
         return mask
 
     def _states(self, x_BLD: Tensor, ids_BL: Tensor) -> TextStates:
-        visible = self.visible(ids_BL)
+        visible = attended_slots(ids_BL, self.config, self.pad_id)
         read = visible if self.config.trim else None
         if self.config.pool == "cls":
             return TextStates(self.norm(x_BLD[:, -1]), x_BLD[:, :-1], None if read is None else read[:, :-1])

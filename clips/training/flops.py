@@ -1,20 +1,21 @@
 """The FLOPs of a pretraining step, by the layers of the model and the tokens of a batch."""
 
 from clips.common.flops import forward_flops, training_flops
+from clips.data.loader import texts_of
 from clips.engine.engine import Batch
 from clips.model.layers import Blocks
 from clips.training.losses import world_size
-from clips.training.task import Task, texts_of
+from clips.training.task import Task
 
 
 def flops_of(task: Task, batch: Batch, *, repeated: bool = False) -> int:
-    """Return the FLOPs of the forward and backward pass of `task` over `batch`, which is on the host unless `counted`.
+    """Return the FLOPs of the forward and backward pass of `task` over a `batch` of clips/data/loader.py.
 
     Args:
         repeated: Include what a step computes twice to save memory, which does not count for the MFU.
     """
     vision, text, captioner = task.model.visual, task.model.text, task.model.captioner
-    counts, kept, texts = task.counted(batch)["counts"], task.kept(batch), texts_of(batch)
+    counts, kept, texts = batch["counts"], task.kept(batch), texts_of(batch)
     B, pixels = len(batch["images"]), vision.config.tokens(batch["images"].shape[-1])
     patches = pixels if kept.patches is None else kept.patches.shape[1]
     slots = patches + vision.config.prefix_tokens

@@ -9,7 +9,6 @@
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from clips.config import ModelConfig, OptimConfig, RunConfig
-from clips.engine.engine import Batch, Engine, Reduced
-from clips.engine.loop import accumulate
-from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
-from clips.training.grad_cache import cache_gradients
+from clips.engine.engine import Engine
+from clips.model.clips import MAX_LOGIT_SCALE
 from clips.training.task import Task
 
 
@@ -112,29 +109,3 @@ def limit_logit_scale(engine: Engine) -> None:
     """
     for held in engine.zero_state.copies("logit_scale"):
         held.clamp_(max=math.log(MAX_LOGIT_SCALE))
-
-
-def plain_model(engine: Engine, config: ModelConfig, *, everywhere: bool = False) -> CLIPSModel | None:
-    """Return a copy of the model outside DeepSpeed, on rank 0 or `everywhere`, for evaluation and export; else None.
-
-    Collective.
-    """
-    weights = engine.zero_state.gather_weights(everywhere=everywhere)
-    if not weights:
-        return None
-    model = CLIPSModel(config, engine.module.model.pad_id)
-    model.load_state_dict(weights)
-    return model.to(engine.device).eval()
-
-
-def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
-    """Take the loop's step (clips/engine/loop.py) without its log and checks, for benchmarks and tests. Collective.
-
-    `batches` are this rank's micro-batches, run.train.accumulation of them.
-    """
-    step = [engine.module.counted(batch) for batch in batches]
-    terms = accumulate(engine, step, cache_gradients(engine, step))
-    reduced = engine.agree(torch.stack([micro["loss"] for micro in terms]).mean(), stop=0)
-    engine.step()
-    limit_logit_scale(engine)
-    return reduced

@@ -18,6 +18,7 @@ from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
 from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, changed_fields
+from clips.data.loader import counted
 from clips.data.sources import Source
 from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -232,7 +233,7 @@ def full_batch(
         batch["caption"][round(share * samples) :] = 0
         if captioner.image_token_keep < 1:
             batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(samples, -1)
-    return batch
+    return counted(batch, model, pad_id=0)
 
 
 def print_plan(

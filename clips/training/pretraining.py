@@ -20,7 +20,7 @@ from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import environment, init_distributed, meet_on, shutdown
 from clips.common.start import Start
 from clips.common.tensors import assign_weights
-from clips.config import PhaseConfig, RunConfig
+from clips.config import ModelConfig, PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size
 from clips.data.sample import mend_broken
 from clips.data.sources import Source
@@ -37,7 +37,7 @@ from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run, print_next
 from clips.training.flops import flops_of
 from clips.training.grad_cache import CachedGradients, cache_gradients
-from clips.training.optim import limit_logit_scale, make_engine, plain_model, rates_of
+from clips.training.optim import limit_logit_scale, make_engine, rates_of
 from clips.training.prepare import (
     facts_of_data,
     facts_of_run,
@@ -163,6 +163,19 @@ def pretrain(
         finish_run(run, trained, tokenizer, run_dir)
 
 
+def plain_model(engine: Engine, config: ModelConfig, *, everywhere: bool = False) -> CLIPSModel | None:
+    """Return a copy of the model outside DeepSpeed, on rank 0 or `everywhere`, for evaluation and export; else None.
+
+    Collective.
+    """
+    weights = engine.zero_state.gather_weights(everywhere=everywhere)
+    if not weights:
+        return None
+    model = CLIPSModel(config, engine.module.model.pad_id)
+    model.load_state_dict(weights)
+    return model.to(engine.device).eval()
+
+
 def _is_complete(run: RunConfig, run_dir: Path, previous: checkpoint.Checkpoint | None) -> bool:
     """Return True if the run has ended, and its export, its report and, if it holds any data out, its metrics exist."""
     is_trained = previous is not None and previous.state.samples == run.samples
@@ -223,11 +236,10 @@ class CLIPSTrainer(Trainer):
 
     def batches(self) -> Iterator[Batch]:
         """Return the loader of this rank's micro-batches, from the current phase and step on."""
-        loader = make_loader(
+        return make_loader(
             self.source, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
             phase=self.state.phase, step=self.state.phase_step,
         )  # fmt: skip
-        return map(self.objective.counted, loader)
 
     def begin_step(self) -> tuple[int, dict[str, float]]:
         """Move on to the next phase after the last step of one, and set the tower's image size."""

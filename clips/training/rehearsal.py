@@ -16,7 +16,7 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
-from clips.data.loader import micro_batch_size, to_device
+from clips.data.loader import micro_batch_size
 from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel
@@ -57,8 +57,10 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
     trained = sum(p.numel() for group in groups for p in group["params"])
     by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
-    to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
-    batch = task.counted(full_batch(run.model, run.task, phase.image_size, micro, META))
+    task.to_device(
+        {"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META
+    )  # its constants are made once
+    batch = full_batch(run.model, run.task, phase.image_size, micro, META)
     engine: Any = _Engine(task, run)
 
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
@@ -68,7 +70,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
         elif run.train.accumulation > 1:
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
-        rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
+        rehearsal.hold(x for x in task.to_device(batch, META).values() if isinstance(x, Tensor))
         step = [batch] * (run.train.accumulation if run.train.whole_step else 1)
         accumulate(engine, step, cache_gradients(engine, step))
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy

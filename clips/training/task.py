@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clips.common.runtime import autocast
 from clips.config import TaskConfig, TrainConfig
-from clips.data.loader import to_device
+from clips.data.images import normalise
+from clips.data.loader import texts_of
 from clips.engine.engine import Batch, Objective
 from clips.model.clips import CLIPSModel, Kept, Outputs
 from clips.model.text import word_slots
@@ -58,8 +59,9 @@ class Task(Objective):
             return self._loss(batch, cached)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
-        """Return the micro-batch on `device`, its images normalised there."""
-        return to_device(batch, device)
+        """Return the micro-batch on `device`, its images normalised there to float32 [B, 3, H, W]."""
+        moved = super().to_device(batch, device)
+        return moved | {"images": normalise(moved["images"])}
 
     def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
         """Return the tokens that positions predict, [B, T − 1], IGNORE after the last; None if nothing is captioned."""
@@ -67,14 +69,6 @@ class Task(Objective):
             return None
         caption = batch["caption"]
         return caption.masked_fill(~word_slots(caption, self.model.pad_id), IGNORE)[:, 1:]
-
-    def counted(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return `batch` (on the host) with the counts for which the model would otherwise wait for the device."""
-        if "counts" in batch:
-            return batch
-        return batch | {
-            "counts": self.model.counts(batch["images"], texts_of(batch), batch.get("caption"), self.kept(batch))
-        }
 
     def kept(self, batch: dict[str, Any]) -> Kept:
         """Return the tokens that the loader drew for each sample.
@@ -118,8 +112,3 @@ class Task(Objective):
                 return contrastive, contrastive.detach()
             outputs = zip([*features, out.logit_scale], cached.gradients, strict=True)
             return torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), cached.value
-
-
-def texts_of(batch: dict[str, Any]) -> list[Tensor]:
-    """Return the token ids of the texts that the objective reads, the web caption first."""
-    return [batch[name] for name in ("web", "sub") if name in batch]

@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT, random_model, run_python
 from grad_cache_worker import BATCH, CASES_OF, CPU, MICRO, STEPS, Case, a_run, samples, without_bf16
 
-from clips.data.loader import to_device
 from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.task import Task
 
@@ -47,7 +46,7 @@ def by_hand(case: Case, size: int) -> dict[str, Any]:
     for step in range(STEPS):
         means: dict[str, float] = {}
         for begin in range(0, BATCH, size):
-            loss, parts = task(to_device(samples(case, step, begin, begin + size), CPU))
+            loss, parts = task(task.to_device(samples(case, step, begin, begin + size), CPU))
             (loss * size / BATCH).backward()
             for name, value in parts.items():
                 means[name] = means.get(name, 0.0) + value.item() * size / BATCH

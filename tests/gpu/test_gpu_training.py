@@ -13,14 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clips.common.peaks import peak_flops
 from clips.common.runtime import init_distributed
 from clips.config import RunConfig
+from clips.data.loader import counted
 from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
-from clips.training.optim import make_engine, optimizer_step, rates_of
+from clips.training.optim import make_engine, rates_of
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import rehearse
 from clips.training.task import Task
+from tools.benchmark import optimizer_step
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -91,7 +93,7 @@ def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: st
     run = tiny_run(kind=kind)
     engine = make_engine(Task(random_model(run), run.task, run.train), run, GPU, {"zero_optimization": {"stage": 0}})
     engine.set_rates(rates_of(1e-2, 2e-2))
-    on_device = {**engine.module.counted(tiny_batch(0)), **moved(0, GPU)}
+    on_device = {**counted(tiny_batch(0), run.model, 0), **moved(0, GPU)}
     agree = engine.agree
 
     def agree_and_wait(*arguments: object, **options: object) -> object:

@@ -20,7 +20,7 @@ from clips.common.tensors import assign_weights
 from clips.config import RunConfig, TextConfig, VisionConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.captioner import Captioner, caption_mask
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, count_tokens
 from clips.model.text import TextStates, TextTower, word_slots
 from clips.model.vision import VisionTower
 from clips.training.task import Task
@@ -340,7 +340,7 @@ def test_two_texts_in_one_pass_are_two_padded_passes(fields: dict, checkpointing
     model = model_of(**fields)
     model.set_activation_checkpointing(checkpointing)
     tower, texts = model.text, [a_text(model.text, name) for name in ("web", "sub")]
-    counts = model.counts(torch.zeros(5, 3, 32, 32), texts, None).texts
+    counts = count_tokens(model.config, 0, 32, texts, None).texts
     if tower.config.trim:
         assert all(count < ids.numel() for count, ids in zip(counts, texts, strict=True)), "nothing is padded here"
     expected = [padded(tower, ids) for ids in texts]
@@ -363,7 +363,7 @@ def test_captions_in_rows_are_padded_captions(pad_mask: bool) -> None:
     tokens = model.visual(batch["images"])[1]
     (text,) = model.text(web)
     inputs = (model.visual.patches(tokens), text.states, text.visible, ids)
-    count = model.counts(batch["images"], [web], batch["caption"]).captioner
+    count = count_tokens(model.config, 0, batch["images"].shape[-1], [web], batch["caption"]).captioner
     ways = [
         model.captioner(*inputs, predicts),
         model.captioner(*inputs, predicts, count),

@@ -17,8 +17,8 @@ from launched import recap, write_shard
 from PIL import Image
 
 from clips.config import AugmentConfig, DataConfig, Fields, MixPart, RunConfig, TaskConfig
-from clips.data.images import eval_transform
-from clips.data.loader import make_loader, to_device
+from clips.data.images import eval_transform, normalise
+from clips.data.loader import make_loader
 from clips.data.order import BLOCK, MixedOrder, SampleOrder
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
@@ -85,9 +85,9 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
         return tokenizer.decode(tokenizer.encode([text])[0])
 
     for batch in batches(source, tokenizer, run):
-        normal = to_device(batch, torch.device("cpu"))
+        normal = normalise(batch["images"])
         for row, i in enumerate(numbers(batch)):
-            assert torch.equal(normal["images"][row], transform(Image.open(io.BytesIO(make_image(i)))))
+            assert torch.equal(normal[row], transform(Image.open(io.BytesIO(make_image(i)))))
             assert tokenizer.decode(batch["web"][row]) == as_decoded(WEB[i])
             assert tokenizer.decode(batch["sub"][row]) in map(as_decoded, split_sentences(LONG[i]))
             assert tokenizer.decode(batch["caption"][row]) == as_decoded(LONG[i])
@@ -193,7 +193,7 @@ def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: Capti
         count += int(predicted.sum())
         length = batch["caption"].shape[1]
         assert torch.equal(batch["caption"][predicted], without["caption"][predicted][:, :length])
-        drawn = ("patches", "image_tokens", "caption")
+        drawn = ("patches", "image_tokens", "caption", "counts")
         assert_same(*({k: v for k, v in b.items() if k not in drawn} for b in (batch, without)))
         for name, there, left in (("patches", 16, 8), ("image_tokens", 8, 3)):
             assert (batch[name].shape, batch[name].dtype) == ((8, left), torch.int64)
@@ -214,7 +214,7 @@ def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Source, to
     for name in ("web", "sub"):
         counts = []
         for batch, less, least in zip(whole, half, last, strict=True):
-            assert_same(*({k: v for k, v in b.items() if k not in ("web", "sub")} for b in (batch, less)))
+            assert_same(*({k: v for k, v in b.items() if k not in ("web", "sub", "counts")} for b in (batch, less)))
             for row, shorter, shortest in zip(*(b[name].tolist() for b in (batch, less, least)), strict=True):
                 rest = iter(filter(None, row))
                 assert all(token in rest for token in filter(None, shorter)), "in order, ends and CLS among them"

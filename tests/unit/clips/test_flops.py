@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clips.common.rundir import read_metrics
 from clips.config import Freeze
+from clips.data.loader import counted
 from clips.engine.checkpoint import TrainState
 from clips.engine.log import RunLog
 from clips.engine.meter import Meter
@@ -30,7 +31,7 @@ def test_the_log_shows_what_torch_counts(tmp_path: Path) -> None:
             for seed in range(2):
                 loss, parts = task(tiny_batch(seed))
                 loss.backward()
-                meter.add(parts, [], flops_of(task, tiny_batch(seed)))
+                meter.add(parts, [], flops_of(task, counted(tiny_batch(seed), run.model, 0)))
         state.step = 2
         log = RunLog(tmp_path, run.samples, {}, start_step=0, active=True, report_to=())
         meter.log(log, state, lr=0.0, grad_norm=None)
@@ -55,7 +56,7 @@ def test_the_real_task_on_a_padded_batch(drops: bool, pool: str, freeze: Freeze,
     run = dropping(tiny_run()) if drops else tiny_run()
     model = replace(run.model, text=replace(run.model.text, pool=pool))
     run = replace(run, model=model, train=replace(run.train, freeze=freeze))
-    batch = tiny_batch(3) | (drawn_tokens(3) if drops else {})
+    batch = counted(tiny_batch(3) | (drawn_tokens(3) if drops else {}), run.model, 0)
     task = Task(CLIPSModel(run.model, pad_id=0), run.task, run.train)
     task.model.freeze(freeze)
     once = flops_of(task, batch)

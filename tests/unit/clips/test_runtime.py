@@ -16,7 +16,6 @@ from clips.common.errors import UserError
 from clips.common.peaks import CARDS, Machine, peak_flops, stated_peak
 from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
-from clips.data.loader import to_device
 from clips.recipes import recipe
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import built, print_pretraining
@@ -199,7 +198,7 @@ def test_the_flops_that_a_plan_shows_are_counted_ones(gpus: int, capsys: pytest.
     (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {phase.name}"))
     task = built(run, phase)
     words, share = run.model.text.context_length // 2, run.task.caption_share
-    batch = task.counted(full_batch(run.model, run.task, phase.image_size, 256, META, words=words, share=share))
+    batch = full_batch(run.model, run.task, phase.image_size, 256, META, words=words, share=share)
     with rehearsed_ranks(gpus), FlopCounter() as counted:
-        task(to_device(batch, META))[0].backward()
+        task(task.to_device(batch, META))[0].backward()
     assert float(row[4].replace(",", "")) == pytest.approx(counted.flops / 256 / 1e9, abs=0.05)
