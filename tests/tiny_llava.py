@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from clips.common.launch import launcher
 from clips.common.signals import STOP_SIGNALS
 from clips.common.tensors import read_weights
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import save_projector

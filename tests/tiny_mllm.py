@@ -25,7 +25,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights.export import write_native
 from clips.weights.hf_vit import write_hf_vit
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 

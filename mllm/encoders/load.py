@@ -14,6 +14,9 @@ from transformers import (
     AutoImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaOnevisionImageProcessor,
     PreTrainedModel,
     SiglipVisionModel,
     ViTModel,
@@ -33,9 +36,20 @@ from clips import (
 )
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
-from clips.common.opening import NO_CODE, check_size, load_weights, loading
+from clips.common.opening import NO_CODE, check_size, load_weights, loading, opening
 from clips.common.rundir import check_current
-from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor, prefix_tokens
+from mllm.data.video import MOST_DRAWN
+from mllm.encoders.encoder import (
+    KINDS,
+    UNUSED,
+    AspectRatio,
+    ImageProcessor,
+    SelectFeature,
+    VisionEncoder,
+    check_tokens,
+    prefix_tokens,
+)
+from mllm.encoders.registry import grid_pinpoints, parse_vision_name
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's number of each interpolation, which image processors save."""
@@ -137,6 +151,52 @@ LOADERS: dict[str, Loader] = {
     "timm": lambda argument, *_: _load_timm(argument),
 }
 """The loader of each kind of encoder (mllm/encoders/registry.py)."""
+
+
+def load_vision(
+    name: str,
+    *,
+    select_layer: int | list[int] = -2,
+    select_feature: SelectFeature = "default",
+    image_aspect_ratio: AspectRatio = "square",
+    image_grid_pinpoints: str | None = None,
+    frames: int = 0,
+    seed: int = 0,
+    runs: Path | str = "runs",
+) -> VisionEncoder:
+    """Load the encoder `name` (see mllm/encoders/registry.py) in fp32 and eval mode, without gradients.
+
+    `image_aspect_ratio` "square" is the encoder's own preprocessing; "pad" first pads the image to a square with the
+    mean colour (LLaVA-1.5); "anyres" gives the resized image and the tiles of `image_grid_pinpoints` (LLaVA-NeXT),
+    which are not cropped even if the encoder crops images. If `frames`, the number of frames of a video, is not 0,
+    anyres preprocesses as LLaVA-OneVision does. `seed` is for `random` and `blind`. Raises UserError if it fails.
+    """
+    key, argument = parse_vision_name(name)
+    if frames and (image_aspect_ratio != "anyres" or not 0 < frames <= MOST_DRAWN):
+        raise UserError(f"--frames_upbound {frames} must be 0 to {MOST_DRAWN}, with --image_aspect_ratio anyres")
+    with opening("vision encoder", argument or key):
+        model, processor, source = LOADERS[key](argument, Path(runs), seed)
+        settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
+        if image_aspect_ratio == "pad":
+            processor = LlavaImageProcessor(**settings, do_pad=True)
+        elif image_aspect_ratio == "anyres":
+            square = dict(processor.crop_size or {})
+            pinpoints = grid_pinpoints(image_grid_pinpoints, square["height"])
+            whole = {"size": square, "crop_size": square, "do_center_crop": False}
+            kind = LlavaOnevisionImageProcessor if frames else LlavaNextImageProcessor
+            processor = kind(**settings | whole, image_grid_pinpoints=pinpoints)
+        encoder = VisionEncoder(
+            name=f"{key}:{argument}" if key == "hf" else name,
+            source=source,
+            model=model.eval().requires_grad_(False),
+            image_processor=processor,
+            select_layer=select_layer,
+            # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
+            select_feature=select_feature if prefix_tokens(model.config) else "full",
+            frames=frames,
+        )
+        check_tokens(encoder)
+    return encoder
 
 
 # ---------------------------------------------------------------------------------------------- loading

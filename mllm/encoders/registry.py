@@ -1,4 +1,4 @@
-"""Load the vision encoder of a LLaVA-style model by name. The code that uses it is the same for all encoders.
+"""The names of vision encoders. The code that uses an encoder (mllm/encoders/load.py) is the same for all of them.
 
     clips[:DIR|ID]  the newest CLIPS export under runs/, or the given run, export, model directory or hub id
     clip[:DIR|ID]   the newest or the given CLIP baseline that was trained here
@@ -9,7 +9,7 @@
     timm:NAME       plain vit_* models, or timm:local-dir:DIR
 
 Every encoder is a stock transformers model that a stock `LlavaForConditionalGeneration` can hold. Others are refused
-here, before any training. Names are parsed without importing torch.
+before any training. Nothing here imports torch.
 
 Shapes: B images · N image tokens · W width of a token.
 """
@@ -26,8 +26,6 @@ from clips.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mllm.encoders.encoder import AspectRatio, SelectFeature, VisionEncoder
 
 ARGUMENTS: dict[str, str | None] = {
     "clips": None,
@@ -97,56 +95,3 @@ def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
         form = f"[(width, height), …] in multiples of {side} pixels, of at most {MOST_TILES} tiles"
         raise UserError(f"--image_grid_pinpoints {text!r} must be {form}, or a range (1x1),...,(2x2)")
     return [[side * height, side * width] for width, height in grids]
-
-
-def load_vision(
-    name: str,
-    *,
-    select_layer: int | list[int] = -2,
-    select_feature: SelectFeature = "default",
-    image_aspect_ratio: AspectRatio = "square",
-    image_grid_pinpoints: str | None = None,
-    frames: int = 0,
-    seed: int = 0,
-    runs: Path | str = "runs",
-) -> VisionEncoder:
-    """Load the encoder `name` (see the top of this file) in fp32 and eval mode, without gradients.
-
-    `image_aspect_ratio` "square" is the encoder's own preprocessing; "pad" first pads the image to a square with the
-    mean colour (LLaVA-1.5); "anyres" gives the resized image and the tiles of `image_grid_pinpoints` (LLaVA-NeXT),
-    which are not cropped even if the encoder crops images. If `frames`, the number of frames of a video, is not 0,
-    anyres preprocesses as LLaVA-OneVision does. `seed` is for `random` and `blind`. Raises UserError if it fails.
-    """
-    from transformers import LlavaImageProcessor, LlavaNextImageProcessor, LlavaOnevisionImageProcessor
-
-    from clips.common.opening import opening
-    from mllm.data.video import MOST_DRAWN
-    from mllm.encoders.encoder import VisionEncoder, check_tokens, prefix_tokens
-    from mllm.encoders.load import LOADERS
-
-    key, argument = parse_vision_name(name)
-    if frames and (image_aspect_ratio != "anyres" or not 0 < frames <= MOST_DRAWN):
-        raise UserError(f"--frames_upbound {frames} must be 0 to {MOST_DRAWN}, with --image_aspect_ratio anyres")
-    with opening("vision encoder", argument or key):
-        model, processor, source = LOADERS[key](argument, Path(runs), seed)
-        settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
-        if image_aspect_ratio == "pad":
-            processor = LlavaImageProcessor(**settings, do_pad=True)
-        elif image_aspect_ratio == "anyres":
-            square = dict(processor.crop_size or {})
-            pinpoints = grid_pinpoints(image_grid_pinpoints, square["height"])
-            whole = {"size": square, "crop_size": square, "do_center_crop": False}
-            kind = LlavaOnevisionImageProcessor if frames else LlavaNextImageProcessor
-            processor = kind(**settings | whole, image_grid_pinpoints=pinpoints)
-        encoder = VisionEncoder(
-            name=f"{key}:{argument}" if key == "hf" else name,
-            source=source,
-            model=model.eval().requires_grad_(False),
-            image_processor=processor,
-            select_layer=select_layer,
-            # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
-            select_feature=select_feature if prefix_tokens(model.config) else "full",
-            frames=frames,
-        )
-        check_tokens(encoder)
-    return encoder

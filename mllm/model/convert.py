@@ -29,7 +29,7 @@ from clips.common.tensors import write_weights
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.formats import SAVED, backend_with_bos, get_format
 from mllm.encoders.encoder import ImageProcessor, VisionEncoder
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import check_sentencepiece_ids, read_tokenizer, ready_for_images
 from mllm.model.load import load_llava

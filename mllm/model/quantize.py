@@ -9,10 +9,10 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from clips.common.errors import UserError
 
 
-def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
+def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> None:
     """Quantise every linear layer of `model` in place, to 8 bits or to 4 (NF4 with quantised scales, as in QLoRA).
 
-    Returns the model. Raises UserError if bitsandbytes changes weights by more than LARGEST_ERROR on this device.
+    Raises UserError if bitsandbytes changes weights by more than LARGEST_ERROR on this device.
     """
     import bitsandbytes as bnb
 
@@ -35,7 +35,6 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
         new = new.to(device)  # moving quantises
         _check(new, weight, name, bits)
         _replace(model, name, new)
-    return model
 
 
 LARGEST_ERROR = {4: 0.15, 8: 0.05}

@@ -32,7 +32,8 @@ from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.video import is_video
 from mllm.encoders.encoder import VisionEncoder
-from mllm.encoders.registry import image_pixels, load_vision
+from mllm.encoders.load import load_vision
+from mllm.encoders.registry import image_pixels
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import can_pack

@@ -90,7 +90,7 @@ def run_stage(flags: StageArguments) -> None:
             _say(start, f"stage {arguments.stage} is finished already: {prepared.stage_dir}")
             start.close()
         else:
-            before = newest(prepared.stage_dir)
+            before = checkpoint.latest(prepared.stage_dir)
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
             summary = train(prepared, before, start, begin)
             if start.rank == 0 and summary["samples_per_s"]:
@@ -195,16 +195,6 @@ def put_back(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter]) -> Non
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def newest(stage_dir: Path) -> Checkpoint | None:
-    """Return the newest complete checkpoint of a stage. Raises UserError for those of transformers' Trainer."""
-    if old := next(stage_dir.glob("checkpoint-*"), None):
-        raise UserError(
-            f"{old} was written by an older version, whose stages do not go on here: give another --output_dir, or "
-            f"remove {stage_dir}"
-        )
-    return checkpoint.latest(stage_dir)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from launched import (
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, chosen_weights, has_report, is_finished
 from clips.weights.load import load_model
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 
 pytestmark = pytest.mark.slow
 STEPS = 10

@@ -32,7 +32,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from mllm.chat.model import ChatModel
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 
 MOST_MB = 400
 """Memory that all wrong configurations of one directory may take."""

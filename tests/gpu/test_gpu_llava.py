@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_mllm import write_llm, write_run
 
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.quantize import quantize

@@ -18,7 +18,7 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import bert_vocabulary
 from clips.weights.export import export_all
 from clips.weights.load import load_model
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 
 BERT = bert_vocabulary().parent
 WIDTH, LAYERS, HEADS, PATCH, SIZE = 32, 3, 2, 8, 32

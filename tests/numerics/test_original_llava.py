@@ -32,7 +32,7 @@ from clips.common.errors import UserError
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.data.formats import backend_with_bos, get_format, leave_bos_to_template, save_format, saved_format
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.convert import convert_llava
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.formats import FORMATS
 from mllm.data.images import ImageStore, pixel_loader
-from mllm.encoders.registry import image_pixels, load_vision
+from mllm.encoders.load import load_vision
+from mllm.encoders.registry import image_pixels
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import MODEL_TYPES, shared_length

@@ -15,7 +15,7 @@ from tiny_mllm import make_images, write_llm, write_run, write_siglip
 from transformers import GraniteConfig, GraniteForCausalLM, LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector

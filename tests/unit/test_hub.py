@@ -17,7 +17,7 @@ from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
 from clips.weights.load import load_model
 from clips.weights.open_clip import write_open_clip
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["a dog", "a cat at a dog"]

@@ -26,7 +26,7 @@ from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import AnswerStreamer, ChatSession
 from mllm.chat.terminal import Talk, chat_from_flags, dropped_files, load_image
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model import load
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm

@@ -27,7 +27,7 @@ from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
 from mllm.data.questions import open_questions
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.check_data import check_data, check_from_flags
 from mllm.training.prepare import data_of, open_data

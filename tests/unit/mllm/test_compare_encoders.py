@@ -30,7 +30,7 @@ from mllm.compare.report import floors, page
 from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.projector import save_projector
 from mllm.training.prepare import PROJECTOR, prepare_stage
 

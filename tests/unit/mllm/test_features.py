@@ -10,7 +10,7 @@ from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.errors import UserError
 from mllm.data.images import ImageStore
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm

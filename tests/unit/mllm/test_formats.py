@@ -32,7 +32,7 @@ from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.formats import V1_SYSTEM, get_format, saved_format
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.evaluation.evaluate import generate_answers
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import PROBES, LanguageModel, check_sentencepiece_ids, load_llm, read_tokenizer

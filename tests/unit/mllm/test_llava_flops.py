@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.encoders.encoder import VisionEncoder
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import LanguageModel, load_llm
 from mllm.model.packing import Counts

@@ -18,7 +18,7 @@ from tiny_mllm import write_llm, write_run
 from torch import nn
 
 from clips.common.errors import UserError
-from mllm.encoders.registry import load_vision
+from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training.arguments import (

@@ -24,7 +24,8 @@ from clips.data.images import MAX_PIXELS, decode_image, decoded_size
 from mllm.chat.model import ChatModel
 from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
-from mllm.encoders.registry import GRIDS, grid_pinpoints, image_pixels, load_vision
+from mllm.encoders.load import load_vision
+from mllm.encoders.registry import GRIDS, grid_pinpoints, image_pixels
 from mllm.model.convert import convert_llava
 from mllm.model.tiles import TokenLayout, placeholder_ids
 from mllm.training.features import FeatureCache

@@ -32,7 +32,8 @@ from mllm.data.dataset import ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.video import VIDEO, decode_video
 from mllm.data.video_frames import chosen, frames_of
-from mllm.encoders.registry import image_pixels, load_vision
+from mllm.encoders.load import load_vision
+from mllm.encoders.registry import image_pixels
 from mllm.evaluation.evaluate import generate_answers
 from mllm.model.tiles import TokenLayout, placeholder_ids, pool_tokens
 from mllm.training.features import FeatureCache

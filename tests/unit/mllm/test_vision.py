@@ -20,8 +20,8 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
-from mllm.encoders.load import LOADERS, check_equal
-from mllm.encoders.registry import ARGUMENTS, load_vision, parse_vision_name
+from mllm.encoders.load import LOADERS, check_equal, load_vision
+from mllm.encoders.registry import ARGUMENTS, parse_vision_name
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
