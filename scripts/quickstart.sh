@@ -78,7 +78,7 @@ if [ "$what" = demo ]; then
 else
   photos
   # Less than half of the samples of `small`, and more steps than `--small`, because a step asks fewer questions than
-  # the demo's: about as long as the demo.
+  # the demo's. It takes about as long as the demo.
   pretrain+=(--name photos --samples 72000 --data data/photos/train.tar --test-data data/photos/test.tar)
   llava=(--vision clips:runs/photos --seed "$SEED" --output_dir runs/llava-photos --small)
   llava+=(--image_folder data/photos/train.tar)

@@ -41,14 +41,14 @@ from clips.common.start import Start
 from clips.config import ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
 from clips.data.images import normalise
-from clips.data.loader import make_loader
+from clips.data.loader import make_loader, texts_of
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.engine.checkpoint import TrainState
 from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.loop import accumulate
-from clips.model.clips import CLIPSModel, Kept
+from clips.model.clips import CLIPSModel
 from clips.training import cli
 from clips.training.grad_cache import cache_gradients
 from clips.training.optim import limit_logit_scale, make_engine, rates_of
@@ -109,8 +109,7 @@ def time_parts(run: RunConfig, device: torch.device, repeats: int) -> list[list[
     engine.module.model.visual.set_image_size(run.phases[0].image_size)
     engine.set_rates(rates_of(run.phases[0].lr / 10, run.phases[0].muon_lr / 10))
     task, model, batch = engine.module, engine.module.model, engine.module.to_device(host, device)
-    kept = Kept(batch.get("patches"), batch.get("image_tokens"))
-    texts = [batch[name] for name in run.task.texts]
+    kept, texts = task.kept(batch), texts_of(batch)
 
     def outputs(count: int, caption: Tensor | None = None) -> list[Tensor]:
         out = model(batch["images"], texts[:count], caption, kept)

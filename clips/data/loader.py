@@ -73,7 +73,7 @@ def texts_of(batch: Batch) -> list[Tensor]:
 
 
 def counted(batch: Batch, config: ModelConfig, pad_id: int) -> Batch:
-    """Return a batch on the host with its `counts`."""
+    """Return `batch`, which is on the host and padded with `pad_id`, with its `counts` for a model of `config`."""
     kept = Kept(batch.get("patches"), batch.get("image_tokens"))
     side = batch["images"].shape[-1]
     return batch | {"counts": count_tokens(config, pad_id, side, texts_of(batch), batch.get("caption"), kept)}

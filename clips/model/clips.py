@@ -62,7 +62,10 @@ class Counts(NamedTuple):
 def count_tokens(
     config: ModelConfig, pad_id: int, image_size: int, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL
 ) -> Counts:
-    """Count the tokens that `CLIPSModel.forward` computes for these inputs, which are on the host."""
+    """Count the tokens that `CLIPSModel.forward` computes for its `texts` [B, L] and `caption` [B, T], on the host.
+
+    The images have a side of `image_size` pixels.
+    """
     words = [count_computed(ids, config.text, pad_id) for ids in texts]
     if caption is None:
         return Counts(words, 0, 0, 0)

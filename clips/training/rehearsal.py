@@ -16,6 +16,7 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
+from clips.data.images import normalise
 from clips.data.loader import micro_batch_size
 from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
@@ -57,9 +58,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
     trained = sum(p.numel() for group in groups for p in group["params"])
     by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
-    task.to_device(
-        {"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META
-    )  # its constants are made once
+    normalise(torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META))  # its constants are made once
     batch = full_batch(run.model, run.task, phase.image_size, micro, META)
     engine: Any = _Engine(task, run)
 

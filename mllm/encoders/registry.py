@@ -1,4 +1,4 @@
-"""The names of vision encoders. The code that uses an encoder (mllm/encoders/load.py) is the same for all of them.
+"""The names of vision encoders, which mllm/encoders/load.py loads. The code that uses them is the same for all.
 
     clips[:DIR|ID]  the newest CLIPS export under runs/, or the given run, export, model directory or hub id
     clip[:DIR|ID]   the newest or the given CLIP baseline that was trained here
