@@ -71,8 +71,8 @@ def demo() -> RunConfig:
         phases=(
             PhaseConfig(
                 name="60px",
-                samples=112_000,
-                batch_size=64,
+                samples=128_000,
+                batch_size=128,
                 lr=1.06e-3,
                 muon_lr=1.41e-2,
                 image_size=60,
@@ -80,7 +80,7 @@ def demo() -> RunConfig:
                 schedule="linear",
             ),
         ),
-        train=TrainConfig(eval_every=20_000, checkpoint_every=20_000),
+        train=TrainConfig(eval_every=25_600, checkpoint_every=25_600),
         eval=EvalConfig(batch_size=256),
     )
 
