@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -188,7 +189,13 @@ def shrink(out: Path) -> None:
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("what", choices=("answers", "results", "curve", "chat"), help="what to draw")
-    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json for `results`")
+    p.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        default=[Path("runs/compare/report.json")],
+        help="report.json files for `results`, whose encoders are drawn together",
+    )
     p.add_argument(
         "--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs for `answers`, `chat`"
     )
@@ -224,7 +231,8 @@ def main() -> None:
         asked = read_json_records(DEMO_DIR / UNSEEN_QUESTIONS)
         chance = right_by_one_answer([{"kind": line["kind"], "expected": line["answer"]} for line in asked])
         counts = Counter(line["kind"] for line in asked) + Counter(overall=len(asked))
-        metrics = {name: encoder["metrics"] for name, encoder in read_json(flags.report)["encoders"].items()}
+        encoders = chain.from_iterable(read_json(report)["encoders"].items() for report in flags.report)
+        metrics = {name: encoder["metrics"] for name, encoder in encoders}
         plot = results_plot(metrics, {kind: right / counts[kind] for kind, right in chance.items()})
     save_plot(plot, out)
     shrink(out)

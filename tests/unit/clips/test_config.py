@@ -195,7 +195,7 @@ def test_samples_and_batch_size_fit_together() -> None:
     assert [(phase.samples, phase.batch_size) for phase in run.phases] == [(48, 16)]
     run = pretrain("--samples", "64", "--set", "phases.0.batch_size=8")
     assert run.phases[0].batch_size == 8
-    with pytest.raises(UserError, match="samples 48 is below one batch of 64"):
+    with pytest.raises(UserError, match="samples 48 is below one batch of 128"):
         pretrain("--samples", "48")
 
 
@@ -205,15 +205,15 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
     assert [phase.lr for phase in run.phases] == pytest.approx([8e-6, 4e-7, 1e-7], rel=1e-12)
     assert [phase.warmup_samples for phase in run.phases] == [p.warmup_samples for p in recipe("b16").phases]
     own = recipe("demo").phases[0]
-    phase = pretrain("--batch-size", "16").phases[0]
+    phase = pretrain("--batch-size", "32").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
-    assert pretrain("--batch-size", "64") == recipe("demo")
-    phase = pretrain("--batch-size", "16", "--set", "phases.0.lr=0.5").phases[0]
+    assert pretrain("--batch-size", "128") == recipe("demo")
+    phase = pretrain("--batch-size", "32", "--set", "phases.0.lr=0.5").phases[0]
     assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))
-    phase = pretrain("--batch-size", "16", "--set", "optim.lr_scaling=linear").phases[0]
+    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=linear").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
-    phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
-    assert (phase.batch_size, phase.lr) == (32, own.lr), "--set sets one field"
+    phase = pretrain("--set", "phases.0.batch_size=64").phases[0]
+    assert (phase.batch_size, phase.lr) == (64, own.lr), "--set sets one field"
     with pytest.raises(UserError, match="batch_size 0 must be at least 1"):
         pretrain("--batch-size", "0")
 

@@ -186,7 +186,7 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     assert (demo.budget_share, demo.question_limit) == (0.5, 400)
     here = dataclasses.replace(full, encoders=("clips", "clip"))
     short = dataclasses.replace(here, quick=True)
-    for comparison, samples in ((here, 112_000), (short, 56_000)):
+    for comparison, samples in ((here, 128_000), (short, 64_000)):
         encoders = comparison.pretrained
         assert {pretrain_config(comparison, encoder).samples for encoder in encoders} == {samples}
 
