@@ -9,8 +9,8 @@ from tools.make_images import ALL, KINDS, chosen, results_plot
 
 
 def test_bars_and_lines_of_the_stored_comparison() -> None:
-    stored = read_json(ROOT / "docs" / "results" / "drawings.json")["encoders"]
-    encoders = {name: encoder["metrics"] for name, encoder in stored.items()}
+    reports = [read_json(ROOT / "docs" / "results" / f"{name}.json") for name in ("drawings", "drawings-floors")]
+    encoders = {name: encoder["metrics"] for report in reports for name, encoder in report["encoders"].items()}
     metrics = [*(f"{ALL}/{kind}" for kind in ("identity", "count", "where", "relation", "yes_no")), ALL]
     chance = dict.fromkeys((*KINDS, "overall"), 0.25)
     (axes,) = results_plot(encoders, chance).axes
