@@ -16,10 +16,11 @@ one token in common vocabularies.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from clips.common.files import built_as, ensure_built
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import TALKS, UNSEEN_ANSWERS
 
-VERSION = 12
+VERSION = 13
 """Increase it if texts or files change, so that older folders are rebuilt."""
 ALIGN = "align.json"
 INSTRUCT = "instruct.json"
@@ -54,6 +55,8 @@ VAL_QUESTIONS = "question_val.jsonl"
 TALK_QUESTIONS = "talk.jsonl"
 DESCRIPTIONS = "description.jsonl"
 IMAGES = "images"
+KEPT_SINGLES = 1 / 3
+"""Share of the scenes of one thing that are kept for instruction: a scene of several things asks and teaches more."""
 CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption, which covers all things in few tokens."""
 DESCRIBED_SHARE = 0.03
@@ -217,6 +220,8 @@ FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that mention no thing, and the share of conversations that begin with each; later turns give them away."""
 SUBJECTS = {"identity": 4, "where": 1, "relation": 8, "yes_no": 6}
 """Relative frequency of each kind of the other questions of a conversation."""
+WITHOUT_RELATION = ("identity", "yes_no")
+"""Kinds that stand in for a relation in scenes without one."""
 
 
 def talk_about(
@@ -279,7 +284,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
         return _record(scene.name, [(rng.choice(SHOW), scene.description)], scene.name, rng)
     first = [ask(scene, scene.things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
     kind = rng.choices([*SUBJECTS], [*SUBJECTS.values()])[0]
-    talk = talk_about(kind, scene, rng) or talk_about("where", scene, rng)
+    talk = talk_about(kind, scene, rng) or talk_about(rng.choice(WITHOUT_RELATION), scene, rng)
     return _record(scene.name, [*first, *talk], scene.name, rng)
 
 
@@ -428,13 +433,16 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
     align = settings["align"]
     per_kind = settings["per_kind"]
     seed = settings["seed"]
-    train = _write_images(demo_dir, "train", align + settings["instruct"], work / IMAGES)
-    test = _write_images(demo_dir, "test", None, work / IMAGES)
-    records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in train[align:]]
+    count = settings["instruct"]
+    train = _read_scenes(demo_dir, "train", align + count)
+    captioned = _write_images(itertools.islice(train, align), "captioned", work / IMAGES)
+    asked = _write_images(instruct_scenes(train, count, seed), "instruction", work / IMAGES)
+    test = _write_images(_read_scenes(demo_dir, "test"), "test", work / IMAGES)
+    records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in asked]
     records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(settings["text_only"])]
     random.Random(f"{seed}/order").shuffle(records)
     conversations = {
-        ALIGN: [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in train[:align]],
+        ALIGN: [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in captioned],
         INSTRUCT: records,
     }
     for name, rows in conversations.items():
@@ -448,10 +456,10 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
         ],
     }
     if (demo_dir / UNSEEN).is_dir():
-        unseen = _write_images(demo_dir, UNSEEN, None, work / IMAGES)
+        unseen = _write_images(_read_scenes(demo_dir, UNSEEN), UNSEEN, work / IMAGES)
         questions[UNSEEN_QUESTIONS] = eval_questions(unseen, per_kind, seed)
         questions[TALK_QUESTIONS] = talk_questions(unseen, per_kind // 2, seed)
-        val = _write_images(demo_dir, "val", None, work / IMAGES)
+        val = _write_images(_read_scenes(demo_dir, "val"), "validation", work / IMAGES)
         questions[VAL_QUESTIONS] = eval_questions(val, per_kind, seed)
     for name, rows in questions.items():
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -459,17 +467,36 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
     return {}
 
 
-def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -> list[DemoScene]:
+def _read_scenes(demo_dir: Path, split: str, least: int = 0) -> Iterator[DemoScene]:
     source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
-    count = len(source) if count is None else count
-    if count > len(source):
-        raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes")
-    scenes = []
-    for index in tqdm(range(count), desc=f"writing {split} images", unit="image", leave=False, disable=None):
-        scene = DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")
+    if least > len(source):
+        raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {least} are needed: build more scenes")
+    for index in range(len(source)):
+        yield DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")
+
+
+def instruct_scenes(scenes: Iterable[DemoScene], count: int, seed: int) -> list[DemoScene]:
+    """Return `count` of the scenes in their order, of those with one thing about the share `KEPT_SINGLES`.
+
+    If there are too few scenes of several things, more with one thing follow.
+    """
+    kept: list[DemoScene] = []
+    left: list[DemoScene] = []
+    for scene in scenes:
+        if len(kept) == count:
+            break
+        several = len(scene.things) > 1 or random.Random(f"{seed}/kept/{scene.name}").random() < KEPT_SINGLES
+        (kept if several else left).append(scene)
+    return kept + left[: count - len(kept)]
+
+
+def _write_images(scenes: Iterable[DemoScene], what: str, target: Path) -> list[DemoScene]:
+    """Write the images of the scenes into `target` and return the scenes."""
+    written = []
+    for scene in tqdm(scenes, desc=f"writing {what} images", unit="image", leave=False, disable=None):
         (target / scene.name).write_bytes(scene.data)
-        scenes.append(scene)
-    return scenes
+        written.append(scene)
+    return written
 
 
 def demo_questions(directory: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,42 @@ LEAST_DEVIATION = 2**-6
 """Least standard deviation along an axis, relative to the features' size: four times the rounding of bf16."""
 STEPS, BATCH, RATE, MOST_WORDS = 300, 64, 2e-3, 1_000
 """For `sharpen`: number of AdamW steps, images per step, peak learning rate (cosine), and most words to learn."""
+CLAUSE_WEIGHT, BESIDE_CLAUSES = 4.0, 0.25
+"""For `sharpen`: weight of what captions say about places, and of the whole captions where they do."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places on an image that a caption can name, such as "top left"."""
+
+    of_token: Tensor
+    """[N] or, by image, [n, N]: index of each image token's place."""
+    directions: Tensor
+    """[P, D]: where the embedding of each place's words lies."""
+    words: list[list[int]]
+    """Token ids of each place's words."""
+
+    def said(self, captions: Sequence[Sequence[int]], words: Sequence[int]) -> Tensor:
+        """Return [n, P, K]: the share of each of K words in what each of n captions says of each place.
+
+        A caption says of a place the words before it, up to the place before: in "a fox at the top left and a key in
+        the center" the key is in the center. A place of which it says none of the K words has zeros.
+        """
+        column = {word: k for k, word in enumerate(words)}
+        said = torch.zeros(len(captions), len(self.words), len(words))
+        for row, caption in zip(said, captions, strict=True):
+            clause: list[int] = []
+            begin = 0
+            while begin < len(caption):
+                named = [p for p, ids in enumerate(self.words) if list(caption[begin : begin + len(ids)]) == ids]
+                if named:
+                    row[named[0], [column[word] for word in clause if word in column]] = 1
+                    clause = []
+                    begin += len(self.words[named[0]])
+                else:
+                    clause.append(caption[begin])
+                    begin += 1
+        return said / said.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 @torch.no_grad()
@@ -158,7 +195,7 @@ def sharpen(
     features: Tensor,
     captions: Sequence[Sequence[int]],
     embeddings: Tensor,
-    places: tuple[Tensor, Tensor] | None = None,
+    places: Places | None = None,
     *,
     seed: int = 0,
 ) -> None:
@@ -167,7 +204,9 @@ def sharpen(
     A regression makes all tokens of an image resemble all words of its caption. Here only the token nearest to a word
     counts: the logit of "the caption contains this word" is a bias plus the log-sum-exp, over tokens, of 8 × cosine.
     Two penalties keep mean and spread of the word embeddings. features [n, N, W], embeddings [V, D]. `places`, if
-    given, makes each token point at the word for its position too: the position's index [n, N] and directions [P, D].
+    given, makes each token point at the words for its place too. Where captions tell what is at a place, the tokens
+    there learn it: the cross entropy of 16 × their mean cosine to each word (`Places.said`). Without that each token of
+    an image of two things would name both.
     """
     vocabulary = embeddings.float()
     centre, spread = vocabulary.mean(dim=0), _distance_from_mean(vocabulary)
@@ -177,6 +216,8 @@ def sharpen(
         return
     held = _held(captions, words)
     directions = F.normalize(vocabulary[words] - centre)
+    said = None if places is None else places.said(captions, words)
+    says = said is not None and bool(said.any())
     bias = nn.Parameter(torch.logit(held.float().mean(dim=0)) - 4)
     layers = trainable_layers(projector).values()
     weights = [parameter for layer in layers for parameter in layer.parameters()]
@@ -191,11 +232,18 @@ def sharpen(
         cosines = F.normalize(tokens - centre, dim=-1)
         logits = torch.logsumexp(8 * cosines @ directions.T, dim=1) + bias
         loss = F.binary_cross_entropy_with_logits(logits, held[chosen].float(), reduction="none").sum(dim=1).mean()
+        loss *= BESIDE_CLAUSES if says else 1.0
         loss += (_distance_from_mean(tokens.flatten(0, 1)) / spread - 1).square()
         loss += ((tokens.mean(dim=(0, 1)) - centre) / spread).square().sum()
         if places is not None:
-            by_token, place_words = places
-            loss += 2 * F.cross_entropy((8 * cosines @ place_words.T).flatten(0, 1), by_token[chosen].flatten())
+            of_token = places.of_token[chosen]
+            loss += 2 * F.cross_entropy((8 * cosines @ places.directions.T).flatten(0, 1), of_token.flatten())
+        if places is not None and said is not None and says:
+            there = F.one_hot(of_token, len(places.words)).float()
+            count = there.sum(dim=1)[..., None]  # [b, P, 1]
+            named = 16 * (there.transpose(1, 2) @ cosines @ directions.T) / count.clamp_min(1)
+            told = said[chosen] * (count > 0)
+            loss -= CLAUSE_WEIGHT * (told * named.log_softmax(dim=-1)).sum() / told.sum().clamp_min(1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

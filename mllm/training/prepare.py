@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import can_pack
 from mllm.model.projector import load_projector
-from mllm.model.projector_start import sharpen, start_from_captions
+from mllm.model.projector_start import Places, sharpen, start_from_captions
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, placeholder_ids
 from mllm.training.arguments import AROUND_PROJECTOR, TrainArguments
@@ -389,7 +389,8 @@ def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
     sample = torch.cat(parts)
     r2 = start_from_captions(fitted, sample, captions, words, seed=arguments.seed)
     places = places_of_tokens(encoder.num_tokens, words, prepared.processor.tokenizer)
-    sharpen(fitted, sample, captions, words, places and (places[0][torch.cat(kept)], places[1]), seed=arguments.seed)
+    places = places and replace(places, of_token=places.of_token[torch.cat(kept)])
+    sharpen(fitted, sample, captions, words, places, seed=arguments.seed)
     for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
         value = value.data.to(device)  # NCCL broadcasts only from the GPU
         if dist.is_initialized():
@@ -398,11 +399,11 @@ def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
     return r2
 
 
-def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor] | None:
-    """Return the index of the nearest of `PLACES` for each image token [N], and the places' directions [P, D].
+def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> Places | None:
+    """Return `PLACES`, of which each of the `tokens` has the nearest, or None unless the tokens are a square grid.
 
     A direction is the mean embedding of the place's words without what all places share, as the adapter was taught.
-    Return None unless `tokens` is a square grid. `words` [V, D] are the word embeddings.
+    `words` [V, D] are the word embeddings.
     """
     side = math.isqrt(tokens)
     if side**2 != tokens:
@@ -413,4 +414,4 @@ def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerB
     ids = [tokenizer(f" {place}", add_special_tokens=False)["input_ids"] for place in PLACES]
     directions = F.normalize(torch.stack([units[of_place].mean(dim=0) for of_place in ids]))
     directions = F.normalize(directions - directions.mean(dim=0))
-    return torch.cdist(grid, torch.tensor([*PLACES.values()])).argmin(dim=1), directions
+    return Places(torch.cdist(grid, torch.tensor([*PLACES.values()])).argmin(dim=1), directions, ids)

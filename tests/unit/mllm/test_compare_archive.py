@@ -338,7 +338,9 @@ def test_the_plan_s_spread_is_that_of_pretrained_encoders() -> None:
     total, of_answers, of_images = [], [], []
     for name in ("answers", "answers_unseen"):
         right = {run: np.array([answer == "1" for answer in answers], float) for run, answers in stored[name].items()}
-        clips, clip = (np.stack([right[run] for run in right if run.startswith(f"{kind}-")]) for kind in ("clips", "clip"))
+        clips, clip = (
+            np.stack([right[run] for run in right if run.startswith(f"{kind}-")]) for kind in ("clips", "clip")
+        )
         between = clips - clip
         seeds, questions = between.shape
         assert questions == OF_QUESTIONS

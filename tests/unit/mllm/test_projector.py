@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from mllm.model.projector import (
 )
 from mllm.model.projector_start import (
     FEWEST,
+    Places,
     caption_targets,
     least_squares_init,
     sharpen,
@@ -151,14 +153,16 @@ def test_sharpened_tokens_point_at_what_they_show_and_at_their_place(kind):
     of_one = torch.tensor([len(caption) == 3 for caption in captions])
     features = features + torch.randn(4, 24)
     words, projector = torch.randn(110, 64) * 3 + 1, make(kind)
-    places = torch.arange(4).expand(len(features), -1), normalize(torch.randn(4, 64))
+    places = Places(
+        torch.arange(4).expand(len(features), -1), normalize(torch.randn(4, 64)), [[200 + i] for i in range(4)]
+    )
     start_from_captions(projector, features, captions, words)
 
     def metrics() -> tuple[float, float, float]:
         tokens = projector(features).detach() - words.mean(0)
         cosines = normalize(tokens, dim=-1) @ normalize(words[:8] - words.mean(0)).T
         named = (cosines[of_one].amax(1).argmax(-1) == shown[:, 0]).float().mean()
-        placed = ((tokens @ places[1].T).argmax(-1) == places[0]).float().mean()
+        placed = ((tokens @ places.directions.T).argmax(-1) == places.of_token).float().mean()
         return named.item(), placed.item(), (tokens.norm(dim=-1).mean() / 24).item()
 
     before = metrics()
@@ -172,10 +176,42 @@ def test_sharpened_tokens_point_at_what_they_show_and_at_their_place(kind):
         assert torch.equal(projector.linear_2.weight, torch.eye(64))
 
 
+def test_what_a_caption_says_of_a_place_is_what_stands_before_it():
+    places = Places(torch.zeros(4), torch.zeros(3, 8), [[7, 8], [7, 9], [5]])
+    said = places.said([[1, 2, 7, 8, 3, 7, 9, 1], [4, 4, 1, 5], [7, 8, 2], []], [1, 2, 3])
+    assert said[0].tolist() == [[0.5, 0.5, 0], [0, 0, 1], [0, 0, 0]], "the last word stands behind the last place"
+    assert said[1].tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]], "4 is none of the words"
+    assert not said[2:].any()
+
+
+def test_where_captions_name_places_tokens_learn_what_is_there():
+    """Each token mixes the looks of all things of its image, its own thing most: only clauses tell them apart."""
+    torch.manual_seed(2)
+    looks = torch.randn(9, 24)
+    shown = torch.stack([torch.randperm(9)[:2] for _ in range(2000)])
+    features = (looks[shown] + 0.8 * looks[shown.flip(1)]).repeat_interleave(2, dim=1) + 0.3 * torch.randn(2000, 4, 24)
+    features[:, :2] += torch.randn(24)
+    words = torch.randn(110, 64) * 3 + 1
+    captions = [[int(a), 100, int(b), 101] for a, b in shown]
+    placed = Places(torch.tensor([0, 0, 1, 1]).expand(2000, -1), normalize(torch.randn(2, 64)), [[100], [101]])
+
+    def named(places: Places) -> float:
+        torch.manual_seed(0)
+        projector = make("mlp2x_gelu")
+        start_from_captions(projector, features, captions, words)
+        sharpen(projector, features, captions, words, places)
+        tokens = projector(features).detach() - words.mean(0)
+        cosines = tokens @ normalize(words[:9] - words.mean(0)).T
+        return (cosines.argmax(-1) == shown.repeat_interleave(2, dim=1)).float().mean().item()
+
+    silent = replace(placed, words=[[102], [103]])  # places that no caption names
+    assert named(silent) < 0.8 < named(placed)
+
+
 def test_places_of_tokens_are_those_of_a_square_grid():
     words = torch.randn(200, 16)
-    of_token, directions = places_of_tokens(36, words, lambda text, **_: {"input_ids": [len(text), ord(text[1])]})
-    rows = of_token.view(6, 6).tolist()
+    places = places_of_tokens(36, words, lambda text, **_: {"input_ids": [len(text), ord(text[1])]})
+    rows, directions = places.of_token.view(6, 6).tolist(), places.directions
     assert (rows[0][0], rows[0][5], rows[5][0], rows[5][5], rows[2][3]) == (0, 1, 2, 3, 4), "in PLACES' order"
     assert directions.shape == (5, 16)
     assert (directions @ directions.T - torch.eye(5)).max() < 0.6, "told apart"
