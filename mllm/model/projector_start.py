@@ -22,8 +22,8 @@ LEAST_DEVIATION = 2**-6
 """Least standard deviation along an axis, relative to the features' size: four times the rounding of bf16."""
 STEPS, BATCH, RATE, MOST_WORDS = 300, 64, 2e-3, 1_000
 """For `sharpen`: number of AdamW steps, images per step, peak learning rate (cosine), and most words to learn."""
-CLAUSE_WEIGHT, BESIDE_CLAUSES = 4.0, 0.25
-"""For `sharpen`: weight of what captions say about places, and of the whole captions where they do."""
+CLAUSE_WEIGHT, BESIDE_CLAUSES = 2.5, 0.25
+"""For `sharpen`: weight of what a caption says of a place, and of the whole caption if it does (otherwise 1)."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ def sharpen(
         return
     held = _held(captions, words)
     directions = F.normalize(vocabulary[words] - centre)
-    said = None if places is None else places.said(captions, words)
-    says = said is not None and bool(said.any())
+    said = torch.zeros(len(captions), 0, len(words)) if places is None else places.said(captions, words)
+    weight = torch.where(said.flatten(1).any(dim=1), BESIDE_CLAUSES, 1.0)
     bias = nn.Parameter(torch.logit(held.float().mean(dim=0)) - 4)
     layers = trainable_layers(projector).values()
     weights = [parameter for layer in layers for parameter in layer.parameters()]
@@ -231,19 +231,18 @@ def sharpen(
         tokens = projector(inputs)
         cosines = F.normalize(tokens - centre, dim=-1)
         logits = torch.logsumexp(8 * cosines @ directions.T, dim=1) + bias
-        loss = F.binary_cross_entropy_with_logits(logits, held[chosen].float(), reduction="none").sum(dim=1).mean()
-        loss *= BESIDE_CLAUSES if says else 1.0
+        loss = F.binary_cross_entropy_with_logits(logits, held[chosen].float(), reduction="none").sum(dim=1)
+        loss = (weight[chosen] * loss).mean()
         loss += (_distance_from_mean(tokens.flatten(0, 1)) / spread - 1).square()
         loss += ((tokens.mean(dim=(0, 1)) - centre) / spread).square().sum()
         if places is not None:
             of_token = places.of_token[chosen]
             loss += 2 * F.cross_entropy((8 * cosines @ places.directions.T).flatten(0, 1), of_token.flatten())
-        if places is not None and said is not None and says:
             there = F.one_hot(of_token, len(places.words)).float()
             count = there.sum(dim=1)[..., None]  # [b, P, 1]
             named = 16 * (there.transpose(1, 2) @ cosines @ directions.T) / count.clamp_min(1)
             told = said[chosen] * (count > 0)
-            loss -= CLAUSE_WEIGHT * (told * named.log_softmax(dim=-1)).sum() / told.sum().clamp_min(1)
+            loss -= CLAUSE_WEIGHT * (told * named.log_softmax(dim=-1)).sum() / BATCH
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
