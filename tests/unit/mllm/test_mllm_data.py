@@ -22,7 +22,16 @@ from clips.data.demo import NUMBERS, PLACES, ensure_demo
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset, pad_rows
-from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
+from mllm.data.demo import (
+    DESCRIPTIONS,
+    IMAGES,
+    KINDS,
+    QUESTIONS,
+    UNSEEN_QUESTIONS,
+    DemoScene,
+    ensure_llava_demo,
+    instruct_scenes,
+)
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.data.sampler import EpochSampler
@@ -269,6 +278,16 @@ def test_demo_answers_are_true(demo):
         assert kind in (None, expected)
         seen[expected] += 1
     assert set(seen) == {*KINDS, "background", "description"}
+
+
+def test_most_scenes_for_instruction_have_several_things():
+    things = [[("fox", "center")] * (1 + number % 2) for number in range(3_000)]
+    scenes = [DemoScene(f"{n}.jpg", b"", tuple(shown), "red", "", "") for n, shown in enumerate(things)]
+    some = instruct_scenes(iter(scenes), 1_000, seed=0)
+    singles = sum(len(scene.things) == 1 for scene in some)
+    assert some == sorted(some, key=lambda scene: int(scene.name[:-4])), "in their order"
+    assert singles / 1_000 == pytest.approx(0.25, abs=0.04)  # of 3 scenes of several things and 1 of 3 of one thing
+    assert len(instruct_scenes(iter(scenes), 2_500, seed=0)) == 2_500, "the others with one thing fill up"
 
 
 def test_demo_questions_are_balanced_and_held_out(demo):
