@@ -81,9 +81,9 @@ ANSWER_VARIANCE = 1.58e-4
 IMAGE_VARIANCE = 0.31e-4
 """Variances of the difference in right answers between two encoders: between LLaVA runs on the same encoders, between
 pretraining runs, and, both for `OF_QUESTIONS` questions, between single answers and between images. Only the last two
-shrink with more questions. tests/unit/mllm/test_compare_archive.py computes the sum of the first three, the third and
-the fourth from the right answers in docs/results/drawings.json. That comparison has one LLaVA run on each encoder and
-cannot separate the first two, so half of the rest is assumed for each."""
+shrink with more questions; they are those of docs/results/drawings.json. The first two are what was left of the spread
+in an earlier comparison of five seeds with one LLaVA run on each encoder, half of it each, because such a design cannot
+separate them. The spread in drawings.json is smaller, which may be luck, so the larger one counts."""
 OF_QUESTIONS = 1280
 
 
