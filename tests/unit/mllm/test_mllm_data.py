@@ -349,7 +349,7 @@ def test_the_summary_of_the_demo_says_whose_images_are_asked_about(tmp_path, mon
         text = capsys.readouterr().out
         assert f"images in {'an unseen' if artists == 'unseen' else 'a known'} drawing style" in text
         assert "What? – A cat (wrong: A dog)" in text
-        assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +44 to 63", text)
+        assert re.search(r"answers: identity +│ +0.0 │ +3.1 │ +50 to 70", text)
         assert re.search(r"zero-shot top 1 +│ +50.0 │ +3.0 │ +62 to 77", text)
         assert re.search(r"answers: colour +│ +9.0 │ +8.0 │ +│", text), "a metric without a normal range"
         assert ("test in an unseen drawing style is missing" in text) == (artists == "seen")
