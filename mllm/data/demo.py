@@ -132,7 +132,7 @@ class DemoScene:
     @staticmethod
     def of(sample: RawSample, name: str) -> DemoScene:
         """Return the scene called `name` that a sample of the demo holds."""
-        assert sample.long is not None  # `_write_images` opens the scenes with need_long
+        assert sample.long is not None  # `_read_scenes` opens the scenes with need_long
         extra = sample.extra
         places = list(PLACES)
         things = sorted((places.index(thing["place"]), thing["concept"]) for thing in extra["objects"])
@@ -435,9 +435,9 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
     seed = settings["seed"]
     count = settings["instruct"]
     train = _read_scenes(demo_dir, "train", align + count)
-    captioned = _write_images(itertools.islice(train, align), "captioned", work / IMAGES)
-    asked = _write_images(instruct_scenes(train, count, seed), "instruction", work / IMAGES)
-    test = _write_images(_read_scenes(demo_dir, "test"), "test", work / IMAGES)
+    captioned = _write_images(itertools.islice(train, align), work / IMAGES)
+    asked = _write_images(instruct_scenes(train, count, seed), work / IMAGES)
+    test = _write_images(_read_scenes(demo_dir, "test"), work / IMAGES)
     records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in asked]
     records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(settings["text_only"])]
     random.Random(f"{seed}/order").shuffle(records)
@@ -456,10 +456,10 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
         ],
     }
     if (demo_dir / UNSEEN).is_dir():
-        unseen = _write_images(_read_scenes(demo_dir, UNSEEN), UNSEEN, work / IMAGES)
+        unseen = _write_images(_read_scenes(demo_dir, UNSEEN), work / IMAGES)
         questions[UNSEEN_QUESTIONS] = eval_questions(unseen, per_kind, seed)
         questions[TALK_QUESTIONS] = talk_questions(unseen, per_kind // 2, seed)
-        val = _write_images(_read_scenes(demo_dir, "val"), "validation", work / IMAGES)
+        val = _write_images(_read_scenes(demo_dir, "val"), work / IMAGES)
         questions[VAL_QUESTIONS] = eval_questions(val, per_kind, seed)
     for name, rows in questions.items():
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -471,29 +471,29 @@ def _read_scenes(demo_dir: Path, split: str, least: int = 0) -> Iterator[DemoSce
     source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
     if least > len(source):
         raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {least} are needed: build more scenes")
-    for index in range(len(source)):
+    for index in tqdm(range(len(source)), desc=f"reading {split} scenes", unit="scene", leave=False, disable=None):
         yield DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")
 
 
 def instruct_scenes(scenes: Iterable[DemoScene], count: int, seed: int) -> list[DemoScene]:
-    """Return `count` of the scenes in their order, of those with one thing about the share `KEPT_SINGLES`.
+    """Return `count` of the scenes in their order: all of several things, and the share `KEPT_SINGLES` of the others.
 
-    If there are too few scenes of several things, more with one thing follow.
+    If these are too few, the scenes that were left out follow.
     """
     kept: list[DemoScene] = []
     left: list[DemoScene] = []
     for scene in scenes:
         if len(kept) == count:
             break
-        several = len(scene.things) > 1 or random.Random(f"{seed}/kept/{scene.name}").random() < KEPT_SINGLES
-        (kept if several else left).append(scene)
+        keep = len(scene.things) > 1 or random.Random(f"{seed}/kept/{scene.name}").random() < KEPT_SINGLES
+        (kept if keep else left).append(scene)
     return kept + left[: count - len(kept)]
 
 
-def _write_images(scenes: Iterable[DemoScene], what: str, target: Path) -> list[DemoScene]:
+def _write_images(scenes: Iterable[DemoScene], target: Path) -> list[DemoScene]:
     """Write the images of the scenes into `target` and return the scenes."""
     written = []
-    for scene in tqdm(scenes, desc=f"writing {what} images", unit="image", leave=False, disable=None):
+    for scene in scenes:
         (target / scene.name).write_bytes(scene.data)
         written.append(scene)
     return written

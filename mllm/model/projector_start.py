@@ -41,7 +41,7 @@ class Places:
         """Return [n, P, K]: the share of each of K words in what each of n captions says of each place.
 
         A caption says of a place the words before it, up to the place before: in "a fox at the top left and a key in
-        the center" the key is in the center. A place of which it says none of the K words has zeros.
+        the center" the key is in the center. Zeros stand for a place of which it says none of the K words.
         """
         column = {word: k for k, word in enumerate(words)}
         said = torch.zeros(len(captions), len(self.words), len(words))

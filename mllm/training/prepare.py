@@ -400,7 +400,7 @@ def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
 
 
 def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> Places | None:
-    """Return `PLACES`, of which each of the `tokens` has the nearest, or None unless the tokens are a square grid.
+    """Return `PLACES` and which of them each token is nearest to, or None unless the tokens are a square grid.
 
     A direction is the mean embedding of the place's words without what all places share, as the adapter was taught.
     `words` [V, D] are the word embeddings.

@@ -348,8 +348,8 @@ def test_the_plan_s_spread_is_not_below_that_of_pretrained_encoders() -> None:
         of_answers.append(between.var(0, ddof=1).mean() / questions)
         of_images.append(between.mean(0).var(ddof=1) / questions - of_answers[-1] / seeds)
     assert np.mean(total) <= RUN_VARIANCE + ENCODER_VARIANCE + ANSWER_VARIANCE
-    assert pytest.approx(np.mean(of_answers), rel=0.05) == ANSWER_VARIANCE
-    assert pytest.approx(np.mean(of_images), rel=0.05) == IMAGE_VARIANCE
+    assert pytest.approx(np.mean(of_answers), rel=0.02) == ANSWER_VARIANCE
+    assert pytest.approx(np.mean(of_images), rel=0.02) == IMAGE_VARIANCE
 
 
 @pytest.mark.parametrize(
