@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from clips import is_of_demo
 from clips.common.errors import UserError, never_in_the_way
 from clips.common.files import STAMP, read_json, write_json
@@ -25,7 +23,6 @@ from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
 from mllm.model.tiles import newline_of
 from mllm.training.freeze import llava_of
-from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, PreparedStage
 from mllm.training.stages import STAGES
 
@@ -47,7 +44,9 @@ def write_results(prepared: PreparedStage, summary: dict[str, Any]) -> None:
     if arguments.stage == 2:
         dtype = llava.lm_head.weight.dtype
         quantized = arguments.bits < 16
-        if isinstance(model, PeftModel):
+        if prepared.freeze["language_model"] == "lora":
+            from mllm.training.lora import merge_lora, merge_quantized_lora  # imports PEFT
+
             if arguments.llm_layers is None:  # else no model that others have fits the adapter
                 model.save_pretrained(str(run_dir / "adapter"))
                 extra = run_dir / "adapter" / "non_lora_trainables.bin"

@@ -1,5 +1,7 @@
 """The parts that a stage needs before its first step: encoder, language model, data, projector, freeze plan."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -7,12 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedTokenizerBase
@@ -44,10 +45,12 @@ from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, pl
 from mllm.training.arguments import AROUND_PROJECTOR, TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
-from mllm.training.lora import add_lora
 from mllm.training.stages import TrainMode, freeze_table
 from mllm.training.task import Collator, steps_of
 from mllm.training.zero import with_hidden_size, zero_stage
+
+if TYPE_CHECKING:  # its import takes seconds, and only LoRA needs it
+    from peft import PeftModel
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
@@ -170,7 +173,11 @@ def trainable(
         # Earlier versions of transformers have the old name alone, which later ones deprecate.
         enable = getattr(language_model, "activation_checkpointing_enable", None)
         (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
+    model: Llava | PeftModel = llava
+    if freeze["language_model"] == "lora":
+        from mllm.training.lora import add_lora  # imports PEFT
+
+        model = add_lora(llava, arguments)
     apply_freeze(model, freeze)
     return model
 
