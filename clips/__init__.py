@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
     from clips.config import DataConfig, Fields, RunConfig, parse_fields
+    from clips.data.dataset import Dataset, open_data
     from clips.data.demo import CONCEPTS, NUMBERS, PLACES, at_place, capital, demo_split, ensure_any_demo, is_of_demo
-    from clips.data.guess import NAMES, expand, guess_fields, guess_root
     from clips.data.images import (
         ENDINGS,
         IMAGENET_MEAN,
@@ -26,12 +26,11 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         decode_image,
         decoded_size,
     )
-    from clips.data.sample import BrokenSample, RawSample, cell_of, flat
+    from clips.data.importing.layouts import NAMES, expand
+    from clips.data.importing.tar import read_members
+    from clips.data.sample import MAX_CAPTION, BrokenSample, RawSample, flat
     from clips.data.sentences import split_sentences
-    from clips.data.sources import MAX_CAPTION, Source, open_source
     from clips.data.splits import count_shared, held_out_images, held_out_sets, open_split, split_spec
-    from clips.data.table import Table
-    from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.encode import ImageSet
     from clips.evaluation.evaluate import PROBE_SAMPLES, probe_images

@@ -328,10 +328,12 @@ class DataConfig:
     fields: Fields = field(default_factory=Fields)
     image_root: str | None = None
     """Tables: the folder that image paths are relative to, by default the table's folder."""
+    allow_outside: bool = False
+    """Tables: take images whose path leads out of the image folder."""
     demo_dir: str = "data/demo"
     workers: int = bounded(2, at_least=0)
     cache_gb: float = bounded(50, at_least=0)
-    """Remote data: GB of this machine's disk for copies of tar shards; 0 makes no copies."""
+    """Remote data: GB of this machine's disk for everything that is copied; 0 makes no copies."""
     max_broken_share: float = bounded(0.01, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from clips import BrokenSample, Fields, Source, decode_image, is_of_demo, open_source, parse_fields, split_sentences
+from clips import BrokenSample, Dataset, Fields, decode_image, is_of_demo, open_data, parse_fields, split_sentences
 from clips.common.errors import BrokenDataError, CommandError, UserError, first_line
 from clips.common.escape import clip, one_line
 from clips.common.files import check_target, from_json, placing, read_json, write_json
@@ -245,7 +245,7 @@ class LocalModel:
             pair.long = text if has_ended else whole_sentences(text)
 
 
-def read_pairs(source: Source, indices: Iterable[int]) -> Iterator[Pair]:
+def read_pairs(source: Dataset, indices: Iterable[int]) -> Iterator[Pair]:
     """Yield the pair at each index; one that cannot be read has a reason instead of an image."""
     for index in indices:
         try:
@@ -362,7 +362,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     if kind == "hf" and not is_of_demo(flags.data) and data_of(name) == ["demo"]:
         raise UserError(f"{name} was trained on the demo, so it would describe other images with the demo's things")
     fields = parse_fields(flags.fields, Fields())
-    source = open_source(flags.data, fields, image_root=flags.image_root, need_long=False)
+    source = open_data(flags.data, fields, image_root=flags.image_root, need_long=False)
     if any(Path(file).resolve().is_relative_to(output.resolve()) for file in source.files):
         raise UserError(f"--data {flags.data} contains {output}, the output of this command: choose other data")
 
@@ -388,7 +388,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
             part = itertools.islice(captioned, len(indices))
             left_out[path] = write_part(path, part, flags.max_left_out_share, bar, before)
 
-    counts = dict(sum(left_out.values(), Counter())) | {"no pair": sum(source.left_out)}
+    counts = dict(sum(left_out.values(), Counter())) | {"no pair": source.skipped[0]}
     print(f"{len(source):,} pairs are captioned in {output}; left out: {counts}")
     name = unused(Path("runs/recaptioned")).name
     say_next(f"python scripts/pretrain_clips.py --name {name} --data {shlex.quote(str(output))}")

@@ -227,15 +227,15 @@ def through_the_loader(spec: str, wanted: dict[str, str]) -> Reasons:
     from conftest import tiny_run
 
     from clips.config import Fields
+    from clips.data.dataset import open_data
     from clips.data.loader import make_loader
-    from clips.data.sources import open_source
     from clips.data.tokenizer import build_tokenizer
 
     is_table, run = spec.endswith(".jsonl"), tiny_run()
     fields = Fields(image="img", web="json:org_caption", long="txt")
     if is_table:
         fields = Fields(image="image", web="org_caption", long="long")
-    source = open_source(spec, fields, need_long=True)
+    source = open_data(spec, fields, need_long=True)
     assert len(source) == len(wanted), (len(source), len(wanted))
     tokenizer = build_tokenizer("bert")
     run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=tokenizer.vocab_size)))

@@ -39,10 +39,10 @@ from clips.common.paths import SCRIPTS
 from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.common.start import Start
 from clips.config import ModelConfig, RunConfig
+from clips.data.dataset import Dataset
 from clips.data.demo import ensure_demo
 from clips.data.images import normalise
 from clips.data.loader import make_loader, texts_of
-from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.engine.checkpoint import TrainState
@@ -216,9 +216,9 @@ def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
     return reduced
 
 
-def open_data(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
+def open_data(run: RunConfig) -> tuple[Dataset, CaptionTokenizer]:
     source = open_split(run.data, "train", need_long=run.task.captions)
-    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+    texts = source.all_captions() if run.captions.tokenizer == "wordpiece" else None
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 

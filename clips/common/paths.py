@@ -71,13 +71,14 @@ def is_plain(name: str) -> bool:
 
 
 def inside(root: str | Path, name: str) -> str:
-    """Return the path of `name` below the folder `root`, with links resolved. Raises ValueError if it is outside.
+    """Return the path of `name` below the folder `root`. Raises ValueError if it leads out of the folder.
 
-    An absolute `name` is allowed if it is below `root`.
+    An absolute `name` is allowed if it is below `root`. A link inside the folder is inside, wherever it points, as in
+    the folders of the Hugging Face cache, DVC and git-annex.
     """
     if "\0" not in name and not is_remote(name):
-        real_root = os.path.realpath(root)
-        path = os.path.realpath(os.path.join(real_root, name))
-        if Path(path).is_relative_to(real_root):
+        top = os.path.abspath(root)
+        path = os.path.normpath(os.path.join(top, name))
+        if Path(path).is_relative_to(top):
             return path
     raise ValueError(f"{name!r} is outside {str(root)!r}")

@@ -18,6 +18,9 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import recipe
 
+SHOWN = 10
+"""Skipped rows of each file that are printed; the manifest has more."""
+
 
 def check_from_flags(flags: argparse.Namespace) -> None:
     """Run scripts/check_data.py with DATA, --mix or --karpathy. Raises the errors of `check_pairs`."""
@@ -44,34 +47,38 @@ def check_pairs(run: RunConfig, limit: int | None = None, jobs: int = 1) -> Foun
     and at the end BrokenDataError (exit 4) if more than `data.max_broken_share` are broken.
     """
     everything = replace(run.data, held_out=0.0)  # also the images that will validate
-    source = open_split(everything, "train", need_long=run.task.captions)
-    indices = drawn(len(source), limit)
-    tokenizer = build_tokenizer(run.captions.tokenizer, source.captions(indices), vocab_size=run.model.text.vocab_size)
+    dataset = open_split(everything, "train", need_long=run.task.captions)
+    indices = drawn(len(dataset), limit)
+    texts_of_all = dataset.all_captions(indices)
+    tokenizer = build_tokenizer(run.captions.tokenizer, texts_of_all, vocab_size=run.model.text.vocab_size)
     captioner = run.model.captioner
     room = {"web caption": run.model.text.words}
-    room["long caption"] = captioner.length - 2 if captioner else run.model.text.words
+    if captioner:  # without one, a step reads a sentence of the long caption
+        room["long caption"] = captioner.length - 2
 
     def read(index: int) -> Checked:
         try:
-            raw = source.read(index)
+            raw = dataset.read(index)
             decode_image(raw.image, raw.key)
         except BrokenSample as error:
-            return Checked(str(error), "missing image" if source.missing(index) else error.reason.partition(":")[0])
-        pair = zip(room, raw.texts.draw(random.Random(0)), strict=True)  # of one step; equal samples draw alike
-        texts = {name: text for name, text in pair if text}
+            return Checked(str(error), "missing image" if dataset.missing(index) else error.reason.partition(":")[0])
+        pair = zip(("web caption", "long caption"), raw.texts.draw(random.Random(0)), strict=True)
+        texts = {name: text for name, text in pair if text}  # of one step; equal samples draw alike
         tokens = zip(texts, tokenizer.encode([*texts.values()]), strict=True)
-        cut = [name for name, ids in tokens if len(ids) > room[name]]
+        cut = [name for name, ids in tokens if len(ids) > room.get(name, len(ids))]
         seen = texts | {"image": hashlib.sha256(raw.image).hexdigest()}  # also one of another name in a table of paths
         return Checked(f"{raw.key}: {texts}", texts=seen, cut=cut)
 
-    for problem in source.problems:
-        print(without_secrets(problem))
+    skipped, rows = dataset.skipped
+    for part in dataset.parts:
+        for key, why in part.facts["examples"][:SHOWN]:
+            print(without_secrets(f"skipped: {part.url}#{key}: {why}"))
     found = check(read, indices, jobs)
-    unfit = source.unreadable / max(1, source.rows)  # of all rows; of the samples only a part may be checked
+    unfit = skipped / max(1, rows)  # of all rows; of the samples only a part may be checked
     share = unfit + (1 - unfit) * found.faults.total() / max(1, found.checked)
     most = run.data.max_broken_share
     if share > most:
-        broken = found.faults.total() + source.unreadable
-        what = f"{broken:,} of {found.checked + source.unreadable:,} samples are broken, {share:.1%}"
+        broken = found.faults.total() + skipped
+        what = f"{broken:,} of {found.checked + skipped:,} samples are broken, {share:.1%}"
         raise BrokenDataError(f"{what}: above data.max_broken_share = {most:.1%} training stops. {mend_broken(share)}")
     return found

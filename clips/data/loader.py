@@ -26,13 +26,12 @@ from torch import Tensor
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.paths import is_remote
 from clips.config import CaptionerConfig, ModelConfig, PhaseConfig, RunConfig
+from clips.data.dataset import Dataset
 from clips.data.images import Preprocess, stacked
-from clips.data.joined import MixedSource, PartSource
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import Copies, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
-from clips.data.sources import Source, TarSource
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine.engine import Batch
 from clips.engine.loader import load_batches
@@ -47,7 +46,7 @@ GROUPS = 3
 
 
 def make_loader(
-    source: Source,
+    dataset: Dataset,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
     *,
@@ -64,7 +63,7 @@ def make_loader(
     """
     micro = [micro_batch_size(one, run.train.accumulation, world_size) for one in run.phases]
     places = _places(run.phases, run.train.accumulation, micro, rank, world_size, phase, step)
-    return load_batches(BatchReader(source, tokenizer, run), places, run.data.workers, "data.workers")
+    return load_batches(BatchReader(dataset, tokenizer, run), places, run.data.workers, "data.workers")
 
 
 def texts_of(batch: Batch) -> list[Tensor]:
@@ -107,29 +106,32 @@ def _places(
 
 
 class ReadAhead:
-    """Downloads remote shards in background threads while training reads, and makes `source` read the local copies.
+    """Downloads remote shards in background threads while training reads, and makes `dataset` read the local copies.
 
     It fetches the shards from which training draws now and those that come next (a group of `SampleOrder`). Call `at`
     with each batch's positions before its samples are read. Local data needs no copies, and remote data that is read
     without a `ReadAhead`, as in an evaluation, is read by range requests.
     """
 
-    def __init__(self, source: Source, order: Order, limit: int) -> None:
+    def __init__(self, dataset: Dataset, order: Order, limit: int) -> None:
         """`limit`: bytes of all copies on this machine together; 0 makes no copies."""
         self.order = order
-        self._parts: dict[int, _Shards] = {}
-        full = source.source if isinstance(source, PartSource) else source  # its shards have the same numbers
-        sources = full.sources if isinstance(full, MixedSource) else [full]
         orders = order.parts if isinstance(order, MixedOrder) else [order]
         remote = [
-            (i, part)
-            for i, part in enumerate(sources)
-            if limit > 0 and isinstance(part, TarSource) and any(map(is_remote, part.shards))
+            (i, numbers)
+            for i, numbers in enumerate(dataset.sets())
+            if limit > 0 and any(_is_copied(dataset, number) for number in numbers)
         ]
-        if remote:
-            copies = Copies(limit)
+        copies = Copies(limit) if remote else None
+        self._parts: dict[int, _Shards] = {}
+        if copies is not None:
             share = copies.limit // (GROUPS * len(remote))
-            self._parts = {i: _Shards(part, orders[i], copies, share) for i, part in remote}
+            self._parts = {i: _Shards(dataset, numbers.start, orders[i], copies, share) for i, numbers in remote}
+            dataset.read_copies(self._open)
+
+    def _open(self, number: int) -> BinaryIO | None:
+        copies = (shards.open(number) for shards in self._parts.values())
+        return next((copy for copy in copies if copy is not None), None)
 
     def at(self, positions: Sequence[int]) -> None:
         """Start to fetch the shards that hold the samples at `positions` of the order, and the shards after those."""
@@ -143,11 +145,17 @@ class ReadAhead:
             self._parts[part].at(first[part])
 
 
-class _Shards:
-    """Copies of the shards of one source, at most `share` bytes for a group of its order."""
+def _is_copied(dataset: Dataset, number: int) -> bool:
+    """Return True for a remote shard. Images of remote tables were stored by the import."""
+    part = dataset.parts[number]
+    return is_remote(part.url) and part.facts["images"] is None
 
-    def __init__(self, source: TarSource, order: SampleOrder, copies: Copies, share: int) -> None:
-        self.source, self.order, self.copies, self.share = source, order, copies, share
+
+class _Shards:
+    """Copies of the shards of one set, at most `share` bytes for a group of its order."""
+
+    def __init__(self, dataset: Dataset, first: int, order: SampleOrder, copies: Copies, share: int) -> None:
+        self.dataset, self.first, self.order, self.copies, self.share = dataset, first, order, copies, share
         self._group: tuple[list[int], list[int]] | None = None
         self._copied: list[int] = []
         self._sizes: dict[int, int] = {}
@@ -157,50 +165,52 @@ class _Shards:
         if group == self._group:
             return
         self._group = group
-        self._copied = [shard for shards in group for shard in self._fitting(shards)]
-        self.source.read_copies(self._open)
+        self._copied = [number for shards in group for number in self._fitting([self.first + s for s in shards])]
+        self.dataset.close()  # what is read by ranges may have a copy now
         left = iter(self._copied)
         for _ in range(SHARD_THREADS):
             # Daemons: the process does not wait for them when it ends.
             threading.Thread(target=self._fetch, args=(self._copied, left), daemon=True).start()
 
-    def _fitting(self, shards: list[int]) -> list[int]:
+    def _fitting(self, numbers: list[int]) -> list[int]:
         """Return the first shards that fit into the share; the others are read by ranges."""
-        unknown = [shard for shard in shards if shard not in self._sizes and is_remote(self.source.shards[shard])]
+        unknown = [number for number in numbers if number not in self._sizes and _is_copied(self.dataset, number)]
         with ThreadPoolExecutor(SHARD_THREADS) as pool:
-            sizes = pool.map(lambda shard: remote_facts(self.source.shards[shard])[0], unknown)
+            sizes = pool.map(lambda number: remote_facts(self.dataset.parts[number].url)[0], unknown)
             self._sizes |= dict(zip(unknown, sizes, strict=True))
         fitting = []
         total = 0
-        for shard in shards:
-            total += self._sizes.get(shard, 0)
-            if shard in self._sizes and total <= self.share:
-                fitting.append(shard)
+        for number in numbers:
+            total += self._sizes.get(number, 0)
+            if number in self._sizes and total <= self.share:
+                fitting.append(number)
         return fitting
 
-    def _fetch(self, shards: list[int], left: Iterator[int]) -> None:
-        for shard in left:
-            if shards is not self._copied:  # the next group has begun
+    def _fetch(self, numbers: list[int], left: Iterator[int]) -> None:
+        for number in left:
+            if numbers is not self._copied:  # the next group has begun
                 return
             # The reader of the file meets the same error and reports it; a file that another process fetches is fine.
             with contextlib.suppress(CommandError, OSError):
-                copy = self._open(shard, wait=False)
+                copy = self.open(number, wait=False)
                 if copy is not None:
                     copy.close()
 
-    def _open(self, shard: int, *, wait: bool = True) -> BinaryIO | None:
-        if shard not in self._copied:
+    def open(self, number: int, *, wait: bool = True) -> BinaryIO | None:
+        """Return the copy of a shard, or None if it has none."""
+        if number not in self._copied:
             return None
-        return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
+        part = self.dataset.parts[number]
+        return self.copies.open(part.url, part.facts["state"], wait=wait)
 
 
 class BatchReader:
     """Reads and decodes one micro-batch, given the number of its phase and its positions in the run."""
 
-    def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
-        self.source, self.tokenizer, self.run = source, tokenizer, run
-        self.order = source.order(run.train.seed)
-        self.ahead = ReadAhead(source, self.order, int(run.data.cache_gb * 1e9))
+    def __init__(self, dataset: Dataset, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
+        self.dataset, self.tokenizer, self.run = dataset, tokenizer, run
+        self.order = dataset.order(run.train.seed)
+        self.ahead = ReadAhead(dataset, self.order, int(run.data.cache_gb * 1e9))
 
     def __call__(self, place: Place) -> Batch:
         phase, positions = place
@@ -253,7 +263,7 @@ class BatchReader:
         broken: list[tuple[str, str]] = []
         for _ in range(MAX_ATTEMPTS):
             try:
-                sample, rng = self.source.read(index), self._rng(position)
+                sample, rng = self.dataset.read(index), self._rng(position)
                 return sample, preprocess.decoded(sample.image, sample.key, rng), rng, broken
             except BrokenSample as error:
                 broken.append((error.key, error.reason))

@@ -23,7 +23,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile
 
 from clips.common.errors import CommandError, UserError, first_line
-from clips.common.files import lock
+from clips.common.files import lock, open_regular
 from clips.common.paths import cache_root, is_remote, without_secrets
 
 log = logging.getLogger("clips.data")
@@ -38,6 +38,8 @@ PASSING = (408, 425, 429)
 """HTTP statuses below 500 that are retried: too slow, too early, too many."""
 BLOCK = 1 << 24
 """Bytes of one request: what a broken connection loses."""
+SCAN_BYTES = 1 << 22
+"""Bytes of one request if the full file is read."""
 PART = ".part"
 OF_DISK = 0.8
 """Largest share of the disk's free space that copies may take."""
@@ -193,6 +195,17 @@ class RemoteFile(AbstractBufferedFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return read_range(self.url, start, end)
+
+
+def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
+    """Open a local path or an fsspec URL for reading. Raises UserError if that fails.
+
+    A remote file is read in requests of `buffer` bytes.
+    """
+    try:
+        return cast(BinaryIO, RemoteFile(url, buffer)) if is_remote(url) else open_regular(url)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be read: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------- states

@@ -1,5 +1,6 @@
 """The samples that a source returns, how their cells are named, and the error of a broken sample."""
 
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,17 +45,19 @@ class Texts:
         return self.pair(int(rng.random() * len(self.web)) if len(self.web) > 1 else 0)
 
     def draw_one(self, rng: random.Random, synthetic_share: float) -> str:
-        """Draw the only caption that CLIP reads in a step: one of all, if a field holds several.
+        """Draw the only caption that CLIP reads in a step: one of all, if there are several of a kind.
 
         Of a single pair it is the long caption in `synthetic_share` of the steps (paper, section 4.1).
         """
         captions = self.web + self.long
-        if self.others or len(captions) > 2:
+        if self.others or len(self.web) > 1 or len(self.long) > 1:
             return captions[int(rng.random() * len(captions))]
         use_long = rng.random() < synthetic_share
         return self.long[0] if use_long and self.long else self.web[0]
 
 
+MAX_CAPTION = 20_000
+"""Characters of a field's captions that are kept, ten times the length of a long caption."""
 DRAWN = 2
 """Number of other captions that make the long caption of a step."""
 STOPS = (".", "!", "?", "。", "！", "？")
@@ -130,3 +133,19 @@ def image_in(cell: Any) -> Any:
         data = cell.get("bytes")
         return data if data and isinstance(data, bytes) else cell.get("path")
     return cell
+
+
+def texts_in(key: str, name: str, cells: Iterable[Any]) -> list[str]:
+    """Return the captions in cells, texts or lists of texts; skip empty ones and what exceeds MAX_CAPTION.
+
+    Raises BrokenSample for a cell of another type.
+    """
+    captions = []
+    room = MAX_CAPTION
+    for text in itertools.chain.from_iterable(cell if isinstance(cell, list) else [cell] for cell in cells):
+        if text is not None and not isinstance(text, str):
+            raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
+        if text and text.strip() and room > 0:
+            captions.append(text[:room].strip())
+            room -= len(text)
+    return captions

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,16 +10,14 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.common.paths import is_remote
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
+from clips.data.dataset import HASH, Dataset, Part, open_data
 from clips.data.demo import demo_split, ensure_demo
-from clips.data.joined import MixedSource, PartSource
-from clips.data.sources import BROKEN, Source, TableSource, open_source
+from clips.data.sample import mend_broken
 
 OWN = ("train", "val", "test")
 """The splits of every run; `held_out_sets` lists further ones."""
 FEWEST_IMAGES, MOST_HELD_OUT = 100, 1_000
 """Fewest images of which a share is held out, and the most images that are held out."""
-HASHES: dict[tuple[Any, ...], np.ndarray] = {}
-"""`Source.image_hashes` by the data's spec, fields, root, key and listing: a process reads the images of a set once."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -51,7 +48,7 @@ def deciding_set(data: DataConfig) -> str | None:
 
 
 def split_spec(data: DataConfig, split: str) -> str | None:
-    """Return the spec of a split or a further test set for `open_source`, or None if the run has none of that name."""
+    """Return the spec of a split or a further test set for `open_data`, or None if the run has none of that name."""
     further = {part.name: part.data for part in data.further_tests}
     if split in further:
         return further[split]
@@ -77,7 +74,7 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
     with fewer than FEWEST_IMAGES images none validates. With `data.key`, the values of that field count instead of
     images.
     """
-    hashes = _image_hashes(data, open_source(data.train, data.fields, image_root=data.image_root, need_long=False))
+    hashes = _open(data, data.train, need_long=False).hashes()
     images, what = np.unique(hashes), f"values of {data.key!r}" if data.key else "images"
     below = images[images < data.held_out * 2.0**64]
     chosen = below[:MOST_HELD_OUT]
@@ -89,28 +86,19 @@ def held_out_images(data: DataConfig) -> tuple[np.ndarray, str, np.ndarray]:
     return chosen, line, below[len(chosen) :]
 
 
-def count_shared(train: Source, test: Source) -> tuple[int, int]:
+def count_shared(train: Dataset, test: Dataset) -> tuple[int, int]:
     """Return (number of images of `test` that `train` contains, number of images of `test`).
 
-    Images are compared by `Source.image_hashes`; for two tables, the paths of `test` are from now on relative to the
-    folder of `train`. For remote data the first number is 0, because names of shards say nothing about their content.
+    Images are compared by `Dataset.hashes`, with paths relative to the folder of `train`. For remote data the first
+    number is 0, because names of shards say nothing about their content.
     """
     if any(map(is_remote, (*train.files, *test.files))):
         return 0, len(test)
-    if isinstance(train, TableSource) and isinstance(test, TableSource):
-        test.base = train.base
-    trained, tested = (np.unique(source.image_hashes()) for source in (train, test))
-    return int(np.isin(np.setdiff1d(tested, BROKEN), trained).sum()), len(tested)
+    trained, tested = np.unique(train.hashes()), np.unique(test.hashes(train.base))
+    return int(np.isin(tested, trained).sum()), len(tested)
 
 
-def _image_hashes(data: DataConfig, source: Source) -> np.ndarray:
-    key = (data.train, data.fields, data.image_root, data.key, source.listing())
-    if key not in HASHES:
-        HASHES[key] = source.image_hashes(data.key)
-    return HASHES[key]
-
-
-def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
+def open_split(data: DataConfig, split: str, *, need_long: bool) -> Dataset:
     """Open a split; missing demo data is built first. Raises UserError if the run names no such data."""
     spec = split_spec(data, split)
     if not spec:
@@ -120,28 +108,45 @@ def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
         return _open_mix(data, need_long)
     if data.train == "demo":
         ensure_demo(data.demo_dir)
-    source = open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
+    dataset = _open(data, spec, need_long=need_long)
     if holds_out(data) and split in ("train", "val"):
-        is_held_out = np.isin(_image_hashes(data, source), held_out_images(data)[0])
-        return PartSource(source, np.flatnonzero(is_held_out == (split == "val")))
-    return source
+        held_out = held_out_images(data)[0]
+
+        def keep(part: Part) -> np.ndarray:
+            return np.isin(part.column(HASH).to_numpy(), held_out) == (split == "val")
+
+        return dataset.where(keep)
+    return dataset
 
 
-def check_readable(source: Source, most: float) -> None:
-    """Raise BrokenDataError if more than the share `most` of the rows of `source` do not fit their tables' headers."""
-    if source.unreadable > most * source.rows:
-        what = f"{source.unreadable:,} of {source.rows:,} rows do not fit the header of their table"
-        raise BrokenDataError(f"{what}, above data.max_broken_share = {most:.1%}: mend their commas and quotes")
+def _open(data: DataConfig, spec: str, *, need_long: bool) -> Dataset:
+    return open_data(
+        spec, data.fields, image_root=data.image_root, need_long=need_long, cache_gb=data.cache_gb,
+        key=data.key if spec == data.train else None, allow_outside=data.allow_outside,
+    )  # fmt: skip
 
 
-def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
-    sources = []
+def check_readable(dataset: Dataset, most: float) -> None:
+    """Raise BrokenDataError if more than the share `most` of the rows of `dataset` cannot be used."""
+    skipped, rows = dataset.skipped
+    if skipped > most * rows:
+        reasons = [f"  {part.url}#{key}: {why}" for part in dataset.parts for key, why in part.facts["examples"]]
+        raise BrokenDataError(
+            "\n".join([
+                f"{skipped:,} of {rows:,} rows cannot be used, {skipped / rows:.1%}: above data.max_broken_share = "
+                f"{most:.1%} training stops", *reasons[:5], mend_broken(skipped / rows),
+            ])
+        )  # fmt: skip
+
+
+def _open_mix(data: DataConfig, need_long: bool) -> Dataset:
+    sets = []
     for part in data.mix:
         root = data.image_root if part.image_root is None else part.image_root
         local = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=root)
         local = replace(local, held_out=0.0)
-        sources.append(open_split(local, "train", need_long=need_long))
+        sets.append(open_split(local, "train", need_long=need_long))
     try:
-        return MixedSource(sources, [part.share for part in data.mix])
+        return Dataset.mix(sets, [part.share for part in data.mix])
     except ValueError as error:
         raise UserError(f"--mix (data.mix): {error}") from None

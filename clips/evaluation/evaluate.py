@@ -20,9 +20,9 @@ from clips.common.live import say
 from clips.common.page import Card, print_table, thumbnail
 from clips.common.report import IMAGES, SIDE
 from clips.config import Fields, RunConfig, check_image_size, parse_fields
-from clips.data.guess import TABLES, in_folder
+from clips.data.dataset import open_data
 from clips.data.images import decode_image
-from clips.data.sources import open_source
+from clips.data.importing.layouts import TABLES, in_folder
 from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
@@ -269,7 +269,7 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
         split = flags.split or "test"
-        items = SourceSet(open_source(f"{path}#{split}", Fields(), image_root=flags.image_root, need_long=False))
+        items = SourceSet(open_data(f"{path}#{split}", Fields(), image_root=flags.image_root, need_long=False))
         name = f"{path.stem}-{split}-{_key(path)}"
         return name, {name: (items, None)}
     if flags.data is not None:
@@ -300,4 +300,4 @@ def _open(spec: str, fields: Fields, image_root: str | None) -> TestSet:
         inner = [str(path) for path in map(Path(spec).joinpath, ("data", "train")) if path.is_dir()]
         if not any(in_folder(folder, (".tar", *TABLES)) for folder in inner):
             return FolderSet(Path(spec))
-    return SourceSet(open_source(spec, fields, image_root=image_root, need_long=False))
+    return SourceSet(open_data(spec, fields, image_root=image_root, need_long=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,13 @@ from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside, is_remote
 from clips.common.tensors import listed
 from clips.config import DataConfig
+from clips.data.dataset import Dataset
 from clips.data.demo import demo_split
-from clips.data.guess import OF_HUB, warn_once
 from clips.data.images import ENDINGS, MAX_BYTES
+from clips.data.importing import image_hash
+from clips.data.importing.layouts import OF_HUB, warn_once
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
-from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 
 PROTOCOLS = {
@@ -31,7 +31,7 @@ PROTOCOLS = {
 }
 SENTENCES_PER_IMAGE = 5
 MOST_COMPARED = 100_000
-"""Largest number of training images that `count_trained_on` reads; that takes about a minute."""
+"""Largest number of training images that `count_trained_on` reads, if their table only names them."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class TestSet(Protocol):
 class SourceSet:
     """Any training source (shards, tables, demo) as a test set; the class is `label` or `cls` of the JSON member."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.dataset)
 
     def read(self, index: int) -> Item:
         """Read image, captions by protocol and label of a sample. Raises BrokenSample."""
-        sample = self.source.read(index)
+        sample = self.dataset.read(index)
         sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "")
         several = list(sample.texts.web) if len(sample.texts.web) > 1 else _strings(sample.extra.get("captions"))
         captions = {
@@ -135,23 +135,34 @@ def open_test_set(data: DataConfig, split: str) -> tuple[SourceSet, Classes | No
 def count_trained_on(data: DataConfig, items: TestSet) -> int:
     """Return the number of images of a test set that the run has trained on, by their bytes.
 
-    It is 0 if the training data is not on this machine, is the demo's, or has more than MOST_COMPARED images.
+    It is 0 if the training data is not on this machine, is the demo's, or has more than MOST_COMPARED images that no
+    import has hashed.
     """
     specs = [data.train, *(part.data for part in data.mix)]
     if any(spec in ("", "demo") or is_remote(spec) or spec.startswith(OF_HUB) for spec in specs):
         return 0  # to open remote data would take long, or the network
     with contextlib.suppress(CommandError, OSError):  # the model may have been trained elsewhere
         train = SourceSet(open_split(data, "train", need_long=False))
-        if len(train) <= MOST_COMPARED:
-            trained = set(_image_digests(train))
-            return sum(digest in trained for digest in _image_digests(items))
+        by_bytes = _are_bytes_hashed(train)
+        if by_bytes or len(train) <= MOST_COMPARED:
+            trained = set(_image_hashes(train, by_bytes))
+            return sum(hashed in trained for hashed in _image_hashes(items, _are_bytes_hashed(items)))
     return 0
 
 
-def _image_digests(items: TestSet) -> Iterator[bytes]:
+def _are_bytes_hashed(items: TestSet) -> bool:
+    """Return True if the import has hashed the bytes of each image."""
+    return isinstance(items, SourceSet) and all(part.facts["identity"] == "bytes" for part in items.dataset.parts)
+
+
+def _image_hashes(items: TestSet, by_bytes: bool) -> Iterator[int]:
+    """Yield the hash of the bytes of each image, from the index if it has them."""
+    if by_bytes and isinstance(items, SourceSet):
+        yield from items.dataset.hashes().tolist()
+        return
     for index in range(len(items)):
         with contextlib.suppress(BrokenSample):
-            yield hashlib.sha256(items.read(index).image).digest()
+            yield image_hash(items.read(index).image)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
 from clips.common.start import Start
 from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, changed_fields
+from clips.data.dataset import Dataset
 from clips.data.loader import counted
-from clips.data.sources import Source
-from clips.data.splits import HASHES, check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
+from clips.data.splits import check_readable, held_out_images, held_out_sets, holds_out, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.engine import checkpoint
 from clips.engine.engine import Batch
@@ -104,17 +104,17 @@ def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
 
 def prepare_data(
     run: RunConfig, run_dir: Path, initial: InitialWeights | None, start: Start, *, has_begun: bool, dry_run: bool
-) -> tuple[Source, CaptionTokenizer, str]:
+) -> tuple[Dataset, CaptionTokenizer, str]:
     """Open the training data, once on each machine, and the run's tokenizer. Collective, without a time limit.
 
     Rank 0 builds a missing tokenizer, or takes the one of the `initial` weights' text tower, and saves it and
     data.json. All other splits are opened once, so that a wrong path shows now; the third result describes the
-    validation data of this machine. Raises UserError for data other than the run has trained on (if it `has_begun`),
-    and for a tokenizer larger than the model's vocabulary; BrokenDataError for a table with too many unreadable rows.
+    validation data of this machine. Raises UserError for other data than the run began with (if it
+    `has_begun`), and for a tokenizer larger than the model's vocabulary; BrokenDataError for a table with too many unreadable rows.
     """
     need_long = run.task.captions
 
-    def opened() -> tuple[Source, dict[Any, Any], str]:
+    def opened() -> tuple[Dataset, str]:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
         check_readable(train, run.data.max_broken_share)
         held_out = {
@@ -122,25 +122,23 @@ def prepare_data(
             for split in ("val", *held_out_sets(run.data))
             if split_spec(run.data, split)
         }
-        train.facts()  # reads what they are made of, once
-        return train, HASHES, _described(held_out["val"]) if "val" in held_out else "none"
+        return train, _described(held_out["val"]) if "val" in held_out else "none"
 
-    source, hashes, val = once_per_machine(opened)
-    HASHES.update(hashes)
+    dataset, val = once_per_machine(opened)
     if has_begun:
-        check_same_data(run_dir, source)
+        dataset = same_data(run_dir, dataset)
     start.all_have(True)  # machines are not equally fast, and a collective has a time limit
     directory = run_dir / "tokenizer"
 
     def make() -> CaptionTokenizer:
         if initial is not None and initial.tokenizer is not None:
             return initial.tokenizer
-        return build_tokenizer(run.captions.tokenizer, source.captions(), vocab_size=run.model.text.vocab_size)
+        return build_tokenizer(run.captions.tokenizer, dataset.all_captions(), vocab_size=run.model.text.vocab_size)
 
     # Without config.json a tokenizer is of a run that never began.
     if dist.get_rank() == 0 and not has_begun and not dry_run:
         make().save(directory)
-        write_json(run_dir / rundir.DATA, source.facts())
+        write_json(run_dir / rundir.DATA, dataset.metadata())
     start.all_have(True)
     is_present = has_begun or not dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_present else make()
@@ -149,19 +147,36 @@ def prepare_data(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
             f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
         )
-    return source, tokenizer, val
+    return dataset, tokenizer, val
 
 
-def check_same_data(run_dir: Path, source: Source) -> None:
-    """Raise UserError if the run in `run_dir` has trained on other data. Older runs have no record and pass."""
-    before, now = read_json(run_dir / rundir.DATA), source.facts()
-    if any(now[name] != value for name, value in before.items()):  # older records have no `contents`
-        was, is_now = (f"{facts['samples']:,} samples in {facts['files']:,} files" for facts in (before, now))
-        changed = f"{was}, now {is_now}" if was != is_now else f"as many, {was}, with other names, sizes or contents"
+def same_data(run_dir: Path, dataset: Dataset) -> Dataset:
+    """Return the samples with which the run in `run_dir` began. Raises UserError if `dataset` has others.
+
+    Rows that could not be used at first stay out, even if they can be used now. Runs without a record pass.
+    """
+    before = read_json(run_dir / rundir.DATA)
+    if "contents" in before or not before:  # of a version that had no imports: names, sizes and counts of files
+        if not before or before["sha256"] == dataset.listing():
+            return dataset
         raise UserError(
-            f"{run_dir} has trained on other data ({changed}): give another --name to begin anew, or another --name "
-            f"with --init-from {run_dir} to go on from its weights"
+            f"{run_dir} began with {before['samples']:,} samples, before data were imported, and {len(dataset):,} can "
+            f"be used now: give another --name, or another --name with --init-from {run_dir}"
         )
+    unusable = before.get("unusable", [])
+    if len(dataset) > before["samples"] and unusable:
+        dataset = dataset.without(unusable)
+    now = dataset.metadata()
+    names = {"samples": "the number of samples", "files": "the number of files", "captions_sha256": "captions"}
+    names["hashes_sha256"] = "images"
+    changed = [f"{what} ({before[name]} before, {now[name]} now)" if isinstance(now[name], int) else what
+               for name, what in names.items() if before[name] != now[name]]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"{run_dir} has trained on other data; what differs: {', '.join(changed)}. Give another --name to begin "
+            f"anew, or another --name with --init-from {run_dir} to go on from its weights"
+        )
+    return dataset
 
 
 def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict[str, Any]:
@@ -173,7 +188,7 @@ def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict
 
 
 def facts_of_data(
-    source: Source, val: str, tokenizer: CaptionTokenizer, initial: InitialWeights | None
+    dataset: Dataset, val: str, tokenizer: CaptionTokenizer, initial: InitialWeights | None
 ) -> dict[str, Any]:
     """Return what must be equal on all ranks before they train together, for `Start.agree`.
 
@@ -182,16 +197,17 @@ def facts_of_data(
     """
     return {
         "the weights to begin with": initial.sha256 if initial else "none",
-        "the training data": _described(source),
+        "the training data": _described(dataset),
         "the validation data": val,
         "the tokenizer": f"{tokenizer.vocab_size} tokens",
     }
 
 
-def _described(source: Source) -> str:
-    """Return the number of samples and files, and a hash of their contents, in words."""
-    facts = source.facts()
-    return f"{len(source):,} samples in {facts['files']:,} shards ({facts['contents'][:8]})"
+def _described(dataset: Dataset) -> str:
+    """Return the number of samples and files, and a hash of captions and images, in words."""
+    facts = dataset.metadata()
+    digest = f"{facts['captions_sha256'][:8]} {facts['hashes_sha256'][:8]}"
+    return f"{len(dataset):,} samples in {facts['files']:,} files ({digest})"
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:

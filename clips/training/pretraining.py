@@ -21,9 +21,9 @@ from clips.common.runtime import environment, init_distributed, meet_on, shutdow
 from clips.common.start import Start
 from clips.common.tensors import assign_weights
 from clips.config import ModelConfig, PhaseConfig, RunConfig
+from clips.data.dataset import Dataset
 from clips.data.loader import make_loader, micro_batch_size
 from clips.data.sample import mend_broken
-from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.engine import checkpoint, watchdog
@@ -114,8 +114,8 @@ def pretrain(
 
     start.at("the data and the tokenizer")
     initial = read_given_weights(run, run_dir) if previous is None else None
-    source, tokenizer, val = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
-    start.agree(facts_of_data(source, val, tokenizer, initial))
+    dataset, tokenizer, val = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
+    start.agree(facts_of_data(dataset, val, tokenizer, initial))
 
     start.at("the model")
     torch.manual_seed(run.train.seed)
@@ -123,7 +123,7 @@ def pretrain(
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
     if start.rank == 0:
-        print_plan(run, model, len(source), run_dir, place, start.ranks, previous, beginning)
+        print_plan(run, model, len(dataset), run_dir, place, start.ranks, previous, beginning)
     if dry_run:
         _leave(start)
         return
@@ -143,7 +143,7 @@ def pretrain(
     log = RunLog(
         run_dir, run.samples, run.to_dict(), start_step=state.step, active=start.rank == 0, report_to=report_to
     )
-    trainer = CLIPSTrainer(run, engine, source, tokenizer, state, run_dir)
+    trainer = CLIPSTrainer(run, engine, dataset, tokenizer, state, run_dir)
     with (
         profiled(run_dir / "profile", profile_steps, place) as profiler,
         contextlib.closing(log),
@@ -220,10 +220,10 @@ class CLIPSTrainer(Trainer):
     """The trainer of a pretraining run: its phases, what happens on a spike, and its validations."""
 
     def __init__(
-        self, run: RunConfig, engine: Engine, source: Source, tokenizer: CaptionTokenizer, state: TrainState,
+        self, run: RunConfig, engine: Engine, dataset: Dataset, tokenizer: CaptionTokenizer, state: TrainState,
         run_dir: Path,
     ) -> None:  # fmt: skip
-        self.run, self.engine, self.source, self.tokenizer, self.state = run, engine, source, tokenizer, state
+        self.run, self.engine, self.dataset, self.tokenizer, self.state = run, engine, dataset, tokenizer, state
         self.run_dir = run_dir
         self.samples, self.log_every, self.logged_group = run.samples, run.train.log_every, "decay"
         self.objective: Task = engine.module
@@ -237,7 +237,7 @@ class CLIPSTrainer(Trainer):
     def batches(self) -> Iterator[Batch]:
         """Return the loader of this rank's micro-batches, from the current phase and step on."""
         return make_loader(
-            self.source, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
+            self.dataset, self.tokenizer, self.run, rank=dist.get_rank(), world_size=self.engine.world_size,
             phase=self.state.phase, step=self.state.phase_step,
         )  # fmt: skip
 

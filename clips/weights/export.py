@@ -26,9 +26,9 @@ from clips.common.files import check_target, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import listed, write_weights
 from clips.config import RunConfig, check_image_size
+from clips.data.dataset import Dataset
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
-from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
@@ -159,17 +159,17 @@ def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer,
     tokenizer.save(directory / "tokenizer")
 
 
-def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
-    """Return up to 8 readable images of `source`, normalised [B, 3, S, S], and their web captions.
+def sample_inputs(dataset: Dataset, image_size: int) -> tuple[Tensor, list[str]]:
+    """Return up to 8 readable images of `dataset`, normalised [B, 3, S, S], and their web captions.
 
     Raises UserError if no image can be read.
     """
     transform = eval_transform(image_size)
     images: list[Tensor] = []
     texts: list[str] = []
-    for index in range(len(source)):
+    for index in range(len(dataset)):
         with contextlib.suppress(BrokenSample):
-            sample = source.read(index)
+            sample = dataset.read(index)
             images.append(transform(decode_image(sample.image)))
             texts.append(sample.web)
         if len(images) == 8:
@@ -202,11 +202,11 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
     if flags.data is not None:
-        source = open_split(dataclasses.replace(run.data, train=flags.data, mix=()), "train", need_long=False)
+        dataset = open_split(dataclasses.replace(run.data, train=flags.data, mix=()), "train", need_long=False)
     else:
         split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
-        source = open_split(run.data, split, need_long=False)
-    images, texts = sample_inputs(source, size)
+        dataset = open_split(run.data, split, need_long=False)
+    images, texts = sample_inputs(dataset, size)
     differences = export_all(
         loaded.model, run, loaded.tokenizer, out, images, texts,
         image_size=size, evaluations=read_evaluations(loaded.home).values(), checkpoint=loaded.checkpoint,

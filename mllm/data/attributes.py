@@ -33,14 +33,12 @@ from clips import (
     MAX_CAPTION,
     NAMES,
     BrokenSample,
+    Dataset,
     Fields,
-    Table,
-    cell_of,
     decode_image,
     expand,
     flat,
-    guess_fields,
-    guess_root,
+    open_data,
     read_members,
 )
 from clips.common.errors import UserError
@@ -61,8 +59,6 @@ TRUTH = {"true": "Yes", "yes": "Yes", "false": "No", "no": "No"}
 """Answer for each value of a column that holds only these. With a name such as "has pockets", 1 and 0 count, too."""
 IS_TRUE = {"is": "Is it", "was": "Was it", "has": "Does it have", "can": "Can it", "contains": "Does it contain"}
 """How the question about such a column begins, by the first word of its name."""
-PROBED_ROWS = 32
-"""Rows whose images tell which folder a table's paths are relative to."""
 YES_NO_SHARE = 0.25
 """Share of the training questions that are yes/no questions."""
 
@@ -171,7 +167,7 @@ def read_splits(splits: dict[str, list[str]], flags: argparse.Namespace, lines: 
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     names: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # identity → image
     for split, files in splits.items():
-        of_table = partial(_of_table, image=flags.image, image_root=flags.image_root)
+        of_table = partial(_of_table, image=flags.image, image_root=flags.image_root, lines=lines)
         every = [row for file in files for row in (_of_tar(file) if file.endswith(".tar") else of_table(file))]
         _check_columns(split, every, flags)
         missing = [row.image for row in every if row.is_missing()]
@@ -230,35 +226,22 @@ def _of_tar(file: str) -> Iterator[Row]:
             yield Row(images.get(stem, stem), cells if isinstance(cells, dict) else {}, store)
 
 
-def _of_table(file: str, image: str | None, image_root: str | None) -> Iterator[Row]:
-    """Yield the rows of a table with their images, which are in the column `image`."""
-    table = Table(file)
-    column: str = image or guess_fields("", Fields(), table.columns).image
-    if column not in table.columns:
-        raise UserError(f"{file}: give the column of the images, --image COLUMN; found: {', '.join(table.columns)}")
-    first = [_cells(table, number).get(column) for number in range(min(PROBED_ROWS, len(table)))]
-    paths = [cell.replace("\\", "/") for cell in first if isinstance(cell, str) and cell]
-    store = ImageStore(guess_root(file, image_root or table.root, paths, is_given=image_root is not None))
+def _of_table(file: str, image: str | None, image_root: str | None, lines: list[str]) -> Iterator[Row]:
+    """Yield the rows of a table with their images, which are in the column `image`; rows without one are skipped."""
+    fields = Fields(image=image or Fields().image, web="", long="")
+    table = open_data(file, fields, image_root=image_root, need_long=False)
+    (part,) = table.parts
+    store = ImageStore(part.facts["root"])
+    skipped = sum(part.facts["skipped"].values())
+    lines += [f"{file}: skipped {skipped:,} rows without an image: {part.facts['examples'][0][1]}"] if skipped else []
     for number in range(len(table)):
-        cells = _cells(table, number)
-        cell = cells.pop(column, None)
-        if not isinstance(cell, dict):  # the datasets library: {"bytes": …, "path": …}
-            cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
-        in_table = partial(_read_cell, table, number, column) if isinstance(cell.get("bytes"), bytes) else None
-        name = str(cell.get("path") or cells.get("id", number))
-        is_of_windows = "\\" in name and not in_table and store.problem(name) is not None
-        yield Row(name.replace("\\", "/") if is_of_windows else name, cells, store, in_table)
+        path, cells = table.image_path(number), dict(flat(table.extra(number)))
+        in_table = partial(_read_image, table, number) if path is None else None
+        yield Row(path or str(cells.get("id", number)), cells, store, in_table)
 
 
-def _cells(table: Table, number: int) -> dict[str, Any]:
-    with suppress(ValueError, RecursionError):
-        return dict(flat(table.row(number, ())))
-    return {}
-
-
-def _read_cell(table: Table, number: int, column: str) -> bytes:
-    cell = cell_of(table.row(number, ()), column)
-    return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+def _read_image(table: Dataset, number: int) -> bytes:
+    return table.read(number).image
 
 
 def _pack(rows: list[Row], target: Path, caption: str | None, long: str | None) -> list[Row]:

@@ -13,8 +13,8 @@ from typing import Any
 from clips import (
     BrokenSample,
     DataConfig,
+    Dataset,
     Fields,
-    Source,
     count_shared,
     decode_image,
     expand,
@@ -62,38 +62,34 @@ class CaptionStore(ImageStore):
         )
         part = "test" if test else "val"
         try:
-            self._source = open_split(data, "train", need_long=False)
+            self._dataset = open_split(data, "train", need_long=False)
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
         if test and self.test is not None:
-            shared, total = count_shared(self._source, self.test)
+            shared, total = count_shared(self._dataset, self.test)
             if shared:
                 raise UserError(
                     f"--test_data {test}: {shared:,} of its {total:,} images are in {location} too: take them "
                     "out of one of the two, or hold out a share (--held_out)"
                 )
-        self.facts: dict[str, Any] = {"source": self._source.facts()}
+        self.facts: dict[str, Any] = {"source": self._dataset.metadata()}
         """For data.json: also the hashes of the images held out, and of those that another set could hold out."""
         if held_out and not test:
             for name, images in zip(("held_out", "trained_on"), held_out_images(data)[::2], strict=True):
                 self.facts[name] = [f"{image:016x}" for image in images]
 
     def __len__(self) -> int:
-        """Return the number of pairs, including those without a caption."""
-        return len(self._source)
+        """Return the number of pairs."""
+        return len(self._dataset)
 
     def records(self) -> Iterator[Any]:
-        """Yield a record for each pair with its long caption, if it has one, or a BrokenSample if it has no caption.
+        """Yield a record for each pair, with its long caption if it has one.
 
         If an image has several captions, only the first one is used, because together they would repeat each other.
         """
-        for number in range(len(self._source)):
-            try:
-                texts = self._source.texts(number)
-            except BrokenSample as broken:
-                yield broken
-                continue
+        for number in range(len(self._dataset)):
+            texts = self._dataset.captions(number)
             web, long = texts.pair()
             response = web if texts.others else long or web
             turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": response}]
@@ -101,15 +97,15 @@ class CaptionStore(ImageStore):
 
     def problem(self, name: str) -> str | None:
         """Return why an image is missing, or None. Images in shards or at URLs are checked only when they are read."""
-        return self._source.missing(int(name))
+        return self._dataset.missing(int(name))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of the image of pair `name`. Raises BrokenSample."""
-        return self._source.read(int(name)).image
+        return self._dataset.read(int(name)).image
 
 
-def write_test(run_dir: Path, source: Source) -> None:
-    """Write the images of `source` into the run, and a question file that asks for a description of each.
+def write_test(run_dir: Path, dataset: Dataset) -> None:
+    """Write the images of `dataset` into the run, and a question file that asks for a description of each.
 
     The files of an earlier call are replaced. Equal images are written once, and broken ones are skipped with a
     warning. The `references` of a question are all captions of its image, or only the long ones of a row that has both
@@ -117,9 +113,9 @@ def write_test(run_dir: Path, source: Source) -> None:
     """
     questions: dict[bytes, dict[str, Any]] = {}
     with replacing((run_dir / TEST).parent) as work, tarfile.open(work / Path(TEST_IMAGES).name, "w") as archive:
-        for number in range(len(source)):
+        for number in range(len(dataset)):
             try:
-                raw = source.read(number)
+                raw = dataset.read(number)
                 decode_image(raw.image, raw.key)
             except BrokenSample as broken:
                 log.warning("skipped in the test: %s", broken)

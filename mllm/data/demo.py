@@ -38,7 +38,7 @@ from clips import (
     capital,
     demo_split,
     ensure_any_demo,
-    open_source,
+    open_data,
 )
 from clips.common.errors import UserError
 from clips.common.files import built_as, ensure_built
@@ -468,7 +468,7 @@ def _write_all(work: Path, demo_dir: Path, settings: dict[str, Any]) -> dict[str
 
 
 def _read_scenes(demo_dir: Path, split: str, least: int = 0) -> Iterator[DemoScene]:
-    source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
+    source = open_data(demo_split(demo_dir, split), Fields(), need_long=True)
     if least > len(source):
         raise UserError(f"{demo_dir} has {len(source)} {split} scenes, {least} are needed: build more scenes")
     for index in tqdm(range(len(source)), desc=f"reading {split} scenes", unit="scene", leave=False, disable=None):

@@ -19,7 +19,7 @@ from clips.common import ranks
 from clips.common.ranks import once_per_machine
 from clips.common.runtime import unused_port
 from clips.config import EvalConfig, Fields, RunConfig
-from clips.data.sources import Source, open_source
+from clips.data.dataset import Dataset, open_data
 from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate
@@ -152,7 +152,7 @@ def read_by(rank: int, spec: str, fields: Fields) -> tuple[list[str], list[str]]
 
     os.stat = noting  # of which there is no audit event
     sys.addaudithook(heard)
-    source: Source = once_per_machine(partial(open_source, spec, fields, need_long=True))
+    source: Dataset = once_per_machine(partial(open_data, spec, fields, need_long=True))
     listening, before_reading = False, [path for path in touched if path.startswith(spec)]
     return [source.read(i).key for i in range(len(source))], before_reading
 

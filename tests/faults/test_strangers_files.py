@@ -26,8 +26,8 @@ from clips.common.files import check_target, read_json, read_json_records
 from clips.common.paths import cache_root
 from clips.common.tensors import write_weights
 from clips.config import Fields
-from clips.data.guess import expand
-from clips.data.sources import open_source
+from clips.data.dataset import open_data
+from clips.data.importing.layouts import expand
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
 from clips.weights.load import load_model
@@ -98,7 +98,7 @@ def test_row_30_json_that_is_too_deep_or_no_object_is_named(tmp_path: Path) -> N
 def test_row_30_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"not a regular file|no data at"):
-        open_source(str(tmp_path / name), Fields(image="png", web="web", long="txt"), need_long=True)
+        open_data(str(tmp_path / name), Fields(image="png", web="web", long="txt"), need_long=True)
     with pytest.raises(UserError, match="not a regular file"):
         read_json_records(tmp_path / name)
 

@@ -19,6 +19,7 @@ from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import artists, demo, painting
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
+from clips.data.dataset import open_data
 from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,
@@ -37,7 +38,6 @@ from clips.data.demo import (
 )
 from clips.data.images import decode_image
 from clips.data.sentences import split_sentences
-from clips.data.sources import open_source
 from clips.data.splits import deciding_set, held_out_sets, open_split
 
 SIZES = {"train": 16, "val": 6, "test": 6, UNSEEN: 6}
@@ -63,7 +63,7 @@ def test_what_is_written(built: Path) -> None:
     artists = json.loads((built / "manifest.json").read_text())["artists"]
     assert artists.keys() <= SIZES.keys()  # but for `unseen`, where nothing could be fetched: see below
     for split in artists:
-        source = open_source(demo_split(built, split), Fields(), need_long=True)
+        source = open_data(demo_split(built, split), Fields(), need_long=True)
         assert len(source) == SIZES[split]
         for i in range(SIZES[split]):
             sample = source.read(i)
@@ -86,7 +86,7 @@ def test_what_is_written(built: Path) -> None:
 def test_captions_with_errors_are_read_in_training_and_not_in_tests(built: Path) -> None:
     fields = Fields(long=f"json:{WITH_ERRORS};{Fields().long}")
     for split in ("train", "val", "test"):
-        erring = open_source(demo_split(built, split), fields, need_long=True)
+        erring = open_data(demo_split(built, split), fields, need_long=True)
         differ = [erring.read(i).long != " ".join(erring.read(i).extra["sentences"]) for i in range(SIZES[split])]
         assert any(differ) == (split == "train")
 
@@ -94,7 +94,7 @@ def test_captions_with_errors_are_read_in_training_and_not_in_tests(built: Path)
 def test_the_same_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     assert contents(ensure_demo(tmp_path / "again", sizes=SIZES)) == contents(built)
     other = ensure_demo(tmp_path / "other", sizes={"train": 2}, seed=1)
-    first, of_another_seed = (open_source(demo_split(it, "train"), Fields(), need_long=True) for it in (built, other))
+    first, of_another_seed = (open_data(demo_split(it, "train"), Fields(), need_long=True) for it in (built, other))
     assert [of_another_seed.read(i).long for i in range(2)] != [first.read(i).long for i in range(2)]
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
-from clips.data.guess import expand, guess_fields
+from clips.data.dataset import Dataset, open_data
+from clips.data.importing.layouts import expand, guess_fields
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
-from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import build_tokenizer
 from clips.training.cli import config_from_flags, parser
@@ -35,11 +35,11 @@ def make_images(folder: Path, count: int = 3) -> None:
         (folder / f"{i}.png").write_bytes(make_image(i))
 
 
-def guessed(spec: Path | str, *, need_long: bool = False, **options: str) -> Source:
-    return open_source(str(spec), Fields(), need_long=need_long, **options)
+def guessed(spec: Path | str, *, need_long: bool = False, **options: str) -> Dataset:
+    return open_data(str(spec), Fields(), need_long=need_long, **options)
 
 
-def webs(source: Source) -> list[str]:
+def webs(source: Dataset) -> list[str]:
     assert [source.read(i).image for i in range(len(source))] == [make_image(i) for i in range(len(source))]
     return [source.read(i).web for i in range(len(source))]
 
@@ -63,7 +63,7 @@ def test_headings_of_a_spreadsheet(tmp_path: Path) -> None:
     make_images(tmp_path)
     rows = [(f"{i}.png", *FIVE) for i in range(3)]
     table = write_csv(tmp_path / "t.csv", [("Image File", *(f"Caption {k}" for k in range(1, 6))), *rows])
-    assert [guessed(table, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
+    assert [guessed(table, need_long=True).captions(i) for i in range(3)] == [ALL] * 3
 
 
 def test_the_default_layout_is_never_guessed_anew() -> None:
@@ -83,7 +83,7 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
     source = guessed(write_csv(tmp_path / "t.csv", [head, *rows], "cp1252", ";"), need_long=True)
     assert [source.read(i).image for i in range(3)] == [make_image(0), make_image(1), make_image(9)]
-    assert [source.texts(i).web for i in range(3)] == [row[1:] for row in rows]
+    assert [source.captions(i).web for i in range(3)] == [row[1:] for row in rows]
     assert [source.missing(i) for i in range(3)] == [None] * 3
     assert caplog.text.count("backslashes") == 1
     assert caplog.text.count("read as cp1252") == 1
@@ -164,9 +164,9 @@ def test_each_line_of_a_text_is_a_caption(tmp_path: Path, caplog: pytest.LogCapt
     make_images(tmp_path)
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("\r\n".join([*FIVE, ""]))
-    assert [guessed(tmp_path, need_long=True).texts(i) for i in range(3)] == [ALL] * 3
+    assert [guessed(tmp_path, need_long=True).captions(i) for i in range(3)] == [ALL] * 3
     assert "each line of a text is a caption" in caplog.text
-    whole = open_source(str(tmp_path), Fields(web="whole"), need_long=False).texts(0)
+    whole = open_data(str(tmp_path), Fields(web="whole"), need_long=False).captions(0)
     assert (len(whole.web), whole.long, whole.web[0].splitlines()) == (1, (), FIVE)
     (tmp_path / "1.txt").write_text("One paragraph.\n\nAnother one.")
     (tmp_path / "2.txt").write_text("One line.")
@@ -198,11 +198,11 @@ def run_of(*flags: str | Path) -> RunConfig:
     return config_from_flags(parser().parse_args(list(map(str, flags))), {})
 
 
-def opened(run: RunConfig, split: str = "train") -> Source:
+def opened(run: RunConfig, split: str = "train") -> Dataset:
     return open_split(run.data, split, need_long=run.task.captions and split == "train")
 
 
-def texts(source: Source) -> list[Texts]:
+def texts(source: Dataset) -> list[Texts]:
     """The captions of a source, whose images are those that were written."""
     assert [source.read(i).image for i in range(len(source))] == [jpeg(i) for i in range(len(source))]
     return [source.read(i).texts for i in range(len(source))]
@@ -248,7 +248,7 @@ def test_cocos_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     for root in ({}, {"image_root": str(tmp_path / "coco")}):
         source = guessed(coco, need_long=True, **root)
         assert [source.read(i).image for i in range(2)] == [make_image(0), make_image(1)]
-        assert [source.texts(i) for i in range(2)] == [ALL, ALL]
+        assert [source.captions(i) for i in range(2)] == [ALL, ALL]
         with pytest.raises(BrokenSample, match="web caption is empty"):
             source.read(2)
     assert caplog.text.count("looked for in " + str(tmp_path / "coco/val2017")) == 1
@@ -271,7 +271,7 @@ def test_a_list_of_objects_and_flickrs_tokens(tmp_path: Path) -> None:
     lines = [f'{i}.png#{k}\t{text} "{i}\n' for i in range(3) for k, text in enumerate(FIVE)]
     (tmp_path / "Flickr8k.token.txt").write_text("".join(lines))
     source = guessed(tmp_path / "Flickr8k.token.txt", need_long=True)
-    assert source.texts(2) == Texts(tuple(f'{text} "2' for text in FIVE), others=True)
+    assert source.captions(2) == Texts(tuple(f'{text} "2' for text in FIVE), others=True)
     (tmp_path / "Flickr8k.lemma.txt").write_text("0.png#0\tw\n")
     with pytest.raises(UserError, match=r"first line is image,caption"):
         guessed(tmp_path / "Flickr8k.lemma.txt")
@@ -285,17 +285,17 @@ def test_nested_keys_and_struct_fields(tmp_path: Path) -> None:
     ]
     named = Fields(image="file.name", web="note.captions")
     for name in ("t.jsonl", "t.parquet"):
-        source = open_source(str(write_table(tmp_path / name, rows)), named, need_long=True)
+        source = open_data(str(write_table(tmp_path / name, rows)), named, need_long=True)
         assert [source.read(i).image for i in range(3)] == [make_image(i) for i in range(3)]
-        assert source.texts(1) == ALL
+        assert source.captions(1) == ALL
         with pytest.raises(UserError, match=r"found: file.name, file.size, note.captions, note.by"):
-            open_source(str(tmp_path / name), Fields(image="file", web="note.captions"), need_long=False)
+            open_data(str(tmp_path / name), Fields(image="file", web="note.captions"), need_long=False)
     inside = [{"photo": {"data": {"bytes": make_image(i), "path": None}}, "text": f"w {i}"} for i in (0, 1, 2, 2)]
     write_table(tmp_path / "i.parquet", inside)
-    source = open_source(str(tmp_path / "i.parquet"), Fields(image="photo.data"), need_long=False)
+    source = open_data(str(tmp_path / "i.parquet"), Fields(image="photo.data"), need_long=False)
     assert webs(source) == ["w 0", "w 1", "w 2"]
     write_jpegs(tmp_path / "a.tar", 2, {"json": json.dumps(rows[0]).encode()})
-    source = open_source(str(tmp_path / "a.tar"), Fields(web="json:note.captions"), need_long=True)
+    source = open_data(str(tmp_path / "a.tar"), Fields(web="json:note.captions"), need_long=True)
     assert texts(source) == [ALL, ALL]
 
 

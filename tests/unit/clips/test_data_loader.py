@@ -17,11 +17,11 @@ from launched import recap, write_shard
 from PIL import Image
 
 from clips.config import AugmentConfig, DataConfig, Fields, MixPart, RunConfig, TaskConfig
+from clips.data.dataset import Dataset, open_data
 from clips.data.images import eval_transform, normalise
 from clips.data.loader import make_loader
 from clips.data.order import BLOCK, MixedOrder, SampleOrder
 from clips.data.sentences import split_sentences
-from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import dropping, tiny_run
@@ -31,14 +31,14 @@ WEB = [f"web text number {i}" for i in range(COUNT)]
 LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(COUNT)]
 
 
-def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
+def write_set(path: Path, broken: set[int] = frozenset()) -> Dataset:
     images = [make_image(i)[:60] if i in broken else make_image(i) for i in range(COUNT)]
     write_shard(path, [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(images)])
-    return open_source(str(path), Fields(), need_long=True)
+    return open_data(str(path), Fields(), need_long=True)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_set(tmp_path_factory.mktemp("set") / "a.tar")
 
 
@@ -76,7 +76,7 @@ def assert_same(a: dict, b: dict) -> None:
         assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
 
 
-def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionTokenizer) -> None:
+def test_a_batch_against_a_plain_reading(source: Dataset, tokenizer: CaptionTokenizer) -> None:
     run = a_run()
     run = replace(run, phases=(replace(run.phases[0], augment=AugmentConfig()),))
     transform = eval_transform(32)
@@ -96,7 +96,7 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
 
 
 def test_masks_keep_tokens_and_a_long_caption_without_a_word_gives_way_to_the_web_caption(
-    source: Source, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+    source: Dataset, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the reference, the web caption is then the captioner's target too."""
     run = a_run()
@@ -114,7 +114,7 @@ def test_masks_keep_tokens_and_a_long_caption_without_a_word_gives_way_to_the_we
             assert [tokenizer.decode(ids) for ids in batch[name]] == [tokenizer.decode(ids) for ids in batch["web"]]
 
 
-def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, tokenizer: CaptionTokenizer) -> None:
+def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Dataset, tokenizer: CaptionTokenizer) -> None:
     run = a_run(workers=2)
     first = replace(run.phases[0], samples=3 * 8)
     second = replace(first, name="b", samples=2 * 16, batch_size=16, image_size=48, augment=AugmentConfig())
@@ -130,7 +130,7 @@ def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, to
 
 
 @pytest.fixture(scope="module")
-def mix(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def mix(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("mix")
     parts = [MixPart(name=name, share=share, data=str(folder / f"{name}.tar")) for name, share in (("a", 3), ("b", 1))]
     for part in parts:
@@ -184,7 +184,7 @@ def test_any_split_into_ranks_workers_and_accumulation_gives_the_same_samples(da
             assert len(set(epoch)) == len(epoch), "none twice before all have been seen"
 
 
-def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: CaptionTokenizer) -> None:
+def test_dropped_tokens_are_drawn_by_themselves(source: Dataset, tokenizer: CaptionTokenizer) -> None:
     run = dropping(a_run())
     whole, plain = batches(source, tokenizer, run), batches(source, tokenizer, a_run())
     count = 0
@@ -205,7 +205,7 @@ def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: Capti
     assert counts.min() > 0.8 * counts.max(), "every patch has its turn"
 
 
-def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Source, tokenizer: CaptionTokenizer) -> None:
+def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Dataset, tokenizer: CaptionTokenizer) -> None:
     def dropped(share: float) -> list[dict]:
         run = a_run()
         return batches(source, tokenizer, replace(run, captions=replace(run.captions, token_dropout=share)))
@@ -225,7 +225,7 @@ def test_the_text_tower_drops_tokens_and_nothing_else_changes(source: Source, to
         assert (no_words == ends + 1).mean() > 0.9, "one word is left of each text"
 
 
-def test_the_clip_objective_has_one_text(source: Source, tokenizer: CaptionTokenizer) -> None:
+def test_the_clip_objective_has_one_text(source: Dataset, tokenizer: CaptionTokenizer) -> None:
     run = replace(a_run(), task=TaskConfig(objective="clip", synthetic_share=0.2))
     run = replace(run, model=replace(run.model, captioner=None))
     long = []

@@ -20,9 +20,10 @@ from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data import sidecar as sidecar_module
 from clips.data import table
-from clips.data.guess import expand, warn_once
+from clips.data.dataset import Dataset, open_data
+from clips.data.importing import MOST_ROWS
+from clips.data.importing.layouts import expand, warn_once
 from clips.data.sample import BrokenSample
-from clips.data.sources import MOST_ROWS, Source, open_source
 from clips.data.splits import check_readable
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -43,25 +44,25 @@ def shard(path: Path, first: int, count: int) -> Path:
     return write_tar(path, [member for i in range(first, first + count) for member in sample(i).items()])
 
 
-def numbers(source: Source) -> list[int]:
+def numbers(source: Dataset) -> list[int]:
     return [source.read(i).extra["label"] for i in range(len(source))]
 
 
-def open_tar(spec: object, fields: Fields = FIELDS, need_long: bool = True) -> Source:
-    return open_source(str(spec), fields, need_long=need_long)
+def open_tar(spec: object, fields: Fields = FIELDS, need_long: bool = True) -> Dataset:
+    return open_data(str(spec), fields, need_long=need_long)
 
 
 def test_samples_are_read_by_index(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", 0, 3)
     shard(tmp_path / "b.tar", 3, 5)
     source = open_tar(tmp_path)
-    assert source.shard_sizes == [3, 5]
+    assert source.part_sizes == [3, 5]
     for i in (7, 0, 3, 2):
         sample = source.read(i)
         assert (sample.web, sample.long, sample.image) == (f"web {i}", f"Long {i}.", make_image(i))
         assert sample.extra["label"] == i
         assert sample.key.endswith(f"{'ab'[i >= 3]}.tar#s{i:03d}")
-    assert list(source.captions()) == [text for i in range(8) for text in (f"web {i}", f"Long {i}.")]
+    assert list(source.all_captions()) == [text for i in range(8) for text in (f"web {i}", f"Long {i}.")]
     with pytest.raises(IndexError):
         source.read(8)
 
@@ -206,7 +207,7 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
             source.read(2)
         with pytest.raises(BrokenSample, match=r"gone\.png"):
             source.read(3)
-        assert len(list(source.captions())) == 6
+        assert len(list(source.all_captions())) == 6
 
 
 def test_an_image_of_bytes_that_are_text_is_broken(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from clips.common.files import write_json
 from clips.common.preflight import check
 from clips.config import DataConfig, Fields, MixPart, RunConfig
 from clips.data.check import check_pairs
-from clips.data.sources import Source, open_source
+from clips.data.dataset import Dataset, open_data
 from clips.data.splits import held_out_images, open_split, split_spec
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
@@ -96,7 +96,7 @@ def test_images_with_the_same_end_are_two(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", [{"image": image, "text": "w"} for image in images])
     write_shard(tmp_path / "t.tar", [(image, {"txt": b"w"}) for image in images])
     for name in ("t.parquet", "t.tar"):
-        source = open_source(str(tmp_path / name), Fields(), need_long=False)
+        source = open_data(str(tmp_path / name), Fields(), need_long=False)
         assert len(np.unique(source.image_hashes())) == 3
 
 
@@ -196,7 +196,7 @@ def test_changed_data_of_equal_size_is_other_data(kind: str, tmp_path: Path) -> 
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(make_image(0))
 
-    def written(texts: dict[str, str]) -> Source:
+    def written(texts: dict[str, str]) -> Dataset:
         spec = tmp_path
         if kind == "csv":
             spec = write_table(tmp_path / "t.csv", [{"image": name, "text": text} for name, text in texts.items()])
@@ -214,7 +214,7 @@ def test_changed_data_of_equal_size_is_other_data(kind: str, tmp_path: Path) -> 
                 (tmp_path / name).with_suffix(".txt").unlink(missing_ok=True)
             for name, text in texts.items():
                 (tmp_path / name).with_suffix(".txt").write_text(text)
-        return open_source(str(spec), Fields(), need_long=False)
+        return open_data(str(spec), Fields(), need_long=False)
 
     exchanged = dict(zip(texts, reversed(texts.values()), strict=True))
     changes = [dict(reversed(texts.items())), exchanged, {"a.png": "one cat", "c.png": "two dog"}]
@@ -339,7 +339,7 @@ def test_training_data_elsewhere_are_not_opened_to_be_counted(data, monkeypatch:
 
 def test_training_data_that_cannot_be_read_cost_no_evaluation(tmp_path: Path) -> None:
     table = csv_of_paths(tmp_path, layout(1, "in order", 3))
-    items = SourceSet(open_source(str(table), Fields(), need_long=False))
+    items = SourceSet(open_data(str(table), Fields(), need_long=False))
     assert count_trained_on(DataConfig(train=str(table)), items) == 3
     outside = write_table(tmp_path / "o.csv", [{"image": name, "text": "t"} for name in ("images/0.png", "../0.png")])
     assert count_trained_on(DataConfig(train=str(outside)), items) == 0

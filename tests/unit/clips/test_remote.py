@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clips.data.joined import PartSource
 from launched import make_images, recap, write_shard, write_table
 from range_server import RangeServer, serving
 
@@ -20,12 +21,11 @@ from clips.common.paths import without_secrets
 from clips.common.runtime import unused_port
 from clips.config import Fields, RunConfig
 from clips.data import order, remote
-from clips.data.joined import PartSource
+from clips.data.dataset import open_data
 from clips.data.loader import ReadAhead, make_loader
 from clips.data.order import SampleOrder
 from clips.data.remote import Copies, stamp
 from clips.data.sample import BrokenSample
-from clips.data.sources import open_source
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import tiny_run
 
@@ -71,7 +71,7 @@ def a_run(workers: int = 0, cache_gb: float = 1) -> RunConfig:
 
 
 def batches(spec: str, tokenizer: CaptionTokenizer, run: RunConfig) -> list[dict]:
-    source = open_source(spec, Fields(), need_long=True)
+    source = open_data(spec, Fields(), need_long=True)
     return list(make_loader(source, tokenizer, lasting(run, 2 * SHARDS * SAMPLES), rank=0, world_size=1))
 
 
@@ -115,7 +115,7 @@ def test_a_server_that_fails_now_and_then_changes_nothing(folder, server, small_
 
 
 def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer) -> None:
-    source = open_source(spec(server), Fields(), need_long=True)
+    source = open_data(spec(server), Fields(), need_long=True)
     server.fault = lambda method, name, before: "cut" if name == "3.tar" and method == "GET" else None
     run = a_run()
     loader = make_loader(source, tokenizer, lasting(run, 12 * run.phases[0].batch_size), rank=0, world_size=1)
@@ -126,16 +126,16 @@ def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer) -
 
 def test_what_cannot_be_read_is_refused_at_once(server, folder: Path) -> None:
     with pytest.raises(UserError, match=rf"{server.url}/none.tar cannot be read"):
-        open_source(f"{server.url}/none.tar", Fields(), need_long=True)
+        open_data(f"{server.url}/none.tar", Fields(), need_long=True)
     server.fault = lambda method, name, before: 403
     with pytest.raises(UserError, match="403"):
-        open_source(spec(server), Fields(), need_long=True)
+        open_data(spec(server), Fields(), need_long=True)
     assert sum(server.asked.values()) < 20, "nothing is tried again"
     with serving(folder, ranges=False) as without, pytest.raises(UserError, match="supports ranges"):
-        open_source(f"{without.url}/0.tar", Fields(), need_long=True).read(3)
+        open_data(f"{without.url}/0.tar", Fields(), need_long=True).read(3)
     url = f"http://127.0.0.1:{unused_port()}/0.tar"
     with pytest.raises(CommandError, match=f"{url} cannot be read"):
-        open_source(url, Fields(), need_long=True)
+        open_data(url, Fields(), need_long=True)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_an_answer_is_bounded_by_what_was_asked(server, monkeypatch, attack, kin
         remote.read_range(f"{server.url}/0.tar", 100, 200)
     if attack == "endless":
         with pytest.raises(UserError, match="no data at"):
-            open_source(f"{server.url}/*.tar", Fields(), need_long=True)
+            open_data(f"{server.url}/*.tar", Fields(), need_long=True)
     assert server.sent[attack] < 2**25  # what the sockets hold
 
 
 def test_passwords_and_signatures_stand_in_no_message(server: RangeServer, caplog: pytest.LogCaptureFixture) -> None:
     shown = f"{server.url}/0.tar#"
     url = f"http://me:secret@127.0.0.1:{server.server_port}/{{0..1}}.tar"
-    source = open_source(url, Fields(), need_long=True)
+    source = open_data(url, Fields(), need_long=True)
     assert source.read(0).key.startswith(shown)
     assert without_secrets(f"{url} cannot be read") == f"{server.url}/{{0..1}}.tar cannot be read"
     assert without_secrets("no: 's3://b/x.tar?X-Amz-Signature=ab&c=d' (x?)") == "no: 's3://b/x.tar' (x?)"
@@ -177,7 +177,7 @@ def test_a_shard_that_changes_under_the_run_is_noticed(folder, server, tokenizer
     server.root.mkdir()
     for i in range(SHARDS):
         (server.root / f"{i}.tar").write_bytes((folder / f"{i}.tar").read_bytes())
-    source = open_source(spec(server), Fields(), need_long=True)
+    source = open_data(spec(server), Fields(), need_long=True)
     data = bytearray((server.root / "2.tar").read_bytes())
     data[600] ^= 1  # of the same size
     (server.root / "2.tar").write_bytes(data)
@@ -187,7 +187,7 @@ def test_a_shard_that_changes_under_the_run_is_noticed(folder, server, tokenizer
     with pytest.raises(UserError, match=r"2\.tar has changed since this run opened it"):
         source.read(2 * SAMPLES)
     assert source.read(0).web
-    assert open_source(spec(server), Fields(), need_long=True).read(2 * SAMPLES).web, "opened again, it is indexed anew"
+    assert open_data(spec(server), Fields(), need_long=True).read(2 * SAMPLES).web, "opened again, it is indexed anew"
 
 
 def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_
     size = (folder / "0.tar").stat().st_size
     for room, most in ((6.5, 6), (3.5, 3)):
         run = a_run(cache_gb=room * size / 1e9)
-        source = open_source(spec(server), Fields(), need_long=True)
+        source = open_data(spec(server), Fields(), need_long=True)
         seen = []
         run = lasting(run, 24 * run.phases[0].batch_size)
         for batch in make_loader(source, tokenizer, run, rank=0, world_size=1):
@@ -208,7 +208,7 @@ def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_
 def test_shards_are_fetched_whole_if_a_share_is_held_out(folder, server, small_groups, tokenizer, tmp_path) -> None:
     seen = []
     for place in (spec(server), str(folder)):
-        source = open_source(place, Fields(), need_long=True)
+        source = open_data(place, Fields(), need_long=True)
         source = PartSource(source, np.flatnonzero(np.arange(len(source)) % 10))
         loader = make_loader(source, tokenizer, a_run(cache_gb=1), rank=0, world_size=1)
         seen.append([batch["images"] for batch in loader])
@@ -284,10 +284,10 @@ def test_a_table_behind_a_url_holds_its_images(server, tmp_path: Path) -> None:
     server.root = tmp_path
     image, web, long = make_images(1)[0]
     write_table(tmp_path / "t.parquet", [{"image": image, "web": web, "long": long}])
-    assert open_source(f"{server.url}/t.parquet", TABLE, need_long=True).read(0).image == image
+    assert open_data(f"{server.url}/t.parquet", TABLE, need_long=True).read(0).image == image
     write_table(tmp_path / "t.jsonl", [{"image": "0.png", "web": web, "long": long}])
     with pytest.raises(UserError, match="img2dataset"):
-        open_source(f"{server.url}/t.jsonl", TABLE, need_long=True)
+        open_data(f"{server.url}/t.jsonl", TABLE, need_long=True)
 
 
 def test_the_order_names_its_shards_and_the_next(small_groups) -> None:

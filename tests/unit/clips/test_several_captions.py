@@ -16,11 +16,11 @@ from launched import write_shard, write_table
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import OTHERS, Fields
 from clips.data.check import check_pairs
-from clips.data.guess import warn_once
+from clips.data.dataset import Dataset, open_data
+from clips.data.importing.layouts import warn_once
 from clips.data.loader import make_loader
 from clips.data.sample import BrokenSample, Texts
 from clips.data.sentences import split_sentences
-from clips.data.sources import Source, open_source
 from clips.data.splits import check_readable
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import ImageSet
@@ -39,8 +39,8 @@ def shard(folder: Path, captions: list[object], key: str = "captions") -> Path:
     return write_shard(folder / "a.tar", list(zip(images, texts, strict=True)))
 
 
-def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Source:
-    return open_source(str(path), replace(Fields(), **fields), need_long=need_long)
+def opened(path: Path | str, *, need_long: bool = True, **fields: str) -> Dataset:
+    return open_data(str(path), replace(Fields(), **fields), need_long=need_long)
 
 
 def test_the_long_caption_is_the_others_and_never_the_web_caption() -> None:
@@ -84,12 +84,12 @@ def test_draws_are_uniform_and_a_single_caption_takes_no_number() -> None:
 def test_a_list_in_a_shard_is_guessed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = opened(shard(tmp_path, [list(FIVE), ["only one"], ["x", 3], [None, " ", "a", "b"]]))
     assert "two of the others joined" in caplog.text
-    assert source.texts(0) == Texts(tuple(FIVE), others=True)
+    assert source.captions(0) == Texts(tuple(FIVE), others=True)
     assert source.read(3).web == "a"
     for index, reason in ((1, "one caption"), (2, "int")):
         with pytest.raises(BrokenSample, match=reason):
             source.read(index)
-    assert len(list(source.captions())) == 7
+    assert len(list(source.all_captions())) == 7
 
 
 IMAGES, EACH = 12, 5
@@ -136,7 +136,7 @@ def test_the_rows_of_an_image_are_gathered(tmp_path, caplog, name, is_shuffled):
         flat = [text for cell in captions for text in (cell if isinstance(cell, list) else [cell])]
         sample = source.read(number)
         assert (sample.image, sample.texts) == (square(i), Texts(tuple(flat), others=True))
-        assert source.texts(number) == sample.texts
+        assert source.captions(number) == sample.texts
     assert len(SourceSet(source).read(0).captions["sentence"]) == EACH
     assert len(opened(tmp_path)) == IMAGES, "by its folder"
     run = recipe("small")
@@ -153,7 +153,7 @@ def test_long_captions_are_gathered_too(tmp_path: Path) -> None:
         for i in range(12)
     ]
     source = opened(write_rows(tmp_path, "t.csv", rows))
-    assert source.texts(1) == Texts(("w1", "w7"), ("Long 1 True.", "Long 1 False."))
+    assert source.captions(1) == Texts(("w1", "w7"), ("Long 1 True.", "Long 1 False."))
     assert source.read(1).extra == {"label": "1"}, "that of the first row"
     assert source.read(1).key == f"{tmp_path}/t.csv#1 (1.png)"
 
@@ -164,7 +164,7 @@ def test_a_drawn_web_caption_that_is_the_long_one_is_predicted_itself(tmp_path: 
         {"image": "0.png", "caption": web, "long_caption": "A long one."} for web in ("a dog", "A long one.")
     ]
     source = opened(write_rows(tmp_path, "t.csv", rows))
-    assert source.texts(0).pair(1) == ("A long one.", None)
+    assert source.captions(0).pair(1) == ("A long one.", None)
     tokenizer = build_tokenizer("wordpiece", ["a dog a long one."] * 4, vocab_size=64)
     run = tiny_run().override(["phases.0.samples=32"])
     drawn = set()
@@ -181,8 +181,8 @@ def test_an_image_that_is_there_twice_by_accident(tmp_path: Path, caplog: pytest
     path = write_rows(tmp_path, "t.csv", rows)
     source = opened(path, need_long=False)
     assert "t.csv: 15 rows of 13 images" in caplog.text
-    assert source.texts(1) == Texts(("w1", "w11"))
-    assert source.texts(2) == Texts(("w2",))
+    assert source.captions(1) == Texts(("w1", "w11"))
+    assert source.captions(2) == Texts(("w2",))
     with pytest.raises(UserError, match="no long captions"):
         opened(path)
     reasons = []

@@ -15,7 +15,7 @@ from conftest import script_parser
 from pyarrow import parquet
 from tiny_shop import make_image, products, write_hub, write_tar
 
-from clips import Fields, is_of_demo, open_source
+from clips import Fields, is_of_demo, open_data
 from clips.common.errors import UserError
 from clips.common.files import STAMP, write_json
 from mllm.chat import web
@@ -158,7 +158,7 @@ def test_one_image_is_in_one_split(tmp_path: Path) -> None:
 
 def images_of(tar: Path) -> list[bytes]:
     store = ImageStore(tar)
-    return [store.read(f"{number:08}.jpg") for number in range(len(open_source(str(tar), Fields(), need_long=False)))]
+    return [store.read(f"{number:08}.jpg") for number in range(len(open_data(str(tar), Fields(), need_long=False)))]
 
 
 def test_a_model_of_these_questions_is_not_the_demos(shop, tmp_path, monkeypatch) -> None:
@@ -331,7 +331,7 @@ def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
     )
     for split, file in (("train", "instruct.json"), ("test", "question.jsonl")):
         store = ImageStore(out / f"{split}.tar")
-        source = open_source(str(out / f"{split}.tar"), Fields(), need_long=True)
+        source = open_data(str(out / f"{split}.tar"), Fields(), need_long=True)
         sample = source.read(0)
         assert sample.web.startswith("Acme ")
         assert sample.long == describe(long, sample.extra)
@@ -340,7 +340,7 @@ def test_the_hubs_tables_are_packed_for_both_halves(tmp_path: Path) -> None:
         records = json.loads(text) if split == "train" else [json.loads(line) for line in text.splitlines()]
         assert all(store.load(record["image"]).size == (24, 32) for record in records)
     assert len(json.loads((out / "align.json").read_text())) == 50
-    sizes = [len(open_source(str(out / f"{split}.tar"), Fields(), need_long=True)) for split in ("train", "test")]
+    sizes = [len(open_data(str(out / f"{split}.tar"), Fields(), need_long=True)) for split in ("train", "test")]
     assert sum(sizes) == 150
 
 

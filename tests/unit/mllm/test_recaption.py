@@ -15,7 +15,7 @@ from lab_runs import run_main
 from launched import make_images
 from tiny_chat import place  # noqa: F401 - a fixture
 
-from clips import Fields, open_source
+from clips import Fields, open_data
 from clips.common.files import write_json
 from clips.data.images import decode_image
 from mllm import recaption
@@ -55,7 +55,7 @@ def test_pairs_become_parts_that_pretraining_reads(run: Run, tmp_path: Path, cap
         assert run(data, one, "--part-size", "5") == 2
         assert f"{part.name} is damaged" in capsys.readouterr().err
         part.write_bytes(whole)
-    source = open_source("out", Fields(), need_long=True)
+    source = open_data("out", Fields(), need_long=True)
     samples = [source.read(index) for index in range(len(source))]
     made = [(image, web, echo(f"Caption: {web}")) for image, web, _ in make_images(12)]
     assert [(sample.image, sample.web, sample.long) for sample in samples] == made[:7] + made[8:]
@@ -75,7 +75,7 @@ def test_a_message_in_the_place_of_captions_is_none(run: Run, tmp_path: Path, ca
     with serving(lambda text: used_up(text, 50)) as captioner:
         assert run(data, captioner) == 0
     assert "'repeated': 10" in capsys.readouterr().out
-    assert len(open_source("out", Fields(), need_long=True)) == 50
+    assert len(open_data("out", Fields(), need_long=True)) == 50
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_one_bad_pair_in_a_small_last_part_ends_nothing(run: Run, tmp_path: Path
         for _ in range(2):  # the second finds all done
             assert run(data, captioner, "--part-size", "11") == 0
             assert "left out: {'broken': 1, 'no pair': 0}" in capsys.readouterr().out
-    assert len(open_source("out", Fields(), need_long=True)) == 11
+    assert len(open_data("out", Fields(), need_long=True)) == 11
 
 
 def test_a_server_that_fails(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

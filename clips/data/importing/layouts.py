@@ -5,22 +5,17 @@ Every guess is printed, with the flag that overrules it.
 
 import csv
 import glob
-import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import PurePosixPath, PureWindowsPath
 
 from braceexpand import braceexpand
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import ENDINGS
@@ -45,11 +40,13 @@ NAMED = (*TABLES, ".json", ".token", ".token.txt")
 """Endings of all tables. Those that a folder may have for another purpose are read only if they are named."""
 OF_HUB = "hf:"
 """Begins the id of a data set of the hub, as in hf:jxie/flickr8k."""
-HELD_OUT = ("test", "val", "dev")
-PROBED_TEXTS = 32
-"""Number of texts that decide if each line is a caption."""
-LONGEST_TEXT = 1 << 18
-"""Bytes that are read of the text file of an image."""
+MANIFEST = "manifest.json"
+"""Name of the file that an import writes; as --data it is opened as it is."""
+
+
+def is_held_out(name: str) -> bool:
+    """Return True for a file or folder of a test or validation split: "test", "val-00000.parquet", not "valentines"."""
+    return re.match(r"(test|val|valid|validation|dev)([^a-z]|$)", name) is not None
 
 
 def usual(name: str) -> str:
@@ -57,14 +54,17 @@ def usual(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
+Note = Callable[[str], None]
+"""Takes a line about what was guessed or skipped; the import keeps it in the manifest."""
+
+
+def guess_fields(fields: Fields, names: Sequence[str], lists: Collection[str] = ()) -> Fields:
     """Return `fields` for data with the fields `names`. Parts that the user left open are guessed by NAMES.
 
     A part is open if it has its default value and the data has no such field. `lists` are the fields that hold lists.
     Without a long caption, the captions of a list serve for both parts. A long caption is guessed only by its own
     names. If the web caption is guessed, `txt` is not taken for the long caption, because outside of Recap-DataComp-1B
-    it is the web caption. A warning shows the guess once; it begins with `where`, the name of the data, and is left out
-    if that is empty.
+    it is the web caption.
     """
     named = {usual(name.removeprefix("json:")): name for name in reversed(names)}
     default = Fields()
@@ -83,33 +83,33 @@ def guess_fields(where: str, fields: Fields, names: Sequence[str], lists: Collec
         guessed["long"] = OTHERS
     if not any(guessed.values()):
         return fields
-    fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
-    if not where:
-        return fields
+    return replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
+
+
+def describe_fields(fields: Fields) -> str:
+    """Say where images and captions are found."""
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
     if fields.long == OTHERS:
         long = "one drawn in each step of pretraining, two of the others joined as the long caption"
-    parts = f"images from {fields.image!r}, captions from {fields.web!r}, {long}"
-    warn_once(f"{where}: {parts} (guessed; --fields overrules)")
-    return fields
+    return f"images from {fields.image!r}, captions from {fields.web!r}, {long}"
 
 
-def guess_delimiter(header: str, url: str) -> str:
-    """Return the delimiter that gives the header most columns: comma, tab, semicolon or pipe. Print an unusual one."""
+def guess_delimiter(header: str, url: str, note: Note) -> str:
+    """Return the delimiter that gives the header most columns: comma, tab, semicolon or pipe. Note an unusual one."""
     usual = "\t" if url.endswith(".tsv") else ","
     delimiter = max(usual, *"\t;|,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if delimiter != usual:
-        warn_once(f"{url}: columns are separated by {delimiter!r}")
+        note(f"{url}: columns are separated by {delimiter!r}")
     return delimiter
 
 
-def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -> str:
+def guess_root(where: str, root: str, paths: Sequence[str], note: Note, *, is_given: bool) -> str:
     """Return the folder to which a table's image paths are relative.
 
     It is `root` (the table's folder, or --image-root if `is_given`) if one of the first images, `paths`, is there. Else
     it is the folder in it, or next to it, with which the table's name ends (COCO: annotations/captions_train2017.json
-    and train2017), or the current folder; the last two are tried only without --image-root. A guess is logged as a
-    warning. Raises UserError if no image is found, or if `root` or the images are URLs.
+    and train2017), or the current folder; the last two are tried only without --image-root. A guess is noted.
+    Raises UserError if no image is found, or if `root` or the images are URLs.
     """
     if not paths:
         return root
@@ -121,7 +121,7 @@ def guess_root(where: str, root: str, paths: Sequence[str], *, is_given: bool) -
         if any(os.path.exists(os.path.join(folder, path)) for path in paths):
             if folder != root:
                 place = "the current folder" if folder == "." else folder
-                warn_once(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
+                note(f"{where}: images are looked for in {place} (guessed; --image-root overrules)")
             return folder
     place = f"{paths[0]!r} was looked for in {os.path.abspath(root)}"
     advice = "give --image-root"
@@ -188,7 +188,7 @@ def _of_hub(name: str) -> list[str]:
         raise UserError(f"{OF_HUB}{name} is no data set of the hub that can be read: {first_line(error)}") from None
     for suffix in (".tar", *TABLES):
         files = [file for file in names if file.endswith(suffix)]
-        train = [file for file in files if not any(part.startswith(HELD_OUT) for part in file.split("/"))]
+        train = [file for file in files if not any(map(is_held_out, file.split("/")))]
         if train:
             warn_once(f"{OF_HUB}{name}: {len(train):,} of {len(files):,} {suffix} files taken, the first is {train[0]}")
             return [f"{root}/{file}" for file in train]
@@ -205,7 +205,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
         tables = [name for name in names if name.endswith(suffix)]
         train = [name for name in tables if name.startswith("train")]
         others = [name for name in tables if name not in train]
-        if train and others and all(name.startswith(HELD_OUT) for name in others):
+        if train and others and all(map(is_held_out, others)):
             _say_held_out(folder, train, others)
             tables = train
         if tables:
@@ -215,11 +215,11 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
         path = os.path.join(folder, inner)
         files = in_folder(path, suffixes) if inner in names and os.path.isdir(path) else []
         if files:
-            others = [n for n in names if n.startswith(HELD_OUT) and os.path.isdir(os.path.join(folder, n))]
+            others = [n for n in names if is_held_out(n) and os.path.isdir(os.path.join(folder, n))]
             if inner == "train" and others:
                 _say_held_out(folder, [inner], others)
             return files
-    return [folder] if ImageFolder.pairs(folder)[0] else []
+    return [folder] if image_text_pairs(folder)[0] else []
 
 
 @lru_cache
@@ -232,123 +232,18 @@ def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> N
     warn_once(f"{folder}: {', '.join(train[:2])} taken, {os.path.join(folder, others[0])} left for tests")
 
 
-class ImageFolder:
-    """A folder, with subfolders, of images and texts of the same name (a.jpg, a.txt), as a table.
-
-    The text is `txt`. If most of the first texts have several lines, without an empty one, then each line is a caption:
-    `captions` are the lines, and `whole` is the text.
-    """
-
-    columns: Sequence[str] = ("image", "txt")
-    lists: Sequence[str] = ()
-
-    def __init__(self, folder: str) -> None:
-        self.url = self.name = self.root = folder
-        self._names, without = self.pairs(folder)
-        self.left_out = len(without)
-        if without:
-            warn_once(f"{folder}: {len(without):,} images without a text are skipped, the first is {without[0]}")
-        several = []
-        for name in self._names[:PROBED_TEXTS]:
-            with suppress(ValueError):  # reported when the row itself is read
-                lines = self._text(name).strip().splitlines()
-                several.append(len(lines) > 1 and all(map(str.strip, lines)))
-        if 2 * sum(several) > len(several):
-            self.columns, self.lists = ("image", "captions", "whole"), ("captions",)
-            warn_once(f"{folder}: each line of a text is a caption (guessed; --fields web=whole takes the text as one)")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Return row `i` like `Table.row`. Raises ValueError for a text that cannot be read."""
-        name = self._names[i]
-        text = self._text(name)
-        texts = {"captions": text.splitlines(), "whole": text} if self.lists else {"txt": text}
-        return {"image": name} | texts
-
-    def contents(self) -> bytes:
-        """Return a hash of the images' names and sizes, and of the texts."""
-        digest = hashlib.sha256()
-        for name in self._names:
-            with suppress(OSError, ValueError):  # reported when the row itself is read
-                size = os.path.getsize(os.path.join(self.root, name))
-                digest.update(json.dumps([name, size, self._text(name)]).encode())
-        return digest.digest()
-
-    def _text(self, name: str) -> str:
-        path = os.path.join(self.root, os.path.splitext(name)[0] + ".txt")
-        try:
-            data = read_regular(path, LONGEST_TEXT)
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return data.decode("cp1252")
-
-    @staticmethod
-    def pairs(folder: str) -> tuple[list[str], list[str]]:
-        """Return the images with a text and those without, as sorted paths below `folder`."""
-        paths: tuple[list[str], list[str]] = ([], [])
-        for place, folders, names in os.walk(folder):
-            folders[:] = sorted(name for name in folders if name[0] != ".")
-            texts = {name[:-4] for name in names if name.endswith(".txt")}
-            for name in sorted(names):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in ENDINGS and name[0] != ".":
-                    path = os.path.relpath(os.path.join(place, name), folder)
-                    paths[stem not in texts].append(path)
-        return paths
-
-
-class KarpathyFile:
-    """COCO, Flickr8k or Flickr30K in A. Karpathy's JSON, as a table of images and lists of captions.
-
-    The spec is `dataset_coco.json#train+restval`: the file and its splits. Splits that it lacks are skipped.
-    """
-
-    columns = ("image", "captions")
-    lists = ("captions",)
-    left_out = 0
-
-    def __init__(self, spec: str) -> None:
-        """Read the file. Raises UserError for another file, and if it has none of the splits."""
-        path, _, splits = spec.partition("#")
-        self.url = self.name = spec
-        self.root = str(Path(path).parent)
-        try:
-            content = from_json(read_bytes(Path(path)))
-            if isinstance(content, dict) and "annotations" in content:
-                raise UserError(
-                    f"{path} is COCO's own file of captions, not Karpathy's: give it as --data (train_llava.sh: "
-                    "--data_path), with the folder of its images as --image-root (--image_folder)"
-                )
-            images = content["images"]
-            self._rows = [
-                {
-                    "image": str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),
-                    "captions": [sentence["raw"] for sentence in entry["sentences"]],
-                }
-                for entry in images
-                if entry["split"] in splits.split("+")
-            ]
-            present = ", ".join(sorted({entry["split"] for entry in images}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
-        if not self._rows:
-            raise UserError(f"{path} has no images of the split {splits!r}; its splits are {present}")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Return row `i` like `Table.row`."""
-        return self._rows[i]
-
-    def contents(self) -> bytes:
-        """Return the rows as JSON, to compare them with those of an earlier run."""
-        return json.dumps(self._rows).encode()
+def image_text_pairs(folder: str) -> tuple[list[str], list[str]]:
+    """Return the images with a text (a.jpg, a.txt) and those without, as sorted paths below `folder`."""
+    paths: tuple[list[str], list[str]] = ([], [])
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        texts = {name[:-4] for name in names if name.endswith(".txt")}
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in ENDINGS and name[0] != ".":
+                path = os.path.relpath(os.path.join(place, name), folder)
+                paths[stem not in texts].append(path)
+    return paths
 
 
 def is_karpathy(spec: str) -> bool:
