@@ -30,6 +30,7 @@ from clips.config import OTHERS, Fields
 from clips.data.images import MAX_BYTES
 from clips.data.importing import (
     BATCH,
+    CHOICES,
     MANIFEST,
     ImportOptions,
     digests_of,

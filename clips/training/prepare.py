@@ -110,7 +110,7 @@ def prepare_data(
     Rank 0 builds a missing tokenizer, or takes the one of the `initial` weights' text tower, and saves it and
     data.json. All other splits are opened once, so that a wrong path shows now; the third result describes the
     validation data of this machine. Raises UserError for other data than the run began with (if it
-    `has_begun`), and for a tokenizer larger than the model's vocabulary; BrokenDataError for a table with too many unreadable rows.
+    `has_begun`), and for a tokenizer larger than the model's vocabulary; BrokenDataError for too many unusable rows.
     """
     need_long = run.task.captions
 

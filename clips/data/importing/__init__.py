@@ -146,7 +146,8 @@ def state_of(url: str) -> str:
 
 def _folder(spec: str, first: str, options: dict[str, Any]) -> Path:
     """Return the folder of an import, which is next to the first file, or in the cache if that cannot be written."""
-    where = spec if is_remote(spec) or spec.startswith("hf:") else f"{os.getcwd()}\0{spec}"
+    where = os.path.abspath(spec) if os.path.exists(spec) else f"{os.getcwd()}\0{spec}"
+    where = spec if is_remote(spec) or spec.startswith("hf:") else where
     name = hashlib.sha256(json.dumps([where, options]).encode()).hexdigest()[:16]
     folders = [cache_root() / "imports" / name]
     if not is_remote(first):
@@ -388,7 +389,7 @@ class _Import:
 
     def _check_key(self, names: Sequence[str]) -> None:
         if (key := self.options.key) and not {key, f"json:{key}"} & set(names):
-            raise UserError(f"data.key {key!r} is not among the fields found: {clip(', '.join(names))}")
+            raise UserError(f"--key {key!r} is not among the fields found: {clip(', '.join(names))}")
 
 
 class _Index:
@@ -501,7 +502,7 @@ class _Index:
         short = array("q")
         others = fields is not None and fields.long == OTHERS
         for number, row in enumerate(read_rows(self.path)):
-            if not _texts(row[4], row[5], others).pair()[1]:
+            if not row[4] or not _texts(row[4], row[5], others).pair()[1]:
                 short.append(number)
         if short:
             with placing(self.path.with_suffix(".short")) as file:

@@ -18,8 +18,6 @@ from pyarrow import parquet
 
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
-from clips.data import sidecar as sidecar_module
-from clips.data import table
 from clips.data.dataset import Dataset, open_data
 from clips.data.importing import MOST_ROWS
 from clips.data.importing.layouts import expand, warn_once

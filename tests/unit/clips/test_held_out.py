@@ -28,7 +28,7 @@ from clips.evaluation.evaluate import evaluate_from_flags
 from clips.evaluation.testsets import SourceSet, count_trained_on
 from clips.recipes import recipe
 from clips.training.cli import config_from_flags, parser
-from clips.training.prepare import check_same_data
+from clips.training.prepare import same_data
 from clips.weights.export import write_native
 from mllm.data.captions import CaptionStore
 
@@ -220,13 +220,13 @@ def test_changed_data_of_equal_size_is_other_data(kind: str, tmp_path: Path) -> 
     changes = [dict(reversed(texts.items())), exchanged, {"a.png": "one cat", "c.png": "two dog"}]
     began = written(texts)
     write_json(tmp_path / rundir.DATA, began.facts())
-    check_same_data(tmp_path, written(texts))
+    same_data(tmp_path, written(texts))
     for change in {"csv": changes, "karpathy": changes, "folder": changes[1:], "tar": changes[2:]}[kind]:
         with pytest.raises(UserError, match="as many, 2 samples in 1 files, with other"):
-            check_same_data(tmp_path, written(change))
+            same_data(tmp_path, written(change))
     older = {name: value for name, value in began.facts().items() if name != "contents"}
     write_json(tmp_path / rundir.DATA, older)
-    check_same_data(tmp_path, written(texts))
+    same_data(tmp_path, written(texts))
 
 
 def run_on(train: object, **data: object) -> RunConfig:
