@@ -416,10 +416,10 @@ def is_remote_file(file: Any) -> bool:
 
 
 def _texts(part: Part, web: list[bytes], long: list[bytes]) -> Texts:
-    decoded = ([text.decode("utf-8", "surrogatepass") for text in texts] for texts in (web, long))
-    return Texts(*map(bounded_texts, decoded), part.others)
+    first, second = (_bounded([text.decode("utf-8", "surrogatepass") for text in texts]) for texts in (web, long))
+    return Texts(first, second, part.others)
 
 
-def bounded_texts(texts: list[str]) -> tuple[str, ...]:
+def _bounded(texts: list[str]) -> tuple[str, ...]:
     """Return the first captions that have at most MAX_CAPTION characters together; the last of them may be cut."""
     return tuple(texts) if len(texts) < 2 else tuple(texts_in("", "", texts))
