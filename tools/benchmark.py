@@ -1,21 +1,24 @@
 #!/usr/bin/env python
-"""Compare training speed with open_clip (by `train` steps or whole `program`s), or time `parts` or a `llava` stage.
+"""Compare training speed with open_clip (`train` steps, whole `program`s), or time `parts`, a `llava` stage or `data`.
 
 `train` and `program` compare plain CLIP on the demo's .txt with equal towers, batch, precision, threads, crops and
 fused AdamW. `train` takes steps on ready batches in one process; open_clip pads each text to the context. `program`
 runs scripts/pretrain_clips.py and `open_clip_train.main` as a user starts them, and measures samples/s between the
 first log line after the warm-up and the last one. `parts` measures a step of a recipe that grows by one part at a
 time, and `llava` does so with a stage of LLaVA, given by flags of scripts/train_llava.py. All things that are
-compared take turns.
+compared take turns. `data` writes a million small samples as shards and as Parquet, and imports, opens and reads them.
 """
 
 import argparse
+import io
+import json
 import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -26,8 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pyarrow import parquet
 from torch import Tensor
 
 from clips.common.errors import CommandError, run_command
@@ -71,6 +77,8 @@ SETTINGS = ("train.accumulation=1", "train.activation_checkpointing=false")
 """Settings for `parts`."""
 STEP_PARTS = ("", "forward, ms", "backward, ms", "of a step")
 """Columns of `parts` and `llava`."""
+PER_SHARD, READ_SAMPLES, LOADER_SECONDS = 10_000, 2_000, 20
+"""For `data`: samples of a shard, samples that are read before memory is measured, and seconds of the loader."""
 TURN, WARM = 2, 0.2
 """Steps in a turn of `train`, and the share of a program's samples that is not timed, as warm-up."""
 OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
@@ -216,6 +224,72 @@ def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
     return reduced
 
 
+def write_samples(folder: Path, rows: int, kind: str) -> str:
+    """Write `rows` pairs of a 32 px JPEG and captions as tar shards or as one Parquet file; return their --data."""
+    images = []
+    for value in range(256):
+        Image.new("RGB", (32, 32), (value, 255 - value, value * 7 % 256)).save(file := io.BytesIO(), "jpeg")
+        images.append(file.getvalue())
+
+    def sample(row: int) -> dict[str, Any]:
+        return {"caption": f"thing {row}", "long_caption": f"This is thing {row}. It stands alone.", "label": row % 10}
+
+    if kind == "parquet":
+        schema = pa.schema([("image", pa.binary()), ("caption", pa.string()), ("long_caption", pa.string())])
+        with parquet.ParquetWriter(folder / "set.parquet", schema) as writer:
+            for first in range(0, rows, PER_SHARD):
+                cells = [
+                    sample(row) | {"image": images[row % 256]} for row in range(first, min(first + PER_SHARD, rows))
+                ]
+                # One byte more makes each image another one: rows of equal images would become one sample.
+                for row, cell in enumerate(cells, first):
+                    cell["image"] += row.to_bytes(4, "big")
+                writer.write_table(pa.Table.from_pylist(cells, schema))
+        return str(folder / "set.parquet")
+    for shard, first in enumerate(range(0, rows, PER_SHARD)):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
+            for row in range(first, min(first + PER_SHARD, rows)):
+                for name, data in (("jpg", images[row % 256]), ("json", json.dumps(sample(row)).encode())):
+                    info = tarfile.TarInfo(f"{row:08}.{name}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def time_data(run: RunConfig, rows: int) -> list[list[Any]]:
+    """Measure how data of `rows` rows is imported, opened and read, as tar shards and as one Parquet file."""
+    measured: list[list[Any]] = []
+    for kind in ("tar", "parquet"):
+        with tempfile.TemporaryDirectory() as folder:
+            data = write_samples(Path(folder), rows, kind)
+            seconds = []
+            for _ in range(2):  # the first one imports
+                begin = time.perf_counter()
+                dataset = open_split(replace(run.data, train=data), "train", need_long=True)
+                seconds.append(time.perf_counter() - begin)
+            index = sum(file.stat().st_size for file in Path(folder, ".clips").rglob("*.*"))
+            tokenizer = build_tokenizer("wordpiece", dataset.all_captions(range(1000)), vocab_size=512)
+            process = psutil.Process()
+            before, order = process.memory_full_info().uss, dataset.order(0)
+            for position in range(READ_SAMPLES):
+                dataset.read(order.sample(position))
+            memory = process.memory_full_info().uss - before
+            loader = make_loader(
+                dataset, tokenizer, replace(run, data=replace(run.data, workers=1)), rank=0, world_size=1
+            )
+            next(loader)
+            begin, count = time.perf_counter(), 0
+            while time.perf_counter() - begin < LOADER_SECONDS:
+                count += len(next(loader)["keys"])
+            speed = count / (time.perf_counter() - begin)
+        measured += [
+            [f"{kind}: import, rows/s", rows / seconds[0]], [f"{kind}: index, MB", index / 1e6],
+            [f"{kind}: open, s", seconds[1]], [f"{kind}: memory of a reader, MB", memory / 1e6],
+            [f"{kind}: loader with a worker, samples/s", speed],
+        ]  # fmt: skip
+    return measured
+
+
 def open_data(run: RunConfig) -> tuple[Dataset, CaptionTokenizer]:
     source = open_split(run.data, "train", need_long=run.task.captions)
     texts = source.all_captions() if run.captions.tokenizer == "wordpiece" else None
@@ -351,12 +425,13 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int) -> fl
 
 def parser() -> argparse.ArgumentParser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    p.add_argument("what", choices=("train", "program", "parts", "llava"), help="what to measure")
+    p.add_argument("what", choices=("train", "program", "parts", "llava", "data"), help="what to measure")
     p.add_argument("--size", choices=tuple(SIZES), default="demo", help="towers and batch")
     p.add_argument("--repeats", type=int, default=5, help="turns of each thing that is compared")
     p.add_argument("--data", help="training data, as pretrain_clips.py takes it (default: the demo's)")
     p.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of the recipe, for `parts`")
     p.add_argument("--llava", default="--stage 2", help="flags of scripts/train_llava.py, for `llava`, in one string")
+    p.add_argument("--rows", type=int, default=1_000_000, help="rows of the sets that `data` writes")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
@@ -366,6 +441,11 @@ def main() -> None:
     device = choose_device(flags.device)
     if flags.what == "llava":
         show(flags.what, time_llava_parts(shlex.split(flags.llava), device, flags.repeats), device, STEP_PARTS)
+        return
+    if flags.what == "data":
+        run = cli.config_from_flags(cli.parser().parse_args(["--recipe", "small_captioner", "--data", "unused"]))
+        run = replace(run, data=replace(run.data, held_out=0.0))
+        show(f"data of {flags.rows:,} rows", time_data(run, flags.rows), device, ("", "measured"))
         return
     data = flags.data or str(ensure_demo("data/demo") / "train")
     own = our_flags(flags.size, device, data)
