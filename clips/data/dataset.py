@@ -28,18 +28,9 @@ from clips.common.files import read_json, read_regular, sha256
 from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import MAX_BYTES
-from clips.data.importing import (
-    BATCH,
-    CHOICES,
-    MANIFEST,
-    ImportOptions,
-    digests_of,
-    image_hash,
-    import_data,
-    missing_field,
-    state_of,
-)
-from clips.data.importing.layouts import warn_once
+from clips.data.importing import CHOICES, ImportOptions, import_data, missing_field, state_of
+from clips.data.importing.index import BATCH, digests_of, image_hash
+from clips.data.importing.layouts import MANIFEST, warn_once
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import check_state, open_binary
 from clips.data.sample import BrokenSample, RawSample, Texts, texts_in

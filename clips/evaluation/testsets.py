@@ -17,7 +17,7 @@ from clips.config import DataConfig
 from clips.data.dataset import Dataset
 from clips.data.demo import demo_split
 from clips.data.images import ENDINGS, MAX_BYTES
-from clips.data.importing import image_hash
+from clips.data.importing.index import image_hash
 from clips.data.importing.layouts import OF_HUB, warn_once
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences

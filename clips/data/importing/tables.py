@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -59,7 +59,7 @@ class Table:
         self.root = posixpath.dirname(url) or "."
         self.unfit = self.first_unfit = 0
         self._file, self._note = file, note
-        with self._readable():
+        with _readable(self.name):
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{self.name} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             self._size = file.seek(0, io.SEEK_END)
@@ -97,15 +97,12 @@ class Table:
         self.lists = {*lists, *self._numbered}
 
     def __iter__(self) -> Iterator[Row]:
-        with self._readable():
+        with _readable(self.name):
             for row in self._rows:
                 if isinstance(row, dict):  # numbered columns make a list together
                     for name, parts in self._numbered.items():
                         row[name] = [row[column] for column in parts if column in row]
                 yield row
-
-    def _readable(self) -> "_Readable":
-        return _Readable(self.name)
 
     def _parquet(self, table: parquet.ParquetFile) -> Iterator[Row]:
         room = UNPACKED + RATIO * self._size
@@ -152,18 +149,13 @@ class Table:
                 yield row
 
 
-class _Readable:
-    """Context manager that turns the errors of a bad file into a UserError with its name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, pa.ArrowNotImplementedError, csv.Error)):
-            raise UserError(f"{self.name} is not a readable table: {error}") from None
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn the errors of a bad file into a UserError with its name."""
+    try:
+        yield
+    except (ValueError, pa.ArrowNotImplementedError, csv.Error) as error:
+        raise UserError(f"{name} is not a readable table: {error}") from None
 
 
 class PairFolder:

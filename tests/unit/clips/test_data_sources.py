@@ -19,7 +19,7 @@ from pyarrow import parquet
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import Fields
 from clips.data.dataset import Dataset, open_data
-from clips.data.importing import MOST_ROWS
+from clips.data.importing.index import MOST_ROWS
 from clips.data.importing.layouts import expand, warn_once
 from clips.data.sample import BrokenSample
 from clips.data.splits import check_readable
