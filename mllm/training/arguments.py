@@ -90,8 +90,10 @@ class TrainFlags:
     mm_projector_type: Literal["mlp2x_gelu", "linear"] | None = staged(
         "mm_projector_type", "layers: two with GELU between them, or one", group="projector"
     )
-    mm_projector_init: Literal["random", "captions"] | None = staged(
-        "mm_projector_init", "random; or captions: fit the projector to the words of the captions before stage 1"
+    mm_projector_init: Literal["random", "ridge", "captions"] | None = staged(
+        "mm_projector_init",
+        "start of the projector: random; ridge: fitted to the captions' words by ridge regression; captions: ridge, "
+        "then 300 steps on whole captions",
     )
     pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (default: in stage 2 that of stage 1)")
 

@@ -22,12 +22,13 @@ from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradie
 from mllm.encoders.encoder import select_features
 from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
+from mllm.model.projector_start import start_bytes
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout
 from mllm.training.arguments import TrainArguments, TrainFlags
 from mllm.training.features import IMAGES_AT_ONCE
 from mllm.training.flops import costs_of, flops_of, units_of
 from mllm.training.freeze import count_parameters, llava_of
-from mllm.training.prepare import start_bytes, trainable
+from mllm.training.prepare import trainable
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.task import TrainingModel, steps_of
 from mllm.training.zero import with_hidden_size
