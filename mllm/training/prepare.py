@@ -47,7 +47,7 @@ from mllm.model.projector_start import (
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, placeholder_ids
 from mllm.training.arguments import AROUND_PROJECTOR, TrainArguments
-from mllm.training.features import FeatureCache
+from mllm.training.features import FeatureCache, feature_bytes
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.stages import TrainMode, freeze_table
 from mllm.training.task import Collator, steps_of
@@ -139,8 +139,11 @@ def prepare_stage(arguments: TrainArguments, device: torch.device, deepspeed: di
         "language model": llm.source,
         "projector": f"{arguments.mm_projector_type}, {started}",
         "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}{skipped}",
-        "features": "computed once and cached" if arguments.caches_features else "computed in every step",
+        "features": "computed in every step",
     }
+    if arguments.caches_features:
+        size = feature_bytes(vision, len(dataset.images)) / 1e9
+        facts["features"] = f"computed once and cached, up to {size:.2g} GB (--feature_cache_gb)"
     width = llava.config.get_text_config().hidden_size
     data = dataset.facts() | (store.facts if isinstance(store, CaptionStore) else {})
     return PreparedStage(
@@ -339,7 +342,10 @@ def check_same_data(prepared: PreparedStage) -> None:
 
 
 def collator_of(prepared: PreparedStage, start: Start) -> Collator:
-    """Fill the feature cache, each rank with its share, and return the collator of the stage's batches."""
+    """Fill the feature cache, each rank with its share, and return the collator of the stage's batches.
+
+    Rank 0 hashes the images for all, and removes old features if there is too little room.
+    """
     arguments = prepared.arguments
     device = prepared.device
     pad_id = prepared.processor.tokenizer.pad_token_id
@@ -350,8 +356,12 @@ def collator_of(prepared: PreparedStage, start: Start) -> Collator:
         preprocess = partial(image_pixels, prepared.processor.image_processor)
         return Collator(pad_id, image_ids, pixel_loader(prepared.store, preprocess, prepared.vision.frames))
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
-    cache = FeatureCache(prepared.vision, prepared.store, root)
-    names = list(dict.fromkeys(name for record in prepared.dataset.records for name in record.images))
+    cache = FeatureCache(prepared.vision, prepared.store, root, gb=arguments.feature_cache_gb)
+    names = prepared.dataset.images
+    if start.rank == 0:
+        cache.make_room(names)
+    if start.ranks > 1:
+        cache.trust(names, start.of_rank_0(cache.keys(names) if start.rank == 0 else None))
     cache.fill(names, device=device, rank=start.rank, world_size=start.ranks)
     if start.ranks > 1:
         start.all_have(True)
