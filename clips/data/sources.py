@@ -51,7 +51,7 @@ LONGEST_PATH = 200
 PARTS = ("image", "web", "long")
 CHOICES = (
     "\n  One caption is enough for CLIP: pretrain_clips.py --recipe small_clip, best with --init-from WEIGHTS"
-    "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner hf:MODEL (docs/recaption.md)"
+    "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner URL (docs/recaption.md)"
 )
 """Printed if long captions are missing."""
 
