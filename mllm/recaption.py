@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import io
 import itertools
 import json
@@ -20,30 +19,22 @@ import signal
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pyarrow as pa
-import torch
 from pyarrow import parquet
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from clips import BrokenSample, Dataset, Fields, decode_image, is_of_demo, open_data, parse_fields, split_sentences
+from clips import BrokenSample, Dataset, Fields, decode_image, open_data, parse_fields, split_sentences
 from clips.common.errors import BrokenDataError, CommandError, UserError, first_line
 from clips.common.escape import clip, one_line
 from clips.common.files import check_target, from_json, placing, read_json, write_json
-from clips.common.hub import model_digest, resolve
 from clips.common.live import say_next
-from clips.common.opening import NO_CODE, load_weights, loading
 from clips.common.paths import unused
 from clips.common.rundir import changed, refuse
-from clips.common.runtime import choose_device
-from mllm.evaluation.batches import new_texts
-from mllm.model.load import data_of, find_model
 
 PROMPT = (
     "Describe the image in detail: all that can be seen in it, how many there are, where each one is, what it looks "
@@ -55,7 +46,7 @@ KEY_VARIABLE = "CLIPS_API_KEY"
 RETRIES = 8  # retries of a failed request, with growing pauses or as the server's Retry-After says
 LONGEST, LISTING = 600, 10  # timeouts in seconds: for one caption with all retries, and for a server's list of models
 GRACE = 5  # seconds that pending requests get to end after an error or a signal
-LARGEST, LONGEST_TEXT = 4 * 2**20, 20_000  # most bytes of a server's answer, and most characters of its caption
+LONGEST_TEXT = 20_000  # most characters of a server's caption
 _REFUSAL = re.compile(
     r"\W*((sorry|unfortunately|i(['’]m| am) (sorry|unable|not able)|i can['’]t|i cannot|as an ai)\b"
     r"|(很|非常)?抱歉|对不起|對不起|我无法|我無法|我不能)",
@@ -106,34 +97,23 @@ def open_image(pair: Pair) -> Any:
         return None
 
 
-class BoundedClient(openai.DefaultAsyncHttpxClient):
-    """An HTTP client that reads at most LARGEST bytes of an answer and does not decompress it, against zip bombs."""
-
-    async def send(self, request: Any, **options: Any) -> Any:
-        """Send a request and read its answer. Raises ValueError if the answer exceeds LARGEST bytes."""
-        response = await super().send(request, **options | {"stream": True})
-        body = bytearray()
-        async with contextlib.aclosing(response):
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > LARGEST:
-                    raise ValueError(f"its answer has more than {LARGEST:,} bytes")
-        response.headers.pop("content-encoding", None)
-        return type(response)(response.status_code, headers=response.headers, content=bytes(body), request=request)
-
-
 class Endpoint:
-    """Servers with the OpenAI API, `URL[,URL…][#MODEL]`. Raises UserError if one lists no models in ten seconds."""
+    """Servers with the OpenAI API, `URL[,URL…][#MODEL]`.
+
+    Only the server of `--key-for` gets the key. Raises UserError if one lists no models in ten seconds.
+    """
 
     def __init__(self, addresses: str, prompt: str, flags: argparse.Namespace) -> None:
-        urls, _, model = addresses.partition("#")
+        listed, _, model = addresses.partition("#")
+        urls = listed.split(",")
+        if flags.key_for is not None and (flags.key_for not in urls or KEY_VARIABLE not in os.environ):
+            raise UserError(f"--key-for {flags.key_for} must be one of {listed}, and {KEY_VARIABLE} must hold its key")
         self.prompt, self.flags = prompt, flags
         self.loop = asyncio.new_event_loop()
-        key = os.environ.get(KEY_VARIABLE, "none")
         self.servers = []
-        for url in urls.split(","):  # no redirects, because their bodies would be read without a limit
-            bounded = BoundedClient(headers={"Accept-Encoding": "identity"}, follow_redirects=False)
-            client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, http_client=bounded)
+        for url in urls:
+            key = os.environ[KEY_VARIABLE] if url == flags.key_for else "none"
+            client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES)
             self.servers.append((client, asyncio.Semaphore(flags.batch_size)))
         models = [self.loop.run_until_complete(first_model(client)) for client, _ in self.servers]
         self.identity = model or models[0]
@@ -193,56 +173,7 @@ async def first_model(client: openai.AsyncOpenAI) -> str:
         return str(from_json(response.text)["data"][0]["id"])
     except (openai.OpenAIError, asyncio.TimeoutError, ValueError, LookupError, TypeError) as error:
         what = f"{client.base_url} lists no models within {LISTING} seconds: {first_line(error.__cause__ or error)}"
-        raise UserError(f"{what}. Most addresses end with /v1; {KEY_VARIABLE} may hold a key") from None
-
-
-class LocalModel:
-    """An image-text-to-text model of transformers, given by directory or hub id.
-
-    Raises UserError if it cannot be loaded, or has no chat template.
-    """
-
-    def __init__(self, name: str, prompt: str, flags: argparse.Namespace) -> None:
-        directory = resolve(find_model(name), "captioner")
-        self.prompt, self.flags = prompt, flags
-        self.device = choose_device("auto")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        with loading("captioner", directory):
-            self.processor: Any = AutoProcessor.from_pretrained(directory, padding_side="left", **NO_CODE)
-            model, _ = load_weights(AutoModelForImageTextToText, "captioner", directory, dtype=dtype, **NO_CODE)
-        self.model = model.to(self.device).eval()
-        self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
-        if self.tokenizer is None or not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise UserError(f"captioner: {directory} has no processor for images with a chat template")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        self.identity = model_digest(directory, whole=True)
-
-    def caption(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
-        """Yield the pairs in order, after setting `long` or, where there is no caption, `reason` of each in place."""
-        pairs = iter(pairs)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
-            while batch := list(itertools.islice(pairs, self.flags.batch_size)):
-                images = list(readers.map(open_image, batch))
-                readable = [i for i, image in enumerate(images) if image is not None]
-                if readable:
-                    self._write([batch[i] for i in readable], [images[i] for i in readable])
-                yield from batch
-
-    @torch.inference_mode()
-    def _write(self, pairs: list[Pair], images: list[Any]) -> None:
-        parts = [{"type": "image", "image": image} for image in images]
-        turns = [turn(self.prompt, pair, image) for pair, image in zip(pairs, parts, strict=True)]
-        inputs = self.processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        ).to(self.device, self.model.dtype)
-        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.flags.max_new_tokens)
-
-        begin = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        texts = new_texts(self.tokenizer, output[:, begin:], stop if isinstance(stop, list) else [stop])
-        for pair, (text, has_ended) in zip(pairs, texts, strict=True):
-            pair.long = text if has_ended else whole_sentences(text)
+        raise UserError(f"{what}. Most addresses end with /v1; a key needs --key-for") from None
 
 
 def read_pairs(source: Dataset, indices: Iterable[int]) -> Iterator[Pair]:
@@ -356,18 +287,15 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         signal.signal(number, stop)
     output: Path = flags.output
     check_target(output)
-    kind, _, name = flags.captioner.partition(":")
-    if kind not in ("hf", "endpoint") or not name:
-        raise UserError(f"--captioner {flags.captioner!r} must be hf:ID_OR_DIR or endpoint:URL[,URL…][#MODEL]")
-    if kind == "hf" and not is_of_demo(flags.data) and data_of(name) == ["demo"]:
-        raise UserError(f"{name} was trained on the demo, so it would describe other images with the demo's things")
+    if not flags.captioner.startswith(("http://", "https://")):
+        raise UserError(f"--captioner {flags.captioner!r} must be URL[,URL…][#MODEL] of servers (docs/recaption.md)")
     fields = parse_fields(flags.fields, Fields())
     source = open_data(flags.data, fields, image_root=flags.image_root, need_long=False)
     if any(Path(file).resolve().is_relative_to(output.resolve()) for file in source.files):
         raise UserError(f"--data {flags.data} contains {output}, the output of this command: choose other data")
 
     prompt = flags.prompt.read_text(encoding="utf-8-sig").strip() if flags.prompt else PROMPT
-    captioner = (Endpoint if kind == "endpoint" else LocalModel)(name, prompt, flags)
+    captioner = Endpoint(flags.captioner, prompt, flags)
     settings = {name: getattr(flags, name) for name in ("data", "fields", "image_root", "part_size", "max_new_tokens")}
     settings |= {"pairs": len(source), "captioner": captioner.identity, "prompt": prompt}
     output.mkdir(parents=True, exist_ok=True)

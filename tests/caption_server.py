@@ -26,10 +26,12 @@ def echo(text: str) -> str:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[str], str | dict | bytes | int | None] = echo) -> Iterator[str]:
-    """The captioner's name. `answer` gives a caption, a choice, bytes that are sent without end, the status of half a
-    JSON, or None to hang up. In the place of /v1, /flood lists models without end.
+def serving(answer: Callable[[str], str | dict | int | None] = echo, keys: list[str] | None = None) -> Iterator[str]:
+    """The server's address. `answer` gives a caption, a choice, the status of half a JSON, or None to hang up.
+
+    The keys that are sent with the question for its models go to `keys`.
     """
+    keys = [] if keys is None else keys
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, content: bytes, status: int = 200) -> None:
@@ -39,24 +41,14 @@ def serving(answer: Callable[[str], str | dict | bytes | int | None] = echo) -> 
             self.end_headers()
             self.wfile.write(content)
 
-        def repeat(self, content: bytes) -> None:
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the client has left
-                while True:
-                    self.wfile.write(content)
-
         def do_GET(self) -> None:
-            if self.path == "/flood/models":
-                return self.repeat(b" " * 2**16)
-            return self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
+            keys.append(self.headers["Authorization"])
+            self.reply(b'{"data": [{"id": "tiny"}]}' if self.path == "/v1/models" else b"<title>Welcome</title>")
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             made = answer(body["messages"][0]["content"][1]["text"])
-            if isinstance(made, bytes):
-                self.repeat(made)
-            elif isinstance(made, str | dict):
+            if isinstance(made, str | dict):
                 choice = {"message": {"role": "assistant", "content": made}, "finish_reason": "stop"}
                 choice = made if isinstance(made, dict) else choice
                 self.reply(json.dumps({"choices": [choice]}).encode())
@@ -66,7 +58,7 @@ def serving(answer: Callable[[str], str | dict | bytes | int | None] = echo) -> 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield f"endpoint:http://127.0.0.1:{server.server_port}/v1"
+        yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
         server.shutdown()
         server.server_close()

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -71,10 +72,11 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if counted := flop_registry.get(func._overloadpacket):
+        kernel = getattr(torch.ops.aten, func._overloadpacket.__name__.replace("_for_cpu", ""), func._overloadpacket)
+        if counted := flop_registry.get(kernel):
             count = counted(*args, **(kwargs or {}), out_val=out)
             # A fused kernel computes scores a second time in its backward pass, the fifth of five products.
-            self.flops += count * 4 // 5 if "attention_backward" in func.__name__ else count
+            self.flops += count * 4 // 5 if re.search("attention.*backward", func.__name__) else count
         return out
 
 

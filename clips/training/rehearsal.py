@@ -1,4 +1,4 @@
-"""Rehearse an optimizer step of a run on torch's device "meta", to learn without a GPU what it takes on one.
+"""Rehearse an optimizer step of a pretraining run, to learn without a GPU how much memory it takes on one.
 
 The step runs the code of a real run. Of DeepSpeed's engine only the copy of the gradients in ZeRO 0 is modelled.
 """
@@ -14,9 +14,19 @@ from clips.common.errors import UserError
 from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import USABLE, Machine
-from clips.common.rehearsal import BUCKET, FP32, META, Rehearsal, Rehearsed, drop_gradients, rehearsed_ranks
+from clips.common.rehearsal import (
+    BUCKET,
+    CPU,
+    FP32,
+    META,
+    Rehearsal,
+    Rehearsed,
+    drop_gradients,
+    leave_meta,
+    rehearsed_ranks,
+    without_data,
+)
 from clips.config import PhaseConfig, RunConfig
-from clips.data.images import normalise
 from clips.data.loader import micro_batch_size
 from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
@@ -34,7 +44,7 @@ class _Engine:
 
     module: Task
     run: RunConfig
-    device: torch.device = META
+    device: torch.device = CPU
 
     @property
     def accumulation(self) -> int:
@@ -50,16 +60,16 @@ class _Engine:
 def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) -> Rehearsed:
     """Rehearse an optimizer step of rank 0 of `ranks` under ZeRO `stage`, and return the bytes that it takes.
 
-    All captions have full length. Raises Waits where a GPU would wait or refuse, torch's error for what the device
-    "meta" cannot do, and UserError if the ranks cannot share the batch evenly.
+    All captions have full length. Raises torch's error for a step that reads values from the device, and UserError if
+    the ranks cannot share the batch evenly.
     """
+    micro = micro_batch_size(phase, run.train.accumulation, ranks)
+    batch = without_data(full_batch(run.model, run.task, phase.image_size, micro, META))
     task = built(run, phase)
+    leave_meta(task)
     groups = parameter_groups(task, run.optim)
     trained = sum(p.numel() for group in groups for p in group["params"])
     by_muon = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "muon")
-    micro = micro_batch_size(phase, run.train.accumulation, ranks)
-    normalise(torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META))  # its constants are made once
-    batch = full_batch(run.model, run.task, phase.image_size, micro, META)
     engine: Any = _Engine(task, run)
 
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
@@ -69,11 +79,11 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
         elif run.train.accumulation > 1:
             for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
-        rehearsal.hold(x for x in task.to_device(batch, META).values() if isinstance(x, Tensor))
+        rehearsal.hold(x for x in batch.values() if isinstance(x, Tensor))
         step = [batch] * (run.train.accumulation if run.train.whole_step else 1)
         accumulate(engine, step, cache_gradients(engine, step))
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy
-            torch.empty(min(trained, BUCKET), device=META)
+            torch.empty(min(trained, BUCKET))
 
     state = FP32 * (2 * trained - by_muon)
     return Rehearsed(trained, weights, FP32 * trained, state, rehearsal.peak)

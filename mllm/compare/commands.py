@@ -37,8 +37,9 @@ from mllm.compare.comparison import (
 from mllm.data.captions import count_records
 from mllm.data.questions import read_questions
 from mllm.evaluation.scores import scorer_version
+from mllm.model.projector_start import start_in_words
 from mllm.training.arguments import StageArguments, TrainArguments, parse_stages
-from mllm.training.prepare import START_IMAGES, data_of, encoder_of, open_data
+from mllm.training.prepare import data_of, encoder_of, open_data
 from mllm.training.stages import STAGES
 from mllm.training.task import samples_after, steps_of
 
@@ -230,9 +231,9 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
 
 def _projector(arguments: TrainArguments) -> str:
     """Return kind and initialisation of the projector, which are the same in every run, as a text."""
-    start = "from stage 1" if arguments.stage == 2 else "random"
+    start = "from stage 1"
     if arguments.pretrain_mm_mlp_adapter is not None:
         start = f"from {arguments.pretrain_mm_mlp_adapter}"
-    elif arguments.stage == 1 and arguments.mm_projector_init == "captions":
-        start = f"fitted to the captions of {min(dataset_size(arguments), START_IMAGES):,} samples"
+    elif arguments.stage == 1:
+        start = start_in_words(arguments.mm_projector_init or "random", dataset_size(arguments))
     return f"{arguments.mm_projector_type}, {start}"

@@ -241,6 +241,11 @@ class LlavaDataset(Dataset):
         return {"samples": len(self), "sha256": digest.hexdigest()}
 
     @property
+    def images(self) -> list[str]:
+        """The names of all images and videos, each once."""
+        return list(dict.fromkeys(name for record in self.records for name in record.images))
+
+    @property
     def truncated(self) -> torch.Tensor:
         """Bool [samples], True for those that this process or its workers read and had to cut to the context."""
         return self._truncated

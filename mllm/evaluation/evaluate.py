@@ -63,7 +63,8 @@ def generate_answers(
 
     `conv_mode` "auto" is the format in which the model was trained. Temperature 0 is greedy; above it, equal seeds and
     batch sizes give equal answers. Questions of a batch affect each other only by rounding, because they are padded on
-    the left (see batches.py). Raises UserError for a question that cannot be asked.
+    the left (see batches.py): in fp32 greedy answers are equal at every batch size, in bf16 nearly tied tokens may
+    swap. Raises UserError for a question that cannot be asked.
     """
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be 0 or more, found {temperature}")
@@ -221,13 +222,15 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _part(flags: Mapping[str, Any]) -> str:
-    """Return the directory of a partial evaluation inside that of the full evaluation. It is empty for a full one.
+    """Return the directory of a partial or sampled evaluation inside that of the full one. It is empty for a full one.
 
     The name has a hash of the user's questions, because several files may have the same base name.
     """
     questions = Path(flags["questions"]) if flags.get("questions") else None
     parts = [f"{questions.stem}-{sha256(questions)[:8]}"] if questions else []
     parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
+    if flags.get("temperature"):
+        parts.append(f"temperature-{flags['temperature']:g}-seed-{flags['seed']}")
     return "-".join(parts)
 
 

@@ -90,8 +90,10 @@ class TrainFlags:
     mm_projector_type: Literal["mlp2x_gelu", "linear"] | None = staged(
         "mm_projector_type", "layers: two with GELU between them, or one", group="projector"
     )
-    mm_projector_init: Literal["random", "captions"] | None = staged(
-        "mm_projector_init", "random; or captions: fit the projector to the words of the captions before stage 1"
+    mm_projector_init: Literal["random", "ridge", "captions"] | None = staged(
+        "mm_projector_init",
+        "start of the projector: random; ridge: fitted to the captions' words by ridge regression; captions: ridge, "
+        "then 300 steps on whole captions",
     )
     pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (default: in stage 2 that of stage 1)")
 
@@ -172,6 +174,11 @@ class TrainFlags:
     deepspeed: str | None = flag(None, "DeepSpeed config, or none (default: for several ranks, ds_configs/llava_zero*)")
     feature_cache: bool = flag(True, "compute the features of a frozen encoder once")
     cache_dir: str | None = flag(None, "folder of the cached features (default: ~/.cache/clips-mllm/features)")
+    feature_cache_gb: float | None = flag(
+        None,
+        "GB that this folder may take; the features used least recently are removed (default: half of the disk's room)",
+        above=0,
+    )
     dataloader_num_workers: int | None = flag(
         None, "data processes (default: 4 if images are decoded for a GPU, else 0)", at_least=0
     )
@@ -348,7 +355,8 @@ def default_output_dir(vision_tower: str) -> str:
 
 
 NOT_RESULT = {
-    *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "dataloader_num_workers"),
+    *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "feature_cache_gb"),
+    "dataloader_num_workers",
     *("logging_steps", "save_steps", "save_total_limit", "report_to", "profile", "gradient_checkpointing"),
     *("on_bad_sample", "run_name", "small"),  # a run that began with either value goes on with the other
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays

@@ -7,13 +7,17 @@ Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (
 once its .json is in place, and never changes. So several processes may write, and a killed process leaves nothing that
 counts.
 float16 keeps 11 bits: cached features differ by at most 2^-11 of their value from computed ones.
+ENCODER.txt describes the encoder. Its modification time is that of the last use, and a process that uses the folder
+holds a shared lock on it, so that the folders used least recently can make room for others.
 
 Shapes: B crops (an image is one, or with tiles several) · N image tokens · W width of a token.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
+import shutil
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -26,17 +30,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clips import BrokenSample
-from clips.common.errors import first_line
+from clips.common.errors import UserError, first_line
 from clips.common.files import from_json, placing, read_bytes, write_atomically
 from clips.common.live import say
 from mllm.data.images import ImageStore, broken_image, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
+ENCODER = "ENCODER.txt"
 IMAGES_AT_ONCE = 64
 """Number of crops that the encoder sees in one pass of the feature cache."""
 FILE_BYTES = 256 * 2**20
 """Size of one cache file."""
+OF_DISK = 0.5
+"""Without a bound in GB the cache takes at most this share of the disk: of what is free and what it holds already."""
+
+
+def feature_bytes(encoder: VisionEncoder, images: int) -> int:
+    """Return the bytes that the features of `images` images take at most, in float16."""
+    return 2 * images * most_crops(encoder) * encoder.num_tokens * encoder.width
+
+
+def most_crops(encoder: VisionEncoder) -> int:
+    """Return the largest number of crops of one image or video."""
+    return max(1 + encoder.most_tiles, encoder.frames)
 
 
 class FeatureCache:
@@ -46,13 +63,17 @@ class FeatureCache:
     The key of an image is the hash of its bytes. A pickled copy in a data worker can `get`, but not `fill`.
     """
 
-    def __init__(self, encoder: VisionEncoder, store: ImageStore, root: Path | str) -> None:
+    def __init__(self, encoder: VisionEncoder, store: ImageStore, root: Path | str, *, gb: float | None = None) -> None:
+        """Open the cache. `gb` bounds all folders below `root` together; None: by a share of the disk (`OF_DISK`)."""
         self.encoder: VisionEncoder | None = encoder
         self.store = store
         self.shape = (encoder.num_tokens, encoder.width)
         self.directory = Path(root) / encoder.fingerprint[:32]
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "ENCODER.txt").write_text(encoder.describe() + "\n", encoding="utf-8")
+        self.gb = gb
+        self._lock: Any = (self.directory / ENCODER).open("w", encoding="utf-8")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # until this object goes
+        print(encoder.describe(), file=self._lock, flush=True)
         self._rows: dict[str, tuple[str, int, int]] = {}  # key → file, first row, rows
         self._keys: dict[str, str] = {}  # name → key
         self._files: set[str] = set()
@@ -60,7 +81,7 @@ class FeatureCache:
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"encoder": None, "_arrays": {}}
+        return self.__dict__ | {"encoder": None, "_arrays": {}, "_lock": None}
 
     def refresh(self) -> None:
         """Read the keys that other processes have written since. A damaged pair is removed, and `fill` encodes anew."""
@@ -97,6 +118,47 @@ class FeatureCache:
             filled += count
         return torch.from_numpy(features)
 
+    def keys(self, names: Sequence[str]) -> list[str]:
+        """Return the keys of images, whose bytes are read and hashed once. Raises UserError for a broken image."""
+        return [self._key(name) for name in names]
+
+    def trust(self, names: Sequence[str], keys: Sequence[str]) -> None:
+        """Take the keys that another process has made of images, instead of hashing them here too."""
+        self._keys.update(zip(names, keys, strict=True))
+
+    def make_room(self, names: Sequence[str]) -> None:
+        """Remove the folders used least recently, until the features that `fill` would add are within the bound.
+
+        Folders in use stay. Raises UserError if the features do not fit beside them.
+        """
+        assert self.encoder is not None, "a copy of the cache in another process cannot fill it"
+        root = self.directory.parent
+        sizes = {
+            path.parent: sum(f.stat().st_size for f in path.parent.iterdir()) for path in root.glob(f"*/{ENCODER}")
+        }
+        images = len(set(self.keys(names)) - self._rows.keys())
+        missing, present = feature_bytes(self.encoder, images), sum(sizes.values())
+        free = shutil.disk_usage(root).free
+        bound = OF_DISK * (free + present) if self.gb is None else min(1e9 * self.gb, free + present)
+        others = sorted(sizes.keys() - {self.directory}, key=lambda folder: (folder / ENCODER).stat().st_mtime)
+        while missing and present + missing > bound and others:
+            oldest = others.pop(0)
+            with (oldest / ENCODER).open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # another process reads its features
+                    continue
+                shutil.rmtree(oldest)
+            present -= sizes[oldest]
+            say(f"feature cache: {oldest} was used least recently and is removed ({sizes[oldest] / 1e9:.2g} GB)")
+        if missing and present + missing > bound:
+            share = f"{OF_DISK:.0%} of the disk" if self.gb is None else f"--feature_cache_gb {self.gb:g} or the disk"
+            raise UserError(
+                f"the features of {images:,} images take up to {missing / 1e9:.3g} GB in {root}, which holds "
+                f"{present / 1e9:.3g} GB: more than {share}. Give --feature_cache False, which computes them in every "
+                f"step, another --cache_dir, or a larger --feature_cache_gb"
+            )
+
     def fill(
         self,
         names: Sequence[str],
@@ -121,10 +183,8 @@ class FeatureCache:
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0
-        crops = max(1 + self.encoder.most_tiles, self.encoder.frames)  # at most; a batch must not grow with them
-        batch_size = max(1, batch_size // crops)
-        bytes_each = 2 * self.shape[0] * self.shape[1] * crops
-        per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
+        batch_size = max(1, batch_size // most_crops(self.encoder))  # a batch must not grow with the crops
+        per_file = max(1, FILE_BYTES // feature_bytes(self.encoder, 1) // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)
         preprocess = partial(image_pixels, self.encoder.image_processor)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import trange
-from transformers import PreTrainedTokenizerBase
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from clips import PLACES, Fields, RunConfig, parse_fields
+from clips import Fields, RunConfig, parse_fields
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
@@ -39,11 +36,18 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.packing import can_pack
 from mllm.model.projector import load_projector
-from mllm.model.projector_start import Places, sharpen, start_from_captions
+from mllm.model.projector_start import (
+    START_IMAGES,
+    START_TOKENS,
+    sharpen,
+    start_bytes,
+    start_from_captions,
+    start_in_words,
+)
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Llava, LlavaProcessors, TokenLayout, newline_of, placeholder_ids
 from mllm.training.arguments import AROUND_PROJECTOR, TrainArguments
-from mllm.training.features import FeatureCache
+from mllm.training.features import FeatureCache, feature_bytes
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.stages import TrainMode, freeze_table
 from mllm.training.task import Collator, steps_of
@@ -53,16 +57,8 @@ if TYPE_CHECKING:  # its import takes seconds, and only LoRA needs it
     from peft import PeftModel
 
 PROJECTOR = "mm_projector.bin"
-START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
-"""Of the closed-form start: the largest number of images, the tokens of each image, and the images read at a time."""
-
-
-def start_bytes(width: int, images: int = START_IMAGES) -> int:
-    """Return the bytes that the closed-form start takes on the host for a language model of `width`.
-
-    Measured: 6.6 times the targets in fp64, at widths of encoder and language model of 192 and 576.
-    """
-    return int(6.6 * 8 * min(images, START_IMAGES) * START_TOKENS * width)
+START_BATCH = 64
+"""Number of images that the fit of the projector reads at a time."""
 
 
 @dataclass(kw_only=True)
@@ -143,8 +139,11 @@ def prepare_stage(arguments: TrainArguments, device: torch.device, deepspeed: di
         "language model": llm.source,
         "projector": f"{arguments.mm_projector_type}, {started}",
         "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}{skipped}",
-        "features": "computed once and cached" if arguments.caches_features else "computed in every step",
+        "features": "computed in every step",
     }
+    if arguments.caches_features:
+        size = feature_bytes(vision, len(dataset.images)) / 1e9
+        facts["features"] = f"computed once and cached, up to {size:.2g} GB (--feature_cache_gb)"
     width = llava.config.get_text_config().hidden_size
     data = dataset.facts() | (store.facts if isinstance(store, CaptionStore) else {})
     return PreparedStage(
@@ -236,11 +235,12 @@ def load_start(llava: Llava, arguments: TrainArguments, samples: int) -> str:
     adapter = arguments.pretrain_mm_mlp_adapter
     aligned = Path(arguments.output_dir) / "align" / PROJECTOR
     if adapter is None and arguments.stage == 1:
-        if arguments.mm_projector_init != "captions":
-            return f"random, seed {arguments.seed}"
-        memory = start_bytes(llava.config.get_text_config().hidden_size, samples) / 1e9
-        fitted = f"fitted to the captions of {min(samples, START_IMAGES):,} samples"
-        return f"{fitted}, which takes {memory:.2g} GB of the machine's memory, seed {arguments.seed}"
+        assert arguments.mm_projector_init is not None  # stage 1 has a default
+        words = start_in_words(arguments.mm_projector_init, samples)
+        if arguments.mm_projector_init != "random":
+            memory = start_bytes(llava.config.get_text_config().hidden_size, samples) / 1e9
+            words += f", which takes {memory:.2g} GB of one machine's memory"
+        return f"{words}, seed {arguments.seed}"
     if adapter is None and not aligned.is_file():
         if arguments.dry_run:
             return "from stage 1"
@@ -342,7 +342,10 @@ def check_same_data(prepared: PreparedStage) -> None:
 
 
 def collator_of(prepared: PreparedStage, start: Start) -> Collator:
-    """Fill the feature cache, each rank with its share, and return the collator of the stage's batches."""
+    """Fill the feature cache, each rank with its share, and return the collator of the stage's batches.
+
+    Rank 0 hashes the images for all, and removes old features if there is too little room.
+    """
     arguments = prepared.arguments
     device = prepared.device
     pad_id = prepared.processor.tokenizer.pad_token_id
@@ -353,8 +356,12 @@ def collator_of(prepared: PreparedStage, start: Start) -> Collator:
         preprocess = partial(image_pixels, prepared.processor.image_processor)
         return Collator(pad_id, image_ids, pixel_loader(prepared.store, preprocess, prepared.vision.frames))
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
-    cache = FeatureCache(prepared.vision, prepared.store, root)
-    names = list(dict.fromkeys(name for record in prepared.dataset.records for name in record.images))
+    cache = FeatureCache(prepared.vision, prepared.store, root, gb=arguments.feature_cache_gb)
+    names = prepared.dataset.images
+    if start.rank == 0:
+        cache.make_room(names)
+    if start.ranks > 1:
+        cache.trust(names, start.of_rank_0(cache.keys(names) if start.rank == 0 else None))
     cache.fill(names, device=device, rank=start.rank, world_size=start.ranks)
     if start.ranks > 1:
         start.all_have(True)
@@ -362,20 +369,38 @@ def collator_of(prepared: PreparedStage, start: Start) -> Collator:
     return Collator(pad_id, image_ids, cache.get, "image_features")
 
 
-def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
-    """Fit the projector, alike on every rank, to at most `START_IMAGES` samples with one image, and return R².
+def fit_to_captions(prepared: PreparedStage, collator: Collator, start: Start) -> float:
+    """Fit the projector to at most `START_IMAGES` samples with one image, and return R².
 
-    Collective if there are several ranks. Raises UserError if no sample has exactly one image.
+    Rank 0 fits it and broadcasts it, so that one process alone needs the memory. The steps on whole captions follow
+    only for `--mm_projector_init captions`. Collective. Raises UserError if no sample has exactly one image.
     """
-    arguments = prepared.arguments
+    model = llava_of(prepared.model)
+    projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
+    fitted, r2 = copy.deepcopy(projector).float().cpu(), 0.0
+    if start.rank == 0:
+        r2 = _fit(fitted, prepared, collator)
+    r2 = start.of_rank_0(r2)  # the ranks wait here, because a collective has a time limit
+    for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
+        value = value.data.to(prepared.device)  # NCCL broadcasts only from the GPU
+        if dist.is_initialized():
+            dist.broadcast(value, src=0)
+        parameter.data.copy_(value)
+    return r2
+
+
+def _fit(projector: LlavaMultiModalProjector, prepared: PreparedStage, collator: Collator) -> float:
+    """Fit `projector`, in fp32 on the CPU, and return R²."""
+    arguments, encoder = prepared.arguments, prepared.vision
     device = prepared.device
     single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
     if not chosen:
-        raise UserError("--mm_projector_init captions needs samples with one image, and the data has none")
+        init = arguments.mm_projector_init
+        raise UserError(f"--mm_projector_init {init} needs samples with one image, and the data has none")
     assert collator.load_images is not None  # there are images
-    captions, parts, kept, encoder = [], [], [], prepared.vision
+    captions, parts = [], []
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)
     for begin in trange(0, len(chosen), START_BATCH, desc="projector's start", unit="batch", disable=None):
@@ -386,39 +411,10 @@ def fit_to_captions(prepared: PreparedStage, collator: Collator) -> float:
         if not arguments.caches_features:  # then `features` are pixels
             with torch.no_grad():
                 features = encoder.features(features.to(device)).cpu()
-        indices = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
-        parts.append(features[:, indices])
-        kept.append(indices.expand(len(features), -1))
-    model = llava_of(prepared.model)
-    projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
-    fitted = copy.deepcopy(projector).float().cpu()
-    words = model.get_input_embeddings().get_parameter("weight").cpu()
+        parts.append(features[:, torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]])
+    words = llava_of(prepared.model).get_input_embeddings().get_parameter("weight").cpu()
     sample = torch.cat(parts)
-    r2 = start_from_captions(fitted, sample, captions, words, seed=arguments.seed)
-    places = places_of_tokens(encoder.num_tokens, words, prepared.processor.tokenizer)
-    places = places and replace(places, of_token=places.of_token[torch.cat(kept)])
-    sharpen(fitted, sample, captions, words, places, seed=arguments.seed)
-    for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
-        value = value.data.to(device)  # NCCL broadcasts only from the GPU
-        if dist.is_initialized():
-            dist.broadcast(value, src=0)
-        parameter.data.copy_(value)
+    r2 = start_from_captions(projector, sample, captions, words, seed=arguments.seed)
+    if arguments.mm_projector_init == "captions":
+        sharpen(projector, sample, captions, words, seed=arguments.seed)
     return r2
-
-
-def places_of_tokens(tokens: int, words: Tensor, tokenizer: PreTrainedTokenizerBase) -> Places | None:
-    """Return `PLACES` and which of them each token is nearest to, or None unless the tokens are a square grid.
-
-    A direction is the mean embedding of the place's words without what all places share, as the adapter was taught.
-    `words` [V, D] are the word embeddings.
-    """
-    side = math.isqrt(tokens)
-    if side**2 != tokens:
-        return None
-    centres = (torch.arange(side) + 0.5) / side
-    grid = torch.cartesian_prod(centres, centres).flip(1)  # x and y, row by row
-    units = F.normalize(words.float() - words.float().mean(dim=0))
-    ids = [tokenizer(f" {place}", add_special_tokens=False)["input_ids"] for place in PLACES]
-    directions = F.normalize(torch.stack([units[of_place].mean(dim=0) for of_place in ids]))
-    directions = F.normalize(directions - directions.mean(dim=0))
-    return Places(torch.cdist(grid, torch.tensor([*PLACES.values()])).argmin(dim=1), directions, ids)

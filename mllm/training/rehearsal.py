@@ -1,4 +1,4 @@
-"""Rehearse a step of a LLaVA stage on torch's device "meta", and print what it takes on a GPU (scripts/plan_run.py).
+"""Rehearse a step of a LLaVA stage on tensors without data, and print what it takes on a GPU (scripts/plan_run.py).
 
 This is clips/training/rehearsal.py for LLaVA. The weights are bf16, as DeepSpeed trains them, the data is LLaVA-1.5's.
 """
@@ -18,16 +18,17 @@ from clips.common.errors import UserError
 from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
-from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
+from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients, leave_meta, without_data
 from mllm.encoders.encoder import select_features
 from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts
+from mllm.model.projector_start import start_bytes
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout
 from mllm.training.arguments import TrainArguments, TrainFlags
 from mllm.training.features import IMAGES_AT_ONCE
 from mllm.training.flops import costs_of, flops_of, units_of
 from mllm.training.freeze import count_parameters, llava_of
-from mllm.training.prepare import start_bytes, trainable
+from mllm.training.prepare import trainable
 from mllm.training.stages import DEFAULTS, STAGES, freeze_table
 from mllm.training.task import TrainingModel, steps_of
 from mllm.training.zero import with_hidden_size
@@ -157,12 +158,14 @@ def batch_of(training: TrainingModel, samples: int, *, stage: int = 2, images: b
 def rehearse(training: TrainingModel, batch: dict[str, Any], *, stage: int = 0) -> Rehearsed:
     """Rehearse the forward and backward pass under ZeRO `stage`, and return the bytes that they take.
 
-    The model and `batch` (see `batch_of`) are on the device "meta". From stage 2 on, hooks stay on `training` that drop
-    each gradient once it is made. Raises Waits, or torch's error for the device "meta".
+    The model and `batch` (see `batch_of`) are on the device "meta"; the model leaves it. From stage 2 on, hooks stay on
+    `training` that drop each gradient once it is made. Raises torch's error for a step that reads values.
     """
+    leave_meta(training)
     trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     if stage >= 2:
         drop_gradients(trained)
+    batch = without_data(batch)
     with Rehearsal() as rehearsal:
         weights = rehearsal.hold([*training.parameters(), *training.buffers()])
         rehearsal.hold(x for x in batch.values() if isinstance(x, torch.Tensor))
@@ -176,9 +179,10 @@ def rehearse_features(model: Llava) -> int:
     """Return the bytes of a frozen encoder's pass over the images that it encodes at once (features.py)."""
     vision: Any = model.config.vision_config
     tower, size = model.model.vision_tower, vision.image_size
+    leave_meta(tower)
     with Rehearsal() as rehearsal, torch.no_grad():
         rehearsal.hold([*tower.parameters(), *tower.buffers()])
-        pixels = torch.empty(IMAGES_AT_ONCE, 3, size, size, dtype=model.dtype, device=META)
+        pixels = torch.empty(IMAGES_AT_ONCE, 3, size, size, dtype=model.dtype)
         select_features(tower, pixels, -2, "default")
     return rehearsal.peak
 

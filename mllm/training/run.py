@@ -38,12 +38,12 @@ from clips.engine.engine import Engine
 from clips.engine.log import RunLog
 from clips.engine.loop import train as train_loop
 from mllm.data.captions import CaptionStore
+from mllm.model.projector_start import START_IMAGES
 from mllm.training.arguments import StageArguments, TrainArguments, TrainFlags
 from mllm.training.finish import print_next, write_curves, write_results
 from mllm.training.flops import costs_of
 from mllm.training.freeze import assert_freeze, count_parameters
 from mllm.training.prepare import (
-    START_IMAGES,
     PreparedStage,
     collator_of,
     fit_to_captions,
@@ -122,9 +122,9 @@ def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begi
     state = TrainState(seed=arguments.seed) if before is None else before.state
     if before is not None:
         _say(start, f"goes on from {before.path}")
-    elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
+    elif arguments.mm_projector_init not in (None, "random") and arguments.pretrain_mm_mlp_adapter is None:
         _say(start, f"projector's start: up to {START_IMAGES:,} samples are read, then fitted: up to minutes on a CPU")
-        r2 = fit_to_captions(prepared, collator)
+        r2 = fit_to_captions(prepared, collator, start)
         _say(start, f"projector started from the captions (R² {r2:.2f})")
     has_masters = arguments.bf16 and prepared.zero > 0
     model = TrainingModel(

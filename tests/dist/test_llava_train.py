@@ -10,7 +10,20 @@ import tiny_llava
 import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
-from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, build, command, launch, losses, run
+from tiny_llava import (
+    ALIGN,
+    INSTRUCT,
+    START,
+    TRAIN,
+    WORKER,
+    assert_same_results,
+    build,
+    command,
+    conversation,
+    launch,
+    losses,
+    run,
+)
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -320,3 +333,29 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     monkeypatch.setattr("mllm.model.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
     with pytest.raises(UserError, match=r"4 bits: .*layer 0 \(24, 48\)"):
         quantize(layer, 4, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("tokens", ["patch", "cls_patch"])
+def test_the_projectors_start_is_named_and_the_same_for_every_encoder(
+    tokens: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tokens are no square grid. The learning rate is 0, so the file holds the start."""
+    captions = ["A red cat", "Two dogs in an image"] * 10
+    images = sorted(path.name for path in (place / "images").iterdir())
+    samples = [conversation(name, [("What?", text)]) for name, text in zip(images, captions, strict=True)]
+    (place / "captions.json").write_text(json.dumps(samples))
+    flags = [*ALIGN, "--data_path", "captions.json", "--mm_vision_select_feature", tokens]
+    flags += ["--learning_rate", "0", "--max_steps", "1"]
+    names = {
+        "random": "random, seed 0",
+        "ridge": "ridge fit on the captions of 20 samples, which takes",
+        "captions": "ridge fit and 300 whole-caption steps on the captions of 20 samples, which takes",
+    }
+    starts = {}
+    for init, name in names.items():
+        out = f"runs/start-{tokens}-{init}"
+        output = command(place, monkeypatch, "train_llava", *flags, "--mm_projector_init", init, "--output_dir", out)
+        assert name in output
+        starts[init] = read_weights(place / out / "align/mm_projector.bin")["model.mm_projector.2.weight"]
+    for a, b in itertools.combinations(starts, 2):
+        assert not torch.equal(starts[a], starts[b])

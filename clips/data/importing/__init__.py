@@ -53,7 +53,7 @@ PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys, and rows whose images tell which folder their paths are relative to."""
 CHOICES = (
     "\n  One caption is enough for CLIP: pretrain_clips.py --recipe small_clip, best with --init-from WEIGHTS"
-    "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner hf:MODEL (docs/recaption.md)"
+    "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner URL (docs/recaption.md)"
 )
 """Printed if long captions are missing."""
 

@@ -179,10 +179,10 @@ def test_a_phase_that_does_not_fit_is_refused_behind_the_table(capsys: pytest.Ca
     run = recipe("demo")
     print_pretraining(run, Machine("h100", 8, 0.2), "zero0")
     assert "parameters train" in capsys.readouterr().out
-    run = run.override(["phases.*.batch_size=8192"])
+    run = run.override(["phases.*.batch_size=16384"])
     with pytest.raises(UserError, match="does not fit"):
         print_pretraining(run, Machine("rtx4090", 1, 0.2), "zero1")
-    assert "8,192" in capsys.readouterr().out
+    assert "16,384" in capsys.readouterr().out
     run = run.override(["train.contrastive=global"])
     advice = r"try --set train\.accumulation=2, or more --gpus$"  # nothing that is set, and no smaller stage
     with pytest.raises(UserError, match=advice):

@@ -18,6 +18,7 @@ import pytest
 import tiny_chat
 import torch
 from conftest import script_parser
+from tiny_mllm import make_images
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
@@ -90,6 +91,26 @@ def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(plac
         output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         stock = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer == stock.strip()
+
+
+def test_answers_and_cider_are_equal_at_every_batch_size(loaded: Loaded, tmp_path: Path) -> None:
+    """With none, one and two images, prompts of several lengths, and images that several questions share."""
+    make_images(tmp_path, 32)
+    asked = []
+    for i, text in zip(range(64), cycle(["Cat?", "What is it?", "And how many dogs are here, if any?"]), strict=False):
+        images = [(f"{i % 32}.png",), (f"{i % 32}.png", f"{(i + 5) % 32}.png"), (), (f"{i % 3}.png",)][i % 4]
+        asked.append(Question(id=i, text=f"{text} {i}", images=images))
+    store = ImageStore(tmp_path)
+    by_size = {
+        size: generate_answers(*loaded, asked, store, batch_size=size, max_new_tokens=24)[0] for size in (1, 7, 32)
+    }
+    assert len(set(by_size[1])) > 32  # otherwise equality would say nothing
+    assert by_size[7] == by_size[1]
+    assert by_size[32] == by_size[1]
+    references = [(" ".join(text.split()[:9]),) for text in by_size[1]]
+    one, other = (cider(by_size[size], references) for size in (1, 32))
+    assert one == other
+    assert one[0] > 0
 
 
 def slow_nats(model: LlavaForConditionalGeneration, processor: LlavaProcessor, messages: list, images: list) -> list:
@@ -273,7 +294,9 @@ def test_command_writes_llava_s_answers_and_metrics(
 
     digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in out.iterdir()}
-    for flags, where in ((["--limit", "1"], "limit-1"), ([*own, "--limit", "2"], f"mine-{digest}-limit-2")):
+    sampled = ["--temperature", "0.5", "--seed", "3"]  # it overwrote the greedy answers
+    partial = [(["--limit", "1"], "limit-1"), (sampled, "temperature-0.5-seed-3")]
+    for flags, where in (*partial, ([*own, "--limit", "2"], f"mine-{digest}-limit-2")):
         evaluate_from_flags(parsed(*common, *flags))
         assert (out / where / "results.json").is_file()
     with pytest.raises(UserError, match="other questions"):

@@ -1,5 +1,8 @@
 """Feature cache against fresh features, and the training forward against the stock one."""
 
+import contextlib
+import fcntl
+import os
 import shutil
 from unittest.mock import Mock
 
@@ -117,6 +120,52 @@ def test_a_cut_file_is_encoded_anew(parts, store, tmp_path, capsys, suffix, left
     assert_close(again.get(names), fresh(encoder, store, names))
     FeatureCache(encoder, store, tmp_path / "cache")
     assert not capsys.readouterr().err
+
+
+def test_features_used_least_recently_make_room_and_those_in_use_stay(parts, store, tmp_path, capsys):
+    """11 images of 16 tokens x 32 take 11,264 bytes. What does not fit is refused before an image is encoded."""
+    encoder, (store, names) = parts[0], store
+    root = tmp_path / "cache"
+    assert features_module.feature_bytes(encoder, 11) == 11_264
+    folders = [root / name for name in ("newer", "older", "used")]
+    for age, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / "x.npy").write_bytes(bytes(20_000))
+        (folder / "ENCODER.txt").write_text("an encoder")
+        os.utime(folder / "ENCODER.txt", (1e9 - age, 1e9 - age))
+    with (folders[2] / "ENCODER.txt").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        cache = FeatureCache(encoder, store, root, gb=60e-6)
+        cache.make_room(names)
+        assert [folder.exists() for folder in folders] == [True, False, True]
+        assert f"{folders[1]} was used least recently" in capsys.readouterr().err.replace("\n", "")
+        small = FeatureCache(encoder, store, root, gb=15e-6)
+        with pytest.raises(UserError, match=r"features of 11 images .* --feature_cache False"):
+            small.make_room(names)
+        assert folders[2].exists(), "in use"
+        assert cache.fill(names) == 11
+        small.refresh()
+        small.make_room(names)  # nothing is missing
+
+
+def test_without_a_bound_the_cache_takes_half_of_the_disk(parts, store, tmp_path, monkeypatch):
+    encoder, (store, names) = parts[0], store
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+    for free, fits in ((24_000, True), (20_000, False)):
+        monkeypatch.setattr("shutil.disk_usage", Mock(return_value=Mock(free=free)))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="50% of the disk"):
+            cache.make_room(names)
+
+
+def test_other_ranks_trust_the_keys_of_rank_0(parts, store, tmp_path, monkeypatch):
+    """Each of them hashed every image of the data."""
+    encoder, (store, names) = parts[0], store
+    first, second = (FeatureCache(encoder, store, tmp_path / "cache") for _ in range(2))
+    second.trust(names, first.keys(names))
+    first.fill(names)
+    monkeypatch.setattr(store, "read", Mock(side_effect=AssertionError("is read")))
+    assert second.fill(names) == 0
+    assert torch.equal(second.get(names), first.get(names))
 
 
 def test_broken_image(parts, store, tmp_path):

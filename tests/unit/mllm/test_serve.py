@@ -1,5 +1,7 @@
 """The server over HTTP, with a tiny real model in this process: answers, refusals, clients that leave or are slow."""
 
+import argparse
+import io
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +12,29 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
-from serve_process import BLUE, CHAT, LONG, RED, ask, client_of, get, make_image, models, post, served, user, wait_until
+from serve_process import (
+    BLUE,
+    CHAT,
+    LONG,
+    RED,
+    ask,
+    client_of,
+    get,
+    make_image,
+    models,
+    png,
+    post,
+    served,
+    user,
+    wait_until,
+)
 
+from clips.data.images import decode_image
+from mllm import recaption
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
+from mllm.recaption import Pair
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +148,21 @@ def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel) -> None:
         for connection in slow:
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
             connection.close()
+
+
+def test_recaptioning_asks_this_server(address: str, chat: ChatModel) -> None:
+    """A caption is the chat's answer, whatever is asked at the same time; a broken image costs itself alone."""
+    flags = argparse.Namespace(batch_size=3, max_new_tokens=8, key_for=None)
+    pairs = [Pair(colour, png(colour), colour) for colour in ("red", "blue", "green")]
+    pairs.insert(1, Pair("broken", b"no image"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recaption, "whole_sentences", lambda text: text)  # a random model ends none
+        captioned = list(recaption.Endpoint(f"{address}/v1", "What is it? {web}", flags).caption(pairs))
+    assert [pair.reason for pair in captioned] == ["", "broken", "", ""]
+    for pair in captioned:
+        if not pair.reason:
+            file = io.BytesIO()
+            decode_image(pair.image).save(file, "JPEG", quality=95)
+            sampling = Sampling(max_new_tokens=8)
+            answer = ChatSession(chat).ask(f"What is it? {pair.web}", [decode_image(file.getvalue())], sampling)
+            assert pair.long == "".join(answer).strip()
