@@ -39,6 +39,7 @@ def create(argument: str) -> tuple[Any, dict[str, Any]]:
         config = read_json(directory / "config.json")
         architecture, arguments = str(config.get("architecture")), config.get("model_args") or {}
         name = f"local-dir:{directory}"
+        arguments |= {"img_size": side} if side and "img_size" in arguments else {}
     elif place:
         name, overlay["state_dict"] = source, read_weights(Path(place))
     if not timm.is_model(architecture):
@@ -48,7 +49,7 @@ def create(argument: str) -> tuple[Any, dict[str, Any]]:
         if source in ("local-dir", "hf-hub"):
             check_size("vision encoder", directory, lambda: timm.create_model(name, pretrained=False))
         try:
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
@@ -100,7 +101,11 @@ def wrap(name: str, original: Any, arguments: Mapping[str, Any]) -> TimmWrapperM
 
 
 def map_flops(tower: TimmWrapperModel, image_size: int) -> int:
-    """Return the FLOPs of one image [3, S, S] through the tower, counted on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        TimmWrapperModel(tower.config).eval()(torch.empty(1, 3, image_size, image_size))
+    """Return the FLOPs of one image [3, S, S] through the tower, and back if it trains, counted on the meta device."""
+    trains = any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        copy = TimmWrapperModel(tower.config).eval().requires_grad_(trains)
+        features = copy(torch.empty(1, 3, image_size, image_size)).last_hidden_state
+        if trains:
+            features.sum().backward()
     return counter.get_total_flops()

@@ -50,7 +50,7 @@ def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
     if gives_map(tower.config):
         from mllm.encoders.maps import map_flops  # not at the top: it imports timm
 
-        return (3 if _trains(tower) else 1) * map_flops(tower, image_size)
+        return map_flops(tower, image_size)
     (patches,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
     blocks = _blocks(tower)
     count = (image_size // patches.kernel_size[0]) ** 2
