@@ -55,11 +55,17 @@ def prefix_tokens(config: Any) -> int:
     return 0 if has_none else 1 + getattr(config, "num_register_tokens", 0)
 
 
-def keep_statistics(tower: nn.Module) -> None:
-    """Put batch norms into eval mode: an encoder that trains keeps the statistics of its pretraining."""
+def keep_statistics(tower: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put batch norms into eval mode: an encoder that trains keeps the statistics of its pretraining.
+
+    With `dtype` the statistics are cast to it, because DeepSpeed casts parameters but no buffers.
+    """
     for module in tower.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None and dtype is not None:
+                    buffer.data = buffer.data.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

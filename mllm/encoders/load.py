@@ -48,7 +48,6 @@ from mllm.encoders.encoder import (
     VisionEncoder,
     check_close,
     check_tokens,
-    gives_map,
     prefix_tokens,
 )
 from mllm.encoders.registry import grid_pinpoints, parse_vision_name

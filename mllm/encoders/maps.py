@@ -82,16 +82,10 @@ def wrap(name: str, original: Any, arguments: Mapping[str, Any]) -> TimmWrapperM
         )
     built = {key: value for key, value in arguments.items() if key != "num_classes"}
     built |= {"img_size": side} if source.get("fixed_input_size") else {}
-    config = TimmWrapperConfig(
-        architecture=source["architecture"],
-        model_args=built,
-        do_pooling=False,
-        num_labels=0,
-        # The rest is not timm's: FastVLM reads the width, and the number of tokens follows from the sizes.
-        hidden_size=expected.shape[1],
-        image_size=side,
-        patch_size=stride,
-    )
+    # Fields that are not timm's: FastVLM reads the width, and the number of tokens follows from the sizes.
+    others: dict[str, Any] = {"hidden_size": expected.shape[1], "image_size": side, "patch_size": stride}
+    others["num_labels"] = 0
+    config = TimmWrapperConfig(architecture=source["architecture"], model_args=built, do_pooling=False, **others)
     original.reset_classifier(0)
     state = {f"timm_model.{key}": tensor for key, tensor in original.state_dict().items()}
     with loading("vision encoder", name):

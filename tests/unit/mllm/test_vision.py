@@ -224,7 +224,7 @@ def test_a_feature_map_and_its_preprocessing_are_those_of_timm(tmp_path, look):
     original = timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
     encoder = load_vision(name, select_layer=-1)
     assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens, encoder.select_feature) == (4, 256, 0, "full")
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 135, 3), dtype=np.uint8))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(original))
     pixels = encoder.image_processor(images=photo, return_tensors="pt")["pixel_values"]
     assert (pixels - transform(photo)).abs().max() < 3 / 255 / 0.225  # torchvision and PIL round differently
