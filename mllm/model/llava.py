@@ -1,7 +1,8 @@
 """Build a stock LLaVA model and its processor from a vision encoder, a projector and a language model.
 
 The class is `LlavaForConditionalGeneration`, or `LlavaNextForConditionalGeneration` with tiles (mllm/model/tiles.py),
-or `LlavaOnevisionForConditionalGeneration` with videos.
+or `LlavaOnevisionForConditionalGeneration` with videos, or `FastVlmForConditionalGeneration` if the encoder's tokens
+are the cells of a feature map (mllm/encoders/maps.py).
 """
 
 import copy
@@ -14,6 +15,8 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import (
     AutoModel,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -31,7 +34,7 @@ from clips.common.errors import UserError
 from clips.common.files import replacing, write_json
 from clips.common.model_card import write_card
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
-from mllm.encoders.encoder import VisionEncoder
+from mllm.encoders.encoder import VisionEncoder, gives_map
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
@@ -63,7 +66,8 @@ def build_model(
     if context is not None and vision.num_tokens >= context:
         raise UserError(f"one image takes {vision.num_tokens} tokens ({vision.name}), the context is {context}")
     kind: dict[str, Any] = {"image_seq_length": vision.num_tokens}
-    config_class, model_class = stock_classes(tiles=bool(vision.pinpoints), videos=bool(vision.frames))
+    tiles, videos, maps = bool(vision.pinpoints), bool(vision.frames), gives_map(vision.config)
+    config_class, model_class = stock_classes(tiles=tiles, videos=videos, maps=maps)
     if vision.pinpoints:
         kind |= {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
     if vision.frames:
@@ -108,12 +112,14 @@ def build_model(
     return model, build_processor(vision, llm)
 
 
-def stock_classes(*, tiles: bool, videos: bool) -> tuple[Any, Any]:
+def stock_classes(*, tiles: bool, videos: bool, maps: bool = False) -> tuple[Any, Any]:
     """Return transformers' classes of the configuration and of the model."""
     if videos:
         return LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     if tiles:
         return LlavaNextConfig, LlavaNextForConditionalGeneration
+    if maps:
+        return FastVlmConfig, FastVlmForConditionalGeneration
     return LlavaConfig, LlavaForConditionalGeneration
 
 
@@ -197,6 +203,8 @@ def save_model(
         layout = TokenLayout.of(config)
         tokens = f"up to {layout.most}" if layout.pinpoints else layout.tokens_per_crop
         name = model_name(str(directory))
+        vision = config.vision_config
+        loaders = "transformers loads it" if gives_map(vision) else "transformers and vLLM load it"
         write_card(
             partial,
             ModelCardData(
@@ -204,9 +212,9 @@ def save_model(
                 tags=["llava", "clips-mllm"], model_name=name,
             ),
             name=name,
-            about=f"A LLaVA-style model: {config.vision_config.model_type} vision encoder, "
+            about=f"A LLaVA-style model: {getattr(vision, 'architecture', vision.model_type)} vision encoder, "
             f"{config.text_config.model_type} language model, {tokens} tokens per image. It was made with CLIPS-MLLM, "
-            "and transformers and vLLM load it.",
+            f"and {loaders}.",
             facts=card,
             code=CODE,
             note=VIDEOS.replace("FRAMES", str(layout.frames)) if layout.frames else "",

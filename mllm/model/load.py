@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoProcessor,
+    FastVlmForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
@@ -28,6 +29,7 @@ QUESTION_TOKENS = 128
 """Length of a usual question with its image, on which the attention kernel of answers depends."""
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
+    "fast_vlm": FastVlmForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
 }

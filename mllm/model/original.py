@@ -142,7 +142,9 @@ class OriginalLlava:
         return GenerationConfig.from_dict(from_json(self.files["generation_config.json"]) | {"max_length": None})
 
     @torch.no_grad()
-    def logits(self, tower: nn.Module, before: Sequence[int], pixel_values: Tensor, after: Sequence[int]) -> Tensor:
+    def logits(
+        self, tower: PreTrainedModel, before: Sequence[int], pixel_values: Tensor, after: Sequence[int]
+    ) -> Tensor:
         """Compute the logits [T + N, V] over a text, one image [1, 3, S, S] and a text as LLaVA's own classes do.
 
         `tower` is the vision tower. No part of a stock LLaVA model is used, because these are compared with the result.

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    FastVlmForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -37,8 +38,13 @@ from transformers.image_processing_utils import select_best_resolution
 from clips.common.errors import UserError
 from mllm.data.video import NO_VIDEOS, VIDEO, Size, VideoTokens
 
-Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
-"""The stock classes, in order: for one square per image, for tiles, and for tiles and videos."""
+Llava = (
+    LlavaForConditionalGeneration
+    | FastVlmForConditionalGeneration
+    | LlavaNextForConditionalGeneration
+    | LlavaOnevisionForConditionalGeneration
+)
+"""The stock classes, in order: one square per image, the same for feature maps, tiles, and tiles and videos."""
 LlavaProcessors = LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor
 NEWLINE = -1
 """Stands for the newline in `TokenLayout.order`."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from clips.common.flops import forward_flops, training_flops
-from mllm.encoders.encoder import prefix_tokens
+from mllm.encoders.encoder import gives_map, prefix_tokens
 from mllm.model.packing import pairs_of
 from mllm.model.tiles import Llava, TokenLayout
 
@@ -47,6 +47,10 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 
 def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
     """Return the FLOPs of one square through all blocks of an encoder, and back through those whose output is used."""
+    if gives_map(tower.config):
+        from mllm.encoders.maps import map_flops  # not at the top: it imports timm
+
+        return map_flops(tower, image_size)
     (patches,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
     blocks = _blocks(tower)
     count = (image_size // patches.kernel_size[0]) ** 2

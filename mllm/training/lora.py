@@ -48,11 +48,12 @@ def merge_lora(model: Llava | PeftModel) -> Llava:
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
-def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> Llava:
+def merge_quantized_lora(model: Llava | PeftModel, dtype: torch.dtype) -> Llava:
     """Return the plain model with the adapters added to the dequantised weights; `model` is used up.
 
     The adapters were trained on the quantised weights, so with the original weights they would be another model.
     """
+    assert isinstance(model, PeftModel)
     config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
     plain = _with_adapters(dequantize(model.unload(), dtype), config)
     set_peft_model_state_dict(plain, adapters)

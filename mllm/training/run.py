@@ -38,6 +38,7 @@ from clips.engine.engine import Engine
 from clips.engine.log import RunLog
 from clips.engine.loop import train as train_loop
 from mllm.data.captions import CaptionStore
+from mllm.encoders.encoder import keep_statistics
 from mllm.model.projector_start import START_IMAGES
 from mllm.training.arguments import StageArguments, TrainArguments, TrainFlags
 from mllm.training.finish import print_next, write_curves, write_results
@@ -139,6 +140,8 @@ def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begi
         micro_batch=arguments.per_device_train_batch_size, accumulation=arguments.gradient_accumulation_steps,
         clip_grad=arguments.max_grad_norm, bf16_weights=has_masters, checkpointed=trained,
     )  # fmt: skip
+    if has_masters:
+        keep_statistics(model.llava.model.vision_tower, torch.bfloat16)
     if before is not None:
         if has_masters:
             engine.zero_state.restore_masters(before.weights())

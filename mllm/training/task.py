@@ -23,6 +23,7 @@ from clips.engine.loop import Trainer
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import LlavaDataset, pad_rows
 from mllm.data.sampler import EpochSampler
+from mllm.encoders.encoder import keep_statistics
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
 from mllm.model.tiles import Llava, newline_of, placeholder_ids
@@ -94,11 +95,12 @@ class TrainingModel(Objective):
         return moved
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """Set the mode of all modules, but keep the encoder in eval mode unless it trains."""
+        """Set the mode of all modules, but keep the encoder in eval mode unless it trains, and its batch statistics."""
         super().train(mode)
         tower = self.llava.model.vision_tower
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()
+        keep_statistics(tower)
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:

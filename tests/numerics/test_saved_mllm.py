@@ -11,7 +11,7 @@ from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_mllm import make_images, write_llm, write_run, write_siglip
+from tiny_mllm import MAPS, make_images, write_llm, write_map, write_run, write_siglip
 from transformers import GraniteConfig, GraniteForCausalLM, LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
@@ -33,7 +33,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 for name in sys.argv[1:]:
     model, info = AutoModelForImageTextToText.from_pretrained(f"{name}/model", output_loading_info=True)
     assert not any(info.values()), info
-    assert type(model).__name__ == f"Llava{'Next' if 'tiles' in name else ''}ForConditionalGeneration"
+    kind = "FastVlm" if "map" in name else "LlavaNext" if "tiles" in name else "Llava"
+    assert type(model).__name__ == f"{kind}ForConditionalGeneration"
     processor = AutoProcessor.from_pretrained(f"{name}/model")
     image = Image.open("images/0.png").convert("RGB")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -62,6 +63,8 @@ VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
     "siglip_two_layers": ("siglip", {"select_layer": [-2, -1]}, "linear", True),
     "blind": ("blind", {}, "mlp2x_gelu", True),
     "clips_tiles": ("clips", {"image_aspect_ratio": "anyres"}, "mlp2x_gelu", True),
+    **{f"map_{kind}": (kind, {"select_layer": -1}, "mlp2x_gelu", True) for kind in MAPS},
+    "map_padded": ("ResNet", {"select_layer": -1, "image_aspect_ratio": "pad"}, "linear", False),
 }
 
 
@@ -71,6 +74,8 @@ def build(place, variant):
     tower = place / variant / "tower"
     if kind == "siglip":
         name = write_siglip(tower)
+    elif kind in MAPS:
+        name = write_map(tower, kind)
     else:
         write_run(tower, pre_norm=kind == "pre_norm", cls=kind != "without_cls")
         name = f"{'blind' if kind == 'blind' else 'clips'}:{tower}"
@@ -123,7 +128,7 @@ def test_saved_model_is_stock(saved, variant):
         assert str(place) not in path.read_text(), path
     shown = MarkdownIt("commonmark").enable("table").render((directory / "README.md").read_text("utf-8"))
     assert f"<td>{html.escape(HOSTILE['markdown'], quote=False)}</td>" in shown
-    assert json.loads((directory / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
+    assert json.loads((directory / "preprocessor_config.json").read_text())["crop_size"]["height"] == vision.image_size
     again, _ = build_model(vision, llm, projector=projector, seed=4)
     load_projector(again.model.multi_modal_projector, directory)
     features = torch.randn(1, 3, vision.width)

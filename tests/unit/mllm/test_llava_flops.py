@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_mllm import SHAPES, write_llm, write_run
+from tiny_mllm import MAPS, SHAPES, write_llm, write_map, write_run
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +32,8 @@ CASES = {
     "full, words frozen": (2, "ViT", {"freeze_word_embeddings": True}, ()),
     "full, pixels, two layers": (2, "CLIP", {}, ("--feature_cache", "False")),
     "encoder too, SigLIP": (2, "SigLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
+    "pixels of a map": (2, "ConvNeXt", {}, ("--feature_cache", "False")),
+    "encoder too, map": (2, "EfficientNet", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
     "LoRA behind a frozen projector": (2, "ViT", {"lora": True, "freeze_mm_mlp_adapter": True}, ("--lora_enable", "1")),
 }
 
@@ -41,12 +43,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("flops")
     for shape in ("ViT", "CLIP", "SigLIP"):
         write_run(root / shape / "clips-demo", **SHAPES[shape])
+    for kind in ("ConvNeXt", "EfficientNet"):
+        write_map(root / kind, kind)
     write_llm(root / "llm")
     return root
 
 
 @functools.cache
 def _parts(places: Path, shape: str, layers: tuple[int, ...]) -> tuple[VisionEncoder, LanguageModel]:
+    if shape in MAPS:
+        return load_vision(f"timm:local-dir:{places / shape}", select_layer=-1), load_llm(str(places / "llm"))
     layer = list(layers) if len(layers) > 1 else layers[0]
     return load_vision("clips", runs=places / shape, select_layer=layer), load_llm(str(places / "llm"))
 

@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from tiny_mllm import SHAPES, tiny_tokenizer, write_run
+from tiny_mllm import SHAPES, tiny_tokenizer, write_map, write_run
 
 from clips.common.errors import UserError
 from clips.config import RunConfig
@@ -214,6 +215,57 @@ def test_timm(tmp_path, images, options, kind):
     assert_fits_stock(encoder, images)
     # timm's preprocessing, as timm does it: resize the short side to 32 / 0.8, crop 32.
     assert encoder.image_processor.size["shortest_edge"] == 40
+
+
+@pytest.mark.parametrize("look", [{}, {"mean": (0.1, 0.2, 0.3)}, {"crop_mode": "squash"}])
+def test_a_feature_map_and_its_preprocessing_are_those_of_timm(tmp_path, look):
+    # 80 px are resized to, of which 64 are kept: with an odd number of pixels left, both would crop half a pixel apart.
+    name = write_map(tmp_path / "model", "FastViT", **{"interpolation": "bilinear", "crop_pct": 0.8} | look)
+    original = timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
+    encoder = load_vision(name, select_layer=-1)
+    assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens, encoder.select_feature) == (4, 256, 0, "full")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 135, 3), dtype=np.uint8))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(original))
+    pixels = encoder.image_processor(images=photo, return_tensors="pt")["pixel_values"]
+    assert (pixels - transform(photo)).abs().max() < 3 / 255 / 0.225  # torchvision and PIL round differently
+    with torch.no_grad():
+        assert torch.allclose(
+            encoder.features(pixels), original.forward_features(pixels).flatten(2).mT, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_image_size_and_weights_of_a_file(tmp_path):
+    name = write_map(tmp_path / "model", "ResNet")
+    larger = load_vision(f"{name}@128", select_layer=-1)
+    assert (larger.image_size, larger.num_tokens) == (128, 16)
+    file = load_vision(f"timm:test_resnet:{tmp_path / 'model' / 'pytorch_model.bin'}@128", select_layer=-1)
+    assert file.weights_fingerprint == larger.weights_fingerprint
+    timm_directory(tmp_path / "vit")
+    assert load_vision(f"timm:local-dir:{tmp_path / 'vit'}@64").num_tokens == 64
+
+
+def test_towers_that_a_stock_model_cannot_hold_are_refused(tmp_path):
+    name = write_map(tmp_path / "model", "ResNet")
+    timm_directory(tmp_path / "registers", reg_tokens=2)
+    save_for_hf(timm.create_model("hiera_tiny_224", img_size=64), tmp_path / "tokens", model_args={"img_size": 64})
+    write_map(tmp_path / "oblong", "ResNet", input_size=(3, 64, 96))
+    write_map(tmp_path / "border", "ResNet", crop_mode="border")
+    weights = tmp_path / "model" / "pytorch_model.bin"
+    for encoder, options, said in [
+        (name, {}, "layer -2 .* set --mm_vision_select_layer -1"),  # the default, for ViTs
+        (name, {"select_layer": -1, "image_aspect_ratio": "anyres"}, "no tiles"),
+        (f"{name}@100", {}, "stride of 32 does not divide: .*/model@96$"),
+        ("timm:test_resnets", {}, "has no model 'test_resnets'; it has test_resnet"),
+        (f"timm:test_efficientnet:{weights}", {}, "not those of a test_efficientnet"),
+        (f"timm:test_resnet:{tmp_path / 'none.pth'}", {}, "there is no weight file"),
+        ("timm:test_resnet.none", {}, "Invalid pretrained tag"),
+        (f"timm:local-dir:{tmp_path / 'tokens'}", {}, "no feature map .* but 4 × 768"),
+        (f"timm:local-dir:{tmp_path / 'registers'}", {}, "reg_token"),
+        (f"timm:local-dir:{tmp_path / 'oblong'}", {}, "3 × 64 × 96"),
+        (f"timm:local-dir:{tmp_path / 'border'}", {}, "'border'"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            load_vision(encoder, **options)
 
 
 def test_a_wrong_mapping_is_noticed(tmp_path, images):
