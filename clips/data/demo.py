@@ -412,7 +412,7 @@ def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str],
 
 
 def demo_split(directory: str | Path, split: str) -> str:
-    """Return the spec of a split for `open_source`."""
+    """Return the spec of a split for `open_data`."""
     return str(Path(directory) / split)
 
 
