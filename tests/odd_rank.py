@@ -19,8 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from clips.common import rundir, runtime, start
+from clips.common import ranks, rundir, runtime, start
 from clips.common.errors import UserError, run_command
+from clips.engine import checkpoint
 from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.training import cli, prepare, pretraining
@@ -68,6 +69,12 @@ def other_sources() -> None:
         return Short(source), *others
 
     prepare.once_per_machine = shortened
+
+
+def other_machine_without_checkpoints() -> None:
+    """This rank's machine sees another run directory under the same name."""
+    ranks.this_machine = lambda: "another one"
+    checkpoint.latest = lambda _: None
 
 
 def lost(how: str) -> None:
@@ -147,7 +154,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "no config.json": lambda: without("config.json"),
     "no done.json": lambda: without("done.json"),
     "finished": lambda: setattr(pretraining, "is_finished", lambda _: True),
-    "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
+    "no checkpoint": other_machine_without_checkpoints,
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: setattr(LlavaDataset, "__len__", lambda _: 7),

@@ -57,7 +57,7 @@ def open_run_dir(
         if dist.get_rank() == 0:
             rundir.hold(run_dir)
             checkpoint.remove_leftovers(run_dir)
-    loaded = checkpoint.latest(run_dir) if resume in ("auto", "never") else checkpoint.load(Path(resume))
+    loaded = checkpoint.resume_point(run_dir, resume)
     if loaded is None:
         return None
     if checkpoint.run_of(loaded.path) != run_dir.resolve():

@@ -90,7 +90,7 @@ def run_stage(flags: StageArguments) -> None:
             _say(start, f"stage {arguments.stage} is finished already: {prepared.stage_dir}")
             start.close()
         else:
-            before = checkpoint.latest(prepared.stage_dir)
+            before = checkpoint.resume_point(prepared.stage_dir)
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
             summary = train(prepared, before, start, begin)
             if start.rank == 0 and summary["samples_per_s"]:

@@ -248,7 +248,7 @@ def on_two_ranks(killed: Path, shards: tuple[str, ...], tmp_path_factory: pytest
 def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(killed, on_two_ranks):
     *_, previous, newest = checkpoints(killed / "r")
     text = (on_two_ranks / "log").read_text()
-    assert f"{newest} is not usable (model.safetensors does not match" in text
+    assert text.count(f"{newest} is not usable (model.safetensors does not match") == 1  # hashed once a machine
     assert f"{previous} (" in text
 
 
