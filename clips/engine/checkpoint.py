@@ -23,7 +23,6 @@ from torch import Tensor
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
 from clips.common.files import check_seal, from_json, fsync, read_bytes, replacing, seal, write_atomically
 from clips.common.live import say
-from clips.common.ranks import once_per_machine
 from clips.common.rundir import METRICS, checkpoints, chosen_checkpoint
 from clips.common.tensors import read_weights
 
@@ -55,7 +54,7 @@ class TrainState:
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint on disk. Its tensors are mapped from the files, so the ranks of a machine share one copy."""
+    """A complete checkpoint on disk; its tensors are mapped from the files, so ranks of a machine share one copy."""
 
     path: Path
     state: TrainState
@@ -195,15 +194,6 @@ def latest(run_dir: Path) -> Checkpoint | None:
             f"Restore one from a copy, or start over on purpose under another --name or with {run_dir} removed"
         )
     return None
-
-
-def resume_point(run_dir: Path, resume: str = "auto") -> Checkpoint | None:
-    """Return the checkpoint from which all ranks resume, or None; the first rank of each machine hashes it. Collective.
-
-    `resume` is "auto" or "never" for the `latest` one, or a checkpoint directory. Raises the errors of `latest` and
-    `load` on the ranks that hash.
-    """
-    return once_per_machine(lambda: latest(run_dir) if resume in ("auto", "never") else load(Path(resume)))
 
 
 def remove_leftovers(run_dir: Path) -> None:

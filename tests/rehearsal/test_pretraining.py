@@ -17,11 +17,11 @@ from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import predict, text_features
 from clips.evaluation.testsets import Item
 from clips.recipes import recipe, with_tower
-from clips.training.flops import flops_of
 from clips.training.losses import info_nce
 from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import built, rehearse
+from clips.training.trainer import flops_of
 
 pytestmark = pytest.mark.slow
 
