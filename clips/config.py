@@ -17,8 +17,7 @@ from typing import Any, Literal
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, write_json
-from clips.common.flags import bounded, check_fields
-from clips.common.typed import assign, from_dict, require
+from clips.common.flags import assign, bounded, check_fields, from_dict, require
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:

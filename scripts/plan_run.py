@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.common.peaks import Machine
+    from clips.engine.metrics import Machine
     from clips.training.rehearsal import print_pretraining
 
     run = recipe(flags.recipe).override(flags.set)

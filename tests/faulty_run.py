@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 
-from clips.common import ranks
+from clips.common import distributed
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
 from clips.engine.engine import Engine
 from clips.engine.log import RunLog
-from clips.training import cli, prepare, pretraining
-from clips.training.task import Task
+from clips.training import cli, prepare, trainer
+from clips.training.trainer import Task
 
 SOON = 5
 AT = 40
@@ -45,8 +45,8 @@ SAVED = 34
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
-real_loader, real_to_device, real_decoded = pretraining.make_loader, Task.to_device, Preprocess.decoded
-real_saves, real_validates = pretraining.CLIPSTrainer.saves, pretraining.CLIPSTrainer.validate_if_due
+real_loader, real_to_device, real_decoded = trainer.make_loader, Task.to_device, Preprocess.decoded
+real_saves, real_validates = trainer.CLIPSTrainer.saves, trainer.CLIPSTrainer.validate_if_due
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -93,16 +93,16 @@ def hanging(real: Callable[..., None], engine: Engine, loss: torch.Tensor, **opt
 def other_machine_with(spec: str, of: str) -> None:
     """This rank's machine has other files under the same name."""
     real_open = prepare.open_split
-    ranks.this_machine = lambda: "another one"
+    distributed.this_machine = lambda: "another one"
     prepare.open_split = lambda data, split, **options: real_open(
         replace(data, **{of: spec}) if split == of else data, split, **options
     )
 
 
-def stopped_at_the_end(trainer: pretraining.CLIPSTrainer, log: RunLog) -> None:
-    if trainer.state.samples == trainer.samples:
+def stopped_at_the_end(running: trainer.CLIPSTrainer, log: RunLog) -> None:
+    if running.state.samples == running.samples:
         os.kill(os.getpid(), signal.SIGTERM)
-    real_validates(trainer, log)
+    real_validates(running, log)
 
 
 def main() -> None:
@@ -117,9 +117,9 @@ def main() -> None:
             name, _, spec = flags.fault.partition("=")
             other_machine_with(spec, "train" if name == "data" else name)
         elif flags.fault == "last":
-            pretraining.CLIPSTrainer.validate_if_due = stopped_at_the_end
+            trainer.CLIPSTrainer.validate_if_due = stopped_at_the_end
         elif flags.fault == "slow":
-            pretraining.make_loader = late
+            trainer.make_loader = late
         elif flags.fault == "hang":
             real = Engine.backward
             Engine.backward = lambda engine, loss, **options: hanging(real, engine, loss, **options)
@@ -130,7 +130,7 @@ def main() -> None:
             Task.to_device = lambda task, batch, device: real_to_device(task, recorded(file, batch), device)
         else:
             if flags.fault.startswith("spike"):
-                pretraining.CLIPSTrainer.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
+                trainer.CLIPSTrainer.saves = lambda run: run.state.samples >= SAVED * BATCH and real_saves(run)
             Task.to_device = lambda task, batch, device: spoiled(flags.fault, real_to_device(task, batch, device))
     cli.pretrain_from_flags(flags)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from clips.common.distributed import init_distributed, shutdown
 from clips.common.errors import run_command
-from clips.common.runtime import init_distributed, shutdown
 from clips.engine import checkpoint
 from mllm.training import run as running
 from mllm.training.arguments import parse_train_arguments

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from clips.common import rundir, runtime, start
+from clips.common import distributed, rundir, runtime
 from clips.common.errors import UserError, run_command
+from clips.engine import checkpoint
 from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.training import cli, prepare, pretraining
@@ -29,7 +30,7 @@ from mllm.training import features, run
 from mllm.training import prepare as preparing
 from mllm.training.arguments import StageArguments, parse_train_arguments
 
-start.TELL_EVERY = 2.0
+distributed.TELL_EVERY = 2.0
 MINUTES = 0.1
 
 
@@ -63,11 +64,17 @@ def other_sources() -> None:
         def __len__(self) -> int:
             return len(self.source) - 1
 
-    def shortened(make: Callable[[], Any]) -> tuple[Any, ...]:
-        source, *others = real(make)
-        return Short(source), *others
+    def shortened(make: Callable[[], Any]) -> Any:
+        result = real(make)  # the checkpoint, or the data with what else was read of it
+        return (Short(result[0]), *result[1:]) if isinstance(result, tuple) else result
 
     prepare.once_per_machine = shortened
+
+
+def other_machine_without_checkpoints() -> None:
+    """This rank's machine sees another run directory under the same name."""
+    distributed.this_machine = lambda: "another one"
+    checkpoint.latest = lambda _: None
 
 
 def lost(how: str) -> None:
@@ -81,22 +88,22 @@ def only_start(how: str, where: str) -> None:
     """The parts of a start. This rank is lost at `where`; in the last part the others work meanwhile."""
     if where == "the beginning":
         lost(how)
-    connect = start.Start._connect
+    connect = distributed.Start._connect
 
-    def connected(begun: start.Start) -> Any:
+    def connected(begun: distributed.Start) -> Any:
         store = connect(begun)
         if where == "the connection":
             lost(how)
         return store
 
-    start.Start._connect = connected
+    distributed.Start._connect = connected
     parts: dict[str, Callable[[], object]] = {
         "the comparison": lambda: begun.agree({}),
         "the group": lambda: dist.init_process_group("gloo"),
         "the collective": dist.barrier,
         "the work": lambda: time.sleep(60),
     }
-    with start.Start(MINUTES) as begun:
+    with distributed.Start(MINUTES) as begun:
         for part, work in parts.items():
             begun.at(part)
             if part == where:
@@ -106,10 +113,10 @@ def only_start(how: str, where: str) -> None:
 
 def pause() -> None:
     """A start in which rank 0 is stopped, as a debugger or a full machine stops it, and goes on before the timeout."""
-    with start.Start() as begun:
-        end = time.monotonic() + 3 * start.TELL_EVERY
+    with distributed.Start() as begun:
+        end = time.monotonic() + 3 * distributed.TELL_EVERY
         if begun.rank == 0:
-            goes_on = f"sleep {2 * start.TELL_EVERY}; kill -CONT {os.getpid()}"
+            goes_on = f"sleep {2 * distributed.TELL_EVERY}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", goes_on], start_new_session=True)
             lost("SIGSTOP")
         while time.monotonic() < end:
@@ -120,14 +127,14 @@ def pause() -> None:
 
 def leave() -> None:
     """A start that rank 0 leaves with its process, as from a run that is finished, and whose end rank 1 sees later."""
-    wait_for = start.Start._wait_for
+    wait_for = distributed.Start._wait_for
 
-    def later(begun: start.Start, keys: list[str]) -> None:
+    def later(begun: distributed.Start, keys: list[str]) -> None:
         time.sleep(begun.rank)
         wait_for(begun, keys)
 
-    with start.Start() as begun:
-        start.Start._wait_for = later
+    with distributed.Start() as begun:
+        distributed.Start._wait_for = later
         begun.finish()
 
 
@@ -147,14 +154,14 @@ FACTS: dict[str, Callable[[], object]] = {
     "no config.json": lambda: without("config.json"),
     "no done.json": lambda: without("done.json"),
     "finished": lambda: setattr(pretraining, "is_finished", lambda _: True),
-    "no checkpoint": lambda: setattr(prepare.checkpoint, "latest", lambda _: None),
+    "no checkpoint": other_machine_without_checkpoints,
     # The data
     "fewer samples": other_sources,
     "fewer conversations": lambda: setattr(LlavaDataset, "__len__", lambda _: 7),
     # An error of one rank, in each part of the start
     "fails at the device": lambda: setattr(runtime, "choose_device", failing),
     "fails at the group": lambda: setattr(pretraining, "init_distributed", failing),
-    "fails at the run directory": lambda: setattr(pretraining, "open_run_dir", failing),
+    "fails at the run directory": lambda: setattr(pretraining, "open_run", failing),
     "fails at the lock": lambda: setattr(rundir, "hold", failing),
     "fails at the data": lambda: setattr(prepare, "open_split", failing),
     "fails at the tokenizer": lambda: setattr(prepare.CaptionTokenizer, "load", failing),

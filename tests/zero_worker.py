@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
-from clips.common.runtime import init_distributed, shutdown
+from clips.common.distributed import init_distributed, shutdown
 from clips.engine.engine import Engine, Reduced
 from clips.engine.loop import accumulate
-from clips.training.grad_cache import CachedGradients, cache_gradients
-from clips.training.optim import limit_logit_scale, make_engine, rates_of
-from clips.training.task import Task
+from clips.training.grad_cache import CachedGradients
+from clips.training.optim import make_engine
+from clips.training.trainer import Task, limit_logit_scale, rates_of, shared_inputs
 
 CPU = torch.device("cpu")
 STAGES = {
@@ -189,7 +189,7 @@ def step(engine: Engine, seed: int, *, skip: bool = False) -> Reduced:
     share = 8 // (engine.world_size * ACCUMULATION)
     begins = [(micro * engine.world_size + dist.get_rank()) * share for micro in range(ACCUMULATION)]
     batches = [{key: value[begin : begin + share] for key, value in tiny_batch(seed).items()} for begin in begins]
-    parts = accumulate(engine, batches, cache_gradients(engine, batches))
+    parts = accumulate(engine, batches, shared_inputs(engine, batches))
     agreed = engine.agree(torch.stack([of_batch["loss"] for of_batch in parts]).mean(), stop=0)
     engine.step(skip=skip)
     return agreed

@@ -36,14 +36,14 @@ from PIL import Image
 from pyarrow import parquet
 from torch import Tensor
 
+from clips.common.distributed import Start, init_distributed
 from clips.common.errors import CommandError, run_command
 from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.live import LINE_SECONDS
 from clips.common.page import print_table, table_of
 from clips.common.paths import SCRIPTS
-from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
-from clips.common.start import Start
+from clips.common.runtime import autocast, choose_device, has_bf16
 from clips.config import ModelConfig, RunConfig
 from clips.data.dataset import Dataset
 from clips.data.demo import ensure_demo
@@ -56,9 +56,8 @@ from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.loop import accumulate
 from clips.model.clips import CLIPSModel
 from clips.training import cli
-from clips.training.grad_cache import cache_gradients
-from clips.training.optim import limit_logit_scale, make_engine, rates_of
-from clips.training.task import Task
+from clips.training.optim import make_engine
+from clips.training.trainer import Task, limit_logit_scale, rates_of, shared_inputs
 from clips.weights.open_clip import open_clip_config
 from mllm.model.forward import hidden_states
 from mllm.training.arguments import parse_train_arguments
@@ -217,7 +216,7 @@ def optimizer_step(engine: Engine, batches: Sequence[Batch]) -> Reduced:
 
     `batches` are this rank's micro-batches, run.train.accumulation of them.
     """
-    terms = accumulate(engine, batches, cache_gradients(engine, batches))
+    terms = accumulate(engine, batches, shared_inputs(engine, batches))
     reduced = engine.agree(torch.stack([micro["loss"] for micro in terms]).mean(), stop=0)
     engine.step()
     limit_logit_scale(engine)

@@ -1,6 +1,7 @@
 """The parser of every command: no abbreviations, flags with dashes, each default printed exactly once.
 
 A command builds a `Parser` and adds flags with `add_argument`, or adds all fields of a dataclass with `add_options`.
+`from_dict` builds a dataclass from JSON, and `assign` changes a field of JSON, with errors that name the field.
 """
 
 import argparse
@@ -21,6 +22,11 @@ SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar
 """Arguments of the flag `--set`, by which many commands set fields of clips/config.py."""
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 """Comparison of a number with each kind of bound that a field may declare."""
+RETIRED: dict[str, Any] = {
+    **{"contrastive_weight": 1.0, "keep_every": 0, "splitter": "smart"},
+    **{"web": True, "sizes": [], "by_aspect": False, "demo_aspects": False},
+}
+"""Fields of earlier configurations. They still load if they have this value, because it is what the program does."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -230,3 +236,64 @@ def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
     """Return the names of the values that the command line `words` sets itself, without those left at their default."""
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
     return {name for name, value in vars(parser.parse_args(words, unset)).items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------- dataclasses from JSON
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
+    """Set the field `keys` of the JSON `tree` in place; `*` stands for every item of a list.
+
+    Raises UserError, which shows `path`, if there is no such field.
+    """
+    key, *rest = keys
+    known = [str(index) for index in range(len(tree))] if isinstance(tree, list) else []
+    known = list(tree) if isinstance(tree, dict) else known
+    is_every = key == "*" and isinstance(tree, list)
+    require(is_every or key in known, f"--set {path}: no field {key!r}; known here: {', '.join(known) or 'none'}")
+    for name in known if is_every else [key]:
+        place = int(name) if isinstance(tree, list) else name
+        if rest:
+            assign(tree[place], rest, value, path)
+        else:
+            tree[place] = value
+
+
+def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
+    """Build dataclass `cls` from JSON `value`. Raises UserError for unknown, missing and ill-typed fields."""
+    # pydantic's TypeAdapter does not name the known fields, and adding them makes it as long as this.
+    origin = get_origin(cls)
+    if origin in (Union, types.UnionType):
+        options = get_args(cls)
+        return None if value is None else from_dict(options[0], value, where)
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{where} must be a list, found {value!r}")
+        kinds = get_args(cls)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        require(len(value) == len(kinds), f"{where} must have {len(kinds)} items, found {len(value)}")
+        pairs = zip(kinds, value, strict=True)
+        return tuple(from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(pairs))
+    if origin is Literal:
+        check_choice(where, value, cls)
+        return value
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
+        hints = get_type_hints(cls)
+        retired = {name for name in value.keys() & RETIRED.keys() - hints.keys() if value[name] == RETIRED[name]}
+        fields = {name: item for name, item in value.items() if name not in retired}
+        unknown = sorted(fields.keys() - hints.keys())
+        require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
+        try:
+            return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
+        except TypeError as error:  # of the dataclass: it names the fields that are missing
+            raise UserError(f"{where} is incomplete: {error}") from None
+    if cls is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = isinstance(value, cls) and (cls is bool or not isinstance(value, bool))
+    require(fits, f"{where} must be {cls.__name__}, found {value!r}")
+    return value

@@ -1,6 +1,5 @@
-"""What a process runs on: its device, its process group, DeepSpeed's import."""
+"""What a process runs on: its device and precision, memory, DeepSpeed's import, packages."""
 
-import atexit
 import contextlib
 import ctypes
 import logging
@@ -10,17 +9,12 @@ import resource
 import socket
 import sys
 import time
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from clips.common.errors import UserError
-from clips.common.signals import end_with_launcher
-from clips.common.start import Start, find_ranks
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch", "numpy"
@@ -54,7 +48,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", number)
 
 
-_bf16: dict[str, bool] = {}
+BF16: dict[str, bool] = {}
 """Whether each device type computes in bfloat16: tried here, or agreed on by all ranks."""
 
 
@@ -71,9 +65,9 @@ def has_bf16(device: torch.device) -> bool:
     A CPU is also tested with short products. Its id says what it could do, but oneDNN may be restricted to AVX2
     (ONEDNN_MAX_CPU_ISA): emulated products of 128 x 128 take 20 times as long as in fp32, others at most twice.
     """
-    if device.type not in _bf16:
-        _bf16[device.type] = claims_bf16(device) and (device.type == "cuda" or _product_ratio() < 8)
-    return _bf16[device.type]
+    if device.type not in BF16:
+        BF16[device.type] = claims_bf16(device) and (device.type == "cuda" or _product_ratio() < 8)
+    return BF16[device.type]
 
 
 def _product_ratio() -> float:
@@ -128,81 +122,6 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "bitsandbytes")
-"""Packages that must have the same version on every rank."""
-KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", "DS_ACCELERATOR")
-"""Environment variables that decide what a rank computes with."""
-
-
-def meet_on(start: Start, device: str) -> torch.device:
-    """Return this rank's device for `--device`, after comparing its kind and the packages with all other ranks.
-
-    Raises UserError on every rank if they differ, and for a device that this rank lacks. bf16 counts as available if
-    every rank's processor claims it and rank 0 computes in it.
-    """
-    chosen = choose_device(device)
-    packages = package_versions()
-    start.agree(
-        {
-            "device": chosen.type,
-            "python": platform.python_version(),
-            **{name: packages.get(name) for name in COMPARED},
-            **{name: os.environ.get(name) for name in KERNELS},
-        }
-    )
-    _bf16[chosen.type] = start.all_have(has_bf16(chosen) if start.rank == 0 else claims_bf16(chosen))
-    return chosen
-
-
-def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
-    """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
-    if device.type == "cpu":
-        keep_freed_memory()
-        bound_kernel_caches()
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
-    find_ranks()
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        # The store itself takes a free port: one that was looked up before could be another process's by then.
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    end_with_launcher()
-    # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    deepspeed = import_deepspeed()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-    # DeepSpeed reduces gradients in groups of its own, made without a timeout: they would take torch's default.
-    defaults: Any = dist.distributed_c10d
-    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
-    atexit.register(_settle)
-
-
-def _settle() -> None:
-    """Wait at the end of the process until gloo's threads have released the tensors of the last collective.
-
-    A thread that asks for Python while the interpreter ends aborts the process with exit code 134 (torch 2.13, Python
-    < 3.14). Destroying the groups does not help, since DeepSpeed holds them too.
-    """
-    idle = 0
-    while idle < 2:  # a thread that waits for Python seems idle once
-        time.sleep(0.002)
-        idle = idle + 1 if all(state == "S" for state in _gloo_threads()) else 0
-
-
-def _gloo_threads() -> list[str]:
-    """Return the state of each gloo thread as in proc(5), where S is asleep. Empty without /proc."""
-    states = []
-    for task in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # it has ended
-            name, _, fields = (task / "stat").read_text(encoding="utf-8").partition("(")[2].rpartition(")")
-            if name.startswith("pt_gloo"):
-                states.append(fields.split()[0])
-    return states
 
 
 def keep_freed_memory() -> bool:
@@ -260,10 +179,3 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-def shutdown() -> None:
-    """Wait for all ranks and leave the process group, if there is one. Collective."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

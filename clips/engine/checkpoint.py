@@ -54,17 +54,17 @@ class TrainState:
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint on disk; tensors are read only when asked for."""
+    """A complete checkpoint on disk; its tensors are mapped from the files, so ranks of a machine share one copy."""
 
     path: Path
     state: TrainState
 
     def weights(self) -> dict[str, Tensor]:
-        """Read the weights by name, on the CPU."""
+        """Map the weights by name, on the CPU."""
         return read_weights(self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Read the tensors of the optimizer's state by name, on the CPU."""
+        """Map the tensors of the optimizer's state by name, on the CPU."""
         return read_weights(self.path / "optimizer.safetensors")
 
 

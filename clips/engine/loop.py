@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from clips.common.errors import CommandError, NotFiniteError
-from clips.common.peaks import peak_flops
 from clips.common.signals import StopSignal, stopped_by
 from clips.engine.checkpoint import TrainState, Writer
 from clips.engine.engine import Batch, Engine, Reduced
 from clips.engine.log import RunLog
-from clips.engine.meter import Meter, summary
-from clips.engine.watchdog import OwnTime
+from clips.engine.metrics import Meter, OwnTime, peak_flops, summary
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""Watch a long run for spikes and for values that are not finite, and measure each rank's own time.
+"""Watch a long run for spikes.
 
 A spike is a loss or a gradient norm many times larger than those of the last steps. Both are positive and vary in
 proportion to their size, so logarithms are compared: with their median over the last steps, in units of a deviation
@@ -10,14 +10,10 @@ all ranks decide alike and a resumed run decides as before.
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
-
-import torch
-from torch import nn
 
 from clips.common.errors import DivergedError
 from clips.engine.checkpoint import TrainState
@@ -79,35 +75,3 @@ def record_skip(state: TrainState, since: int) -> None:
             "(--set 'phases.*.lr=…'), or train on spikes (--on-spike continue), with --allow-config-change; the run "
             "goes on from its last checkpoint"
         )
-
-
-class OwnTime:
-    """Seconds that this rank's device spends in the model's forward pass, where it waits for no other rank.
-
-    The rest of a step is full of collectives, in which fast ranks wait for slow ones, so that all look alike. On a GPU
-    it is the device's time. Only `seconds` reads it, because reading waits for the device.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[Any] = []
-        """Begin and end of each forward pass in turn, as seconds or CUDA events."""
-        model.register_forward_pre_hook(lambda *_: self._mark())
-        model.register_forward_hook(lambda *_: self._mark())
-
-    def _mark(self) -> None:
-        if self.device.type != "cuda":
-            self.marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append(event)
-
-    def seconds(self) -> float:
-        """Return the seconds since the last call."""
-        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
-        self.marks = []
-        if self.device.type != "cuda":
-            return sum(end - begin for begin, end in pairs)
-        torch.cuda.synchronize(self.device)
-        return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3

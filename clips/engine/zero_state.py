@@ -154,13 +154,14 @@ class ZeroState:
     def restore_optimizer(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
 
-        The weights are not restored here, because they are loaded into the model before the engine is built. Raises
-        KeyError if `state` is of another kind of optimizer.
+        One tensor at a time is copied, in ZeRO 3 only this rank's part, so a `state` that is mapped from a file stays
+        there. The weights are not restored here, because they are loaded into the model before the engine is built.
+        Raises KeyError if `state` is of another kind of optimizer.
         """
         self.reset_optimizer(steps)
         for name, parameter in self.trained.items():
             for key in self._keys(parameter):
-                self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
+                self._set(parameter, key, state[f"{name}/{key}"])
 
     def restore_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Set the fp32 masters of bf16 weights; every rank passes all of them.
@@ -170,11 +171,10 @@ class ZeroState:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self.trained.items():
-            value = weights[name].to(self.device, torch.float32)
             if self.stage == 3:
-                safe_set_local_fp32_param(parameter, self._part(value))
+                safe_set_local_fp32_param(parameter, self._part(weights[name]).float())
             else:
-                safe_set_full_fp32_param(parameter, value)
+                safe_set_full_fp32_param(parameter, weights[name].to(self.device, torch.float32))
 
     def reset_optimizer(self, steps: int = 0) -> None:
         """Replace the optimizer state by zeros, as if after `steps` optimizer steps.
@@ -236,15 +236,16 @@ class ZeroState:
             if momentum is not None:
                 momentum.copy_(value)
         else:
-            safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, value.to(self.device), key)
 
     def _part(self, value: Tensor) -> Tensor:
-        """Return what this rank holds of a value in stage 3: one of equal parts, of which the last one is padded.
+        """Return what this rank holds of a value in stage 3, on its device: one of equal parts, the last one padded.
 
         (DeepSpeed's setter of full values fails on the padding.)
         """
-        flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
-        return flat.chunk(self.world_size)[dist.get_rank()]
+        size = -(-value.numel() // self.world_size)
+        part = value.flatten()[dist.get_rank() * size :][:size].to(self.device)
+        return nn.functional.pad(part, (0, size - part.numel()))
 
     def _keeps_full_momenta(self, parameter: nn.Parameter) -> bool:
         """Return True if Muon's full momentum is on every rank with a part of the matrix: ZeRO-1/2 without offload.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clips.common.distributed import all_shares, my_share
 from clips.common.errors import CommandError, UserError
-from clips.common.ranks import all_shares, my_share
 from clips.common.signals import start_worker
 from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.sample import BrokenSample

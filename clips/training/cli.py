@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from clips.common import rundir
+from clips.common.distributed import Start
 from clips.common.errors import Stopped, UserError
 from clips.common.flags import SET, Parser, at_least
-from clips.common.start import Start
-from clips.common.trackers import HELP as REPORT_TO
-from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
+from clips.engine.log import HELP as REPORT_TO
+from clips.engine.log import TENSORBOARD, loggers
 from clips.recipes import RECIPES, TOWERS, debug_twin, recipe, with_tower
 
 

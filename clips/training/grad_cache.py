@@ -4,9 +4,10 @@ Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Mem
 2101.06983. The contrastive loss depends on the towers only through their features, and these are small. So each
 micro-batch first passes the towers without a graph. Then the loss over all features of the step is computed, and its
 gradient with respect to them. Then each micro-batch passes again, with a graph, and Σ ⟨feature, gradient⟩ has the same
-gradient as the loss of the whole batch. Only one micro-batch's activations are held at a time. The price is one more
-forward pass of the towers (the captioner, whose loss is a sum over samples, runs only in the second pass), and that all
-batches of the step wait on the host, with their images as bytes.
+gradient as the loss of the whole batch. Both passes give the same features, because the model draws no random numbers:
+the loader draws which tokens are dropped. Only one micro-batch's activations are held at a time. The price is
+one more forward pass of the towers (the captioner, whose loss is a sum over samples, runs only in the second pass), and
+that all batches of the step wait on the host, with their images as bytes.
 
 Shapes: A micro-batches · B samples of each · W ranks · E embedding width.
 """
@@ -17,24 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from clips.engine.engine import Batch, Engine
 from clips.model.clips import Outputs
 from clips.training.losses import contrastive_loss, gather_features, world_size
-
-
-class RandomState:
-    """The state of the random numbers of a forward pass on `device`, so that they can be drawn again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(torch.empty(0, device=device))
-
-    def replay(self) -> None:
-        """Set the generators of host and devices to the recorded state."""
-        torch.set_rng_state(self.cpu)
-        set_device_states(self.devices, self.states)
 
 
 class CachedGradients(NamedTuple):
@@ -47,25 +34,13 @@ class CachedGradients(NamedTuple):
     """The contrastive loss; the mean is that of the whole batch."""
     tokens: Tensor
     """Mean number of caption tokens of a micro-batch."""
-    random: RandomState | None = None
-    """The state in which the first pass drew its random numbers."""
 
 
-def cache_gradients(engine: Engine, batches: Sequence[Batch]) -> Sequence[CachedGradients | None]:
-    """Run a step's micro-batches without a graph; return what the second pass of each one needs. Collective.
-
-    Return None for each one, and run nothing, if each micro-batch is a contrastive batch of its own.
-    """
-    if engine.module.contrasted == 1:
-        return [None] * len(batches)
-    states, outputs = [], []
-    for batch in batches:
-        states.append(RandomState(engine.device))
-        with torch.no_grad():
-            outputs.append(engine(batch, features_only=True))
-    tokens = sum(batch["counts"].predicted for batch in batches)
-    cached = gradients_of(outputs, tokens)
-    return [gradients._replace(random=state) for gradients, state in zip(cached, states, strict=True)]
+def cache_gradients(engine: Engine, batches: Sequence[Batch]) -> list[CachedGradients]:
+    """Run a step's micro-batches without a graph; return what the second pass of each one needs. Collective."""
+    with torch.no_grad():
+        outputs = [engine(batch, features_only=True) for batch in batches]
+    return gradients_of(outputs, sum(batch["counts"].predicted for batch in batches))
 
 
 def gradients_of(outputs: Sequence[Outputs], tokens: int) -> list[CachedGradients]:

@@ -8,7 +8,6 @@
 - Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch import nn
 
 from clips.config import ModelConfig, OptimConfig, RunConfig
 from clips.engine.engine import Engine
-from clips.model.clips import MAX_LOGIT_SCALE
-from clips.training.task import Task
+from clips.training.trainer import Task
 
 
 def parameter_groups(task: Task, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -94,18 +92,3 @@ def make_engine(task: Task, run: RunConfig, device: torch.device, ds_config: dic
     if run.train.compile:
         task.model.compile_blocks()
     return engine
-
-
-def rates_of(lr: float, muon_lr: float) -> dict[str, float]:
-    """Return the learning rate of each of `parameter_groups`."""
-    return {"decay": lr, "no_decay": lr, "muon": muon_lr}
-
-
-@torch.no_grad()
-def limit_logit_scale(engine: Engine) -> None:
-    """Clamp the logit scale to its limit after a step.
-
-    The forward pass clamps it too and so stops the gradient: a value above the limit could never come back.
-    """
-    for held in engine.zero_state.copies("logit_scale"):
-        held.clamp_(max=math.log(MAX_LOGIT_SCALE))

@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 
 from clips.common import rundir
+from clips.common.distributed import Start, once_per_machine
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.live import expected_time, say
 from clips.common.page import table_of
 from clips.common.paths import without_secrets
-from clips.common.ranks import once_per_machine
 from clips.common.runtime import has_bf16
-from clips.common.start import Start
 from clips.config import ModelConfig, PhaseConfig, RunConfig, TaskConfig, changed_fields
 from clips.data.dataset import Dataset
 from clips.data.loader import counted
@@ -31,39 +30,57 @@ MANY_EPOCHS = 50
 """Number of epochs above which the plan warns; the recipes are meant for 0.1 to 20."""
 
 
-def open_run_dir(
-    run: RunConfig, run_dir: Path, resume: str, *, allow_config_change: bool, dry_run: bool
-) -> checkpoint.Checkpoint | None:
-    """Create or check the run directory, and return the checkpoint to resume from, or None; the same on every rank.
+def open_run(
+    run: RunConfig, run_dir: Path, resume: str, start: Start, device: torch.device, *, allow_config_change: bool,
+    dry_run: bool,
+) -> tuple[RunConfig, checkpoint.Checkpoint | None, bool]:  # fmt: skip
+    """Create or check the run directory, and find the checkpoint to resume from. Collective.
 
-    Rank 0 locks the directory and removes what interrupted saves left behind, except in a `dry_run`. config.json is
-    written later, once the data is known to be right. `resume` is `auto`, `never`, or a checkpoint directory. Raises
-    UserError if the directory holds another configuration or cannot be written, if `resume` does not fit it, or if the
-    phases do not fit the checkpoint (`check_progress`), and NoCheckpointError if none of its checkpoints is usable.
+    Rank 0 locks the directory and removes what interrupted saves left behind, except in a `dry_run`. One rank of each
+    machine hashes the checkpoint. config.json is written later, once the data is known to be right. `resume` is `auto`,
+    `never`, or a checkpoint directory. Raises UserError if the directory holds another configuration or cannot be
+    written, if `resume` does not fit it, or if the phases do not fit the checkpoint (`check_progress`), and
+    NoCheckpointError if none of its checkpoints is usable.
+
+    Returns:
+        `run` with its precision decided, the checkpoint or None, and whether the run has config.json already.
     """
     config_file = run_dir / "config.json"
-    if resume == "never" and config_file.exists():
+    saved = RunConfig.load(config_file) if config_file.exists() else None
+    if resume == "never" and (saved is not None or rundir.checkpoints(run_dir)):
         raise UserError(f"{run_dir} holds a run already; give another --name, or leave --resume never out")
-    if config_file.exists() and not allow_config_change:
-        changes = changed_fields(RunConfig.load(config_file), run)
+    if saved is not None and not allow_config_change:
         mend = "Give the new run another --name, or go on with the changes by --allow-config-change"
-        rundir.refuse(changes, f"{run_dir} holds a run with another configuration", mend)
+        rundir.refuse(changed_fields(saved, run), f"{run_dir} holds a run with another configuration", mend)
     if not dry_run:
         try:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir).close()
         except OSError as error:
             raise UserError(f"cannot write to {run_dir}: {error}; choose another --output") from None
-        if dist.get_rank() == 0:
+        if start.rank == 0:
             rundir.hold(run_dir)
             checkpoint.remove_leftovers(run_dir)
-    loaded = checkpoint.latest(run_dir) if resume in ("auto", "never") else checkpoint.load(Path(resume))
-    if loaded is None:
-        return None
-    if checkpoint.run_of(loaded.path) != run_dir.resolve():
-        raise UserError(f"--resume {resume} is of another run; for a branch copy that run under another --name")
-    check_progress(run, loaded)
-    return loaded
+    newest = resume in ("auto", "never")
+    previous = once_per_machine(lambda: checkpoint.latest(run_dir) if newest else checkpoint.load(Path(resume)))
+    if previous is not None:
+        if checkpoint.run_of(previous.path) != run_dir.resolve():
+            raise UserError(f"--resume {resume} is of another run; for a branch copy that run under another --name")
+        check_progress(run, previous)
+    has_begun, precision = start.of_rank_0((saved is not None, precision_of(run, saved, device)))
+    return replace(run, train=replace(run.train, precision=precision)), previous, has_begun
+
+
+def precision_of(run: RunConfig, saved: RunConfig | None, device: torch.device) -> str:
+    """Return the precision of a run; for "auto" that in which it was `saved`, or else bf16 if `device` has it.
+
+    Otherwise bf16 is emulated: on a CPU with only AVX2, the demo trains at 8 samples/s with it and at 110 in fp32.
+    """
+    if run.train.precision != "auto":
+        return run.train.precision
+    if saved is not None:
+        return saved.train.precision
+    return "bf16" if has_bf16(device) else "fp32"
 
 
 def check_progress(run: RunConfig, previous: checkpoint.Checkpoint) -> None:
@@ -208,21 +225,6 @@ def _described(dataset: Dataset) -> str:
     facts = dataset.metadata()
     digest = f"{facts['captions_sha256'][:8]} {facts['hashes_sha256'][:8]}"
     return f"{len(dataset):,} samples in {facts['files']:,} files ({digest})"
-
-
-def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
-    """Return `run` with precision "auto" replaced by that in config.json, or without one by bf16 if `device` has it.
-
-    Otherwise bf16 is emulated: on a CPU with only AVX2, the demo trains at 8 samples/s with it and at 110 in fp32.
-    """
-    if run.train.precision != "auto":
-        return run
-    config_file = run_dir / "config.json"
-    if config_file.exists():
-        precision = RunConfig.load(config_file).train.precision
-    else:
-        precision = "bf16" if has_bf16(device) else "fp32"
-    return replace(run, train=replace(run.train, precision=precision))
 
 
 def full_batch(

@@ -13,7 +13,6 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
-from clips.common.peaks import USABLE, Machine
 from clips.common.rehearsal import (
     BUCKET,
     CPU,
@@ -30,12 +29,12 @@ from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.engine.engine import Batch
 from clips.engine.loop import accumulate
+from clips.engine.metrics import USABLE, Machine
 from clips.model.clips import CLIPSModel
-from clips.training.flops import flops_of
-from clips.training.grad_cache import CachedGradients, cache_gradients
+from clips.training.grad_cache import CachedGradients
 from clips.training.optim import parameter_groups
 from clips.training.prepare import full_batch
-from clips.training.task import Task
+from clips.training.trainer import Task, flops_of, shared_inputs
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int, *, stage: int = 0) 
                 parameter.grad = torch.empty_like(parameter)
         rehearsal.hold(x for x in batch.values() if isinstance(x, Tensor))
         step = [batch] * (run.train.accumulation if run.train.whole_step else 1)
-        accumulate(engine, step, cache_gradients(engine, step))
+        accumulate(engine, step, shared_inputs(engine, step))
         if ranks > 1:  # DeepSpeed reduces the gradients in a copy
             torch.empty(min(trained, BUCKET))
 

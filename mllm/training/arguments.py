@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from clips.common.errors import UserError
 from clips.common.flags import Parser, add_options, check_fields, from_flags, option
-from clips.common.trackers import HELP as REPORT_TO
-from clips.common.trackers import loggers
+from clips.engine.log import HELP as REPORT_TO
+from clips.engine.log import loggers
 from mllm import DEFAULT_LLM
 from mllm.training.stages import DEMO_LAYERS, PARTS, STAGE_FLAGS, STAGES, Stage, default_in_words
 

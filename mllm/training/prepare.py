@@ -17,11 +17,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips import Fields, RunConfig, parse_fields
 from clips.common import rundir
+from clips.common.distributed import Start
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
 from clips.common.runtime import LANGUAGE_MODEL_KEYS, attends_plainly
-from clips.common.start import Start
 from mllm.data.captions import TEST, CaptionStore, open_store, write_test
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import ImageTokens, LlavaDataset

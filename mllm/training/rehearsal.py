@@ -17,8 +17,8 @@ from transformers import AutoConfig, ViTConfig
 from clips.common.errors import UserError
 from clips.common.page import print_table, table_of
 from clips.common.paths import DS_CONFIGS
-from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients, leave_meta, without_data
+from clips.engine.metrics import Machine
 from mllm.encoders.encoder import select_features
 from mllm.model.llava import stock_classes
 from mllm.model.packing import Counts

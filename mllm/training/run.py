@@ -22,20 +22,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
+from clips.common.distributed import Start, init_distributed, meet_on, naming_lost_ranks, once_per_machine, shutdown
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.files import write_json
 from clips.common.launch import launcher
 from clips.common.live import expected_time, remember_speed, say
 from clips.common.page import table_of
 from clips.common.profile import profiled
-from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import environment, init_distributed, meet_on, shutdown
-from clips.common.start import Start
-from clips.common.trackers import loggers
+from clips.common.runtime import environment
 from clips.engine import checkpoint
 from clips.engine.checkpoint import Checkpoint, TrainState, Writer
 from clips.engine.engine import Engine
-from clips.engine.log import RunLog
+from clips.engine.log import RunLog, loggers
 from clips.engine.loop import train as train_loop
 from mllm.data.captions import CaptionStore
 from mllm.encoders.encoder import keep_statistics
@@ -91,7 +89,7 @@ def run_stage(flags: StageArguments) -> None:
             _say(start, f"stage {arguments.stage} is finished already: {prepared.stage_dir}")
             start.close()
         else:
-            before = checkpoint.latest(prepared.stage_dir)
+            before = once_per_machine(lambda: checkpoint.latest(prepared.stage_dir))
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
             summary = train(prepared, before, start, begin)
             if start.rank == 0 and summary["samples_per_s"]:

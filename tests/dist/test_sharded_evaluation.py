@@ -15,8 +15,8 @@ import torch.distributed as dist
 from conftest import random_model, run_python, tiny_run
 from launched import make_images, recap, small_data, write_shard
 
-from clips.common import ranks
-from clips.common.ranks import once_per_machine
+from clips.common import distributed
+from clips.common.distributed import once_per_machine
 from clips.common.runtime import unused_port
 from clips.config import EvalConfig, Fields, RunConfig
 from clips.data.dataset import Dataset, open_data
@@ -115,7 +115,7 @@ def slowly(calls: Path) -> int:
 
 
 def opened(rank: int, machine: str, calls: Path) -> tuple[int, int]:
-    ranks.this_machine = lambda: machine.format(rank=rank)
+    distributed.this_machine = lambda: machine.format(rank=rank)
     groups, new_group = [], dist.new_group
     dist.new_group = lambda *ranks, **options: groups.append(new_group(*ranks, **options)) or groups[-1]
     try:

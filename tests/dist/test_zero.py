@@ -10,7 +10,7 @@ from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
 from zero_worker import FRESH, LEFT_OUT, stages_of
 
 from clips.training.optim import build_optimizer, parameter_groups
-from clips.training.task import Task
+from clips.training.trainer import Task
 
 WORKER = ROOT / "tests" / "zero_worker.py"
 pytestmark = pytest.mark.slow

@@ -10,18 +10,18 @@ import torch
 from conftest import random_model, tiny_batch, tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clips.common.peaks import peak_flops
-from clips.common.runtime import init_distributed
+from clips.common.distributed import init_distributed
 from clips.config import RunConfig
 from clips.data.loader import counted
+from clips.engine.metrics import peak_flops
 from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.recipes import PRESETS, recipe
-from clips.training.optim import make_engine, rates_of
+from clips.training.optim import make_engine
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import rehearse
-from clips.training.task import Task
+from clips.training.trainer import Task, rates_of
 from tools.benchmark import optimizer_step
 
 pytestmark = pytest.mark.gpu

@@ -25,8 +25,8 @@ from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.training.cli import config_from_flags, parser
-from clips.training.optim import build_optimizer, parameter_groups, rates_of
-from clips.training.task import Task
+from clips.training.optim import build_optimizer, parameter_groups
+from clips.training.trainer import Task, rates_of
 from clips.weights.convert import convert
 from clips.weights.export import write_native
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, initialise, read_initial

@@ -13,7 +13,7 @@ from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
 from clips.recipes import debug_twin, recipe
 from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
-from clips.training.task import Task
+from clips.training.trainer import Task
 
 #: (run, (loss, contrastive loss)); the second is the debug twin of the demo recipe, in fp32.
 FIRST_DEMO = ["train.precision=fp32", "model.vision.patch_size=16", "model.vision.image_size=32"]

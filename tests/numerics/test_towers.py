@@ -23,7 +23,7 @@ from clips.model.captioner import Captioner, caption_mask
 from clips.model.clips import CLIPSModel, count_tokens
 from clips.model.text import TextStates, TextTower, word_slots
 from clips.model.vision import VisionTower
-from clips.training.task import Task
+from clips.training.trainer import Task
 from clips.weights.foreign import read_transformers
 from clips.weights.hf_vit import write_hf_vit
 

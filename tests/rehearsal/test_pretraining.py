@@ -13,11 +13,11 @@ from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
 from clips.config import RunConfig, TaskConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe, with_tower
-from clips.training.flops import flops_of
 from clips.training.losses import info_nce
 from clips.training.optim import build_optimizer, parameter_groups
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import built, rehearse
+from clips.training.trainer import flops_of
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clips.common import live, plots
 from clips.common.errors import UserError
 from clips.common.live import LiveLine
-from clips.common.trackers import loggers
-from clips.engine.log import RunLog
+from clips.engine.log import RunLog, loggers
 from clips.training.cli import parser as pretraining
 from mllm.training.arguments import parse_train_arguments
 

@@ -15,7 +15,7 @@ from clips.common import files
 from clips.common.errors import NoCheckpointError, UserError
 from clips.common.rundir import checkpoints, chosen_weights
 from clips.engine import checkpoint
-from clips.engine.checkpoint import TrainState, Writer
+from clips.engine.checkpoint import Checkpoint, TrainState, Writer
 
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -43,6 +43,22 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert latest.weights()["scale"].shape == ()
     assert torch.equal(latest.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
     assert sorted(p.name for p in path.iterdir()) == FILES
+
+
+def own_memory() -> int:
+    """Bytes of this process that it shares with no other, not counting mapped files."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def test_a_rank_maps_a_checkpoint_and_copies_nothing_of_it(tmp_path: Path) -> None:
+    size = 2**26  # bytes of each of the two files
+    large = {"a": torch.ones(size // 4)}
+    saved = Checkpoint(checkpoint.save(tmp_path, large, {"a/exp_avg": large["a"]}, state(1), 1), state(1))
+    before = own_memory()
+    tensors = [*saved.weights().values(), *saved.optimizer().values()]
+    assert [float(tensor.sum()) for tensor in tensors] == [size / 4] * 2
+    assert own_memory() - before < size / 4
 
 
 @pytest.mark.parametrize("file", FILES)

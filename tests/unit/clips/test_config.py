@@ -9,14 +9,14 @@ import torch
 from conftest import random_model, tiny_run
 
 from clips.common.errors import UserError
+from clips.common.flags import from_dict
 from clips.common.runtime import has_bf16
-from clips.common.typed import from_dict
 from clips.config import RunConfig, changed_fields
 from clips.engine.engine import read_ds_config
 from clips.recipes import debug_twin, recipe
 from clips.training.cli import config_from_flags, parser
-from clips.training.prepare import with_precision
-from clips.training.task import Task
+from clips.training.prepare import precision_of
+from clips.training.trainer import Task
 
 
 @pytest.mark.parametrize(
@@ -122,16 +122,14 @@ def test_a_field_of_an_earlier_version_is_read_at_its_default(tmp_path: Path) ->
         from_dict(RunConfig, tree)
 
 
-def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
+def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in() -> None:
     auto, bf16, fp32 = (tiny_run().override([f"train.precision={name}"]) for name in ("auto", "bf16", "fp32"))
     assert changed_fields(bf16, auto) == changed_fields(fp32, auto) == []
     assert changed_fields(bf16, fp32) == ['train.precision: "bf16" → "fp32"']
     cpu = torch.device("cpu")
-    assert with_precision(auto, tmp_path, cpu) == (bf16 if has_bf16(cpu) else fp32)
-    for begun in (bf16, fp32):
-        begun.save(tmp_path / "config.json")
-        assert with_precision(auto, tmp_path, cpu) == begun
-    assert with_precision(bf16, tmp_path, cpu) == bf16
+    assert precision_of(auto, None, cpu) == ("bf16" if has_bf16(cpu) else "fp32")
+    assert [precision_of(auto, begun, cpu) for begun in (bf16, fp32)] == ["bf16", "fp32"]
+    assert precision_of(bf16, fp32, cpu) == "bf16"
     with pytest.raises(ValueError, match="not decided"):
         Task(random_model(auto), auto.task, auto.train)
 

@@ -15,10 +15,9 @@ from clips.config import Freeze
 from clips.data.loader import counted
 from clips.engine.checkpoint import TrainState
 from clips.engine.log import RunLog
-from clips.engine.meter import Meter
+from clips.engine.metrics import Meter
 from clips.model.clips import CLIPSModel
-from clips.training.flops import flops_of
-from clips.training.task import Task
+from clips.training.trainer import Task, flops_of
 
 
 def test_the_log_shows_what_torch_counts(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from clips.engine.checkpoint import Checkpoint, TrainState
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
 from clips.training.prepare import check_progress
-from clips.training.pretraining import crosses, lr_factor, optimizer_steps
+from clips.training.pretraining import optimizer_steps
+from clips.training.trainer import crosses, lr_factor
 
 PAPER = ("s16", "b16", "l14", "h14")
 # shared by the four: (samples, batch, lr per 256, warm-up samples)

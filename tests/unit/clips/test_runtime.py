@@ -13,9 +13,9 @@ from conftest import ROOT, FlopCounter, run_python
 
 from clips.common import runtime
 from clips.common.errors import UserError
-from clips.common.peaks import CARDS, Machine, peak_flops, stated_peak
 from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
+from clips.engine.metrics import CARDS, Machine, peak_flops, stated_peak
 from clips.recipes import recipe
 from clips.training.prepare import full_batch
 from clips.training.rehearsal import built, print_pretraining
@@ -45,7 +45,7 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> 
 @pytest.mark.parametrize(("ratio", "has"), [(1.4, True), (24.0, False)])
 def test_a_processor_that_claims_bf16_is_tried(ratio: float, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held to AVX2 by ONEDNN_MAX_CPU_ISA, oneDNN emulates bf16, and a product takes 20 times as long."""
-    monkeypatch.setattr(runtime, "_bf16", {})
+    monkeypatch.setattr(runtime, "BF16", {})
     monkeypatch.setattr(runtime, "claims_bf16", lambda _: True)
     monkeypatch.setattr(runtime, "_product_ratio", lambda: ratio)
     assert runtime.has_bf16(torch.device("cpu")) == has
@@ -73,7 +73,7 @@ def test_a_gpu_that_is_not_there_is_named(name, rank, said, monkeypatch: pytest.
 COLLECTIVES_UNDER_WAY = """
 import sys
 import torch, torch.distributed as dist
-from clips.common.runtime import init_distributed
+from clips.common.distributed import init_distributed
 init_distributed(torch.device("cpu"))
 for _ in range(2000):
     dist.all_reduce(torch.zeros(100_000), async_op=True)

@@ -14,7 +14,7 @@ from clips.engine import watchdog
 from clips.engine.checkpoint import TrainState
 from clips.engine.engine import Reduced
 from clips.engine.log import RunLog
-from clips.engine.meter import Meter
+from clips.engine.metrics import Meter
 
 
 def agreed(loss: float, norm: float | None = 1.0) -> Reduced:

@@ -1,31 +1,41 @@
-"""The start of a run: ranks meet, compare what each of them has found, and name the rank that is missing.
+"""What the ranks of a run do together: meet, compare what each has found, form a group, and share work.
 
 A rank never enters or skips a collective because of what only it measures, finds or reads: rank 0 decides and
-broadcasts, or all ranks compare first. Both go through the store of the process group, not through collectives, because
-a collective that one rank skips ends after half an hour and does not say which rank it was.
+broadcasts, or all ranks compare first. Until the first step both go through the store of the process group, not through
+collectives, because a collective that one rank skips ends after half an hour and does not say which rank it was.
+
+torch is imported by the functions that need it, because commands check their flags before that takes seconds.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clips.common.errors import CommandError, Stopped, UserError, first_line, in_one_line
 from clips.common.escape import printable
 from clips.common.files import differing
+from clips.common.paths import this_machine
 from clips.common.signals import end_with_launcher
+
+if TYPE_CHECKING:
+    import torch
 
 TELL_EVERY = 60.0
 """Seconds between two lines that say for whom the start waits."""
@@ -44,6 +54,11 @@ log = logging.getLogger("clips.start")
 _starts = itertools.count()
 _stores: list[Any] = []
 """Rank 0's process serves the store for as long as one of its stores is referenced."""
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
+OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
+LONG_WORK = timedelta(days=30)
+"""Timeout for work that grows with the data. The usual timeout of a collective is for ranks that hang."""
+T = TypeVar("T")
 
 
 def find_ranks() -> tuple[int, int]:
@@ -370,3 +385,182 @@ def _lines(values: Mapping[int, Any]) -> str:
 
 def _names(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------- the process group
+COMPARED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "bitsandbytes")
+"""Packages that must have the same version on every rank."""
+KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", "DS_ACCELERATOR")
+"""Environment variables that decide what a rank computes with."""
+
+
+def meet_on(start: Start, device: str) -> torch.device:
+    """Return this rank's device for `--device`, after comparing its kind and the packages with all other ranks.
+
+    Raises UserError on every rank if they differ, and for a device that this rank lacks. bf16 counts as available if
+    every rank's processor claims it and rank 0 computes in it.
+    """
+    from clips.common import runtime
+
+    chosen = runtime.choose_device(device)
+    packages = runtime.package_versions()
+    start.agree(
+        {
+            "device": chosen.type,
+            "python": platform.python_version(),
+            **{name: packages.get(name) for name in COMPARED},
+            **{name: os.environ.get(name) for name in KERNELS},
+        }
+    )
+    measure = runtime.has_bf16 if start.rank == 0 else runtime.claims_bf16
+    runtime.BF16[chosen.type] = start.all_have(measure(chosen))
+    return chosen
+
+
+def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
+    import torch
+    import torch.distributed as dist
+
+    from clips.common.runtime import bound_kernel_caches, import_deepspeed, keep_freed_memory
+
+    if device.type == "cpu":
+        keep_freed_memory()
+        bound_kernel_caches()
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
+    find_ranks()
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        # The store itself takes a free port: one that was looked up before could be another process's by then.
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    end_with_launcher()
+    # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    deepspeed = import_deepspeed()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    # DeepSpeed reduces gradients in groups of its own, made without a timeout: they would take torch's default.
+    defaults: Any = dist.distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
+    atexit.register(_settle)
+
+
+def _settle() -> None:
+    """Wait at the end of the process until gloo's threads have released the tensors of the last collective.
+
+    A thread that asks for Python while the interpreter ends aborts the process with exit code 134 (torch 2.13, Python
+    < 3.14). Destroying the groups does not help, since DeepSpeed holds them too.
+    """
+    idle = 0
+    while idle < 2:  # a thread that waits for Python seems idle once
+        time.sleep(0.002)
+        idle = idle + 1 if all(state == "S" for state in _gloo_threads()) else 0
+
+
+def _gloo_threads() -> list[str]:
+    """Return the state of each gloo thread as in proc(5), where S is asleep. Empty without /proc."""
+    states = []
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            name, _, fields = (task / "stat").read_text(encoding="utf-8").partition("(")[2].rpartition(")")
+            if name.startswith("pt_gloo"):
+                states.append(fields.split()[0])
+    return states
+
+
+def shutdown() -> None:
+    """Wait for all ranks and leave the process group, if there is one. Collective."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ work that ranks share
+def my_share(items: Sequence[T], *, sharded: bool) -> Sequence[T]:
+    """Return the `items` that this rank works on: every n-th for n ranks, or all of them unless `sharded`."""
+    import torch.distributed as dist
+
+    return items[dist.get_rank() :: dist.get_world_size()] if sharded else items
+
+
+def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
+    """Return the results of all ranks in the order of the items, on every rank. Collective if `sharded`."""
+    import torch.distributed as dist
+
+    if not sharded:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
+def once_per_machine(make: Callable[[], T]) -> T:
+    """Run `make` on the first rank of each machine, and return its result on all ranks of that machine.
+
+    Collective. The other ranks wait however long it takes, and receive the result by pickle. If `make` raises, only its
+    own rank gets the error, and the others go on waiting until something else ends them.
+    """
+    import torch.distributed as dist
+
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, f"{platform.node()} {this_machine()}")
+    # Every rank makes all groups: a group that only its members make is named after them, and a second group of that
+    # name meets at the addresses of the first.
+    groups: dict[str, Any] = {}
+    for host in dict.fromkeys(hosts):
+        ranks = [rank for rank, other in enumerate(hosts) if other == host]
+        groups[host] = dist.new_group(ranks, timeout=LONG_WORK, backend="gloo")
+
+    host = hosts[dist.get_rank()]
+    first = hosts.index(host)
+    result: list[Any] = [make() if dist.get_rank() == first else None]
+    dist.broadcast_object_list(result, src=first, group=groups[host])
+    dist.destroy_process_group(groups[host])
+    return result[0]
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(step: Callable[[], int]) -> Iterator[None]:
+    """Turn a failed or timed-out collective into a CommandError that shows this rank, the place and the lost ranks.
+
+    NCCL's watchdog ends its process by itself instead, with a report of its own. gloo's errors are plain
+    RuntimeErrors, known by their text.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]
+        place = f"{frames[-1].filename.removeprefix(ROOT)}:{frames[-1].lineno}" if frames else "the engine"
+        lost = ", ".join(map(str, lost_ranks()))
+        raise CommandError(
+            f"rank {dist.get_rank()}: a collective of step {step()} failed at {place}: {str(error).splitlines()[0]}\n"
+            + (f"No sign of life from rank {lost}: look for its error above" if lost else "Every rank is alive")
+            + ". The same command goes on from the last checkpoint"
+        ) from error
+
+
+def lost_ranks(seconds: float = 10) -> list[int]:
+    """Return the ranks that do not call this too within `seconds`, or rank 0 if its store does not answer."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    waiting = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    end = time.monotonic() + seconds
+    try:
+        store.set_timeout(timedelta(seconds=seconds))
+        store.set(f"alive/{dist.get_rank()}", "yes")
+        while waiting and time.monotonic() < end:
+            waiting = [rank for rank in waiting if not store.check([f"alive/{rank}"])]
+            time.sleep(0.1)
+    except RuntimeError:
+        return [0]
+    return waiting
