@@ -54,6 +54,9 @@ def parser() -> Parser:
         "(default: image=jpg;jpeg;png;webp web=json:org_caption long=txt)",
     )
     p.add_argument("--image-root", help="tables: the folder that image paths are relative to (default: the table's)")
+    p.add_argument(
+        "--verify-data", action="store_true", help="compare the SHA-256 of the training data's files with the import's"
+    )
     p.add_argument("--samples", type=int, help="samples of each phase, warm-up scales along (default: the recipe's)")
     p.add_argument("--batch-size", type=int, help="samples per step, the rates scale along (default: the recipe's)")
     p.add_argument("--init-from", metavar="WEIGHTS", help="run, export, hub id or timm:NAME (default: random weights)")
@@ -99,7 +102,7 @@ def _pretrain(flags: argparse.Namespace, start: Start) -> None:
     pretrain(
         run, _run_dir(flags), start, device=flags.device, ds_config=flags.ds_config, resume=flags.resume,
         allow_config_change=flags.allow_config_change, dry_run=flags.dry_run, report_to=loggers(flags.report_to),
-        profile_steps=flags.profile,
+        profile_steps=flags.profile, verify_data=flags.verify_data,
     )  # fmt: skip
 
 

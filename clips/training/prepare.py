@@ -120,7 +120,14 @@ def read_given_weights(run: RunConfig, run_dir: Path) -> InitialWeights | None:
 
 
 def prepare_data(
-    run: RunConfig, run_dir: Path, initial: InitialWeights | None, start: Start, *, has_begun: bool, dry_run: bool
+    run: RunConfig,
+    run_dir: Path,
+    initial: InitialWeights | None,
+    start: Start,
+    *,
+    has_begun: bool,
+    dry_run: bool,
+    verify: bool = False,
 ) -> tuple[Dataset, CaptionTokenizer, str]:
     """Open the training data, once on each machine, and the run's tokenizer. Collective, without a time limit.
 
@@ -134,6 +141,8 @@ def prepare_data(
     def opened() -> tuple[Dataset, str]:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
         check_readable(train, run.data.max_broken_share)
+        if verify:
+            train.verify()
         held_out = {
             split: open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
             for split in ("val", *held_out_sets(run.data))

@@ -53,7 +53,7 @@ def optimizer_steps(phases: Sequence[PhaseConfig], state: TrainState) -> int:
 def pretrain(
     run: RunConfig, run_dir: Path, start: Start, *, device: str = "auto", ds_config: str | None = None,
     resume: str = "auto", allow_config_change: bool = False, dry_run: bool = False, report_to: Sequence[str] = (),
-    profile_steps: int = 0,
+    profile_steps: int = 0, verify_data: bool = False,
 ) -> None:  # fmt: skip
     """Train `run` in `run_dir`, from its newest checkpoint if there is one, through evaluation and export.
 
@@ -82,7 +82,9 @@ def pretrain(
 
     start.at("the data and the tokenizer")
     initial = read_given_weights(run, run_dir) if previous is None else None
-    dataset, tokenizer, val = prepare_data(run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run)
+    dataset, tokenizer, val = prepare_data(
+        run, run_dir, initial, start, has_begun=has_begun, dry_run=dry_run, verify=verify_data
+    )
     start.agree(facts_of_data(dataset, val, tokenizer, initial))
 
     start.at("the model")
