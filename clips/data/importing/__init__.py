@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.common.escape import clip
 from clips.common.files import from_json, lock, placing, read_json, sha256, write_json
 from clips.common.live import say
@@ -44,7 +44,7 @@ from clips.data.importing.layouts import (
 from clips.data.importing.tables import KarpathyFile, PairFolder, Table, open_table
 from clips.data.importing.tar import Place, read_samples
 from clips.data.remote import Copies, open_binary, stamp
-from clips.data.sample import BrokenSample, Texts, cell_of, flat, image_in, texts_in
+from clips.data.sample import BrokenSample, Texts, cell_of, flat, image_in, mend_broken, texts_in
 
 VERSION = 1
 """Raise it when the written format changes: older imports are then made anew."""
@@ -96,7 +96,7 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
     """Import what `spec` names, unless an import of the same files and options exists.
 
     Return the manifest and the URL of each part. Raises UserError if a file is missing, a field cannot be found, or
-    shards and tables are mixed.
+    shards and tables are mixed, and BrokenDataError if no row can be used.
 
     Args:
         spec: a file, a folder, a glob, a brace pattern or a URL; several, joined by `;`, become one set.
@@ -118,7 +118,7 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
         files_of_old = [(part["url"], part["state"]) for part in old.get("parts", [])]
         if files_of_old != list(zip(map(without_secrets, files), states, strict=True)):
             done = {(part["url"], part["state"]): part for part in old.get("parts", [])}
-            manifest = _Import(folder, files, states, options, old.get("fields"), done).run(bool(tables))
+            manifest = _Import(folder, files, states, options, old, done).run(bool(tables))
             write_json(path, {"version": VERSION, "spec": without_secrets(spec), "options": wanted} | manifest)
             used = {part["index"] for part in (*manifest["parts"], *old.get("parts", []))}
             for stale in folder.glob("*.arrow"):
@@ -168,15 +168,18 @@ class _Import:
     """One import of all files of a set."""
 
     def __init__(
-        self, folder: Path, files: list[str], states: list[str], options: ImportOptions, old_fields: Any,
+        self, folder: Path, files: list[str], states: list[str], options: ImportOptions, old: dict[str, Any],
         done: dict[tuple[str, str], dict[str, Any]],
     ) -> None:  # fmt: skip
         self.folder, self.files, self.states, self.options, self.done = folder, files, states, options, done
-        self.old_fields = old_fields
+        self.old_fields = old.get("fields")
         self.fields: Fields | None = None
         self.names: list[str] = []
         self.notes: list[str] = []
         self.base = ""
+        if first := done.get((without_secrets(files[0]), states[0])):  # it tells the same again
+            self.fields, self.names = Fields(**old["fields"]), old["names"]
+            self.base = os.path.abspath(first["root"]) if first["root"] else ""
         self.copies = Copies(options.cache_bytes) if options.cache_bytes and any(map(is_remote, files)) else None
         self.copied = 0
 
@@ -185,23 +188,25 @@ class _Import:
         one = self._table if tables else self._shard
         with tqdm(total=len(self.files), desc="importing", unit="file", leave=False, disable=None) as self.bar:
             parts = [self._part(0, one)]
-            with ThreadPoolExecutor(THREADS) as pool:  # the first one has fixed the fields
-                parts += pool.map(lambda number: self._part(number, one), range(1, len(self.files)))
-        assert self.fields is not None
+            while self.fields is None and len(parts) < len(self.files):  # the first one with samples fixes the fields
+                parts.append(self._part(len(parts), one))
+            with ThreadPoolExecutor(THREADS) as pool:
+                parts += pool.map(lambda number: self._part(number, one), range(len(parts), len(self.files)))
         samples, skipped = (
             sum(part["samples"] for part in parts),
             sum((Counter(p["skipped"]) for p in parts), Counter()),
         )
         where = self.files[0] if len(self.files) == 1 else f"{self.files[0]} … {self.files[-1]} ({len(parts)} files)"
-        if self.fields != self.options.fields:
+        self.notes = [line for part in parts for line in part["notes"]]
+        if self.fields is not None and self.fields != self.options.fields:
             self.notes.append(f"{where}: {describe_fields(self.fields)} (guessed; --fields overrules)")
         if skipped:
             first = next(part["examples"][0] for part in parts if part["examples"])
             counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
             of_all = f"{skipped.total():,} of {sum(part['rows'] for part in parts):,} rows"
             self.notes.append(f"{where}: {of_all} are skipped ({counts}); the first is {first[0]}: {first[1]}")
-        if not samples:
-            raise UserError("\n".join([f"no sample of {where} can be used", *self.notes[-1:]]))
+        if self.fields is None or not samples:
+            raise BrokenDataError("\n".join([f"no sample of {where} can be used", *self.notes[-1:], mend_broken(1)]))
         size = sum(file.stat().st_size for file in self.folder.iterdir())
         say(without_secrets(f"imported {where}: {samples:,} samples, index of {size / 1e6:,.1f} MB in {self.folder}"))
         return {
@@ -234,7 +239,7 @@ class _Import:
         assert file is not None
         label = without_secrets(url)
         samples, problems = read_samples(file, url)
-        self.notes += [f"{url}: {line}" for line in problems]
+        index.notes += [f"{url}: {line}" for line in problems]
         if self.fields is None and samples:
             self._guess_from_shard(label, samples, file)
         fields = {
@@ -297,7 +302,7 @@ class _Import:
 
     # --------------------------------------------------------------------------------------------------------- tables
     def _table(self, url: str, file: BinaryIO | None, index: "_Index") -> dict[str, Any]:
-        table = open_table(url, file, self.notes.append)
+        table = open_table(url, file, index.notes.append)
         if self.fields is None:
             self.names = [*table.columns]
             self.fields = guess_fields(self.options.fields, table.columns, table.lists)
@@ -318,9 +323,9 @@ class _Import:
         if paths and not any(isinstance(cell, (bytes, dict)) for cell in cells):
             slashed = [_with_slashes(root, path) for path in paths]
             if slashed != paths:
-                self.notes.append(f"{table.name}: Windows' backslashes in image paths are read as slashes")
+                index.notes.append(f"{table.name}: Windows' backslashes in image paths are read as slashes")
             root = guess_root(
-                table.name, root, slashed, self.notes.append, is_given=self.options.image_root is not None
+                table.name, root, slashed, index.notes.append, is_given=self.options.image_root is not None
             )
         self.base = self.base or os.path.abspath(root)
         is_path = True
@@ -339,7 +344,7 @@ class _Import:
         if spec["web"]:
             before = index.rows
             if index.group():
-                self.notes.append(
+                index.notes.append(
                     f"{table.name}: {before:,} rows of {index.rows:,} images: the captions of each are gathered"
                 )
             # A few repeated images make no lists.
@@ -397,9 +402,10 @@ class _Index:
 
     def __init__(self, stem: Path, most: int | None) -> None:
         self.path, self.images = stem.with_suffix(".arrow"), stem.with_suffix(".images")
-        self.rows = self.skipped_rows = 0
+        self.rows = self.gathered = self.skipped_rows = 0
         self.skipped: Counter[str] = Counter()
         self.examples: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self._most = most
         """Most bytes of images that are stored, or None."""
         self._hashes = array("Q")
@@ -486,6 +492,7 @@ class _Index:
         with pa.ipc.new_file(str(self._part), SCHEMA) as writer:
             for batch in grouped.to_batches(max_chunksize=BATCH):
                 writer.write_batch(batch)
+        self.gathered = self.rows - len(begins)
         self.rows = len(begins)
         self._writer = _Appending()
         return True
@@ -509,8 +516,8 @@ class _Index:
                 short.tofile(file)
         return {
             "index": self.path.name, "images": self.images.name if self._stored else None, "samples": self.rows,
-            "rows": self.rows + self.skipped_rows, "without_long": len(short), "skipped": dict(self.skipped),
-            "examples": self.examples, **digests_of(row[4:7] for row in read_rows(self.path)),
+            "rows": self.rows + self.gathered + self.skipped_rows, "without_long": len(short), "skipped": dict(self.skipped),
+            "examples": self.examples, "notes": list(map(without_secrets, self.notes)), **digests_of(row[4:7] for row in read_rows(self.path)),
         }  # fmt: skip
 
     def _flush(self) -> None:
