@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.common.escape import clip
 from clips.common.files import from_json, lock, read_json, sha256, write_json
-from clips.common.files import placing as placing
 from clips.common.live import say
 from clips.common.paths import cache_root, can_encode, inside, is_remote, without_secrets
 from clips.config import OTHERS, Fields
@@ -43,12 +43,13 @@ from clips.data.importing.layouts import (
 from clips.data.importing.tables import KarpathyFile, PairFolder, Table, open_table
 from clips.data.importing.tar import Place, read_samples
 from clips.data.remote import Copies, open_binary, stamp
-from clips.data.sample import BrokenSample, cell_of, flat, image_in, texts_in
-from clips.data.sample import Texts as Texts
+from clips.data.sample import BrokenSample, cell_of, flat, image_in, mend_broken, texts_in
 
 VERSION = 1
 """Raise it when the written format changes: older imports are then made anew."""
 THREADS = 8
+NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""Characters that stand for bytes of a CSV file that are not UTF-8."""
 PROBED_SAMPLES = 32
 """Samples whose JSON is read to find its keys, and rows whose images tell which folder their paths are relative to."""
 CHOICES = (
@@ -76,7 +77,7 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
     """Import what `spec` names, unless an import of the same files and options exists.
 
     Return the manifest and the URL of each part. Raises UserError if a file is missing, a field cannot be found, or
-    shards and tables are mixed.
+    shards and tables are mixed, and BrokenDataError if no row can be used.
 
     Args:
         spec: a file, a folder, a glob, a brace pattern or a URL; several, joined by `;`, become one set.
@@ -98,7 +99,7 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
         files_of_old = [(part["url"], part["state"]) for part in old.get("parts", [])]
         if files_of_old != list(zip(map(without_secrets, files), states, strict=True)):
             done = {(part["url"], part["state"]): part for part in old.get("parts", [])}
-            manifest = _Import(folder, files, states, options, old.get("fields"), done).run(bool(tables))
+            manifest = _Import(folder, files, states, options, old, done).run(bool(tables))
             write_json(path, {"version": VERSION, "spec": without_secrets(spec), "options": wanted} | manifest)
             used = {part["index"] for part in (*manifest["parts"], *old.get("parts", []))}
             for stale in folder.glob("*.arrow"):
@@ -148,15 +149,18 @@ class _Import:
     """One import of all files of a set."""
 
     def __init__(
-        self, folder: Path, files: list[str], states: list[str], options: ImportOptions, old_fields: Any,
+        self, folder: Path, files: list[str], states: list[str], options: ImportOptions, old: dict[str, Any],
         done: dict[tuple[str, str], dict[str, Any]],
     ) -> None:  # fmt: skip
         self.folder, self.files, self.states, self.options, self.done = folder, files, states, options, done
-        self.old_fields = old_fields
+        self.old_fields = old.get("fields")
         self.fields: Fields | None = None
         self.names: list[str] = []
         self.notes: list[str] = []
         self.base = ""
+        if first := done.get((without_secrets(files[0]), states[0])):  # it tells the same again
+            self.fields, self.names = Fields(**old["fields"]), old["names"]
+            self.base = os.path.abspath(first["root"]) if first["root"] else ""
         self.copies = Copies(options.cache_bytes) if options.cache_bytes and any(map(is_remote, files)) else None
         self.copied = 0
 
@@ -165,23 +169,25 @@ class _Import:
         one = self._table if tables else self._shard
         with tqdm(total=len(self.files), desc="importing", unit="file", leave=False, disable=None) as self.bar:
             parts = [self._part(0, one)]
-            with ThreadPoolExecutor(THREADS) as pool:  # the first one has fixed the fields
-                parts += pool.map(lambda number: self._part(number, one), range(1, len(self.files)))
-        assert self.fields is not None
+            while self.fields is None and len(parts) < len(self.files):  # the first one with samples fixes the fields
+                parts.append(self._part(len(parts), one))
+            with ThreadPoolExecutor(THREADS) as pool:
+                parts += pool.map(lambda number: self._part(number, one), range(len(parts), len(self.files)))
         samples, skipped = (
             sum(part["samples"] for part in parts),
             sum((Counter(p["skipped"]) for p in parts), Counter()),
         )
         where = self.files[0] if len(self.files) == 1 else f"{self.files[0]} … {self.files[-1]} ({len(parts)} files)"
-        if self.fields != self.options.fields:
+        self.notes = [line for part in parts for line in part["notes"]]
+        if self.fields is not None and self.fields != self.options.fields:
             self.notes.append(f"{where}: {describe_fields(self.fields)} (guessed; --fields overrules)")
         if skipped:
             first = next(part["examples"][0] for part in parts if part["examples"])
             counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
             of_all = f"{skipped.total():,} of {sum(part['rows'] for part in parts):,} rows"
             self.notes.append(f"{where}: {of_all} are skipped ({counts}); the first is {first[0]}: {first[1]}")
-        if not samples:
-            raise UserError("\n".join([f"no sample of {where} can be used", *self.notes[-1:]]))
+        if self.fields is None or not samples:
+            raise BrokenDataError("\n".join([f"no sample of {where} can be used", *self.notes[-1:], mend_broken(1)]))
         size = sum(file.stat().st_size for file in self.folder.iterdir())
         say(without_secrets(f"imported {where}: {samples:,} samples, index of {size / 1e6:,.1f} MB in {self.folder}"))
         return {
@@ -214,7 +220,7 @@ class _Import:
         assert file is not None
         label = without_secrets(url)
         samples, problems = read_samples(file, url)
-        self.notes += [f"{url}: {line}" for line in problems]
+        index.notes += [f"{url}: {line}" for line in problems]
         if self.fields is None and samples:
             self._guess_from_shard(label, samples, file)
         fields = {
@@ -277,7 +283,7 @@ class _Import:
 
     # --------------------------------------------------------------------------------------------------------- tables
     def _table(self, url: str, file: BinaryIO | None, index: IndexWriter) -> dict[str, Any]:
-        table = open_table(url, file, self.notes.append)
+        table = open_table(url, file, index.notes.append)
         if self.fields is None:
             self.names = [*table.columns]
             self.fields = guess_fields(self.options.fields, table.columns, table.lists)
@@ -298,9 +304,9 @@ class _Import:
         if paths and not any(isinstance(cell, (bytes, dict)) for cell in cells):
             slashed = [_with_slashes(root, path) for path in paths]
             if slashed != paths:
-                self.notes.append(f"{table.name}: Windows' backslashes in image paths are read as slashes")
+                index.notes.append(f"{table.name}: Windows' backslashes in image paths are read as slashes")
             root = guess_root(
-                table.name, root, slashed, self.notes.append, is_given=self.options.image_root is not None
+                table.name, root, slashed, index.notes.append, is_given=self.options.image_root is not None
             )
         self.base = self.base or os.path.abspath(root)
         is_path = True
@@ -319,7 +325,7 @@ class _Import:
         if spec["web"]:
             before = index.rows
             if index.group():
-                self.notes.append(
+                index.notes.append(
                     f"{table.name}: {before:,} rows of {index.rows:,} images: the captions of each are gathered"
                 )
             # A few repeated images make no lists.

@@ -15,6 +15,7 @@ import pyarrow as pa
 from clips.common.errors import UserError
 from clips.common.escape import clip
 from clips.common.files import placing
+from clips.common.paths import without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.importing.tar import Place
 from clips.data.sample import Texts
@@ -46,9 +47,10 @@ class IndexWriter:
 
     def __init__(self, stem: Path, most: int | None) -> None:
         self.path, self.images = stem.with_suffix(".arrow"), stem.with_suffix(".images")
-        self.rows = self.skipped_rows = 0
+        self.rows = self.gathered = self.skipped_rows = 0
         self.skipped: Counter[str] = Counter()
         self.examples: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self._most = most
         """Most bytes of images that are stored, or None."""
         self._hashes = array("Q")
@@ -133,6 +135,7 @@ class IndexWriter:
         with pa.ipc.new_file(str(self._part), SCHEMA) as writer:
             for batch in grouped.to_batches(max_chunksize=BATCH):
                 writer.write_batch(batch)
+        self.gathered = self.rows - len(begins)
         self.rows = len(begins)
         return True
 
@@ -155,8 +158,9 @@ class IndexWriter:
                 short.tofile(file)
         return {
             "index": self.path.name, "images": self.images.name if self._stored else None, "samples": self.rows,
-            "rows": self.rows + self.skipped_rows, "without_long": len(short), "skipped": dict(self.skipped),
-            "examples": self.examples, **digests_of(row[4:7] for row in read_rows(self.path)),
+            "rows": self.rows + self.gathered + self.skipped_rows, "without_long": len(short),
+            "skipped": dict(self.skipped), "examples": self.examples, "notes": list(map(without_secrets, self.notes)),
+            **digests_of(row[4:7] for row in read_rows(self.path)),
         }  # fmt: skip
 
     def _flush(self) -> None:

@@ -55,7 +55,7 @@ def training() -> list[tuple[Scene, Description]]:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and ".idx." not in path.name]
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and ".clips" not in path.parts]
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

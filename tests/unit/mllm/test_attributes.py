@@ -280,7 +280,7 @@ def test_a_table_names_its_images_where_they_are(tmp_path: Path, capsys: pytest.
     table = write_csv(tmp_path / "shop.csv", rows)
     out = build(tmp_path / "out", "--data", table, "--image-root", tmp_path / "my images")
     text = capsys.readouterr().out
-    assert "skipped 1 missing images: 15003.png" in text
+    assert "skipped 1 rows without an image: missing image: '15003.png' is not in" in text
     assert "column productDisplayName:" in text
     assert "column id: 0 of" in text, "a value of its own in each row is no answer"
     assert "15003.png" not in (out / "instruct.json").read_text()
@@ -288,7 +288,7 @@ def test_a_table_names_its_images_where_they_are(tmp_path: Path, capsys: pytest.
     lines = [json.dumps(row) + "\n" for row in (*odd, *(row | {"image": row["path"]} for row in rows[4:]))]
     (tmp_path / "shop.jsonl").write_text("".join(lines))
     build(tmp_path / "odd", "--data", tmp_path / "shop.jsonl", "--image-root", tmp_path / "my images")
-    assert "skipped 2 missing images" in capsys.readouterr().out, "what is no bytes is no image"
+    assert "skipped 2 rows without an image" in capsys.readouterr().out, "what is no bytes is no image"
     with pytest.raises(UserError, match="image-root"):
         build(tmp_path / "none", "--data", table, "--image-root", tmp_path)
     with pytest.raises(UserError, match="shade"):
