@@ -51,7 +51,8 @@ def test_row_17_damaged_shards_are_named_and_their_good_samples_used(tmp_path: P
         done, 0,
         "damaged.tar: damaged at byte", "after member 00020.txt",
         "cut.tar: member 00030.txt is cut off",
-        "2 of 151 rows are skipped (2 no web caption); the first is 00030", "1 of 149 samples are skipped without a long",
+        "2 of 151 rows are skipped (2 no web caption); the first is 00030",
+        "1 of 149 samples are skipped without a long",
         "twice.tar: member 00003.txt appears twice",
         f"{39 + 30 + 39 + 40} samples",
     )  # fmt: skip

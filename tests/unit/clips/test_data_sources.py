@@ -115,7 +115,7 @@ def test_an_index_that_cannot_stand_beside_goes_to_the_cache(tmp_path: Path) -> 
     assert source.path.is_relative_to(tmp_path / "cache/imports")
     index = source.path.parent / source.parts[0].facts["index"]
     index.write_bytes(b"")
-    with pytest.raises(UserError, match="damaged or gone .*: remove its folder"):
+    with pytest.raises(UserError, match=r"damaged .*: remove its folder"):
         open_tar(tmp_path / "a.tar").read(0)
 
 
@@ -282,5 +282,5 @@ def test_rows_that_do_not_fit_are_counted_by_every_command(tmp_path, caplog, row
         assert re.search(said, caplog.text)
         assert len(caplog.records) == bool(said)
     if said:
-        with pytest.raises(BrokenDataError, match="rows cannot be used.*\n.*more or fewer cells"):
+        with pytest.raises(BrokenDataError, match=r"rows cannot be used.*\n.*more or fewer cells"):
             check_readable(source, 0.01)
