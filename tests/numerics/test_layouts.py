@@ -33,32 +33,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 STORED = Path(__file__).with_name("layouts.json")
 MANY, FEW = 120, 20
 """Images of a set of which a share is held out, and of one that is too small for that."""
-WORDS = [
-    "Ein",
-    "Hund",
-    "läuft",
-    "über",
-    "die",
-    "Wiese",
-    ",",
-    "and",
-    "two",
-    "red",
-    "Cats",
-    "sit",
-    "near",
-    "a",
-    "café's",
-    "window",
-    ";",
-    "it's",
-    "“late”",
-    "|",
-    "7.5",
-    "%",
-    "off",
-    "!",
-]
+TEXT = "Ein Hund läuft über die Wiese , and two red Cats sit near a café's window ; it's “late” | 7.5 % off !"
 Layout = dict[str, Any]
 """The arguments of a DataConfig, and `long`: True if CLIPS trains on the set, False if CLIP does."""
 LAYOUTS: dict[str, Callable[[Path], Layout]] = {}
@@ -88,7 +63,7 @@ def pictures(folder: Path, count: int, first: int = 0) -> list[str]:
 def caption(number: int, kind: int = 0) -> str:
     """A text of its own for each image and kind."""
     rng = random.Random(f"{number} {kind}")
-    return " ".join([*rng.choices(WORDS, k=rng.randint(2, 9)), f"{number}.{kind}"])
+    return " ".join([*rng.choices(TEXT.split(), k=rng.randint(2, 9)), f"{number}.{kind}"])
 
 
 def captions(number: int, count: int = 5) -> list[str]:
@@ -145,7 +120,8 @@ def csv_with_named_fields_and_a_root(folder: Path) -> Layout:
 def tsv_of_open_clip(folder: Path) -> Layout:
     """Its paths begin at the current folder, and its name ends in .csv."""
     names = pictures(folder / "pics", MANY)
-    write_rows(folder / "lists/train.csv", [("filepath", "title"), *((f"pics/{n}", caption(i)) for i, n in enumerate(names))], "\t")  # fmt: skip
+    rows = [(f"pics/{name}", caption(i)) for i, name in enumerate(names)]
+    write_rows(folder / "lists/train.csv", [("filepath", "title"), *rows], "\t")
     return {"train": "lists/train.csv"}
 
 
@@ -241,7 +217,7 @@ def csv_of_a_few_repeated_images(folder: Path) -> Layout:
 @layout
 def parquet_of_a_row_per_caption(folder: Path) -> Layout:
     """Images inside, whose rows are not neighbours."""
-    rows = [{"image": picture(i), "caption": caption(i, kind), "id": 3 * i + kind} for i in range(FEW) for kind in range(3)]  # fmt: skip
+    rows = [{"image": picture(n // 3), "caption": caption(n // 3, n % 3), "id": n} for n in range(3 * FEW)]
     return {"train": str(write_table(folder / "t.parquet", shuffled(rows))), "long": True}
 
 
@@ -283,7 +259,8 @@ def coco(folder: Path) -> Layout:
 @layout
 def karpathy(folder: Path) -> Layout:
     images = []
-    for split, place, first, count in (("train", "train2014", 0, 12), ("restval", "val2014", 12, 6), ("val", "val2014", 18, 5)):  # fmt: skip
+    for split, first, count in (("train", 0, 12), ("restval", 12, 6), ("val", 18, 5)):
+        place = "train2014" if split == "train" else "val2014"
         for i, name in enumerate(pictures(folder / "coco" / place, count, first), first):
             sentences = [{"raw": text, "tokens": text.split(), "imgid": i} for text in captions(i)]
             images.append({"filepath": place, "filename": name, "split": split, "imgid": i, "sentences": sentences})
@@ -294,11 +271,11 @@ def karpathy(folder: Path) -> Layout:
 
 @layout
 def several_tables(folder: Path) -> Layout:
-    """The second one has its columns in another order, and images of the first one, which keep to their side."""
+    """Of two kinds, the second one in another folder and with images of the first one, which keep to their side."""
     names = pictures(folder / "pics", MANY)
     first = write_rows(folder / "a.csv", [("image", "text"), *((f"pics/{n}", caption(i)) for i, n in enumerate(names))])
-    rows = [{"text": caption(i, 1), "image": f"../pics/{names[i]}"} for i in range(0, MANY, 3)]
-    second = write_table(folder / "b/b.jsonl", [row | {"image": row["image"].removeprefix("../")} for row in rows])
+    rows = [{"text": caption(i, 1), "image": f"pics/{names[i]}"} for i in range(0, MANY, 3)]
+    second = write_table(folder / "b/b.jsonl", rows)
     return {"train": f"{first};{second}", "image_root": str(folder)}
 
 
@@ -312,9 +289,10 @@ def csv_with_a_key(folder: Path) -> Layout:
 # --------------------------------------------------------------------------------------------------- folders
 @layout
 def folder_of_images_and_texts(folder: Path) -> Layout:
-    for place, first in (("set", 0), ("set/b/c", 50), ("set/a", 90)):
-        for i, name in enumerate(pictures(folder / place, 50 if first < 50 else 40, first), first):
-            (folder / place / name).with_suffix(".txt").write_bytes(caption(i).encode("cp1252" if i % 9 == 0 else "utf-8"))  # fmt: skip
+    for place, first in (("set", 0), ("set/b/c", 40), ("set/a", 80)):
+        for i, name in enumerate(pictures(folder / place, 50, first), first):
+            text = caption(i).encode("utf-8" if i % 9 else "cp1252")
+            (folder / place / name).with_suffix(".txt").write_bytes(text)
     return {"train": str(folder / "set")}
 
 
@@ -362,8 +340,8 @@ def shards_without_json(folder: Path) -> Layout:
     members = []
     for i in range(FEW):
         stem = f"./part{i % 2}/Näme {i}"
-        members += [(f"{stem}.txt", caption(i).encode()), (f"{stem}.PNG", picture(i)), (f"{stem}.cls", b"%d\n" % (i % 3))]  # fmt: skip
-        members += [(f"{stem}.seg.png", b"x")]
+        parts = {"txt": caption(i).encode(), "PNG": picture(i), "cls": b"%d\n" % (i % 3), "seg.png": b"x"}
+        members += [(f"{stem}.{extension}", data) for extension, data in parts.items()]
     return {"train": str(write_tar(folder / "s.tar", members))}
 
 
