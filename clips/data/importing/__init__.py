@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +58,8 @@ MOST_ROWS = 1000
 """Rows of one image whose captions are kept: reading one sample must not take seconds."""
 EXAMPLES = 1000
 """Skipped rows that the manifest lists; further ones are counted."""
+NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""Characters that stand for bytes of a CSV file that are not UTF-8."""
 SCHEMA = pa.schema(
     [
         ("key", pa.binary()), ("offset", pa.int64()), ("size", pa.int64()), ("path", pa.binary()),
@@ -281,7 +284,7 @@ class _Import:
         if place is None:
             raise BrokenSample(members.key, "image: the file is empty" if places else "no image")
         if place[1] > MAX_BYTES:
-            raise BrokenSample(members.key, f"image: more than {MAX_BYTES:,} bytes")
+            raise BrokenSample(members.key, f"image: {place[1]} bytes are above the limit of {MAX_BYTES}")
         if not any(e in members.places for e, _ in fields["web"]):
             raise BrokenSample(members.key, "no web caption")
         web, long = (
@@ -360,7 +363,7 @@ class _Import:
         key = str(number)
         image = image_in(_value(row, spec["image"]))
         for column in used:
-            if isinstance(cell := row.get(column), str) and not can_encode(cell):
+            if isinstance(cell := row.get(column), str) and NO_UTF8.search(cell):
                 raise BrokenSample(key, f"column {column}: not UTF-8")
         texts = _captions(key, *([_value(row, spec[part])] for part in ("web", "long"))) if spec["web"] else ([], [])
         place: Place | str
@@ -516,8 +519,9 @@ class _Index:
                 short.tofile(file)
         return {
             "index": self.path.name, "images": self.images.name if self._stored else None, "samples": self.rows,
-            "rows": self.rows + self.gathered + self.skipped_rows, "without_long": len(short), "skipped": dict(self.skipped),
-            "examples": self.examples, "notes": list(map(without_secrets, self.notes)), **digests_of(row[4:7] for row in read_rows(self.path)),
+            "rows": self.rows + self.gathered + self.skipped_rows, "without_long": len(short),
+            "skipped": dict(self.skipped), "examples": self.examples, "notes": list(map(without_secrets, self.notes)),
+            **digests_of(row[4:7] for row in read_rows(self.path)),
         }  # fmt: skip
 
     def _flush(self) -> None:
