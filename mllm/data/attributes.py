@@ -229,7 +229,10 @@ def _of_tar(file: str) -> Iterator[Row]:
 def _of_table(file: str, image: str | None, image_root: str | None, lines: list[str]) -> Iterator[Row]:
     """Yield the rows of a table with their images, which are in the column `image`; rows without one are skipped."""
     fields = Fields(image=image or Fields().image, web="", long="")
-    table = open_data(file, fields, image_root=image_root, need_long=False)
+    try:
+        table = open_data(file, fields, image_root=image_root, need_long=False)
+    except UserError as error:
+        raise UserError(str(error).replace("--fields image=FIELD", "--image COLUMN")) from None
     (part,) = table.parts
     store = ImageStore(part.facts["root"])
     skipped = sum(part.facts["skipped"].values())
