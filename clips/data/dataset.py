@@ -339,10 +339,7 @@ class Dataset:
     def _bytes(self, number: int, name: str, offset: int, size: int) -> bytes:
         reader, file = self._opened(number)
         if file is None:
-            try:
-                file = self._image_file(number)
-            except UserError as error:
-                raise BrokenSample(name, f"image: {error}") from None
+            file = self._image_file(number)
             self._open[number] = reader, file
         try:
             if hasattr(file, "fileno") and not is_remote_file(file):

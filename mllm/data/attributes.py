@@ -232,7 +232,7 @@ def _of_table(file: str, image: str | None, image_root: str | None, lines: list[
     try:
         table = open_data(file, fields, image_root=image_root, need_long=False)
     except UserError as error:
-        raise UserError(f"{error}\n  The flags of this command are --image COLUMN and --image-root FOLDER") from None
+        raise UserError(str(error).replace("--fields image=FIELD", "--image COLUMN")) from None
     (part,) = table.parts
     store = ImageStore(part.facts["root"])
     skipped = sum(part.facts["skipped"].values())

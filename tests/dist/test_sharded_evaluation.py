@@ -63,7 +63,7 @@ def with_data(folder: Path) -> RunConfig:
 
 def test_the_metrics_are_a_single_rank_s(tmp_path: Path) -> None:
     ranks, run = 3, with_data(tmp_path)
-    texts = open_split(run.data, "val", need_long=False).captions()
+    texts = open_split(run.data, "val", need_long=False).all_captions()
     tokenizer = build_tokenizer("wordpiece", texts, vocab_size=64)
     model = random_model(run, seed=2).eval()
     alone = {name: asdict(metric) for name, metric in evaluate(model, tokenizer, run, "val").items()}

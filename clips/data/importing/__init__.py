@@ -262,7 +262,7 @@ class _Import:
         if place is None:
             raise BrokenSample(members.key, "image: the file is empty" if places else "no image")
         if place[1] > MAX_BYTES:
-            raise BrokenSample(members.key, f"image: more than {MAX_BYTES:,} bytes")
+            raise BrokenSample(members.key, f"image: {place[1]} bytes are above the limit of {MAX_BYTES}")
         if not any(e in members.places for e, _ in fields["web"]):
             raise BrokenSample(members.key, "no web caption")
         web, long = (
@@ -341,7 +341,7 @@ class _Import:
         key = str(number)
         image = image_in(_value(row, spec["image"]))
         for column in used:
-            if isinstance(cell := row.get(column), str) and not can_encode(cell):
+            if isinstance(cell := row.get(column), str) and NO_UTF8.search(cell):
                 raise BrokenSample(key, f"column {column}: not UTF-8")
         texts = _captions(key, *([_value(row, spec[part])] for part in ("web", "long"))) if spec["web"] else ([], [])
         place: Place | str

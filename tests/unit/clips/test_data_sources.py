@@ -259,7 +259,7 @@ def test_rows_that_repeat_each_other_cost_little(tmp_path: Path, monkeypatch: py
 def csv_of(path: Path, rows: list[str]) -> Path:
     for name in "abc":
         (path.parent / f"{name}.png").write_bytes(make_image(ord(name)))
-    path.write_text("\n".join(["image,alt,long", *rows, ""]), encoding="utf-8")
+    path.write_text("\n".join(["image,alt,long", *rows, ""]), "utf-8", "surrogateescape")
     return path
 
 
@@ -268,9 +268,10 @@ def csv_of(path: Path, rows: list[str]) -> Path:
     [
         (["a.png,w,l", "b.png,w,l", *["a.png,one, two,l"] * 3000], 2, "3,000 of 3,002 rows .* the first is line 4"),
         (["a.png,w,l", 'a.png,"open,l', 'b.png,"w, w",l', "c.png,w,l"], 3, "1 of 4 rows .* the first is line 3"),
+        (["a.png,ä ö ü,l", "b.png,\udcff,l"], 1, "1 of 2 rows .* the first is 1: column alt: not UTF-8"),
         (['a.png,"two\nlines, ""quoted""",l', 'b.png,5" wide,l', 'c.png,"say "hi" to",l'], 3, ""),
     ],
-    ids=["comma", "quote", "whole"],
+    ids=["comma", "quote", "byte", "whole"],
 )
 def test_rows_that_do_not_fit_are_counted_by_every_command(tmp_path, caplog, rows, left, said):
     path = csv_of(tmp_path / "t.csv", rows)
