@@ -113,21 +113,12 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         shard = write_shard(tmp_path / f"{name}/0.tar", PAIRS[:20])
         append(shard, member, b"" if fields else image, **fields)
         commands[name] = train(tmp_path / "runs", name, shard)
-    table = tmp_path / "table"
-    table.mkdir()
-    (table / "0.png").write_bytes(image)
-    for name, path in (("dots", "../secret.png"), ("root", str(tmp_path / "secret.png"))):
-        rows = [{"i": path if i % 4 == 0 else "0.png", "w": "a photo", "l": "A photo. Of one."} for i in range(16)]
-        (table / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        fields = ("--fields", "image=i", "web=w", "long=l")
-        commands[name] = train(tmp_path / "runs", name, table / f"{name}.jsonl", *fields)
     reasons = {
         "climbing": "'../00099.png' points outside", "absolute": "'/etc/00099.png' points outside",
         "symbolic": "is a link", "hard": "is a link", 
-        "dots": "4 of 16 rows", "root": "4 of 16 rows",
     }  # fmt: skip
     for name, done in run_all(commands).items():
-        assert_said(done, *((4, "is outside") if name in ("dots", "root") else (2,)), reasons[name])
+        assert_said(done, 2, reasons[name])
         assert not lines(tmp_path / "runs" / name), "nothing was trained on"
 
 
