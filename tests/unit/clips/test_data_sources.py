@@ -206,12 +206,6 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         assert len(list(source.all_captions())) == 4
 
 
-def test_an_image_of_bytes_that_are_text_is_broken(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": value, "path": None}, "alt": "w", "long": "l"} for value in ("t.jsonl", 10**12)]
-    with pytest.raises(BrokenDataError, match=r"(?s)2 of 2 rows are skipped .*neither a path nor bytes.*--fields"):
-        open_tar(write_table(tmp_path / "t.jsonl", rows), TABLE_FIELDS)
-
-
 def test_a_folder_of_links_is_read_and_a_way_out_is_not(tmp_path: Path) -> None:
     """As in the Hugging Face cache, DVC and git-annex: the images themselves are elsewhere."""
     (tmp_path / "blobs").mkdir()

@@ -350,7 +350,5 @@ def test_training_data_that_cannot_be_read_cost_no_evaluation(tmp_path: Path) ->
     table = csv_of_paths(tmp_path, layout(1, "in order", 3))
     items = SourceSet(open_data(str(table), Fields(), need_long=False))
     assert count_trained_on(DataConfig(train=str(table)), items) == 3
-    outside = write_table(tmp_path / "o.csv", [{"image": name, "text": "t"} for name in ("images/0.png", "../0.png")])
-    assert count_trained_on(DataConfig(train=str(outside)), items) == 1
-    outside.write_text("image,text\n../0.png,t\n")
+    outside = write_table(tmp_path / "o.csv", [{"image": "../0.png", "text": "t"}])
     assert count_trained_on(DataConfig(train=str(outside)), items) == 0
