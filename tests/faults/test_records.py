@@ -69,8 +69,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
     }
     samples = [(image, rest | bad.get(i, ("", {}))[1]) for i, (image, rest) in enumerate(PAIRS[:300])]
     write_shard(tmp_path / "data/0.tar", samples)
-    data = tmp_path / "data"
-    limit = ("--samples", "296", "--set", "data.max_broken_share=0.02")
+    data, limit = tmp_path / "data", ("--samples", "296", "--set", "data.max_broken_share=0.02")
     commands = {"run": train(tmp_path, "r", data, *limit), "stopped": train(tmp_path, "s", data)}
     done = run_all(commands | {"check": python("scripts/check_data.py", "--data", data)})
     assert_said(done["run"], 0, "5 of 300 rows are skipped (2 json, 2 web caption is empty, 1 txt)")
@@ -79,8 +78,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
     assert not lines(tmp_path / "s")
     assert_said(done["check"], 4, "5 of 300 samples are broken, 1.7%", "data.max_broken_share = 1.0%")
     for place, (reason, _) in bad.items():
-        assert f"0.tar#{place:05d}: {reason}" in done["check"].text
-        assert f"0.tar#{place:05d}: {reason}" in done["stopped"].text
+        assert all(f"0.tar#{place:05d}: {reason}" in done[name].text for name in ("check", "stopped"))
 
 
 def test_row_18_a_row_that_leads_out_is_told_at_the_import_and_the_run_ends_well(tmp_path: Path) -> None:
@@ -113,21 +111,12 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         shard = write_shard(tmp_path / f"{name}/0.tar", PAIRS[:20])
         append(shard, member, b"" if fields else image, **fields)
         commands[name] = train(tmp_path / "runs", name, shard)
-    table = tmp_path / "table"
-    table.mkdir()
-    (table / "0.png").write_bytes(image)
-    for name, path in (("dots", "../secret.png"), ("root", str(tmp_path / "secret.png"))):
-        rows = [{"i": path if i % 4 == 0 else "0.png", "w": "a photo", "l": "A photo. Of one."} for i in range(16)]
-        (table / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        fields = ("--fields", "image=i", "web=w", "long=l")
-        commands[name] = train(tmp_path / "runs", name, table / f"{name}.jsonl", *fields)
     reasons = {
         "climbing": "'../00099.png' points outside", "absolute": "'/etc/00099.png' points outside",
-        "symbolic": "is a link", "hard": "is a link", 
-        "dots": "4 of 16 rows", "root": "4 of 16 rows",
+        "symbolic": "is a link", "hard": "is a link",
     }  # fmt: skip
     for name, done in run_all(commands).items():
-        assert_said(done, *((4, "is outside") if name in ("dots", "root") else (2,)), reasons[name])
+        assert_said(done, 2, reasons[name])
         assert not lines(tmp_path / "runs" / name), "nothing was trained on"
 
 

@@ -20,7 +20,7 @@ from clips.config import Fields
 from clips.data.dataset import Dataset, open_data
 from clips.data.importing import tables
 from clips.data.importing.index import MOST_ROWS
-from clips.data.importing.layouts import expand, warn_once
+from clips.data.importing.layouts import expand
 from clips.data.sample import BrokenSample
 from clips.data.splits import check_readable
 
@@ -205,17 +205,6 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         reasons = dict(source.parts[0].facts["examples"])
         assert reasons == {"2": "web caption is empty", "3": f"missing image: 'pics/gone.png' is not in {tmp_path}"}
         assert len(list(source.all_captions())) == 4
-        (tmp_path / "pics/1.png").rename(tmp_path / "moved.png")
-        assert "'pics/1.png' is not in" in source.missing(1)
-        with pytest.raises(BrokenSample, match="No such file"):
-            source.read(1)
-        (tmp_path / "moved.png").rename(tmp_path / "pics/1.png")
-
-
-def test_an_image_of_bytes_that_are_text_is_broken(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": value, "path": None}, "alt": "w", "long": "l"} for value in ("t.jsonl", 10**12)]
-    with pytest.raises(BrokenDataError, match=r"(?s)2 of 2 rows are skipped .*neither a path nor bytes.*--fields"):
-        open_tar(write_table(tmp_path / "t.jsonl", rows), TABLE_FIELDS)
 
 
 def test_a_folder_of_links_is_read_and_a_way_out_is_not(tmp_path: Path) -> None:
@@ -273,15 +262,12 @@ def csv_of(path: Path, rows: list[str]) -> Path:
     ],
     ids=["comma", "quote", "byte", "whole"],
 )
-def test_rows_that_do_not_fit_are_counted_by_every_command(tmp_path, caplog, rows, left, said):
+def test_rows_that_do_not_fit_are_counted(tmp_path, caplog, rows, left, said):
     path = csv_of(tmp_path / "t.csv", rows)
-    for _ in range(2):  # the second time the import is there
-        warn_once.cache_clear()
-        caplog.clear()
-        source = open_tar(path, TABLE_FIELDS)
-        assert len(source) == left
-        assert re.search(said, caplog.text)
-        assert len(caplog.records) == bool(said)
+    source = open_tar(path, TABLE_FIELDS)
+    assert len(source) == left
+    assert re.search(said, caplog.text)
+    assert len(caplog.records) == bool(said)
     if said:
-        with pytest.raises(BrokenDataError, match=r"rows cannot be used.*\n.*more or fewer cells"):
+        with pytest.raises(BrokenDataError, match=r"rows cannot be used.*\n.*(more or fewer cells|not UTF-8)"):
             check_readable(source, 0.01)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from bad_corpus import encode
 from conftest import random_model, script_parser, tiny_run
@@ -90,15 +89,6 @@ def test_no_image_is_on_both_sides(write, tmp_path: Path) -> None:
             assert held_out_images(data)[1].startswith(f"{len(images['val'])} of {IMAGES} images held out")
             held_out.append(images["val"])
     assert all(other == held_out[0] for other in held_out), "rows and their order change nothing"
-
-
-def test_images_with_the_same_end_are_two(tmp_path: Path) -> None:
-    images = [bytes([i]) + bytes(1 << 15) for i in range(3)]
-    write_table(tmp_path / "t.parquet", [{"image": image, "text": "w"} for image in images])
-    write_shard(tmp_path / "t.tar", [(image, {"txt": b"w"}) for image in images])
-    for name in ("t.parquet", "t.tar"):
-        source = open_data(str(tmp_path / name), Fields(), need_long=False)
-        assert len(np.unique(source.hashes())) == 3
 
 
 def test_a_check_counts_copies_under_other_names(tmp_path: Path) -> None:
@@ -311,16 +301,6 @@ def test_a_process_that_dies_is_one_sentence() -> None:
         check(lambda _: os._exit(1), range(9), 2)
 
 
-def test_what_would_stop_a_training_ends_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.png").write_bytes(make_image(0))
-    rows = [{"image": name, "web": "w", "long": "l"} for name in ("a.png", "../b.png")]
-    table = write_table(tmp_path / "t.jsonl", rows)
-    run = run_on(table, fields=Fields(image="image", web="web", long="long"), limit=0.4)
-    with pytest.raises(BrokenDataError, match=r"1 of 2 samples are broken, 50\.0%: above .* 40\.0% training stops"):
-        check_pairs(run)
-    assert "t.jsonl#1: image outside: '../b.png' is outside" in capsys.readouterr().out
-
-
 def test_evaluation_takes_the_held_out_images_and_counts_those_trained_on(tmp_path, capsys) -> None:
     """The run's own table was measured without a word, and its held-out images were no default."""
     table = csv_of_paths(tmp_path, layout(1, "in order"))
@@ -370,7 +350,5 @@ def test_training_data_that_cannot_be_read_cost_no_evaluation(tmp_path: Path) ->
     table = csv_of_paths(tmp_path, layout(1, "in order", 3))
     items = SourceSet(open_data(str(table), Fields(), need_long=False))
     assert count_trained_on(DataConfig(train=str(table)), items) == 3
-    outside = write_table(tmp_path / "o.csv", [{"image": name, "text": "t"} for name in ("images/0.png", "../0.png")])
-    assert count_trained_on(DataConfig(train=str(outside)), items) == 1
-    outside.write_text("image,text\n../0.png,t\n")
+    outside = write_table(tmp_path / "o.csv", [{"image": "../0.png", "text": "t"}])
     assert count_trained_on(DataConfig(train=str(outside)), items) == 0

@@ -203,17 +203,6 @@ def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_
     assert_equal(batches(spec(server), tokenizer, a_run(cache_gb=0)), batches(str(folder), tokenizer, a_run()))
 
 
-def test_shards_are_fetched_whole_if_a_share_is_held_out(folder, server, small_groups, tokenizer, tmp_path) -> None:
-    seen = []
-    for place in (spec(server), str(folder)):
-        source = open_data(place, Fields(), need_long=True)
-        source = source.where(lambda part: np.arange(len(part)) % 10 > 0)
-        loader = make_loader(source, tokenizer, a_run(cache_gb=1), rank=0, world_size=1)
-        seen.append([batch["images"] for batch in loader])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*seen, strict=True))
-    assert taken(tmp_path / "cache") > 0
-
-
 def test_the_least_recently_used_copy_goes_first(folder, server, tmp_path: Path) -> None:
     urls = [f"{server.url}/{i}.tar" for i in range(4)]
     limit = int(3.5 * (folder / "0.tar").stat().st_size)
