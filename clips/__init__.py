@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.data.importing.tar import read_members
     from clips.data.sample import MAX_CAPTION, BrokenSample, RawSample, flat
     from clips.data.sentences import split_sentences
-    from clips.data.splits import count_shared, held_out_images, held_out_sets, open_split, split_spec
+    from clips.data.splits import check_readable, count_shared, held_out_images, held_out_sets, open_split, split_spec
     from clips.encoder import CLIPS
     from clips.evaluation.encode import ImageSet
     from clips.evaluation.evaluate import PROBE_SAMPLES, probe_images

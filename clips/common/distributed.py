@@ -47,6 +47,8 @@ HURRY = 10.0
 """Seconds without a sign of life after which a rank is reported, once the connection to a rank is lost."""
 ANSWER = timedelta(days=7)
 """Time limit for an answer of the store, whose process may be stopped for a while: `_watch` ends a start, not this."""
+SETTLED = 10.0
+"""Seconds after which a process ends although gloo's threads are still at work."""
 LONGEST_VALUE = 200
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that a launcher sets for each of its ranks."""
@@ -454,8 +456,8 @@ def _settle() -> None:
     A thread that asks for Python while the interpreter ends aborts the process with exit code 134 (torch 2.13, Python
     < 3.14). Destroying the groups does not help, since DeepSpeed holds them too.
     """
-    idle = 0
-    while idle < 2:  # a thread that waits for Python seems idle once
+    idle, end = 0, time.monotonic() + SETTLED
+    while idle < 2 and time.monotonic() < end:  # a thread that waits for Python seems idle once
         time.sleep(0.002)
         idle = idle + 1 if all(state == "S" for state in _gloo_threads()) else 0
 

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import operator
 import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,9 @@ from typing import IO, Any, BinaryIO, TypeVar
 from clips.common.errors import UserError, reason
 
 T = TypeVar("T")
+log = logging.getLogger("clips.files")
+REPORTED, LONGEST_WAIT = 5.0, 6 * 3600.0
+"""Seconds of waiting for a lock after which a line says so, and after which the wait ends with an error."""
 MANIFEST = "MANIFEST.json"
 STAMP = "manifest.json"
 """Name of the file, in lower case, in which `ensure_built` records the settings that a folder was built with."""
@@ -216,15 +221,29 @@ def usual_mode(path: Path) -> None:
 def lock(path: Path, *, wait: bool) -> IO[str]:
     """Hold the lock file `path` until the returned file is closed, at the latest until this process ends.
 
-    A kill leaves no lock behind. Raises BlockingIOError if another process holds the lock and `wait` is off.
+    A kill leaves no lock behind. If another process holds the lock, `wait` waits for it and says so after some seconds.
+    Raises BlockingIOError if `wait` is off, and TimeoutError after LONGEST_WAIT.
     """
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until the caller closes it
+    begin, is_reported = time.monotonic(), False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                waited = time.monotonic() - begin
+                if not wait:
+                    raise
+                if waited > LONGEST_WAIT:
+                    raise TimeoutError(errno.ETIMEDOUT, f"another process holds it for {waited:,.0f} s", path) from None
+            if waited > REPORTED and not is_reported:
+                is_reported = True
+                log.warning("waiting for another process that holds %s", path)
+            time.sleep(0.05)
     except BaseException:
         file.close()
         raise
-    return file
 
 
 def sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clips.common.errors import UserError, first_line
 from clips.common.files import read_json, usual_mode
 from clips.common.hub import WEIGHT_FILES
+from clips.common.paths import is_plain
 
 M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("state_dict", "model", "module")
@@ -60,7 +61,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_model(directory: Path) -> dict[str, Tensor]:
     """Read all tensors of a model directory: one file, or several with an index; safetensors first.
 
-    Raises UserError if the directory has none, or for a file that `read_weights` refuses.
+    Raises UserError if the directory has none, for a file that `read_weights` refuses, and for an index that names a
+    file outside the directory.
     """
     path = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
@@ -70,6 +72,8 @@ def read_model(directory: Path) -> dict[str, Tensor]:
 
     tensors = {}
     for name in dict.fromkeys(read_json(path)["weight_map"].values()):
+        if not is_plain(str(name)):
+            raise UserError(f"{path} names {name}, which is outside its directory: download the model again")
         tensors.update(read_weights(directory / name))
     return tensors
 

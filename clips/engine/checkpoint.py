@@ -26,6 +26,9 @@ from clips.common.live import say
 from clips.common.rundir import METRICS, checkpoints, chosen_checkpoint
 from clips.common.tensors import read_weights
 
+RETIRED = ("logit_scale",)
+"""Fields in the state.json of earlier versions that nothing reads."""
+
 
 @dataclass
 class TrainState:
@@ -42,8 +45,6 @@ class TrainState:
     """SHA-256 of the weights that the run began with (`train.init_from`)."""
     skipped: int = 0
     """Broken samples that were replaced."""
-    logit_scale: list[tuple[int, float]] = field(default_factory=list)
-    """(samples, logit scale) at each logged step."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last steps of this phase, with which a spike is compared (clips/engine/watchdog.py)."""
     recent_norms: list[float] = field(default_factory=list)
@@ -216,10 +217,11 @@ def _verified(path: Path) -> Checkpoint:
     """Return the checkpoint in `path`. Raises ValueError with what is wrong unless every file matches its hash."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        state = TrainState(**from_json(read_bytes(path / "state.json")))
+        record = from_json(read_bytes(path / "state.json"))
+        state = TrainState(**{name: value for name, value in record.items() if name not in RETIRED})
         for name in ("seed", "step", "samples", "phase", "phase_step", "skipped"):
             if type(getattr(state, name)) is not int:
                 raise TypeError(f"{name} is {getattr(state, name)!r}, no whole number")
         return Checkpoint(path, state)
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"state.json was not written by this program: {error}") from None

@@ -185,7 +185,7 @@ class Trackers:
         if TENSORBOARD in names:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)  # forgets what came after `step`
+            self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)  # forgets what came after `step`
         self.others = [import_module(logger) for logger in names if logger != TENSORBOARD]
         for module in self.others:
             resumes = _resumes_wandb(folder, step) if module.__name__ == "wandb" else {}

@@ -234,8 +234,6 @@ class Meter:
         speed = (state.samples - self.samples) / elapsed
         flops = sum(ranks["flops"]) / len(ranks["flops"]) / elapsed
         means = {name: sum(ranks[name]) / len(ranks[name]) for name in losses}
-        if "logit_scale" in means:
-            state.logit_scale.append((state.samples, means["logit_scale"]))
         skipped = self.skipped
         if any(ranks["skipped"]):
             parts: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.files import check_target, replacing, write_json
+from clips.common.files import check_target, lock, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import listed, write_weights
 from clips.config import RunConfig, check_image_size
@@ -80,7 +80,9 @@ def export_all(
 
     directory = Path(directory)
     name = directory.resolve().parent.name if directory.name == "export" else directory.name
-    with replacing(directory) as partial:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(directory.with_name(f".{directory.name}.lock"), wait=True)  # another process may export the same run
+    with held, replacing(directory) as partial:
         write_native(trained, run, tokenizer, partial / "native")
         if open_clip_lacks(run.model) is None:
             write_open_clip(trained, tokenizer, partial / "open_clip")

@@ -15,6 +15,7 @@ from clips import (
     DataConfig,
     Dataset,
     Fields,
+    check_readable,
     count_shared,
     decode_image,
     expand,
@@ -63,6 +64,7 @@ class CaptionStore(ImageStore):
         part = "test" if test else "val"
         try:
             self._dataset = open_split(data, "train", need_long=False)
+            check_readable(self._dataset, data.max_broken_share)
             self.test = open_split(data, part, need_long=False) if split_spec(data, part) else None
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None

@@ -45,7 +45,7 @@ def kept(whole: Path, target: Path) -> Path:
 
 def anywhere(place: Path, flags: Sequence[str]) -> list[str]:
     """Flags for a process that is started in another directory than `place`."""
-    return [str(place / flag) if (place / flag).exists() else flag for flag in flags]
+    return [str(place / flag) if flag == "cache" or (place / flag).exists() else flag for flag in flags]
 
 
 def assert_equal(run_dir: Path, whole: Path) -> None:
@@ -138,6 +138,7 @@ def test_row_03_a_signal_to_train_llava_sh_reaches_the_stage(ranks, number, plac
         train.send_signal(number)  # to this process alone
         assert train.wait(60) == 128 + number, log.read_text()
         wait_until_gone(out)
+    assert not (ROOT / "cache").exists()
     assert "a checkpoint was saved" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (out / "instruct").exists()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 
 from clips import CLIPS
 from clips.common.errors import UserError
-from clips.common.tensors import assign_weights, read_weights, write_weights
+from clips.common.files import lock
+from clips.common.tensors import assign_weights, read_model, read_weights, write_weights
 from clips.config import CaptionsConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import build_tokenizer
@@ -264,3 +266,31 @@ def test_weights_that_do_not_fit_name_both_shapes():
     ]:
         with pytest.raises(UserError, match=message):
             assign_weights(layer, tensors, "x")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors"])
+def test_an_index_of_weights_stays_in_its_directory(name, tmp_path):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    outside = tmp_path / "other.safetensors"
+    write_weights({"a": torch.ones(1)}, outside)
+    target = str(outside) if name.startswith("/") else name
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": target}}))
+    with pytest.raises(UserError, match="outside its directory"):
+        read_model(directory)
+
+
+def test_two_processes_do_not_write_one_export_at_once(tmp_path, monkeypatch):
+    """export_clips.py during a run's own export: both wrote into export.partial."""
+    writes = threading.Event()
+    monkeypatch.setattr("clips.weights.export.write_native", lambda *_: writes.set())
+    monkeypatch.setattr("clips.weights.export.check_exports", lambda *_: {})
+    run = tiny_run()
+    tokenizer = build_tokenizer("wordpiece", ["a fox"], vocab_size=200)
+    arguments = (CLIPSModel(run.model, 0), run, tokenizer, tmp_path / "export", torch.zeros(1, 3, 20, 20), ["a fox"])
+    with lock(tmp_path / ".export.lock", wait=False):
+        second = threading.Thread(target=export_all, args=arguments, daemon=True)
+        second.start()
+        assert not writes.wait(2)
+    second.join(60)
+    assert writes.is_set()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from clips.common import rundir
+from clips.common import files, rundir
 from clips.common.errors import UserError
 from clips.common.hub import model_digest
 from clips.common.paths import inside, is_plain
@@ -112,3 +112,12 @@ def test_a_digest_is_of_the_names_and_contents_of_weights(tmp_path: Path) -> Non
     assert model_digest(tmp_path, whole=True) != whole
     b.rename(tmp_path / "c.safetensors")
     assert model_digest(tmp_path) != digest
+
+
+def test_who_waits_for_a_lock_says_so_and_does_not_wait_for_ever(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "REPORTED", 0.1)
+    monkeypatch.setattr(files, "LONGEST_WAIT", 0.3)
+    with files.lock(tmp_path / ".lock", wait=True), pytest.raises(TimeoutError, match="another process holds it"):
+        files.lock(tmp_path / ".lock", wait=True)
+    assert caplog.text.count("waiting for another process") == 1
+    files.lock(tmp_path / ".lock", wait=True).close()

@@ -68,6 +68,16 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_every_logger(tmp_path: Path, c
     assert [words.get("resume") for words in trackio] == [None, "allow", None]
 
 
+def test_a_resumed_run_keeps_its_last_point_in_tensorboard_and_forgets_what_came_after_it(tmp_path: Path) -> None:
+    for begin, steps in ((0, (3, 4)), (3, (5,))):
+        log = RunLog(tmp_path, 9, {}, start_step=begin, active=True)
+        for step in steps:
+            log.record("train", {"step": step, "samples": step, "loss": 1.0})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 5]
+
+
 def test_an_unknown_logger_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loggers("none") == []
     with pytest.raises(UserError, match="mlflow"):

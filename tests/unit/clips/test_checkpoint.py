@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ def write(run_dir: Path, step: int) -> Path:
     weights = {"a.weight": torch.full((64, 4), float(step)), "scale": torch.tensor(2.5)}
     optimizer = {"a.weight/exp_avg": torch.arange(256.0).view(64, 4) * step}
     state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3)
-    state.logit_scale.append((8 * step, 14.25))
     return checkpoint.save(run_dir, weights, optimizer, state, 2)
 
 
@@ -34,15 +32,21 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     latest = checkpoint.latest(tmp_path)
     assert latest.path == path == checkpoint.load(path).path
-    assert asdict(latest.state) | {"logit_scale": []} == asdict(
-        TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3)
-    )
-    assert [tuple(pair) for pair in latest.state.logit_scale] == [(24, 14.25)]
+    assert latest.state == TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3)
     assert latest.weights().keys() == {"a.weight", "scale"}
     assert torch.equal(latest.weights()["a.weight"], torch.full((64, 4), 3.0))
     assert latest.weights()["scale"].shape == ()
     assert torch.equal(latest.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
     assert sorted(p.name for p in path.iterdir()) == FILES
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    record = json.loads((path / "state.json").read_text())
+    assert "logit_scale" not in record
+    (path / "state.json").write_text(json.dumps(record | {"logit_scale": [[8, 14.25]]}))
+    files.seal(path)
+    assert checkpoint.load(path).state.samples == 8
 
 
 def own_memory() -> int:
@@ -128,11 +132,11 @@ def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monk
 
     monkeypatch.setattr(checkpoint, "save_file", waiting)
     now = state(3)
-    now.logit_scale.append((24, 1.5))
+    now.recent_losses.append(1.5)
     with Writer(tmp_path, keep=2) as writer:
         writer.begin(WEIGHTS, WEIGHTS, now)
         now.step, now.samples = 4, 32
-        now.logit_scale.append((32, 2.5))
+        now.recent_losses.append(2.5)
         with pytest.raises(RuntimeError, match="being written still"):
             writer.begin(WEIGHTS, WEIGHTS, now)
         assert not writer.has_failed()
@@ -140,7 +144,7 @@ def test_a_write_holds_the_state_of_the_moment_and_is_alone(tmp_path: Path, monk
         goes_on.set()
         assert writer.wait() is None
     saved = checkpoint.latest(tmp_path).state
-    assert (saved.step, saved.samples, [tuple(pair) for pair in saved.logit_scale]) == (3, 24, [(24, 1.5)])
+    assert (saved.step, saved.samples, saved.recent_losses) == (3, 24, [1.5])
 
 
 def test_whoever_leaves_waits_for_the_write(tmp_path: Path) -> None:

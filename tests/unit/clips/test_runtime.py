@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, FlopCounter, run_python
 
-from clips.common import runtime
+from clips.common import distributed, runtime
 from clips.common.errors import UserError
 from clips.common.rehearsal import META, rehearsed_ranks
 from clips.common.signals import STOP_SIGNALS, StopSignal, stopped_by
@@ -72,6 +73,7 @@ def test_a_gpu_that_is_not_there_is_named(name, rank, said, monkeypatch: pytest.
 
 COLLECTIVES_UNDER_WAY = """
 import sys
+import threading
 import torch, torch.distributed as dist
 from clips.common.distributed import init_distributed
 init_distributed(torch.device("cpu"))
@@ -87,6 +89,15 @@ def test_a_process_that_ends_amid_collectives_has_its_own_exit_code() -> None:
         [sys.executable, "-c", COLLECTIVES_UNDER_WAY], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 7, done.stderr
+
+
+def test_a_process_ends_although_a_thread_of_gloo_never_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_gloo_threads", lambda: ["R"])
+    monkeypatch.setattr(distributed, "SETTLED", 0.05)
+    settling = threading.Thread(target=distributed._settle, daemon=True)
+    settling.start()
+    settling.join(10)
+    assert not settling.is_alive()
 
 
 PEAKS = {
