@@ -32,6 +32,7 @@ def create(argument: str) -> tuple[Any, dict[str, Any]]:
     name, side = (name, int(size)) if at and size.isdigit() else (argument, 0)
     overlay: dict[str, Any] = {"input_size": (3, side, side)} if side else {}
     arguments: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     source, _, place = name.partition(":")
     architecture = source
     if source in ("local-dir", "hf-hub"):
@@ -39,7 +40,8 @@ def create(argument: str) -> tuple[Any, dict[str, Any]]:
         config = read_json(directory / "config.json")
         architecture, arguments = str(config.get("architecture")), config.get("model_args") or {}
         name = f"local-dir:{directory}"
-        arguments |= {"img_size": side} if side and "img_size" in arguments else {}
+        if side and "img_size" in arguments:  # timm prefers it to the overlay
+            options = {"img_size": side}
     elif place:
         name, overlay["state_dict"] = source, read_weights(Path(place))
     if not timm.is_model(architecture):
@@ -49,13 +51,13 @@ def create(argument: str) -> tuple[Any, dict[str, Any]]:
         if source in ("local-dir", "hf-hub"):
             check_size("vision encoder", directory, lambda: timm.create_model(name, pretrained=False))
         try:
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
             problem = "names or shapes of tensors differ"
             raise UserError(f"timm:{argument}: its weights are not those of a {architecture}: {problem}") from None
-    return model.float().eval(), arguments
+    return model.float().eval(), arguments | options
 
 
 @torch.no_grad()
