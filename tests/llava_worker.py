@@ -18,9 +18,9 @@ from clips.common.errors import run_command
 from clips.common.runtime import init_distributed, shutdown
 from clips.engine import checkpoint
 from mllm.training import run as running
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.config import parse_stage
 from mllm.training.run import run_stage
-from mllm.training.task import LlavaTrainer
+from mllm.training.trainer import LlavaTrainer
 
 
 def stop_in_step(step: int) -> None:
@@ -68,7 +68,7 @@ def run_each(words: list[str]) -> None:
     for word in words:
         stages.append([]) if word == "+" else stages[-1].append(word)
     for flags in stages:
-        run_stage(parse_train_arguments(flags))
+        run_stage(parse_stage(flags))
     shutdown()
 
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     if what == "each":
         sys.exit(run_command(lambda: run_each(flags)))
     (keep_at if what == "keep" else kill_at)(int(step))
-    sys.exit(run_command(lambda: run_stage(parse_train_arguments(flags))))
+    sys.exit(run_command(lambda: run_stage(parse_stage(flags))))

@@ -20,17 +20,14 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.peaks import Machine
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients
 from mllm.encoders.encoder import select_features
+from mllm.model.forward import Counts
 from mllm.model.llava import stock_classes
-from mllm.model.packing import Counts
-from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout
-from mllm.training.arguments import TrainArguments, TrainFlags
+from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout, llava_of
+from mllm.training.build import count_parameters, start_bytes, trainable, with_hidden_size
+from mllm.training.config import StageConfig, TrainFlags
 from mllm.training.features import IMAGES_AT_ONCE
-from mllm.training.flops import costs_of, flops_of, units_of
-from mllm.training.freeze import count_parameters, llava_of
-from mllm.training.prepare import start_bytes, trainable
-from mllm.training.stages import DEFAULTS, STAGES, freeze_table
-from mllm.training.task import TrainingModel, steps_of
-from mllm.training.zero import with_hidden_size
+from mllm.training.recipes import DEFAULTS, STAGES, freeze_table
+from mllm.training.trainer import TrainingModel, costs_of, flops_of, steps_of, units_of
 
 FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -111,9 +108,9 @@ class Planned:
 
 
 def staged(
-    model: Llava, arguments: TrainArguments, *, features: bool = False, tower: bool = False, padded: bool = False
+    model: Llava, arguments: StageConfig, *, features: bool = False, tower: bool = False, padded: bool = False
 ) -> TrainingModel:
-    """Return the training model of a stage around `model`, as mllm/training/prepare.py makes it.
+    """Return the training model of a stage around `model`, as mllm/training/build.py makes it.
 
     Flags: `features` are cached, the encoder (`tower`) trains too, batches are `padded` instead of packed.
     """
@@ -200,7 +197,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             arguments = TrainFlags(
                 stage=number, data_path="data.json", per_device_train_batch_size=micro, bf16=True,
                 gradient_checkpointing=True, feature_cache=False, lora_enable=lora and number == 2,
-            ).complete().resolve(machine.gpus)  # fmt: skip
+            ).resolve(machine.gpus)  # fmt: skip
             training = staged(planned.build(), arguments).to(torch.bfloat16)
             batch = batch_of(training, micro, stage=number)
             step = rehearse(training, batch, stage=zero["stage"])

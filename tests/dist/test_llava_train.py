@@ -18,11 +18,10 @@ from clips.common.errors import NotFiniteError, Stopped, UserError
 from clips.common.files import MANIFEST
 from clips.common.tensors import read_weights
 from mllm.model.quantize import dequantize, quantize
-from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.freeze import apply_freeze
-from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import LlavaTrainer, TrainingModel
+from mllm.training.build import apply_freeze, lora_config, merge_lora, merge_quantized_lora
+from mllm.training.config import StageConfig, parse_stage
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import LlavaTrainer, TrainingModel
 
 place = tiny_llava.place  # a fixture
 
@@ -242,7 +241,7 @@ def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def adapted(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> nn.Module:
+def adapted(model: LlavaForConditionalGeneration, arguments: StageConfig) -> nn.Module:
     """The model with adapters that do something (both factors random)."""
     model = get_peft_model(model, lora_config(model, arguments))
     generator = torch.Generator().manual_seed(1)
@@ -268,8 +267,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture
-def arguments() -> TrainArguments:
-    return parse_train_arguments([*INSTRUCT, *LORA[:3], "--lora_alpha", "8", "--lora_dropout", "0"]).resolve(1)
+def arguments() -> StageConfig:
+    return parse_stage([*INSTRUCT, *LORA[:3], "--lora_alpha", "8", "--lora_dropout", "0"])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -298,7 +297,7 @@ def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_ev
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_merged_adapters_compute_what_was_trained(bits: int, place: Path, arguments: TrainArguments) -> None:
+def test_merged_adapters_compute_what_was_trained(bits: int, place: Path, arguments: StageConfig) -> None:
     model = build(place)
     plain = logits(model)
     if bits < 16:

@@ -19,8 +19,7 @@ from tiny_mllm import make_images
 from transformers import AutoTokenizer
 
 from clips.data.splits import held_out_images
-from mllm.data.sampler import EpochSampler
-from mllm.training.task import Collator, LlavaTrainer
+from mllm.training.trainer import Collator, EpochSampler, LlavaTrainer
 
 place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16

@@ -16,12 +16,10 @@ from clips.common.rehearsal import META, Rehearsal
 from mllm.evaluation.batches import pixel_inputs
 from mllm.model.load import CACHE
 from mllm.model.quantize import quantize
-from mllm.model.tiles import TokenLayout
-from mllm.training.arguments import TrainFlags
-from mllm.training.flops import costs_of, flops_of
-from mllm.training.freeze import llava_of
+from mllm.model.tiles import TokenLayout, llava_of
+from mllm.training.config import TrainFlags
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, batch_of, rehearse, rehearse_features, staged
-from mllm.training.task import TrainingModel
+from mllm.training.trainer import TrainingModel, costs_of, flops_of
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +38,7 @@ def made(
     if bits < 16:
         quantize(model.model.language_model, bits, torch.bfloat16, META)
     arguments = TrainFlags(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
-    arguments = replace(arguments.complete().resolve(1), gradient_checkpointing=checkpointing)
+    arguments = replace(arguments.resolve(1), gradient_checkpointing=checkpointing)
     return staged(model, arguments, **how).to(torch.bfloat16)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from clips.common.errors import UserError
 from clips.common.peaks import Machine
-from mllm.training.freeze import count_parameters
+from mllm.training.build import count_parameters
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, print_stages
 
 PUBLISHED = {

@@ -31,7 +31,7 @@ from mllm.model.projector_start import (
     start_from_captions,
     telling_words,
 )
-from mllm.training.prepare import places_of_tokens
+from mllm.training.build import places_of_tokens
 
 
 def make(kind="mlp2x_gelu", width=24, dim=64, seed=0):
