@@ -127,6 +127,9 @@ def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, m
     with pytest.raises(UserError, match=r"with other settings:\n  vision tower's weights: \"\w+\" → \"\w+\""):
         run(place, monkeypatch, *INSTRUCT, *out, "--vision", "random")
     assert not (place / "runs/mixed/instruct").exists()
+    (place / "runs/mixed/align/done.json").unlink()  # stage 1 was started anew, and killed
+    with pytest.raises(UserError, match=r"there is no runs/mixed/align/done\.json: stage 1 has not finished"):
+        run(place, monkeypatch, *INSTRUCT, *out)
 
 
 ZERO2 = {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}

@@ -19,6 +19,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json_records, write_json
 from clips.common.rundir import UNSEEN
 from clips.data.demo import NUMBERS, PLACES, ensure_demo
+from mllm.data.batches import EpochSampler, pad_rows
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset
@@ -37,7 +38,7 @@ from mllm.data.questions import UNSEEN_ANSWERS
 from mllm.evaluation.summary import print_summary
 from mllm.training.build import data_of
 from mllm.training.config import TrainFlags
-from mllm.training.trainer import Collator, EpochSampler, pad_rows
+from mllm.training.trainer import Collator
 
 TOKENS = 3
 OPTIONS = {"align": 50, "instruct": 50, "text_only": 6, "per_kind": 20}

@@ -224,6 +224,9 @@ def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words:
         (["--small", "--instruct.bits", "4"], "--llm_layers"),
         (["--data_path", "CAPTIONS", "--instruct.held_out", "0.2"], "--held_out"),
         (["--data_path", "CAPTIONS", "--instruct.test_data", "t.csv"], "give --test_data for both"),
+        (["--instruct.vision", "random"], "--vision_tower would be clips in stage 1 and random in stage 2"),
+        (["--vision", "random", "--instruct.seed", "1"], "--seed"),
+        (["--instruct.output_dir", "A"], "--output_dir"),
     ],
 )
 def test_what_stage_2_would_refuse_or_drop_is_refused_before_stage_1(
