@@ -2,13 +2,17 @@
 
 python llava_worker.py keep STEP [flags]: once the checkpoint of STEP is whole, the run is copied to OUTPUT_DIR-kept.
 python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
+python llava_worker.py memory 0 [flags]: prints how much memory of its own the process takes at most, beyond its start.
 python llava_worker.py each 0 [flags] + [flags] + …: several stages, one after the other, in the same processes.
 """
 
+import atexit
 import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,30 @@ def kill_at(step: int) -> None:
     checkpoint.seal = seal
 
 
+def own_memory() -> float:
+    """MB of memory that this process cannot share or write back to a file."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def watch_memory() -> None:
+    """Print the peak of `own_memory` at the end, beyond what it was when the parts of the model are yet to be loaded."""
+    build, peak = running.build_stage, [0.0, 0.0]
+
+    def watched(*parts: Any) -> Any:
+        peak[0] = own_memory()
+        return build(*parts)
+
+    def watch() -> None:
+        while True:
+            peak[1] = max(peak[1], own_memory())
+            time.sleep(0.001)
+
+    running.build_stage = watched
+    threading.Thread(target=watch, daemon=True).start()
+    atexit.register(lambda: print(f"rank {os.environ['RANK']} took {peak[1] - peak[0]:.0f} MB", flush=True))
+
+
 def run_each(words: list[str]) -> None:
     """Run the stages whose flags stand between the + of `words`; the process group stays for the next stage."""
     running.shutdown = lambda: None
@@ -76,5 +104,8 @@ if __name__ == "__main__":
     what, step, *flags = sys.argv[1:]
     if what == "each":
         sys.exit(run_command(lambda: run_each(flags)))
-    (keep_at if what == "keep" else kill_at)(int(step))
+    if what == "memory":
+        watch_memory()
+    else:
+        (keep_at if what == "keep" else kill_at)(int(step))
     sys.exit(run_command(lambda: run_stage(parse_stage(flags))))

@@ -39,7 +39,9 @@ def partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype | No
 
     init = Init(config_dict_or_path=config)
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        value = parameter.data
+        # The others receive rank 0's value: into a mapped file it would be written as a copy that stays in memory.
+        parameter.data = value.to(dtype) if dist.get_rank() == 0 else torch.empty_like(value, dtype=dtype)
         init._convert_to_zero_parameters([parameter])
 
 

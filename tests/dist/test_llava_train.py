@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,17 @@ import torch
 from llava_worker import stop_in_step
 from peft import get_peft_model
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, assert_same_results, build, command, launch, losses, run
+from tiny_mllm import write_llm
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import NotFiniteError, Stopped, UserError
 from clips.common.files import MANIFEST
 from clips.common.tensors import read_weights
+from mllm.encoders.load import load_vision
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize, quantize
 from mllm.training.build import apply_freeze, lora_config, merge_lora, merge_quantized_lora
 from mllm.training.config import StageConfig, parse_stage
@@ -232,6 +238,39 @@ def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(
     alone = shutil.copytree(whole.with_name(f"{name}-kept"), place / f"runs/{name}-1")
     run(place, monkeypatch, *flags, "4", *more, "--output_dir", f"runs/{name}-1")
     assert [loss for _, loss in losses(alone)] == pytest.approx(expected, rel=2e-2 if more else 2e-4)
+
+
+@pytest.mark.slow
+def test_under_zero3_no_rank_holds_the_whole_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading, training, a checkpoint and the result, of a model of 20 layers. Both ranks held all of it, in the end.
+
+    Counted is memory of the process's own (RssAnon). Pages of the weight files are shared by all ranks, and the system
+    takes them back when it needs to.
+    """
+    write_llm(place / "deep", num_hidden_layers=20, hidden_size=512, intermediate_size=2048, initializer_range=0.02)
+    whole = sum(path.stat().st_size for path in (place / "deep").glob("*.safetensors")) / 2**20
+    keeps = {"stage3_max_live_parameters": 1e6, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    engine = {"zero_optimization": {"stage": 3, **keeps}}
+    (place / "deep.json").write_text(json.dumps(engine))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # freed memory is not kept
+    flags = [*INSTRUCT, "--model_name_or_path", "deep", "--pretrain_mm_mlp_adapter", "deep.bin", "--freeze_backbone"]
+    flags += ["--gradient_checkpointing", "True"]  # the default on GPUs; else the graph of a step keeps every layer
+    llava = build_model(load_vision("clips", runs=place / "runs"), load_llm(str(place / "deep")))[0]
+    save_projector(llava.model.multi_modal_projector, place / "deep.bin")
+    flags += ["--max_steps", "2", "--deepspeed", "deep.json", "--output_dir", "runs/deep"]
+    done = launch(place, WORKER, "memory", "0", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peaks = {int(rank): int(mb) for rank, mb in re.findall(r"rank (\d) took (\d+) MB", done.stdout)}
+    assert peaks.keys() == {0, 1}
+    assert max(peaks.values()) < 0.7 * whole, (peaks, whole)
+    trained, before = (
+        read_weights(place / "runs/deep/model/model.safetensors"),
+        read_weights(place / "deep/model.safetensors"),
+    )
+    assert torch.equal(
+        trained["language_model.model.layers.19.mlp.up_proj.weight"], before["model.layers.19.mlp.up_proj.weight"]
+    )
+    assert not list((place / "runs/deep").glob("tmp*"))
 
 
 def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
