@@ -66,12 +66,12 @@ def kill_at(step: int) -> None:
 
 def own_memory() -> float:
     """MB of memory that this process cannot share or write back to a file."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def watch_memory() -> None:
-    """Print the peak of `own_memory` at the end, beyond what it was when the parts of the model are yet to be loaded."""
+    """Print the peak of `own_memory` at the end, beyond what it was before the parts of the model were loaded."""
     build, peak = running.build_stage, [0.0, 0.0]
 
     def watched(*parts: Any) -> Any:

@@ -284,8 +284,7 @@ def fit_to_captions(built: BuiltStage, collator: Collator, start: Start) -> floa
     r2 = start.of_rank_0(_fit(built, collator, projector) if start.rank == 0 else None)
     for parameter in projector.parameters():
         value = parameter.data.to(built.device)  # NCCL broadcasts only from the GPU
-        if dist.is_initialized():
-            dist.broadcast(value, src=0)
+        dist.broadcast(value, src=0)
         parameter.data.copy_(value)
     return r2
 

@@ -35,7 +35,7 @@ def write_results(built: BuiltStage, summary: dict[str, Any]) -> None:
     Then the stage's checkpoints are removed.
     """
     config = built.config
-    model = built.model
+    model: Any = built.model  # a PeftModel, if there are adapters
     run_dir = built.run_dir
     stage_dir = built.stage_dir
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`

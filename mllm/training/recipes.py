@@ -132,13 +132,8 @@ STAGES = {
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
     2: (
-        "lora_enable",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "freeze_mm_mlp_adapter",
-        "freeze_word_embeddings",
-        "mm_vision_tower_lr",
+        *("lora_enable", "lora_r", "lora_alpha", "lora_dropout"),
+        *("freeze_mm_mlp_adapter", "freeze_word_embeddings", "mm_vision_tower_lr"),
     ),
 }
 """The flags that only one of the stages has, by its number."""

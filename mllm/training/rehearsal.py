@@ -185,7 +185,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
 
     Raises UserError if not even one sample at a time fits.
     """
-    rows, days = [], 0.0
+    rows, days, notes = [], 0.0, ""
     width = LANGUAGE_MODELS[planned.language_model]["hidden_size"]
     for number, stage in STAGES.items():
         zero = {"stage": 0}
@@ -222,6 +222,13 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             f"{arguments.gradient_accumulation_steps} × {micro}", f"{memory / 1e9:.3g}", f"{flops / 1e12:,.2f}",
             f"{steps_of(arguments, SAMPLES[number]):,}", f"{days_of_stage:.2f}",
         ])  # fmt: skip
+        if zero["stage"] == 3:
+            files, largest = 2 * total / 1e9, 2 * LANGUAGE_MODELS[planned.language_model]["vocab_size"] * width / 1e9
+            at_most = files / machine.gpus + largest
+            notes += (
+                f"\nstage {number}, to load and to save, a rank holds its part and one weight, at most {at_most:.3g} "
+                f"GB; the model is gathered into {files:.3g} GB of files first"
+            )
     head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory per rank, GB", "TFLOP per sample")
     print_table(table_of(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows))
     layout = dataclasses.replace(planned.layout, frames=0)
@@ -233,5 +240,5 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
         f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
         f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; the encoder runs in "
         f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "
-        f"beside the image, of which {ANSWERS[1]} and {ANSWERS[2]} are learned"
+        f"beside the image, of which {ANSWERS[1]} and {ANSWERS[2]} are learned{notes}"
     )

@@ -130,8 +130,10 @@ def train(built: BuiltStage, before: Checkpoint | None, start: Start, begin: flo
         _say(start, f"projector's start: up to {START_IMAGES:,} samples are read, then fitted: up to minutes on a CPU")
         r2 = fit_to_captions(built, collator, start)
         _say(start, f"projector started from the captions (R² {r2:.2f})")
-    has_masters = config.bf16 and built.zero > 0
-    model = TrainingModel(built.model, features=config.caches_features, bf16=config.bf16 and not has_masters).train()
+    has_masters = bool(config.bf16) and built.zero > 0
+    model = TrainingModel(
+        built.model, features=config.caches_features, bf16=bool(config.bf16) and not has_masters
+    ).train()
     trained = model.trained()
     costs = costs_of(model.llava, 0 if model.features else built.vision.image_size)
     if before is not None:
@@ -176,8 +178,7 @@ def train(built: BuiltStage, before: Checkpoint | None, start: Start, begin: flo
 def _count_truncated(truncated: torch.Tensor, device: torch.device) -> int:
     """Return how many samples any rank has truncated. Every rank must call it; each marks those that it has read."""
     marked = truncated.to(device, torch.uint8)
-    if dist.is_initialized():
-        dist.all_reduce(marked, dist.ReduceOp.MAX)
+    dist.all_reduce(marked, dist.ReduceOp.MAX)
     return int(marked.sum())
 
 
