@@ -17,31 +17,31 @@ def main() -> None:
     first, *words = sys.argv[1:] or [""]
     if first == "--launch":
         return launch(words)
-    from mllm.training.arguments import StageArguments, parse_train_arguments
+    from mllm.training.config import StageConfig, parse_stage
 
-    is_complete = first == "--arguments"  # of `launch`, or of a comparison
-    arguments = StageArguments.from_json(words[0]) if is_complete else parse_train_arguments(sys.argv[1:])
+    is_resolved = first == "--config"  # by `launch`, or by a comparison
+    config = StageConfig.from_json(words[0]) if is_resolved else parse_stage(sys.argv[1:])
     from mllm.training.run import run_stage
 
-    return run_stage(arguments)
+    return run_stage(config)
 
 
 def launch(words: list[str]) -> None:
     """Run each stage in separate processes, then the evaluation if there are questions for this model."""
     from clips.common.launch import launcher
-    from mllm.training.arguments import parse_stages
+    from mllm.training.config import parse_stages
 
-    stages = parse_stages(words)
+    stages = parse_stages(words, ranks_of)
     last = stages[-1]
     python = os.environ.get("PYTHON") or sys.executable
     command = [python, *launcher(ranks_of(last.device)), str(SCRIPTS / "train_llava.py")]
     is_model = last.stage == 2 and not last.dry_run
     # The demo's questions say nothing about a model that was trained on other data.
-    evaluates = is_model and not any(arguments.data_path for arguments in stages)
-    for arguments in stages:
+    evaluates = is_model and not any(config.data_path for config in stages)
+    for config in stages:
         # A stage prints a next step only if none follows here.
-        env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or arguments is not last else {}
-        run([*command, "--arguments", arguments.to_json()], os.environ | env)
+        env = {"CLIPS_MLLM_GOES_ON": "1"} if evaluates or config is not last else {}
+        run([*command, "--config", config.to_json()], os.environ | env)
     place = Path(last.output_dir)
     # The run of a model that was trained on captions holds images for its evaluation.
     if evaluates or (is_model and (place / "held_out" / "description.jsonl").is_file()):

@@ -2,13 +2,17 @@
 
 python llava_worker.py keep STEP [flags]: once the checkpoint of STEP is whole, the run is copied to OUTPUT_DIR-kept.
 python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
+python llava_worker.py memory 0 [flags]: prints how much memory of its own the process takes at most, beyond its start.
 python llava_worker.py each 0 [flags] + [flags] + …: several stages, one after the other, in the same processes.
 """
 
+import atexit
 import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,9 @@ from clips.common.distributed import init_distributed, shutdown
 from clips.common.errors import run_command
 from clips.engine import checkpoint
 from mllm.training import run as running
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.config import parse_stage
 from mllm.training.run import run_stage
-from mllm.training.task import LlavaTrainer
+from mllm.training.trainer import LlavaTrainer
 
 
 def stop_in_step(step: int) -> None:
@@ -60,6 +64,30 @@ def kill_at(step: int) -> None:
     checkpoint.seal = seal
 
 
+def own_memory() -> float:
+    """MB of memory that this process cannot share or write back to a file."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
+def watch_memory() -> None:
+    """Print the peak of `own_memory` at the end, beyond what it was before the parts of the model were loaded."""
+    build, peak = running.build_stage, [0.0, 0.0]
+
+    def watched(*parts: Any) -> Any:
+        peak[0] = own_memory()
+        return build(*parts)
+
+    def watch() -> None:
+        while True:
+            peak[1] = max(peak[1], own_memory())
+            time.sleep(0.001)
+
+    running.build_stage = watched
+    threading.Thread(target=watch, daemon=True).start()
+    atexit.register(lambda: print(f"rank {os.environ['RANK']} took {peak[1] - peak[0]:.0f} MB", flush=True))
+
+
 def run_each(words: list[str]) -> None:
     """Run the stages whose flags stand between the + of `words`; the process group stays for the next stage."""
     running.shutdown = lambda: None
@@ -68,7 +96,7 @@ def run_each(words: list[str]) -> None:
     for word in words:
         stages.append([]) if word == "+" else stages[-1].append(word)
     for flags in stages:
-        run_stage(parse_train_arguments(flags))
+        run_stage(parse_stage(flags))
     shutdown()
 
 
@@ -76,5 +104,8 @@ if __name__ == "__main__":
     what, step, *flags = sys.argv[1:]
     if what == "each":
         sys.exit(run_command(lambda: run_each(flags)))
-    (keep_at if what == "keep" else kill_at)(int(step))
-    sys.exit(run_command(lambda: run_stage(parse_train_arguments(flags))))
+    if what == "memory":
+        watch_memory()
+    else:
+        (keep_at if what == "keep" else kill_at)(int(step))
+    sys.exit(run_command(lambda: run_stage(parse_stage(flags))))

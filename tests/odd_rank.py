@@ -26,9 +26,9 @@ from clips.engine.engine import Engine
 from clips.model.clips import CLIPSModel
 from clips.training import cli, prepare, pretraining
 from mllm.data.dataset import LlavaDataset
+from mllm.training import build as preparing
 from mllm.training import features, run
-from mllm.training import prepare as preparing
-from mllm.training.arguments import StageArguments, parse_train_arguments
+from mllm.training.config import StageConfig, parse_stage
 
 distributed.TELL_EVERY = 2.0
 MINUTES = 0.1
@@ -167,7 +167,7 @@ FACTS: dict[str, Callable[[], object]] = {
     "fails at the tokenizer": lambda: setattr(prepare.CaptionTokenizer, "load", failing),
     "fails at the model": lambda: setattr(CLIPSModel, "freeze", failing),
     "fails at the engine": lambda: setattr(Engine, "__init__", failing),
-    "fails at the flags": lambda: setattr(StageArguments, "resolve", failing),
+    "fails at the flags": lambda: setattr(StageConfig, "on", failing),
     "fails at the parts": lambda: setattr(preparing, "load_vision", failing),
     "fails at the features": lambda: setattr(features.FeatureCache, "fill", failing),
     "fails at the projector's start": lambda: setattr(run, "fit_to_captions", failing),
@@ -192,7 +192,7 @@ def main() -> None:
     if command == "pretrain":
         cli.pretrain_from_flags(cli.parser().parse_args(flags))
     else:
-        run.run_stage(parse_train_arguments(flags))
+        run.run_stage(parse_stage(flags))
 
 
 if __name__ == "__main__":

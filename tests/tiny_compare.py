@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_mllm import make_images, write_llm, write_run
 
 from clips.common.files import sha256, write_json
 from mllm.compare.analysis import REPORT, collect, keep_encoders
-from mllm.compare.commands import fix_plan, train_arguments
+from mllm.compare.commands import fix_plan, stage_config
 from mllm.compare.comparison import PLAN, Comparison, EncoderRun, stored_questions
 from mllm.evaluation.report import metrics_of
 from mllm.evaluation.scores import answer_line, score, scorer_version
-from mllm.training.prepare import encoder_of
-from mllm.training.stages import STAGES
+from mllm.training.build import encoder_of
+from mllm.training.recipes import STAGES
 
 ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
 NAMES = ("clips", "clip", "random", "blind")
@@ -78,7 +79,7 @@ def _fingerprint(comparison: Comparison, run: EncoderRun, number: int) -> str:
     """Of the encoder of a stage. `random` and `blind` are drawn for each seed; other encoders are one in all runs."""
     key = (Path.cwd(), run.vision, run.variant, comparison, number, run.seed * (run.kind in ("random", "blind")))
     if key not in _FINGERPRINTS:
-        _FINGERPRINTS[key] = encoder_of(train_arguments(comparison, run, number)).fingerprint
+        _FINGERPRINTS[key] = encoder_of(stage_config(comparison, run, number)).fingerprint
     return _FINGERPRINTS[key]
 
 
@@ -89,7 +90,7 @@ def write_run_record(comparison: Comparison, run: EncoderRun, skill: float) -> N
     """A finished run; a question is answered right with chance `skill`."""
     config = {}
     for number, stage in STAGES.items():
-        trains = train_arguments(comparison, run, number).what_trains()
+        trains = stage_config(comparison, run, number).on(torch.device("cpu")).what_trains()
         trains["vision_fingerprint"] = _fingerprint(comparison, run, number)
         facts = {"language model": "tiny", "vision encoder": run.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}

@@ -32,9 +32,9 @@ from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import save_projector
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.config import parse_stage
 from mllm.training.run import run_stage
-from mllm.training.task import TrainingModel
+from mllm.training.trainer import TrainingModel
 
 COMMON = ["--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", "--batch_size", "4"]
 COMMON += ["--logging_steps", "1", "--num_train_epochs", "2", "--bf16", "False", "--cache_dir", "cache"]
@@ -123,7 +123,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """One stage in this process."""
     monkeypatch.chdir(place)
     with process_kept():
-        run_stage(parse_train_arguments(list(flags)))
+        run_stage(parse_stage(list(flags)))
 
 
 def launch(place: Path, script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:

@@ -60,10 +60,10 @@ from clips.training.optim import make_engine
 from clips.training.trainer import Task, limit_logit_scale, rates_of, shared_inputs
 from clips.weights.open_clip import open_clip_config
 from mllm.model.forward import hidden_states
-from mllm.training.arguments import parse_train_arguments
-from mllm.training.prepare import collator_of, prepare_stage
-from mllm.training.stages import PARTS
-from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer
+from mllm.training.build import build_stage, collator_of, make_optimizer
+from mllm.training.config import parse_stage
+from mllm.training.recipes import PARTS
+from mllm.training.trainer import LlavaTrainer, TrainingModel
 
 SIZES = {
     "demo": ("demo", 128, 100),
@@ -176,8 +176,8 @@ def time_growing(
 def time_llava_parts(words: Sequence[str], device: torch.device, repeats: int) -> list[list[Any]]:
     """Measure a step of a LLaVA stage, given by flags of scripts/train_llava.py, as `time_parts` does."""
     init_distributed(device)
-    arguments = parse_train_arguments([*words, "--dry_run"]).resolve(1)  # a dry run needs no projector of stage 1
-    prepared = prepare_stage(arguments, device, {})
+    arguments = parse_stage([*words, "--dry_run"]).on(device)  # a dry run needs no projector of stage 1
+    prepared = build_stage(arguments, device, {})
     collator = collator_of(prepared, Start())
     module = TrainingModel(prepared.model, features=arguments.caches_features, bf16=arguments.bf16).train()
     engine = Engine(

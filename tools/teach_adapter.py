@@ -37,10 +37,10 @@ from clips.data.demo import BACKGROUNDS, CONCEPTS, IMAGE_SIZE, PLACES, describe,
 from mllm import DEFAULT_LLM
 from mllm.data import demo
 from mllm.data.attributes import IS_VALUE, SHORT, WHAT_VALUE
+from mllm.data.batches import pad_rows
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import pad_rows
+from mllm.model.forward import PACKED, Counts, Packing
 from mllm.model.llm import LanguageModel, load_llm
-from mllm.model.packing import PACKED, Counts, Packing
 
 BATCH, RATE, WARMUP, FALLING, EVERY = 16, 5e-4, 30, 0.3, 3_200
 """Samples per step, AdamW's peak rate, warm-up steps, share of steps in which the rate falls to 0; EVERY is above."""

@@ -10,7 +10,7 @@ Choices made here, and why
   it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
 
 DeepSpeed is imported by four files: this one, zero_state.py, clips/training/muon.py, and clips/common/runtime.py, which
-switches off what would be compiled. mllm/training/zero.py gathers parameters with it.
+switches off what would be compiled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clips.common.errors import NotFiniteError, UserError
 from clips.common.files import from_json, read_bytes
 from clips.common.runtime import import_deepspeed
 from clips.common.signals import STOP_SIGNALS
-from clips.engine.zero_state import ZeroState
+from clips.engine.zero_state import ZeroState, partition
 
 Batch = dict[str, Any]
 OF_THE_TRAINING = (
@@ -141,6 +141,8 @@ class Engine:
             "steps_per_print": 10**9,  # clips/engine/log.py prints
             "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
         }
+        if config.get("zero_optimization", {}).get("stage") == 3:
+            partition(module, config, torch.bfloat16 if bf16_weights else None)
         module.to(device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

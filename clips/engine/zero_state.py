@@ -14,8 +14,11 @@ Where to find the flat fp32 tensors that the inner (torch) optimizer steps on:
 The names say fp16 and bit16 for historical reasons. The weights are fp32, or bf16 with these fp32 masters.
 """
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,51 @@ from torch import Tensor, nn
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum_buffer",)
+
+
+def partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Cut the parameters of `module` into the parts that the ranks hold in ZeRO-3, in place. Collective.
+
+    One parameter at a time is cast to `dtype`, unless that is None, and moved to the device; all ranks get rank 0's
+    values. So no device ever holds the whole module, and weights that are mapped to their file are read only here.
+    """
+    from deepspeed.runtime.zero import Init
+
+    init = Init(config_dict_or_path=config)
+    for parameter in module.parameters():
+        value = parameter.data
+        # The others receive rank 0's value: into a mapped file it would be written as a copy that stays in memory.
+        parameter.data = value.to(dtype) if dist.get_rank() == 0 else torch.empty_like(value, dtype=dtype)
+        init._convert_to_zero_parameters([parameter])
+
+
+@contextmanager
+def full_on_rank_0(module: nn.Module, folder: Path, stage: int) -> Iterator[None]:
+    """Context manager in which rank 0 holds all parameters of `module` in full under ZeRO `stage`. Collective.
+
+    In stage 3 one parameter at a time is gathered and written to a file in `folder`, to which the parameter is mapped
+    then, so that the whole module is in no memory. The files are removed at the end, when the module must be used no
+    more. Raises OSError on rank 0 if there is no room for them.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with ExitStack() as stack:
+        if stage == 3:
+            is_first = dist.get_rank() == 0
+            place = stack.enter_context(tempfile.TemporaryDirectory(dir=folder)) if is_first else ""
+            for number, parameter in enumerate(module.parameters()):
+                with GatheredParameters([parameter]):
+                    mapped = _mapped(Path(place, str(number)), parameter.data) if is_first else parameter.data
+                if is_first:
+                    parameter.data = mapped
+        yield
+
+
+def _mapped(path: Path, value: Tensor) -> Tensor:
+    """Write `value` to a new file at `path`, and return a tensor that is mapped to this file."""
+    with path.open("wb") as file:  # writing to a mapped file that finds no room ends the process
+        os.posix_fallocate(file.fileno(), 0, max(1, value.nbytes))
+    return torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype).view_as(value).copy_(value)
 
 
 class ZeroState:

@@ -55,7 +55,7 @@ from mllm.data.questions import LIKELIHOODS, images_of, read_questions
 from mllm.encoders.registry import parse_vision_name
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import Exactness, exactness, scorer_version
-from mllm.training.stages import STAGES
+from mllm.training.recipes import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
 """Fields of an answer line that must be the same in all runs."""

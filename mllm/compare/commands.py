@@ -38,24 +38,25 @@ from mllm.data.captions import count_records
 from mllm.data.questions import read_questions
 from mllm.evaluation.scores import scorer_version
 from mllm.model.projector_start import start_in_words
-from mllm.training.arguments import StageArguments, TrainArguments, parse_stages
-from mllm.training.prepare import data_of, encoder_of, open_data
-from mllm.training.stages import STAGES
-from mllm.training.task import samples_after, steps_of
+from mllm.training.build import data_of, encoder_of, open_data
+from mllm.training.config import StageConfig, parse_stages
+from mllm.training.recipes import STAGES
+from mllm.training.trainer import samples_after, steps_of
 
 MODEL = "llava_hf"
 """lmms-eval's name for a stock LLaVA model of transformers."""
 
 
 # ------------------------------------------------------------------------------------------- both stages of a run
-def stage_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> StageArguments:
-    """Return the training arguments of stage 1 or 2 of a run, its steps or epochs scaled by the comparison's budget.
+def stage_config(comparison: Comparison, run: EncoderRun, stage: int) -> StageConfig:
+    """Return the configuration of stage 1 or 2 of a run, its steps or epochs scaled by the comparison's budget.
 
     Raises UserError for flags that train_llava.sh would refuse.
     """
     flags = ["--vision", run.vision, "--seed", str(run.seed), "--output_dir", str(run.directory)]
     flags += ["--device", comparison.device, *comparison.train_flags]
-    full = parse_stages([*flags, *dict(comparison.variants).get(run.variant, ())])[stage - 1]
+    flags += dict(comparison.variants).get(run.variant, ())
+    full = parse_stages(flags, lambda device: comparison.gpus)[stage - 1]
     share = comparison.budget_share
     if share == 1:
         return full
@@ -64,16 +65,11 @@ def stage_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> Stag
     return replace(full, num_train_epochs=float(f"{share * full.num_train_epochs:g}"))
 
 
-def train_arguments(comparison: Comparison, run: EncoderRun, stage: int) -> TrainArguments:
-    """Return the arguments of each rank of a run's stage."""
-    return stage_arguments(comparison, run, stage).resolve(comparison.gpus)
-
-
 def stage_samples(comparison: Comparison, run: EncoderRun, stage: int) -> int:
     """Return how many samples one stage of a run trains on."""
-    arguments = train_arguments(comparison, run, stage)
-    samples = dataset_size(arguments)
-    return samples_after(steps_of(arguments, samples), samples, arguments.batch_size)
+    config = stage_config(comparison, run, stage)
+    samples = dataset_size(config)
+    return samples_after(steps_of(config, samples), samples, config.batch_size)
 
 
 def samples_of_runs(comparison: Comparison, runs: list[EncoderRun]) -> dict[str, dict[str, int]]:
@@ -85,9 +81,9 @@ def samples_of_runs(comparison: Comparison, runs: list[EncoderRun]) -> dict[str,
     }
 
 
-def dataset_size(arguments: TrainArguments) -> int:
+def dataset_size(config: StageConfig) -> int:
     """Return how many samples one epoch of a stage has."""
-    return count_records(data_of(arguments)[0], open_data(arguments))
+    return count_records(data_of(config)[0], open_data(config))
 
 
 # ------------------------------------------------------------------------------------------- runs for the engine
@@ -96,7 +92,7 @@ def lab_run(comparison: Comparison, run: EncoderRun) -> Run:
     train = [sys.executable, *launcher(comparison.gpus), str(SCRIPTS / "train_llava.py")]
     steps = []
     for number, stage in STAGES.items():
-        command = [*train, "--arguments", stage_arguments(comparison, run, number).to_json()]
+        command = [*train, "--config", stage_config(comparison, run, number).to_json()]
         done = run.directory / stage.name / "done.json"
         steps.append(Step(stage.name, tuple(command), done.is_file))
     if comparison.asks_questions:
@@ -126,13 +122,13 @@ def check_run(comparison: Comparison, run: EncoderRun) -> None:
     present, changes = run.read("config.json"), []
     for number, stage in STAGES.items():
         if stage.name in present:
-            arguments, before = train_arguments(comparison, run, number), dict(present[stage.name]["trains"])
-            now = json.loads(json.dumps(arguments.what_trains()))
+            config, before = stage_config(comparison, run, number), dict(present[stage.name]["trains"])
+            now = json.loads(json.dumps(config.on(choose_device(comparison.device)).what_trains()))
             fingerprint = before.pop("vision_fingerprint", None)
             before.pop("packed", None)  # says how batches are computed, and no flag sets it
             before["vision_tower"] = now["vision_tower"]  # its path may change, but its weights may not
             by_stage = [f"{stage.name}.{line}" for line in changed(before, now)]
-            if not by_stage and fingerprint != encoder_of(arguments).fingerprint:
+            if not by_stage and fingerprint != encoder_of(config).fingerprint:
                 by_stage = [f"{run.vision} holds other weights than those it was trained on"]
             changes += by_stage
     mend = "Give the comparison another --output, or remove"
@@ -211,7 +207,7 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
         "budget": {
             "share": comparison.budget_share,
             "samples": samples.pop(""),
-            "projector": {name: _projector(train_arguments(comparison, runs[0], n)) for name, n in stages.items()},
+            "projector": {name: _projector(stage_config(comparison, runs[0], n)) for name, n in stages.items()},
             **({"samples of variants": samples} if samples else {}),
         },
         "questions": {
@@ -229,11 +225,11 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _projector(arguments: TrainArguments) -> str:
+def _projector(config: StageConfig) -> str:
     """Return kind and initialisation of the projector, which are the same in every run, as a text."""
     start = "from stage 1"
-    if arguments.pretrain_mm_mlp_adapter is not None:
-        start = f"from {arguments.pretrain_mm_mlp_adapter}"
-    elif arguments.stage == 1:
-        start = start_in_words(arguments.mm_projector_init or "random", dataset_size(arguments))
-    return f"{arguments.mm_projector_type}, {start}"
+    if config.pretrain_mm_mlp_adapter is not None:
+        start = f"from {config.pretrain_mm_mlp_adapter}"
+    elif config.stage == 1:
+        start = start_in_words(config.mm_projector_init or "random", dataset_size(config))
+    return f"{config.mm_projector_type}, {start}"

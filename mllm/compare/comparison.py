@@ -36,7 +36,7 @@ from clips.common.flags import Parser, add_options, at_least, check_fields, from
 from clips.common.rundir import METRICS, UNSEEN, read_metrics
 from mllm.data.questions import LIKELIHOODS, UNSEEN_ANSWERS, Question, draw_evenly, read_questions
 from mllm.encoders.registry import parse_vision_name
-from mllm.training.stages import STAGES
+from mllm.training.recipes import STAGES
 
 ENCODERS = ("clips", "clip", "random", "blind")
 QUICK_ENCODERS = ("clips", "random")

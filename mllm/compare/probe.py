@@ -21,11 +21,11 @@ from clips import (
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
 from mllm.compare.analysis import PROBE
-from mllm.compare.commands import train_arguments
+from mllm.compare.commands import stage_config
 from mllm.compare.comparison import Comparison, EncoderRun
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
-from mllm.training.prepare import encoder_of
+from mllm.training.build import encoder_of
 
 Labelled = list[tuple[bytes, str]]
 """Encoded images with their classes."""
@@ -57,7 +57,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
             path = comparison.output / "probes" / f"{run.fingerprint()[:32]}.json"
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
-                encoder = encoder_of(train_arguments(comparison, run, 2))
+                encoder = encoder_of(stage_config(comparison, run, 2))
                 probed = probe_images(_image_set(encoder, train, device))
                 by_test = {name: probed(_image_set(encoder, samples, device)) for name, samples in tests.items()}
                 probes = {name: asdict(metric) for name, metric in by_test.items() if metric}

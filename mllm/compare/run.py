@@ -28,7 +28,7 @@ from clips.lab.pretraining import pretraining_run_of
 from clips.lab.report import write_result
 from clips.lab.run import Runner, failed_steps
 from mllm.compare.analysis import collect, keep_encoders, power_in_words
-from mllm.compare.commands import fix_plan, lab_run, pretrain_config, pretrain_flags, samples_of_runs, train_arguments
+from mllm.compare.commands import fix_plan, lab_run, pretrain_config, pretrain_flags, samples_of_runs, stage_config
 from mllm.compare.comparison import (
     PLAN,
     RECIPES,
@@ -43,10 +43,10 @@ from mllm.compare.comparison import (
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import design_in_words, page
 from mllm.data.questions import open_questions
-from mllm.training.arguments import flags_of_stage
-from mllm.training.arguments import parser as training_parser
-from mllm.training.prepare import encoder_of
-from mllm.training.stages import STAGES
+from mllm.training.build import encoder_of
+from mllm.training.config import flags_of_stage
+from mllm.training.config import parser as training_parser
+from mllm.training.recipes import STAGES
 
 TRAINING_OWN = ("stage", "seed", "vision_tower", "output_dir", "device")
 PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
@@ -165,7 +165,7 @@ def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder],
     made_here = {encoder.directory for encoder in encoders}
     for run in {run.vision: run for run in reversed(runs)}.values():  # the first run of each
         if Path(run.argument) not in made_here:
-            encoder_of(train_arguments(comparison, run, min(STAGES)))
+            encoder_of(stage_config(comparison, run, min(STAGES)))
 
 
 def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:

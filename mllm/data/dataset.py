@@ -1,9 +1,7 @@
 """LLaVA data: JSON or JSONL records, and a folder or tar of images, in a deterministic order.
 
-The dataset returns token ids, labels and the names of images. The collator's `load_images` turns the names into pixels
-or into rows of a feature cache.
-
-Shapes: B samples of a batch · L longest sample · N images of the batch, in the order of their placeholders.
+The dataset returns token ids, labels and the names of images. `Collator` (mllm/training/trainer.py) turns the
+names into pixels or into rows of a feature cache.
 """
 
 import hashlib
@@ -262,11 +260,3 @@ class LlavaDataset(Dataset):
             image_tokens = len(record.images) * self.tokens.most
             lengths.append(words + image_tokens if record.images else -max(words, 1))
         return lengths
-
-
-def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """Return int64 [B, L]: the rows padded with `value` on the right, or on the `left` for generation."""
-    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
-    for target, row in zip(padded, rows, strict=True):
-        target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedTokenizerBase
 
+from mllm.data.batches import pad_rows
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
 from mllm.data.video import VIDEO, Size
 from mllm.encoders.registry import image_pixels

@@ -181,7 +181,7 @@ def save_model(
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
-    The directory is replaced atomically. Under ZeRO-3 call this function inside `mllm.training.zero.full_parameters`.
+    The directory is replaced atomically. Under ZeRO-3 call this function inside `full_on_rank_0`.
 
     `card` holds the rows of the model card in order, a text for each title ("Vision encoder", "Stage 1 data", …), and
     `base_model` is the hub id of the language model, if it has one. The file FACTS holds `trained_on`, the data of each

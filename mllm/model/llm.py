@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -85,7 +85,7 @@ def load_llm(
     name: str = DEFAULT_LLM,
     *,
     version: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     layers: str | None = None,
     llm_adapter: str = "none",
     videos: bool = False,
@@ -97,6 +97,7 @@ def load_llm(
     Args:
         version: conversation format (mllm/data/formats.py), which sets chat template and end token and is saved with
             the tokenizer. "auto" keeps the model's template, or takes "v1" without one; "plain" changes nothing.
+        dtype: precision of the weights, or "auto" for that of their files, to which they then stay mapped.
         layers: "8,2" keeps the first 8 and the last 2 layers.
         llm_adapter: folder of a PEFT adapter to merge into these layers, or "default" for the packaged one.
         videos: add `<video>` to the tokenizer too.

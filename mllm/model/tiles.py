@@ -176,6 +176,11 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
     return (config.image_token_id,) if video is None else (config.image_token_id, video)
 
 
+def llava_of(model: nn.Module) -> Llava:
+    """Return the LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
+    return next(module for module in model.modules() if isinstance(module, Llava))
+
+
 def newline_of(model: Llava) -> nn.Parameter | None:
     """Return the newline embedding [D] of a model with tiles, or None if the model has none."""
     return getattr(model.model, "image_newline", None)

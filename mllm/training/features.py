@@ -59,7 +59,7 @@ def most_crops(encoder: VisionEncoder) -> int:
 class FeatureCache:
     """Features of one encoder for the images of one store, kept on disk in a folder of this encoder below `root`.
 
-    The constructor makes this folder, and reads which features are there. `mllm.training.task.Collator` calls `get`.
+    The constructor makes this folder, and reads which features are there. `mllm.training.trainer.Collator` calls `get`.
     The key of an image is the hash of its bytes. A pickled copy in a data worker can `get`, but not `fill`.
     """
 

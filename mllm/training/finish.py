@@ -21,46 +21,43 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
-from mllm.model.tiles import newline_of
-from mllm.training.freeze import llava_of
-from mllm.training.prepare import PROJECTOR, PreparedStage
-from mllm.training.stages import STAGES
+from mllm.model.tiles import llava_of, newline_of
+from mllm.training.build import PROJECTOR, BuiltStage, merge_lora, merge_quantized_lora
+from mllm.training.recipes import STAGES
 
 OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0), no evidence about photographs"
 """Added to the demo's data on a model's card."""
 
 
-def write_results(prepared: PreparedStage, summary: dict[str, Any]) -> None:
+def write_results(built: BuiltStage, summary: dict[str, Any]) -> None:
     """Write the projector, after stage 2 also adapter and model, and last done.json, which marks the stage as done.
 
     Then the stage's checkpoints are removed.
     """
-    arguments = prepared.arguments
-    model = prepared.model
-    run_dir = prepared.run_dir
-    stage_dir = prepared.stage_dir
+    config = built.config
+    model: Any = built.model  # a PeftModel, if there are adapters
+    run_dir = built.run_dir
+    stage_dir = built.stage_dir
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
     save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR, newline_of(llava))
-    if arguments.stage == 2:
+    if config.stage == 2:
         dtype = llava.lm_head.weight.dtype
-        quantized = arguments.bits < 16
-        if prepared.freeze["language_model"] == "lora":
-            from mllm.training.lora import merge_lora, merge_quantized_lora  # imports PEFT
-
-            if arguments.llm_layers is None:  # else no model that others have fits the adapter
+        quantized = config.bits < 16
+        if built.freeze["language_model"] == "lora":
+            if config.llm_layers is None:  # else no model that others have fits the adapter
                 model.save_pretrained(str(run_dir / "adapter"))
                 extra = run_dir / "adapter" / "non_lora_trainables.bin"
                 save_projector(llava.model.multi_modal_projector, extra, newline_of(llava))
             llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
             dequantize(llava, dtype)
-        if not prepared.zero:  # under which every part has one precision already, as a stock model has
+        if not built.zero:  # under which every part has one precision already, as a stock model has
             llava = llava.to(dtype)
         save_model(
-            llava, prepared.processor, run_dir / "model",
-            card=card(run_dir, summary, prepared.vision),
+            llava, built.processor, run_dir / "model",
+            card=card(run_dir, summary, built.vision),
             trained_on=trained_on(run_dir),
-            base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
+            base_model=config.model_name_or_path if is_hub_id(config.model_name_or_path) else None,
         )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
     shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)

@@ -20,18 +20,15 @@ from clips.common.paths import DS_CONFIGS
 from clips.common.rehearsal import FP32, META, Rehearsal, Rehearsed, drop_gradients, leave_meta, without_data
 from clips.engine.metrics import Machine
 from mllm.encoders.encoder import select_features
+from mllm.model.forward import Counts
 from mllm.model.llava import stock_classes
-from mllm.model.packing import Counts
 from mllm.model.projector_start import start_bytes
-from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout
-from mllm.training.arguments import TrainArguments, TrainFlags
+from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Llava, TokenLayout, llava_of
+from mllm.training.build import count_parameters, trainable, with_hidden_size
+from mllm.training.config import StageConfig, TrainFlags
 from mllm.training.features import IMAGES_AT_ONCE
-from mllm.training.flops import costs_of, flops_of, units_of
-from mllm.training.freeze import count_parameters, llava_of
-from mllm.training.prepare import trainable
-from mllm.training.stages import DEFAULTS, STAGES, freeze_table
-from mllm.training.task import TrainingModel, steps_of
-from mllm.training.zero import with_hidden_size
+from mllm.training.recipes import DEFAULTS, STAGES, freeze_table
+from mllm.training.trainer import TrainingModel, costs_of, flops_of, steps_of, units_of
 
 FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -112,9 +109,9 @@ class Planned:
 
 
 def staged(
-    model: Llava, arguments: TrainArguments, *, features: bool = False, tower: bool = False, padded: bool = False
+    model: Llava, arguments: StageConfig, *, features: bool = False, tower: bool = False, padded: bool = False
 ) -> TrainingModel:
-    """Return the training model of a stage around `model`, as mllm/training/prepare.py makes it.
+    """Return the training model of a stage around `model`, as mllm/training/build.py makes it.
 
     Flags: `features` are cached, the encoder (`tower`) trains too, batches are `padded` instead of packed.
     """
@@ -192,7 +189,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
 
     Raises UserError if not even one sample at a time fits.
     """
-    rows, days = [], 0.0
+    rows, days, notes = [], 0.0, ""
     width = LANGUAGE_MODELS[planned.language_model]["hidden_size"]
     for number, stage in STAGES.items():
         zero = {"stage": 0}
@@ -204,7 +201,7 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             arguments = TrainFlags(
                 stage=number, data_path="data.json", per_device_train_batch_size=micro, bf16=True,
                 gradient_checkpointing=True, feature_cache=False, lora_enable=lora and number == 2,
-            ).complete().resolve(machine.gpus)  # fmt: skip
+            ).resolve(machine.gpus)  # fmt: skip
             training = staged(planned.build(), arguments).to(torch.bfloat16)
             batch = batch_of(training, micro, stage=number)
             step = rehearse(training, batch, stage=zero["stage"])
@@ -229,6 +226,13 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
             f"{arguments.gradient_accumulation_steps} × {micro}", f"{memory / 1e9:.3g}", f"{flops / 1e12:,.2f}",
             f"{steps_of(arguments, SAMPLES[number]):,}", f"{days_of_stage:.2f}",
         ])  # fmt: skip
+        if zero["stage"] == 3:
+            files, largest = 2 * total / 1e9, 2 * LANGUAGE_MODELS[planned.language_model]["vocab_size"] * width / 1e9
+            at_most = files / machine.gpus + largest
+            notes += (
+                f"\nstage {number}, to load and to save, a rank holds its part and one weight, at most {at_most:.3g} "
+                f"GB; the model is gathered into {files:.3g} GB of files first"
+            )
     head = ("stage", "parameters, M", "trained, M", "ZeRO", "micro-batches", "memory per rank, GB", "TFLOP per sample")
     print_table(table_of(f"{planned.language_model} on {machine}", (*head, "steps", "days"), rows))
     layout = dataclasses.replace(planned.layout, frames=0)
@@ -240,5 +244,5 @@ def print_stages(planned: Planned, machine: Machine, *, lora: bool) -> None:
         f"--mm_projector_init captions {start_bytes(width) / 1e9:.2g} GB of the machine's memory\n"
         f"assumed: {machine.mfu:.0%} of the GPUs' peak (--mfu), including what is computed twice; the encoder runs in "
         f"every step; LLaVA-1.5's data: {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "
-        f"beside the image, of which {ANSWERS[1]} and {ANSWERS[2]} are learned"
+        f"beside the image, of which {ANSWERS[1]} and {ANSWERS[2]} are learned{notes}"
     )

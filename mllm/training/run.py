@@ -35,108 +35,112 @@ from clips.engine.checkpoint import Checkpoint, TrainState, Writer
 from clips.engine.engine import Engine
 from clips.engine.log import RunLog, loggers
 from clips.engine.loop import train as train_loop
+from clips.engine.zero_state import full_on_rank_0
 from mllm.data.captions import CaptionStore
 from mllm.encoders.encoder import keep_statistics
 from mllm.model.projector_start import START_IMAGES
-from mllm.training.arguments import StageArguments, TrainArguments, TrainFlags
-from mllm.training.finish import print_next, write_curves, write_results
-from mllm.training.flops import costs_of
-from mllm.training.freeze import assert_freeze, count_parameters
-from mllm.training.prepare import (
-    PreparedStage,
+from mllm.training.build import (
+    BuiltStage,
+    assert_freeze,
+    build_stage,
     collator_of,
+    count_parameters,
+    deepspeed_config,
     fit_to_captions,
-    prepare_stage,
-    record_config,
+    make_optimizer,
 )
-from mllm.training.stages import PARTS, STAGE_FLAGS
-from mllm.training.task import LlavaTrainer, TrainingModel, make_optimizer, samples_after, steps_of
-from mllm.training.zero import deepspeed_config, full_parameters
+from mllm.training.config import StageConfig, TrainFlags
+from mllm.training.finish import print_next, write_curves, write_results
+from mllm.training.recipes import PARTS, STAGE_FLAGS
+from mllm.training.record import record_stage
+from mllm.training.trainer import LlavaTrainer, TrainingModel, costs_of, samples_after, steps_of
 
 FEW, MANY_EPOCHS = 20, 20
 """Optimizer steps below which the plan says that a stage learns next to nothing, and epochs above which it warns."""
 
 
-def run_stage(flags: StageArguments) -> None:
+def run_stage(config: StageConfig) -> None:
     """Train one stage, from its newest checkpoint if there is one; a finished stage is left as it is.
 
     Raises the errors of clips/common/errors.py. Every rank raises the same error, unless the error is one rank's own.
     """
     begin = time.perf_counter()
     with Start() as start:
-        device = meet_on(start, flags.device)
-        arguments = flags.resolve(start.ranks)
-        deepspeed = deepspeed_config(arguments, start.ranks)
+        device = meet_on(start, config.device)
+        config = config.on(device).check_ranks(start.ranks)
+        deepspeed = deepspeed_config(config, start.ranks)
         init_distributed(device)
-        start.agree({"flags": dataclasses.asdict(arguments), "--deepspeed": deepspeed})
+        start.agree({"flags": dataclasses.asdict(config), "--deepspeed": deepspeed})
 
         start.at("the parts of the model")
-        prepared = prepare_stage(arguments, device, deepspeed)
-        data = f"{len(prepared.dataset):,} samples ({prepared.data['sha256'][:8]})"
-        start.agree({"the training data": data, "the vision encoder": prepared.vision.fingerprint})
+        built = build_stage(config, device, deepspeed)
+        data = f"{len(built.dataset):,} samples ({built.data['sha256'][:8]})"
+        start.agree({"the training data": data, "the vision encoder": built.vision.fingerprint})
         if start.rank == 0:
-            print_plan(prepared, start.ranks)
-        if arguments.dry_run:
+            print_plan(built, start.ranks)
+        if config.dry_run:
             start.close()
             shutdown()
             return
 
         start.at("the run directory")
-        record_config(prepared, write=start.rank == 0)
+        record_stage(built, write=start.rank == 0)
         if start.rank == 0:
-            checkpoint.remove_leftovers(prepared.stage_dir)
-        if start.of_rank_0((prepared.stage_dir / "done.json").is_file()):
-            _say(start, f"stage {arguments.stage} is finished already: {prepared.stage_dir}")
+            checkpoint.remove_leftovers(built.stage_dir)
+        if start.of_rank_0((built.stage_dir / "done.json").is_file()):
+            _say(start, f"stage {config.stage} is finished already: {built.stage_dir}")
             start.close()
         else:
-            before = once_per_machine(lambda: checkpoint.latest(prepared.stage_dir))
+            before = once_per_machine(lambda: checkpoint.latest(built.stage_dir))
             start.agree({"the checkpoint to go on from": before.path.name if before else "none"})
-            summary = train(prepared, before, start, begin)
+            summary = train(built, before, start, begin)
             if start.rank == 0 and summary["samples_per_s"]:
-                remember_speed(speed_name(prepared, start.ranks), summary["samples_per_s"])
-            with naming_lost_ranks(lambda: summary["steps"]):
-                with full_parameters(prepared.model, prepared.zero):
+                remember_speed(speed_name(built, start.ranks), summary["samples_per_s"])
+            with (
+                naming_lost_ranks(lambda: summary["steps"]),
+                writing(f"the results cannot be written to {built.run_dir}"),
+            ):
+                with full_on_rank_0(built.model, built.run_dir, built.zero):
                     if start.rank == 0:
-                        with writing(f"the results cannot be written to {prepared.run_dir}"):
-                            write_results(prepared, summary)
+                        write_results(built, summary)
                 dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
     if start.rank == 0:
-        write_curves(prepared.run_dir)  # last: a plot that fails costs nothing
-        print_next(arguments.stage, prepared.run_dir)
+        write_curves(built.run_dir)  # last: a plot that fails costs nothing
+        print_next(config.stage, built.run_dir)
     shutdown()
 
 
-def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begin: float) -> dict[str, Any]:
+def train(built: BuiltStage, before: Checkpoint | None, start: Start, begin: float) -> dict[str, Any]:
     """Take the stage's steps from the checkpoint `before` on and return its summary (done.json).
 
     `begin` is the time when the preparation began. `start` is closed once the engine is made. Raises Stopped after a
     signal, once a checkpoint is written.
     """
-    arguments, device, stage_dir = prepared.arguments, prepared.device, prepared.stage_dir
+    config, device, stage_dir = built.config, built.device, built.stage_dir
     start.at("the image features")
-    collator = collator_of(prepared, start)  # encodes the images that the feature cache lacks
+    collator = collator_of(built, start)  # encodes the images that the feature cache lacks
 
     start.at("the projector's start and the engine")
-    assert_freeze(prepared.model, prepared.freeze)
-    state = TrainState(seed=arguments.seed) if before is None else before.state
+    assert_freeze(built.model, built.freeze)
+    state = TrainState(seed=config.seed) if before is None else before.state
     if before is not None:
         _say(start, f"goes on from {before.path}")
-    elif arguments.mm_projector_init not in (None, "random") and arguments.pretrain_mm_mlp_adapter is None:
+    elif config.mm_projector_init not in (None, "random") and config.pretrain_mm_mlp_adapter is None:
         _say(start, f"projector's start: up to {START_IMAGES:,} samples are read, then fitted: up to minutes on a CPU")
-        r2 = fit_to_captions(prepared, collator, start)
+        r2 = fit_to_captions(built, collator, start)
         _say(start, f"projector started from the captions (R² {r2:.2f})")
-    has_masters = arguments.bf16 and prepared.zero > 0
+    has_masters = bool(config.bf16) and built.zero > 0
     model = TrainingModel(
-        prepared.model, features=arguments.caches_features, bf16=arguments.bf16 and not has_masters
+        built.model, features=config.caches_features, bf16=bool(config.bf16) and not has_masters
     ).train()
     trained = model.trained()
-    costs = costs_of(model.llava, 0 if model.features else prepared.vision.image_size)
+    costs = costs_of(model.llava, 0 if model.features else built.vision.image_size)
     if before is not None:
         put_back(before, trained)
     engine = Engine(
-        model, make_optimizer(model, arguments.rates, arguments.weight_decay), device, prepared.deepspeed,
-        micro_batch=arguments.per_device_train_batch_size, accumulation=arguments.gradient_accumulation_steps,
-        clip_grad=arguments.max_grad_norm, bf16_weights=has_masters, checkpointed=trained,
+        model, make_optimizer(model, config.rates, config.weight_decay), device, built.deepspeed,
+        micro_batch=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
+        clip_grad=config.max_grad_norm, bf16_weights=has_masters, checkpointed=trained,
     )  # fmt: skip
     if has_masters:
         keep_statistics(model.llava.model.vision_tower, torch.bfloat16)
@@ -144,12 +148,12 @@ def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begi
         if has_masters:
             engine.zero_state.restore_masters(before.weights())
         engine.zero_state.restore_optimizer(before.optimizer(), state.step)
-    trainer = LlavaTrainer(arguments, engine, prepared.dataset, collator, state, costs)
+    trainer = LlavaTrainer(config, engine, built.dataset, collator, state, costs)
     if start.rank == 0:
-        write_json(prepared.run_dir / "env.json", environment(device, start.ranks) | engine.facts)
+        write_json(built.run_dir / "env.json", environment(device, start.ranks) | engine.facts)
     log = RunLog(
-        prepared.run_dir, trainer.samples, arguments.what_trains(), start_step=state.step, active=start.rank == 0,
-        report_to=loggers(arguments.report_to), run_name=arguments.run_name, stage=arguments.stage_info.name,
+        built.run_dir, trainer.samples, config.what_trains(), start_step=state.step, active=start.rank == 0,
+        report_to=loggers(config.report_to), run_name=config.run_name, stage=config.stage_info.name,
     )  # fmt: skip
     start.finish()
 
@@ -157,26 +161,25 @@ def train(prepared: PreparedStage, before: Checkpoint | None, start: Start, begi
     with (
         contextlib.closing(log),
         naming_lost_ranks(lambda: state.step + 1),
-        profiled(stage_dir / "profile", arguments.profile, device) as profiler,
-        Writer(stage_dir, arguments.save_total_limit) as writer,
+        profiled(stage_dir / "profile", config.profile, device) as profiler,
+        Writer(stage_dir, config.save_total_limit) as writer,
     ):
         speeds = train_loop(trainer, log, writer, profiler)
     return {
-        "stage": arguments.stage_info.name,
+        "stage": config.stage_info.name,
         "steps": state.step,
         "samples": state.samples,
         "prepare_seconds": round(prepare_seconds, 1),
         **speeds,
-        "truncated_samples": _count_truncated(prepared.dataset.truncated, device),
-        "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
+        "truncated_samples": _count_truncated(built.dataset.truncated, device),
+        "trained_parameters": {part: trained for part, (_, trained) in count_parameters(built.model).items()},
     }
 
 
 def _count_truncated(truncated: torch.Tensor, device: torch.device) -> int:
     """Return how many samples any rank has truncated. Every rank must call it; each marks those that it has read."""
     marked = truncated.to(device, torch.uint8)
-    if dist.is_initialized():
-        dist.all_reduce(marked, dist.ReduceOp.MAX)
+    dist.all_reduce(marked, dist.ReduceOp.MAX)
     return int(marked.sum())
 
 
@@ -204,6 +207,8 @@ def writing(failed: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # of a rank that is lost
+            raise
         raise CommandError(
             f"{failed}: {first_line(error)}. The older checkpoints are intact: make room, then the same command goes "
             "on from the last one"
@@ -211,68 +216,66 @@ def writing(failed: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------- the plan
-def command_line(arguments: TrainArguments, world_size: int) -> str:
+def command_line(config: StageConfig, world_size: int) -> str:
     """Return the command of this stage, with every flag that differs from the parser's default."""
-    words = ["python", *launcher(world_size), "scripts/train_llava.py", "--stage", str(arguments.stage)]
+    words = ["python", *launcher(world_size), "scripts/train_llava.py", "--stage", str(config.stage)]
     for field in dataclasses.fields(TrainFlags):
-        value = getattr(arguments, field.name)
-        others = STAGE_FLAGS[3 - arguments.stage]
+        value = getattr(config, field.name)
+        others = STAGE_FLAGS[3 - config.stage]
         if value is None or value == field.default or field.name in ("stage", "dry_run", *others):
             continue
         words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 
-def speed_name(prepared: PreparedStage, ranks: int) -> str:
+def speed_name(built: BuiltStage, ranks: int) -> str:
     """Return a description that stages of equal speed have in common, the key for `expected_time`."""
-    arguments = prepared.arguments
-    parts = ", ".join(f"{total:,}" for total, _ in count_parameters(prepared.model).values())
-    how = f"batch {arguments.batch_size}, {'cached' if arguments.caches_features else 'live'} features"
-    on = f"{ranks} × {prepared.device.type}, {torch.get_num_threads()} threads"
-    return f"{arguments.stage_info.name}: {parts} parameters, {how} on {on}"
+    config = built.config
+    parts = ", ".join(f"{total:,}" for total, _ in count_parameters(built.model).values())
+    how = f"batch {config.batch_size}, {'cached' if config.caches_features else 'live'} features"
+    on = f"{ranks} × {built.device.type}, {torch.get_num_threads()} threads"
+    return f"{config.stage_info.name}: {parts} parameters, {how} on {on}"
 
 
-def print_plan(prepared: PreparedStage, ranks: int) -> None:
+def print_plan(built: BuiltStage, ranks: int) -> None:
     """Print the freeze table with counts and rates, then what else matters."""
-    arguments = prepared.arguments
-    freeze = prepared.freeze
-    samples = len(prepared.dataset)
-    stage = arguments.stage_info
-    counts = count_parameters(prepared.model)
+    config = built.config
+    freeze = built.freeze
+    samples = len(built.dataset)
+    stage = config.stage_info
+    counts = count_parameters(built.model)
     table = []
     for part in PARTS:
         total, trained = counts[part]
-        rate = "–" if freeze[part] == "frozen" else f"{arguments.rates[part]:g}"
-        how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
+        rate = "–" if freeze[part] == "frozen" else f"{config.rates[part]:g}"
+        how = freeze[part] + (f", {config.bits} bits" if part == "language_model" and config.bits < 16 else "")
         table.append((part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate))
     head = ("part", "trains", "parameters", "trained", "learning rate")
     say(table_of(f"stage {stage.number}: {stage.name}", head, table, names=2))
-    steps = steps_of(arguments, samples)
-    seen = samples_after(steps, samples, arguments.batch_size)
-    batch = f"{ranks} × {arguments.gradient_accumulation_steps} × {arguments.per_device_train_batch_size}"
-    facts = dict(prepared.facts)
+    steps = steps_of(config, samples)
+    seen = samples_after(steps, samples, config.batch_size)
+    batch = f"{ranks} × {config.gradient_accumulation_steps} × {config.per_device_train_batch_size}"
+    facts = dict(built.facts)
     facts["steps"] = (
-        f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
+        f"{steps:,} of {config.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
         f"{seen:,} samples, {seen / samples:.1f} epochs"
     )
     if seen > MANY_EPOCHS * samples:
         facts["many epochs"] = f"it may learn the {samples:,} samples by heart: give fewer --max_steps, or more data"
-    if duration := expected_time(speed_name(prepared, ranks), seen):
+    if duration := expected_time(speed_name(built, ranks), seen):
         facts["time"] = duration
     if steps < FEW:
-        more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
+        more = "more --max_steps" if config.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
         facts["few steps"] = f"the model hardly changes: take {more}"
-    if stage.number == 2 and arguments.small and isinstance(prepared.store, CaptionStore):
+    if stage.number == 2 and config.small and isinstance(built.store, CaptionStore):
         facts["to expect"] = (
             "short sentences in the words of these captions. It mentions what many captions do, and invents the rest. "
             "For more take published encoders and models, --vision hf:… --model_name_or_path …, without --small"
         )
-    if stage.number == 1 and arguments.llm_adapter == "none" and "layers" in facts.get("language model", ""):
+    if stage.number == 1 and config.llm_adapter == "none" and "layers" in facts.get("language model", ""):
         facts["loss"] = "begins at 17 to 20, not at 5 to 8: the cut language model is wrong until stage 2 trains it"
-    facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (
-        f"ZeRO {prepared.zero}" if prepared.zero else "no ZeRO"
-    )
-    facts["writes to"] = str(Path(arguments.output_dir))
-    facts["command"] = command_line(arguments, ranks)
+    facts["arithmetic"] = f"{'bf16' if config.bf16 else 'fp32'}, " + (f"ZeRO {built.zero}" if built.zero else "no ZeRO")
+    facts["writes to"] = str(Path(config.output_dir))
+    facts["command"] = command_line(config, ranks)
     for name, value in facts.items():
         say(f"  {name:<16} {value}")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,18 +25,22 @@ from tiny_llava import (
     losses,
     run,
 )
+from tiny_mllm import write_llm
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import NotFiniteError, Stopped, UserError
 from clips.common.files import MANIFEST
 from clips.common.tensors import read_weights
+from mllm.encoders.load import load_vision
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize, quantize
-from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.freeze import apply_freeze
-from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import LlavaTrainer, TrainingModel
+from mllm.training.build import apply_freeze, lora_config, merge_lora, merge_quantized_lora
+from mllm.training.config import StageConfig, parse_stage
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import LlavaTrainer, TrainingModel
 
 place = tiny_llava.place  # a fixture
 
@@ -141,6 +146,9 @@ def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, m
     with pytest.raises(UserError, match=r"with other settings:\n  vision tower's weights: \"\w+\" → \"\w+\""):
         run(place, monkeypatch, *INSTRUCT, *out, "--vision", "random")
     assert not (place / "runs/mixed/instruct").exists()
+    (place / "runs/mixed/align/done.json").unlink()  # stage 1 was started anew, and killed
+    with pytest.raises(UserError, match=r"there is no runs/mixed/align/done\.json: stage 1 has not finished"):
+        run(place, monkeypatch, *INSTRUCT, *out)
 
 
 ZERO2 = {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
@@ -245,6 +253,39 @@ def test_a_stage_of_two_ranks_goes_on_with_two_one_and_four(
     assert [loss for _, loss in losses(alone)] == pytest.approx(expected, rel=2e-2 if more else 2e-4)
 
 
+@pytest.mark.slow
+def test_under_zero3_no_rank_holds_the_whole_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading, training, a checkpoint and the result, of a model of 20 layers. Both ranks held all of it, in the end.
+
+    Counted is memory of the process's own (RssAnon). Pages of the weight files are shared by all ranks, and the system
+    takes them back when it needs to.
+    """
+    write_llm(place / "deep", num_hidden_layers=20, hidden_size=512, intermediate_size=2048, initializer_range=0.02)
+    whole = sum(path.stat().st_size for path in (place / "deep").glob("*.safetensors")) / 2**20
+    keeps = {"stage3_max_live_parameters": 1e6, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    engine = {"zero_optimization": {"stage": 3, **keeps}}
+    (place / "deep.json").write_text(json.dumps(engine))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # freed memory is not kept
+    flags = [*INSTRUCT, "--model_name_or_path", "deep", "--pretrain_mm_mlp_adapter", "deep.bin", "--freeze_backbone"]
+    flags += ["--gradient_checkpointing", "True"]  # the default on GPUs; else the graph of a step keeps every layer
+    llava = build_model(load_vision("clips", runs=place / "runs"), load_llm(str(place / "deep")))[0]
+    save_projector(llava.model.multi_modal_projector, place / "deep.bin")
+    flags += ["--max_steps", "2", "--deepspeed", "deep.json", "--output_dir", "runs/deep"]
+    done = launch(place, WORKER, "memory", "0", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peaks = {int(rank): int(mb) for rank, mb in re.findall(r"rank (\d) took (\d+) MB", done.stdout)}
+    assert peaks.keys() == {0, 1}
+    assert max(peaks.values()) < 0.7 * whole, (peaks, whole)
+    trained, before = (
+        read_weights(place / "runs/deep/model/model.safetensors"),
+        read_weights(place / "deep/model.safetensors"),
+    )
+    assert torch.equal(
+        trained["language_model.model.layers.19.mlp.up_proj.weight"], before["model.layers.19.mlp.up_proj.weight"]
+    )
+    assert not list((place / "runs/deep").glob("tmp*"))
+
+
 def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     image_id = model.config.image_token_id
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +296,7 @@ def batch(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def adapted(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> nn.Module:
+def adapted(model: LlavaForConditionalGeneration, arguments: StageConfig) -> nn.Module:
     """The model with adapters that do something (both factors random)."""
     model = get_peft_model(model, lora_config(model, arguments))
     generator = torch.Generator().manual_seed(1)
@@ -281,8 +322,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture
-def arguments() -> TrainArguments:
-    return parse_train_arguments([*INSTRUCT, *LORA[:3], "--lora_alpha", "8", "--lora_dropout", "0"]).resolve(1)
+def arguments() -> StageConfig:
+    return parse_stage([*INSTRUCT, *LORA[:3], "--lora_alpha", "8", "--lora_dropout", "0"])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -311,7 +352,7 @@ def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_ev
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_merged_adapters_compute_what_was_trained(bits: int, place: Path, arguments: TrainArguments) -> None:
+def test_merged_adapters_compute_what_was_trained(bits: int, place: Path, arguments: StageConfig) -> None:
     model = build(place)
     plain = logits(model)
     if bits < 16:

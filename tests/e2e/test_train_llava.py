@@ -13,7 +13,7 @@ from conftest import ROOT, run_group
 from tiny_llava import conversation
 from tiny_mllm import make_images, write_llm, write_run
 
-from mllm.training.stages import FREEZE
+from mllm.training.recipes import FREEZE
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,10 @@ from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, assert_same_results, comma
 from tiny_mllm import make_images
 from transformers import AutoTokenizer
 
+from clips.common.errors import UserError
 from clips.data.splits import held_out_images
-from mllm.data.sampler import EpochSampler
-from mllm.training.task import Collator, LlavaTrainer
+from mllm.data.batches import EpochSampler
+from mllm.training.trainer import Collator, LlavaTrainer
 
 place, batches = tiny_llava.place, tiny_llava.batches  # fixtures
 TOKENS = 16
@@ -169,6 +170,26 @@ def test_stage_2_holds_no_image_out_that_stage_1_trained_on(place: Path, monkeyp
     ended(0, 2, 160, "runs/few", "--instruct.held_out", "0")
     ended(0, 1, 120, "runs/more")  # from 100 on an image stays on its side
     assert "held out" in ended(0, 2, 160, "runs/more")
+
+
+def test_the_held_out_test_is_of_the_data_that_a_stage_trains_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that died before its first checkpoint took other data, and kept the test of the old ones."""
+    names = make_images(place / "replaced", 160)
+
+    def ended(code: int, text: str) -> set[str]:
+        held_out_images.cache_clear()  # a command is a process of its own
+        (place / "replaced/t.csv").write_text("image,text\n" + "".join(f"{name},{text} {name}\n" for name in names))
+        words = [*INSTRUCT, *START, "--data_path", "replaced/t.csv", "--image_folder", "replaced", "--max_steps", "1"]
+        command(place, monkeypatch, "train_llava", *words, "--output_dir", "runs/replaced", code=code)
+        lines = (place / "runs/replaced/held_out/description.jsonl").read_text().splitlines()
+        return {reference.rpartition(" ")[0] for line in lines for reference in json.loads(line)["references"]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mllm.training.run.train", lambda *_: (_ for _ in ()).throw(UserError("it dies here")))
+        assert ended(2, "a red cat") == {"a red cat"}
+    assert ended(0, "two dogs") == {"two dogs"}
+    record = json.loads((place / "runs/replaced/instruct/data.json").read_text())
+    assert len(record["held_out"]) == 160 - record["samples"]
 
 
 @pytest.mark.slow

@@ -12,12 +12,10 @@ from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.quantize import quantize
-from mllm.training.arguments import parse_train_arguments
-from mllm.training.flops import costs_of
-from mllm.training.freeze import apply_freeze, llava_of
-from mllm.training.lora import add_lora
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import TrainingModel
+from mllm.training.build import add_lora, apply_freeze, llava_of
+from mllm.training.config import parse_stage
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import TrainingModel, costs_of
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -56,7 +54,7 @@ def test_the_loss_is_that_of_a_cpu(places: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters_learn_on_quantised_weights(places: Path, bits: int) -> None:
-    arguments = parse_train_arguments(["--stage", "2", "--bits", str(bits)]).resolve(1)
+    arguments = parse_stage(["--stage", "2", "--bits", str(bits)])
     vision = load_vision("clips", runs=places / "runs")
     llava, _ = build_model(vision, load_llm(str(places / "llm")))
     quantize(llava.model.language_model, bits, torch.bfloat16, GPU)

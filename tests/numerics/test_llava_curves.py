@@ -63,7 +63,7 @@ def add_videos(place: Path) -> None:
 def curve_of(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     if kind == "padded":
-        monkeypatch.setattr("mllm.model.packing.MODEL_TYPES", ())
+        monkeypatch.setattr("mllm.model.forward.MODEL_TYPES", ())
     if kind == "video":
         add_videos(place)
     run(place, monkeypatch, *KINDS[kind], "--max_steps", "20", "--output_dir", f"runs/curve-{kind}")

@@ -16,15 +16,14 @@ from mllm.data.formats import FORMATS
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.load import load_vision
 from mllm.encoders.registry import image_pixels
+from mllm.model.forward import MODEL_TYPES, shared_length
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.model.packing import MODEL_TYPES, shared_length
 from mllm.model.tiles import placeholder_ids
-from mllm.training.arguments import parse_train_arguments
-from mllm.training.freeze import apply_freeze
-from mllm.training.lora import add_lora
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import Collator, TrainingModel
+from mllm.training.build import add_lora, apply_freeze
+from mllm.training.config import parse_stage
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import Collator, TrainingModel
 
 TALKS: list[list[tuple[str, ...]]] = [
     [("<image>\nWhat is in the image?", "A red cat."), ("And behind it?", "Two dogs, a cat and an image of dogs.")],
@@ -114,7 +113,7 @@ def test_everything_trains_as_in_a_padded_batch(place: Path, llm: str) -> None:
 @pytest.mark.parametrize("version", [name for name in FORMATS if name != "plain"])
 def test_adapters_and_projector_in_each_format(place: Path, version: str) -> None:
     model, batch = made(place, llm="llama_3" if version == "llama_3" else "llama", version=version)
-    arguments = parse_train_arguments(["--stage", "2", "--lora_enable", "True", "--lora_dropout", "0"]).resolve(1)
+    arguments = parse_stage(["--stage", "2", "--lora_enable", "True", "--lora_dropout", "0"])
     model = add_lora(model, arguments)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -20,7 +20,7 @@ from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector
 from mllm.model.tiles import TokenLayout
-from mllm.training.lora import merge_lora
+from mllm.training.build import merge_lora
 
 # Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
 STOCK = """

@@ -13,12 +13,10 @@ from transformers import DynamicCache
 from clips.common.rehearsal import META
 from mllm.evaluation.batches import pixel_inputs
 from mllm.model.load import CACHE
-from mllm.model.tiles import TokenLayout
-from mllm.training.arguments import TrainFlags
-from mllm.training.flops import costs_of, flops_of
-from mllm.training.freeze import llava_of
+from mllm.model.tiles import TokenLayout, llava_of
+from mllm.training.config import TrainFlags
 from mllm.training.rehearsal import Planned, batch_of, rehearse, rehearse_features, staged
-from mllm.training.task import TrainingModel
+from mllm.training.trainer import TrainingModel, costs_of, flops_of
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +30,7 @@ def made(name: str, stage: int, *, lora: bool = False, checkpointing: bool = Tru
     """A stage's model without weights. `how`: tiles and frames of the model, kinds of `staged`."""
     sees = {key: how.pop(key) for key in ("tiles", "frames") if key in how}
     arguments = TrainFlags(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
-    arguments = replace(arguments.complete().resolve(1), gradient_checkpointing=checkpointing)
+    arguments = replace(arguments.resolve(1), gradient_checkpointing=checkpointing)
     return staged(Planned(name, TOWER, **sees).build(), arguments, **how).to(torch.bfloat16)
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, load_script
 
 from clips.training.cli import config_from_flags
 from mllm.encoders.registry import parse_vision_name
-from mllm.training.arguments import parse_stages
+from mllm.training.config import parse_stages
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"source", "mkdir", "tar", "head", "sha256sum", "vllm", "ruff", "coverage", "pre-commit", "pip", "tensorboard"}

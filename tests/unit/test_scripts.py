@@ -20,8 +20,8 @@ from clips.common.flags import Parser, add_options, at_least, from_flags, given,
 from clips.common.launch import launcher
 from clips.recipes import debug_twin, recipe
 from clips.weights.load import _newest_run, newest_export
-from mllm.training.arguments import flags_of_stage
-from mllm.training.arguments import parser as train_parser
+from mllm.training.config import flags_of_stage
+from mllm.training.config import parser as train_parser
 
 PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = {"torch", "transformers", "deepspeed", "open_clip", "numpy", "PIL", "gradio", "fastapi", "matplotlib"}
@@ -163,7 +163,17 @@ def test_a_rank_for_each_gpu_that_torch_sees(visible, number, words, expected, t
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(TORCH)
     python = program(tmp_path / "python", f'if [ "$2" = --launch ]; then exec {sys.executable} "$@"; fi; echo "$@"')
-    command = ["bash", ROOT / "scripts/train_llava.sh", "--vision", "random", "--stage", "1", *words.split()]
+    command = [
+        "bash",
+        ROOT / "scripts/train_llava.sh",
+        "--vision",
+        "random",
+        "--stage",
+        "1",
+        "--batch_size",
+        "12",
+        *words.split(),
+    ]
     env = {"PYTHON": str(python), "NUM_GPUS": number, "CUDA_VISIBLE_DEVICES": visible}
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)

@@ -22,7 +22,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.tensors import read_weights, write_weights
 from mllm.model.llm import ADAPTER, LanguageModel, load_llm
-from mllm.training.stages import DEMO_LAYERS
+from mllm.training.recipes import DEMO_LAYERS
 from tools import teach_adapter
 from tools.teach_adapter import GRID, KINDS, PLACES_OF_CELLS, Imagination, Learner, Sample
 

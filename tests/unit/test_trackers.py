@@ -15,7 +15,7 @@ from clips.common.errors import UserError
 from clips.common.live import LiveLine
 from clips.engine.log import RunLog, loggers
 from clips.training.cli import parser as pretraining
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.config import parse_stage
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_both_halves_tell_all_loggers_the_same(tmp_path: Path, calls: list[tuple
     for run in ("demo", "llava"):
         (tmp_path / run).mkdir()
     names = loggers(pretraining().parse_args(words).report_to)
-    for stage, flags in (("", names), ("align", loggers(parse_train_arguments(["--stage", "1", *words]).report_to))):
+    for stage, flags in (("", names), ("align", loggers(parse_stage(["--stage", "1", *words]).report_to))):
         run_dir = tmp_path / ("llava" if stage else "demo")
         log = RunLog(run_dir, 100, {}, start_step=0, active=True, report_to=flags, stage=stage)
         log.record("train", {"step": 3, "samples": 30, "loss": 1.5})

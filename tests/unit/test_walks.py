@@ -13,7 +13,7 @@ from tiny_llava import INSTRUCT, START, process_kept, run
 from clips.engine.loop import Trainer
 from clips.training import cli
 from clips.training.trainer import CLIPSTrainer
-from mllm.training.task import LlavaTrainer
+from mllm.training.trainer import LlavaTrainer
 
 place = tiny_llava.place  # a fixture
 SHARED = ("clips/common/", "clips/config.py")

@@ -28,9 +28,9 @@ from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
 from mllm.data.questions import open_questions
 from mllm.encoders.load import load_vision
-from mllm.training.arguments import parse_train_arguments
+from mllm.training.build import data_of, open_data
 from mllm.training.check_data import check_data, check_from_flags
-from mllm.training.prepare import data_of, open_data
+from mllm.training.config import parse_stage
 
 CONTEXT = 120
 
@@ -221,7 +221,7 @@ def test_fields_are_those_of_the_encoder_s_run(kind: str, tmp_path: Path) -> Non
     vision = load_vision(f"{kind}:{tmp_path / 'runs' / 'mine'}")
 
     def caption(data: Path, *words: str) -> str:
-        arguments = parse_train_arguments(["--stage", "1", "--data_path", str(data), "--held_out", "0", *words])
+        arguments = parse_stage(["--stage", "1", "--data_path", str(data), "--held_out", "0", *words])
         store = open_data(arguments, vision)
         assert isinstance(store, CaptionStore)
         return next(store.records())["conversations"][1]["value"]
@@ -230,7 +230,7 @@ def test_fields_are_those_of_the_encoder_s_run(kind: str, tmp_path: Path) -> Non
     assert caption(path, "--fields", "web=text") == "no"
     assert caption(table(tmp_path / "b", [{"image": "0.png", "caption": "a cat"}])) == "a cat", "other data: guessed"
     with pytest.raises(UserError, match="--fields image=FIELD"):
-        open_data(parse_train_arguments(["--stage", "1", "--data_path", str(path)]))
+        open_data(parse_stage(["--stage", "1", "--data_path", str(path)]))
 
 
 def test_karpathy_s_file_trains_and_its_test_split_is_described(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_karpathy_s_file_trains_and_its_test_split_is_described(tmp_path: Path) 
     table(tmp_path / "images", [{"image": f"{i}.png"} for i in range(4)])
     (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
     words = ["--stage", "2", "--karpathy", str(tmp_path / "coco.json"), "--image_folder", str(tmp_path / "images")]
-    store = open_data(parse_train_arguments(words).resolve(1))
+    store = open_data(parse_stage(words))
     assert isinstance(store, CaptionStore)
     assert store.test is not None
     assert [record["conversations"][1]["value"] for record in store.records()] == ["a 0", "a 1"]
@@ -281,7 +281,7 @@ def test_llavas_own_data(stage: int, file: str, folder: str, records: list[dict[
     (tmp_path / file).write_text(json.dumps(records))
 
     words = ["--stage", str(stage), "--data_path", str(tmp_path / file), "--image_folder", str(tmp_path / folder)]
-    data_path, image_folder = data_of(parse_train_arguments(words))
+    data_path, image_folder = data_of(parse_stage(words))
     encoder = ConversationEncoder(make_tokenizer("gpt2"), "plain" if stage == 1 else "chatml", 4, 2048)
     store = ImageStore(str(image_folder))
     samples = list(LlavaDataset(data_path, encoder, store))

@@ -15,6 +15,7 @@ from conftest import script_parser
 from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place, reported
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.common.page import as_html
 from clips.recipes import recipe
 from mllm.compare.analysis import (
@@ -24,15 +25,15 @@ from mllm.compare.analysis import (
     item_scores,
     read_answers,
 )
-from mllm.compare.commands import check_run, lab_run, pretrain_config, stage_samples, train_arguments
+from mllm.compare.commands import check_run, lab_run, pretrain_config, stage_config, stage_samples
 from mllm.compare.comparison import RECIPES, Comparison, PretrainedEncoder, comparison_from_flags, stored_questions
 from mllm.compare.report import floors, page
 from mllm.compare.run import check_request, check_same_samples, compare, load_encoders
 from mllm.compare.verify import verify
-from mllm.data.sampler import EpochSampler
+from mllm.data.batches import EpochSampler
 from mllm.encoders.load import load_vision
 from mllm.model.projector import save_projector
-from mllm.training.prepare import PROJECTOR, prepare_stage
+from mllm.training.build import PROJECTOR, build_stage
 
 __all__ = ["made", "place"]  # fixtures
 
@@ -79,8 +80,8 @@ def test_runs_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
     for stage, dataset_size in ((1, 12), (2, 16)):
         seen = {}
         for run in comparison.runs:
-            arguments = train_arguments(comparison, run, stage)
-            prepared = prepare_stage(arguments, torch.device("cpu"), {})
+            arguments = stage_config(comparison, run, stage).on(torch.device("cpu"))
+            prepared = build_stage(arguments, torch.device("cpu"), {})
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
                 batch_size=arguments.per_device_train_batch_size,
@@ -93,6 +94,7 @@ def test_runs_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
             weights = {n: p for n, p in prepared.model.named_parameters() if "vision_tower" not in n}
             if stage == 1:  # what stage 2 starts from: no training here, so the very start
                 save_projector(prepared.model.model.multi_modal_projector, run.directory / "align" / PROJECTOR)
+                write_json(run.directory / "align" / "done.json", {})
             seen[run] = (trains, sampler.order(0), prepared.dataset[0]["input_ids"], weights)
             assert sorted(seen[run][1]) == list(range(dataset_size))
         for seed in range(comparison.seeds):
@@ -178,7 +180,7 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     budgets = (full, quick, dataclasses.replace(quick, budget=0.25))
     assert [stage_samples(comparison, run, 1) for comparison in budgets] == [12, 8, 4], "whole steps"
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (train_arguments(steps, run, 2).max_steps, stage_samples(steps, run, 2)) == (20, 80)
+    assert (stage_config(steps, run, 2).max_steps, stage_samples(steps, run, 2)) == (20, 80)
     given = comparison_from_flags(script_parser("compare_encoders").parse_args(["--quick"]))
     assert (given.encoders, given.seeds, given.runs_per_encoder) == (("clips", "random"), 1, 4)
     assert [comparison.evaluation_settings()["limit"] for comparison in (full, quick)] == [None, 400]
@@ -205,7 +207,7 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
     runs = {run.name: run for run in comparison.runs}
     plain, tiled = runs["clips-clips-run-seed1"], runs["clips-clips-run-tiles-seed1"]
     assert (plain.vision, plain.seed, plain.variant) == (tiled.vision, tiled.seed, "")
-    now, then = (train_arguments(comparison, run, 2) for run in (plain, tiled))
+    now, then = (stage_config(comparison, run, 2) for run in (plain, tiled))
     assert (now.image_aspect_ratio, then.image_aspect_ratio) == ("pad", "anyres")
     assert [stage_samples(comparison, run, 2) for run in (plain, tiled)] == [16, 8]
     assert encoder_groups(comparison, "clips", "clips, tiles").tolist() == [0, 0]

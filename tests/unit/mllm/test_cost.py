@@ -4,7 +4,7 @@ import pytest
 
 from clips.common.errors import UserError
 from clips.engine.metrics import Machine
-from mllm.training.freeze import count_parameters
+from mllm.training.build import count_parameters
 from mllm.training.rehearsal import LANGUAGE_MODELS, Planned, print_stages
 
 PUBLISHED = {
@@ -52,6 +52,8 @@ def test_both_stages_with_what_comes_before_their_first_step(monkeypatch, capsys
     assert int(row[7].replace(",", "")) == 5198  # LLaVA-1.5's own
     assert "feature cache's encoder" in printed
     assert "28 GB of the machine's memory" in printed
+    # in bf16 two layers, both word tables and the projector; an eighth of them and one table
+    assert "a rank holds its part and one weight, at most 0.434 GB; the model is gathered into 1.37 GB" in printed
     print_stages(Planned("vicuna-7b", VISION), Machine("h100", 1, 0.2), lora=True)
     (adapted,) = (line.split("│")[1:] for line in capsys.readouterr().out.splitlines() if "instruct" in line)
     assert float(adapted[6]) < 0.85 * float(row[6])

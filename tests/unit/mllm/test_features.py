@@ -19,7 +19,7 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training import features as features_module
 from mllm.training.features import FeatureCache
-from mllm.training.task import Collator
+from mllm.training.trainer import Collator
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.load import load_vision
+from mllm.model.forward import Counts
 from mllm.model.llava import build_model
 from mllm.model.llm import LanguageModel, load_llm
-from mllm.model.packing import Counts
-from mllm.training.arguments import parse_train_arguments
-from mllm.training.flops import costs_of, flops_of
-from mllm.training.freeze import apply_freeze
-from mllm.training.lora import add_lora
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import TrainingModel
+from mllm.training.build import add_lora, apply_freeze
+from mllm.training.config import parse_stage
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import TrainingModel, costs_of, flops_of
 
 CASES = {
     "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
@@ -73,7 +71,7 @@ def batch(image_id: int, image_tokens: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("packed", "tie"), [(True, False), (False, True)])
 def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: bool) -> None:
     number, shape, options, words = CASES[case]
-    arguments = parse_train_arguments(["--stage", str(number), *words]).resolve(1)
+    arguments = parse_stage(["--stage", str(number), *words])
     vision, llm = copy.deepcopy(_parts(places, shape, (-1, -2) if "two layers" in case else (-2,)))
     if not tie:
         llm.model.lm_head.weight = torch.nn.Parameter(llm.model.lm_head.weight.detach().clone())

@@ -19,9 +19,10 @@ from clips.common.errors import UserError
 from clips.common.files import read_json_records, write_json
 from clips.common.rundir import UNSEEN
 from clips.data.demo import NUMBERS, PLACES, ensure_demo
+from mllm.data.batches import EpochSampler, pad_rows
 from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import LlavaDataset, pad_rows
+from mllm.data.dataset import LlavaDataset
 from mllm.data.demo import (
     DESCRIPTIONS,
     IMAGES,
@@ -34,11 +35,10 @@ from mllm.data.demo import (
 )
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import UNSEEN_ANSWERS
-from mllm.data.sampler import EpochSampler
 from mllm.evaluation.summary import print_summary
-from mllm.training.arguments import TrainFlags
-from mllm.training.prepare import data_of
-from mllm.training.task import Collator
+from mllm.training.build import data_of
+from mllm.training.config import TrainFlags
+from mllm.training.trainer import Collator
 
 TOKENS = 3
 OPTIONS = {"align": 50, "instruct": 50, "text_only": 6, "per_kind": 20}

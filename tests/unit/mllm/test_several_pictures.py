@@ -28,7 +28,7 @@ from mllm.data.questions import images_of, read_questions
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line
 from mllm.model.tiles import placeholder_ids
-from mllm.training.task import Collator, TrainingModel
+from mllm.training.trainer import Collator, TrainingModel
 
 model = tiny_chat.model  # a fixture
 TEXT, NAMES = "What is in the two images?", ("0.png", "3.png")

@@ -21,21 +21,28 @@ from clips.common.errors import UserError
 from mllm.encoders.load import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.training.arguments import (
+from mllm.training.build import (
+    add_lora,
+    apply_freeze,
+    assert_freeze,
+    count_parameters,
+    lora_config,
+    parameter_groups,
+    parts_of,
+    trainable,
+)
+from mllm.training.config import (
     ACCEPTED,
-    StageArguments,
+    StageConfig,
     flags_of_stage,
+    parse_stage,
     parse_stages,
-    parse_train_arguments,
     parser,
 )
 from mllm.training.finish import card, print_next
-from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, parts_of
-from mllm.training.lora import add_lora, lora_config
-from mllm.training.prepare import trainable
+from mllm.training.recipes import PARTS, STAGES, freeze_table
 from mllm.training.run import command_line, print_plan
-from mllm.training.stages import PARTS, STAGES, freeze_table
-from mllm.training.task import schedule
+from mllm.training.trainer import schedule
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +63,9 @@ def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
     return copy.deepcopy(_built(places, projector))
 
 
-def arguments(*words: str) -> StageArguments:
+def arguments(*words: str, ranks: int = 1) -> StageConfig:
     """Of stage 1, if none is named."""
-    return parse_train_arguments([*words, *(() if "--stage" in words else ("--stage", "1"))])
+    return parse_stage([*words, *(() if "--stage" in words else ("--stage", "1"))], lambda device: ranks)
 
 
 # What each stage must train, written out again and independent of the table: (stage, options) → parts.
@@ -86,7 +93,7 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
     plan = freeze_table(STAGES[number], **options)
     model = build(places, projector)
     if plan["language_model"] == "lora":
-        model = get_peft_model(model, lora_config(model, arguments("--stage", "2", "--lora_enable").resolve(1)))
+        model = get_peft_model(model, lora_config(model, arguments("--stage", "2", "--lora_enable")))
     apply_freeze(model, plan)
     assert_freeze(model, plan)
     # By hand: names of transformers and PEFT, not the module under test.
@@ -106,7 +113,7 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(places: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing that means nothing to a user
-        adapted = add_lora(build(places), arguments("--stage", "2", "--lora_enable").resolve(1))
+        adapted = add_lora(build(places), arguments("--stage", "2", "--lora_enable"))
     names = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(names) == 2 * len(kinds)
@@ -158,7 +165,7 @@ def test_llava_s_own_command_lines_are_understood(capsys) -> None:
         --save_total_limit 1 --learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
         --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
         --dataloader_num_workers 4 --lazy_preprocess True --report_to tensorboard"""
-    parsed = arguments("--stage", "2", *line.split()).resolve(8)
+    parsed = arguments("--stage", "2", *line.split(), ranks=8)
     assert capsys.readouterr().err == ""
     assert (parsed.version, parsed.lora_enable, parsed.lora_r, parsed.lora_alpha) == ("v1", True, 128, 256)
     assert (parsed.learning_rate, parsed.mm_projector_lr, parsed.batch_size) == (2e-4, 2e-5, 128)
@@ -168,8 +175,8 @@ def test_llava_s_own_command_lines_are_understood(capsys) -> None:
 
 def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> None:
     own = ("--data_path", "x.json", "--device", "cpu")
-    align, full = arguments(*own).resolve(1), arguments("--stage", "2", *own).resolve(1)
-    lora = arguments("--stage", "2", "--lora_enable", *own).resolve(1)
+    align, full = arguments(*own), arguments("--stage", "2", *own)
+    lora = arguments("--stage", "2", "--lora_enable", *own)
     assert (align.version, align.learning_rate, align.batch_size) == ("plain", 1e-3, 256)
     assert (align.mm_vision_select_layer, align.image_aspect_ratio) == (-2, "square")
     assert (full.learning_rate, full.batch_size, full.lora_enable, full.image_aspect_ratio) == (2e-5, 128, False, "pad")
@@ -177,21 +184,21 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     assert (full.group_by_modality_length, align.group_by_modality_length) == (True, False)
     assert (full.warmup_ratio, full.lr_scheduler_type, full.weight_decay) == (0.03, "cosine", 0.0)
     assert (full.llm_layers, full.llm_adapter, full.freeze_word_embeddings) == (None, "none", False)
-    assert arguments("--stage", "2").resolve(1).freeze_word_embeddings
+    assert arguments("--stage", "2").freeze_word_embeddings
     for words, layers, reader, rate in (
         ((), "6,2", "default", 5e-4),
         (("--llm_adapter", "none"), "6,2", "none", 5e-4),
         (("--llm_layers", "2,2"), "2,2", "none", 5e-4),
         (("--bits", "4"), None, "none", 1e-3),
     ):
-        demo = arguments("--stage", "2", *words).resolve(1)
+        demo = arguments("--stage", "2", *words)
         assert (demo.llm_layers, demo.llm_adapter, demo.learning_rate) == (layers, reader, rate)
         assert demo.lora_enable == ("--bits" in words)
-    epochs = arguments("--num_train_epochs", "2").resolve(1)
+    epochs = arguments("--num_train_epochs", "2")
     assert (epochs.num_train_epochs, epochs.max_steps) == (2, -1), "not the demo's steps"
-    assert arguments("--num_train_epochs", "2", "--max_steps", "3").resolve(1).max_steps == 3
+    assert arguments("--num_train_epochs", "2", "--max_steps", "3").max_steps == 3
     assert parse_stages(["--lora_enable"])[0].llm_layers is None, "both stages have one language model"
-    assert arguments("--model_name_or_path", "mine").resolve(1).llm_layers is None
+    assert arguments("--model_name_or_path", "mine").llm_layers is None
 
 
 @pytest.mark.parametrize(
@@ -217,6 +224,9 @@ def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words:
         (["--small", "--instruct.bits", "4"], "--llm_layers"),
         (["--data_path", "CAPTIONS", "--instruct.held_out", "0.2"], "--held_out"),
         (["--data_path", "CAPTIONS", "--instruct.test_data", "t.csv"], "give --test_data for both"),
+        (["--instruct.vision", "random"], "--vision_tower would be clips in stage 1 and random in stage 2"),
+        (["--vision", "random", "--instruct.seed", "1"], "--seed"),
+        (["--instruct.output_dir", "A"], "--output_dir"),
     ],
 )
 def test_what_stage_2_would_refuse_or_drop_is_refused_before_stage_1(
@@ -242,7 +252,7 @@ def test_checkpointing_has_two_names_in_transformers(places: Path, monkeypatch, 
         monkeypatch.setattr(language_model, name, value, raising=False)
     if old:
         monkeypatch.setattr(language_model, names[1], None)
-    resolved = replace(arguments("--stage", "2").resolve(1), gradient_checkpointing=True)
+    resolved = replace(arguments("--stage", "2"), gradient_checkpointing=True)
     trainable(model, resolved, freeze_table(STAGES[2]), torch.device("cpu"), dtype=torch.float32)
     assert enabled == [("old" if old else "new", {"use_reentrant": False})]
 
@@ -276,7 +286,7 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
         arguments(f"--{name}", "any" if only is None else only)
     with pytest.raises(UserError, match="--optim other is not supported"):
         arguments("--optim", "other")
-    resolved = arguments(*["--stage", "2", "--data_path", "x", "--warmup_steps", "7", "--run_name", "mine"]).resolve(1)
+    resolved = arguments(*["--stage", "2", "--data_path", "x", "--warmup_steps", "7", "--run_name", "mine"])
     factor = schedule(resolved, 1000)
     assert [factor(step) for step in (0, 1, 7, 1000)] == pytest.approx([0, 1 / 7, 1, 0])
     assert schedule(replace(resolved, warmup_steps=None), 1000)(15) == 0.5, "3 % warm up"
@@ -308,14 +318,13 @@ def test_captions_train_both_stages_and_are_named_as_in_pretraining(tmp_path: Pa
         (tmp_path / name).write_text(f"\n{json.dumps(line)}\n")
     words = ["--data_path", str(tmp_path / "pairs.jsonl"), "--fields", "web=caption", "long=others"]
     for complete in parse_stages([*words, "--held_out", "0.1"]):
-        assert StageArguments.from_json(complete.to_json()) == complete
-        resolved = complete.resolve(1)
-        assert (resolved.fields, resolved.held_out) == (("web=caption", "long=others"), 0.1)
-        assert arguments(*command_line(resolved, 1).split()[2:]).resolve(1) == resolved
+        assert StageConfig.from_json(complete.to_json()) == complete
+        assert (complete.fields, complete.held_out) == (("web=caption", "long=others"), 0.1)
+        assert arguments(*command_line(complete, 1).split()[2:]) == complete
     for path in (tmp_path / "talk.jsonl", tmp_path / "missing.jsonl", "x.json"):
         with pytest.raises(UserError, match="both stages on one"):
             parse_stages(["--data_path", str(path)])
-    talk = arguments("--data_path", str(tmp_path / "talk.jsonl")).resolve(1)
+    talk = arguments("--data_path", str(tmp_path / "talk.jsonl"))
     assert talk.held_out is None, "conversations train whole"
     coco = parse_stages(["--karpathy", "coco.json"])[0]
     assert (coco.data_path, coco.test_data) == ("coco.json#train+restval", "coco.json#test")
@@ -350,12 +359,12 @@ def test_flags_of_one_stage_and_the_version_of_both() -> None:
     one, two = parse_stages(words)
     assert (one.stage, one.learning_rate, one.lora_r, one.version) == (1, 1e-2, 128, "plain")
     assert (two.stage, two.learning_rate, two.lora_r, two.version) == (2, 5e-4, 4, "v1")
-    assert parse_train_arguments(["--stage=1", "--stage=2"]).stage == 2
+    assert parse_stage(["--stage=1", "--stage=2"]).stage == 2
     with pytest.raises(UserError, match="plain"):
         arguments("--align.version", "v1")
     for given in ([], ["--stage", "3"], ["--stage"]):
         with pytest.raises(UserError, match="give --stage 1"):
-            parse_train_arguments(given)
+            parse_stage(given)
 
 
 def test_types_say_what_is_decided_when(tmp_path: Path) -> None:
@@ -364,7 +373,7 @@ def test_types_say_what_is_decided_when(tmp_path: Path) -> None:
     own = ["--data_path", str(tmp_path / "pairs.jsonl")]
     for words in ([], ["--lora_enable"], ["--model_name_or_path", "mine"], own, [*own, "--small", "--bits", "4"]):
         for complete in parse_stages(words):
-            for decided in (complete, complete.resolve(1)):
+            for decided in (complete, complete.on(torch.device("cpu"))):
                 for name, hint in get_type_hints(type(decided)).items():
                     kinds = {type(choice) for choice in get_args(hint)} if get_origin(hint) is Literal else {hint}
                     value = getattr(decided, name)
@@ -387,7 +396,7 @@ def test_help_prints_the_defaults_that_count(monkeypatch, capsys: pytest.Capture
         usual, _, demo = printed.partition("; the demo and --small: ")
         for text, stages in ((usual, own), (demo or usual, parse_stages([]))):
             for stage in stages:
-                value = getattr(stage.resolve(1), name)
+                value = getattr(stage, name)
                 words = [part for part in text.split(", ") if part.endswith(f" for {stage.stage_info.name}")] or [text]
                 shown = words[0].partition(" for ")[0]
                 assert (float(shown) if isinstance(value, (int, float)) else shown) == value, name
@@ -406,18 +415,18 @@ def test_batch_is_ranks_times_accumulation_times_micro_batch(flags: dict, ranks:
     words = ["--data_path", "x.json"] + [str(w) for name, value in flags.items() for w in (f"--{name}", value)]
     if expected is None:
         with pytest.raises(UserError, match="batch_size"):
-            arguments(*words).resolve(ranks)
+            arguments(*words, ranks=ranks)
         return
-    resolved = arguments(*words).resolve(ranks)
+    resolved = arguments(*words, ranks=ranks)
     assert (resolved.batch_size, resolved.per_device_train_batch_size, resolved.gradient_accumulation_steps) == expected
 
 
 def test_the_printed_command_gives_the_same_arguments_again() -> None:
     words = "--stage 2 --vision random --lora_enable --data_path a.json --feature_cache False --seed 4 --batch_size 8"
-    resolved = arguments(*words.split()).resolve(1)
+    resolved = arguments(*words.split())
     again = command_line(resolved, 1).split()
     assert again[:2] == ["python", "scripts/train_llava.py"]
-    assert arguments(*again[2:]).resolve(1) == resolved
+    assert arguments(*again[2:]) == resolved
 
 
 @pytest.mark.parametrize("batch", [256, 6])
@@ -425,10 +434,10 @@ def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, batch: int, capsys
     """120 samples of one's own were one step of 256, without a word."""
     model, freeze = build(places), freeze_table(STAGES[1])
     apply_freeze(model, freeze)
-    resolved = arguments("--data_path", "x", "--batch_size", str(batch)).resolve(1)
+    resolved = arguments("--data_path", "x", "--batch_size", str(batch))
     facts = {"language model": "the hub's, its first 2 and last 2 of 30 layers"} if batch == 256 else {}
     prepared: Any = SimpleNamespace(
-        arguments=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0,
+        config=resolved, model=model, freeze=freeze, facts=facts, dataset=range(120), zero=0,
         device=torch.device("cpu"),
     )  # fmt: skip
     print_plan(prepared, 1)

@@ -28,10 +28,10 @@ from mllm.encoders.load import load_vision
 from mllm.encoders.registry import GRIDS, grid_pinpoints, image_pixels
 from mllm.model.convert import convert_llava
 from mllm.model.tiles import TokenLayout, placeholder_ids
+from mllm.training.build import apply_freeze
 from mllm.training.features import FeatureCache
-from mllm.training.freeze import apply_freeze
-from mllm.training.stages import STAGES, freeze_table
-from mllm.training.task import Collator, TrainingModel
+from mllm.training.recipes import STAGES, freeze_table
+from mllm.training.trainer import Collator, TrainingModel
 
 
 def facts(text: str) -> list[tuple[tuple[int, ...], int, int]]:

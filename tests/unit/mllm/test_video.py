@@ -37,7 +37,7 @@ from mllm.encoders.registry import image_pixels
 from mllm.evaluation.evaluate import generate_answers
 from mllm.model.tiles import TokenLayout, placeholder_ids, pool_tokens
 from mllm.training.features import FeatureCache
-from mllm.training.task import Collator, TrainingModel
+from mllm.training.trainer import Collator, TrainingModel
 
 av = pytest.importorskip("av")
 model = tiny_chat.model  # a fixture

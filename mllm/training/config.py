@@ -1,7 +1,7 @@
 """The flags of scripts/train_llava.sh, which have LLaVA's own names, and their defaults.
 
-A command line becomes `TrainFlags`, one for each stage; the stage's defaults make `StageArguments` of it, and the ranks
-and the device of a process `TrainArguments`. What a class calls an `int` is one from there on.
+`parse_stages` resolves a command line once, where it was typed, into one `StageConfig` for each stage. A process that
+trains a stage reads it as JSON; only `StageConfig.on` adds what the process alone knows, its kind of device.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+from clips.common.distributed import find_ranks
 from clips.common.errors import UserError
 from clips.common.flags import Parser, add_options, check_fields, from_flags, option
 from clips.engine.log import HELP as REPORT_TO
 from clips.engine.log import loggers
 from mllm import DEFAULT_LLM
-from mllm.training.stages import DEMO_LAYERS, PARTS, STAGE_FLAGS, STAGES, Stage, default_in_words
+from mllm.training.recipes import DEMO_LAYERS, PARTS, STAGE_FLAGS, STAGES, Stage, default_in_words
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = (
     "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG. "
@@ -198,22 +202,18 @@ class TrainFlags:
         """The stage that these flags describe."""
         return STAGES[self.stage]
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the defaults of these flags' stage, data and language model."""
+    def resolve(self, ranks: int) -> StageConfig:
+        """Return these flags with every default filled in that does not depend on the device, for so many `ranks`.
+
+        Raises UserError for values that contradict each other, and for batch sizes that do not fit the ranks.
+        """
+        loggers(self.report_to)
         adapters = bool(self.lora_enable) or self.bits < 16
-        return self.stage_info.defaults(
+        defaults = self.stage_info.defaults(
             lora=adapters, demo=self.data_path is None or self.small,
             full=not adapters and self.model_name_or_path == DEFAULT_LLM,
         )  # fmt: skip
-
-    def complete(self) -> StageArguments:
-        """Return these flags with every default filled in that does not depend on the machine.
-
-        Raises UserError for values that contradict each other.
-        """
-        loggers(self.report_to)
-        values = dict(vars(self))
-        defaults = {name: value for name, value in self.defaults().items() if name not in BATCH_SIZES}
+        values = vars(self) | self._batches(defaults, ranks)
         if self.num_train_epochs is not None:
             defaults["max_steps"] = -1  # epochs from the command override the demo's steps
         for name, default in defaults.items():
@@ -237,14 +237,32 @@ class TrainFlags:
         if self.image_grid_pinpoints is not None and not tiles:
             raise UserError("--image_grid_pinpoints are the grids of --image_aspect_ratio anyres: give that too")
         values["mm_patch_merge_type"] = None  # it follows from the aspect
-        return StageArguments(**values)
+        return StageConfig(**values)
+
+    def _batches(self, defaults: dict[str, Any], ranks: int) -> dict[str, int]:
+        """Return sizes with `batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`."""
+        accumulation = self.gradient_accumulation_steps
+        total = self.batch_size or defaults["batch_size"]
+        micro = self.per_device_train_batch_size or defaults.get("per_device_train_batch_size", 16)
+        if self.batch_size is None and accumulation is not None:
+            total = micro * ranks * accumulation
+        if self.per_device_train_batch_size is None:
+            share = total // (ranks * (accumulation or 1))
+            micro = max(1, share if accumulation else min(micro, share))
+        steps = total // (micro * ranks)
+        if steps == 0 or steps * micro * ranks != total or steps != (accumulation or steps):
+            raise UserError(
+                f"--batch_size {total} is not {ranks} rank(s) × --per_device_train_batch_size {micro} × "
+                f"--gradient_accumulation_steps {accumulation or 'of a whole number'}: change one of them"
+            )
+        return {"batch_size": total, "per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageArguments(TrainFlags):
-    """The arguments of one stage, with every default filled in that does not depend on the machine.
+class StageConfig(TrainFlags):
+    """The configuration of one stage: its flags with every default filled in.
 
-    Batch sizes, `bf16`, `gradient_checkpointing` and `dataloader_num_workers` may still be None; `resolve` sets them.
+    `bf16`, `gradient_checkpointing` and `dataloader_num_workers` may be None until `on` sets them.
     """
 
     version: str
@@ -261,56 +279,41 @@ class StageArguments(TrainFlags):
     lr_scheduler_type: str
     num_train_epochs: float
     max_steps: int
+    batch_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
     group_by_modality_length: bool
     image_aspect_ratio: Literal["square", "pad", "anyres"]
     output_dir: str
 
     def to_json(self) -> str:
-        """Return the arguments as text, for the process of the stage."""
+        """Return the configuration as text, for the processes of the stage."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> StageArguments:
-        """Return the arguments that `to_json` wrote."""
+    def from_json(text: str) -> StageConfig:
+        """Return the configuration that `to_json` wrote."""
         values = json.loads(text)
-        return StageArguments(**values | {"fields": values["fields"] and tuple(values["fields"])})
+        return StageConfig(**values | {"fields": values["fields"] and tuple(values["fields"])})
 
-    def resolve(self, world_size: int) -> TrainArguments:
-        """Fill in what depends on the device and on the number of ranks, `world_size`.
+    def on(self, device: torch.device) -> StageConfig:
+        """Return the configuration with the values filled in that depend on the kind of `device`."""
+        from clips.common.runtime import has_bf16  # not at the top: --help is answered without torch
 
-        Raises UserError if the batch sizes do not fit so many ranks.
-        """
-        import torch  # not at the top: --help is answered without it
+        on_gpu = device.type == "cuda"
+        workers = 4 if on_gpu and not self.caches_features else 0
+        return replace(
+            self,
+            bf16=has_bf16(device) if self.bf16 is None else self.bf16,
+            gradient_checkpointing=on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing,
+            dataloader_num_workers=workers if self.dataloader_num_workers is None else self.dataloader_num_workers,
+        )
 
-        from clips.common.runtime import has_bf16
-
-        on_gpu = self.device != "cpu" and torch.cuda.is_available()
-        values = vars(self) | self._batches(world_size)
-        if self.bf16 is None:
-            values["bf16"] = has_bf16(torch.device("cuda" if on_gpu else "cpu"))
-        if self.gradient_checkpointing is None:
-            values["gradient_checkpointing"] = on_gpu
-        if self.dataloader_num_workers is None:
-            values["dataloader_num_workers"] = 4 if on_gpu and not self.caches_features else 0
-        return TrainArguments(**values)
-
-    def _batches(self, world_size: int) -> dict[str, int]:
-        """Return sizes with `batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`."""
-        defaults, accumulation = self.defaults(), self.gradient_accumulation_steps
-        total = self.batch_size or defaults["batch_size"]
-        micro = self.per_device_train_batch_size or defaults.get("per_device_train_batch_size", 16)
-        if self.batch_size is None and accumulation is not None:
-            total = micro * world_size * accumulation
-        if self.per_device_train_batch_size is None:
-            share = total // (world_size * (accumulation or 1))
-            micro = max(1, share if accumulation else min(micro, share))
-        steps = total // (micro * world_size)
-        if steps == 0 or steps * micro * world_size != total or steps != (accumulation or steps):
-            raise UserError(
-                f"--batch_size {total} is not {world_size} rank(s) × --per_device_train_batch_size {micro} × "
-                f"--gradient_accumulation_steps {accumulation or 'of a whole number'}: change one of them"
-            )
-        return {"batch_size": total, "per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
+    def check_ranks(self, ranks: int) -> StageConfig:
+        """Return the configuration. Raises UserError if its batch sizes are those of another number of ranks."""
+        if self.batch_size != ranks * self.gradient_accumulation_steps * self.per_device_train_batch_size:
+            raise UserError(f"the configuration is not of {ranks} rank(s): resolve its flags for as many")
+        return self
 
     @property
     def rates(self) -> dict[str, float]:
@@ -324,17 +327,10 @@ class StageArguments(TrainFlags):
         """True if the features of the frozen encoder are computed once."""
         return self.feature_cache and not self.unfreeze_mm_vision_tower
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments(StageArguments):
-    """The arguments of a process that trains one stage."""
-
-    batch_size: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    bf16: bool
-    gradient_checkpointing: bool
-    dataloader_num_workers: int
+    @property
+    def takes_stage_1(self) -> bool:
+        """True for a stage 2 that starts from the projector of stage 1."""
+        return self.stage == 2 and self.pretrain_mm_mlp_adapter is None
 
     def what_trains(self) -> dict[str, Any]:
         """Return the fields that change the result; a resumed run must have the same values."""
@@ -386,8 +382,6 @@ ACCEPTED: dict[str, str | None] = {
 """Flags of LLaVA's scripts with the only value that each can have here, as another would silently train something else.
 None: any value, without effect.
 """
-BATCH_SIZES = ("batch_size", "per_device_train_batch_size")
-"""Flags whose defaults count only once the number of ranks is known."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -407,23 +401,29 @@ def parser() -> argparse.ArgumentParser:
 GIVE_STAGE = "give --stage 1 (align: captions, trains the projector) or --stage 2 (instruct: conversations)"
 
 
-def parse_train_arguments(argv: Sequence[str]) -> StageArguments:
-    """Return the arguments of the one stage that a command line names, for processes started by any launcher.
+def launched_ranks(device: str) -> int:
+    """Return the number of ranks that a launcher has started for this process, or 1 without a launcher."""
+    return find_ranks()[1]
+
+
+def parse_stage(argv: Sequence[str], ranks_on: Callable[[str], int] = launched_ranks) -> StageConfig:
+    """Return the configuration of the one stage that a command line names, for processes started by any launcher.
 
     Raises UserError if it names none, and like `parse_stages`.
     """
-    stages = parse_stages(argv)
+    stages = parse_stages(argv, ranks_on)
     if len(stages) > 1:
         raise UserError(f"{GIVE_STAGE}; scripts/train_llava.sh runs both")
     return stages[0]
 
 
-def parse_stages(argv: Sequence[str]) -> list[StageArguments]:
-    """Return the arguments of --stage, or of both stages; `--align.FLAG` and `--instruct.FLAG` count in that one only.
+def parse_stages(argv: Sequence[str], ranks_on: Callable[[str], int] = launched_ranks) -> list[StageConfig]:
+    """Return the configuration of --stage, or of both stages; `--align.FLAG` and `--instruct.FLAG` count in one only.
 
     If a command line is for both stages, each one ignores the other's flags, and the other's `--version` (plain is
-    stage 1's, every other format is stage 2's). Raises UserError for a flag of the other stage otherwise, and for a
-    LLaVA flag whose value is not supported.
+    stage 1's, every other format is stage 2's). `ranks_on` returns the number of ranks for a --device. Raises UserError
+    for a flag of the other stage otherwise, for a LLaVA flag whose value is not supported, and before stage 1 for what
+    stage 2 would refuse after it.
     """
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if {"-h", "--help"} & set(argv):
@@ -432,17 +432,20 @@ def parse_stages(argv: Sequence[str]) -> list[StageArguments]:
     if numbers and numbers[0] not in ("1", "2"):
         raise UserError(f"{GIVE_STAGE}; scripts/train_llava.sh runs both without it")
     stages = [STAGES[int(number)] for number in numbers] or [*STAGES.values()]
-    parsed = [_parse(argv, stage, both=not numbers).complete() for stage in stages]
+    parsed = [_parse(argv, stage, both=not numbers) for stage in stages]
+    ranks = ranks_on(parsed[-1].device)
+    configs = [flags.resolve(ranks) for flags in parsed]
     if not numbers:
-        _check_same_parts(*parsed)
-    return parsed
+        _check_same_parts(*configs)
+    return configs
 
 
-def _check_same_parts(align: StageArguments, instruct: StageArguments) -> None:
-    """Raise UserError before stage 1 for what stage 2 would refuse after it (`prepare.record_config`)."""
-    if instruct.pretrain_mm_mlp_adapter is not None:
+def _check_same_parts(align: StageConfig, instruct: StageConfig) -> None:
+    """Raise UserError before stage 1 for what stage 2 would refuse after it (mllm/training/record.py)."""
+    if not instruct.takes_stage_1:
         return
-    for name in AROUND_PROJECTOR:
+    is_drawn = align.vision_tower.partition(":")[0] in ("random", "blind")  # with the seed
+    for name in ("vision_tower", "output_dir", *(["seed"] if is_drawn else []), *AROUND_PROJECTOR):
         one, two = getattr(align, name), getattr(instruct, name)
         if one != two:
             raise UserError(

@@ -1,6 +1,6 @@
-"""The two stages of LLaVA: the parts that each stage trains (the freeze table), and the defaults of its flags.
+"""What a stage of LLaVA is, as data: the parts that it trains (the freeze table), and the defaults of its flags.
 
-Every run prints the freeze table and asserts it before the first step (mllm/training/freeze.py). This module imports
+Every run prints the freeze table and asserts it before the first step (mllm/training/build.py). This module imports
 nothing heavy: the command builds its flags from it.
 """
 
@@ -24,7 +24,6 @@ FREEZE: dict[str, dict[str, TrainMode]] = {
     },
 }
 """How each part trains in each stage. Flags change single entries: see `freeze_table`."""
-
 
 DEMO_LAYERS = "6,2"
 """The layers that the adapter was taught on (mllm/model/adapter). In the few minutes of the demo, a few layers that
@@ -133,13 +132,8 @@ STAGES = {
 STAGE_FLAGS = {
     1: ("mm_projector_init",),
     2: (
-        "lora_enable",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "freeze_mm_mlp_adapter",
-        "freeze_word_embeddings",
-        "mm_vision_tower_lr",
+        *("lora_enable", "lora_r", "lora_alpha", "lora_dropout"),
+        *("freeze_mm_mlp_adapter", "freeze_word_embeddings", "mm_vision_tower_lr"),
     ),
 }
 """The flags that only one of the stages has, by its number."""

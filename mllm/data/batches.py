@@ -1,10 +1,14 @@
-"""The order of samples in an epoch, which can be grouped by modality and length, and is the same on every rank."""
+"""Batches: the order of samples in an epoch, the same on every rank, and the padding of samples into tensors.
+
+Shapes: B samples of a batch · L longest sample.
+"""
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 
 class EpochSampler:
@@ -75,3 +79,11 @@ class EpochSampler:
             hands[hand].append(sample)
             sums[hand] += abs(int(self.lengths[sample]))
         return np.concatenate(hands)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """Return int64 [B, L]: the rows padded with `value` on the right, or on the `left` for generation."""
+    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded

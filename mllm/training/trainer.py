@@ -1,4 +1,4 @@
-"""What a LLaVA stage gives to the loop: its model with the loss, its batches, its rates."""
+"""What a LLaVA stage gives to the loop: its model with the loss, its batches, its rates, and what a batch costs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from clips.common.errors import UserError
+from clips.common.flops import forward_flops, training_flops
 from clips.common.runtime import autocast
 from clips.engine.checkpoint import TrainState
 from clips.engine.engine import Batch, Engine, Objective
 from clips.engine.loader import load_batches
 from clips.engine.loop import Trainer
+from mllm.data.batches import EpochSampler, pad_rows
 from mllm.data.conversation import IGNORE
-from mllm.data.dataset import LlavaDataset, pad_rows
-from mllm.data.sampler import EpochSampler
-from mllm.encoders.encoder import keep_statistics
-from mllm.model.forward import causal_lm_loss, embed_inputs
-from mllm.model.packing import PACKED, Counts, Packing, can_pack
-from mllm.model.tiles import Llava, newline_of, placeholder_ids
-from mllm.training.arguments import TrainArguments
-from mllm.training.flops import flops_of
-from mllm.training.freeze import llava_of, parameter_groups
-from mllm.training.stages import PARTS
+from mllm.data.dataset import LlavaDataset
+from mllm.encoders.encoder import gives_map, keep_statistics, prefix_tokens
+from mllm.model.forward import PACKED, Counts, Packing, can_pack, causal_lm_loss, embed_inputs, pairs_of
+from mllm.model.tiles import Llava, TokenLayout, llava_of, newline_of, placeholder_ids
+from mllm.training.config import StageConfig
+from mllm.training.recipes import PARTS
 
 
 class TrainingModel(Objective):
@@ -44,7 +42,7 @@ class TrainingModel(Objective):
 
         Args:
             features: Batches hold `image_features`, not `pixel_values`.
-            packed: Pack batches (mllm/model/packing.py) if the language model allows it.
+            packed: Pack batches (mllm/model/forward.py) if the language model allows it.
             bf16: Compute in bf16 with weights of any precision (autocast).
         """
         super().__init__()
@@ -110,7 +108,7 @@ class TrainingModel(Objective):
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns samples into a batch of `TrainingModel`: ids, labels and mask [B, L], and `image_key` from `load_images`.
+    """Turns samples into a batch for training: ids, labels and mask [B, L], and `image_key` from `load_images`.
 
     A batch also holds its `counts`, counted before it goes to the device, the `keys` of its samples, which an error
     shows if a loss is not finite, and `image_sizes` of all images if the samples have them. A batch without images has
@@ -151,39 +149,39 @@ class LlavaTrainer(Trainer):
     """The trainer of a LLaVA stage: its batches, its learning rates, and the number of labels of each step."""
 
     def __init__(
-        self, arguments: TrainArguments, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState,
+        self, config: StageConfig, engine: Engine, dataset: LlavaDataset, collator: Collator, state: TrainState,
         costs: Mapping[str, int],
     ) -> None:  # fmt: skip
-        """`costs` are those of `costs_of` (mllm/training/flops.py) before the engine was made."""
-        self.arguments, self.engine, self.dataset, self.collator = arguments, engine, dataset, collator
+        """`costs` are those of `costs_of` before the engine was made."""
+        self.config, self.engine, self.dataset, self.collator = config, engine, dataset, collator
         self.state = state
-        self.steps = steps_of(arguments, len(dataset))
-        self.samples = samples_after(self.steps, len(dataset), arguments.batch_size)
-        state.samples = samples_after(state.step, len(dataset), arguments.batch_size)  # an old one counted full steps
-        self.log_every, self.logged_group = arguments.logging_steps, "language_model"
-        self.peaks, self.costs = arguments.rates, costs
+        self.steps = steps_of(config, len(dataset))
+        self.samples = samples_after(self.steps, len(dataset), config.batch_size)
+        state.samples = samples_after(state.step, len(dataset), config.batch_size)  # an old one counted full steps
+        self.log_every, self.logged_group = config.logging_steps, "language_model"
+        self.peaks, self.costs = config.rates, costs
         self.local_module = engine.module
-        self.factor = schedule(arguments, self.steps)
+        self.factor = schedule(config, self.steps)
 
     def batches(self) -> Iterator[Batch]:
         """Return the loader of this rank's micro-batches, from the current step on."""
         sampler = EpochSampler(
             self.dataset.modality_lengths,
-            batch_size=self.arguments.per_device_train_batch_size,
+            batch_size=self.config.per_device_train_batch_size,
             chunks=self.engine.world_size * self.engine.accumulation,
-            seed=self.arguments.seed,
-            group_by_modality_length=self.arguments.group_by_modality_length,
+            seed=self.config.seed,
+            group_by_modality_length=self.config.group_by_modality_length,
         )
         indices = sampler.batches(rank=dist.get_rank(), ranks=self.engine.world_size, step=self.state.step)
         left = islice(indices, (self.steps - self.state.step) * self.engine.accumulation)
         read = partial(read_batch, self.dataset, self.collator)
-        return load_batches(read, left, self.arguments.dataloader_num_workers, "--dataloader_num_workers")
+        return load_batches(read, left, self.config.dataloader_num_workers or 0, "--dataloader_num_workers")
 
     def begin_step(self) -> tuple[int, dict[str, float]]:
         """Seed the dropout of the adapters, so that a resumed stage draws what it would have drawn."""
-        arguments, step = self.arguments, self.state.step
-        torch.manual_seed(hash((arguments.seed, step, dist.get_rank())))
-        size = samples_after(step + 1, len(self.dataset), arguments.batch_size) - self.state.samples
+        config, step = self.config, self.state.step
+        torch.manual_seed(hash((config.seed, step, dist.get_rank())))
+        size = samples_after(step + 1, len(self.dataset), config.batch_size) - self.state.samples
         return size, {part: self.factor(step) * self.peaks[part] for part in PARTS}
 
     def shared_inputs(self, batches: Sequence[Batch]) -> Sequence[Tensor | float]:
@@ -204,15 +202,15 @@ class LlavaTrainer(Trainer):
 
     def saves(self) -> bool:
         """Return True after every --save_steps steps; with 0 never."""
-        every = self.arguments.save_steps
+        every = self.config.save_steps
         return every > 0 and self.state.step % every == 0
 
 
-def steps_of(arguments: TrainArguments, samples: int) -> int:
+def steps_of(config: StageConfig, samples: int) -> int:
     """Return the number of optimizer steps of a stage; the last step of an epoch may have fewer samples."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * math.ceil(samples / arguments.batch_size))
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * math.ceil(samples / config.batch_size))
 
 
 def samples_after(steps: int, samples: int, batch_size: int) -> int:
@@ -221,28 +219,98 @@ def samples_after(steps: int, samples: int, batch_size: int) -> int:
     return epochs * samples + rest * batch_size
 
 
-def schedule(arguments: TrainArguments, steps: int) -> Callable[[int], float]:
+def schedule(config: StageConfig, steps: int) -> Callable[[int], float]:
     """Return the learning rate schedule of transformers, a function from the step (0-based) to the share of the peak.
 
     Raises UserError for a schedule that is no function of the step alone.
     """
-    warmup = arguments.warmup_steps
+    warmup = config.warmup_steps
     if warmup is None:
-        warmup = math.ceil(steps * arguments.warmup_ratio)
+        warmup = math.ceil(steps * config.warmup_ratio)
     unused = torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
     try:
-        created = get_scheduler(arguments.lr_scheduler_type, unused, warmup, steps)
+        created = get_scheduler(config.lr_scheduler_type, unused, warmup, steps)
         return created.lr_lambdas[0]
     except (AttributeError, TypeError, ValueError):
         raise UserError(
-            f"--lr_scheduler_type {arguments.lr_scheduler_type} is not supported; choose one of: linear, cosine, "
+            f"--lr_scheduler_type {config.lr_scheduler_type} is not supported; choose one of: linear, cosine, "
             "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt"
         ) from None
 
 
-def make_optimizer(model: TrainingModel, rates: dict[str, float], weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW on the trained weights, a group for each part and kind. `rates` are the parts' peaks."""
-    groups = parameter_groups(model, rates, weight_decay)
-    # torch's own defaults, spelled out: another version's defaults would change a run. Fused reads and writes the
-    # weights once, not ten times.
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+# ------------------------------------------------------------------------------------------- cost
+def costs_of(model: Llava, image_size: int) -> dict[str, int]:
+    """Return the FLOPs of the forward and backward pass for each unit of work, with the parts that train now.
+
+    What a step runs without using it is not counted: an encoder's pooler, and the zero image that a batch without
+    images sends through the encoder (mllm/model/forward.py). In a mixture of experts every expert is counted.
+
+    Args:
+        image_size: Side of a square that the encoder sees, in pixels; 0 if its features are cached.
+    """
+    inner: Any = model.model
+    tower, projector, language_model = inner.vision_tower, inner.multi_modal_projector, inner.language_model
+    sees = _trains(tower)
+    into = sees or _trains(projector) or _trains(language_model.get_input_embeddings())
+    learns = into or _trains(language_model)
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    square = TokenLayout.of(model.config).tokens_per_crop * training_flops(projector, sees)
+    return {
+        "images": square + (_tower(tower, model.config.vision_feature_layer, image_size) if image_size else 0),
+        "positions": training_flops(_blocks(language_model), into),
+        "pairs": (3 if learns else 1) * 4 * text.num_hidden_layers * text.num_attention_heads * head,
+        "predicted": training_flops(model.lm_head, learns),
+    }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the blocks of a transformer: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+def _tower(tower: Any, feature_layer: int | list[int], image_size: int) -> int:
+    """Return the FLOPs of one square through all blocks of an encoder, and back through those whose output is used."""
+    if gives_map(tower.config):
+        from mllm.encoders.maps import map_flops  # not at the top: it imports timm
+
+        return map_flops(tower, image_size)
+    (patches,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
+    blocks = _blocks(tower)
+    count = (image_size // patches.kernel_size[0]) ** 2
+    tokens = count + prefix_tokens(tower.config)
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    used = max(layer if layer >= 0 else len(blocks) + 1 + layer for layer in layers)
+    total = count * training_flops(patches, False)
+    for index, block in enumerate(blocks):
+        passes = 3 if patches.weight.requires_grad and index < used else 1
+        total += passes * tokens * (forward_flops(block) + 4 * tokens * tower.config.hidden_size)
+    return total
+
+
+def flops_of(batch: Mapping[str, Any], costs: Mapping[str, int], *, packed: bool) -> int:
+    """Return the FLOPs of the forward and backward pass over a batch; `costs` are those that `costs_of` returns.
+
+    The units of work are those of `units_of`, which explains `packed`.
+    """
+    return sum(count * costs[unit] for unit, count in units_of(batch, packed=packed).items())
+
+
+def units_of(batch: Mapping[str, Any], *, packed: bool) -> dict[str, int]:
+    """Return the units of work in a batch of `Collator`.
+
+    Units are crops of images, positions of sequences, pairs of query and key (causal or not), and tokens that are
+    learned. If the batch is `packed` (mllm/model/forward.py), padding costs nothing.
+    """
+    samples, length = batch["input_ids"].shape
+    counts = batch["counts"]
+    return {
+        "images": sum(len(batch[name]) for name in ("image_features", "pixel_values") if name in batch),
+        "positions": counts.row if packed else samples * length,
+        "pairs": pairs_of(samples, length, counts.shared if packed else 0),
+        "predicted": counts.learned,
+    }
