@@ -95,9 +95,17 @@ class Part:
 
     def column(self, number: int) -> Any:
         """Return a column of all rows that are left, as a pyarrow array."""
-        with pa.memory_map(str(self.folder / self.facts["index"])) as file:
-            column = pa.ipc.open_file(file).read_all().column(number)
-            return column if self.rows is None else column.take(pa.array(self.rows))
+        column = open_index(self).read_all().column(number)
+        return column if self.rows is None else column.take(pa.array(self.rows))
+
+
+def open_index(part: Part) -> pa.ipc.RecordBatchFileReader:
+    """Map the index of a part. Raises UserError if it is damaged or gone."""
+    path = part.folder / part.facts["index"]
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is damaged ({error}): remove its folder, and it is imported anew") from None
 
 
 class Dataset:

@@ -14,9 +14,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,8 @@ from clips.data.sample import BrokenSample, cell_of, flat, image_in, mend_broken
 VERSION = 1
 """Raise it when the written format changes: older imports are then made anew."""
 THREADS = 8
+LARGE = 10**8
+"""Bytes of files whose import is announced before it begins."""
 NO_UTF8 = re.compile("[\udc80-\udcff]")
 """Characters that stand for bytes of a CSV file that are not UTF-8."""
 PROBED_SAMPLES = 32
@@ -92,7 +94,7 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
     del wanted["cache_bytes"]
     folder = _folder(spec, files[0], wanted)
     path = folder / MANIFEST
-    with lock(folder / "lock", wait=True):
+    with _alone(folder):
         old = read_json(path) if path.is_file() else {}
         if old.get("version") != VERSION:
             old = {}
@@ -107,6 +109,17 @@ def import_data(spec: str, options: ImportOptions) -> tuple[Path, list[str]]:
                     for file in folder.glob(f"{stale.stem}.*"):
                         file.unlink(missing_ok=True)
     return path, files
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of an import. Raises UserError if another process does not give it up."""
+    try:
+        held = lock(folder / "lock", wait=True)
+    except TimeoutError as error:
+        raise UserError(f"{folder} is being imported by another process: {error.strerror}") from None
+    with held:
+        yield
 
 
 def state_of(url: str) -> str:
@@ -162,22 +175,28 @@ class _Import:
             self.fields, self.names = Fields(**old["fields"]), old["names"]
             self.base = os.path.abspath(first["root"]) if first["root"] else ""
         self.copies = Copies(options.cache_bytes) if options.cache_bytes and any(map(is_remote, files)) else None
-        self.copied = 0
 
     def run(self, tables: bool) -> dict[str, Any]:
         """Import every file and return the content of the manifest."""
         one = self._table if tables else self._shard
-        with tqdm(total=len(self.files), desc="importing", unit="file", leave=False, disable=None) as self.bar:
+        where = (
+            self.files[0] if len(self.files) == 1 else f"{self.files[0]} … {self.files[-1]} ({len(self.files)} files)"
+        )
+        total = sum(os.path.getsize(file) for file in self.files if os.path.isfile(file))
+        if total > LARGE:
+            say(
+                without_secrets(
+                    f"importing {where}: {total / 1e9:.1f} GB are read once, the index goes to {self.folder}"
+                )
+            )
+        with tqdm(desc="importing", unit=" rows", leave=False, disable=None) as self.bar:
             parts = [self._part(0, one)]
             while self.fields is None and len(parts) < len(self.files):  # the first one with samples fixes the fields
                 parts.append(self._part(len(parts), one))
             with ThreadPoolExecutor(THREADS) as pool:
                 parts += pool.map(lambda number: self._part(number, one), range(len(parts), len(self.files)))
-        samples, skipped = (
-            sum(part["samples"] for part in parts),
-            sum((Counter(p["skipped"]) for p in parts), Counter()),
-        )
-        where = self.files[0] if len(self.files) == 1 else f"{self.files[0]} … {self.files[-1]} ({len(parts)} files)"
+        samples = sum(part["samples"] for part in parts)
+        skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
         self.notes = [line for part in parts for line in part["notes"]]
         if self.fields is not None and self.fields != self.options.fields:
             self.notes.append(f"{where}: {describe_fields(self.fields)} (guessed; --fields overrules)")
@@ -201,16 +220,14 @@ class _Import:
         before = self.done.get((without_secrets(url), state))
         same = self.fields is not None and asdict(self.fields) == self.old_fields
         if before is not None and same and (self.folder / before["index"]).is_file():
-            self.bar.update()
             return before
         local = not is_remote(url)
         with _opened(url, state, self.copies) as file:
             name = f"{number:05}-{hashlib.sha256(f'{url} {state}'.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-            index = IndexWriter(self.folder / name, None if local else self.options.cache_bytes)
+            index = IndexWriter(self.folder / name, None if local else self.options.cache_bytes, self.bar)
             with index:
                 facts = one(url, file, index)
             facts |= index.finish(self.fields)
-        self.bar.update()
         is_file = local and os.path.isfile(url)
         facts |= {"sha256": sha256(Path(url)) if is_file else None, "size": os.path.getsize(url) if is_file else 0}
         return {"url": without_secrets(url), "state": state} | facts

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.common.escape import clip
@@ -45,7 +46,7 @@ def image_hash(identity: bytes) -> int:
 class IndexWriter:
     """Writes the index of one part, with the bytes of images that are in no file of their own."""
 
-    def __init__(self, stem: Path, most: int | None) -> None:
+    def __init__(self, stem: Path, most: int | None, bar: tqdm) -> None:
         self.path, self.images = stem.with_suffix(".arrow"), stem.with_suffix(".images")
         self.rows = self.gathered = self.skipped_rows = 0
         self.skipped: Counter[str] = Counter()
@@ -53,7 +54,7 @@ class IndexWriter:
         self.notes: list[str] = []
         self._most = most
         """Most bytes of images that are stored, or None."""
-        self._hashes = array("Q")
+        self._bar = bar
         self._columns: list[list[Any]] = [[] for _ in SCHEMA]
         self._stored: dict[bytes, Place] = {}
         self._blob: BinaryIO | None = None
@@ -99,7 +100,6 @@ class IndexWriter:
         )  # fmt: skip
         for column, cell in zip(self._columns, row, strict=True):
             column.append(cell)
-        self._hashes.append(hashed)
         self.rows += 1
         if len(self._columns[0]) == BATCH:
             self._flush()
@@ -167,6 +167,7 @@ class IndexWriter:
         if self._columns[0] and self._writer is not None:
             arrays = [pa.array(column, field.type) for column, field in zip(self._columns, SCHEMA, strict=True)]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+            self._bar.update(len(self._columns[0]))
             self._columns = [[] for _ in SCHEMA]
 
     def _close(self) -> None:
