@@ -366,14 +366,7 @@ class Dataset:
         if self._process != os.getpid():  # a forked worker opens its own files
             self._open, self._process = OrderedDict(), os.getpid()
         if number not in self._open:
-            part = self.parts[number]
-            path = part.folder / part.facts["index"]
-            try:
-                self._open[number] = pa.ipc.open_file(pa.memory_map(str(path))), None
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(
-                    f"{path} is damaged or gone ({error}): remove its folder, and it is imported anew"
-                ) from None
+            self._open[number] = open_index(self.parts[number]), None
             if len(self._open) > OPEN_PARTS and (file := self._open.popitem(last=False)[1][1]) is not None:
                 file.close()
         self._open.move_to_end(number)
