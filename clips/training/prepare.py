@@ -205,14 +205,6 @@ def same_data(run_dir: Path, dataset: Dataset) -> Dataset:
     return dataset
 
 
-def facts_of_run(run: RunConfig, previous: checkpoint.Checkpoint | None) -> dict[str, Any]:
-    """Return what must be equal on all ranks in the run directory, for `Start.agree`."""
-    return {
-        "the configuration": run.to_dict(),
-        "the checkpoint to go on from": previous.path.name if previous else "none",
-    }
-
-
 def facts_of_data(
     dataset: Dataset, val: str, tokenizer: CaptionTokenizer, initial: InitialWeights | None
 ) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from clips.training.finish import finish_run, print_next
 from clips.training.optim import make_engine
 from clips.training.prepare import (
     facts_of_data,
-    facts_of_run,
     open_run,
     prepare_data,
     print_plan,
@@ -72,8 +71,11 @@ def pretrain(
         run, run_dir, resume, start, place, allow_config_change=allow_config_change, dry_run=dry_run
     )
     settings = read_ds_config(ds_config, "--ds-config")
-    flags = {"--name": str(run_dir), "--ds-config": settings, "--resume": resume, "--dry-run": dry_run}
-    start.agree(flags | facts_of_run(run, previous))
+    start.agree({
+        "--name": str(run_dir), "--ds-config": settings, "--resume": resume, "--dry-run": dry_run,
+        "the configuration": run.to_dict(),
+        "the checkpoint to go on from": previous.path.name if previous else "none",
+    })  # fmt: skip
     if start.of_rank_0(_is_complete(run, run_dir, previous)):
         if start.rank == 0:
             print_next(run.data, run_dir)

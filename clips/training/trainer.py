@@ -79,7 +79,7 @@ class Task(Objective):
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return the micro-batch on `device`, its images normalised there to float32 [B, 3, H, W]."""
-        moved = super().to_device(batch, device)
+        moved = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
         return moved | {"images": normalise(moved["images"])}
 
     def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
