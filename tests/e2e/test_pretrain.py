@@ -144,7 +144,7 @@ def test_several_captions_a_held_out_share_and_the_best_checkpoint_without_a_fla
     assert_said(run(longer), 2, "no data at")
     with_captions(tmp_path / "mine.tar", 140)
     done = run(longer)
-    assert_said(done, 2, "has trained on other data", "give another --name to begin anew", f"--init-from {run_dir}")
+    assert_said(done, 2, "has trained on other data", "Give another --name to begin", f"--init-from {run_dir}")
     assert checkpoints(run_dir)[-1] == "step-00000006"
     (run_dir / "data.json").rename(tmp_path / "data.json")
     assert_said(run([*longer, "--dry-run"]), 0, "goes on from", "it began when rows were held out")
