@@ -127,7 +127,7 @@ def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path
 
 
 def test_row_12_broken_data_of_one_rank_are_noticed_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
-    """The second rank's copy of the data is broken, as a bad disk of one node would have it: the bytes were imported."""
+    """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
     broken = [(bytes(len(image)), recap(web, long)) for image, web, long in make_images(64)]  # of equal sizes
     write_shard(tmp_path / "broken/0.tar", broken[:40])
     write_shard(tmp_path / "broken/1.tar", broken[40:])

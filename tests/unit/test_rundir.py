@@ -79,22 +79,21 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    "name", ["/etc/passwd", "pics/../../secret.png", "out.png", "up/secret.png", "../set-2/a.png", "a\0b", "x://a"]
-)
+@pytest.mark.parametrize("name", ["/etc/passwd", "pics/../../secret.png", "../set-2/a.png", "a\0b", "x://a"])
 def test_what_leads_out_is_refused(root: Path, name: str) -> None:
     with pytest.raises(ValueError, match="is outside"):
         inside(root, name)
-    assert is_plain(name) == (name in ("out.png", "up/secret.png", "x://a")), "by the text alone"
+    assert is_plain(name) == (name == "x://a"), "by the text alone"
 
 
-def test_what_stays_below_is_its_real_path(root: Path) -> None:
-    real = str((root / "pics" / "0.png").resolve())
-    for name in ("pics/0.png", "in.png", "./pics//0.png", "pics/../pics/0.png", str(root / "pics" / "0.png")):
-        assert inside(root, name) == real
-    assert inside(root, "new/a..png") == str(root.resolve() / "new" / "a..png"), "what is not there yet too"
-    assert inside(root / "up" / "set", "pics/0.png") == real, "the root may be a link itself"
-    assert inside("/", "etc/hosts") == str(Path("/etc/hosts").resolve())
+def test_what_stays_below_is_its_path(root: Path) -> None:
+    for name in ("pics/0.png", "./pics//0.png", "pics/../pics/0.png", str(root / "pics" / "0.png")):
+        assert inside(root, name) == str(root / "pics" / "0.png")
+    assert inside(root, "new/a..png") == str(root / "new" / "a..png"), "what is not there yet too"
+    for link in ("in.png", "out.png", "up/secret.png"):
+        assert inside(root, link) == str(root / link), "a link in the folder is inside, wherever it points"
+    assert inside(root / "up" / "set", "pics/0.png") == str(root / "up" / "set" / "pics" / "0.png")
+    assert inside("/", "etc/hosts") == "/etc/hosts"
 
 
 def test_a_digest_is_of_the_names_and_contents_of_weights(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
 
-from clips.common.errors import UserError
+from clips.common.errors import BrokenDataError, UserError
 from clips.common.files import read_json_records, write_json
 from clips.common.rundir import UNSEEN
 from clips.data.demo import NUMBERS, PLACES, ensure_demo
@@ -360,8 +360,11 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypat
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\n./sub/0.png;\n", encoding="cp1252")
-    store, images = open_store(table, folder), ImageStore(folder)
+    with pytest.raises(BrokenDataError, match=r"2 of 5 rows cannot be used"):
+        open_store(table, folder)
     assert re.search(r"2 of 5 rows are skipped .*sub/3\.png", caplog.text)
+    table.write_text(f"file_name;caption\n{rows}", encoding="cp1252")
+    store, images = open_store(table, folder), ImageStore(folder)
     dataset = LlavaDataset(table, encoder, store)
     assert [dataset[i]["images"] for i in range(3)] == [["0"], ["1"], ["2"]]
     assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2"]
