@@ -42,6 +42,7 @@ SAMPLE_BYTES = 1 << 18
 LONGEST_PATH = 200
 """Characters of an image's path that a sample's name shows."""
 KEY, OFFSET, SIZE, PATH, WEB, LONG, HASH, EXTRA = range(8)
+SAMPLE = (KEY, OFFSET, SIZE, PATH, WEB, LONG, EXTRA)
 
 
 def open_data(
@@ -284,7 +285,7 @@ class Dataset:
     def read(self, index: int) -> RawSample:
         """Read a sample. Raises BrokenSample if its image cannot be read, IndexError beyond the end."""
         number, row = self._locate(index)
-        part, cells = self.parts[number], self._cells(number, row, range(8))
+        part, cells = self.parts[number], self._cells(number, row, SAMPLE)
         name = self._name(part, cells[KEY])
         if cells[PATH] is None:
             image = self._bytes(number, name, cells[OFFSET], cells[SIZE])
@@ -295,7 +296,7 @@ class Dataset:
                 image = read_regular(os.path.join(part.facts["root"], path), MAX_BYTES + 1)
             except OSError as error:
                 raise BrokenSample(name, f"image: {reason(error)}: {os.path.join(part.facts['root'], path)}") from None
-        return RawSample(name, image, _texts(part, cells[WEB], cells[LONG]), json.loads(cells[EXTRA]))
+        return RawSample(name, image, _texts(part, cells[WEB], cells[LONG]), json.loads(cells[-1]))
 
     def captions(self, index: int) -> Texts:
         """Return the captions of a sample without reading its image."""
@@ -341,14 +342,14 @@ class Dataset:
         return f"{without_secrets(part.url)}#{key.decode('utf-8', 'surrogatepass')}"
 
     def _cells(self, number: int, row: int, columns: Iterable[int]) -> list[Any]:
-        batch = self._opened(number)[0].get_batch(row // BATCH)
-        return [batch.column(column)[row % BATCH].as_py() for column in columns]
+        batch, row = self._opened(number)[0][row // BATCH], row % BATCH
+        return [batch.column(column)[row].as_py() for column in columns]
 
     def _bytes(self, number: int, name: str, offset: int, size: int) -> bytes:
-        reader, file = self._opened(number)
+        batches, file = self._opened(number)
         if file is None:
             file = self._image_file(number)
-            self._open[number] = reader, file
+            self._open[number] = batches, file
         try:
             if hasattr(file, "fileno") and not is_remote_file(file):
                 data = os.pread(file.fileno(), size, offset)  # it moves no file position, which forks share
@@ -362,11 +363,12 @@ class Dataset:
         return data
 
     def _opened(self, number: int) -> tuple[Any, BinaryIO | None]:
-        """Return the index of a part, and the file of its images if that is open."""
+        """Return the record batches of a part's index, and the file of its images if that is open."""
         if self._process != os.getpid():  # a forked worker opens its own files
             self._open, self._process = OrderedDict(), os.getpid()
         if number not in self._open:
-            self._open[number] = open_index(self.parts[number]), None
+            index = open_index(self.parts[number])
+            self._open[number] = [index.get_batch(i) for i in range(index.num_record_batches)], None
             if len(self._open) > OPEN_PARTS and (file := self._open.popitem(last=False)[1][1]) is not None:
                 file.close()
         self._open.move_to_end(number)

@@ -21,7 +21,7 @@ from clips.config import OTHERS, Fields
 from clips.data.importing.tar import Place
 from clips.data.sample import Texts
 
-BATCH = 1024
+BATCH = 1 << 14
 """Rows of a record batch of an index, so that row i is in batch i // BATCH."""
 MOST_ROWS = 1000
 """Rows of one image whose captions are kept: reading one sample must not take seconds."""
