@@ -20,7 +20,7 @@ from PIL import Image
 from clips.common.errors import UserError
 from clips.config import Fields, RunConfig
 from clips.data.dataset import Dataset, open_data
-from clips.data.importing.layouts import expand, guess_fields
+from clips.data.importing.layouts import expand, guess_fields, warn_once
 from clips.data.loader import make_loader
 from clips.data.sample import Texts
 from clips.data.splits import open_split
@@ -96,6 +96,7 @@ def test_a_table_from_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """`--train-data` of open_clip: separated by tabs, paths from the current folder."""
     monkeypatch.chdir(tmp_path)
+    warn_once.cache_clear()  # other tests' tables have this relative path, too
     make_images(tmp_path / "pics")
     rows = [(f"pics/{i}.png", f"w {i}") for i in range(3)]
     write_csv(tmp_path / "lists/train.csv", [("filepath", "title"), *rows], delimiter="\t")
