@@ -29,11 +29,11 @@ from clips.common.paths import is_remote, without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.images import MAX_BYTES
 from clips.data.importing import CHOICES, ImportOptions, import_data, missing_field, state_of
-from clips.data.importing.index import BATCH, digests_of, image_hash
+from clips.data.importing.index import BATCH, digests_of, image_hash, texts_of
 from clips.data.importing.layouts import MANIFEST, warn_once
 from clips.data.order import MixedOrder, Order, SampleOrder
-from clips.data.remote import check_state, open_binary
-from clips.data.sample import BrokenSample, RawSample, Texts, texts_in
+from clips.data.remote import RemoteFile, check_state, open_binary
+from clips.data.sample import BrokenSample, RawSample, Texts
 
 OPEN_PARTS = 64
 """Parts that a process keeps open, about as many as one group of the order touches."""
@@ -120,6 +120,7 @@ class Dataset:
         self._bounds = [0, len(self.parts)]
         """In a mix: the first part of each set, and the number of parts."""
         self._set_sizes()
+        self._metadata: dict[str, Any] | None = None
         self._open: OrderedDict[int, tuple[Any, BinaryIO | None]] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
@@ -174,7 +175,7 @@ class Dataset:
         for part in selected.parts:
             rows = np.arange(part.facts["samples"]) if part.rows is None else part.rows
             part.rows = rows[keep(part)]
-        selected._open = OrderedDict()
+        selected._open, selected._metadata = OrderedDict(), None
         selected._set_sizes()
         return selected
 
@@ -250,15 +251,19 @@ class Dataset:
         return sum(skipped) - sum(incomplete), sum(part.facts["rows"] for part in self.parts) - sum(incomplete)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the numbers of samples and files, hashes of captions and of images, and the manifest's path."""
-        digests = {}
-        for name in ("captions_sha256", "hashes_sha256"):
+        """Return the numbers of samples and files, hashes of captions and of images, and the manifest's path.
+
+        They are computed once: a selection has to read its captions for that.
+        """
+        if self._metadata is None:
             parts = [part.digests() if part.rows is not None else part.facts for part in self.parts]
-            digests[name] = hashlib.sha256("".join(facts[name] for facts in parts).encode()).hexdigest()
-        where = str(self.path) if self.path else None
-        unusable = [self._name(part, key.encode()) for part in self.parts for key, _ in part.facts["examples"]]
-        numbers = {"samples": len(self), "files": len(self.parts)}
-        return numbers | digests | {"manifest": where, "unusable": unusable}
+            self._metadata = {"samples": len(self), "files": len(self.parts)}
+            for name in ("captions_sha256", "hashes_sha256"):
+                self._metadata[name] = hashlib.sha256("".join(facts[name] for facts in parts).encode()).hexdigest()
+            self._metadata["manifest"] = str(self.path) if self.path else None
+            unusable = [self._name(part, key.encode()) for part in self.parts for key, _ in part.facts["examples"]]
+            self._metadata["unusable"] = unusable
+        return self._metadata
 
     def listing(self) -> str:
         """Return the SHA-256 that data.json of earlier versions has of names, sizes and sample counts of all files."""
@@ -296,12 +301,13 @@ class Dataset:
                 image = read_regular(os.path.join(part.facts["root"], path), MAX_BYTES + 1)
             except OSError as error:
                 raise BrokenSample(name, f"image: {reason(error)}: {os.path.join(part.facts['root'], path)}") from None
-        return RawSample(name, image, _texts(part, cells[WEB], cells[LONG]), json.loads(cells[-1]))
+        return RawSample(name, image, texts_of(cells[WEB], cells[LONG], part.others), json.loads(cells[-1]))
 
     def captions(self, index: int) -> Texts:
         """Return the captions of a sample without reading its image."""
         number, row = self._locate(index)
-        return _texts(self.parts[number], *self._cells(number, row, (WEB, LONG)))
+        web, long = self._cells(number, row, (WEB, LONG))
+        return texts_of(web, long, self.parts[number].others)
 
     def image_path(self, index: int) -> str | None:
         """Return the path of a sample's image below the root of its part, or None if it is in a shard or a table."""
@@ -351,11 +357,11 @@ class Dataset:
             file = self._image_file(number)
             self._open[number] = batches, file
         try:
-            if hasattr(file, "fileno") and not is_remote_file(file):
-                data = os.pread(file.fileno(), size, offset)  # it moves no file position, which forks share
-            else:
+            if isinstance(file, RemoteFile):
                 file.seek(offset)
                 data = file.read(size)
+            else:
+                data = os.pread(file.fileno(), size, offset)  # it moves no file position, which forks share
         except OSError as error:
             raise BrokenSample(name, f"image: {error}") from None
         if len(data) != size:
@@ -399,18 +405,3 @@ class Dataset:
 
 INCOMPLETE = ("no image", "no web caption")
 """Reasons why a shard's sample is skipped that do not count as broken: a member is missing on purpose or by design."""
-
-
-def is_remote_file(file: Any) -> bool:
-    """Return True for a file that is read by requests."""
-    return hasattr(file, "_fetch_range")
-
-
-def _texts(part: Part, web: list[bytes], long: list[bytes]) -> Texts:
-    first, second = (_bounded([text.decode("utf-8", "surrogatepass") for text in texts]) for texts in (web, long))
-    return Texts(first, second, part.others)
-
-
-def _bounded(texts: list[str]) -> tuple[str, ...]:
-    """Return the first captions that have at most MAX_CAPTION characters together; the last of them may be cut."""
-    return tuple(texts) if len(texts) < 2 else tuple(texts_in("", "", texts))

@@ -148,6 +148,7 @@ def prepare_data(
             for split in ("val", *held_out_sets(run.data))
             if split_spec(run.data, split)
         }
+        train.metadata()  # reads the captions of a selection, once on each machine
         return train, _described(held_out["val"]) if "val" in held_out else "none"
 
     dataset, val = once_per_machine(opened)

@@ -19,7 +19,7 @@ from clips.common.files import placing
 from clips.common.paths import without_secrets
 from clips.config import OTHERS, Fields
 from clips.data.importing.tar import Place
-from clips.data.sample import Texts
+from clips.data.sample import Texts, texts_in
 
 BATCH = 1 << 14
 """Rows of a record batch of an index, so that row i is in batch i // BATCH."""
@@ -68,6 +68,8 @@ class IndexWriter:
             self._close()
             os.replace(self._part, self.path)
         else:
+            if self._writer is not None:
+                self._writer.close()
             self._part.unlink(missing_ok=True)
         if self._blob is not None:
             self._blob.close()
@@ -151,7 +153,7 @@ class IndexWriter:
         short = array("q")
         others = fields is not None and fields.long == OTHERS
         for number, row in enumerate(read_rows(self.path)):
-            if not row[4] or not _texts(row[4], row[5], others).pair()[1]:
+            if not row[4] or not texts_of(row[4], row[5], others).pair()[1]:
                 short.append(number)
         if short:
             with placing(self.path.with_suffix(".short")) as file:
@@ -194,9 +196,14 @@ def digests_of(rows: Iterable[tuple[list[bytes], list[bytes], int]]) -> dict[str
     return {"captions_sha256": captions.hexdigest(), "hashes_sha256": hashes.hexdigest()}
 
 
-def _texts(web: Iterable[bytes], long: Iterable[bytes], others: bool) -> Texts:
-    decode = lambda texts: tuple(text.decode("utf-8", "surrogatepass") for text in texts)  # noqa: E731
-    return Texts(decode(web), decode(long), others)
+def texts_of(web: list[bytes], long: list[bytes], others: bool) -> Texts:
+    """Return the captions of a row. Of several, the first that have at most MAX_CAPTION characters together."""
+    first, second = (_bounded([text.decode("utf-8", "surrogatepass") for text in texts]) for texts in (web, long))
+    return Texts(first, second, others)
+
+
+def _bounded(texts: list[str]) -> tuple[str, ...]:
+    return tuple(texts) if len(texts) < 2 else tuple(texts_in("", "", texts))
 
 
 def _as_text(value: Any) -> str | None:
