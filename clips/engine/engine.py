@@ -144,6 +144,8 @@ class Engine:
         if config.get("zero_optimization", {}).get("stage") == 3:
             partition(module, config, torch.bfloat16 if bf16_weights else None)
         module.to(device)
+        if bf16_weights:  # the user asked for them, also where import_deepspeed keeps Muon's products in fp32
+            vars(deepspeed.accelerator.get_accelerator()).pop("is_bf16_supported", None)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )

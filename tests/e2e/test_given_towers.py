@@ -10,6 +10,7 @@ import timm
 import tiny_llava
 import torch
 from conftest import ROOT
+from grad_cache_worker import without_bf16
 from llava_worker import keep_at
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -98,7 +99,8 @@ def test_a_cache_of_features_and_a_resume_change_nothing(place: Path, monkeypatc
 
 
 def test_bf16_weights_under_zero(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed casts the weights of a batch norm, and not its statistics."""
+    """DeepSpeed casts the weights of a batch norm, and not its statistics. A CPU that emulates bf16 trains too."""
+    without_bf16()
     flags = ["--vision_tower", write_map(place / "bf16", "EfficientNet"), *FLAGS, "--output_dir", "runs/bf16"]
     run(place, monkeypatch, *ALIGN, *flags)
     zero = ["--bf16", "True", "--deepspeed", str(ROOT / "ds_configs" / "llava_zero2.json")]
